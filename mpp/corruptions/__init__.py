@@ -1,0 +1,1 @@
+"""What the encoder sees at hidden cells. Every corruption blanks the hidden pixels first."""

@@ -1,0 +1,1 @@
+"""Images: shards -> index -> order -> decode and crop -> batches."""

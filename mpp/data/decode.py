@@ -1,0 +1,169 @@
+"""Bytes -> a cropped uint8 image. The header is read first; whatever is wrong is a BadImage with the reason.
+
+JPEGs go through simplejpeg, decoded at a fraction of their size where the crop is at least twice the target;
+everything else, and JPEGs with rotation, CMYK or a fault, through Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from mpp.errors import BadImage
+
+Box = tuple[int, int, int, int]
+"""left, top, width, height in pixels"""
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Channels -> Pillow mode."""
+GREY = 128  # what lies behind transparent pixels
+
+
+def random_box(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """A random resized crop (Szegedy et al. 2015, section 6): area in `scale`, aspect log-uniform in `ratio`.
+
+    After ten misses, as torchvision: the largest centred box whose aspect lies in `ratio`.
+    """
+    for _ in range(10):
+        area = rng.uniform(*scale) * width * height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w, h = width, height
+    if width / height > ratio[1]:
+        w = max(round(height * ratio[1]), 1)
+    elif width / height < ratio[0]:
+        h = max(round(width / ratio[0]), 1)
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def centre_box(width: int, height: int, size: tuple[int, int], fraction: float = 1.0) -> Box:
+    """The largest centred box of the aspect of `size` (H, W), its sides times `fraction`."""
+    aspect = size[1] / size[0]
+    w = min(width, height * aspect) * fraction
+    h = w / aspect
+    w, h = max(round(w), 1), max(round(h), 1)
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def decode_crop(
+    data: bytes,
+    choose_box: Callable[[int, int], Box],
+    size: tuple[int, int],
+    *,
+    channels: int,
+    formats: tuple[str, ...],
+    max_image_pixels: int,
+) -> Tensor:
+    """-> (channels, H, W) uint8 of `size` (H, W). `choose_box(width, height)` picks the crop once the size is known.
+
+    BadImage where the bytes are no image of `formats`, too large, truncated or otherwise not decodable.
+    """
+    if data[:2] == b"\xff\xd8" and channels != 4 and "JPEG" in formats:
+        image = _jpeg(data, choose_box, size, channels, max_image_pixels)
+        if image is not None:
+            return image
+    pixels = decode_pillow(data, channels=channels, formats=formats, max_image_pixels=max_image_pixels)
+    left, top, w, h = choose_box(pixels.width, pixels.height)
+    tensor = torch.from_numpy(np.atleast_3d(np.array(pixels))).permute(2, 0, 1)
+    return _resized_crop(tensor, (left, top, w, h), size)
+
+
+def _resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    left, top, w, h = box
+    return F.resized_crop(image, top, left, h, w, list(size), InterpolationMode.BICUBIC, antialias=True)
+
+
+def _jpeg(
+    data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, int], channels: int, max_image_pixels: int
+) -> Tensor | None:
+    """The fast path; None where Pillow must look (rotation, CMYK, warnings of the decoder)."""
+    if b"Exif\0\0" in data[:65536] and _orientation(data) != 1:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except ValueError:
+        return None
+    _check_size(width, height, max_image_pixels)
+    if colours not in ("YCbCr", "RGB", "Gray"):
+        return None
+    left, top, w, h = choose_box(width, height)
+    shrink = min(w / size[1], h / size[0])
+    least = {"min_width": int(width / shrink), "min_height": int(height / shrink)} if shrink >= 2 else {}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", strict=True, **least)
+    except ValueError:
+        return None
+    fx, fy = pixels.shape[1] / width, pixels.shape[0] / height
+    box = (int(left * fx), int(top * fy), max(int(w * fx), 1), max(int(h * fy), 1))
+    return _resized_crop(torch.from_numpy(pixels).permute(2, 0, 1), box, size)
+
+
+def _orientation(data: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return image.getexif().get(0x0112, 1)
+    except Exception:  # whatever Pillow raises on broken metadata; the pixels decide
+        return 1
+
+
+def _check_size(width: int, height: int, max_image_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImage(f"{width}×{height} pixels")
+    if width * height > max_image_pixels:
+        raise BadImage(f"{width}×{height} pixels, over max_image_pixels {max_image_pixels}")
+
+
+def decode_pillow(data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int) -> Image.Image:
+    """The whole image, upright, in the mode of `channels`. BadImage as in `decode_crop`.
+
+    EXIF rotation applied, transparency over grey, 16 bits divided by 257, CMYK and palette converted, first
+    frame of an animation.
+    """
+    if not data:
+        raise BadImage("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own size warning; ours is the limit
+            image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+            _check_size(image.width, image.height, max_image_pixels)
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            return _to_mode(image, MODES[channels])
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image of {', '.join(formats)}") from None
+    except Exception as error:  # decoders raise anything on hostile bytes: OSError, SyntaxError, struct.error, …
+        raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, in any of Pillow's spellings
+        values = np.asarray(image.convert("I")).clip(0, 65535) // 257
+        image = Image.fromarray(values.astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("floating-point pixels")
+    if mode == "RGBA":
+        return image.convert("RGBA")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        behind = Image.new("RGBA", image.size, (GREY, GREY, GREY, 255))
+        image = Image.alpha_composite(behind, image)
+    return image.convert(mode)

@@ -1,0 +1,107 @@
+"""Images of indexed shards by (shard, row), through pread: safe across forks, no page faults on a cut file."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp.data.index import ShardIndex, expand, fingerprint, index_shard, member_name
+from mpp.data.store import Store, default_cache_dir
+from mpp.errors import BadImage, UserError
+
+OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit of 1024
+REPLACEMENTS = 64  # good neighbours looked for, before a grey image stands in
+
+
+class ShardImages:
+    """Indexed local shards. UserError where they cannot be read or hold no image."""
+
+    def __init__(
+        self, spec: str | tuple[str, ...], *, key: str, cache_dir: str | None = None, cache_limit_bytes: float = 200e9
+    ) -> None:
+        self.names = expand(spec, key)
+        store = Store(cache_dir, cache_limit_bytes)
+        self.paths = [store.path(name) for name in self.names]
+        self.indexes: list[ShardIndex] = [index_shard(p, cache_dir or default_cache_dir()) for p in self.paths]
+        self.counts = [len(index.table) for index in self.indexes]
+        if sum(self.counts) == 0:
+            raise UserError(f"{key}: no images in {self.names[0]}" + (" …" if len(self.names) > 1 else ""))
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.names, self.indexes)
+
+    def _descriptor(self, shard: int) -> int:
+        if self._pid != os.getpid():  # a forked worker keeps its own list
+            self._open, self._pid = OrderedDict(), os.getpid()
+        fd = self._open.get(shard)
+        if fd is None:
+            path, index = self.paths[shard], self.indexes[shard]
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from error
+            stat = os.fstat(fd)
+            if (stat.st_size, stat.st_mtime_ns) != (index.size_bytes, index.mtime_ns):
+                os.close(fd)
+                raise UserError(f"{path}: changed since it was indexed; start again (`mpp index` checks it)")
+            self._open[shard] = fd
+            if len(self._open) > OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(shard)
+        return fd
+
+    def read(self, shard: int, row: int) -> bytes:
+        """The bytes of an image."""
+        offset, size = self.indexes[shard].table[row, :2].tolist()
+        return os.pread(self._descriptor(shard), size, offset)
+
+    def read_label(self, shard: int, row: int) -> tuple[bytes, bool] | None:
+        """The bytes of an image's label and whether they are JSON; None where it has none."""
+        offset, size, is_json = self.indexes[shard].table[row, 2:].tolist()
+        return (os.pread(self._descriptor(shard), size, offset), bool(is_json)) if size >= 0 else None
+
+    def name(self, shard: int, row: int) -> str:
+        """`shard: member`, for messages."""
+        return f"{self.names[shard]}: {member_name(self.paths[shard], int(self.indexes[shard].table[row, 0]))}"
+
+    def load(
+        self, shard: int, row: int, decode: Callable[[bytes], Tensor], blank: tuple[int, int, int]
+    ) -> tuple[Tensor, list[str]]:
+        """(the decoded image, a line for each bad one that was passed over).
+
+        A bad image is replaced by the next good one of its shard; after REPLACEMENTS bad ones in a row a grey
+        image of shape `blank` stands in, so that every process always gets full batches.
+        """
+        bad = []
+        for step in range(min(REPLACEMENTS, self.counts[shard])):
+            at = (row + step) % self.counts[shard]
+            try:
+                return decode(self.read(shard, at)), bad
+            except BadImage as error:
+                bad.append(f"{self.name(shard, at)}: {error}")
+        return torch.full(blank, 128, dtype=torch.uint8), bad
+
+
+def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:
+    """How many rows at the end of each shard are held out: spread over the shards, (shards,) int64.
+
+    UserError where fewer than twice as many images are there.
+    """
+    total = sum(counts)
+    if total < 2 * held_out:
+        raise UserError(f"data.held_out: {held_out} of only {total} images; allowed is at most half of them")
+    share = np.asarray(counts) * held_out // total
+    order = np.argsort(-(np.asarray(counts) * held_out % total), kind="stable")
+    share[order[: held_out - int(share.sum())]] += 1
+    return share

@@ -1,0 +1,236 @@
+"""Where the images of a tar shard lie: a table of offsets and sizes, from its headers alone.
+
+Any tar of images is a shard (WebDataset's naming: `key.jpg`, `key.cls`, `key.json`). The scan hops from header
+to header; the first unusual one (long names, sparse files) hands the file to `tarfile`. A tar that was cut
+off is found here, before the first step, by its missing end-of-archive blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from mpp.errors import UserError
+
+IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", re.IGNORECASE)
+LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
+FORMAT = 1
+BLOCK = 512
+COLUMNS = ("image_offset", "image_size", "label_offset", "label_size", "label_is_json")
+_PLAIN, _SKIPPED = b"0\0" + b"7", b"123456"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One shard's table: (images, 5) int64, see COLUMNS; label_size -1 where an image has none."""
+
+    table: np.ndarray
+    size_bytes: int
+    mtime_ns: int
+
+
+def key_of(name: str) -> str:
+    """WebDataset's sample key: the member's path up to the first dot of its last part."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.split('.')[0]}"
+
+
+def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, int, int]], int] | None:
+    """(name, offset, size) of regular members and where they end; None at a header that needs `tarfile`."""
+    members, at = [], 0
+    while at + BLOCK <= size:
+        header = os.pread(fd, BLOCK, at)
+        if header[0] == 0 and not any(header):
+            break
+        stated = header[148:156].strip(b" \0")
+        total = sum(header) - sum(header[148:156]) + 8 * 32
+        try:
+            if int(stated, 8) != total:
+                raise ValueError
+            kind = header[156:157]
+            if kind not in _PLAIN + _SKIPPED or header[124] & 0x80:
+                return None
+            length = int(header[124:136].strip(b" \0") or b"0", 8)
+        except ValueError:
+            what = "not a tar file (a compressed one must be unpacked)" if at == 0 else f"corrupt header at byte {at}"
+            raise UserError(f"{path}: {what}") from None
+        if kind in _PLAIN:
+            name = header[:100].split(b"\0")[0]
+            if header[257:262] == b"ustar" and header[345]:
+                name = header[345:500].split(b"\0")[0] + b"/" + name
+            members.append((name.decode("utf-8", "surrogateescape"), at + BLOCK, length))
+        else:
+            length = 0
+        at += BLOCK + -(-length // BLOCK) * BLOCK
+    return members, at
+
+
+def _members_by_tarfile(path: str) -> tuple[list[tuple[str, int, int]], int]:
+    members = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for m in tar:
+                tar.members = []  # type: ignore[attr-defined]  # keep memory flat
+                if m.isreg() and not m.issparse():
+                    members.append((m.name, m.offset_data, m.size))
+            end = tar.offset  # type: ignore[attr-defined]
+    except tarfile.TarError as error:
+        raise UserError(f"{path}: cut off or corrupt: {error}") from error
+    return members, end
+
+
+def scan(path: str) -> ShardIndex:
+    """Read a local shard's headers. UserError for a missing, unreadable, cut or corrupt file."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    try:
+        stat = os.fstat(fd)
+        if stat.st_size == 0:
+            raise UserError(f"{path}: empty file, not a tar")
+        members, end = _members_by_hopping(fd, stat.st_size, path) or _members_by_tarfile(path)
+        if os.pread(fd, 2 * BLOCK, end) != bytes(2 * BLOCK):
+            images = sum(1 for name, _, _ in members if IMAGE.search(name))
+            raise UserError(
+                f"{path}: cut off: ends at byte {stat.st_size} without tar's two end blocks, after {images} images"
+            )
+    finally:
+        os.close(fd)
+    labels = {key_of(n): (o, s, int(n.lower().endswith("json"))) for n, o, s in members if LABEL.search(n)}
+    # A .cls is the label itself; a .json beside it holds whatever else is known of the sample.
+    labels |= {key_of(n): (o, s, 0) for n, o, s in members if n.lower().endswith(".cls")}
+    rows = [(o, s, *labels.get(key_of(n), (-1, -1, 0))) for n, o, s in members if IMAGE.search(n)]
+    return ShardIndex(np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)), stat.st_size, stat.st_mtime_ns)
+
+
+def index_path(shard: str, cache_dir: str | None = None) -> Path:
+    """Where a shard's index lies: beside it, or in the cache folder."""
+    if cache_dir is None:
+        return Path(shard + ".index.npz")
+    return Path(cache_dir) / "indexes" / (hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32] + ".npz")
+
+
+def _read(path: Path) -> ShardIndex | None:
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            if int(z["format"]) == FORMAT and z["table"].shape[1:] == (len(COLUMNS),):
+                return ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]))
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    return None
+
+
+def _write(path: Path, index: ShardIndex) -> bool:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    except OSError:
+        return False
+    try:
+        with os.fdopen(handle, "wb") as f:
+            np.savez(
+                f,
+                format=np.int64(FORMAT),
+                table=index.table,
+                size_bytes=np.int64(index.size_bytes),
+                mtime_ns=np.int64(index.mtime_ns),
+            )
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        return False
+    return True
+
+
+def index_shard(shard: str, cache_dir: str, *, fresh: bool = False) -> ShardIndex:
+    """The index of a local shard: a stored one if it still fits the file, else a new scan, stored.
+
+    Stored beside the shard, or in `cache_dir` where that folder cannot be written.
+    fresh: scan even if a stored one fits.
+    """
+    try:
+        stat = os.stat(shard)
+    except OSError as error:
+        raise UserError(f"{shard}: {error.strerror}") from error
+    candidates = [index_path(shard), index_path(shard, cache_dir)]
+    for path in [] if fresh else candidates:
+        stored = _read(path)
+        if stored and (stored.size_bytes, stored.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return stored
+    index = scan(shard)
+    any(_write(path, index) for path in candidates)
+    return index
+
+
+def fingerprint(shards: list[str], indexes: list[ShardIndex]) -> str:
+    """What a run's data was: names, sizes and tables of all shards in order, not where they lie."""
+    digest = hashlib.sha256()
+    for shard, index in zip(shards, indexes, strict=True):
+        digest.update(os.path.basename(shard).encode() + b"\0" + str(index.size_bytes).encode() + b"\0")
+        digest.update(np.ascontiguousarray(index.table).tobytes())
+    return digest.hexdigest()
+
+
+def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
+    """Shards named by a folder, file, glob, brace pattern, URL or a list of these, sorted within each.
+
+    UserError, naming the recipe `key`, where something matches nothing or a shard comes twice.
+    """
+    found: list[str] = []
+    for item in [spec] if isinstance(spec, str) else spec:
+        if re.match(r"pipe:", item):
+            raise UserError(f"{key}: '{item}': pipes are never run; give files or URLs")
+        try:
+            names = list(braceexpand(item))
+        except UnbalancedBracesError as error:
+            raise UserError(f"{key}: '{item}': unbalanced braces") from error
+        for name in names:
+            if "://" in name:
+                matches = [name]
+            elif os.path.isdir(name):
+                matches = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+            elif glob.has_magic(name) and not os.path.exists(name):
+                matches = sorted(glob.glob(name))
+            else:
+                matches = [name] if os.path.exists(name) else []
+            if not matches:
+                raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
+            found += matches
+    if len(set(found)) < len(found):
+        twice = next(f for f in found if found.count(f) > 1)
+        raise UserError(f"{key}: '{twice}' is named twice")
+    return found
+
+
+def member_name(shard: str, image_offset: int) -> str:
+    """The name of the member whose data begins at `image_offset`, for messages; '' if it cannot be told."""
+    try:
+        with open(shard, "rb") as f:
+            f.seek(image_offset - BLOCK)
+            return tarfile.TarInfo.frombuf(f.read(BLOCK), "utf-8", "surrogateescape").name
+    except (OSError, tarfile.TarError):
+        return ""
+
+
+def class_names(shards: list[str]) -> list[str] | None:
+    """Class names that `mpp pack` left beside the shards, or None."""
+    try:
+        data = json.loads((Path(shards[0]).parent / "dataset.json").read_text())
+        names = data.get("classes")
+        return [str(n) for n in names] if names else None
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,245 @@
+"""Labeled images for fine-tuning: a folder with a folder for each class, or shards with labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mpp.data.decode import centre_box, decode_crop, decode_pillow
+from mpp.data.images import ShardImages
+from mpp.data.index import IMAGE, class_names
+from mpp.errors import BadImage, UserError
+from mpp.rng import Purpose, stream
+from mpp.types import torch_seed
+
+
+class _Reader(Protocol):
+    """Bytes and names of labeled images, by number."""
+
+    def read(self, i: int) -> bytes: ...
+    def name(self, i: int) -> str: ...
+
+
+class _Files:
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def read(self, i: int) -> bytes:
+        try:
+            return Path(self.paths[i]).read_bytes()
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from error
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+
+class _Shards:
+    def __init__(self, images: ShardImages) -> None:
+        self.images = images
+        self.first = np.concatenate([[0], np.cumsum(images.counts)])
+
+    def at(self, i: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.first, i, side="right")) - 1
+        return shard, i - int(self.first[shard])
+
+    def read(self, i: int) -> bytes:
+        return self.images.read(*self.at(i))
+
+    def name(self, i: int) -> str:
+        return self.images.name(*self.at(i))
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """Labeled images by number, in an order that does not depend on the machine."""
+
+    reader: _Reader
+    labels: np.ndarray
+    """(images,) int64, indexes into `classes`"""
+    classes: list[str]
+
+    def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
+        """Numbers of the images to train on, ascending: all, so many of each class, or a fraction of each.
+
+        UserError where a class has fewer than `labels_per_class`.
+        """
+        if labels_per_class is None and fraction is None:
+            return np.arange(len(self.labels))
+        rng, chosen = stream(seed, Purpose.SUBSET), []
+        for label, name in enumerate(self.classes):
+            members = np.flatnonzero(self.labels == label)
+            take = labels_per_class or max(round(len(members) * (fraction or 0)), 1)
+            if take > len(members):
+                raise UserError(f"data.labels_per_class: {take}, but class '{name}' has {len(members)} images")
+            chosen.append(rng.permutation(members)[:take])
+        return np.sort(np.concatenate(chosen))
+
+
+def open_labeled(
+    spec: str | tuple[str, ...], *, key: str, classes: list[str] | None, cache_dir: str | None, cache_limit_bytes: float
+) -> Labeled:
+    """A class-folder tree, or shards with `.cls` / `.json` labels (a folder that holds *.tar is shards).
+
+    classes: those of the training data, which validation must share. UserError where labels are missing.
+    """
+    if isinstance(spec, str) and os.path.isdir(spec) and not any(n.endswith(".tar") for n in os.listdir(spec)):
+        return _folder(spec, key, classes)
+    images = ShardImages(spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes)
+    values: list[str | int] = [
+        _label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)
+    ]
+    known = classes or class_names(images.paths)
+    if known is None:
+        numbers = all(isinstance(v, int) for v in values)
+        known = [str(v) for v in (range(max(values) + 1) if numbers else sorted({str(v) for v in values}))]  # type: ignore[type-var,operator]
+    index = {name: i for i, name in enumerate(known)}
+    labels = []
+    for i, value in enumerate(values):
+        label = value if isinstance(value, int) else index.get(value, -1)
+        if not 0 <= label < len(known):
+            name = _Shards(images).name(i)
+            raise UserError(f"{key}: {name}: label {value!r} is none of the {len(known)} classes of the training data")
+        labels.append(label)
+    return Labeled(_Shards(images), np.array(labels, dtype=np.int64), known)
+
+
+def _label(images: ShardImages, shard: int, row: int) -> str | int:
+    stored = images.read_label(shard, row)
+    if stored is None:
+        raise UserError(f"{images.name(shard, row)}: no label beside it (.cls, or .json with a 'label')")
+    data, is_json = stored
+    try:
+        value = json.loads(data)["label"] if is_json else data.decode().strip()
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{images.name(shard, row)}: its .json has no 'label'") from None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise UserError(f"{images.name(shard, row)}: a label is a number or a name; got {value!r}")
+    if isinstance(value, str) and value.lstrip("-").isdigit():
+        value = int(value)
+    if isinstance(value, int) and value < 0:
+        raise UserError(f"{images.name(shard, row)}: label {value} is negative")
+    return value
+
+
+def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
+    found = sorted(e.name for e in os.scandir(spec) if e.is_dir())
+    if not found:
+        raise UserError(f"{key}: {spec} holds neither *.tar shards nor a folder for each class")
+    known = classes or found
+    paths, labels = [], []
+    for name in found:
+        members = sorted(
+            os.path.join(folder, f)
+            for folder, _, files in os.walk(os.path.join(spec, name))
+            for f in files
+            if IMAGE.search(f)
+        )
+        if members and name not in known:
+            raise UserError(f"{key}: {spec}/{name}: no such class in the training data ({', '.join(known[:5])} …)")
+        if not members and classes is None:
+            raise UserError(f"{key}: {spec}/{name}: a class folder without images")
+        paths += members
+        labels += [known.index(name)] * len(members)
+    return Labeled(_Files(paths), np.array(labels, dtype=np.int64), known)
+
+
+@dataclass
+class LabeledBatch:
+    """One micro-batch of labeled images."""
+
+    images: Tensor
+    """(B, C, H, W) uint8"""
+    labels: Tensor
+    """(B,) int64"""
+    positions: Tensor
+    """(B,) int64"""
+    bad: list[str]
+
+    def pin_memory(self) -> LabeledBatch:
+        self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
+        return self
+
+
+class LabeledDataset(Dataset[LabeledBatch]):
+    """Augmented training images of a subset; keys are (position, 0, place in the subset).
+
+    augment: a function of a PIL image that draws from python's, numpy's and torch's global generators (timm's
+    transforms do); they are seeded for each sample from (seed, position). A bad image is replaced by the next
+    of the subset.
+    """
+
+    def __init__(
+        self, data: Labeled, subset: np.ndarray, augment: Any, seed: int, *, channels: int, formats: tuple[str, ...],
+        max_image_pixels: int,
+    ) -> None:  # fmt: skip
+        self.data, self.subset, self.augment, self.seed = data, subset, augment, seed
+        self.channels, self.formats, self.max_image_pixels = channels, formats, max_image_pixels
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
+        try:
+            bad: list[str] = []
+            samples = [self._sample(position, place, bad) for position, _, place in keys]
+        except UserError as error:
+            return error
+        images, labels = zip(*samples, strict=True)
+        return LabeledBatch(torch.stack(images), torch.tensor(labels), torch.tensor([k[0] for k in keys]), bad)
+
+    def _sample(self, position: int, place: int, bad: list[str]) -> tuple[Tensor, int]:
+        for step in range(len(self.subset)):
+            number = int(self.subset[(place + step) % len(self.subset)])
+            try:
+                image = decode_pillow(
+                    self.data.reader.read(number),
+                    channels=self.channels,
+                    formats=self.formats,
+                    max_image_pixels=self.max_image_pixels,
+                )
+            except BadImage as error:
+                bad.append(f"{self.data.reader.name(number)}: {error}")
+                continue
+            seed = torch_seed(stream(self.seed, Purpose.AUGMENT, position))
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            pixels = np.array(self.augment(image), dtype=np.uint8)
+            return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[None]), int(self.data.labels[number])
+        raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
+
+
+class CentreDataset(Dataset[LabeledBatch]):
+    """Central crops for evaluation; keys are numbers of images. A bad image comes as label -1."""
+
+    def __init__(
+        self, data: Labeled, size: tuple[int, int], fraction: float, *, channels: int, formats: tuple[str, ...],
+        max_image_pixels: int,
+    ) -> None:  # fmt: skip
+        self.data, self.size, self.fraction = data, size, fraction
+        self.decode = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
+
+    def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
+        images = torch.zeros((len(keys), self.decode["channels"], *self.size), dtype=torch.uint8)  # type: ignore[arg-type]
+        labels, bad = torch.empty(len(keys), dtype=torch.int64), []
+
+        def box(width: int, height: int) -> tuple[int, int, int, int]:
+            return centre_box(width, height, self.size, self.fraction)
+
+        for i, number in enumerate(keys):
+            labels[i] = int(self.data.labels[number])
+            try:
+                images[i] = decode_crop(self.data.reader.read(number), box, self.size, **self.decode)  # type: ignore[arg-type]
+            except BadImage as error:
+                labels[i] = -1
+                bad.append(f"{self.data.reader.name(number)}: {error}")
+            except UserError as error:
+                return error
+        return LabeledBatch(images, labels, torch.tensor(keys), bad)

@@ -1,0 +1,126 @@
+"""Batches of pretraining: read, crop, flip, mask. All of it a pure function of (seed, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mpp.data.decode import centre_box, decode_crop, random_box
+from mpp.data.images import ShardImages
+from mpp.errors import UserError
+from mpp.rng import Purpose, stream
+from mpp.types import Batch, MaskSampler
+
+
+@dataclass
+class Crop:
+    """How an image becomes a training sample."""
+
+    size: tuple[int, int]
+    """(H, W) in pixels"""
+    channels: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    formats: tuple[str, ...]
+    max_image_pixels: int
+
+    def random(self, data: bytes, seed: int, position: int) -> Tensor:
+        """(C, H, W) uint8: crop and flip of the sample at `position`."""
+        rng = stream(seed, Purpose.CROP, position)
+        flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
+        image = self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio))
+        return image.flip(-1) if flip else image
+
+    def centre(self, data: bytes) -> Tensor:
+        """(C, H, W) uint8: the largest centred crop."""
+        return self._decode(data, lambda w, h: centre_box(w, h, self.size))
+
+    def _decode(self, data: bytes, choose_box: Any) -> Tensor:
+        return decode_crop(
+            data,
+            choose_box,
+            self.size,
+            channels=self.channels,
+            formats=self.formats,
+            max_image_pixels=self.max_image_pixels,
+        )
+
+
+class PretrainDataset(Dataset[Batch]):
+    """Keys are (position, shard, row); a list of keys makes a `Batch`."""
+
+    def __init__(
+        self, images: ShardImages, crop: Crop, mask: MaskSampler, mask_grid: tuple[int, int], seed: int
+    ) -> None:
+        self.images, self.crop, self.mask, self.mask_grid, self.seed = images, crop, mask, mask_grid, seed
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> Batch | UserError:
+        try:
+            return self.batch(keys)
+        except UserError as error:
+            return error  # raised by `batches`, without the worker's traceback
+
+    def batch(self, keys: list[tuple[int, int, int]], *, centre: bool = False) -> Batch:
+        """centre: no randomness in the crop, for held-out images."""
+        size = (self.crop.channels, *self.crop.size)
+        images = torch.empty((len(keys), *size), dtype=torch.uint8)
+        masks = np.empty((len(keys), *self.mask_grid), dtype=bool)
+        noise = np.empty((len(keys), *self.mask_grid), dtype=np.float32)
+        bad: list[str] = []
+        for i, (position, shard, row) in enumerate(keys):
+
+            def decode(data: bytes, position: int = position) -> Tensor:
+                return self.crop.centre(data) if centre else self.crop.random(data, self.seed, position)
+
+            images[i], passed_over = self.images.load(shard, row, decode, size)
+            bad += passed_over
+            masks[i] = self.mask(self.mask_grid, stream(self.seed, Purpose.MASK, position))
+            noise[i] = stream(self.seed, Purpose.NOISE, position).random(self.mask_grid, dtype=np.float32)
+        hidden = masks.sum((1, 2))
+        assert (hidden == hidden[0]).all(), "a mask sampler must hide as many units in every image"
+        return Batch(
+            images,
+            torch.from_numpy(masks),
+            torch.from_numpy(noise),
+            torch.tensor([k[0] for k in keys]),
+            torch.tensor([k[1:] for k in keys]),
+            int(hidden[0]),
+            bad,
+        )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def batches(
+    dataset: Dataset[Any], sampler: Iterable[list[tuple[int, int, int]]], *, workers: int, pin_memory: bool
+) -> Iterator[Any]:
+    """What `dataset.__getitems__` makes of the sampler's lists, in their order, `workers` processes ahead.
+
+    UserError where a worker met one, or died.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise UserError(f"data.workers: {str(error).splitlines()[0]} (out of memory?)") from error
+        raise

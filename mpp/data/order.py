@@ -1,0 +1,95 @@
+"""The order in which a run sees its samples: a pure function of (seed, position).
+
+In each epoch the shards are permuted and laid end to end, cut into `lanes` equal runs, and each lane is
+shuffled in windows of `window` samples. A global batch takes batch / lanes samples from every lane, so it
+mixes shards from the first step on while reading stays nearly sequential. Nothing is remembered but the
+number of samples seen: a run can stop anywhere and go on with any number of processes and workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+from mpp.rng import Purpose, stream
+
+
+class Order:
+    """Samples of an endless run over shards that hold `counts` samples each.
+
+    lanes: at most so many; the largest divisor of `global_batch` is used that keeps lanes no shorter than a
+    window, so that small data sets are shuffled whole. Fewer than `lanes` samples are left out of an epoch,
+    others each time; no sample comes twice in an epoch.
+    ValueError where there are no samples.
+    """
+
+    def __init__(
+        self, counts: list[int] | np.ndarray, *, global_batch: int, seed: int, lanes: int = 256, window: int = 4096
+    ) -> None:
+        self.counts = np.asarray(counts, dtype=np.int64)
+        total = int(self.counts.sum())
+        if total == 0:
+            raise ValueError("no samples")
+        most = min(lanes, math.ceil(total / window), global_batch)
+        self.lanes = max(n for n in range(1, most + 1) if global_batch % n == 0)
+        self.lane_len = total // self.lanes
+        self.epoch_len = self.lane_len * self.lanes
+        self.global_batch, self.window, self.seed = global_batch, window, seed
+        self._shards = lru_cache(2)(self._make_shards)
+        self._window = lru_cache(4 * self.lanes)(self._make_window)
+
+    def _make_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The permuted shards of an epoch and where each starts."""
+        permuted = stream(self.seed, Purpose.SHARDS, epoch).permutation(len(self.counts))
+        return permuted, np.concatenate([[0], np.cumsum(self.counts[permuted])])
+
+    def _make_window(self, epoch: int, lane: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shuffled (shard, row) of one window of one lane."""
+        low = number * self.window
+        high = min(low + self.window, self.lane_len)
+        windows_per_lane = math.ceil(self.lane_len / self.window)
+        key = (epoch * self.lanes + lane) * windows_per_lane + number
+        places = lane * self.lane_len + low + stream(self.seed, Purpose.WINDOW, key).permutation(high - low)
+        permuted, starts = self._shards(epoch)
+        k = np.searchsorted(starts, places, side="right") - 1
+        return permuted[k], places - starts[k]
+
+    def at(self, seen: int, start: int, count: int) -> list[tuple[int, int, int]]:
+        """(position, shard, row) of slots start … start + count of the global batch that follows `seen` samples."""
+        per_lane = self.global_batch // self.lanes
+        taken = seen // self.lanes
+        found = []
+        for slot in range(start, start + count):
+            lane, j = divmod(slot, per_lane)
+            epoch, offset = divmod(taken + j, self.lane_len)
+            number, place = divmod(offset, self.window)
+            shards, rows = self._window(epoch, lane, number)
+            found.append((seen + slot, int(shards[place]), int(rows[place])))
+        return found
+
+
+class MicroBatches:
+    """Batch sampler of one process: the micro-batches of steps that begin at `seen`, until `total_steps` are done.
+
+    A global batch is cut into accumulate · world micro-batches of equal size; this process takes every
+    world-th. Iterating again starts again at `seen`.
+    """
+
+    def __init__(
+        self, order: Order, *, seen: int, steps: int, accumulate: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.order, self.seen, self.steps, self.accumulate = order, seen, steps, accumulate
+        self.rank, self.world = rank, world
+        self.size = order.global_batch // (accumulate * world)
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for step in range(self.steps):
+            seen = self.seen + step * self.order.global_batch
+            for m in range(self.accumulate):
+                yield self.order.at(seen, (m * self.world + self.rank) * self.size, self.size)

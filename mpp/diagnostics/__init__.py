@@ -1,0 +1,1 @@
+"""Pictures and numbers that show what was learned."""

@@ -1,0 +1,1 @@
+"""The adapter between masked-patch pretraining and timm's encoders."""

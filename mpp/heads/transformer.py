@@ -1,0 +1,59 @@
+"""A light transformer over visible tokens and mask tokens (MAE, He et al. 2022, section 3, the decoder)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpp.patches import decoder_dim, sincos_positions
+from mpp.types import EncoderOutput, PositiveInt, gather_cells
+
+
+class TransformerHead(nn.Module):
+    """`dim`, `depth`, `num_heads` of the decoder; dim a multiple of 4 and of num_heads.
+
+    Defaults: half the encoder's width, depth 1, 4 heads (guesses), so that the head stays light beside small
+    encoders; MAE's own 512 × 8 × 16 costs 6 to 7 times a CIFAR-sized encoder. Where hidden cells were in the
+    encoder already (`hidden_enter`), their tokens take the place of the head's mask token.
+    """
+
+    needs_hidden_tokens = False
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        out_dim: int,
+        hidden_enter: bool,
+        *,
+        dim: PositiveInt | None = None,
+        depth: PositiveInt = 1,
+        num_heads: PositiveInt = 4,
+    ) -> None:
+        super().__init__()
+        self.dim = decoder_dim(encoder_dim, dim, num_heads)
+        self.embed = nn.Sequential(nn.LayerNorm(encoder_dim), nn.Linear(encoder_dim, self.dim))
+        self.mask_token = None if hidden_enter else nn.Parameter(torch.randn(self.dim) * 0.02)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                self.dim, num_heads, 4 * self.dim, 0.0, "gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(self.dim)
+        self.out = nn.Linear(self.dim, out_dim)
+
+    def forward(self, features: EncoderOutput) -> Tensor:
+        positions = sincos_positions(features.cells.grid, self.dim, features.tokens.device)
+        positions = positions.expand(len(features.tokens), -1, -1)
+        entered = features.predicted()
+        hidden = self.mask_token if entered is None else self.embed(entered)
+        x = torch.cat(
+            [
+                self.embed(features.visible()) + gather_cells(positions, features.cells.visible),
+                hidden + gather_cells(positions, features.cells.predicted),
+            ],
+            dim=1,
+        )
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x[:, features.cells.visible.shape[1] :]))

@@ -1,0 +1,1 @@
+"""How a prediction is compared with its target, on predicted cells only, in float32."""

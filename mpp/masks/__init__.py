@@ -1,0 +1,1 @@
+"""Which cells are hidden. One file a mask, drawn in numpy by the loader's workers from (seed, position)."""

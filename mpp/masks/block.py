@@ -1,0 +1,49 @@
+"""Blockwise masking (BEiT, Bao et al. 2022, section 2.2 and algorithm 1), with an exact count."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mpp.types import OpenFraction, PositiveFloat, PositiveInt
+
+
+class BlockMask:
+    """Rectangles of random aspect are hidden until `ratio` of the cells is; the last one is trimmed.
+
+    `ratio`: fraction of cells hidden, exact after rounding (BEiT: 0.4).
+    `min_block`: smallest rectangle in cells (BEiT: 16 on a 14×14 grid); capped at what is still to hide.
+    `max_aspect`: rectangles have aspects in [1 / max_aspect, max_aspect] (BEiT: 1 / 0.3).
+    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+
+    BEiT accepts a mask with fewer cells than asked. Here every mask has the same count, which dropping
+    hidden tokens needs: the block that would overshoot loses random cells.
+    """
+
+    def __init__(
+        self,
+        *,
+        ratio: OpenFraction = 0.4,
+        min_block: PositiveInt = 16,
+        max_aspect: PositiveFloat = 1 / 0.3,
+        unit_px: PositiveInt | None = None,
+    ) -> None:
+        self.ratio, self.min_block, self.max_aspect, self.unit_px = ratio, min_block, max_aspect, unit_px
+
+    def __call__(self, grid: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        gh, gw = grid
+        n = gh * gw
+        count = min(max(round(n * self.ratio), 1), n - 1)
+        mask = np.zeros(grid, dtype=bool)
+        spread = abs(math.log(self.max_aspect))
+        while (left := count - int(mask.sum())) > 0:
+            area = rng.uniform(min(self.min_block, left), left)
+            aspect = math.exp(rng.uniform(-spread, spread))
+            h = min(max(round(math.sqrt(area * aspect)), 1), gh)
+            w = min(max(round(math.sqrt(area / aspect)), 1), gw)
+            top, side = rng.integers(gh - h + 1), rng.integers(gw - w + 1)
+            rows, cols = np.nonzero(~mask[top : top + h, side : side + w])
+            keep = rng.permutation(len(rows))[:left]
+            mask[top + rows[keep], side + cols[keep]] = True
+        return mask

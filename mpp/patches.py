@@ -1,0 +1,90 @@
+"""Images as grids of square patches, and back."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def patchify(images: Tensor, size_px: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C·size_px²), cells in raster order, channels first within a patch.
+
+    H and W must be multiples of size_px (ValueError).
+    """
+    b, c, h, w = images.shape
+    if h % size_px or w % size_px:
+        raise ValueError(f"an image of {h}×{w} px has no whole patches of {size_px} px")
+    gh, gw = h // size_px, w // size_px
+    x = images.reshape(b, c, gh, size_px, gw, size_px)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, gh * gw, c * size_px * size_px)
+
+
+def unpatchify(patches: Tensor, size_px: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: (B, N, C·size_px²) -> (B, C, H, W)."""
+    b, n, d = patches.shape
+    gh, gw = grid
+    if n != gh * gw:
+        raise ValueError(f"{n} patches do not fill a grid of {gh}×{gw}")
+    c = d // (size_px * size_px)
+    x = patches.reshape(b, gh, gw, c, size_px, size_px).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(b, c, gh * size_px, gw * size_px)
+
+
+def repeat_cells(grid_map: Tensor, factor: int) -> Tensor:
+    """(B, gh, gw) -> (B, gh·factor, gw·factor): every cell becomes factor × factor of the same value."""
+    if factor == 1:
+        return grid_map
+    return grid_map.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
+def blank_hidden(images: Tensor, hidden: Tensor) -> Tensor:
+    """Zero the pixels of hidden cells: (B, C, H, W) and (B, gh, gw) bool.
+
+    Done before anything else reads the image, so no convolution, norm or pooling of any encoder can carry a
+    hidden pixel into a prediction. A fill, not a product: NaN · 0 is NaN.
+    """
+    pixels = repeat_cells(hidden, images.shape[-1] // hidden.shape[-1]).unsqueeze(1)
+    return images.masked_fill(pixels, 0.0)
+
+
+def hidden_cells(hidden: Tensor, count: int) -> Tensor:
+    """(B, gh, gw) bool with `count` cells hidden in each image -> (B, count) int64, ascending."""
+    return hidden.flatten(1).int().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def visible_cells(hidden: Tensor, hidden_count: int) -> Tensor:
+    """(B, gh, gw) bool with `hidden_count` cells hidden in each image -> (B, N - hidden_count), ascending."""
+    flat = hidden.flatten(1).int()
+    return flat.argsort(dim=1, stable=True)[:, : flat.shape[1] - hidden_count]
+
+
+def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
+    """Fixed 2-D sine-cosine positions, (N, dim) float32; dim must be a multiple of 4 (ValueError).
+
+    Half of the channels encode the row, half the column, temperature 10,000: MAE (He et al. 2022), appendix
+    A.1, after the 1-D form of Vaswani et al. 2017, section 3.5.
+    """
+    if dim % 4:
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4; got {dim}")
+    gh, gw = grid
+    rates = 10000.0 ** -(torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim // 4))
+    rows = torch.arange(gh, device=device, dtype=torch.float64).repeat_interleave(gw)
+    cols = torch.arange(gw, device=device, dtype=torch.float64).repeat(gh)
+    angles = [axis[:, None] * rates for axis in (rows, cols)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
+
+
+def decoder_dim(encoder_dim: int, dim: int | None, num_heads: int) -> int:
+    """Width of a light decoder: `dim`, or half the encoder's rounded down to what positions and heads allow.
+
+    ValueError where `dim` is no multiple of 4 (sine-cosine positions) and of num_heads. Half: a guess,
+    after MAE's 512 beside an encoder of 1024.
+    """
+    step = math.lcm(4, num_heads)
+    if dim is None:
+        return max(encoder_dim // 2 // step, 1) * step
+    if dim % step:
+        raise ValueError(f"dim must be a multiple of 4 and of num_heads ({num_heads}); got {dim}")
+    return dim

@@ -1,0 +1,561 @@
+"""Recipes: their schema, the YAML reader, overrides and the error messages.
+
+A recipe is YAML 1.2: `1e-4` is a number, `yes` a string, a key given twice an error. Every error is one line
+with the file and line (or "command line") and key; all errors of a recipe are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from mpp import registry
+from mpp.errors import UserError
+from mpp.types import (
+    Bool,
+    Float,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+)
+
+COMMAND_LINE = "command line"
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values do not change after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def component_section(folder: str, default: str) -> Any:
+    """The type of a recipe key that names a component: `{name: block, ratio: 0.4}`, or `block` alone.
+
+    The other keys are the component's keyword-only constructor arguments, checked against their annotations.
+    """
+    sections = []
+    for name in registry.names(folder):
+        cls = registry.component(folder, name)
+        fields: dict[str, Any] = {
+            key: (p.annotation, ... if p.default is inspect.Parameter.empty else p.default)
+            for key, p in registry.recipe_arguments(cls).items()
+        }
+        fields["name"] = (Literal[name], name)
+        sections.append(create_model(cls.__name__, __base__=Section, __doc__=cls.__doc__, **fields))
+
+    def with_name(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": default, **value} if isinstance(value, dict) else value
+
+    if len(sections) == 1:
+        return Annotated[sections[0], BeforeValidator(with_name)]
+    return Annotated[reduce(or_, sections), Field(discriminator="name"), BeforeValidator(with_name)]
+
+
+def _size(value: Any) -> Any:
+    """32 means 32×32."""
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+ImageSize = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_size)]
+
+
+class ImageData(Section):
+    """How images are read, common to both jobs."""
+
+    image_size: ImageSize
+    """Side in pixels, or [height, width]."""
+    channels: Literal[1, 3, 4] = 3
+    """1: grey, 3: RGB, 4: RGBA."""
+    mean: tuple[Float, ...] | None = None
+    """Of each channel, of pixels in [0, 1]; default 0.5."""
+    std: tuple[PositiveFloat, ...] | None = None
+    """Of each channel; default 0.5."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip in training."""
+    workers: NonNegativeInt = 2
+    """Loader processes per training process."""
+    formats: tuple[Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"], ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+    """Image formats that are decoded; any other is a bad image."""
+    max_image_pixels: Annotated[PositiveInt, Field(le=178_000_000)] = 64_000_000
+    """Images with more pixels are bad images, refused from their header."""
+    cache_dir: str | None = None
+    """Folder for copies of remote shards and for indexes that cannot lie beside their shards; default
+    $MPP_CACHE or ~/.cache/mpp."""
+    cache_limit_gb: PositiveFloat = 200.0
+    """Copies of remote shards are evicted, oldest first, above this."""
+
+    @model_validator(mode="after")
+    def _channels(self) -> ImageData:
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            if value is not None and len(value) != self.channels:
+                raise ValueError(f"{key}: has {len(value)} values for {self.channels} channels")
+        return self
+
+    def mean_std(self) -> tuple[list[float], list[float]]:
+        return list(self.mean or [0.5] * self.channels), list(self.std or [0.5] * self.channels)
+
+
+class PretrainData(ImageData):
+    """Unlabeled shards."""
+
+    shards: str | tuple[str, ...]
+    """Tar shards: a folder, a file, a pattern (`*`, `{000..099}`), an URL, or a list of these."""
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)
+    """Random resized crop: range of the crop's area (MAE: 0.2 to 1; SimMIM: 0.67 to 1)."""
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    """Random resized crop: range of the crop's aspect ratio."""
+    held_out: PositiveInt = 256
+    """Images taken from the ends of the shards, never trained on, for the skill."""
+    max_bad_fraction: Fraction = 0.001
+    """The run stops when more images than this fraction, and at least 100, could not be read."""
+    lanes: PositiveInt = 256
+    """Most runs of shards that are read side by side; see `data/order.py`."""
+    window: PositiveInt = 4096
+    """Samples shuffled at a time within a lane."""
+
+
+class Encoder(Section):
+    """Any timm encoder that has been tried, see `encoders/support.py`."""
+
+    name: str = "vit_base_patch16_224"
+    """Name of the timm model."""
+    args: dict[str, Any] = {}
+    """timm's arguments for it, such as patch_size, embed_dim, depth, num_heads, drop_path_rate."""
+    pretrained: Bool = False
+    """Start from timm's published weights."""
+    grad_checkpointing: Bool = False
+    """Recompute activations in the backward pass: slower, less memory."""
+
+
+class Optim(Section):
+    """AdamW, linear warm-up, cosine."""
+
+    base_lr: PositiveFloat = 1.5e-4
+    """Learning rate for 256 images; scaled by global_batch_size / 256 (Goyal et al. 2017). MAE: 1.5e-4."""
+    global_batch_size: PositiveInt = 256
+    """Images of one optimizer step, over all processes and accumulated micro-batches."""
+    max_batch_per_device: PositiveInt = 256
+    """Most images a device takes at once; more are accumulated."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Not applied to norms, biases, tokens and positions."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    clip_grad_norm: PositiveFloat | None = None
+    warmup_epochs: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt | None = None
+    """Overrides warmup_epochs."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data; this or steps."""
+    steps: PositiveInt | None = None
+    min_lr: NonNegativeFloat = 0.0
+    """Where the cosine ends, for 256 images like base_lr."""
+
+    @model_validator(mode="after")
+    def _length(self) -> Optim:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give one of epochs and steps" + ("" if self.steps is None else ", not both"))
+        return self
+
+
+class Run(Section):
+    """Keys of every job."""
+
+    out: str
+    """Run folder; must be new or empty unless the run is resumed."""
+    seed: Annotated[NonNegativeInt, Field(lt=2**56)] = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on CUDA devices that have it, else fp32."""
+    log_every_steps: PositiveInt = 50
+    checkpoint_every_steps: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept, newest first."""
+
+
+class PretrainRecipe(Run):
+    """Masked-patch pretraining on unlabeled shards."""
+
+    job: Literal["pretrain"] = "pretrain"
+    data: PretrainData
+    encoder: Encoder = Encoder()
+    mask: component_section("masks", "uniform") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    corruption: component_section("corruptions", "token") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    target: component_section("targets", "norm_pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    loss: component_section("losses", "mse") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    head: component_section("heads", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    predict_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    """Part of the hidden cells that is predicted."""
+    optim: Optim
+    skill_every_steps: PositiveInt = 500
+    """Steps between measurements of the skill on held-out images."""
+
+
+class FinetuneData(ImageData):
+    """Labeled images: a folder with a folder for each class, or shards with labels."""
+
+    train: str | tuple[str, ...]
+    val: str | tuple[str, ...]
+    labels_per_class: PositiveInt | None = None
+    """Train on so many images of each class, drawn by the seed."""
+    fraction: Annotated[Float, Field(gt=0, le=1)] | None = None
+    """Train on this fraction of each class, drawn by the seed; at least one image of each."""
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    val_crop_fraction: OpenFraction | Literal[1, 1.0] = 1.0
+    """Validation: the central crop is this fraction of the resized image's side (ImageNet recipes: 0.875)."""
+    auto_augment: str | None = None
+    """timm's policy string, such as rand-m9-mstd0.5-inc1 (RandAugment)."""
+    color_jitter: NonNegativeFloat | None = None
+    erase: Fraction = 0.0
+    """Probability of random erasing (Zhong et al. 2020)."""
+
+    @model_validator(mode="after")
+    def _subset(self) -> FinetuneData:
+        if self.labels_per_class is not None and self.fraction is not None:
+            raise ValueError("give labels_per_class or fraction, not both")
+        return self
+
+
+class Architecture(Section):
+    """A timm encoder by name, for `encoder: scratch` or a name of timm's."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+
+class FinetuneOptim(Optim):
+    """As in pretraining, and what fine-tuning adds."""
+
+    base_lr: PositiveFloat = 5e-4
+    """For 256 images (MAE, table 9: 5e-4 for ViT-L/H, 5e-4 for ViT-B)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: Annotated[Float, Field(gt=0, le=1)] = 0.75
+    """Learning rate of a layer over that of the next (BEiT; MAE: 0.75). The scratch arm uses 1."""
+    head_lr_scale: PositiveFloat = 1.0
+    """Learning rate of the new head over that of the last layer."""
+
+
+class Scratch(Section):
+    """What the arm from scratch does otherwise; None: as the pretrained arm."""
+
+    base_lr: PositiveFloat | None = None
+    layer_decay: Annotated[Float, Field(gt=0, le=1)] | None = 1.0
+    """1: layer decay protects pretrained layers, and there are none."""
+
+
+class FinetuneRecipe(Run):
+    """Fine-tuning on labeled images, beside the same from scratch."""
+
+    job: Literal["finetune"] = "finetune"
+    encoder: str
+    """A pretraining run, an exported folder, a name of timm's, or scratch."""
+    architecture: Architecture | None = None
+    """With `encoder: scratch` or a name of timm's: the encoder to build."""
+    beside_scratch: Bool = True
+    """Run the same fine-tune from scratch, too."""
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
+    """Each draws its own labels, order and initial head."""
+    data: FinetuneData
+    task: component_section("tasks", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    pool: Literal["mean", "token"] = "mean"
+    """Features of an image: the mean of its patch tokens, or the class token (never trained in pretraining)."""
+    drop_path_rate: Fraction = 0.0
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of the beta distribution (Zhang et al. 2018); 0: none."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of the beta distribution (Yun et al. 2019); 0: none."""
+    optim: FinetuneOptim
+    scratch: Scratch = Scratch()
+
+    @model_validator(mode="after")
+    def _architecture(self) -> FinetuneRecipe:
+        if self.encoder == "scratch" and self.architecture is None:
+            raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds: each once")
+        return self
+
+
+RECIPES: dict[str, type[Run]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+MAY_CHANGE = {
+    "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
+    "data.cache_limit_gb", "data.max_bad_fraction", "optim.max_batch_per_device", "encoder.grad_checkpointing",
+}  # fmt: skip
+"""Keys a resumed run may change: they do not change what is computed."""
+
+R = TypeVar("R", bound=Run)
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core numbers and booleans; PyYAML's own reads `1e-4` as a string and `yes` as true."""
+
+
+_KEPT = ("null", "int", "merge", "value")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] in _KEPT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false|True|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$|^[-+]?[0-9]+[eE][-+]?[0-9]+$"
+        r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+Key = tuple[str | int, ...]
+
+
+def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[Key, str]]:
+    """-> the mapping, and for each key where it stands ("file:line"). UserError for what is not such YAML."""
+    places: dict[Key, str] = {}
+    errors: list[str] = []
+
+    def walk(node: yaml.Node, key: Key) -> None:
+        places.setdefault(key, f"{source}:{node.start_mark.line + 1}")
+        if isinstance(node, yaml.MappingNode):
+            for k, v in node.value:
+                inner = (*key, k.value)
+                place = f"{source}:{k.start_mark.line + 1}"
+                if inner in places:
+                    errors.append(f"{place}: {dotted(inner)}: given twice; first at line {places[inner].rsplit(':')[-1]}")
+                else:
+                    places[inner] = place
+                    walk(v, inner)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, v in enumerate(node.value):
+                walk(v, (*key, i))
+
+    try:
+        node = yaml.compose(text, _Loader)
+        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{source}{line}: not valid YAML: {problem}") from error
+    if node is None:
+        return {}, places
+    walk(node, ())
+    if errors:
+        raise UserError("\n".join(errors))
+    if not isinstance(value, dict):
+        raise UserError(f"{source}:1: a recipe is a mapping of keys to values; got {type(value).__name__}")
+    return value, places
+
+
+def dotted(key: Key) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: dict[str, Any]) -> None:
+    """Set dotted keys in place. Values that are strings are read as YAML, as on the command line."""
+    for name, value in overrides.items():
+        *outer, last = name.split(".")
+        node = values
+        for i, part in enumerate(outer):
+            inner = node.setdefault(part, {})
+            if isinstance(inner, str) and registry_key(part):  # `mask: block` and then mask.ratio=0.5
+                inner = node[part] = {"name": inner}
+            if not isinstance(inner, dict):
+                raise UserError(f"{COMMAND_LINE}: {name}: {'.'.join(outer[: i + 1])} has no keys; it is {inner!r}")
+            node = inner
+        if isinstance(value, str):
+            try:
+                value = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+            except yaml.YAMLError as error:
+                raise UserError(f"{COMMAND_LINE}: {name}: not a YAML value: {value}") from error
+        if last == "name" and node.get("name", value) != value:
+            node.clear()  # another component has other keys
+        node[last] = value
+        key = (*outer, last)
+        for old in [k for k in places if k[: len(key)] == key]:
+            del places[old]
+        places[key] = COMMAND_LINE
+
+
+def registry_key(part: str) -> bool:
+    """Whether a recipe key names a component."""
+    return part in ("mask", "corruption", "target", "loss", "head", "task")
+
+
+def parse_overrides(pairs: tuple[str, ...]) -> dict[str, str]:
+    """`key=value` words of the command line. UserError for a word of another form."""
+    for pair in pairs:
+        if not re.match(r"[A-Za-z_][\w.]*=", pair):
+            raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as optim.base_lr=1e-4")
+    return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None = None) -> R:
+    """Read and check a recipe. UserError with a line for each thing that is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8") from error
+    values, places = parse_yaml(text, str(path))
+    apply_overrides(values, places, overrides or {})
+    return check_recipe(values, job, places, str(path))
+
+
+def check_recipe(values: dict[str, Any], job: type[R], places: dict[Key, str] | None = None, source: str = "recipe") -> R:
+    """Validate a mapping. UserError with a line for each thing that is wrong."""
+    expected = job.model_fields["job"].default
+    if values.get("job", expected) != expected and values["job"] in RECIPES:
+        raise UserError(f"{source}: job: this is a recipe of `mpp {values['job']}`, not of `mpp {expected}`")
+    try:
+        return job.model_validate(values)
+    except ValidationError as error:
+        places = places or {}
+        lines = {_error_line(e, job, places, source): None for e in error.errors()}
+        raise UserError("\n".join(lines)) from None
+
+
+def _error_line(error: Any, job: type[Run], places: dict[Key, str], source: str) -> str:
+    key, fields = _without_tags(tuple(error["loc"]), job)
+    kind, context, got = error["type"], error.get("ctx", {}), error.get("input")
+    place = next((places[key[:n]] for n in range(len(key), -1, -1) if key[:n] in places), source)
+    if kind == "extra_forbidden":
+        known = list(_leaves(job))
+        close = difflib.get_close_matches(dotted(key), known, 1, 0.6)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return f"{place}: {dotted(key)}: unknown key.{hint} Allowed here: {', '.join(sorted(fields))}"
+    if kind == "missing":
+        return f"{place}: {dotted(key)}: missing"
+    if kind in ("union_tag_invalid", "literal_error"):
+        choices = str(context.get("expected_tags") or context.get("expected", ""))
+        words = re.findall(r"'([^']*)'", choices) or re.split(r", | or ", choices)
+        name = dotted((*key, "name")) if kind == "union_tag_invalid" else dotted(key)
+        place = places.get((*key, "name"), place)
+        value = context.get("tag", got)
+        close = difflib.get_close_matches(str(value), words, 1, 0.5)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return f"{place}: {name}: no such choice; got {value!r}.{hint} Allowed: {', '.join(words)}"
+    if kind == "value_error" and not key:
+        message = str(context["error"])
+        return f"{source}: {message}"
+    if kind == "value_error" and isinstance(got, dict):
+        inner = str(context["error"])
+        head, _, rest = inner.partition(": ")
+        if rest and re.fullmatch(r"\w+", head):
+            inner_key = (*key, head)
+            return f"{places.get(inner_key, place)}: {dotted(inner_key)}: {rest}"
+        return f"{place}: {dotted(key)}: {inner}"
+    limits = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+    message = error["msg"].removeprefix("Value error, ")
+    bounds = _bounds(key, job)
+    if kind in limits and bounds:
+        message = "must be " + bounds
+    else:
+        message = message[0].lower() + message[1:]
+    return f"{place}: {dotted(key)}: {message}; got {got!r}"
+
+
+def _section_types(annotation: Any) -> list[type[BaseModel]]:
+    """The recipe sections inside an annotation: unions and Annotated are looked through."""
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [t for a in get_args(annotation) for t in _section_types(a)]
+
+
+def _without_tags(loc: Key, job: type[BaseModel]) -> tuple[Key, list[str]]:
+    """pydantic puts the chosen component's name into the path; take it out. Also the keys allowed at the end."""
+    key: list[str | int] = []
+    sections: list[type[BaseModel]] = [job]
+    tag = None
+    for part in loc:
+        names = {s.model_fields["name"].default: s for s in sections if "name" in s.model_fields}
+        if len(sections) > 1 and part in names and tag is None:
+            sections, tag = [names[part]], part
+            continue
+        tag = None
+        key.append(part)
+        inner = [s.model_fields[part] for s in sections if isinstance(part, str) and part in s.model_fields]
+        if inner:
+            sections = [t for f in inner for t in _section_types(f.annotation)]
+        elif part != loc[-1] and not isinstance(part, int):
+            key.pop()  # a branch label of a plain union
+    return tuple(key), [name for s in sections for name in s.model_fields]
+
+
+def _leaves(job: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a recipe and its field."""
+    found: dict[str, Any] = {}
+    for name, f in job.model_fields.items():
+        sections = _section_types(f.annotation)
+        for s in sections:
+            found.update(_leaves(s, f"{prefix}{name}."))
+        if not sections:
+            found[prefix + name] = f
+    return found
+
+
+def _bounds(key: Key, job: type[BaseModel]) -> str:
+    """The numeric limits of a key in words: "> 0 and < 1"."""
+    field = _leaves(job).get(dotted(tuple(k for k in key if isinstance(k, str))))
+    if field is None:
+        return ""
+    operators = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    found: list[str] = []
+
+    def walk(metadata: Any) -> None:
+        for item in metadata:
+            for attribute, operator in operators.items():
+                if getattr(item, attribute, None) is not None and not isinstance(item, type):
+                    found.append(f"{operator} {getattr(item, attribute)}")
+            walk(getattr(item, "metadata", ()))
+
+    def annotations(annotation: Any) -> None:
+        if get_origin(annotation) is Annotated:
+            walk(annotation.__metadata__)
+        for a in get_args(annotation):
+            annotations(a)
+
+    walk(field.metadata)
+    annotations(field.annotation)
+    return " and ".join(dict.fromkeys(found))
+
+
+def dump_recipe(recipe: Run) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to the same."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """One line for each key that differs and may not change when a run is resumed."""
+    a, b = (_flat(r.model_dump(mode="json")) for r in (old, new))
+    return [
+        f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and key not in MAY_CHANGE
+    ]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            flat.update(_flat(inner, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = inner
+    return flat
+
+
