@@ -1,0 +1,159 @@
+"""Checkpoints that are whole or not there: written aside, checksummed, renamed. safetensors and JSON, no pickle.
+
+    checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
+
+A folder that was not renamed (`.tmp`) does not count; one whose manifest does not hold is passed over, with a
+warning that names the file, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpp.errors import MppWarning, UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8})")
+
+
+def save(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+) -> Path:
+    """Write the checkpoint of `step` and remove all but the newest `keep`. Call it on one process.
+
+    UserError, with path and free space, where it cannot be written; earlier checkpoints are not touched then.
+    """
+    final = folder / f"step-{step:08d}"
+    aside = folder / f"{final.name}.tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
+        save_file(_on_cpu(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        files = sorted(p for p in aside.iterdir())
+        for path in files:
+            _sync(path)
+        manifest = {p.name: _sha256(p) for p in files}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _sync(aside / MANIFEST)
+        _sync(aside)
+        if final.exists():  # saved before an interruption that came after; the same step, the same content
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{final}: cannot be saved: {getattr(error, 'strerror', None) or error} ({_free(folder)})") from error
+    for old in steps(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def steps(folder: Path) -> list[Path]:
+    """Finished checkpoints, newest first, whether they hold or not."""
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: p.name, reverse=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose manifest holds; a warning for each newer one that does not."""
+    for path in steps(folder):
+        fault = broken(path)
+        if fault is None:
+            return path
+        warnings.warn(f"{path}: {fault}; looking at the checkpoint before it", MppWarning, stacklevel=2)
+    return None
+
+
+def broken(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest: dict[str, str] = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, digest in manifest.items():
+        file = path / name
+        if not file.exists():
+            return f"{name} is missing"
+        if _sha256(file) != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The counters of a checkpoint. UserError for a folder that holds none, or of another format."""
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint: {error}") from error
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path}: checkpoint format {state.get('format')}; this version reads {FORMAT}")
+    return state
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's tensors into model and optimizer, strictly. UserError where they do not fit."""
+    try:
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        _load_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: does not fit this recipe: {str(error).splitlines()[0]}") from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state by parameter name, so that no order of groups is needed to read it back."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}|{key}": value
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _load_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    parameters = dict(model.named_parameters())
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("|")
+        p = parameters[parameter]
+        state.setdefault(p, {})[key] = value.to(p.device)
+    optimizer.state.update(state)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.3f} GB free there"
+    except OSError:
+        return "free space unknown"

@@ -1,0 +1,96 @@
+"""Processes and devices: the only user of Accelerate besides the two loops."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from mpp.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+"""A collective that waits longer ends the run; saving a checkpoint on slow storage must fit in it (a guess)."""
+
+
+def start(precision: str) -> Accelerator:
+    """An Accelerator for the processes that torchrun or `accelerate launch` made, or for this one alone.
+
+    precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it. fp32 on CPUs: bf16 is 3.2 times
+    slower there without AMX. UserError where bf16 is asked of a device that has none.
+    """
+    cuda = torch.cuda.is_available()
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+        raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; allowed: auto, fp32")
+    bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        cpu=not cuda,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+    )
+    if accelerator.distributed_type.value == "FSDP" and not cuda:
+        raise UserError("FSDP on CPUs would run as plain data parallelism; use torchrun there")
+    return accelerator
+
+
+def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> int:
+    """Micro-batches of one step on each process: the fewest that fit. UserError where they cannot be equal."""
+    if global_batch % world:
+        raise UserError(
+            f"optim.global_batch_size: {global_batch} cannot be shared by {world} processes; "
+            f"allowed are multiples of {world}"
+        )
+    share = global_batch // world
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max_batch_per_device)
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by what."""
+
+    def __init__(self) -> None:
+        self.by: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.by is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """SIGTERM, SIGINT and SIGUSR1 set the request; a second SIGINT stops at once.
+
+    Outside the main thread (a notebook's, a server's) signals are left as they are.
+    """
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and request.by == "SIGINT":
+            raise KeyboardInterrupt
+        request.by = signal.Signals(number).name
+        print(f"{request.by}: finishing the step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    try:
+        before = {n: signal.signal(n, handle) for n in numbers}
+    except ValueError:  # not the main thread
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def total(accelerator: Accelerator, values: list[float]) -> list[float]:
+    """Sums over all processes of a few numbers. float64: counts stay exact."""
+    if accelerator.num_processes == 1:
+        return values
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    summed: torch.Tensor = accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), "sum")
+    return summed.tolist()

@@ -1,0 +1,230 @@
+"""The encoder as a verified artifact: a timm folder that plain timm loads, and the proof that it does.
+
+    config.json  model.safetensors     what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads
+    reference.safetensors              two images and their features, written by this process
+    export.json                        checksum of the weights, tolerance, metrics
+    recipe.yaml  README.md             how it was made, a model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mpp.errors import UserError
+from mpp.metrics import environment, write_json
+from mpp.recipe import FinetuneRecipe, PretrainRecipe, dump_recipe
+
+TOLERANCE = 1e-4
+"""Largest difference of features, over their largest value, that counts as the same: float32 on other hardware."""
+NOT_INHERITED = ("hf_hub_id", "hf_hub_filename", "url", "file", "origin_url", "paper_name", "paper_ids", "notes", "license")
+"""Keys of timm's pretrained_cfg that speak of other weights than these."""
+
+VERIFY = """
+import json, sys
+import torch, timm
+from safetensors.torch import load_file
+folder, keys = sys.argv[1], json.load(open(sys.argv[1] + "/export.json"))
+assert "mpp" not in sys.modules
+model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+stored = load_file(folder + "/model.safetensors")
+state = model.state_dict()
+missing, extra = sorted(state.keys() - stored.keys()), sorted(stored.keys() - state.keys())
+changed = [k for k in state.keys() & stored.keys() if not torch.equal(state[k], stored[k])]
+reference = load_file(folder + "/reference.safetensors")
+with torch.no_grad():
+    features = model.forward_features(reference["images"])
+    found = {"features": features, "embedding": model.forward_head(features, pre_logits=True)}
+    if "logits" in reference:
+        found["logits"] = model(reference["images"])
+difference = max(
+    float((found[k] - reference[k]).abs().max() / reference[k].abs().max().clamp_min(1e-12)) for k in found
+)
+print(json.dumps(dict(missing=missing, extra=extra, changed=changed, difference=difference,
+    parameters=sum(p.numel() for p in model.parameters()))))
+"""
+"""Runs in a clean process: no mpp, only what a user of the artifact has."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found; raised as UserError where it does not hold."""
+
+    folder: Path
+    difference: float
+    """Largest difference of features and embedding over the largest reference value."""
+    parameters: int
+
+
+def save_encoder(
+    model: nn.Module,
+    folder: Path,
+    recipe: PretrainRecipe | FinetuneRecipe,
+    metrics: dict[str, Any],
+    classes: list[str] | None = None,
+) -> None:
+    """Write a timm model as a timm folder with its proof. An earlier export of the same folder is replaced.
+
+    UserError where it cannot be written.
+    """
+    mean, std = recipe.data.mean_std()
+    size = (recipe.data.channels, *recipe.data.image_size)
+    aside = folder.with_name(folder.name + ".tmp")
+    training = model.training
+    model.eval()
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        timm.models.save_for_hf(
+            model,
+            str(aside),
+            model_config={"label_names": classes} if classes else None,
+            safe_serialization=True,
+            data_config={"mean": mean, "std": std, "input_size": size, "crop_pct": 1.0, "interpolation": "bicubic"},
+        )
+        config = json.loads((aside / "config.json").read_text())
+        # transformers' TimmWrapper passes num_classes itself and fails on a second one
+        config.get("model_args", {}).pop("num_classes", None)
+        for key in NOT_INHERITED:
+            config["pretrained_cfg"].pop(key, None)
+        config["pretrained_cfg"] |= {"tag": "mpp", "license": "unknown"}
+        write_json(aside / "config.json", config)
+        device = next(model.parameters()).device
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            features = model.forward_features(images.to(device))  # type: ignore[operator]
+            reference = {"features": features, "embedding": model.forward_head(features, pre_logits=True)}  # type: ignore[operator]
+            if classes:
+                reference["logits"] = model(images.to(device))
+        save_file(
+            {"images": images, **{k: v.float().cpu().contiguous() for k, v in reference.items()}},
+            aside / "reference.safetensors",
+        )
+        (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        write_json(
+            aside / "export.json",
+            {
+                "weights_sha256": _sha256(aside / "model.safetensors"),
+                "tolerance": TOLERANCE,
+                "metrics": metrics,
+                "environment": environment()["packages"],
+            },
+        )
+        (aside / "README.md").write_text(_card(config, recipe, metrics, sum(p.numel() for p in model.parameters())))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        model.train(training)
+
+
+def encoder_folder(source: str | Path) -> Path:
+    """The timm folder of a run or an export. UserError where there is none."""
+    for folder in (Path(source) / "encoder", Path(source)):
+        if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
+            return folder
+    if (Path(source) / "recipe.yaml").exists():
+        raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
+    raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")
+
+
+def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
+    """A plain timm model from a run or an export, weights loaded; `timm_args` such as num_classes, img_size."""
+    return timm.create_model(f"local-dir:{encoder_folder(source)}", pretrained=True, **timm_args)
+
+
+def export(run: str | Path, out: str | Path) -> Verified:
+    """Copy a run's encoder to `out` and verify it there. UserError where `out` is not new or empty."""
+    source, target = encoder_folder(run), Path(out)
+    try:
+        if target.exists() and any(target.iterdir()):
+            raise UserError(f"{target}: not empty; give a new folder")
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return verify(target)
+
+
+def verify(folder: str | Path) -> Verified:
+    """Load an export through plain timm in a clean process and compare. UserError where anything differs."""
+    path = encoder_folder(folder)
+    try:
+        record = json.loads((path / "export.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable export.json: not an export of `mpp`") from error
+    if _sha256(path / "model.safetensors") != record["weights_sha256"]:
+        raise UserError(f"{path}/model.safetensors: does not match the checksum of its export")
+    # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
+    process = subprocess.run([sys.executable, "-I", "-c", VERIFY, str(path)], capture_output=True, text=True, check=False)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        raise UserError(f"{path}: plain timm cannot load it: {lines[-1] if lines else 'no message'}")
+    found = json.loads(process.stdout.splitlines()[-1])
+    for what in ("missing", "extra", "changed"):
+        if found[what]:
+            raise UserError(f"{path}: {what} weights after loading: {', '.join(found[what][:5])}")
+    if not found["difference"] <= record["tolerance"]:
+        raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {record['tolerance']:.0e}")
+    return Verified(path, found["difference"], found["parameters"])
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _card(
+    config: dict[str, Any], recipe: PretrainRecipe | FinetuneRecipe, metrics: dict[str, Any], parameters: int
+) -> str:
+    cfg = config["pretrained_cfg"]
+    if isinstance(recipe, PretrainRecipe):
+        made = (
+            f"Masked-patch pretraining without labels: mask {recipe.mask.name}, corruption {recipe.corruption.name}, "
+            f"target {recipe.target.name}, head {recipe.head.name}, data `{recipe.data.shards}`."
+        )
+        limits = (
+            "The final norm, and a class token's own output, were not trained: fine-tune, or read the mean of the "
+            "patch tokens. How good the features are is for `mpp finetune`, beside the same from scratch, to tell."
+        )
+    else:
+        made = f"Fine-tuned on `{recipe.data.train}` from `{recipe.encoder}`."
+        limits = "Judged on the validation data named in recipe.yaml alone."
+    values = "\n".join(f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items())
+    return f"""---
+library_name: timm
+tags: [image-feature-extraction]
+---
+# {config["architecture"]}, {parameters / 1e6:.2f} M parameters
+
+{made} The whole recipe is in `recipe.yaml`.
+
+```python
+import timm
+model = timm.create_model("local-dir:FOLDER", pretrained=True)
+```
+
+Input: {cfg["input_size"]} (channels, height, width), mean {cfg["mean"]}, std {cfg["std"]} of pixels in [0, 1].
+Pooling: {config.get("global_pool", "none")}.
+
+| | |
+|---|---|
+{values}
+
+{limits}
+
+`mpp verify FOLDER` loads it through plain timm in a clean process and compares features with
+`reference.safetensors`.
+"""

@@ -1,0 +1,147 @@
+"""The run folder's records: metrics.jsonl, train.log, status.json, env.json, and progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mpp.errors import UserError
+
+PACKAGES = ("mpp", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "safetensors", "simplejpeg", "pillow")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file as a whole: a reader never sees half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "command": sys.argv,
+    }
+
+
+class RunLog:
+    """Writes a run's records. On all but the main process (`active=False`) it writes nothing.
+
+    out: the run folder. steps: of the whole run. resumed_at: lines of later steps are taken off metrics.jsonl,
+    since they will be written again.
+    """
+
+    def __init__(self, out: Path, *, steps: int, resumed_at: int, active: bool, label: str = "") -> None:
+        self.out, self.steps, self.active, self.label = out, steps, active, label
+        self.bar: tqdm[Any] | None = None
+        self._began = time.monotonic()
+        self._first = resumed_at
+        if not active:
+            return
+        try:
+            self._rewind(resumed_at)
+            self._metrics = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed by close())
+            self._log = open(out / "train.log", "a", buffering=1)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{out}: {error.strerror}") from error
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=resumed_at, desc=label or None, unit="step", dynamic_ncols=True)
+
+    def _rewind(self, step: int) -> None:
+        path = self.out / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # the line that was being written when the run died
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; `step` is in it. On a terminal the bar shows it, elsewhere a plain line."""
+        if not self.active:
+            return
+        # JSON has no NaN or infinity: readers in other languages stumble over Python's
+        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
+        self._metrics.write(json.dumps(clean) + "\n")
+        shown = {k: record[k] for k in ("loss", "skill", "accuracy", "lr", "images_per_s") if k in record}
+        text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items() if v is not None)
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            print(f"{self.label}step {record['step']}/{self.steps}  {text}  eta {self.eta(record['step'])}", flush=True)
+
+    def step(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def eta(self, step: int) -> str:
+        """Time left at this call's pace, such as 1:02:03."""
+        done = step - self._first
+        if done <= 0:
+            return "?"
+        left = round((time.monotonic() - self._began) / done * (self.steps - step))
+        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}" if left >= 3600 else f"{left // 60}:{left % 60:02d}"
+
+    def note(self, text: str) -> None:
+        """A line of train.log alone."""
+        if self.active:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def say(self, text: str) -> None:
+        """A line for people: train.log and the terminal."""
+        if not self.active:
+            return
+        self.note(text)
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(self.label + text, flush=True)
+
+    def status(self, state: str, **more: Any) -> None:
+        """status.json: running, finished, stopped or failed, and where."""
+        if self.active:
+            write_json(self.out / "status.json", {"state": state, "steps": self.steps, "time": time.time(), **more})
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.active:
+            self._metrics.close()
+            self._log.close()
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; [] where there are none."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,290 @@
+"""Masked-patch pretraining: the loop, from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from mpp import checkpoint, distributed, export
+from mpp.build import build_mask, build_model
+from mpp.data.images import ShardImages, held_out_rows
+from mpp.data.loader import Crop, PretrainDataset, batches
+from mpp.data.order import MicroBatches, Order
+from mpp.errors import UserError
+from mpp.metrics import RunLog, environment, write_json
+from mpp.model import MaskedPatchModel
+from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of
+from mpp.recipe import PretrainRecipe
+from mpp.rng import Purpose, stream
+from mpp.runfolder import create_run, find_run
+from mpp.types import Batch, torch_seed
+
+LEAST_BAD_IMAGES = 100
+"""A run never stops for fewer unreadable images than this."""
+HELD_OUT_POSITION = 2**62
+"""Where the masks of held-out images are drawn: far beyond any training position."""
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What `pretrain` returns."""
+
+    out: Path
+    state: str
+    """"finished", or "stopped" by a signal with a checkpoint to go on from."""
+    step: int
+    loss: float
+    """Of the last step, over all processes."""
+    skill: float
+    """1 - loss / loss of the trivial predictor, on held-out images; the last one measured."""
+    encoder: Path | None
+    """The timm folder of the encoder; None until the run is finished."""
+
+
+def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
+    """Run a recipe. resume: "never" (the run folder must be new), "auto", or the folder of a checkpoint.
+
+    UserError for everything the user can correct.
+    """
+    accelerator = distributed.start(recipe.precision)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    data, optim = recipe.data, recipe.optim
+    accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
+
+    # ---- model, data, optimizer
+    model, mask_grid = build_model(recipe)
+    images = ShardImages(
+        data.shards, key="data.shards", cache_dir=data.cache_dir, cache_limit_bytes=data.cache_limit_gb * 1e9
+    )
+    held_out = held_out_rows(images.counts, data.held_out)
+    counts = np.asarray(images.counts) - held_out
+    order = Order(
+        counts, global_batch=optim.global_batch_size, seed=recipe.seed, lanes=data.lanes, window=data.window
+    )
+    crop = Crop(
+        data.image_size, data.channels, data.crop_scale, data.crop_ratio, data.flip, data.formats, data.max_image_pixels
+    )
+    dataset = PretrainDataset(images, crop, build_mask(recipe), mask_grid, recipe.seed)
+    total_steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
+    warmup_steps = (
+        optim.warmup_steps
+        if optim.warmup_steps is not None
+        else round(optim.warmup_epochs * order.epoch_len / optim.global_batch_size)
+    )
+    lr_scale = optim.global_batch_size / 256
+    optimizer: Any = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    # ---- run folder and resume
+    run = find_run(recipe, resume, fingerprint=images.fingerprint)
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if accelerator.is_main_process:
+        create_run(recipe)
+    state: dict[str, Any] = {"seen": 0, "bad": 0, "skill": None}
+    start_step = 0
+    model.to(accelerator.device)
+    if run.checkpoint is not None:
+        checkpoint.load(run.checkpoint, model, optimizer)
+        state |= checkpoint.read_state(run.checkpoint)
+        start_step = state["step"]
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    log = RunLog(run.out, steps=total_steps, resumed_at=start_step, active=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        write_json(run.out / "env.json", {**environment(), "data_fingerprint": images.fingerprint})
+    log.say(
+        f"{sum(counts)} images in {len(images.paths)} shards, {int(held_out.sum())} more held out; "
+        f"{total_steps} steps of {optim.global_batch_size} "
+        f"({world} × {accumulate} × {optim.global_batch_size // world // accumulate}), "
+        f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained"
+        + (f"; resumed at step {start_step}" if run.checkpoint else "")
+    )
+    # checked on every process: rank 0 may not learn alone that a held-out image is unreadable
+    held_out_batch = _held_out_batch(dataset, counts, held_out)
+
+    # ---- the loop
+    step, loss, bad = start_step, math.nan, int(state["bad"])
+    skill = state["skill"] if state["skill"] is not None else math.nan
+    sampler = MicroBatches(
+        order,
+        seen=start_step * optim.global_batch_size,
+        steps=total_steps - start_step,
+        accumulate=accumulate,
+        rank=rank,
+        world=world,
+    )
+    cuda = accelerator.device.type == "cuda"
+    stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
+    prepared.train()
+    log.status("running", step=step)
+    window = _Window()
+    with distributed.stop_on_signals() as stop_request:
+        while step < total_steps:
+            seen = step * optim.global_batch_size
+            # dropout and drop path draw from here; with them off nothing does
+            torch.manual_seed(torch_seed(stream(recipe.seed, Purpose.STEP, seen + rank)))
+            micro_losses, bad_lines, samples = [], [], []
+            for m in range(accumulate):
+                waited = time.monotonic()
+                batch = next(stream_of_batches)
+                window.waited_s += time.monotonic() - waited
+                bad_lines += batch.bad
+                samples.append(batch.samples)
+                last = m == accumulate - 1
+                with nullcontext() if last else accelerator.no_sync(prepared):
+                    micro_loss = prepared(*_to(batch, accelerator), batch.hidden_units) / accumulate
+                    accelerator.backward(micro_loss)
+                micro_losses.append(micro_loss.detach())
+            grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
+
+            # One exchange a step: the mean loss, unreadable images, whether anyone was asked to stop. The gradient
+            # norm is the same everywhere, since gradients are: every process stops before the update, or none.
+            loss, new_bad, stopping = distributed.total(
+                accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)]
+            )
+            if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
+                _report_non_finite(run.out, rank, step, seen, loss, float(grad_norm), torch.cat(samples), images)
+                log.status("failed", step=step, why="non-finite loss or gradient")
+                raise UserError(
+                    f"step {step}: loss {loss}, gradient norm {float(grad_norm)}: stopped before the update; "
+                    f"the batch is named in {run.out}/non-finite-rank*.json. Try a lower optim.base_lr, "
+                    "optim.clip_grad_norm, or precision: fp32"
+                )
+            lr = lr_scale * scheduled_lr(
+                step, total_steps=total_steps, warmup_steps=warmup_steps, lr=optim.base_lr, min_lr=optim.min_lr
+            )
+            set_lr(optimizer, lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            window.steps += 1
+            log.step()
+
+            if new_bad:
+                bad_lines = gather_object(bad_lines)  # each process knows of its own alone
+            bad = _count_bad(bad, int(new_bad), bad_lines, seen, data.max_bad_fraction, log)
+            ending = bool(stopping) or step == total_steps
+            if step % recipe.skill_every_steps == 0 or step == total_steps:
+                skill = _skill(accelerator, model, held_out_batch)
+            if step % recipe.log_every_steps == 0 or ending or step == 1:
+                log.metrics(
+                    {
+                        "step": step,
+                        "seen": step * optim.global_batch_size,
+                        "loss": loss,
+                        "skill": skill,
+                        "lr": lr,
+                        "grad_norm": float(grad_norm),
+                        **window.rates(optim.global_batch_size),
+                        "skipped_images": bad,
+                    }
+                )
+            if step % recipe.checkpoint_every_steps == 0 or ending:
+                if accelerator.is_main_process:
+                    state = {
+                        "seen": step * optim.global_batch_size,
+                        "bad": bad,
+                        "skill": None if math.isnan(skill) else skill,
+                        "data_fingerprint": images.fingerprint,
+                    }
+                    checkpoint.save(
+                        run.out / "checkpoints", step, model, optimizer, state, keep=recipe.keep_checkpoints
+                    )
+                    log.status("running", step=step)
+                accelerator.wait_for_everyone()
+            if stopping and step < total_steps:
+                why = stop_request.by or "a signal to another process"
+                log.say(f"stopped at step {step} by {why}; go on with --resume auto")
+                log.status("stopped", step=step, why=why)
+                log.close()
+                return PretrainResult(run.out, "stopped", step, loss, skill, None)
+
+    # ---- the encoder, as a timm folder
+    encoder = run.out / "encoder"
+    if accelerator.is_main_process:
+        export.save_encoder(model.encoder.model, encoder, recipe, {"step": step, "loss": loss, "skill": skill})
+        log.say(f"encoder: {encoder}")
+    log.status("finished", step=step)
+    log.close()
+    accelerator.wait_for_everyone()
+    return PretrainResult(run.out, "finished", step, loss, skill, encoder)
+
+
+@dataclass
+class _Window:
+    """Time since the last logged line."""
+
+    began: float = 0.0
+    waited_s: float = 0.0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+
+    def rates(self, global_batch: int) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self.began, 1e-9)
+        found = {"images_per_s": self.steps * global_batch / elapsed, "data_wait": self.waited_s / elapsed}
+        self.began, self.waited_s, self.steps = time.monotonic(), 0.0, 0
+        return found
+
+
+def _to(batch: Batch, accelerator: Accelerator) -> tuple[torch.Tensor, ...]:
+    return tuple(t.to(accelerator.device, non_blocking=True) for t in (batch.images, batch.mask, batch.noise))
+
+
+def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.ndarray) -> Batch:
+    """The held-out images, centre-cropped, each with the mask it has in every run of this seed."""
+    rows = [(s, int(counts[s]) + i) for s in range(len(counts)) for i in range(int(held_out[s]))]
+    return dataset.batch([(HELD_OUT_POSITION + i, s, r) for i, (s, r) in enumerate(rows)], centre=True)
+
+
+def _skill(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch) -> float:
+    """On every process alike, so that none waits for another; eval mode, in parts of 256 images."""
+    model.eval()
+    own = trivial = 0.0
+    with accelerator.autocast():
+        for i in range(0, len(held_out.images), 256):
+            part = [t[i : i + 256] for t in (held_out.images, held_out.mask, held_out.noise)]
+            a, b = model.losses_for_skill(*(t.to(accelerator.device) for t in part), held_out.hidden_units)
+            own, trivial = own + float(a) * len(part[0]), trivial + float(b) * len(part[0])
+    model.train()
+    return 1 - own / trivial if trivial > 0 else math.nan
+
+
+def _count_bad(before: int, new: int, lines: list[str], seen: int, max_fraction: float, log: RunLog) -> int:
+    """The new count of unreadable images; a line at the 1st, 10th, 100th …, UserError above the allowed fraction."""
+    bad = before + new
+    for line in lines:
+        log.note(f"unreadable: {line}")
+    if new and (before == 0 or math.floor(math.log10(bad)) > math.floor(math.log10(before))):
+        log.say(f"{bad} unreadable images so far, replaced by their neighbours; last: {lines[-1]}")
+    if bad >= LEAST_BAD_IMAGES and bad > max_fraction * seen:
+        log.status("failed", why=f"{bad} unreadable images")
+        raise UserError(
+            f"data.max_bad_fraction: {bad} of {seen} images could not be read, allowed are {max_fraction:.2%}; "
+            f"they are named in {log.out}/train.log"
+        )
+    return bad
+
+
+def _report_non_finite(
+    out: Path, rank: int, step: int, seen: int, loss: float, grad_norm: float, samples: torch.Tensor, images: ShardImages
+) -> None:
+    write_json(
+        out / f"non-finite-rank{rank}.json",
+        {
+            "step": step,
+            "seen": seen,
+            "loss": str(loss),
+            "grad_norm": str(grad_norm),
+            "samples": [images.name(s, r) for s, r in samples.tolist()],
+        },
+    )
