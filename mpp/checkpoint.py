@@ -105,11 +105,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put a checkpoint's tensors into model and optimizer, strictly. UserError where they do not fit."""
     try:
         model.load_state_dict(load_file(path / "model.safetensors"))
-        _load_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
+        if optimizer is not None:
+            _load_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: does not fit this recipe: {str(error).splitlines()[0]}") from error
 

@@ -173,6 +173,8 @@ class Optim(Section):
 class Run(Section):
     """Keys of every job."""
 
+    job: str
+
     out: str
     """Run folder; must be new or empty unless the run is resumed."""
     seed: Annotated[NonNegativeInt, Field(lt=2**56)] = 0
@@ -414,6 +416,29 @@ def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None
     values, places = parse_yaml(text, str(path))
     apply_overrides(values, places, overrides or {})
     return check_recipe(values, job, places, str(path))
+
+
+def load_any(path: str | Path, overrides: dict[str, Any] | None = None) -> PretrainRecipe | FinetuneRecipe:
+    """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return load_recipe(path, PretrainRecipe)  # says what is wrong
+    if parse_yaml(text, str(path))[0].get("job") == "finetune":
+        return load_recipe(path, FinetuneRecipe, overrides)
+    return load_recipe(path, PretrainRecipe, overrides)
+
+
+def checked(recipe: str | Path | R, job: type[R], overrides: dict[str, Any]) -> R:
+    """A recipe from a file or, already checked, with overrides applied."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, job, overrides)
+    if not isinstance(recipe, job):
+        raise UserError(f"this is a recipe of `mpp {recipe.job}`, not of `mpp {job.model_fields['job'].default}`")
+    values = recipe.model_dump(mode="json")
+    places: dict[Key, str] = {}
+    apply_overrides(values, places, overrides)
+    return check_recipe(values, job, places)
 
 
 def check_recipe(values: dict[str, Any], job: type[R], places: dict[Key, str] | None = None, source: str = "recipe") -> R:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mpp import checkpoint, distributed, export
+from mpp import checkpoint, distributed, exporting
 from mpp.build import build_mask, build_model
 from mpp.data.images import ShardImages, held_out_rows
 from mpp.data.loader import Crop, PretrainDataset, batches
@@ -210,7 +210,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     # ---- the encoder, as a timm folder
     encoder = run.out / "encoder"
     if accelerator.is_main_process:
-        export.save_encoder(model.encoder.model, encoder, recipe, {"step": step, "loss": loss, "skill": skill})
+        exporting.save_encoder(model.encoder.model, encoder, recipe, {"step": step, "loss": loss, "skill": skill})
         log.say(f"encoder: {encoder}")
     log.status("finished", step=step)
     log.close()

@@ -1,0 +1,87 @@
+"""mpp: masked-patch pretraining of vision encoders on unlabeled images, fine-tuning, verified export.
+
+    mpp.pretrain("recipes/pretrain/cifar10.yaml", out="runs/a", **{"optim.epochs": 10})
+    mpp.finetune("recipes/finetune/cifar10.yaml", encoder="runs/a")
+    mpp.export("runs/a", "encoders/a")
+    model = mpp.load_encoder("encoders/a")          # a plain timm model
+
+Nothing heavy is imported before one of these is called.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpp.errors import BadImage, MppWarning, UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mpp.exporting import Verified
+    from mpp.finetuning import FinetuneResult
+    from mpp.pretraining import PretrainResult
+    from mpp.recipe import FinetuneRecipe, PretrainRecipe
+
+__version__ = "0.1.0"
+
+
+def pretrain(recipe: str | Path | PretrainRecipe, *, resume: str = "never", **overrides: Any) -> PretrainResult:
+    """Masked-patch pretraining. `recipe`: a file, or a checked recipe; overrides are its dotted keys.
+
+    resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint.
+    UserError for everything the user can correct.
+    """
+    from mpp import pretraining
+    from mpp.recipe import PretrainRecipe, checked
+
+    return pretraining.pretrain(checked(recipe, PretrainRecipe, overrides), resume)
+
+
+def finetune(recipe: str | Path | FinetuneRecipe, *, resume: str = "never", **overrides: Any) -> FinetuneResult:
+    """Fine-tuning on labeled images, beside the same from scratch. Arguments as in `pretrain`."""
+    from mpp import finetuning
+    from mpp.recipe import FinetuneRecipe, checked
+
+    return finetuning.finetune(checked(recipe, FinetuneRecipe, overrides), resume)
+
+
+def export(run: str | Path, out: str | Path) -> Verified:
+    """Copy the encoder of a run into a new folder and verify it there. UserError where it does not hold."""
+    from mpp import exporting
+
+    return exporting.export(run, out)
+
+
+def verify(folder: str | Path) -> Verified:
+    """Load an export through plain timm in a clean process and compare. UserError where anything differs."""
+    from mpp import exporting
+
+    return exporting.verify(folder)
+
+
+def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
+    """A plain timm model with the weights of a run or an export; `timm_args` such as num_classes, img_size."""
+    from mpp import exporting
+
+    return exporting.load_encoder(source, **timm_args)
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> PretrainRecipe | FinetuneRecipe:
+    """Read and check a recipe of either job. UserError with a line for each thing that is wrong."""
+    from mpp.recipe import load_any
+
+    return load_any(path, overrides)
+
+
+__all__ = [
+    "BadImage",
+    "MppWarning",
+    "UserError",
+    "export",
+    "finetune",
+    "load_encoder",
+    "load_recipe",
+    "pretrain",
+    "verify",
+]

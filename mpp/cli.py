@@ -1,0 +1,191 @@
+"""The commands: arguments in, one function called, its result printed. No logic, and no torch before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+import mpp
+from mpp.errors import MppWarning, UserError
+
+RANK = os.environ.get("RANK", "0")
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """Ours are for the user, one line; other people's keep their place in the code."""
+    text = f"warning: {message}" if issubclass(category, MppWarning) else f"{filename}:{lineno}: {message}"
+    click.echo(text, err=True)
+
+
+class Commands(click.Group):
+    """A user's error is one line for each thing that is wrong, and exit code 2; never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            who = "" if RANK == "0" else f"process {RANK}: "
+            for line in str(error).splitlines():
+                click.echo(who + line, err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("mpp: interrupted", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mpp.__version__)
+def main() -> None:
+    """Masked-patch pretraining on unlabeled images, fine-tuning on labeled ones, export of the encoder."""
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--images-per-shard", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option("--labels/--no-labels", default=None, help="Class folders become labels; default: if every image is in one.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the order of the images.")
+@click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
+def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed: int, workers: int) -> None:
+    """A folder of images SOURCE -> shards with their indexes in OUT. Interrupted, the same call goes on."""
+    from tqdm import tqdm
+
+    from mpp.data import pack as packing
+
+    with tqdm(unit="shard", disable=not sys.stderr.isatty()) as bar:
+
+        def on_shard(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        packed = packing.pack(
+            source, out, images_per_shard=images_per_shard, labels=labels, seed=seed, workers=workers, on_shard=on_shard
+        )
+    kind = f"{len(packed.classes)} classes" if packed.classes else "no labels"
+    click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
+    for path, why in packed.skipped[:10]:
+        click.echo(f"skipped: {path}: {why}")
+    if len(packed.skipped) > 10:
+        click.echo(f"… {len(packed.skipped)} files skipped in all; see {os.path.join(out, packing.SKIPPED)}")
+
+
+@main.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--cache-dir", default=None, help="For remote shards, and where the shards' folder cannot be written.")
+def index(shards: tuple[str, ...], cache_dir: str | None) -> None:
+    """Check tar shards made elsewhere and write their indexes: folders, files, patterns or URLs."""
+    from mpp.data.index import expand, index_shard
+    from mpp.data.store import Store, default_cache_dir
+
+    store, faults = Store(cache_dir), []
+    images = labeled = 0
+    names = expand(shards, "SHARDS")
+    for name in names:
+        try:
+            table = index_shard(store.path(name), cache_dir or default_cache_dir(), fresh=True).table
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        images, labeled = images + len(table), labeled + int((table[:, 3] >= 0).sum())
+        if len(table) == 0:
+            click.echo(f"warning: {name}: no images in it", err=True)
+    click.echo(f"{images} images, {labeled} with labels, in {len(names) - len(faults)} good shards of {len(names)}")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+_RESUME = click.option(
+    "--resume", default="never", show_default=True, metavar="auto|never|PATH", help="Go on from a checkpoint."
+)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_RESUME
+def pretrain(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
+    """Pretrain an encoder on unlabeled shards, as RECIPE says; KEY=VALUE changes it (optim.epochs=10)."""
+    from mpp.recipe import parse_overrides
+
+    result = mpp.pretrain(recipe, resume=resume, **parse_overrides(overrides))
+    if RANK == "0" and result.state == "finished":
+        click.echo(f"skill {result.skill:.3f}, loss {result.loss:.4f} after {result.step} steps: {result.encoder}")
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_RESUME
+def finetune(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
+    """Fine-tune on labeled images, beside the same from scratch. encoder=RUN|FOLDER|TIMM_NAME|scratch"""
+    from mpp.recipe import parse_overrides
+
+    result = mpp.finetune(recipe, resume=resume, **parse_overrides(overrides))
+    if RANK == "0" and result.state == "finished":
+        click.echo(result.table())
+        click.echo(f"{result.encoder}")
+
+
+@main.command()
+@click.argument("run")
+@click.argument("out")
+def export(run: str, out: str) -> None:
+    """Copy the encoder of RUN to the new folder OUT as a timm folder, and verify it there."""
+    _say_verified(mpp.export(run, out))
+
+
+@main.command()
+@click.argument("folder")
+def verify(folder: str) -> None:
+    """Load an exported FOLDER through plain timm in a clean process and compare its features."""
+    _say_verified(mpp.verify(folder))
+
+
+def _say_verified(verified: Any) -> None:
+    click.echo(
+        f"{verified.folder}: {verified.parameters} parameters load through plain timm; "
+        f"features differ by {verified.difference:.1e}"
+    )
+
+
+@main.command()
+@click.argument("run")
+@click.argument("images", nargs=-1, required=True)
+@click.option("--out", default="reconstructions.png", show_default=True)
+def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
+    """Draw what RUN predicts for hidden patches of IMAGES."""
+    from mpp.diagnostics.reconstruct import reconstruct as draw
+
+    click.echo(f"{draw(run, list(images), out)}")
+
+
+@main.group(cls=Commands)
+def recipe() -> None:
+    """Look at recipes."""
+
+
+@recipe.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def show(path: Path, overrides: tuple[str, ...]) -> None:
+    """Check a recipe and print it with every default."""
+    from mpp.recipe import dump_recipe, load_any, parse_overrides
+
+    click.echo(dump_recipe(load_any(path, parse_overrides(overrides))), nl=False)
+
+
+@recipe.command()
+@click.argument("job", type=click.Choice(["pretrain", "finetune"]))
+def schema(job: str) -> None:
+    """JSON schema of a job's recipes, for editors."""
+    import json
+
+    from mpp.recipe import RECIPES
+
+    click.echo(json.dumps(RECIPES[job].model_json_schema(), indent=1))

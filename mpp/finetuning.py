@@ -1,0 +1,431 @@
+"""Fine-tuning on labeled images, beside the same fine-tune from scratch: the loop, from top to bottom.
+
+A cell is one arm (pretrained or scratch) with one seed. Each has a folder of its own with checkpoints, so a run
+killed anywhere goes on in the cell where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from accelerate import Accelerator
+from timm.data import Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+from mpp import checkpoint, distributed, exporting
+from mpp.build import build_component
+from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, open_labeled
+from mpp.data.loader import batches
+from mpp.data.order import MicroBatches, Order
+from mpp.encoders.timm_encoder import create_timm_model
+from mpp.errors import UserError
+from mpp.metrics import RunLog, environment, write_json
+from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of
+from mpp.recipe import FinetuneRecipe
+from mpp.rng import Purpose, stream
+from mpp.runfolder import create_run, find_run
+from mpp.types import torch_seed
+
+RESULT = "result.json"
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t, 97.5 %, for 1 to 10 degrees of freedom; above, the normal's 1.96 is close enough."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and the half-width of its 95 % interval (Student's t); nan for one seed."""
+
+    mean: float
+    half_width: float
+    values: list[float]
+
+    def __str__(self) -> str:
+        spread = f" ± {100 * self.half_width:.1f}" if math.isfinite(self.half_width) else ""
+        return f"{100 * self.mean:.1f}{spread} %"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What `finetune` returns."""
+
+    out: Path
+    state: str
+    """"finished", or "stopped" by a signal."""
+    accuracy: dict[str, Estimate]
+    """Arm ("pretrained", "scratch") -> accuracy on the validation images, after the last step."""
+    gain: Estimate | None
+    """pretrained - scratch, paired by seed; None where one of them is missing."""
+    encoder: Path | None
+    """The fine-tuned model of the first arm's first seed, as a timm folder."""
+
+    def table(self) -> str:
+        """For people."""
+        rows = [f"{arm:<12} {estimate}   (seeds: {_percents(estimate.values)})" for arm, estimate in self.accuracy.items()]
+        if self.gain is not None:
+            rows.append(f"{'gain':<12} {100 * self.gain.mean:+.1f} points" + _interval(self.gain))
+            if self.gain.mean <= 0 or (len(self.gain.values) > 1 and self.gain.mean <= self.gain.half_width):
+                rows.append("pretraining did not help here: the gain is within its interval")
+        return "\n".join(rows)
+
+
+def estimate(values: list[float]) -> Estimate:
+    """Mean and 95 % interval of values of independent seeds."""
+    n = len(values)
+    if n < 2:
+        return Estimate(values[0], math.nan, values)
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96
+    return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), values)
+
+
+def _percents(values: list[float]) -> str:
+    return ", ".join(f"{100 * v:.1f}" for v in values)
+
+
+def _interval(gain: Estimate) -> str:
+    if not math.isfinite(gain.half_width):
+        return "   (one seed: no interval)"
+    return f"   (95 % interval {100 * (gain.mean - gain.half_width):+.1f} to {100 * (gain.mean + gain.half_width):+.1f})"
+
+
+def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
+    """Run a recipe. resume: "never" (the run folder must be new) or "auto".
+
+    UserError for everything the user can correct.
+    """
+    if resume not in ("never", "auto"):
+        raise UserError(f"--resume {resume}: fine-tuning has a checkpoint for each cell; allowed: auto, never")
+    accelerator = distributed.start(recipe.precision)
+    limits = {"cache_dir": recipe.data.cache_dir, "cache_limit_bytes": recipe.data.cache_limit_gb * 1e9}
+    train = open_labeled(recipe.data.train, key="data.train", classes=None, **limits)  # type: ignore[arg-type]
+    val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **limits)  # type: ignore[arg-type]
+    arms = _arms(recipe)
+    for arm in arms:  # a recipe that cannot be built is refused before the first cell runs
+        _build(recipe, arm, recipe.seeds[0], len(train.classes))
+    find_run(recipe, resume, fingerprint="")
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    out = Path(recipe.out)
+    if accelerator.is_main_process:
+        create_run(recipe)
+        write_json(out / "env.json", environment())
+
+    accuracies: dict[str, list[float]] = {arm: [] for arm in arms}
+    for seed in recipe.seeds:
+        for arm in arms:
+            cell = out / f"{arm}-seed{seed}"
+            accuracy = _finished(cell)
+            if accuracy is None:
+                accuracy = _run_cell(recipe, accelerator, cell, arm, seed, train, val)
+            if accuracy is None:
+                if accelerator.is_main_process:
+                    write_json(out / "status.json", {"state": "stopped", "cell": cell.name, "time": time.time()})
+                return FinetuneResult(out, "stopped", {}, None, None)
+            accuracies[arm].append(accuracy)
+
+    found = {arm: estimate(values) for arm, values in accuracies.items()}
+    gain = None
+    if len(arms) == 2:
+        gain = estimate([a - b for a, b in zip(*(accuracies[arm] for arm in arms), strict=True)])
+    result = FinetuneResult(out, "finished", found, gain, out / f"{arms[0]}-seed{recipe.seeds[0]}" / "encoder")
+    if accelerator.is_main_process:
+        write_json(
+            out / RESULT,
+            {
+                "accuracy": {arm: asdict(e) for arm, e in found.items()},
+                "gain": asdict(gain) if gain else None,
+                "seeds": list(recipe.seeds),
+                "val_images": len(val.labels),
+                "encoder": str(result.encoder),
+            },
+        )
+        write_json(out / "status.json", {"state": "finished", "time": time.time()})
+    return result
+
+
+def _arms(recipe: FinetuneRecipe) -> list[str]:
+    if recipe.encoder == "scratch":
+        return ["scratch"]
+    return ["pretrained", "scratch"] if recipe.beside_scratch else ["pretrained"]
+
+
+def _finished(cell: Path) -> float | None:
+    try:
+        return float(json.loads((cell / RESULT).read_text())["accuracy"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class Classifier(nn.Module):
+    """A timm encoder, pooled, and a task's head."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: nn.Module, task: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.encoder, self.task = encoder, task
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> float32."""
+        return (images.float() - self.mean) / self.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) normalised -> (B, classes) logits."""
+        return self.task(self.encoder(x))
+
+
+def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Classifier:
+    """The model of a cell, initialised from its seed. UserError where the encoder cannot be had so."""
+    torch.manual_seed(torch_seed(stream(seed, Purpose.INIT)))
+    encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
+    wanted = "avg" if recipe.pool == "mean" else "token"
+    if getattr(encoder, "global_pool", wanted) != wanted:
+        # fc_norm=False keeps the final norm where its weights are; timm would drop them with the change of pooling
+        torch.manual_seed(torch_seed(stream(seed, Purpose.INIT)))
+        encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=wanted)
+    task = build_component("task", recipe.task, encoder.num_features, num_classes)
+    return Classifier(encoder, task, *recipe.data.mean_std())
+
+
+def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> nn.Module:
+    args: dict[str, Any] = {"drop_path_rate": recipe.drop_path_rate}
+    if pool is not None:
+        args |= {"global_pool": pool, "fc_norm": False}
+    size, channels = recipe.data.image_size, recipe.data.channels
+    is_timm_name = recipe.architecture is not None or timm.is_model(recipe.encoder.split(".")[0])
+    if is_timm_name:
+        name = recipe.encoder if recipe.encoder != "scratch" else recipe.architecture.name  # type: ignore[union-attr]
+        args |= recipe.architecture.args if recipe.architecture else {}
+        return create_timm_model(name, image_size=size, in_chans=channels, pretrained=pretrained, args=args)
+    folder = exporting.encoder_folder(recipe.encoder)
+    try:
+        return timm.create_model(
+            f"local-dir:{folder}", pretrained=pretrained, num_classes=0, in_chans=channels, img_size=size, **args
+        )
+    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"encoder: {folder}: {str(error).splitlines()[0]}") from error
+
+
+def _run_cell(
+    recipe: FinetuneRecipe, accelerator: Accelerator, cell: Path, arm: str, seed: int, train: Labeled, val: Labeled
+) -> float | None:
+    """Fine-tune one arm with one seed; its accuracy, or None where a signal stopped it (with a checkpoint)."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    data, optim = recipe.data, recipe.optim
+    accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
+    mixing = recipe.mixup > 0 or recipe.cutmix > 0
+    if mixing and optim.global_batch_size // world // accumulate % 2:
+        raise UserError(
+            f"mixup: needs an even number of images on a device; got {optim.global_batch_size // world // accumulate}"
+        )
+
+    # ---- model, data, optimizer
+    model = _build(recipe, arm, seed, len(train.classes))
+    subset = train.subset(labels_per_class=data.labels_per_class, fraction=data.fraction, seed=seed)
+    reading = {"channels": data.channels, "formats": data.formats, "max_image_pixels": data.max_image_pixels}
+    augment = create_transform(
+        (data.channels, *data.image_size),
+        is_training=True,
+        use_prefetcher=True,  # uint8 out: normalised on the device
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        hflip=data.flip,
+        color_jitter=data.color_jitter,
+        auto_augment=data.auto_augment,
+        interpolation="bicubic",
+    )
+    dataset = LabeledDataset(train, subset, augment, seed, **reading)  # type: ignore[arg-type]
+    order = Order([len(subset)], global_batch=optim.global_batch_size, seed=seed, lanes=1)
+    total_steps = steps_of(optim.epochs, optim.steps, len(subset), optim.global_batch_size)
+    warmup_steps = (
+        optim.warmup_steps
+        if optim.warmup_steps is not None
+        else round(optim.warmup_epochs * len(subset) / optim.global_batch_size)
+    )
+    base_lr, layer_decay = optim.base_lr, optim.layer_decay
+    if arm == "scratch":
+        base_lr = recipe.scratch.base_lr or base_lr
+        layer_decay = recipe.scratch.layer_decay or layer_decay
+    groups = finetune_groups(
+        model.encoder,
+        model.task,
+        weight_decay=optim.weight_decay,
+        layer_decay=layer_decay,
+        head_lr_scale=optim.head_lr_scale,
+    )
+    optimizer: Any = adamw(groups, optim.betas)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=len(train.classes)) if mixing else None
+    erase = RandomErasing(data.erase, mode="pixel", device=accelerator.device) if data.erase else None
+
+    # ---- resume
+    fingerprint = _fingerprint(train, subset)
+    checkpoints = cell / "checkpoints"
+    path = checkpoint.newest(checkpoints)
+    start_step = 0
+    model.to(accelerator.device)
+    if path is not None:
+        state = checkpoint.read_state(path)
+        if state["data_fingerprint"] != fingerprint:
+            raise UserError(f"{path}: the training data changed since; start a new run")
+        checkpoint.load(path, model, optimizer)
+        start_step = state["step"]
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.is_main_process:
+        cell.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    log = RunLog(
+        cell, steps=total_steps, resumed_at=start_step, active=accelerator.is_main_process, label=f"{cell.name}  "
+    )
+    log.say(
+        f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val.labels)} to validate; {total_steps} steps"
+        + (f"; resumed at step {start_step}" if path else "")
+    )
+
+    # ---- the loop
+    sampler = MicroBatches(
+        order,
+        seen=start_step * optim.global_batch_size,
+        steps=total_steps - start_step,
+        accumulate=accumulate,
+        rank=rank,
+        world=world,
+    )
+    pin = accelerator.device.type == "cuda"
+    stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=pin)
+    prepared.train()
+    log.status("running", step=start_step)
+    step, began, steps_since = start_step, time.monotonic(), 0
+    with distributed.stop_on_signals() as stop_request:
+        while step < total_steps:
+            seen = step * optim.global_batch_size
+            seed_of_step = torch_seed(stream(seed, Purpose.STEP, seen + rank))
+            torch.manual_seed(seed_of_step)  # dropout, drop path
+            random.seed(seed_of_step)  # random erasing
+            np.random.seed(torch_seed(stream(seed, Purpose.MIX, seen + rank)) % 2**32)  # mixup, cutmix
+            micro_losses = []
+            for m in range(accumulate):
+                batch = next(stream_of_batches)
+                for line in batch.bad:
+                    log.say(f"unreadable, replaced by its neighbour: {line}")
+                x = model.normalise(batch.images.to(accelerator.device, non_blocking=True))
+                labels = batch.labels.to(accelerator.device, non_blocking=True)
+                if erase is not None:
+                    x = erase(x)
+                if mix is not None:
+                    x, labels = mix(x, labels)
+                with nullcontext() if m == accumulate - 1 else accelerator.no_sync(prepared):
+                    micro_loss = model.task.loss(prepared(x), labels) / accumulate  # type: ignore[operator]
+                    accelerator.backward(micro_loss)
+                micro_losses.append(micro_loss.detach())
+            grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
+            loss, stopping = distributed.total(
+                accelerator, [float(torch.stack(micro_losses).sum()) / world, bool(stop_request)]
+            )
+            if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
+                log.status("failed", step=step, why="non-finite loss or gradient")
+                raise UserError(
+                    f"{cell.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}: stopped before the "
+                    "update. Try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
+                )
+            lr = (optim.global_batch_size / 256) * scheduled_lr(
+                step, total_steps=total_steps, warmup_steps=warmup_steps, lr=base_lr, min_lr=optim.min_lr
+            )
+            set_lr(optimizer, lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step, steps_since = step + 1, steps_since + 1
+            log.step()
+
+            ending = bool(stopping) or step == total_steps
+            if step % recipe.log_every_steps == 0 or ending:
+                rate = steps_since * optim.global_batch_size / max(time.monotonic() - began, 1e-9)
+                began, steps_since = time.monotonic(), 0
+                record = {"step": step, "seen": step * optim.global_batch_size, "loss": loss, "lr": lr}
+                log.metrics({**record, "grad_norm": float(grad_norm), "images_per_s": rate})
+            if step % recipe.checkpoint_every_steps == 0 or ending:
+                if accelerator.is_main_process:
+                    state = {"seen": step * optim.global_batch_size, "data_fingerprint": fingerprint}
+                    checkpoint.save(checkpoints, step, model, optimizer, state, keep=recipe.keep_checkpoints)
+                accelerator.wait_for_everyone()
+            if stopping and step < total_steps:
+                log.say(f"stopped at step {step}; go on with --resume auto")
+                log.status("stopped", step=step)
+                log.close()
+                return None
+
+    # ---- the verdict, after the last step: no step is chosen by looking at the validation images
+    accuracy, unreadable = _evaluate(recipe, accelerator, model, val)
+    if accelerator.is_main_process:
+        _save(model, cell, recipe, accuracy, train.classes)
+        log.say(f"accuracy {100 * accuracy:.2f} %" + (f", {unreadable} unreadable images left out" if unreadable else ""))
+        log.status("finished", step=step)
+        write_json(cell / RESULT, {"accuracy": accuracy, "unreadable": unreadable, "step": step})
+    log.close()
+    accelerator.wait_for_everyone()
+    return accuracy
+
+
+def _fingerprint(train: Labeled, subset: np.ndarray) -> str:
+    digest = hashlib.sha256("\0".join(train.classes).encode())
+    digest.update(train.labels.tobytes() + subset.tobytes())
+    return digest.hexdigest()
+
+
+def _evaluate(
+    recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, val: Labeled
+) -> tuple[float, int]:
+    """(accuracy, unreadable images) over all validation images, each counted once, shared by all processes."""
+    data = recipe.data
+    dataset = CentreDataset(
+        val,
+        data.image_size,
+        data.val_crop_fraction,
+        channels=data.channels,
+        formats=data.formats,
+        max_image_pixels=data.max_image_pixels,
+    )
+    numbers = list(range(accelerator.process_index, len(val.labels), accelerator.num_processes))
+    parts = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
+    correct = counted = 0
+    model.eval()
+    with torch.no_grad(), accelerator.autocast():
+        for batch in batches(dataset, parts, workers=data.workers, pin_memory=False):  # type: ignore[arg-type]
+            readable = batch.labels >= 0
+            x = model.normalise(batch.images.to(accelerator.device))
+            hits = model.task.correct(model(x), batch.labels.to(accelerator.device)).cpu()  # type: ignore[operator]
+            correct += int((hits & readable).sum())
+            counted += int(readable.sum())
+    model.train()
+    correct_all, counted_all = distributed.total(accelerator, [float(correct), float(counted)])
+    if counted_all == 0:
+        raise UserError("data.val: not one image can be read")
+    return correct_all / counted_all, len(val.labels) - int(counted_all)
+
+
+def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, accuracy: float, classes: list[str]) -> None:
+    """The fine-tuned model as a timm folder: with its classifier where that is one linear layer."""
+    encoder: Any = model.encoder
+    out: Any = model.task.out
+    if model.task.hidden is None and hasattr(encoder, "reset_classifier"):
+        encoder.reset_classifier(len(classes))
+        classifier = encoder.get_classifier()
+        if isinstance(classifier, nn.Linear):
+            classifier.load_state_dict(out.state_dict())
+            exporting.save_encoder(encoder.to(out.weight.device), cell / "encoder", recipe, {"accuracy": accuracy}, classes)
+            return
+        encoder.reset_classifier(0)
+    exporting.save_encoder(encoder, cell / "encoder", recipe, {"accuracy": accuracy})
