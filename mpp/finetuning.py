@@ -311,16 +311,17 @@ def _run_cell(
     step, began, steps_since = start_step, time.monotonic(), 0
     with distributed.stop_on_signals() as stop_request:
         while step < total_steps:
-            seen = step * optim.global_batch_size
-            seed_of_step = torch_seed(stream(seed, Purpose.STEP, seen + rank))
-            torch.manual_seed(seed_of_step)  # dropout, drop path
-            random.seed(seed_of_step)  # random erasing
-            np.random.seed(torch_seed(stream(seed, Purpose.MIX, seen + rank)) % 2**32)  # mixup, cutmix
             micro_losses = []
             for m in range(accumulate):
                 batch = next(stream_of_batches)
                 for line in batch.bad:
                     log.say(f"unreadable, replaced by its neighbour: {line}")
+                # after the batch, since a loader that starts draws, too
+                position = int(batch.positions[0])
+                seed_of_batch = torch_seed(stream(seed, Purpose.STEP, position))
+                torch.manual_seed(seed_of_batch)  # dropout, drop path
+                random.seed(seed_of_batch)  # random erasing
+                np.random.seed(torch_seed(stream(seed, Purpose.MIX, position)) % 2**32)  # mixup, cutmix
                 x = model.normalise(batch.images.to(accelerator.device, non_blocking=True))
                 labels = batch.labels.to(accelerator.device, non_blocking=True)
                 if erase is not None:

@@ -129,8 +129,6 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     with distributed.stop_on_signals() as stop_request:
         while step < total_steps:
             seen = step * optim.global_batch_size
-            # dropout and drop path draw from here; with them off nothing does
-            torch.manual_seed(torch_seed(stream(recipe.seed, Purpose.STEP, seen + rank)))
             micro_losses, bad_lines, samples = [], [], []
             for m in range(accumulate):
                 waited = time.monotonic()
@@ -138,6 +136,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                 window.waited_s += time.monotonic() - waited
                 bad_lines += batch.bad
                 samples.append(batch.samples)
+                # dropout and drop path draw from here; after the batch, since a loader that starts draws, too
+                torch.manual_seed(torch_seed(stream(recipe.seed, Purpose.STEP, int(batch.positions[0]))))
                 last = m == accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(prepared):
                     micro_loss = prepared(*_to(batch, accelerator), batch.hidden_units) / accumulate

@@ -459,9 +459,10 @@ def _error_line(error: Any, job: type[Run], places: dict[Key, str], source: str)
     kind, context, got = error["type"], error.get("ctx", {}), error.get("input")
     place = next((places[key[:n]] for n in range(len(key), -1, -1) if key[:n] in places), source)
     if kind == "extra_forbidden":
-        known = list(_leaves(job))
-        close = difflib.get_close_matches(dotted(key), known, 1, 0.6)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        # a slip of the pen, or a key that belongs elsewhere
+        here = difflib.get_close_matches(str(key[-1]), fields, 1, 0.6)
+        close = [dotted((*key[:-1], here[0]))] if here else [k for k in _leaves(job) if k.split(".")[-1] == key[-1]]
+        hint = f" Did you mean '{close[0]}'?" if close and close[0] != dotted(key) else ""
         return f"{place}: {dotted(key)}: unknown key.{hint} Allowed here: {', '.join(sorted(fields))}"
     if kind == "missing":
         return f"{place}: {dotted(key)}: missing"

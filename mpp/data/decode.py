@@ -98,7 +98,7 @@ def _jpeg(
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a header cut before its colour space
         return None
     _check_size(width, height, max_image_pixels)
     if colours not in ("YCbCr", "RGB", "Gray"):
@@ -108,7 +108,7 @@ def _jpeg(
     least = {"min_width": int(width / shrink), "min_height": int(height / shrink)} if shrink >= 2 else {}
     try:
         pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", strict=True, **least)
-    except ValueError:
+    except (ValueError, KeyError):
         return None
     fx, fy = pixels.shape[1] / width, pixels.shape[0] / height
     box = (int(left * fx), int(top * fy), max(int(w * fx), 1), max(int(h * fy), 1))

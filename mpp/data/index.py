@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def _read(path: Path) -> ShardIndex | None:
         with np.load(path, allow_pickle=False) as z:
             if int(z["format"]) == FORMAT and z["table"].shape[1:] == (len(COLUMNS),):
                 return ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]))
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return None
 

@@ -173,7 +173,7 @@ class LabeledBatch:
 class LabeledDataset(Dataset[LabeledBatch]):
     """Augmented training images of a subset; keys are (position, 0, place in the subset).
 
-    augment: a function of a PIL image that draws from python's, numpy's and torch's global generators (timm's
+    augment: PIL image -> (C, H, W) uint8, drawing from python's, numpy's and torch's global generators (as timm's
     transforms do); they are seeded for each sample from (seed, position). A bad image is replaced by the next
     of the subset.
     """
@@ -211,8 +211,7 @@ class LabeledDataset(Dataset[LabeledBatch]):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks every device: 0.6 ms
-            pixels = np.array(self.augment(image), dtype=np.uint8)
-            return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[None]), int(self.data.labels[number])
+            return torch.as_tensor(self.augment(image)), int(self.data.labels[number])
         raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
 
 

@@ -1,0 +1,118 @@
+"""Small images, shards and recipes that the tests make themselves."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # bit-equal on any machine, and the processes under test get the other cores
+
+
+def drawn_image(number: int, size: int = 24, channels: int = 3) -> Image.Image:
+    """A gradient with a shape on it, different for each number; even numbers have discs, odd ones squares."""
+    rng = np.random.default_rng(number)
+    ramp = np.linspace(0, 1, size)
+    low, high = rng.integers(0, 120, 3), rng.integers(130, 255, 3)
+    array = (low + (high - low) * (ramp[:, None, None] + ramp[None, :, None]) / 2).astype(np.uint8)
+    image = Image.fromarray(array)
+    x, y = rng.integers(2, size // 2, 2)
+    side = int(rng.integers(size // 4, size // 2))
+    draw = ImageDraw.Draw(image)
+    colour = tuple(int(v) for v in rng.integers(0, 255, 3))
+    (draw.ellipse if number % 2 == 0 else draw.rectangle)([x, y, x + side, y + side], fill=colour)
+    return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 JPEGs and PNGs in two class folders."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(60):
+        target = folder / ("disc" if i % 2 == 0 else "square")
+        target.mkdir(exist_ok=True)
+        jpeg = i % 3 != 0
+        (target / f"{i:03d}.{'jpg' if jpeg else 'png'}").write_bytes(
+            encoded(drawn_image(i), "JPEG" if jpeg else "PNG")
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as shards with labels, 25 + 25 + 10 images."""
+    from mpp.data.pack import pack
+
+    out = tmp_path_factory.mktemp("shards")
+    pack(str(image_folder), str(out), images_per_shard=25, workers=1)
+    return out
+
+
+def pretrain_values(shards: Path | str, out: Path | str, **changes: Any) -> dict[str, Any]:
+    """A recipe that trains in a second: 16 px, patches of 4, width 32, 2 blocks."""
+    values: dict[str, Any] = {
+        "out": str(out),
+        "data": {"shards": str(shards), "image_size": 16, "workers": 0, "held_out": 12},
+        "encoder": {
+            "name": "vit_tiny_patch16_224",
+            "args": {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        },
+        "optim": {"base_lr": 2e-2, "steps": 20, "global_batch_size": 16, "warmup_steps": 2},
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 5,
+        "skill_every_steps": 10,
+    }
+    from mpp.recipe import apply_overrides
+
+    apply_overrides(values, {}, changes)
+    return values
+
+
+def pretrain_recipe(shards: Path | str, out: Path | str, **changes: Any) -> Any:
+    from mpp.recipe import PretrainRecipe, check_recipe
+
+    return check_recipe(pretrain_values(shards, out, **changes), PretrainRecipe)
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, shards: Path) -> Callable[..., Path]:
+    """Write a pretraining recipe as YAML and return its path."""
+
+    def write(**changes: Any) -> Path:
+        import yaml
+
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(pretrain_values(shards, tmp_path / "run", **changes), sort_keys=False))
+        return path
+
+    return write
+
+
+def command(*words: str | Path, processes: int = 1, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`mpp …` as a process of its own, or under torchrun on several."""
+    launcher = [sys.executable, "-m", "mpp"]
+    if processes > 1:
+        launcher = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+            "--master_port", str(29500 + os.getpid() % 1000), "-m", "mpp",
+        ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, *map(str, words)], capture_output=True, text=True, env=environment, check=False, **options
+    )

@@ -1,0 +1,122 @@
+"""Labeled images, from a tree of folders and from shards, and small sets drawn from them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_transform
+
+from mpp.data.labeled import CentreDataset, LabeledDataset, open_labeled
+from mpp.errors import UserError
+from tests.conftest import drawn_image, encoded
+
+READING = {"channels": 3, "formats": ("JPEG", "PNG"), "max_image_pixels": 10**6}
+
+
+def opened(spec: Path | str, classes: list[str] | None = None) -> object:
+    return open_labeled(str(spec), key="data.train", classes=classes, cache_dir=None, cache_limit_bytes=1e9)
+
+
+def test_folder_and_shards_hold_the_same(image_folder: Path, shards: Path) -> None:
+    folder, packed = opened(image_folder), opened(shards)
+    assert folder.classes == packed.classes == ["disc", "square"]
+    pairs = [{(d.reader.read(i), int(d.labels[i])) for i in range(60)} for d in (folder, packed)]
+    assert pairs[0] == pairs[1]
+
+
+def test_subsets_are_drawn_by_the_seed(shards: Path) -> None:
+    data = opened(shards)
+    few = data.subset(labels_per_class=5, fraction=None, seed=0)
+    assert np.bincount(data.labels[few]).tolist() == [5, 5]
+    assert (few == data.subset(labels_per_class=5, fraction=None, seed=0)).all()
+    assert (few != data.subset(labels_per_class=5, fraction=None, seed=1)).any()
+    more = data.subset(labels_per_class=9, fraction=None, seed=0)
+    assert set(few) < set(more), "more labels of a seed hold the fewer"
+    assert np.bincount(data.labels[data.subset(labels_per_class=None, fraction=0.2, seed=0)]).tolist() == [6, 6]
+    assert len(data.subset(labels_per_class=None, fraction=None, seed=0)) == 60
+    with pytest.raises(UserError, match=r"data\.labels_per_class: 31, but class 'disc' has 30 images"):
+        data.subset(labels_per_class=31, fraction=None, seed=0)
+
+
+def tar_with(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_labels_in_json_and_by_name(tmp_path: Path) -> None:
+    image = encoded(drawn_image(0))
+    members = {}
+    for i, name in enumerate(["cat", "dog", "cat"]):
+        members |= {f"{i}.png": image, f"{i}.json": json.dumps({"label": name}).encode()}
+    data = opened(tar_with(tmp_path / "a.tar", members))
+    assert data.classes == ["cat", "dog"]
+    assert data.labels.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ({}, "no label beside it"),
+        ({"0.json": b"{}"}, "has no 'label'"),
+        ({"0.json": b"[1"}, "has no 'label'"),
+        ({"0.json": b'{"label": 1.5}'}, "a number or a name; got 1.5"),
+        ({"0.cls": b"-1"}, "label -1 is negative"),
+        ({"0.cls": b"7"}, "label 7 is none of the 2 classes"),
+        ({"0.cls": b"bird"}, "label 'bird' is none of the 2 classes"),
+    ],
+)
+def test_labels_that_cannot_be_used(tmp_path: Path, label: dict[str, bytes], message: str) -> None:
+    path = tar_with(tmp_path / "a.tar", {"0.png": encoded(drawn_image(0)), **label})
+    with pytest.raises(UserError, match=message) as error:
+        opened(path, classes=["cat", "dog"])
+    assert "a.tar: 0.png" in str(error.value)
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path, image_folder: Path) -> None:
+    with pytest.raises(UserError, match="neither .* shards nor a folder for each class"):
+        opened(tmp_path)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match="a class folder without images"):
+        opened(tmp_path)
+    with pytest.raises(UserError, match="no such class in the training data"):
+        opened(image_folder, classes=["disc", "triangle"])
+
+
+def test_augmentation_depends_on_the_position_alone(shards: Path) -> None:
+    data = opened(shards)
+    augment = create_transform((3, 16, 16), is_training=True, use_prefetcher=True, auto_augment="rand-m9-mstd0.5-inc1")
+    dataset = LabeledDataset(data, np.arange(60), augment, 0, **READING)
+    together = dataset.__getitems__([(p, 0, 7) for p in range(6)])
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    alone = dataset.__getitems__([(4, 0, 7)])
+    assert torch.equal(alone.images[0], together.images[4])
+    assert len({i.numpy().tobytes() for i in together.images}) > 3
+    assert together.images.dtype == torch.uint8
+
+
+def test_bad_images(tmp_path: Path) -> None:
+    for name, data in (("a/0.png", encoded(drawn_image(0))), ("a/1.png", b"bad"), ("b/2.png", encoded(drawn_image(1)))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    data = opened(tmp_path)
+    augment = create_transform((3, 16, 16), is_training=True, use_prefetcher=True)
+    batch = LabeledDataset(data, np.arange(3), augment, 0, **READING).__getitems__([(0, 0, 1)])
+    assert batch.labels.tolist() == [1], "the label goes with the image that took its place"
+    assert "1.png: not an image" in batch.bad[0]
+    val = CentreDataset(data, (16, 16), 1.0, **READING).__getitems__([0, 1, 2])
+    assert val.labels.tolist() == [0, -1, 1]
+    with pytest.raises(UserError, match="not one of the chosen images can be read"):
+        raise LabeledDataset(data, np.array([1]), augment, 0, **READING).__getitems__([(0, 0, 0)])

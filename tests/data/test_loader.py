@@ -1,0 +1,131 @@
+"""Batches: what a sample looks like depends on its position alone; bad images are replaced and named."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpp.data.images import ShardImages, held_out_rows
+from mpp.data.loader import Crop, PretrainDataset, batches
+from mpp.data.order import MicroBatches, Order
+from mpp.errors import UserError
+from mpp.masks.uniform import UniformMask
+from mpp.types import Batch
+from tests.conftest import drawn_image, encoded
+
+CROP = Crop((16, 12), 3, (0.3, 1.0), (0.75, 4 / 3), 0.5, ("JPEG", "PNG"), 10**6)
+
+
+def dataset_of(shards: Path, seed: int = 0) -> PretrainDataset:
+    return PretrainDataset(ShardImages(str(shards), key="data.shards"), CROP, UniformMask(ratio=0.5), (4, 3), seed)
+
+
+def by_position(dataset: PretrainDataset, world: int, workers: int, steps: int = 4) -> dict[int, tuple[torch.Tensor, ...]]:
+    order = Order(dataset.images.counts, global_batch=12, seed=dataset.seed)
+    found = {}
+    for rank in range(world):
+        sampler = MicroBatches(order, seen=0, steps=steps, accumulate=1, rank=rank, world=world)
+        for b in batches(dataset, sampler, workers=workers, pin_memory=False):
+            for i, position in enumerate(b.positions.tolist()):
+                found[position] = (b.images[i], b.mask[i], b.noise[i], b.samples[i])
+    return found
+
+
+def test_the_same_whatever_the_processes_and_workers(shards: Path) -> None:
+    dataset = dataset_of(shards)
+    one = by_position(dataset, 1, 0)
+    assert sorted(one) == list(range(48))
+    for world, workers in ((2, 0), (3, 2), (1, 1)):
+        other = by_position(dataset, world, workers)
+        assert other.keys() == one.keys()
+        for position, parts in one.items():
+            assert all(torch.equal(a, b) for a, b in zip(parts, other[position], strict=True))
+
+
+def test_positions_and_seeds_differ(shards: Path) -> None:
+    key = (0, 5)
+    a = dataset_of(shards).batch([(p, *key) for p in range(8)])
+    b = dataset_of(shards, seed=1).batch([(p, *key) for p in range(8)])
+    for batch in (a, b):
+        assert len({i.numpy().tobytes() for i in batch.images}) == 8, "one image, eight crops"
+        assert len({m.numpy().tobytes() for m in batch.mask}) > 4
+        assert batch.hidden_units == 6
+    assert not torch.equal(a.images, b.images)
+    assert not torch.equal(a.mask, b.mask)
+
+
+def test_centre_crops_draw_nothing(shards: Path) -> None:
+    a, b = (dataset_of(shards).batch([(p, 0, 5)], centre=True) for p in (0, 1))
+    assert torch.equal(a.images, b.images)
+    assert not torch.equal(a.mask, b.mask)
+
+
+def shard_of(path: Path, images: list[bytes]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, data in enumerate(images):
+            info = tarfile.TarInfo(f"image-{i}.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_bad_images_are_replaced_by_their_neighbours_and_named(tmp_path: Path) -> None:
+    good = [encoded(drawn_image(i), "JPEG") for i in range(3)]
+    path = shard_of(tmp_path / "a.tar", [good[0], b"<html>", good[1][:200], good[2]])
+    batch = dataset_of(path).batch([(p, 0, p) for p in range(4)], centre=True)
+    assert torch.equal(batch.images[1], batch.images[3])
+    assert torch.equal(batch.images[2], batch.images[3])
+    assert len(batch.bad) == 3  # image-2 is met on the way from image-1, too
+    assert "a.tar: image-1.jpg: not an image" in batch.bad[0]
+
+
+def test_a_shard_of_bad_images_still_gives_full_batches(tmp_path: Path) -> None:
+    path = shard_of(tmp_path / "a.tar", [b"nothing"] * 5)
+    batch = dataset_of(path).batch([(0, 0, 0), (1, 0, 3)])
+    assert batch.images.shape == (2, 3, 16, 12)
+    assert (batch.images == 128).all()
+    assert len(batch.bad) == 10
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_changed_stops_with_one_line(tmp_path: Path, workers: int) -> None:
+    path = shard_of(tmp_path / "a.tar", [encoded(drawn_image(i), "JPEG") for i in range(4)])
+    dataset = dataset_of(path)
+    shard_of(path, [encoded(drawn_image(i), "JPEG") for i in range(5)])
+    sampler = MicroBatches(Order([4], global_batch=2, seed=0), seen=0, steps=2, accumulate=1)
+    with pytest.raises(UserError, match=r"a\.tar: changed since it was indexed") as error:
+        list(batches(dataset, sampler, workers=workers, pin_memory=False))
+    assert "\n" not in str(error.value)
+
+
+class _Dies(PretrainDataset):
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> Batch:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def test_a_worker_that_dies_stops_with_one_line(shards: Path) -> None:
+    dataset = _Dies(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0)
+    with pytest.raises(UserError, match=r"data\.workers: DataLoader worker .*pid") as error:
+        list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))
+    assert "\n" not in str(error.value)
+
+
+def test_no_images(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.shards: no images in"):
+        ShardImages(str(shard_of(tmp_path / "a.tar", [])), key="data.shards")
+
+
+def test_held_out_rows_are_spread_over_the_shards() -> None:
+    assert held_out_rows([100, 100, 50], 25).tolist() == [10, 10, 5]
+    assert held_out_rows([10, 0, 3], 3).sum() == 3
+    assert (held_out_rows([1, 1, 1, 1], 2) <= 1).all()
+    with pytest.raises(UserError, match=r"data\.held_out: 8 of only 10"):
+        held_out_rows([10], 8)

@@ -1,0 +1,77 @@
+"""The order of samples: a pure function of (seed, position), each sample at most once an epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpp.data.order import MicroBatches, Order
+
+
+def run(order: Order, seen: int, steps: int, world: int = 1, accumulate: int = 1) -> list[list[tuple[int, int, int]]]:
+    """Each step's samples in slot order, whatever the processes."""
+    parts = [
+        list(MicroBatches(order, seen=seen, steps=steps, accumulate=accumulate, rank=r, world=world)) for r in range(world)
+    ]
+    return [
+        sorted(s for part in parts for m in range(accumulate) for s in part[step * accumulate + m]) for step in range(steps)
+    ]
+
+
+counts_of = st.lists(st.integers(0, 60), min_size=1, max_size=9).filter(lambda c: sum(c) > 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts=counts_of, batch=st.sampled_from([4, 6, 16, 24]), seed=st.integers(0, 2**50), window=st.integers(1, 80))
+def test_a_sample_comes_at_most_once_an_epoch(counts: list[int], batch: int, seed: int, window: int) -> None:
+    order = Order(counts, global_batch=batch, seed=seed, lanes=8, window=window)
+    assert sum(counts) - order.epoch_len < order.lanes
+    per_lane_epoch: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for step in run(order, 0, 3 * order.epoch_len // batch + 1):
+        for slot, (position, shard, row) in enumerate(step):
+            assert 0 <= row < counts[shard]
+            lane, j = divmod(slot, batch // order.lanes)
+            epoch = ((position - slot) // order.lanes + j) // order.lane_len
+            per_lane_epoch.setdefault((epoch, 0), []).append((shard, row))
+            assert lane < order.lanes
+    for samples in per_lane_epoch.values():
+        assert len(set(samples)) == len(samples)
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts=counts_of, seed=st.integers(0, 99), cut=st.integers(0, 7))
+def test_a_run_cut_anywhere_goes_on_the_same_with_other_processes(counts: list[int], seed: int, cut: int) -> None:
+    order = Order(counts, global_batch=12, seed=seed, lanes=4, window=16)
+    whole = run(order, 0, 9)
+    again = Order(counts, global_batch=12, seed=seed, lanes=4, window=16)
+    for world, accumulate in ((1, 1), (2, 1), (3, 2), (1, 4), (6, 2)):
+        assert run(again, cut * 12, 9 - cut, world, accumulate) == whole[cut:]
+
+
+def test_seeds_and_epochs_differ() -> None:
+    orders = [Order([40, 40], global_batch=8, seed=s) for s in (0, 1)]
+    first = [[s[1:] for step in run(o, 0, 10) for s in step] for o in orders]
+    second = [s[1:] for step in run(orders[0], 80, 10) for s in step]
+    assert first[0] != first[1]
+    assert first[0] != second
+    assert sorted(first[0]) == sorted(second), "an epoch holds the same samples"
+
+
+def test_a_batch_mixes_shards_even_where_these_are_sorted_by_class() -> None:
+    order = Order([1000] * 100, global_batch=256, seed=0, lanes=256, window=256)
+    shards = {shard for _, shard, _ in order.at(0, 0, 256)}
+    assert order.lanes == 256
+    assert len(shards) > 60
+
+
+def test_a_billion_samples_start_and_resume_at_once() -> None:
+    order = Order(np.full(100_000, 10_000), global_batch=4096, seed=0)
+    assert len(order.at(0, 64, 64)) == 64
+    assert order.at(4096 * 10**6, 0, 64)[0][0] == 4096 * 10**6
+
+
+def test_no_samples() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        Order([0, 0], global_batch=4, seed=0)

@@ -1,0 +1,177 @@
+"""Recipes: what is wrong is said in one line each, with file and line; what is right survives a round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mpp.errors import UserError
+from mpp.recipe import (
+    RECIPES,
+    FinetuneRecipe,
+    PretrainRecipe,
+    differences,
+    dump_recipe,
+    load_any,
+    load_recipe,
+    parse_overrides,
+)
+from tests.conftest import ROOT, pretrain_recipe
+
+BASE = """\
+out: runs/x
+data:
+  shards: a.tar
+  image_size: 32
+optim:
+  epochs: 3
+"""
+
+
+def errors(text: str, tmp_path: Path, *overrides: str, job: Any = PretrainRecipe) -> list[str]:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_recipe(path, job, parse_overrides(overrides))
+    return [line.replace(str(path), "r.yaml") for line in str(error.value).splitlines()]
+
+
+WRONG = {
+    # what is wrong -> (lines added, overrides, the one line that says so)
+    "unknown key": (
+        "mask:\n  ratoi: 0.5\n", [],
+        "r.yaml:8: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px",
+    ),
+    "unknown section": ("maks: {}\n", [], "r.yaml:7: maks: unknown key. Did you mean 'mask'?"),
+    "a key that belongs elsewhere": ("epochs: 3\n", [], "r.yaml:7: epochs: unknown key. Did you mean 'optim.epochs'?"),
+    "out of range": ("mask:\n  ratio: 1.5\n", [], "r.yaml:8: mask.ratio: must be > 0 and < 1; got 1.5"),
+    "out of range on the command line": (
+        "", ["mask.ratio=1.5"], "command line: mask.ratio: must be > 0 and < 1; got 1.5",
+    ),
+    "given twice": ("out: runs/y\n", [], "r.yaml:7: out: given twice; first at line 1"),
+    "given twice, deeper": ("mask: {ratio: 0.5, ratio: 0.6}\n", [], "r.yaml:7: mask.ratio: given twice; first at line 7"),
+    "true for a number": ("seed: true\n", [], "r.yaml:7: seed: true/false is not a number; got True"),
+    "yes for true": ("encoder: {pretrained: yes}\n", [], "r.yaml:7: encoder.pretrained: input should be a valid boolean; got 'yes'"),
+    "a word for a number": ("seed: many\n", [], "r.yaml:7: seed: input should be a valid integer"),
+    "a fraction for a count": ("corruption: {enter: 1.5}\n", [], "r.yaml:7: corruption.enter: input should be a valid integer"),
+    "unknown component": (
+        "mask: {name: blok}\n", [], "r.yaml:7: mask.name: no such choice; got 'blok'. Did you mean 'block'? Allowed: block, uniform",
+    ),
+    "unknown component, short form": ("head: lineer\n", [], "r.yaml:7: head.name: no such choice; got 'lineer'. Did you mean 'linear'?"),
+    "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. Allowed here: name"),
+    "unknown choice": ("precision: fp16\n", [], "r.yaml:7: precision: no such choice; got 'fp16'. Did you mean 'bf16'? Allowed: auto, fp32, bf16"),
+    "both of two": ("", ["optim.steps=5"], "r.yaml:5: optim: give one of epochs and steps, not both"),
+    "mean of other channels": ("", ["data.mean=[0.5]"], "command line: data.mean: has 1 values for 3 channels"),
+    "a number for a section": ("mask: 3\n", [], "r.yaml:7: mask: "),
+    "a key below a value": ("", ["out.x=3"], "command line: out.x: out has no keys; it is 'runs/x'"),
+    "no key=value": ("", ["mask.ratio"], "command line: 'mask.ratio': write key=value"),
+    "not YAML": ("mask: {ratio: 0.5\n", [], "r.yaml:8: not valid YAML: "),
+    "a tag that would run code": ("mask: !!python/object/apply:os.system [ls]\n", [], "r.yaml:7: not valid YAML: could not determine a constructor"),
+    "another job": ("job: finetune\n", [], "r.yaml: job: this is a recipe of `mpp finetune`, not of `mpp pretrain`"),
+    "predict none": ("predict_fraction: 0\n", [], "r.yaml:7: predict_fraction: must be > 0 and <= 1; got 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_each_wrong_recipe_has_its_line(what: str, tmp_path: Path) -> None:
+    added, overrides, line = WRONG[what]
+    lines = errors(BASE + added, tmp_path, *overrides)
+    assert len(lines) == 1
+    assert lines[0].startswith(line)
+
+
+def test_all_errors_at_once(tmp_path: Path) -> None:
+    lines = errors("out: 3\ndata: {image_size: -1}\noptim: {epochs: x}\nfoo: 1\n", tmp_path, "mask.ratio=2")
+    said = " ".join(lines)
+    assert all(key in said for key in ("data.shards: missing", "data.image_size", "optim.epochs", "foo", "mask.ratio", "out"))
+    assert len(lines) >= 6
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words\n"])
+def test_what_is_no_mapping(text: str, tmp_path: Path) -> None:
+    assert errors(text, tmp_path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: No such file"):
+        load_recipe(tmp_path / "none.yaml", PretrainRecipe)
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        load_any(tmp_path / "b.yaml")
+
+
+def test_numbers_are_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE + "predict_fraction: 1e-1\n")
+    recipe = load_recipe(path, PretrainRecipe, {"optim.base_lr": "1e-4", "optim.weight_decay": "5E-2", "data.flip": ".5"})
+    assert recipe.predict_fraction == 0.1
+    assert (recipe.optim.base_lr, recipe.optim.weight_decay, recipe.data.flip) == (1e-4, 0.05, 0.5)
+
+
+def test_overrides_change_components(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE + "head: {name: transformer, dim: 64}\nmask: block\n")
+    recipe = load_recipe(path, PretrainRecipe, parse_overrides(("head.name=mlp", "head.hidden_dim=8", "mask.ratio=0.3")))
+    assert recipe.head.model_dump() == {"name": "mlp", "hidden_dim": 8}
+    assert (recipe.mask.name, recipe.mask.ratio) == ("block", 0.3)
+    assert recipe.corruption.name == "token"
+    assert recipe.target.name == "norm_pixels"
+    assert recipe.data.image_size == (32, 32)
+
+
+def all_recipes() -> list[Path]:
+    return sorted((ROOT / "recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", all_recipes(), ids=lambda p: p.stem)
+def test_every_recipe_round_trips(path: Path, tmp_path: Path) -> None:
+    recipe = load_any(path)
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert load_any(tmp_path / "r.yaml") == recipe
+    assert recipe.job == path.parent.name
+
+
+@pytest.mark.parametrize("path", all_recipes(), ids=lambda p: p.stem)
+def test_every_recipe_opens_with_source_command_cost_and_score(path: Path) -> None:
+    head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    for word in ("Source:", "Command:", "Cost:", "Expected:"):
+        assert word in head, f"{path}: its first lines do not say {word}"
+
+
+@pytest.mark.parametrize("path", [p for p in all_recipes() if p.parent.name == "pretrain"], ids=lambda p: p.stem)
+def test_every_pretraining_recipe_builds(path: Path) -> None:
+    from mpp.build import build_model
+
+    recipe = load_recipe(path, PretrainRecipe)
+    model, grid = build_model(recipe)
+    assert grid[0] * model.unit_px == recipe.data.image_size[0]
+
+
+def test_differences_name_keys_that_matter(tmp_path: Path) -> None:
+    a = pretrain_recipe("x", "y")
+    b = pretrain_recipe("x", "z", **{"mask.ratio": 0.5, "data.workers": 3, "log_every_steps": 9})
+    assert differences(a, b) == ["mask.ratio: was 0.6, now 0.5"]
+
+
+@pytest.mark.parametrize("job", sorted(RECIPES))
+def test_schema_describes_every_key(job: str) -> None:
+    schema = RECIPES[job].model_json_schema()
+    assert "description" in schema
+    assert schema["properties"].keys() >= {"out", "data", "optim", "seed"}
+
+
+def test_finetune_recipes_check_across_keys(tmp_path: Path) -> None:
+    base = "job: finetune\nout: o\nencoder: scratch\ndata: {train: a, val: b, image_size: 8}\noptim: {steps: 1}\n"
+    assert errors(base, tmp_path, job=FinetuneRecipe) == ["r.yaml: encoder: scratch needs architecture.name, a name of timm's"]
+    base = base.replace("scratch", "runs/a")
+    assert "give labels_per_class or fraction" in errors(base, tmp_path, "data.fraction=0.5", "data.labels_per_class=3", job=FinetuneRecipe)[0]
+    assert errors(base, tmp_path, "seeds=[1,1]", job=FinetuneRecipe)[0].endswith("seeds: each once")
+
+
+def test_the_file_is_read_once_written(recipe_file: Callable[..., Path]) -> None:
+    recipe = load_recipe(recipe_file(), PretrainRecipe)
+    assert yaml.safe_load(dump_recipe(recipe))["optim"]["steps"] == 20
