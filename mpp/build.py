@@ -15,12 +15,21 @@ from mpp.recipe import PretrainRecipe, Section
 from mpp.rng import Purpose, stream
 from mpp.types import MaskSampler, torch_seed
 
-FOLDERS = {"mask": "masks", "corruption": "corruptions", "target": "targets", "loss": "losses", "head": "heads"}
+FOLDERS = {
+    "mask": "masks",
+    "corruption": "corruptions",
+    "target": "targets",
+    "loss": "losses",
+    "head": "heads",
+}
 """Recipe key -> folder of its components."""
 
 
 def build_component(key: str, section: Section, *args: Any) -> Any:
-    """The component that a recipe names: `args` from the toolkit, keywords from the recipe. UserError as its ValueError."""
+    """The component that a recipe names: `args` from the toolkit, keywords from the recipe.
+
+    UserError where its constructor refuses them.
+    """
     chosen = section.model_dump()
     cls = registry.component(FOLDERS.get(key, "tasks"), chosen.pop("name"))
     try:

@@ -30,7 +30,13 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
 ) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep`. Call it on one process.
 
@@ -57,7 +63,9 @@ def save(
         _sync(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{final}: cannot be saved: {getattr(error, 'strerror', None) or error} ({_free(folder)})") from error
+        raise UserError(
+            f"{final}: cannot be saved: {getattr(error, 'strerror', None) or error} ({_free(folder)})"
+        ) from error
     for old in steps(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -49,7 +49,11 @@ def main() -> None:
 @click.argument("source")
 @click.argument("out")
 @click.option("--images-per-shard", default=1000, show_default=True, type=click.IntRange(min=1))
-@click.option("--labels/--no-labels", default=None, help="Class folders become labels; default: if every image is in one.")
+@click.option(
+    "--labels/--no-labels",
+    default=None,
+    help="Class folders become labels; default: if every image is in one.",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the order of the images.")
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
 def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed: int, workers: int) -> None:
@@ -65,7 +69,13 @@ def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed
             bar.update(done - bar.n)
 
         packed = packing.pack(
-            source, out, images_per_shard=images_per_shard, labels=labels, seed=seed, workers=workers, on_shard=on_shard
+            source,
+            out,
+            images_per_shard=images_per_shard,
+            labels=labels,
+            seed=seed,
+            workers=workers,
+            on_shard=on_shard,
         )
     kind = f"{len(packed.classes)} classes" if packed.classes else "no labels"
     click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")

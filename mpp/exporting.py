@@ -1,9 +1,9 @@
 """The encoder as a verified artifact: a timm folder that plain timm loads, and the proof that it does.
 
-    config.json  model.safetensors     what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads
-    reference.safetensors              two images and their features, written by this process
-    export.json                        checksum of the weights, tolerance, metrics
-    recipe.yaml  README.md             how it was made, a model card
+config.json  model.safetensors     what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads
+reference.safetensors              two images and their features, written by this process
+export.json                        checksum of the weights, tolerance, metrics
+recipe.yaml  README.md             how it was made, a model card
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ from mpp.recipe import FinetuneRecipe, PretrainRecipe, dump_recipe
 
 TOLERANCE = 1e-4
 """Largest difference of features, over their largest value, that counts as the same: float32 on other hardware."""
-NOT_INHERITED = ("hf_hub_id", "hf_hub_filename", "url", "file", "origin_url", "paper_name", "paper_ids", "notes", "license")
+NOT_INHERITED = (
+    "hf_hub_id",
+    "hf_hub_filename",
+    "url",
+    "file",
+    "origin_url",
+    "paper_name",
+    "paper_ids",
+    "notes",
+    "license",
+)
 """Keys of timm's pretrained_cfg that speak of other weights than these."""
 
 VERIFY = """
@@ -91,7 +101,13 @@ def save_encoder(
             str(aside),
             model_config={"label_names": classes} if classes else None,
             safe_serialization=True,
-            data_config={"mean": mean, "std": std, "input_size": size, "crop_pct": 1.0, "interpolation": "bicubic"},
+            data_config={
+                "mean": mean,
+                "std": std,
+                "input_size": size,
+                "crop_pct": 1.0,
+                "interpolation": "bicubic",
+            },
         )
         config = json.loads((aside / "config.json").read_text())
         # transformers' TimmWrapper passes num_classes itself and fails on a second one
@@ -168,7 +184,9 @@ def verify(folder: str | Path) -> Verified:
     if _sha256(path / "model.safetensors") != record["weights_sha256"]:
         raise UserError(f"{path}/model.safetensors: does not match the checksum of its export")
     # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
-    process = subprocess.run([sys.executable, "-I", "-c", VERIFY, str(path)], capture_output=True, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", VERIFY, str(path)], capture_output=True, text=True, check=False
+    )
     if process.returncode:
         lines = process.stderr.strip().splitlines()
         raise UserError(f"{path}: plain timm cannot load it: {lines[-1] if lines else 'no message'}")

@@ -72,7 +72,9 @@ class FinetuneResult:
 
     def table(self) -> str:
         """For people."""
-        rows = [f"{arm:<12} {estimate}   (seeds: {_percents(estimate.values)})" for arm, estimate in self.accuracy.items()]
+        rows = [
+            f"{arm:<12} {estimate}   (seeds: {_percents(estimate.values)})" for arm, estimate in self.accuracy.items()
+        ]
         if self.gain is not None:
             rows.append(f"{'gain':<12} {100 * self.gain.mean:+.1f} points" + _interval(self.gain))
             if self.gain.mean <= 0 or (len(self.gain.values) > 1 and self.gain.mean <= self.gain.half_width):
@@ -96,7 +98,9 @@ def _percents(values: list[float]) -> str:
 def _interval(gain: Estimate) -> str:
     if not math.isfinite(gain.half_width):
         return "   (one seed: no interval)"
-    return f"   (95 % interval {100 * (gain.mean - gain.half_width):+.1f} to {100 * (gain.mean + gain.half_width):+.1f})"
+    return (
+        f"   (95 % interval {100 * (gain.mean - gain.half_width):+.1f} to {100 * (gain.mean + gain.half_width):+.1f})"
+    )
 
 
 def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
@@ -213,14 +217,25 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> n
     folder = exporting.encoder_folder(recipe.encoder)
     try:
         return timm.create_model(
-            f"local-dir:{folder}", pretrained=pretrained, num_classes=0, in_chans=channels, img_size=size, **args
+            f"local-dir:{folder}",
+            pretrained=pretrained,
+            num_classes=0,
+            in_chans=channels,
+            img_size=size,
+            **args,
         )
     except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"encoder: {folder}: {str(error).splitlines()[0]}") from error
 
 
 def _run_cell(
-    recipe: FinetuneRecipe, accelerator: Accelerator, cell: Path, arm: str, seed: int, train: Labeled, val: Labeled
+    recipe: FinetuneRecipe,
+    accelerator: Accelerator,
+    cell: Path,
+    arm: str,
+    seed: int,
+    train: Labeled,
+    val: Labeled,
 ) -> float | None:
     """Fine-tune one arm with one seed; its accuracy, or None where a signal stopped it (with a checkpoint)."""
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -243,7 +258,7 @@ def _run_cell(
         scale=data.crop_scale,
         ratio=data.crop_ratio,
         hflip=data.flip,
-        color_jitter=data.color_jitter,
+        color_jitter=data.color_jitter,  # type: ignore[arg-type]  # None: none, whatever timm's annotation says
         auto_augment=data.auto_augment,
         interpolation="bicubic",
     )
@@ -288,7 +303,11 @@ def _run_cell(
         cell.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     log = RunLog(
-        cell, steps=total_steps, resumed_at=start_step, active=accelerator.is_main_process, label=f"{cell.name}  "
+        cell,
+        steps=total_steps,
+        resumed_at=start_step,
+        active=accelerator.is_main_process,
+        label=f"{cell.name}  ",
     )
     log.say(
         f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val.labels)} to validate; {total_steps} steps"
@@ -372,7 +391,9 @@ def _run_cell(
     accuracy, unreadable = _evaluate(recipe, accelerator, model, val)
     if accelerator.is_main_process:
         _save(model, cell, recipe, accuracy, train.classes)
-        log.say(f"accuracy {100 * accuracy:.2f} %" + (f", {unreadable} unreadable images left out" if unreadable else ""))
+        log.say(
+            f"accuracy {100 * accuracy:.2f} %" + (f", {unreadable} unreadable images left out" if unreadable else "")
+        )
         log.status("finished", step=step)
         write_json(cell / RESULT, {"accuracy": accuracy, "unreadable": unreadable, "step": step})
     log.close()
@@ -386,9 +407,7 @@ def _fingerprint(train: Labeled, subset: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _evaluate(
-    recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, val: Labeled
-) -> tuple[float, int]:
+def _evaluate(recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, val: Labeled) -> tuple[float, int]:
     """(accuracy, unreadable images) over all validation images, each counted once, shared by all processes."""
     data = recipe.data
     dataset = CentreDataset(
@@ -426,7 +445,9 @@ def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, accuracy: float
         classifier = encoder.get_classifier()
         if isinstance(classifier, nn.Linear):
             classifier.load_state_dict(out.state_dict())
-            exporting.save_encoder(encoder.to(out.weight.device), cell / "encoder", recipe, {"accuracy": accuracy}, classes)
+            exporting.save_encoder(
+                encoder.to(out.weight.device), cell / "encoder", recipe, {"accuracy": accuracy}, classes
+            )
             return
         encoder.reset_classifier(0)
     exporting.save_encoder(encoder, cell / "encoder", recipe, {"accuracy": accuracy})

@@ -17,7 +17,18 @@ from tqdm import tqdm
 
 from mpp.errors import UserError
 
-PACKAGES = ("mpp", "torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "safetensors", "simplejpeg", "pillow")
+PACKAGES = (
+    "mpp",
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "webdataset",
+    "numpy",
+    "safetensors",
+    "simplejpeg",
+    "pillow",
+)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -97,7 +108,10 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         else:
-            print(f"{self.label}step {record['step']}/{self.steps}  {text}  eta {self.eta(record['step'])}", flush=True)
+            print(
+                f"{self.label}step {record['step']}/{self.steps}  {text}  eta {self.eta(record['step'])}",
+                flush=True,
+            )
 
     def step(self) -> None:
         if self.bar is not None:
@@ -109,7 +123,9 @@ class RunLog:
         if done <= 0:
             return "?"
         left = round((time.monotonic() - self._began) / done * (self.steps - step))
-        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}" if left >= 3600 else f"{left // 60}:{left % 60:02d}"
+        return (
+            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}" if left >= 3600 else f"{left // 60}:{left % 60:02d}"
+        )
 
     def note(self, text: str) -> None:
         """A line of train.log alone."""

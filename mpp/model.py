@@ -79,9 +79,7 @@ class MaskedPatchModel(nn.Module):
         else:
             rank = noise.masked_fill(~mask, 2.0).flatten(1).argsort(dim=1)
             chosen = torch.zeros_like(mask).flatten(1).scatter(1, rank[:, :predicted_units], True)
-            predicted = hidden_cells(
-                repeat_cells(chosen.view_as(mask), factor), predicted_units * factor * factor
-            )
+            predicted = hidden_cells(repeat_cells(chosen.view_as(mask), factor), predicted_units * factor * factor)
         return Cells(hidden, visible_cells(hidden, hidden_count), predicted)
 
     def predict(self, images: Tensor, cells: Cells) -> Tensor:
@@ -96,9 +94,7 @@ class MaskedPatchModel(nn.Module):
         return self.loss(prediction, gather_cells(self.target(x), cells.predicted))
 
     @torch.no_grad()
-    def losses_for_skill(
-        self, images: Tensor, mask: Tensor, noise: Tensor, hidden_units: int
-    ) -> tuple[Tensor, Tensor]:
+    def losses_for_skill(self, images: Tensor, mask: Tensor, noise: Tensor, hidden_units: int) -> tuple[Tensor, Tensor]:
         """(loss of the model, loss of the trivial predictor), both on the same predicted cells."""
         x = self.normalise(images)
         cells = self.cells(mask, noise, hidden_units)
@@ -112,7 +108,9 @@ class MaskedPatchModel(nn.Module):
         x = self.normalise(images)
         cells = self.cells(mask, torch.zeros_like(mask, dtype=torch.float32), hidden_units)
         everywhere = Cells(
-            cells.hidden, cells.visible, hidden_cells(cells.hidden, cells.hidden[0].numel() - cells.visible.shape[1])
+            cells.hidden,
+            cells.visible,
+            hidden_cells(cells.hidden, cells.hidden[0].numel() - cells.visible.shape[1]),
         )
         prediction = self.predict(x, everywhere).float()
         values = torch.zeros(len(x), cells.hidden[0].numel(), self.target.dim, device=x.device)

@@ -67,11 +67,15 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     )
     held_out = held_out_rows(images.counts, data.held_out)
     counts = np.asarray(images.counts) - held_out
-    order = Order(
-        counts, global_batch=optim.global_batch_size, seed=recipe.seed, lanes=data.lanes, window=data.window
-    )
+    order = Order(counts, global_batch=optim.global_batch_size, seed=recipe.seed, lanes=data.lanes, window=data.window)
     crop = Crop(
-        data.image_size, data.channels, data.crop_scale, data.crop_ratio, data.flip, data.formats, data.max_image_pixels
+        data.image_size,
+        data.channels,
+        data.crop_scale,
+        data.crop_ratio,
+        data.flip,
+        data.formats,
+        data.max_image_pixels,
     )
     dataset = PretrainDataset(images, crop, build_mask(recipe), mask_grid, recipe.seed)
     total_steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
@@ -148,7 +152,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
             # One exchange a step: the mean loss, unreadable images, whether anyone was asked to stop. The gradient
             # norm is the same everywhere, since gradients are: every process stops before the update, or none.
             loss, new_bad, stopping = distributed.total(
-                accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)]
+                accelerator,
+                [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)],
             )
             if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
                 _report_non_finite(run.out, rank, step, seen, loss, float(grad_norm), torch.cat(samples), images)
@@ -159,7 +164,11 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                     "optim.clip_grad_norm, or precision: fp32"
                 )
             lr = lr_scale * scheduled_lr(
-                step, total_steps=total_steps, warmup_steps=warmup_steps, lr=optim.base_lr, min_lr=optim.min_lr
+                step,
+                total_steps=total_steps,
+                warmup_steps=warmup_steps,
+                lr=optim.base_lr,
+                min_lr=optim.min_lr,
             )
             set_lr(optimizer, lr)
             optimizer.step()
@@ -252,9 +261,11 @@ def _skill(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch) -
     own = trivial = 0.0
     with accelerator.autocast():
         for i in range(0, len(held_out.images), 256):
-            part = [t[i : i + 256] for t in (held_out.images, held_out.mask, held_out.noise)]
-            a, b = model.losses_for_skill(*(t.to(accelerator.device) for t in part), held_out.hidden_units)
-            own, trivial = own + float(a) * len(part[0]), trivial + float(b) * len(part[0])
+            images, mask, noise = (
+                t[i : i + 256].to(accelerator.device) for t in (held_out.images, held_out.mask, held_out.noise)
+            )
+            a, b = model.losses_for_skill(images, mask, noise, held_out.hidden_units)
+            own, trivial = own + float(a) * len(images), trivial + float(b) * len(images)
     model.train()
     return 1 - own / trivial if trivial > 0 else math.nan
 
@@ -276,7 +287,14 @@ def _count_bad(before: int, new: int, lines: list[str], seen: int, max_fraction:
 
 
 def _report_non_finite(
-    out: Path, rank: int, step: int, seen: int, loss: float, grad_norm: float, samples: torch.Tensor, images: ShardImages
+    out: Path,
+    rank: int,
+    step: int,
+    seen: int,
+    loss: float,
+    grad_norm: float,
+    samples: torch.Tensor,
+    images: ShardImages,
 ) -> None:
     write_json(
         out / f"non-finite-rank{rank}.json",

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from mpp import registry
 from mpp.errors import UserError
@@ -25,7 +33,6 @@ from mpp.types import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    OpenFraction,
     PositiveFloat,
     PositiveInt,
 )
@@ -87,7 +94,13 @@ class ImageData(Section):
     """Probability of a horizontal flip in training."""
     workers: NonNegativeInt = 2
     """Loader processes per training process."""
-    formats: tuple[Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"], ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+    formats: tuple[Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"], ...] = (
+        "JPEG",
+        "PNG",
+        "WEBP",
+        "BMP",
+        "TIFF",
+    )
     """Image formats that are decoded; any other is a bad image."""
     max_image_pixels: Annotated[PositiveInt, Field(le=178_000_000)] = 64_000_000
     """Images with more pixels are bad images, refused from their header."""
@@ -215,7 +228,7 @@ class FinetuneData(ImageData):
     """Train on this fraction of each class, drawn by the seed; at least one image of each."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
-    val_crop_fraction: OpenFraction | Literal[1, 1.0] = 1.0
+    val_crop_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Validation: the central crop is this fraction of the resized image's side (ImageNet recipes: 0.875)."""
     auto_augment: str | None = None
     """timm's policy string, such as rand-m9-mstd0.5-inc1 (RandAugment)."""
@@ -336,7 +349,9 @@ def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[Key, str]]:
                 inner = (*key, k.value)
                 place = f"{source}:{k.start_mark.line + 1}"
                 if inner in places:
-                    errors.append(f"{place}: {dotted(inner)}: given twice; first at line {places[inner].rsplit(':')[-1]}")
+                    errors.append(
+                        f"{place}: {dotted(inner)}: given twice; first at line {places[inner].rsplit(':')[-1]}"
+                    )
                 else:
                     places[inner] = place
                     walk(v, inner)
@@ -346,7 +361,7 @@ def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[Key, str]]:
 
     try:
         node = yaml.compose(text, _Loader)
-        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -380,7 +395,7 @@ def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: d
             node = inner
         if isinstance(value, str):
             try:
-                value = yaml.load(value, _Loader)  # noqa: S506 (a SafeLoader)
+                value = yaml.load(value, _Loader)
             except yaml.YAMLError as error:
                 raise UserError(f"{COMMAND_LINE}: {name}: not a YAML value: {value}") from error
         if last == "name" and node.get("name", value) != value:
@@ -441,7 +456,9 @@ def checked(recipe: str | Path | R, job: type[R], overrides: dict[str, Any]) -> 
     return check_recipe(values, job, places)
 
 
-def check_recipe(values: dict[str, Any], job: type[R], places: dict[Key, str] | None = None, source: str = "recipe") -> R:
+def check_recipe(
+    values: dict[str, Any], job: type[R], places: dict[Key, str] | None = None, source: str = "recipe"
+) -> R:
     """Validate a mapping. UserError with a line for each thing that is wrong."""
     expected = job.model_fields["job"].default
     if values.get("job", expected) != expected and values["job"] in RECIPES:
@@ -583,5 +600,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = inner
     return flat
-
-

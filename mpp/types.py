@@ -199,4 +199,3 @@ class Head(Protocol):
 def torch_seed(rng: np.random.Generator) -> int:
     """A seed for torch's generators, drawn from a numpy one."""
     return int(rng.integers(2**63 - 1))
-

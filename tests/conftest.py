@@ -48,9 +48,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = folder / ("disc" if i % 2 == 0 else "square")
         target.mkdir(exist_ok=True)
         jpeg = i % 3 != 0
-        (target / f"{i:03d}.{'jpg' if jpeg else 'png'}").write_bytes(
-            encoded(drawn_image(i), "JPEG" if jpeg else "PNG")
-        )
+        (target / f"{i:03d}.{'jpg' if jpeg else 'png'}").write_bytes(encoded(drawn_image(i), "JPEG" if jpeg else "PNG"))
     return folder
 
 

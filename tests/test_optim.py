@@ -29,7 +29,9 @@ def test_norms_biases_tokens_and_positions_are_not_decayed() -> None:
 def test_layer_decay_reaches_the_optimizer() -> None:
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=4, embed_dim=32, num_heads=2)
     task = ClassifyTask(32, 5)
-    optimizer = adamw(finetune_groups(encoder, task, weight_decay=0.1, layer_decay=0.5, head_lr_scale=3.0), (0.9, 0.999))
+    optimizer = adamw(
+        finetune_groups(encoder, task, weight_decay=0.1, layer_decay=0.5, head_lr_scale=3.0), (0.9, 0.999)
+    )
     set_lr(optimizer, 1.0)
     names = {id(p): n for n, p in [*encoder.named_parameters(), *task.named_parameters()]}
     lr = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
@@ -64,7 +66,9 @@ def test_fused_adamw_is_adamw() -> None:
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 5)
         groups = [{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}]
-        optimizer = adamw(groups, (0.9, 0.95)) if fused else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=False)
+        optimizer = (
+            adamw(groups, (0.9, 0.95)) if fused else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=False)
+        )
         set_lr(optimizer, 1e-2)
         for i in range(5):
             model(torch.full((2, 5), float(i))).square().sum().backward()

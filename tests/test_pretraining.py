@@ -27,7 +27,11 @@ GOLDEN = Path(__file__).parent / "golden.json"
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "token, linear": {},
     "joining at 1, half predicted": {"corruption.enter": 1, "predict_fraction": 0.5, "mask.name": "block"},
-    "drop, transformer, pixels": {"corruption.name": "drop", "head.name": "transformer", "target.name": "pixels"},
+    "drop, transformer, pixels": {
+        "corruption.name": "drop",
+        "head.name": "transformer",
+        "target.name": "pixels",
+    },
     "drop, cross_attention": {"corruption.name": "drop", "head.name": "cross_attention", "mask.ratio": 0.75},
 }
 
@@ -137,7 +141,10 @@ def test_kill_9_and_resume_is_bit_equal(recipe_file: Callable[..., Path], tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_0(number: signal.Signals, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    path, out = recipe_file(**{**SLOW, "optim.steps": 5000, "checkpoint_every_steps": 10000}), tmp_path / "run"
+    path, out = (
+        recipe_file(**{**SLOW, "optim.steps": 5000, "checkpoint_every_steps": 10000}),
+        tmp_path / "run",
+    )
     process = start(path)
     wait_for_step(out, 3, process)
     process.send_signal(number)
@@ -175,7 +182,9 @@ def test_who_may_write_into_a_run_folder(shards: Path, tmp_path: Path) -> None:
     mpp.pretrain(recipe)
     with pytest.raises(UserError, match="is not empty; go on with --resume auto"):
         mpp.pretrain(recipe)
-    with pytest.raises(UserError, match=r"(?s)another recipe.*mask.ratio: was 0.6, now 0.3\n  optim.steps: was 20, now 30"):
+    with pytest.raises(
+        UserError, match=r"(?s)another recipe.*mask.ratio: was 0.6, now 0.3\n  optim.steps: was 20, now 30"
+    ):
         mpp.pretrain(recipe, resume="auto", **{"mask.ratio": 0.3, "optim.steps": 30})
     mpp.pretrain(recipe, resume="auto", **{"log_every_steps": 3, "data.workers": 1})
     (tmp_path / "mine").mkdir()
@@ -225,7 +234,9 @@ def test_unreadable_images_are_counted_and_stop_the_run_above_the_limit(tmp_path
     mpp.pretrain(pretrain_recipe(path, tmp_path / "allowed", **{"optim.steps": 60, "data.max_bad_fraction": 0.9}))
 
 
-def test_skill_is_measured_on_images_that_are_never_trained_on(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skill_is_measured_on_images_that_are_never_trained_on(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mpp.data.images import ShardImages
 
     trained, held = set(), set()
@@ -233,7 +244,12 @@ def test_skill_is_measured_on_images_that_are_never_trained_on(shards: Path, tmp
 
     def spy(self: ShardImages, shard: int, row: int, decode: Any, blank: Any) -> Any:
         # held-out images are read by the centre crop, through `batch(centre=True)`
-        (held if decode.__closure__ and True in [c.cell_contents for c in decode.__closure__ if isinstance(c.cell_contents, bool)] else trained).add((shard, row))
+        (
+            held
+            if decode.__closure__
+            and True in [c.cell_contents for c in decode.__closure__ if isinstance(c.cell_contents, bool)]
+            else trained
+        ).add((shard, row))
         return load(self, shard, row, decode, blank)
 
     monkeypatch.setattr(ShardImages, "load", spy)

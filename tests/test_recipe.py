@@ -87,7 +87,9 @@ def test_each_wrong_recipe_has_its_line(what: str, tmp_path: Path) -> None:
 def test_all_errors_at_once(tmp_path: Path) -> None:
     lines = errors("out: 3\ndata: {image_size: -1}\noptim: {epochs: x}\nfoo: 1\n", tmp_path, "mask.ratio=2")
     said = " ".join(lines)
-    assert all(key in said for key in ("data.shards: missing", "data.image_size", "optim.epochs", "foo", "mask.ratio", "out"))
+    assert all(
+        key in said for key in ("data.shards: missing", "data.image_size", "optim.epochs", "foo", "mask.ratio", "out")
+    )
     assert len(lines) >= 6
 
 
@@ -107,7 +109,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_numbers_are_yaml_1_2(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(BASE + "predict_fraction: 1e-1\n")
-    recipe = load_recipe(path, PretrainRecipe, {"optim.base_lr": "1e-4", "optim.weight_decay": "5E-2", "data.flip": ".5"})
+    recipe = load_recipe(
+        path, PretrainRecipe, {"optim.base_lr": "1e-4", "optim.weight_decay": "5E-2", "data.flip": ".5"}
+    )
     assert recipe.predict_fraction == 0.1
     assert (recipe.optim.base_lr, recipe.optim.weight_decay, recipe.data.flip) == (1e-4, 0.05, 0.5)
 
@@ -115,7 +119,9 @@ def test_numbers_are_yaml_1_2(tmp_path: Path) -> None:
 def test_overrides_change_components(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(BASE + "head: {name: transformer, dim: 64}\nmask: block\n")
-    recipe = load_recipe(path, PretrainRecipe, parse_overrides(("head.name=mlp", "head.hidden_dim=8", "mask.ratio=0.3")))
+    recipe = load_recipe(
+        path, PretrainRecipe, parse_overrides(("head.name=mlp", "head.hidden_dim=8", "mask.ratio=0.3"))
+    )
     assert recipe.head.model_dump() == {"name": "mlp", "hidden_dim": 8}
     assert (recipe.mask.name, recipe.mask.ratio) == ("block", 0.3)
     assert recipe.corruption.name == "token"
@@ -166,9 +172,14 @@ def test_schema_describes_every_key(job: str) -> None:
 
 def test_finetune_recipes_check_across_keys(tmp_path: Path) -> None:
     base = "job: finetune\nout: o\nencoder: scratch\ndata: {train: a, val: b, image_size: 8}\noptim: {steps: 1}\n"
-    assert errors(base, tmp_path, job=FinetuneRecipe) == ["r.yaml: encoder: scratch needs architecture.name, a name of timm's"]
+    assert errors(base, tmp_path, job=FinetuneRecipe) == [
+        "r.yaml: encoder: scratch needs architecture.name, a name of timm's"
+    ]
     base = base.replace("scratch", "runs/a")
-    assert "give labels_per_class or fraction" in errors(base, tmp_path, "data.fraction=0.5", "data.labels_per_class=3", job=FinetuneRecipe)[0]
+    assert (
+        "give labels_per_class or fraction"
+        in errors(base, tmp_path, "data.fraction=0.5", "data.labels_per_class=3", job=FinetuneRecipe)[0]
+    )
     assert errors(base, tmp_path, "seeds=[1,1]", job=FinetuneRecipe)[0].endswith("seeds: each once")
 
 

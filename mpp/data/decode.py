@@ -91,7 +91,11 @@ def _resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def _jpeg(
-    data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, int], channels: int, max_image_pixels: int
+    data: bytes,
+    choose_box: Callable[[int, int], Box],
+    size: tuple[int, int],
+    channels: int,
+    max_image_pixels: int,
 ) -> Tensor | None:
     """The fast path; None where Pillow must look (rotation, CMYK, warnings of the decoder)."""
     if b"Exif\0\0" in data[:65536] and _orientation(data) != 1:

@@ -22,7 +22,12 @@ class ShardImages:
     """Indexed local shards. UserError where they cannot be read or hold no image."""
 
     def __init__(
-        self, spec: str | tuple[str, ...], *, key: str, cache_dir: str | None = None, cache_limit_bytes: float = 200e9
+        self,
+        spec: str | tuple[str, ...],
+        *,
+        key: str,
+        cache_dir: str | None = None,
+        cache_limit_bytes: float = 200e9,
     ) -> None:
         self.names = expand(spec, key)
         store = Store(cache_dir, cache_limit_bytes)
@@ -83,7 +88,7 @@ class ShardImages:
         A bad image is replaced by the next good one of its shard; after REPLACEMENTS bad ones in a row a grey
         image of shape `blank` stands in, so that every process always gets full batches.
         """
-        bad = []
+        bad: list[str] = []
         for step in range(min(REPLACEMENTS, self.counts[shard])):
             at = (row + step) % self.counts[shard]
             try:

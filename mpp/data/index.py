@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from mpp.errors import UserError
 
@@ -82,7 +82,7 @@ def _members_by_tarfile(path: str) -> tuple[list[tuple[str, int, int]], int]:
     try:
         with tarfile.open(path, "r:") as tar:
             for m in tar:
-                tar.members = []  # type: ignore[attr-defined]  # keep memory flat
+                tar.members = []  # keep memory flat
                 if m.isreg() and not m.issparse():
                     members.append((m.name, m.offset_data, m.size))
             end = tar.offset  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
             raise UserError(f"{key}: '{item}': pipes are never run; give files or URLs")
         try:
             names = list(braceexpand(item))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise UserError(f"{key}: '{item}': unbalanced braces") from error
         for name in names:
             if "://" in name:

@@ -86,7 +86,12 @@ class Labeled:
 
 
 def open_labeled(
-    spec: str | tuple[str, ...], *, key: str, classes: list[str] | None, cache_dir: str | None, cache_limit_bytes: float
+    spec: str | tuple[str, ...],
+    *,
+    key: str,
+    classes: list[str] | None,
+    cache_dir: str | None,
+    cache_limit_bytes: float,
 ) -> Labeled:
     """A class-folder tree, or shards with `.cls` / `.json` labels (a folder that holds *.tar is shards).
 
@@ -101,7 +106,7 @@ def open_labeled(
     known = classes or class_names(images.paths)
     if known is None:
         numbers = all(isinstance(v, int) for v in values)
-        known = [str(v) for v in (range(max(values) + 1) if numbers else sorted({str(v) for v in values}))]  # type: ignore[type-var,operator]
+        known = [str(v) for v in (range(max(values) + 1) if numbers else sorted({str(v) for v in values}))]  # type: ignore[operator]
     index = {name: i for i, name in enumerate(known)}
     labels = []
     for i, value in enumerate(values):

@@ -109,7 +109,7 @@ def batches(
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]
+        batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,

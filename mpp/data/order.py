@@ -27,7 +27,13 @@ class Order:
     """
 
     def __init__(
-        self, counts: list[int] | np.ndarray, *, global_batch: int, seed: int, lanes: int = 256, window: int = 4096
+        self,
+        counts: list[int] | np.ndarray,
+        *,
+        global_batch: int,
+        seed: int,
+        lanes: int = 256,
+        window: int = 4096,
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         total = int(self.counts.sum())
@@ -78,9 +84,7 @@ class MicroBatches:
     world-th. Iterating again starts again at `seen`.
     """
 
-    def __init__(
-        self, order: Order, *, seen: int, steps: int, accumulate: int, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, order: Order, *, seen: int, steps: int, accumulate: int, rank: int = 0, world: int = 1) -> None:
         self.order, self.seen, self.steps, self.accumulate = order, seen, steps, accumulate
         self.rank, self.world = rank, world
         self.size = order.global_batch // (accumulate * world)

@@ -81,7 +81,11 @@ def pack(
     for k in range(shards):
         numbers = order[k * images_per_shard : (k + 1) * images_per_shard]
         entries = [
-            (f"{k * images_per_shard + i:09d}", files[n], classes.index(files[n].split("/", 1)[0]) if labeled else -1)
+            (
+                f"{k * images_per_shard + i:09d}",
+                files[n],
+                classes.index(files[n].split("/", 1)[0]) if labeled else -1,
+            )
             for i, n in enumerate(numbers.tolist())
         ]
         jobs.append((source, os.path.join(out, f"shard-{k:06d}.tar"), entries))
@@ -162,7 +166,9 @@ def _write_shard(source: str, shard: str, entries: list[tuple[str, str, int]]) -
     part = f"{shard}.part"
     sources, skipped = [], []
     with open(part, "wb") as f:
-        with webdataset.TarWriter(f, mtime=0) as writer:  # an int, a float would need pax headers; fixed: the same images give the same bytes
+        with webdataset.TarWriter(
+            f, mtime=0
+        ) as writer:  # an int, a float would need pax headers; fixed: the same images give the same bytes
             for key, path, label in entries:
                 full = os.path.join(source, path)
                 try:

@@ -58,7 +58,7 @@ class CrossAttentionHead(nn.Module):
         context = self.embed(features.visible()) + gather_cells(positions, features.cells.visible)
         context = self.context_norm(context)
         entered = features.predicted()
-        start = self.mask_token if entered is None else self.embed(entered)
+        start: Tensor = self.mask_token if entered is None else self.embed(entered)  # type: ignore[assignment]
         queries = start + gather_cells(positions, features.cells.predicted)
         for block in self.blocks:
             queries = block(queries, context)

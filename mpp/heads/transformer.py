@@ -46,7 +46,7 @@ class TransformerHead(nn.Module):
         positions = sincos_positions(features.cells.grid, self.dim, features.tokens.device)
         positions = positions.expand(len(features.tokens), -1, -1)
         entered = features.predicted()
-        hidden = self.mask_token if entered is None else self.embed(entered)
+        hidden: Tensor = self.mask_token if entered is None else self.embed(entered)  # type: ignore[assignment]
         x = torch.cat(
             [
                 self.embed(features.visible()) + gather_cells(positions, features.cells.visible),

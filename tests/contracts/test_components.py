@@ -46,10 +46,10 @@ def test_unknown_names_are_refused() -> None:
 
 @pytest.mark.parametrize("name", registry.names("masks"))
 @settings(max_examples=60, deadline=None)
-@given(
-    gh=st.integers(1, 9), gw=st.integers(2, 9), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 2**40)
-)
-def test_masks_hide_a_count_that_depends_on_the_grid_alone(name: str, gh: int, gw: int, ratio: float, seed: int) -> None:
+@given(gh=st.integers(1, 9), gw=st.integers(2, 9), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 2**40))
+def test_masks_hide_a_count_that_depends_on_the_grid_alone(
+    name: str, gh: int, gw: int, ratio: float, seed: int
+) -> None:
     mask = registry.component("masks", name)(ratio=ratio)
     drawn = [mask((gh, gw), stream(seed, Purpose.MASK, i)) for i in range(3)]
     expected = min(max(round(gh * gw * ratio), 1), gh * gw - 1)
@@ -74,7 +74,9 @@ def test_masks_differ_between_positions_and_reach_every_cell(name: str) -> None:
 @pytest.mark.parametrize("name", registry.names("targets"))
 class TestTargets:
     def images(self, channels: int) -> torch.Tensor:
-        return torch.randn(4, channels, GRID[0] * CELL_PX, GRID[1] * CELL_PX, generator=torch.Generator().manual_seed(1))
+        return torch.randn(
+            4, channels, GRID[0] * CELL_PX, GRID[1] * CELL_PX, generator=torch.Generator().manual_seed(1)
+        )
 
     def test_shapes_and_trivial(self, name: str, channels: int) -> None:
         target, x = registry.component("targets", name)(channels, CELL_PX), self.images(channels)
@@ -84,13 +86,21 @@ class TestTargets:
         assert target.trivial(x, hidden_of(4)).shape == values.shape
 
     def test_trivial_does_not_look_under_the_mask(self, name: str, channels: int) -> None:
-        target, x, hidden = registry.component("targets", name)(channels, CELL_PX), self.images(channels), hidden_of(4)
+        target, x, hidden = (
+            registry.component("targets", name)(channels, CELL_PX),
+            self.images(channels),
+            hidden_of(4),
+        )
         pixels = repeat_cells(hidden, CELL_PX).unsqueeze(1)
         other = torch.where(pixels, torch.randn_like(x), x)
         torch.testing.assert_close(target.trivial(x, hidden), target.trivial(other, hidden), rtol=0, atol=1e-6)
 
     def test_unaided_picture_does_not_look_under_the_mask(self, name: str, channels: int) -> None:
-        target, x, hidden = registry.component("targets", name)(channels, CELL_PX), self.images(channels), hidden_of(4)
+        target, x, hidden = (
+            registry.component("targets", name)(channels, CELL_PX),
+            self.images(channels),
+            hidden_of(4),
+        )
         values = torch.randn(4, 15, target.dim)
         pixels = repeat_cells(hidden, CELL_PX).unsqueeze(1)
         other = torch.where(pixels, torch.randn_like(x), x)

@@ -18,8 +18,8 @@ from mpp.errors import UserError
 from mpp.model import MaskedPatchModel
 from mpp.patches import hidden_cells, repeat_cells, visible_cells
 from mpp.types import Cells
-from tests.contracts.test_components import hidden_of
 from tests.conftest import pretrain_recipe
+from tests.contracts.test_components import hidden_of
 
 ARGS = {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 4}
 VITS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,13 @@ class TestViT:
         with torch.no_grad():
             before = model.predict(x, cells)
             assert torch.isfinite(before).all()
-            changes = (torch.randn_like(x), torch.zeros_like(x), x.flip(0), torch.full_like(x, 1e30), torch.full_like(x, torch.nan))
+            changes = (
+                torch.randn_like(x),
+                torch.zeros_like(x),
+                x.flip(0),
+                torch.full_like(x, 1e30),
+                torch.full_like(x, torch.nan),
+            )
             for change in changes:
                 assert torch.equal(model.predict(torch.where(pixels, change, x), cells), before)
             visible = torch.where(pixels, x, x + 1)

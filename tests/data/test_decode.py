@@ -141,6 +141,8 @@ def test_boxes_lie_inside(w: int, h: int, seed: int) -> None:
 
 def test_random_boxes_have_the_area_they_are_asked_for() -> None:
     rng = stream(0, Purpose.CROP)
-    areas = [w * h / 10**6 for _, _, w, h in (random_box(rng, 1000, 1000, (0.2, 1.0), (0.75, 4 / 3)) for _ in range(500))]
+    areas = [
+        w * h / 10**6 for _, _, w, h in (random_box(rng, 1000, 1000, (0.2, 1.0), (0.75, 4 / 3)) for _ in range(500))
+    ]
     assert min(areas) > 0.19
     assert 0.5 < np.mean(areas) < 0.65  # a little below 0.6: wide large boxes miss

@@ -44,11 +44,14 @@ def test_finds_images_in_every_tar_format(tmp_path: Path, format: str, name: str
 @settings(max_examples=40, deadline=None)
 @given(
     members=st.lists(
-        st.tuples(st.sampled_from(["jpg", "txt", "cls", "json", "npy", "png"]), st.binary(max_size=1500)), max_size=12
+        st.tuples(st.sampled_from(["jpg", "txt", "cls", "json", "npy", "png"]), st.binary(max_size=1500)),
+        max_size=12,
     ),
     format=st.sampled_from(sorted(FORMATS)),
 )
-def test_agrees_with_tarfile(tmp_path_factory: pytest.TempPathFactory, members: list[tuple[str, bytes]], format: str) -> None:
+def test_agrees_with_tarfile(
+    tmp_path_factory: pytest.TempPathFactory, members: list[tuple[str, bytes]], format: str
+) -> None:
     named = {f"k{i}.{ext}": data for i, (ext, data) in enumerate(members)}
     path = write_tar(tmp_path_factory.mktemp("t") / "a.tar", named, FORMATS[format])
     with tarfile.open(path) as tar:
@@ -80,7 +83,11 @@ def test_a_tar_cut_anywhere_is_refused_with_its_name(tmp_path: Path, format: str
 
 
 def test_refuses_what_is_no_tar(tmp_path: Path) -> None:
-    for data, message in ((b"", "empty file"), (b"\x1f\x8b" + b"x" * 2000, "not a tar"), (b"<html>" * 200, "not a tar")):
+    for data, message in (
+        (b"", "empty file"),
+        (b"\x1f\x8b" + b"x" * 2000, "not a tar"),
+        (b"<html>" * 200, "not a tar"),
+    ):
         (tmp_path / "a.tar").write_bytes(data)
         with pytest.raises(UserError, match=message):
             scan(str(tmp_path / "a.tar"))
@@ -99,7 +106,11 @@ def test_a_corrupt_header_in_the_middle_is_refused_with_its_place(tmp_path: Path
 
 def test_links_and_folders_are_passed_over(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, kind in (("d.jpg", tarfile.DIRTYPE), ("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE)):
+        for name, kind in (
+            ("d.jpg", tarfile.DIRTYPE),
+            ("l.jpg", tarfile.SYMTYPE),
+            ("h.jpg", tarfile.LNKTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
@@ -129,7 +140,9 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
         assert len(index_shard(str(path), str(tmp_path)).table) == 1
 
 
-def test_a_folder_that_cannot_be_written_sends_the_index_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_sends_the_index_to_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"x"})
     index_path(str(path)).mkdir()  # nothing can be renamed onto a folder; permissions do not stop root
     (index_path(str(path)) / "x").touch()

@@ -39,7 +39,10 @@ def test_subsets_are_drawn_by_the_seed(shards: Path) -> None:
     assert (few != data.subset(labels_per_class=5, fraction=None, seed=1)).any()
     more = data.subset(labels_per_class=9, fraction=None, seed=0)
     assert set(few) < set(more), "more labels of a seed hold the fewer"
-    assert np.bincount(data.labels[data.subset(labels_per_class=None, fraction=0.2, seed=0)]).tolist() == [6, 6]
+    assert np.bincount(data.labels[data.subset(labels_per_class=None, fraction=0.2, seed=0)]).tolist() == [
+        6,
+        6,
+    ]
     assert len(data.subset(labels_per_class=None, fraction=None, seed=0)) == 60
     with pytest.raises(UserError, match=r"data\.labels_per_class: 31, but class 'disc' has 30 images"):
         data.subset(labels_per_class=31, fraction=None, seed=0)
@@ -108,7 +111,11 @@ def test_augmentation_depends_on_the_position_alone(shards: Path) -> None:
 
 
 def test_bad_images(tmp_path: Path) -> None:
-    for name, data in (("a/0.png", encoded(drawn_image(0))), ("a/1.png", b"bad"), ("b/2.png", encoded(drawn_image(1)))):
+    for name, data in (
+        ("a/0.png", encoded(drawn_image(0))),
+        ("a/1.png", b"bad"),
+        ("b/2.png", encoded(drawn_image(1))),
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     data = opened(tmp_path)

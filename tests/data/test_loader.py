@@ -24,7 +24,9 @@ def dataset_of(shards: Path, seed: int = 0) -> PretrainDataset:
     return PretrainDataset(ShardImages(str(shards), key="data.shards"), CROP, UniformMask(ratio=0.5), (4, 3), seed)
 
 
-def by_position(dataset: PretrainDataset, world: int, workers: int, steps: int = 4) -> dict[int, tuple[torch.Tensor, ...]]:
+def by_position(
+    dataset: PretrainDataset, world: int, workers: int, steps: int = 4
+) -> dict[int, tuple[torch.Tensor, ...]]:
     order = Order(dataset.images.counts, global_batch=12, seed=dataset.seed)
     found = {}
     for rank in range(world):

@@ -13,10 +13,12 @@ from mpp.data.order import MicroBatches, Order
 def run(order: Order, seen: int, steps: int, world: int = 1, accumulate: int = 1) -> list[list[tuple[int, int, int]]]:
     """Each step's samples in slot order, whatever the processes."""
     parts = [
-        list(MicroBatches(order, seen=seen, steps=steps, accumulate=accumulate, rank=r, world=world)) for r in range(world)
+        list(MicroBatches(order, seen=seen, steps=steps, accumulate=accumulate, rank=r, world=world))
+        for r in range(world)
     ]
     return [
-        sorted(s for part in parts for m in range(accumulate) for s in part[step * accumulate + m]) for step in range(steps)
+        sorted(s for part in parts for m in range(accumulate) for s in part[step * accumulate + m])
+        for step in range(steps)
     ]
 
 
@@ -24,7 +26,12 @@ counts_of = st.lists(st.integers(0, 60), min_size=1, max_size=9).filter(lambda c
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts=counts_of, batch=st.sampled_from([4, 6, 16, 24]), seed=st.integers(0, 2**50), window=st.integers(1, 80))
+@given(
+    counts=counts_of,
+    batch=st.sampled_from([4, 6, 16, 24]),
+    seed=st.integers(0, 2**50),
+    window=st.integers(1, 80),
+)
 def test_a_sample_comes_at_most_once_an_epoch(counts: list[int], batch: int, seed: int, window: int) -> None:
     order = Order(counts, global_batch=batch, seed=seed, lanes=8, window=window)
     assert sum(counts) - order.epoch_len < order.lanes

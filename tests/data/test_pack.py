@@ -34,7 +34,11 @@ def test_every_image_once_with_its_label(image_folder: Path, shards: Path) -> No
         label = int(found[f"{shard}/{name.split('.')[0]}.cls"])
         assert ["disc", "square"][label] == path.split("/")[0]
         assert found[f"{shard}/{name}"] == (image_folder / path).read_bytes()
-    assert [len(ShardImages(str(p), key="k").indexes[0].table) for p in sorted(shards.glob("*.tar"))] == [25, 25, 10]
+    assert [len(ShardImages(str(p), key="k").indexes[0].table) for p in sorted(shards.glob("*.tar"))] == [
+        25,
+        25,
+        10,
+    ]
 
 
 def test_the_order_is_shuffled_and_reproducible(image_folder: Path, shards: Path, tmp_path: Path) -> None:
@@ -78,7 +82,12 @@ def test_what_is_no_image_is_listed_and_left_out(tmp_path: Path) -> None:
     packed = pack(str(source), str(tmp_path / "out"), workers=1)
     assert packed.images == 2
     assert packed.classes == ["a"]
-    assert {path for path, _ in packed.skipped} == {"a/page.jpg", "a/empty.png", "a/notes.txt", "'a/tab\\there.jpg'"}
+    assert {path for path, _ in packed.skipped} == {
+        "a/page.jpg",
+        "a/empty.png",
+        "a/notes.txt",
+        "'a/tab\\there.jpg'",
+    }
     assert len((tmp_path / "out" / "skipped.tsv").read_text().splitlines()) == 4
     names = [k.rsplit(".", 1)[1] for k in members(tmp_path / "out") if not k.endswith("cls")]
     assert sorted(names) == ["jpg", "png"], "the member's name says what it is"

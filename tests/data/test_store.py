@@ -84,7 +84,9 @@ def test_the_cache_is_bounded(url: str, shards: Path, tmp_path: Path) -> None:
     assert not paths[1].exists()
 
 
-@pytest.mark.parametrize("bad", ["ftp://h/a.tar", "file:///etc/a.tar", "zip://x::http://h/a.tar", "simplecache::s3://b/a.tar"])
+@pytest.mark.parametrize(
+    "bad", ["ftp://h/a.tar", "file:///etc/a.tar", "zip://x::http://h/a.tar", "simplecache::s3://b/a.tar"]
+)
 def test_other_schemes_are_refused(bad: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not read; allowed are local files and http"):
         Store(str(tmp_path)).path(bad)

@@ -1,0 +1,116 @@
+"""An export is a verified artifact: whatever is broken about it is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import mpp
+from mpp.errors import UserError
+from mpp.exporting import _sha256
+from tests.conftest import pretrain_recipe
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    mpp.pretrain(pretrain_recipe(shards, out, **{"data.mean": [0.1, 0.2, 0.3], "optim.steps": 4}))
+    return out
+
+
+@pytest.fixture
+def exported(run: Path, tmp_path: Path) -> Path:
+    mpp.export(run, tmp_path / "e")
+    return tmp_path / "e"
+
+
+def test_plain_timm_loads_it(run: Path, exported: Path) -> None:
+    assert {p.name for p in exported.iterdir()} == {
+        "config.json", "model.safetensors", "reference.safetensors", "export.json", "recipe.yaml", "README.md",
+    }  # fmt: skip
+    model = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    assert tuple(model.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 16, 16)
+    assert (model.pretrained_cfg["tag"], model.pretrained_cfg["license"]) == ("mpp", "unknown")
+    assert model.num_classes == 0
+    tuned = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=7, in_chans=1, img_size=32)
+    assert tuned(torch.zeros(1, 1, 32, 32)).shape == (1, 7)
+    # the trained state as it is: what the last checkpoint holds
+    state = load_file(sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[f"encoder.model.{name}"], value)
+
+
+def test_config_has_no_second_num_classes(exported: Path) -> None:
+    assert "num_classes" not in json.loads((exported / "config.json").read_text())["model_args"]
+
+
+def test_verify_says_what_holds(exported: Path) -> None:
+    found = mpp.verify(exported)
+    assert found.difference <= 1e-5
+    assert found.parameters == sum(p.numel() for p in mpp.load_encoder(exported).parameters())
+
+
+def change_weights(exported: Path, **changed: torch.Tensor | None) -> None:
+    tensors = load_file(exported / "model.safetensors")
+    for name, value in changed.items():
+        name = name.replace("__", ".")
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, exported / "model.safetensors")
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_changed_weights_are_found(exported: Path, checksum: bool) -> None:
+    change_weights(exported, blocks__0__mlp__fc1__bias=torch.ones(128))
+    if checksum:  # whoever changes weights may also set the checksum; the features tell
+        record = json.loads((exported / "export.json").read_text())
+        record["weights_sha256"] = _sha256(exported / "model.safetensors")
+        (exported / "export.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="features differ by" if checksum else "checksum"):
+        mpp.verify(exported)
+
+
+@pytest.mark.parametrize("change", [{"norm__weight": None}, {"extra": torch.ones(2)}])
+def test_missing_and_extra_weights_are_found(exported: Path, change: dict[str, torch.Tensor | None]) -> None:
+    change_weights(exported, **change)
+    record = json.loads((exported / "export.json").read_text())
+    record["weights_sha256"] = _sha256(exported / "model.safetensors")
+    (exported / "export.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"cannot load it|missing weights|extra weights|changed weights"):
+        mpp.verify(exported)
+
+
+def test_a_config_of_another_model_is_found(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    config["model_args"]["num_heads"] = 4  # the same shapes, another function
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="features differ by"):
+        mpp.verify(exported)
+
+
+def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not empty; give a new folder"):
+        mpp.export(run, exported)
+    with pytest.raises(UserError, match="neither a run nor an exported encoder"):
+        mpp.export(tmp_path / "none", tmp_path / "o")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="has not written its encoder yet; finish it with --resume auto"):
+        mpp.export(tmp_path / "begun", tmp_path / "o")
+    (exported / "export.json").unlink()
+    with pytest.raises(UserError, match=r"no readable export\.json"):
+        mpp.verify(exported)
+
+
+def test_the_card_says_how_it_was_made(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    for words in ("vit_tiny_patch16_224", "mask uniform", "norm_pixels", "timm.create_model", "fine-tune"):
+        assert words in card

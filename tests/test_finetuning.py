@@ -1,0 +1,220 @@
+"""Fine-tuning: both arms, intervals, resume to the last bit, every option once."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+
+import mpp
+from mpp.errors import UserError
+from mpp.finetuning import Estimate, FinetuneResult, _build, estimate
+from mpp.metrics import read_metrics
+from mpp.recipe import FinetuneRecipe, check_recipe
+from tests.conftest import command, pretrain_recipe
+
+ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained tiny ViT."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    mpp.pretrain(pretrain_recipe(shards, out))
+    return out
+
+
+def values(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> dict[str, Any]:
+    from mpp.recipe import apply_overrides
+
+    v: dict[str, Any] = {
+        "job": "finetune",
+        "out": str(out),
+        "encoder": str(encoder),
+        "seeds": [0, 1],
+        "data": {
+            "train": str(shards), "val": str(shards), "image_size": 16, "workers": 0, "labels_per_class": 10,
+            "crop_scale": [0.7, 1.0],
+        },
+        "optim": {"base_lr": 3e-2, "steps": 30, "global_batch_size": 20, "warmup_steps": 3, "layer_decay": 0.9},
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 7,
+    }  # fmt: skip
+    apply_overrides(v, {}, changes)
+    return v
+
+
+def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
+    return check_recipe(values(*args, **changes), FinetuneRecipe)
+
+
+def test_both_arms_with_intervals(shards: Path, run: Path, tmp_path: Path) -> None:
+    result = mpp.finetune(recipe(shards, tmp_path / "ft", run))
+    assert result.state == "finished"
+    assert result.accuracy.keys() == {"pretrained", "scratch"}
+    for arm in result.accuracy.values():
+        assert len(arm.values) == 2
+        assert 0.4 < arm.mean <= 1, "two shapes, told apart better than by chance"
+    stored = json.loads((tmp_path / "ft" / "result.json").read_text())
+    assert stored["gain"]["mean"] == pytest.approx(result.accuracy["pretrained"].mean - result.accuracy["scratch"].mean)
+    assert stored["val_images"] == 60
+    assert {p.name for p in (tmp_path / "ft").iterdir() if p.is_dir()} == {
+        "pretrained-seed0", "pretrained-seed1", "scratch-seed0", "scratch-seed1",
+    }  # fmt: skip
+    cell = tmp_path / "ft" / "pretrained-seed0"
+    assert [m["step"] for m in read_metrics(cell)] == list(range(1, 31))
+    verified = mpp.verify(cell)
+    assert verified.difference <= 1e-5
+    classifier = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    assert classifier(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
+    assert json.loads((cell / "encoder" / "config.json").read_text())["label_names"] == ["disc", "square"]
+
+
+def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path, run: Path, tmp_path: Path) -> None:
+    from mpp.data.labeled import CentreDataset, open_labeled
+
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False))
+    data = open_labeled(str(shards), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
+    batch = CentreDataset(
+        data, (16, 16), 1.0, channels=3, formats=("JPEG", "PNG"), max_image_pixels=10**6
+    ).__getitems__(list(range(60)))
+    cell = tmp_path / "ft" / "pretrained-seed0"
+    classifier = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    with torch.no_grad():
+        guessed = classifier((batch.images.float() / 255 - 0.5) / 0.5).argmax(-1)
+    accuracy = (guessed == batch.labels).float().mean().item()
+    assert accuracy == pytest.approx(json.loads((cell / "result.json").read_text())["accuracy"], abs=1e-6)
+
+
+def test_the_arms_differ_in_their_weights_alone(shards: Path, run: Path, tmp_path: Path) -> None:
+    given = recipe(shards, tmp_path / "ft", run)
+    pretrained, scratch = (_build(given, arm, 0, 2) for arm in ("pretrained", "scratch"))
+    assert [(n, p.shape) for n, p in pretrained.named_parameters()] == [
+        (n, p.shape) for n, p in scratch.named_parameters()
+    ]
+    stored = mpp.load_encoder(run).state_dict()
+    loaded = pretrained.encoder.state_dict()
+    assert all(torch.equal(stored[k], loaded[k]) for k in stored)
+    assert not torch.equal(scratch.encoder.state_dict()["blocks.0.attn.qkv.weight"], loaded["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixup": 0.8, "cutmix": 1.0, "task.label_smoothing": 0.1},
+        {"pool": "token", "drop_path_rate": 0.2, "task.tanh_dim": 8},
+        {"data.auto_augment": "rand-m5", "data.color_jitter": 0.2, "data.erase": 0.5},
+        {"data.labels_per_class": None, "data.fraction": 0.3, "optim.head_lr_scale": 5.0},
+        {"data.image_size": 24, "optim.clip_grad_norm": 1.0},
+        {
+            "data.image_size": [16, 24],
+            "optim.max_batch_per_device": 10,
+            "optim.steps": None,
+            "optim.epochs": 2,
+        },
+        {"data.channels": 1},
+    ],
+    ids=str,
+)
+def test_options(changes: dict[str, Any], shards: Path, run: Path, tmp_path: Path) -> None:
+    base = {"seeds": [0], "beside_scratch": False, "optim.steps": 3}
+    result = mpp.finetune(recipe(shards, tmp_path / "ft", run, **{**base, **changes}))
+    assert 0 <= result.accuracy["pretrained"].mean <= 1
+    assert math.isfinite(read_metrics(tmp_path / "ft" / "pretrained-seed0")[-1]["loss"])
+    assert mpp.verify(tmp_path / "ft" / "pretrained-seed0").difference <= 1e-5
+
+
+def test_positions_are_resized_when_the_image_size_differs(shards: Path, run: Path, tmp_path: Path) -> None:
+    large = _build(recipe(shards, tmp_path / "ft", run, **{"data.image_size": 32}), "pretrained", 0, 2)
+    assert large.encoder.pos_embed.shape[1] == 1 + 64
+    small = mpp.load_encoder(run).pos_embed
+    assert torch.equal(large.encoder.pos_embed[:, 0], small[:, 0])
+    correlation = torch.corrcoef(torch.stack([large.encoder.pos_embed[0, 1], small[0, 1]]))[0, 1]
+    assert correlation > 0.5, "a corner's position is still about what it was"
+
+
+def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
+    mpp.export(run, tmp_path / "exported")
+    one = {"seeds": [0], "optim.steps": 2}
+    mpp.finetune(recipe(shards, tmp_path / "a", tmp_path / "exported", **one, beside_scratch=False))
+    scratch = mpp.finetune(
+        recipe(
+            shards,
+            tmp_path / "b",
+            "scratch",
+            **one,
+            architecture={"name": "vit_tiny_patch16_224", "args": ARGS},
+        )
+    )
+    assert scratch.accuracy.keys() == {"scratch"}
+    assert scratch.gain is None
+    with pytest.raises(UserError, match="neither a run nor an exported encoder"):
+        mpp.finetune(recipe(shards, tmp_path / "c", tmp_path / "nothing"))
+    with pytest.raises(UserError, match="mixup: needs an even number"):
+        mpp.finetune(recipe(shards, tmp_path / "d", run, **{"mixup": 0.5, "optim.global_batch_size": 9}))
+
+
+def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path) -> None:
+    changes = {"drop_path_rate": 0.2, "mixup": 0.8, "data.erase": 0.3, "seeds": [0], "optim.steps": 60}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values(shards, tmp_path / "whole", run, **changes)))
+    mpp.finetune(path)
+    cells = [tmp_path / "killed" / f"{arm}-seed0" / "metrics.jsonl" for arm in ("pretrained", "scratch")]
+    for cell in cells:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mpp", "finetune", str(path), f"out={tmp_path / 'killed'}", "--resume", "auto"],
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (cell.exists() and len(cell.read_text().splitlines()) > 10):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = mpp.finetune(path, resume="auto", out=str(tmp_path / "killed"))
+    assert result.state == "finished"
+    for arm in ("pretrained", "scratch"):
+        a, b = ([m["loss"].hex() for m in read_metrics(tmp_path / o / f"{arm}-seed0")] for o in ("whole", "killed"))
+        assert a == b
+    both = [json.loads((tmp_path / o / "result.json").read_text())["accuracy"] for o in ("whole", "killed")]
+    assert both[0] == both[1]
+
+
+def test_two_processes_train_the_same_run_as_one(shards: Path, run: Path, tmp_path: Path) -> None:
+    changes = {"seeds": [0], "optim.steps": 10, "beside_scratch": False}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values(shards, tmp_path / "one", run, **changes)))
+    mpp.finetune(path)
+    done = command("finetune", path, f"out={tmp_path / 'two'}", processes=2)
+    assert done.returncode == 0, done.stderr
+    a, b = ([m["loss"] for m in read_metrics(tmp_path / o / "pretrained-seed0")] for o in ("one", "two"))
+    assert a == pytest.approx(b, rel=1e-5)
+    results = [json.loads((tmp_path / o / "result.json").read_text())["accuracy"] for o in ("one", "two")]
+    assert results[0] == results[1], "every validation image is counted once"
+
+
+def test_the_interval_is_students() -> None:
+    # by hand: mean 2, sd 1, t(2) = 4.303 -> 4.303 / sqrt(3)
+    found = estimate([1.0, 2.0, 3.0])
+    assert (found.mean, found.half_width) == (2.0, pytest.approx(2.4843, abs=1e-3))
+    assert math.isnan(estimate([1.0]).half_width)
+
+
+def test_the_table_says_when_pretraining_did_not_help() -> None:
+    def table(gain: Estimate) -> str:
+        return FinetuneResult(Path("o"), "finished", {"scratch": estimate([0.5])}, gain, None).table()
+
+    assert "did not help" in table(estimate([0.02, -0.01, 0.01]))
+    assert "did not help" in table(estimate([-0.2, -0.21, -0.22]))
+    assert "did not help" not in table(estimate([0.2, 0.21, 0.22]))
