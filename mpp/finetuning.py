@@ -310,8 +310,8 @@ def _run_cell(
         label=f"{cell.name}  ",
     )
     log.say(
-        f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val.labels)} to validate; {total_steps} steps"
-        + (f"; resumed at step {start_step}" if path else "")
+        f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val.labels)} to validate; "
+        f"{total_steps} steps" + (f"; resumed at step {start_step}" if path else "")
     )
 
     # ---- the loop

@@ -190,7 +190,6 @@ class Run(Section):
 
     out: str
     """Run folder; must be new or empty unless the run is resumed."""
-    seed: Annotated[NonNegativeInt, Field(lt=2**56)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA devices that have it, else fp32."""
     log_every_steps: PositiveInt = 50
@@ -203,6 +202,8 @@ class PretrainRecipe(Run):
     """Masked-patch pretraining on unlabeled shards."""
 
     job: Literal["pretrain"] = "pretrain"
+    seed: Annotated[NonNegativeInt, Field(lt=2**56)] = 0
+    """Of the initial weights, the order, crops, masks and whatever else is drawn."""
     data: PretrainData
     encoder: Encoder = Encoder()
     mask: component_section("masks", "uniform") = Field({}, validate_default=True)  # type: ignore[valid-type]
@@ -280,7 +281,7 @@ class FinetuneRecipe(Run):
     """With `encoder: scratch` or a name of timm's: the encoder to build."""
     beside_scratch: Bool = True
     """Run the same fine-tune from scratch, too."""
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[NonNegativeInt, Field(lt=2**56)], ...], Field(min_length=1)] = (0, 1, 2)
     """Each draws its own labels, order and initial head."""
     data: FinetuneData
     task: component_section("tasks", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
@@ -461,8 +462,11 @@ def check_recipe(
 ) -> R:
     """Validate a mapping. UserError with a line for each thing that is wrong."""
     expected = job.model_fields["job"].default
-    if values.get("job", expected) != expected and values["job"] in RECIPES:
-        raise UserError(f"{source}: job: this is a recipe of `mpp {values['job']}`, not of `mpp {expected}`")
+    named = values.get("job", "pretrain")
+    if named != expected and named in RECIPES:
+        raise UserError(
+            f"{source}: job: this is a recipe of `mpp {named}`, not of `mpp {expected}` (which says job: {expected})"
+        )
     try:
         return job.model_validate(values)
     except ValidationError as error:

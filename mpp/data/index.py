@@ -82,10 +82,10 @@ def _members_by_tarfile(path: str) -> tuple[list[tuple[str, int, int]], int]:
     try:
         with tarfile.open(path, "r:") as tar:
             for m in tar:
-                tar.members = []  # keep memory flat
+                tar.members = []  # type: ignore[attr-defined]  # keep memory flat
                 if m.isreg() and not m.issparse():
                     members.append((m.name, m.offset_data, m.size))
-            end = tar.offset  # type: ignore[attr-defined]
+            end = tar.offset
     except tarfile.TarError as error:
         raise UserError(f"{path}: cut off or corrupt: {error}") from error
     return members, end

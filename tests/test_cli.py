@@ -1,0 +1,112 @@
+"""The command line: no traceback for a user's error, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mpp.cli import main
+from tests.conftest import command, drawn_image, encoded
+from tests.data.test_index import write_tar
+
+WRONG: dict[str, list[str]] = {
+    "no such recipe": ["pretrain", "none.yaml"],
+    "no such recipe to fine-tune": ["finetune", "none.yaml"],
+    "no such recipe to show": ["recipe", "show", "none.yaml"],
+    "a recipe of the other job": ["finetune", "RECIPE"],
+    "wrong override": ["pretrain", "RECIPE", "mask.ratio=7"],
+    "no such shards": ["pretrain", "RECIPE", "data.shards=/none"],
+    "a pipe": ["pretrain", "RECIPE", "data.shards=pipe:touch /tmp/never"],
+    "no such encoder": ["pretrain", "RECIPE", "encoder.name=vit_tine"],
+    "what timm cannot build": ["pretrain", "RECIPE", "encoder.args={depth: 2, num_heads: 5}"],
+    "an encoder argument of the wrong kind": ["pretrain", "RECIPE", "encoder.args={depth: two}"],
+    "out is a file": ["pretrain", "RECIPE", "out=FILE"],
+    "out below a file": ["pretrain", "RECIPE", "out=FILE/run"],
+    "resume from nowhere": ["pretrain", "RECIPE", "--resume", "/none"],
+    "held-out more than there is": ["pretrain", "RECIPE", "data.held_out=50"],
+    "a mean of two": ["pretrain", "RECIPE", "data.mean=[0, 0]"],
+    "no such source": ["pack", "/none", "OUT"],
+    "no such shard to index": ["index", "/none"],
+    "no such run": ["export", "/none", "OUT"],
+    "no such export": ["verify", "/none"],
+    "no such run to draw": ["reconstruct", "/none", "FILE"],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_user_errors(what: str, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    places = {"RECIPE": str(recipe_file()), "FILE": str(tmp_path / "file"), "OUT": str(tmp_path / "o")}
+    words = []
+    for word in WRONG[what]:
+        for name, value in places.items():
+            word = word.replace(name, value) if word != "--resume" else word
+        words.append(word)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2, (done.output, done.exception)
+    assert isinstance(done.exception, SystemExit), "a traceback"
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_an_error_in_a_process_of_its_own(recipe_file: Callable[..., Path]) -> None:
+    done = command("pretrain", recipe_file(), "mask.ratoi=0.5")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "command line: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px"
+    ]
+    assert done.stdout == ""
+
+
+def test_help_of_every_command() -> None:
+    runner = CliRunner()
+    for words in ([], *([name] for name in main.commands), ["recipe", "show"], ["recipe", "schema"]):
+        done = runner.invoke(main, [*words, "--help"])
+        assert done.exit_code == 0
+        assert "Usage:" in done.output
+
+
+def test_index_reports_good_and_bad_shards(shards: Path, tmp_path: Path) -> None:
+    good = write_tar(tmp_path / "good.tar", {"a.jpg": b"x", "a.cls": b"0"})
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(good.read_bytes()[:700])
+    done = CliRunner().invoke(main, ["index", str(good), str(cut), str(shards)])
+    assert done.exit_code == 2
+    assert "61 images, 61 with labels, in 4 good shards of 5" in done.stdout
+    assert done.stderr.startswith(f"{cut}: cut off")
+    assert (tmp_path / "good.tar.index.npz").exists()
+
+
+def test_pack_says_what_it_skipped(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encoded(drawn_image(0)))
+    for i in range(12):
+        (tmp_path / "in" / f"{i}.txt").touch()
+    done = CliRunner().invoke(main, ["pack", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
+    assert done.exit_code == 0
+    assert "1 images, no labels, 1 shards" in done.output
+    assert "… 12 files skipped in all; see" in done.output
+
+
+def test_show_and_schema(recipe_file: Callable[..., Path]) -> None:
+    shown = CliRunner().invoke(main, ["recipe", "show", str(recipe_file()), "head=mlp"])
+    assert "name: mlp" in shown.output
+    assert json.loads(CliRunner().invoke(main, ["recipe", "schema", "finetune"]).output)["title"] == "FinetuneRecipe"
+
+
+def test_reconstruct_draws_a_picture(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = recipe_file(**{"optim.steps": 2})
+    (tmp_path / "a.png").write_bytes(encoded(drawn_image(0, 50)))
+    runner = CliRunner()
+    assert runner.invoke(main, ["pretrain", str(path)]).exit_code == 0
+    done = runner.invoke(
+        main, ["reconstruct", str(tmp_path / "run"), str(tmp_path / "a.png"), "--out", str(tmp_path / "o" / "r.png")]
+    )
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "o" / "r.png") as picture:
+        assert picture.width > 4 * 150

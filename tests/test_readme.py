@@ -1,0 +1,71 @@
+"""The README's commands are run as they stand, on folders of small images; only sizes and lengths are cut down."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, drawn_image, encoded
+
+README = (ROOT / "README.md").read_text()
+SMALLER = {
+    "mpp pretrain": [
+        "encoder.args={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
+        "data.image_size=32", "data.workers=0", "data.held_out=8",
+        "optim.steps=3", "optim.epochs=null", "head.dim=32",
+    ],
+    "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0, 1]"],
+}  # fmt: skip
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_of_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "photos" / "deeper").mkdir(parents=True)
+    for i in range(40):
+        name = f"deeper/{i}.png" if i % 4 == 0 else f"{i}.jpg"
+        (tmp_path / "photos" / name).write_bytes(encoded(drawn_image(i), "PNG" if i % 4 == 0 else "JPEG"))
+        for part in ("train", "val"):
+            folder = tmp_path / "labeled" / part / ("disc" if i % 2 == 0 else "square")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.jpg").write_bytes(encoded(drawn_image(i + 100 * (part == "val")), "JPEG"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = []
+    for line in commands():
+        if not line.startswith("mpp "):
+            continue
+        extra = SMALLER.get(" ".join(line.split()[:2]), [])
+        quoted = " ".join(f"'{e}'" for e in extra)
+        done = subprocess.run(
+            f"{line} {quoted}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        ran.append(line.split()[1])
+    assert set(ran) == {"pack", "pretrain", "finetune", "export", "verify", "reconstruct", "recipe"}
+    assert (tmp_path / "reconstructions.png").exists()
+    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippet
+    code = snippet[1] + "\nassert model.num_classes == 0"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [line.split()[1] for line in commands() if line.startswith("make ")]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert f"\n{target}:" in makefile
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
+def test_links(link: str) -> None:
+    assert (ROOT / link).exists()
