@@ -111,8 +111,9 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
         f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained"
         + (f"; resumed at step {start_step}" if run.checkpoint else "")
     )
-    # checked on every process: rank 0 may not learn alone that a held-out image is unreadable
     held_out_batch = _held_out_batch(dataset, counts, held_out)
+    for line in held_out_batch.bad:
+        log.say(f"unreadable, held out: {line}")
 
     # ---- the loop
     step, loss, bad = start_step, math.nan, int(state["bad"])

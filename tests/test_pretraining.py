@@ -55,6 +55,13 @@ def test_golden_losses(objective: str, shards: Path, tmp_path: Path) -> None:
     assert min(found[-5:]) < 0.95 * found[0], "it learns"
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bf16_trains_the_same_within_its_precision(objective: str, shards: Path, tmp_path: Path) -> None:
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **OBJECTIVES[objective], precision="bf16"))
+    golden = json.loads(GOLDEN.read_text())[objective]
+    np.testing.assert_allclose(losses(tmp_path / "run"), golden, rtol=0.03)
+
+
 def test_what_a_run_leaves(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = mpp.pretrain(pretrain_recipe(shards, out))
