@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from mpp.errors import UserError
@@ -29,6 +30,8 @@ def start(precision: str) -> Accelerator:
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; allowed: auto, fp32")
     bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    # An earlier run of this process may have had another precision; the process group stays.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=not cuda,

@@ -20,6 +20,7 @@ import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from mpp.encoders.timm_encoder import create_timm_model
 from mpp.errors import UserError
 from mpp.metrics import RunLog, environment, write_json
 from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of
-from mpp.recipe import FinetuneRecipe
+from mpp.recipe import Architecture, FinetuneRecipe
 from mpp.rng import Purpose, stream
 from mpp.runfolder import create_run, find_run
 from mpp.types import torch_seed
@@ -209,11 +210,14 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> n
     if pool is not None:
         args |= {"global_pool": pool, "fc_norm": False}
     size, channels = recipe.data.image_size, recipe.data.channels
-    is_timm_name = recipe.architecture is not None or timm.is_model(recipe.encoder.split(".")[0])
-    if is_timm_name:
-        name = recipe.encoder if recipe.encoder != "scratch" else recipe.architecture.name  # type: ignore[union-attr]
-        args |= recipe.architecture.args if recipe.architecture else {}
-        return create_timm_model(name, image_size=size, in_chans=channels, pretrained=pretrained, args=args)
+    if recipe.encoder == "scratch" or _is_timm_name(recipe.encoder):
+        given = recipe.architecture or Architecture(name=recipe.encoder)
+        name = given.name if recipe.encoder == "scratch" else recipe.encoder
+        return create_timm_model(
+            name, image_size=size, in_chans=channels, pretrained=pretrained, args={**args, **given.args}
+        )
+    if recipe.architecture is not None:
+        raise UserError("architecture: only for encoder: scratch or a name of timm's; a run or export has its own")
     folder = exporting.encoder_folder(recipe.encoder)
     try:
         return timm.create_model(
@@ -226,6 +230,11 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> n
         )
     except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"encoder: {folder}: {str(error).splitlines()[0]}") from error
+
+
+def _is_timm_name(encoder: str) -> bool:
+    """A folder comes before a model of the same name."""
+    return not Path(encoder).exists() and timm.is_model(encoder.split(".")[0])
 
 
 def _run_cell(
@@ -287,7 +296,7 @@ def _run_cell(
     erase = RandomErasing(data.erase, mode="pixel", device=accelerator.device) if data.erase else None
 
     # ---- resume
-    fingerprint = _fingerprint(train, subset)
+    fingerprint = _fingerprint(recipe, train, subset)
     checkpoints = cell / "checkpoints"
     path = checkpoint.newest(checkpoints)
     start_step = 0
@@ -295,7 +304,7 @@ def _run_cell(
     if path is not None:
         state = checkpoint.read_state(path)
         if state["data_fingerprint"] != fingerprint:
-            raise UserError(f"{path}: the training data changed since; start a new run")
+            raise UserError(f"{path}: the training data or the encoder changed since; start a new run")
         checkpoint.load(path, model, optimizer)
         start_step = state["step"]
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -330,11 +339,10 @@ def _run_cell(
     step, began, steps_since = start_step, time.monotonic(), 0
     with distributed.stop_on_signals() as stop_request:
         while step < total_steps:
-            micro_losses = []
+            micro_losses, bad_lines = [], []
             for m in range(accumulate):
                 batch = next(stream_of_batches)
-                for line in batch.bad:
-                    log.say(f"unreadable, replaced by its neighbour: {line}")
+                bad_lines += batch.bad
                 # after the batch, since a loader that starts draws, too
                 position = int(batch.positions[0])
                 seed_of_batch = torch_seed(stream(seed, Purpose.STEP, position))
@@ -352,9 +360,12 @@ def _run_cell(
                     accelerator.backward(micro_loss)
                 micro_losses.append(micro_loss.detach())
             grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
-            loss, stopping = distributed.total(
-                accelerator, [float(torch.stack(micro_losses).sum()) / world, bool(stop_request)]
+            loss, new_bad, stopping = distributed.total(
+                accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)]
             )
+            if new_bad:
+                for line in gather_object(bad_lines):  # each process knows of its own alone
+                    log.say(f"unreadable, replaced by its neighbour: {line}")
             if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
                 log.status("failed", step=step, why="non-finite loss or gradient")
                 raise UserError(
@@ -401,8 +412,11 @@ def _run_cell(
     return accuracy
 
 
-def _fingerprint(train: Labeled, subset: np.ndarray) -> str:
+def _fingerprint(recipe: FinetuneRecipe, train: Labeled, subset: np.ndarray) -> str:
+    """What a cell was trained on: classes, labels, the subset, and the weights it began with."""
     digest = hashlib.sha256("\0".join(train.classes).encode())
+    if recipe.encoder != "scratch" and not _is_timm_name(recipe.encoder):
+        digest.update((exporting.encoder_folder(recipe.encoder) / "model.safetensors").read_bytes())
     digest.update(train.labels.tobytes() + subset.tobytes())
     return digest.hexdigest()
 

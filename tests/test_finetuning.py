@@ -160,6 +160,8 @@ def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
     assert scratch.gain is None
     with pytest.raises(UserError, match="neither a run nor an exported encoder"):
         mpp.finetune(recipe(shards, tmp_path / "c", tmp_path / "nothing"))
+    with pytest.raises(UserError, match="architecture: only for"):
+        mpp.finetune(recipe(shards, tmp_path / "e", run, architecture={"name": "vit_tiny_patch16_224"}))
     with pytest.raises(UserError, match="mixup: needs an even number"):
         mpp.finetune(recipe(shards, tmp_path / "d", run, **{"mixup": 0.5, "optim.global_batch_size": 9}))
 
