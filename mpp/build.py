@@ -12,8 +12,8 @@ from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
 from mpp.errors import UserError
 from mpp.model import MaskedPatchModel
 from mpp.recipe import PretrainRecipe, Section
-from mpp.rng import Purpose, stream
-from mpp.types import MaskSampler, torch_seed
+from mpp.rng import Purpose, torch_seed
+from mpp.types import MaskSampler
 
 FOLDERS = {
     "mask": "masks",
@@ -48,7 +48,7 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     UserError for every combination that cannot work, with the keys.
     """
     size = recipe.data.image_size
-    torch.manual_seed(torch_seed(stream(recipe.seed, Purpose.INIT)))
+    torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
     timm_model = create_timm_model(
         recipe.encoder.name,
         image_size=size,

@@ -35,9 +35,8 @@ from mpp.errors import UserError
 from mpp.metrics import RunLog, environment, write_json
 from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of
 from mpp.recipe import Architecture, FinetuneRecipe
-from mpp.rng import Purpose, stream
+from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
-from mpp.types import torch_seed
 
 RESULT = "result.json"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -194,12 +193,12 @@ class Classifier(nn.Module):
 
 def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Classifier:
     """The model of a cell, initialised from its seed. UserError where the encoder cannot be had so."""
-    torch.manual_seed(torch_seed(stream(seed, Purpose.INIT)))
+    torch.manual_seed(torch_seed(seed, Purpose.INIT))
     encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
     wanted = "avg" if recipe.pool == "mean" else "token"
     if getattr(encoder, "global_pool", wanted) != wanted:
         # fc_norm=False keeps the final norm where its weights are; timm would drop them with the change of pooling
-        torch.manual_seed(torch_seed(stream(seed, Purpose.INIT)))
+        torch.manual_seed(torch_seed(seed, Purpose.INIT))
         encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=wanted)
     task = build_component("task", recipe.task, encoder.num_features, num_classes)
     return Classifier(encoder, task, *recipe.data.mean_std())
@@ -345,10 +344,10 @@ def _run_cell(
                 bad_lines += batch.bad
                 # after the batch, since a loader that starts draws, too
                 position = int(batch.positions[0])
-                seed_of_batch = torch_seed(stream(seed, Purpose.STEP, position))
+                seed_of_batch = torch_seed(seed, Purpose.STEP, position)
                 torch.manual_seed(seed_of_batch)  # dropout, drop path
                 random.seed(seed_of_batch)  # random erasing
-                np.random.seed(torch_seed(stream(seed, Purpose.MIX, position)) % 2**32)  # mixup, cutmix
+                np.random.seed(torch_seed(seed, Purpose.MIX, position) % 2**32)  # mixup, cutmix
                 x = model.normalise(batch.images.to(accelerator.device, non_blocking=True))
                 labels = batch.labels.to(accelerator.device, non_blocking=True)
                 if erase is not None:

@@ -24,9 +24,9 @@ from mpp.metrics import RunLog, environment, write_json
 from mpp.model import MaskedPatchModel
 from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of
 from mpp.recipe import PretrainRecipe
-from mpp.rng import Purpose, stream
+from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
-from mpp.types import Batch, torch_seed
+from mpp.types import Batch
 
 LEAST_BAD_IMAGES = 100
 """A run never stops for fewer unreadable images than this."""
@@ -142,7 +142,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                 bad_lines += batch.bad
                 samples.append(batch.samples)
                 # dropout and drop path draw from here; after the batch, since a loader that starts draws, too
-                torch.manual_seed(torch_seed(stream(recipe.seed, Purpose.STEP, int(batch.positions[0]))))
+                torch.manual_seed(torch_seed(recipe.seed, Purpose.STEP, int(batch.positions[0])))
                 last = m == accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(prepared):
                     micro_loss = prepared(*_to(batch, accelerator), batch.hidden_units) / accumulate

@@ -30,3 +30,8 @@ class Purpose(IntEnum):
 def stream(seed: int, purpose: Purpose, position: int = 0) -> np.random.Generator:
     """The generator of `purpose` at `position`, both >= 0; `seed` below 2**56."""
     return np.random.Generator(np.random.Philox(key=[(seed << 8) | purpose, position]))
+
+
+def torch_seed(seed: int, purpose: Purpose, position: int = 0) -> int:
+    """The same, as a seed for torch's, numpy's or python's global generators."""
+    return int(stream(seed, purpose, position).integers(2**63 - 1))

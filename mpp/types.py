@@ -194,8 +194,3 @@ class Head(Protocol):
     def __call__(self, features: EncoderOutput) -> Tensor:
         """-> (B, P, out_dim) for the predicted cells, in their order."""
         ...
-
-
-def torch_seed(rng: np.random.Generator) -> int:
-    """A seed for torch's generators, drawn from a numpy one."""
-    return int(rng.integers(2**63 - 1))

@@ -18,8 +18,7 @@ from mpp.data.decode import centre_box, decode_crop, decode_pillow
 from mpp.data.images import ShardImages
 from mpp.data.index import IMAGE, class_names
 from mpp.errors import BadImage, UserError
-from mpp.rng import Purpose, stream
-from mpp.types import torch_seed
+from mpp.rng import Purpose, stream, torch_seed
 
 
 class _Reader(Protocol):
@@ -212,7 +211,7 @@ class LabeledDataset(Dataset[LabeledBatch]):
             except BadImage as error:
                 bad.append(f"{self.data.reader.name(number)}: {error}")
                 continue
-            seed = torch_seed(stream(self.seed, Purpose.AUGMENT, position))
+            seed = torch_seed(self.seed, Purpose.AUGMENT, position)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks every device: 0.6 ms
