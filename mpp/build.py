@@ -48,6 +48,7 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     UserError for every combination that cannot work, with the keys.
     """
     size = recipe.data.image_size
+    _check_encoder_args(recipe.encoder.args)
     torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
     timm_model = create_timm_model(
         recipe.encoder.name,
@@ -60,6 +61,8 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     if family not in TRIED:
         tried = "; ".join(TRIED.values())
         raise UserError(f"encoder.name: {recipe.encoder.name} is a {family}, not tried yet. Allowed: {tried}")
+    if getattr(timm_model, "attn_pool", None) is not None:
+        raise UserError("encoder.args.global_pool: map has weights that pretraining would not train; use token or avg")
     if recipe.encoder.grad_checkpointing:
         timm_model.set_grad_checkpointing(True)  # type: ignore[operator]
     encoder = TimmEncoder(timm_model, size)
@@ -96,3 +99,16 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     except ValueError as error:
         raise UserError(str(error)) from error
     return model, (size[0] // unit, size[1] // unit)
+
+
+def _check_encoder_args(args: dict[str, Any]) -> None:
+    """What timm would take and then fail on at the first batch, or what pretraining does itself."""
+    if args.get("patch_drop_rate"):
+        raise UserError("encoder.args.patch_drop_rate: hiding patches is the mask's part; use mask.ratio")
+    if args.get("depth", 1) == 0:
+        raise UserError("encoder.args.depth: must be >= 1; got 0")
+    for key, value in args.items():
+        if key.endswith(("drop_rate", "drop_path_rate")) and not (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        ):
+            raise UserError(f"encoder.args.{key}: must be >= 0 and < 1; got {value!r}")

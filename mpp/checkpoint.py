@@ -38,7 +38,7 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`. Call it on one process.
+    """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it. Call it on one process.
 
     UserError, with path and free space, where it cannot be written; earlier checkpoints are not touched then.
     """
@@ -66,7 +66,9 @@ def save(
         raise UserError(
             f"{final}: cannot be saved: {getattr(error, 'strerror', None) or error} ({_free(folder)})"
         ) from error
-    for old in steps(folder)[keep:]:
+    # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
+    earlier = [p for p in steps(folder) if p.name <= final.name]
+    for old in (*earlier[keep:], *(p for p in steps(folder) if p.name > final.name)):
         shutil.rmtree(old, ignore_errors=True)
     return final
 

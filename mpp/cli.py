@@ -54,7 +54,9 @@ def main() -> None:
     default=None,
     help="Class folders become labels; default: if every image is in one.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the order of the images.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**56 - 1), help="Of the order of the images."
+)
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
 def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed: int, workers: int) -> None:
     """A folder of images SOURCE -> shards with their indexes in OUT. Interrupted, the same call goes on."""
@@ -80,7 +82,7 @@ def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed
     kind = f"{len(packed.classes)} classes" if packed.classes else "no labels"
     click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
     for path, why in packed.skipped[:10]:
-        click.echo(f"skipped: {path}: {why}")
+        click.echo(f"skipped: {path}: {why}".encode("utf-8", "backslashreplace").decode())
     if len(packed.skipped) > 10:
         click.echo(f"… {len(packed.skipped)} files skipped in all; see {os.path.join(out, packing.SKIPPED)}")
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def save_encoder(
                 "mean": mean,
                 "std": std,
                 "input_size": size,
-                "crop_pct": 1.0,
+                "crop_pct": getattr(recipe.data, "val_crop_fraction", 1.0),
                 "interpolation": "bicubic",
             },
         )
@@ -152,6 +152,8 @@ def encoder_folder(source: str | Path) -> Path:
     for folder in (Path(source) / "encoder", Path(source)):
         if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
             return folder
+    if cells := sorted(Path(source).glob("*-seed*/encoder")):
+        raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {cells[0].parent}")
     if (Path(source) / "recipe.yaml").exists():
         raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
     raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")
@@ -168,10 +170,19 @@ def export(run: str | Path, out: str | Path) -> Verified:
     try:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{target}: not empty; give a new folder")
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        aside = target.with_name(target.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            shutil.copytree(source, aside)
+            verified = verify(aside)
+            if target.exists():
+                target.rmdir()
+            os.replace(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    return verify(target)
+    return replace(verified, folder=target)
 
 
 def verify(folder: str | Path) -> Verified:
@@ -179,9 +190,10 @@ def verify(folder: str | Path) -> Verified:
     path = encoder_folder(folder)
     try:
         record = json.loads((path / "export.json").read_text())
-    except (OSError, ValueError) as error:
+        stated, tolerance = str(record["weights_sha256"]), float(record["tolerance"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no readable export.json: not an export of `mpp`") from error
-    if _sha256(path / "model.safetensors") != record["weights_sha256"]:
+    if _sha256(path / "model.safetensors") != stated:
         raise UserError(f"{path}/model.safetensors: does not match the checksum of its export")
     # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
     process = subprocess.run(
@@ -194,8 +206,8 @@ def verify(folder: str | Path) -> Verified:
     for what in ("missing", "extra", "changed"):
         if found[what]:
             raise UserError(f"{path}: {what} weights after loading: {', '.join(found[what][:5])}")
-    if not found["difference"] <= record["tolerance"]:
-        raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {record['tolerance']:.0e}")
+    if not found["difference"] <= tolerance:
+        raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {tolerance:.0e}")
     return Verified(path, found["difference"], found["parameters"])
 
 
@@ -211,14 +223,14 @@ def _card(
     if isinstance(recipe, PretrainRecipe):
         made = (
             f"Masked-patch pretraining without labels: mask {recipe.mask.name}, corruption {recipe.corruption.name}, "
-            f"target {recipe.target.name}, head {recipe.head.name}, data `{recipe.data.shards}`."
+            f"target {recipe.target.name}, head {recipe.head.name}, data `{', '.join(recipe.data.shards)}`."
         )
         limits = (
             "The final norm, and a class token's own output, were not trained: fine-tune, or read the mean of the "
             "patch tokens. How good the features are is for `mpp finetune`, beside the same from scratch, to tell."
         )
     else:
-        made = f"Fine-tuned on `{recipe.data.train}` from `{recipe.encoder}`."
+        made = f"Fine-tuned on `{', '.join(recipe.data.train)}` from `{recipe.encoder}`."
         limits = "Judged on the validation data named in recipe.yaml alone."
     values = "\n".join(f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items())
     return f"""---

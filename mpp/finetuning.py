@@ -39,8 +39,11 @@ from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
 
 RESULT = "result.json"
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""Student's t, 97.5 %, for 1 to 10 degrees of freedom; above, the normal's 1.96 is close enough."""
+T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""Student's t, 97.5 %, for 1 to 30 degrees of freedom (any table of it); above, the last: a little too wide."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def estimate(values: list[float]) -> Estimate:
     n = len(values)
     if n < 2:
         return Estimate(values[0], math.nan, values)
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96
+    t = T_975[min(n - 2, len(T_975) - 1)]
     return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), values)
 
 
@@ -115,26 +118,27 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     train = open_labeled(recipe.data.train, key="data.train", classes=None, **limits)  # type: ignore[arg-type]
     val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **limits)  # type: ignore[arg-type]
     arms = _arms(recipe)
-    for arm in arms:  # a recipe that cannot be built is refused before the first cell runs
-        _build(recipe, arm, recipe.seeds[0], len(train.classes))
-    find_run(recipe, resume, fingerprint="")
+    _check(recipe, arms, accelerator.num_processes, train, val)
+    fingerprint = _fingerprint(recipe, train, val)
+    find_run(recipe, resume, fingerprint=fingerprint)
     accelerator.wait_for_everyone()  # all have looked before one writes
     out = Path(recipe.out)
     if accelerator.is_main_process:
         create_run(recipe)
         write_json(out / "env.json", environment())
 
+    cells = [(out / f"{arm}-seed{seed}", arm, seed) for seed in recipe.seeds for arm in arms]
     accuracies: dict[str, list[float]] = {arm: [] for arm in arms}
-    for seed in recipe.seeds:
-        for arm in arms:
-            cell = out / f"{arm}-seed{seed}"
-            accuracy = _finished(cell)
+    with distributed.stop_on_signals() as stop_request:
+        for number, (cell, arm, seed) in enumerate(cells):
+            accuracy = _finished(cell, fingerprint)
             if accuracy is None:
-                accuracy = _run_cell(recipe, accelerator, cell, arm, seed, train, val)
-            if accuracy is None:
-                if accelerator.is_main_process:
-                    write_json(out / "status.json", {"state": "stopped", "cell": cell.name, "time": time.time()})
-                return FinetuneResult(out, "stopped", {}, None, None)
+                accuracy = _run_cell(recipe, accelerator, cell, arm, seed, train, val, fingerprint, stop_request)
+                (stopping,) = distributed.total(accelerator, [bool(stop_request)])
+                if accuracy is None or (stopping and number < len(cells) - 1):
+                    if accelerator.is_main_process:
+                        write_json(out / "status.json", {"state": "stopped", "cell": cell.name, "time": time.time()})
+                    return FinetuneResult(out, "stopped", {}, None, None)
             accuracies[arm].append(accuracy)
 
     found = {arm: estimate(values) for arm, values in accuracies.items()}
@@ -163,11 +167,54 @@ def _arms(recipe: FinetuneRecipe) -> list[str]:
     return ["pretrained", "scratch"] if recipe.beside_scratch else ["pretrained"]
 
 
-def _finished(cell: Path) -> float | None:
+def _check(recipe: FinetuneRecipe, arms: list[str], world: int, train: Labeled, val: Labeled) -> None:
+    """Refuse what cannot run, before the run folder is made and the first cell has trained."""
+    if len(val.labels) == 0:
+        raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
+    for seed in recipe.seeds:
+        train.subset(labels_per_class=recipe.data.labels_per_class, fraction=recipe.data.fraction, seed=seed)
+    optim = recipe.optim
+    accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
+    on_device = optim.global_batch_size // world // accumulate
+    if (recipe.mixup > 0 or recipe.cutmix > 0) and on_device % 2:
+        raise UserError(f"mixup: needs an even number of images on a device; got {on_device}")
+    _augmentation(recipe)
+    for arm in arms:
+        _build(recipe, arm, recipe.seeds[0], len(train.classes))
+
+
+def _augmentation(recipe: FinetuneRecipe) -> Any:
+    """timm's training transform: PIL image -> (C, H, W) uint8. UserError for a policy timm does not know."""
+    data = recipe.data
+    if data.auto_augment and data.channels != 3:
+        raise UserError(f"data.auto_augment: its policies are for 3 channels; got {data.channels}")
     try:
-        return float(json.loads((cell / RESULT).read_text())["accuracy"])
+        return create_transform(
+            (data.channels, *data.image_size),
+            is_training=True,
+            use_prefetcher=True,  # uint8 out: normalised on the device
+            scale=data.crop_scale,
+            ratio=data.crop_ratio,
+            hflip=data.flip,
+            color_jitter=data.color_jitter,  # type: ignore[arg-type]  # None: none, whatever timm's annotation says
+            auto_augment=data.auto_augment,
+            interpolation="bicubic",
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        known = "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, v0 and the like"
+        raise UserError(f"data.auto_augment: timm has no policy {data.auto_augment!r}; allowed are {known}") from error
+
+
+def _finished(cell: Path, fingerprint: str) -> float | None:
+    """The accuracy of a cell that is done. UserError where it was measured on other data."""
+    try:
+        result = json.loads((cell / RESULT).read_text())
+        accuracy, before = float(result["accuracy"]), result["fingerprint"]
     except (OSError, ValueError, KeyError):
         return None
+    if before != fingerprint:
+        raise UserError(f"{cell}: the data or the encoder changed since; start a new run")
+    return accuracy
 
 
 class Classifier(nn.Module):
@@ -228,7 +275,7 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> n
             **args,
         )
     except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"encoder: {folder}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"encoder: {folder}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _is_timm_name(encoder: str) -> bool:
@@ -244,33 +291,18 @@ def _run_cell(
     seed: int,
     train: Labeled,
     val: Labeled,
+    fingerprint: str,
+    stop_request: distributed.StopRequest,
 ) -> float | None:
     """Fine-tune one arm with one seed; its accuracy, or None where a signal stopped it (with a checkpoint)."""
     rank, world = accelerator.process_index, accelerator.num_processes
     data, optim = recipe.data, recipe.optim
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
-    mixing = recipe.mixup > 0 or recipe.cutmix > 0
-    if mixing and optim.global_batch_size // world // accumulate % 2:
-        raise UserError(
-            f"mixup: needs an even number of images on a device; got {optim.global_batch_size // world // accumulate}"
-        )
-
     # ---- model, data, optimizer
     model = _build(recipe, arm, seed, len(train.classes))
     subset = train.subset(labels_per_class=data.labels_per_class, fraction=data.fraction, seed=seed)
     reading = {"channels": data.channels, "formats": data.formats, "max_image_pixels": data.max_image_pixels}
-    augment = create_transform(
-        (data.channels, *data.image_size),
-        is_training=True,
-        use_prefetcher=True,  # uint8 out: normalised on the device
-        scale=data.crop_scale,
-        ratio=data.crop_ratio,
-        hflip=data.flip,
-        color_jitter=data.color_jitter,  # type: ignore[arg-type]  # None: none, whatever timm's annotation says
-        auto_augment=data.auto_augment,
-        interpolation="bicubic",
-    )
-    dataset = LabeledDataset(train, subset, augment, seed, **reading)  # type: ignore[arg-type]
+    dataset = LabeledDataset(train, subset, _augmentation(recipe), seed, **reading)  # type: ignore[arg-type]
     order = Order([len(subset)], global_batch=optim.global_batch_size, seed=seed, lanes=1)
     total_steps = steps_of(optim.epochs, optim.steps, len(subset), optim.global_batch_size)
     warmup_steps = (
@@ -291,11 +323,11 @@ def _run_cell(
     )
     optimizer: Any = adamw(groups, optim.betas)
     trained = [p for p in model.parameters() if p.requires_grad]
+    mixing = recipe.mixup > 0 or recipe.cutmix > 0
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=len(train.classes)) if mixing else None
     erase = RandomErasing(data.erase, mode="pixel", device=accelerator.device) if data.erase else None
 
     # ---- resume
-    fingerprint = _fingerprint(recipe, train, subset)
     checkpoints = cell / "checkpoints"
     path = checkpoint.newest(checkpoints)
     start_step = 0
@@ -336,66 +368,65 @@ def _run_cell(
     prepared.train()
     log.status("running", step=start_step)
     step, began, steps_since = start_step, time.monotonic(), 0
-    with distributed.stop_on_signals() as stop_request:
-        while step < total_steps:
-            micro_losses, bad_lines = [], []
-            for m in range(accumulate):
-                batch = next(stream_of_batches)
-                bad_lines += batch.bad
-                # after the batch, since a loader that starts draws, too
-                position = int(batch.positions[0])
-                seed_of_batch = torch_seed(seed, Purpose.STEP, position)
-                torch.manual_seed(seed_of_batch)  # dropout, drop path
-                random.seed(seed_of_batch)  # random erasing
-                np.random.seed(torch_seed(seed, Purpose.MIX, position) % 2**32)  # mixup, cutmix
-                x = model.normalise(batch.images.to(accelerator.device, non_blocking=True))
-                labels = batch.labels.to(accelerator.device, non_blocking=True)
-                if erase is not None:
-                    x = erase(x)
-                if mix is not None:
-                    x, labels = mix(x, labels)
-                with nullcontext() if m == accumulate - 1 else accelerator.no_sync(prepared):
-                    micro_loss = model.task.loss(prepared(x), labels) / accumulate  # type: ignore[operator]
-                    accelerator.backward(micro_loss)
-                micro_losses.append(micro_loss.detach())
-            grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
-            loss, new_bad, stopping = distributed.total(
-                accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)]
+    while step < total_steps:
+        micro_losses, bad_lines = [], []
+        for m in range(accumulate):
+            batch = next(stream_of_batches)
+            bad_lines += batch.bad
+            # after the batch, since a loader that starts draws, too
+            position = int(batch.positions[0])
+            seed_of_batch = torch_seed(seed, Purpose.STEP, position)
+            torch.manual_seed(seed_of_batch)  # dropout, drop path
+            random.seed(seed_of_batch)  # random erasing
+            np.random.seed(torch_seed(seed, Purpose.MIX, position) % 2**32)  # mixup, cutmix
+            x = model.normalise(batch.images.to(accelerator.device, non_blocking=True))
+            labels = batch.labels.to(accelerator.device, non_blocking=True)
+            if erase is not None:
+                x = erase(x)
+            if mix is not None:
+                x, labels = mix(x, labels)
+            with nullcontext() if m == accumulate - 1 else accelerator.no_sync(prepared):
+                micro_loss = model.task.loss(prepared(x), labels) / accumulate  # type: ignore[operator]
+                accelerator.backward(micro_loss)
+            micro_losses.append(micro_loss.detach())
+        grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
+        loss, new_bad, stopping = distributed.total(
+            accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)]
+        )
+        if new_bad:
+            for line in gather_object(bad_lines):  # each process knows of its own alone
+                log.say(f"unreadable, replaced by its neighbour: {line}")
+        if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
+            log.status("failed", step=step, why="non-finite loss or gradient")
+            raise UserError(
+                f"{cell.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}: stopped before the "
+                "update. Try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
             )
-            if new_bad:
-                for line in gather_object(bad_lines):  # each process knows of its own alone
-                    log.say(f"unreadable, replaced by its neighbour: {line}")
-            if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
-                log.status("failed", step=step, why="non-finite loss or gradient")
-                raise UserError(
-                    f"{cell.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}: stopped before the "
-                    "update. Try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
-                )
-            lr = (optim.global_batch_size / 256) * scheduled_lr(
-                step, total_steps=total_steps, warmup_steps=warmup_steps, lr=base_lr, min_lr=optim.min_lr
-            )
-            set_lr(optimizer, lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step, steps_since = step + 1, steps_since + 1
-            log.step()
+        lr = (optim.global_batch_size / 256) * scheduled_lr(
+            step, total_steps=total_steps, warmup_steps=warmup_steps, lr=base_lr, min_lr=optim.min_lr
+        )
+        set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, steps_since = step + 1, steps_since + 1
+        log.step()
 
-            ending = bool(stopping) or step == total_steps
-            if step % recipe.log_every_steps == 0 or ending:
-                rate = steps_since * optim.global_batch_size / max(time.monotonic() - began, 1e-9)
-                began, steps_since = time.monotonic(), 0
-                record = {"step": step, "seen": step * optim.global_batch_size, "loss": loss, "lr": lr}
-                log.metrics({**record, "grad_norm": float(grad_norm), "images_per_s": rate})
-            if step % recipe.checkpoint_every_steps == 0 or ending:
-                if accelerator.is_main_process:
-                    state = {"seen": step * optim.global_batch_size, "data_fingerprint": fingerprint}
-                    checkpoint.save(checkpoints, step, model, optimizer, state, keep=recipe.keep_checkpoints)
-                accelerator.wait_for_everyone()
-            if stopping and step < total_steps:
-                log.say(f"stopped at step {step}; go on with --resume auto")
-                log.status("stopped", step=step)
-                log.close()
-                return None
+        ending = bool(stopping) or step == total_steps
+        if step % recipe.log_every_steps == 0 or ending:
+            rate = steps_since * optim.global_batch_size / max(time.monotonic() - began, 1e-9)
+            began, steps_since = time.monotonic(), 0
+            record = {"step": step, "seen": step * optim.global_batch_size, "loss": loss, "lr": lr}
+            log.metrics({**record, "grad_norm": float(grad_norm), "images_per_s": rate})
+        if step % recipe.checkpoint_every_steps == 0 or ending:
+            if accelerator.is_main_process:
+                state = {"seen": step * optim.global_batch_size, "data_fingerprint": fingerprint}
+                checkpoint.save(checkpoints, step, model, optimizer, state, keep=recipe.keep_checkpoints)
+            accelerator.wait_for_everyone()
+        if stopping and step < total_steps:
+            log.say(f"stopped at step {step}; go on with --resume auto")
+            log.status("stopped", step=step)
+            log.close()
+            return None
 
     # ---- the verdict, after the last step: no step is chosen by looking at the validation images
     accuracy, unreadable = _evaluate(recipe, accelerator, model, val)
@@ -405,18 +436,20 @@ def _run_cell(
             f"accuracy {100 * accuracy:.2f} %" + (f", {unreadable} unreadable images left out" if unreadable else "")
         )
         log.status("finished", step=step)
-        write_json(cell / RESULT, {"accuracy": accuracy, "unreadable": unreadable, "step": step})
+        write_json(
+            cell / RESULT,
+            {"accuracy": accuracy, "unreadable": unreadable, "step": step, "fingerprint": fingerprint},
+        )
     log.close()
     accelerator.wait_for_everyone()
     return accuracy
 
 
-def _fingerprint(recipe: FinetuneRecipe, train: Labeled, subset: np.ndarray) -> str:
-    """What a cell was trained on: classes, labels, the subset, and the weights it began with."""
-    digest = hashlib.sha256("\0".join(train.classes).encode())
+def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
+    """What the cells are trained and judged on: the images, their labels, and the weights they begin with."""
+    digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode())
     if recipe.encoder != "scratch" and not _is_timm_name(recipe.encoder):
         digest.update((exporting.encoder_folder(recipe.encoder) / "model.safetensors").read_bytes())
-    digest.update(train.labels.tobytes() + subset.tobytes())
     return digest.hexdigest()
 
 

@@ -27,11 +27,17 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any
 def finetune_groups(
     encoder: nn.Module, head: nn.Module, *, weight_decay: float, layer_decay: float, head_lr_scale: float
 ) -> list[dict[str, Any]]:
-    """timm's layer-wise groups of the encoder (its embedding at layer_decay^(depth+1)), then the head's two."""
+    """timm's layer-wise groups: the last block at layer_decay, the embedding at layer_decay^(depth+1), the head at 1.
+
+    As BEiT and MAE have it. timm counts from the top layer it sees; the head is a layer above the encoder, so
+    all of the encoder's groups are one layer further down.
+    """
     skip = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else ()  # type: ignore[operator]
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         encoder, weight_decay=weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay
     )
+    for group in groups:
+        group["lr_scale"] *= layer_decay
     for group in pretrain_groups(head, weight_decay):
         groups.append({**group, "lr_scale": head_lr_scale})
     return [g for g in groups if g["params"]]

@@ -77,7 +77,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
         data.formats,
         data.max_image_pixels,
     )
-    dataset = PretrainDataset(images, crop, build_mask(recipe), mask_grid, recipe.seed)
+    dataset = PretrainDataset(images, crop, build_mask(recipe), mask_grid, recipe.seed, counts)
     total_steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
     warmup_steps = (
         optim.warmup_steps
@@ -93,7 +93,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
         create_run(recipe)
-    state: dict[str, Any] = {"seen": 0, "bad": 0, "skill": None}
+    state: dict[str, Any] = {"seen": 0, "bad": 0, "loss": None, "skill": None}
     start_step = 0
     model.to(accelerator.device)
     if run.checkpoint is not None:
@@ -116,8 +116,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
         log.say(f"unreadable, held out: {line}")
 
     # ---- the loop
-    step, loss, bad = start_step, math.nan, int(state["bad"])
-    skill = state["skill"] if state["skill"] is not None else math.nan
+    step, bad = start_step, int(state["bad"])
+    loss, skill = (math.nan if state[key] is None else float(state[key]) for key in ("loss", "skill"))
     sampler = MicroBatches(
         order,
         seen=start_step * optim.global_batch_size,
@@ -134,12 +134,13 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     with distributed.stop_on_signals() as stop_request:
         while step < total_steps:
             seen = step * optim.global_batch_size
-            micro_losses, bad_lines, samples = [], [], []
+            micro_losses, bad_lines, samples, replaced = [], [], [], 0
             for m in range(accumulate):
                 waited = time.monotonic()
                 batch = next(stream_of_batches)
                 window.waited_s += time.monotonic() - waited
                 bad_lines += batch.bad
+                replaced += batch.replaced
                 samples.append(batch.samples)
                 # dropout and drop path draw from here; after the batch, since a loader that starts draws, too
                 torch.manual_seed(torch_seed(recipe.seed, Purpose.STEP, int(batch.positions[0])))
@@ -154,7 +155,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
             # norm is the same everywhere, since gradients are: every process stops before the update, or none.
             loss, new_bad, stopping = distributed.total(
                 accelerator,
-                [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)],
+                [float(torch.stack(micro_losses).sum()) / world, replaced, bool(stop_request)],
             )
             if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
                 _report_non_finite(run.out, rank, step, seen, loss, float(grad_norm), torch.cat(samples), images)
@@ -180,7 +181,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
 
             if new_bad:
                 bad_lines = gather_object(bad_lines)  # each process knows of its own alone
-            bad = _count_bad(bad, int(new_bad), bad_lines, seen, data.max_bad_fraction, log)
+            bad = _count_bad(bad, int(new_bad), bad_lines, seen + optim.global_batch_size, data.max_bad_fraction, log)
             ending = bool(stopping) or step == total_steps
             if step % recipe.skill_every_steps == 0 or step == total_steps:
                 skill = _skill(accelerator, model, held_out_batch)
@@ -202,6 +203,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                     state = {
                         "seen": step * optim.global_batch_size,
                         "bad": bad,
+                        "loss": loss,
                         "skill": None if math.isnan(skill) else skill,
                         "data_fingerprint": images.fingerprint,
                     }

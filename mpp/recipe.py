@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -35,6 +36,7 @@ from mpp.types import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    no_bool,
 )
 
 COMMAND_LINE = "command line"
@@ -79,12 +81,39 @@ def _size(value: Any) -> Any:
 ImageSize = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_size)]
 
 
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the lower end comes first")
+    return value
+
+
+Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ordered)]
+AreaRange = Annotated[
+    tuple[Annotated[Float, Field(gt=0, le=1)], Annotated[Float, Field(gt=0, le=1)]], AfterValidator(_ordered)
+]
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+Places = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed), Field(min_length=1)]
+"""Files, folders, patterns or URLs: one, or a list."""
+
+
+def _no_null(value: str) -> str:
+    if "\0" in value or not value:
+        raise ValueError("not a path")
+    return value
+
+
 class ImageData(Section):
     """How images are read, common to both jobs."""
 
     image_size: ImageSize
     """Side in pixels, or [height, width]."""
-    channels: Literal[1, 3, 4] = 3
+    channels: Annotated[Literal[1, 3, 4], BeforeValidator(no_bool)] = 3
     """1: grey, 3: RGB, 4: RGBA."""
     mean: tuple[Float, ...] | None = None
     """Of each channel, of pixels in [0, 1]; default 0.5."""
@@ -94,7 +123,7 @@ class ImageData(Section):
     """Probability of a horizontal flip in training."""
     workers: NonNegativeInt = 2
     """Loader processes per training process."""
-    formats: tuple[Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"], ...] = (
+    formats: Annotated[tuple[Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"], ...], Field(min_length=1)] = (
         "JPEG",
         "PNG",
         "WEBP",
@@ -125,11 +154,11 @@ class ImageData(Section):
 class PretrainData(ImageData):
     """Unlabeled shards."""
 
-    shards: str | tuple[str, ...]
+    shards: Places
     """Tar shards: a folder, a file, a pattern (`*`, `{000..099}`), an URL, or a list of these."""
-    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.2, 1.0)
+    crop_scale: AreaRange = (0.2, 1.0)
     """Random resized crop: range of the crop's area (MAE: 0.2 to 1; SimMIM: 0.67 to 1)."""
-    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    crop_ratio: Range = (3 / 4, 4 / 3)
     """Random resized crop: range of the crop's aspect ratio."""
     held_out: PositiveInt = 256
     """Images taken from the ends of the shards, never trained on, for the skill."""
@@ -165,7 +194,7 @@ class Optim(Section):
     """Most images a device takes at once; more are accumulated."""
     weight_decay: NonNegativeFloat = 0.05
     """Not applied to norms, biases, tokens and positions."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip_grad_norm: PositiveFloat | None = None
     warmup_epochs: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt | None = None
@@ -188,7 +217,7 @@ class Run(Section):
 
     job: str
 
-    out: str
+    out: Annotated[str, AfterValidator(_no_null)]
     """Run folder; must be new or empty unless the run is resumed."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA devices that have it, else fp32."""
@@ -221,14 +250,14 @@ class PretrainRecipe(Run):
 class FinetuneData(ImageData):
     """Labeled images: a folder with a folder for each class, or shards with labels."""
 
-    train: str | tuple[str, ...]
-    val: str | tuple[str, ...]
+    train: Places
+    val: Places
     labels_per_class: PositiveInt | None = None
     """Train on so many images of each class, drawn by the seed."""
     fraction: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Train on this fraction of each class, drawn by the seed; at least one image of each."""
-    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    crop_scale: AreaRange = (0.08, 1.0)
+    crop_ratio: Range = (3 / 4, 4 / 3)
     val_crop_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Validation: the central crop is this fraction of the resized image's side (ImageNet recipes: 0.875)."""
     auto_augment: str | None = None
@@ -256,7 +285,7 @@ class FinetuneOptim(Optim):
 
     base_lr: PositiveFloat = 5e-4
     """For 256 images (MAE, table 9: 5e-4 for ViT-L/H, 5e-4 for ViT-B)."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     layer_decay: Annotated[Float, Field(gt=0, le=1)] = 0.75
     """Learning rate of a layer over that of the next (BEiT; MAE: 0.75). The scratch arm uses 1."""
     head_lr_scale: PositiveFloat = 1.0
@@ -309,7 +338,8 @@ MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "data.max_bad_fraction", "optim.max_batch_per_device", "encoder.grad_checkpointing",
 }  # fmt: skip
-"""Keys a resumed run may change: they do not change what is computed."""
+"""Keys a resumed run may change: they do not change what is computed, but for rounding and, with drop path or
+mixup on, which are drawn for each micro-batch, for their draws."""
 
 R = TypeVar("R", bound=Run)
 
@@ -363,14 +393,16 @@ def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[Key, str]]:
     try:
         node = yaml.compose(text, _Loader)
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        if node is not None:
+            walk(node, ())
+    # constructors of tags such as !!float and !!timestamp raise what they like; an alias may hold itself
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{source}{line}: not valid YAML: {problem}") from error
     if node is None:
         return {}, places
-    walk(node, ())
     if errors:
         raise UserError("\n".join(errors))
     if not isinstance(value, dict):
@@ -384,7 +416,9 @@ def dotted(key: Key) -> str:
 
 def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: dict[str, Any]) -> None:
     """Set dotted keys in place. Values that are strings are read as YAML, as on the command line."""
-    for name, value in overrides.items():
+    # which component, before its keys, in whatever order they were given
+    names_first = sorted(overrides.items(), key=lambda item: not _names_component(item[0]))
+    for name, value in names_first:
         *outer, last = name.split(".")
         node = values
         for i, part in enumerate(outer):
@@ -397,7 +431,7 @@ def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: d
         if isinstance(value, str):
             try:
                 value = yaml.load(value, _Loader)
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
                 raise UserError(f"{COMMAND_LINE}: {name}: not a YAML value: {value}") from error
         if last == "name" and node.get("name", value) != value:
             node.clear()  # another component has other keys
@@ -406,6 +440,10 @@ def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: d
         for old in [k for k in places if k[: len(key)] == key]:
             del places[old]
         places[key] = COMMAND_LINE
+
+
+def _names_component(name: str) -> bool:
+    return registry_key(name.removesuffix(".name"))
 
 
 def registry_key(part: str) -> bool:
@@ -463,7 +501,7 @@ def check_recipe(
     """Validate a mapping. UserError with a line for each thing that is wrong."""
     expected = job.model_fields["job"].default
     named = values.get("job", "pretrain")
-    if named != expected and named in RECIPES:
+    if isinstance(named, str) and named != expected and named in RECIPES:
         raise UserError(
             f"{source}: job: this is a recipe of `mpp {named}`, not of `mpp {expected}` (which says job: {expected})"
         )

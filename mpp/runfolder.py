@@ -39,11 +39,10 @@ def find_run(recipe: Run, resume: str, *, fingerprint: str) -> OpenRun:
         raise UserError(f"out: {out} is not a run folder (no {RECIPE}); give another folder")
     path = None if resume in ("never", "auto") else Path(resume)
     if others:
-        changed = differences(load_recipe(out / RECIPE, type(recipe)), recipe)
-        if changed:
-            lines = "\n".join(f"  {line}" for line in changed)
-            raise UserError(f"out: {out} was made by another recipe; give another folder, or set back:\n{lines}")
+        _same_recipe(out, recipe)
         path = path or checkpoint.newest(out / "checkpoints")
+    elif path is not None and (path.parent.parent / RECIPE).exists():
+        _same_recipe(path.parent.parent, recipe)
     if path is not None:
         fault = checkpoint.broken(path)
         if fault:
@@ -51,6 +50,13 @@ def find_run(recipe: Run, resume: str, *, fingerprint: str) -> OpenRun:
         if checkpoint.read_state(path)["data_fingerprint"] != fingerprint:
             raise UserError(f"{path}: the data changed since (shards, their sizes or their images); start a new run")
     return OpenRun(out, path)
+
+
+def _same_recipe(run: Path, recipe: Run) -> None:
+    changed = differences(load_recipe(run / RECIPE, type(recipe)), recipe)
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise UserError(f"out: {run} was made by another recipe; give another folder, or set back:\n{lines}")
 
 
 def create_run(recipe: Run) -> None:

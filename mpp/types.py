@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field, Strict
 from torch import Tensor
 
 
-def _no_bool(value: object) -> object:
+def no_bool(value: object) -> object:
     """Lax validation would turn `true` into 1."""
     if isinstance(value, bool):
         raise ValueError("true/false is not a number")
@@ -32,15 +32,15 @@ def _no_bool(value: object) -> object:
 
 Bool = Annotated[bool, Strict()]
 """`yes` is a string in YAML 1.2 and stays one."""
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
-PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-NonNegativeInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-PositiveFloat = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
-NonNegativeFloat = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
-OpenFraction = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, lt=1)]
+Int = Annotated[int, BeforeValidator(no_bool)]
+Float = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
+PositiveInt = Annotated[int, BeforeValidator(no_bool), Field(ge=1)]
+NonNegativeInt = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
+PositiveFloat = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, BeforeValidator(no_bool), Field(ge=0, allow_inf_nan=False)]
+OpenFraction = Annotated[float, BeforeValidator(no_bool), Field(gt=0, lt=1)]
 """A number in (0, 1)."""
-Fraction = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
+Fraction = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=1)]
 """A number in [0, 1]."""
 
 
@@ -60,8 +60,10 @@ class Batch:
     """(B, 2) int64: (shard, row) of each sample."""
     hidden_units: int
     """Mask units hidden in each image, a plain int so that no device has to be asked."""
+    replaced: int = 0
+    """Samples whose image could not be read and was replaced by a neighbour."""
     bad: list[str] = field(default_factory=list)
-    """One line for each image that was replaced because it could not be read."""
+    """One line for each image that could not be read; a search for a neighbour may meet several."""
 
     def pin_memory(self) -> Batch:
         for name in ("images", "mask", "noise"):

@@ -46,6 +46,13 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000004", "step-00000003"]
 
 
+def test_the_one_just_written_is_never_removed(tmp_path: Path) -> None:
+    """Broken ones of later steps, or a run that went on from an older one."""
+    saved(tmp_path, 15, 20, keep=9)
+    saved(tmp_path, 5, keep=2)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000005"]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing"])
 def test_a_damaged_one_is_passed_over_with_a_warning(tmp_path: Path, name: str, damage: str) -> None:

@@ -105,6 +105,12 @@ def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> N
     (tmp_path / "begun" / "recipe.yaml").touch()
     with pytest.raises(UserError, match="has not written its encoder yet; finish it with --resume auto"):
         mpp.export(tmp_path / "begun", tmp_path / "o")
+    (exported / "export.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no readable export\.json"):
+        mpp.verify(exported)
+    with pytest.raises(UserError, match=r"no readable export\.json"):
+        mpp.export(exported, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists(), "what does not hold is not left behind"
     (exported / "export.json").unlink()
     with pytest.raises(UserError, match=r"no readable export\.json"):
         mpp.verify(exported)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path
     from mpp.data.labeled import CentreDataset, open_labeled
 
     mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False))
-    data = open_labeled(str(shards), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
+    data = open_labeled((str(shards),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
     batch = CentreDataset(
         data, (16, 16), 1.0, channels=3, formats=("JPEG", "PNG"), max_image_pixels=10**6
     ).__getitems__(list(range(60)))
@@ -204,6 +205,40 @@ def test_two_processes_train_the_same_run_as_one(shards: Path, run: Path, tmp_pa
     assert a == pytest.approx(b, rel=1e-5)
     results = [json.loads((tmp_path / o / "result.json").read_text())["accuracy"] for o in ("one", "two")]
     assert results[0] == results[1], "every validation image is counted once"
+
+
+def test_what_is_refused_before_the_run_folder_is_made(shards: Path, run: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"data.labels_per_class": 1000}, "data.labels_per_class: 1000, but class"),
+        ({"mixup": 0.5, "optim.global_batch_size": 9}, "mixup: needs an even number"),
+        ({"data.auto_augment": "foo"}, "data.auto_augment: timm has no policy 'foo'"),
+        ({"data.auto_augment": "rand-m5", "data.channels": 1}, "data.auto_augment: its policies are for 3 channels"),
+        ({"task.tanh_dim": 0}, "task.tanh_dim: must be >= 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
+        assert not (tmp_path / "ft").exists()
+
+
+def test_finished_cells_are_not_mixed_with_other_data(
+    image_folder: Path, shards: Path, run: Path, tmp_path: Path
+) -> None:
+    val = tmp_path / "val"
+    shutil.copytree(image_folder, val)
+    changes = {"seeds": [0], "optim.steps": 2, "data.val": str(val)}
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
+    next((val / "disc").iterdir()).unlink()
+    with pytest.raises(UserError, match="pretrained-seed0: the data or the encoder changed since"):
+        mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes), resume="auto")
+
+
+def test_the_export_says_how_it_was_evaluated(shards: Path, run: Path, tmp_path: Path) -> None:
+    changes = {"seeds": [0], "optim.steps": 2, "beside_scratch": False, "data.val_crop_fraction": 0.75}
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
+    config = json.loads((tmp_path / "ft" / "pretrained-seed0" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["crop_pct"] == 0.75
+    with pytest.raises(UserError, match="a fine-tuning run of several models; name one, such as .*pretrained-seed0"):
+        mpp.export(tmp_path / "ft", tmp_path / "o")
 
 
 def test_the_interval_is_students() -> None:

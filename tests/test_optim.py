@@ -38,9 +38,12 @@ def test_layer_decay_reaches_the_optimizer() -> None:
     assert len(lr) == len(names)
     assert lr["out.weight"] == 3.0
     blocks = [lr[f"blocks.{i}.attn.qkv.weight"] for i in range(4)]
-    assert [a / b for a, b in zip(blocks, blocks[1:], strict=False)] == [0.5] * 3
-    assert lr["patch_embed.proj.weight"] == blocks[0] / 2
-    assert lr["norm.weight"] <= 1.0
+    assert blocks == [0.5**4, 0.5**3, 0.5**2, 0.5]  # BEiT's and MAE's: the head at 1, the last block a layer below
+    assert lr["patch_embed.proj.weight"] == lr["pos_embed"] == 0.5**5
+    with_head = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=4, embed_dim=32, num_heads=2)
+    for group in timm.optim.param_groups_layer_decay(with_head, layer_decay=0.5):  # timm's own count agrees
+        for name in [n for n, p in with_head.named_parameters() if any(p is q for q in group["params"])]:
+            assert lr.get(name, 1.0) == group["lr_scale"]
 
 
 @given(total=st.integers(1, 500), warmup=st.integers(0, 50), lr=st.floats(1e-6, 1.0))

@@ -71,6 +71,8 @@ WRONG = {
     "no key=value": ("", ["mask.ratio"], "command line: 'mask.ratio': write key=value"),
     "not YAML": ("mask: {ratio: 0.5\n", [], "r.yaml:8: not valid YAML: "),
     "a tag that would run code": ("mask: !!python/object/apply:os.system [ls]\n", [], "r.yaml:7: not valid YAML: could not determine a constructor"),
+    "a tag that cannot be read": ("seed: !!float abc\n", [], "r.yaml: not valid YAML: "),
+    "a value that holds itself": ("encoder: &a {args: *a}\n", [], "r.yaml"),
     "another job": ("job: finetune\n", [], "r.yaml: job: this is a recipe of `mpp finetune`, not of `mpp pretrain`"),
     "predict none": ("predict_fraction: 0\n", [], "r.yaml:7: predict_fraction: must be > 0 and <= 1; got 0"),
 }  # fmt: skip
@@ -123,6 +125,8 @@ def test_overrides_change_components(tmp_path: Path) -> None:
         path, PretrainRecipe, parse_overrides(("head.name=mlp", "head.hidden_dim=8", "mask.ratio=0.3"))
     )
     assert recipe.head.model_dump() == {"name": "mlp", "hidden_dim": 8}
+    turned = load_recipe(path, PretrainRecipe, parse_overrides(("head.hidden_dim=8", "head=mlp")))
+    assert turned.head == recipe.head, "whichever is written first"
     assert (recipe.mask.name, recipe.mask.ratio) == ("block", 0.3)
     assert recipe.corruption.name == "token"
     assert recipe.target.name == "norm_pixels"

@@ -81,16 +81,21 @@ class ShardImages:
         return f"{self.names[shard]}: {member_name(self.paths[shard], int(self.indexes[shard].table[row, 0]))}"
 
     def load(
-        self, shard: int, row: int, decode: Callable[[bytes], Tensor], blank: tuple[int, int, int]
+        self,
+        shard: int,
+        row: int,
+        rows: range,
+        decode: Callable[[bytes], Tensor],
+        blank: tuple[int, int, int],
     ) -> tuple[Tensor, list[str]]:
         """(the decoded image, a line for each bad one that was passed over).
 
-        A bad image is replaced by the next good one of its shard; after REPLACEMENTS bad ones in a row a grey
-        image of shape `blank` stands in, so that every process always gets full batches.
+        A bad image is replaced by the next good one among `rows` of its shard; after REPLACEMENTS bad ones in a row
+        a grey image of shape `blank` stands in, so that every process always gets full batches.
         """
         bad: list[str] = []
-        for step in range(min(REPLACEMENTS, self.counts[shard])):
-            at = (row + step) % self.counts[shard]
+        for step in range(min(REPLACEMENTS, len(rows))):
+            at = rows[(row - rows.start + step) % len(rows)]
             try:
                 return decode(self.read(shard, at)), bad
             except BadImage as error:

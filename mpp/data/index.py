@@ -62,7 +62,10 @@ def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, 
             kind = header[156:157]
             if kind not in _PLAIN + _SKIPPED or header[124] & 0x80:
                 return None
-            length = int(header[124:136].strip(b" \0") or b"0", 8)
+            digits = header[124:136].strip(b" \0")
+            if not re.fullmatch(rb"[0-7]*", digits):  # int() would take a sign
+                raise ValueError
+            length = int(digits or b"0", 8)
         except ValueError:
             what = "not a tar file (a compressed one must be unpacked)" if at == 0 else f"corrupt header at byte {at}"
             raise UserError(f"{path}: {what}") from None
@@ -83,10 +86,12 @@ def _members_by_tarfile(path: str) -> tuple[list[tuple[str, int, int]], int]:
         with tarfile.open(path, "r:") as tar:
             for m in tar:
                 tar.members = []  # type: ignore[attr-defined]  # keep memory flat
+                if m.size < 0:
+                    raise tarfile.ReadError(f"{m.name}: negative size")
                 if m.isreg() and not m.issparse():
                     members.append((m.name, m.offset_data, m.size))
             end = tar.offset
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{path}: cut off or corrupt: {error}") from error
     return members, end
 

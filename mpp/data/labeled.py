@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +28,7 @@ class _Reader(Protocol):
 
     def read(self, i: int) -> bytes: ...
     def name(self, i: int) -> str: ...
+    def fingerprint(self) -> str: ...
 
 
 class _Files:
@@ -40,6 +43,10 @@ class _Files:
 
     def name(self, i: int) -> str:
         return self.paths[i]
+
+    def fingerprint(self) -> str:
+        """Of names and sizes."""
+        return "\0".join(f"{os.path.basename(p)}:{os.path.getsize(p)}" for p in self.paths)
 
 
 class _Shards:
@@ -57,6 +64,9 @@ class _Shards:
     def name(self, i: int) -> str:
         return self.images.name(*self.at(i))
 
+    def fingerprint(self) -> str:
+        return self.images.fingerprint
+
 
 @dataclass(frozen=True)
 class Labeled:
@@ -66,6 +76,11 @@ class Labeled:
     labels: np.ndarray
     """(images,) int64, indexes into `classes`"""
     classes: list[str]
+
+    def fingerprint(self) -> str:
+        """What the images and their labels are, not where they lie."""
+        words = (*self.classes, self.reader.fingerprint())
+        return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape") + self.labels.tobytes()).hexdigest()
 
     def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
         """Numbers of the images to train on, ascending: all, so many of each class, or a fraction of each.
@@ -85,7 +100,7 @@ class Labeled:
 
 
 def open_labeled(
-    spec: str | tuple[str, ...],
+    spec: tuple[str, ...],
     *,
     key: str,
     classes: list[str] | None,
@@ -96,25 +111,39 @@ def open_labeled(
 
     classes: those of the training data, which validation must share. UserError where labels are missing.
     """
-    if isinstance(spec, str) and os.path.isdir(spec) and not any(n.endswith(".tar") for n in os.listdir(spec)):
-        return _folder(spec, key, classes)
+    if len(spec) == 1 and os.path.isdir(spec[0]) and not any(n.endswith(".tar") for n in os.listdir(spec[0])):
+        return _folder(spec[0], key, classes)
     images = ShardImages(spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes)
-    values: list[str | int] = [
-        _label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)
-    ]
-    known = classes or class_names(images.paths)
+    reader = _Shards(images)
+    values = [_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
+    own = class_names(images.paths)  # what `mpp pack` left: the numbers of these shards count in it
+    known = classes or own
     if known is None:
-        numbers = all(isinstance(v, int) for v in values)
-        known = [str(v) for v in (range(max(values) + 1) if numbers else sorted({str(v) for v in values}))]  # type: ignore[operator]
+        known = _classes_of(values, key)
     index = {name: i for i, name in enumerate(known)}
     labels = []
     for i, value in enumerate(values):
-        label = value if isinstance(value, int) else index.get(value, -1)
-        if not 0 <= label < len(known):
-            name = _Shards(images).name(i)
-            raise UserError(f"{key}: {name}: label {value!r} is none of the {len(known)} classes of the training data")
-        labels.append(label)
-    return Labeled(_Shards(images), np.array(labels, dtype=np.int64), known)
+        name = value if isinstance(value, str) else str(value)
+        if own is not None and isinstance(value, int):
+            name = own[value] if value < len(own) else f"{value}, beyond the {len(own)} of dataset.json"
+        if name not in index:
+            raise UserError(
+                f"{key}: {reader.name(i)}: label {name!r} is none of the {len(known)} classes of the training data"
+            )
+        labels.append(index[name])
+    return Labeled(reader, np.array(labels, dtype=np.int64), known)
+
+
+def _classes_of(values: list[str | int], key: str) -> list[str]:
+    """Class names of training data that has no list of them: the names it uses, or the numbers 0 to the largest."""
+    numbers = [v for v in values if isinstance(v, int)]
+    if len(numbers) < len(values):
+        return sorted({str(v) for v in values})
+    if max(numbers) >= 1000 + 10 * len(set(numbers)):  # ids, not class numbers; a guess
+        raise UserError(
+            f"{key}: labels up to {max(numbers)}, but only {len(set(numbers))} different ones: number classes from 0"
+        )
+    return [str(n) for n in range(max(numbers) + 1)]
 
 
 def _label(images: ShardImages, shard: int, row: int) -> str | int:
@@ -124,11 +153,13 @@ def _label(images: ShardImages, shard: int, row: int) -> str | int:
     data, is_json = stored
     try:
         value = json.loads(data)["label"] if is_json else data.decode().strip()
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{images.name(shard, row)}: its .json has no 'label'") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{images.name(shard, row)}: its {'.json has no' if is_json else '.cls is no'} 'label'"
+        ) from None
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UserError(f"{images.name(shard, row)}: a label is a number or a name; got {value!r}")
-    if isinstance(value, str) and value.lstrip("-").isdigit():
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value):
         value = int(value)
     if isinstance(value, int) and value < 0:
         raise UserError(f"{images.name(shard, row)}: label {value} is negative")

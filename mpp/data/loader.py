@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,23 @@ class Crop:
 
 
 class PretrainDataset(Dataset[Batch]):
-    """Keys are (position, shard, row); a list of keys makes a `Batch`."""
+    """Keys are (position, shard, row); a list of keys makes a `Batch`.
+
+    train_counts: rows of each shard that are trained on; those after are held out. A bad image is replaced by
+    one of its own kind.
+    """
 
     def __init__(
-        self, images: ShardImages, crop: Crop, mask: MaskSampler, mask_grid: tuple[int, int], seed: int
+        self,
+        images: ShardImages,
+        crop: Crop,
+        mask: MaskSampler,
+        mask_grid: tuple[int, int],
+        seed: int,
+        train_counts: Sequence[int] | np.ndarray,
     ) -> None:
         self.images, self.crop, self.mask, self.mask_grid, self.seed = images, crop, mask, mask_grid, seed
+        self.train_counts = train_counts
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> Batch | UserError:
         try:
@@ -74,13 +85,17 @@ class PretrainDataset(Dataset[Batch]):
         masks = np.empty((len(keys), *self.mask_grid), dtype=bool)
         noise = np.empty((len(keys), *self.mask_grid), dtype=np.float32)
         bad: list[str] = []
+        replaced = 0
         for i, (position, shard, row) in enumerate(keys):
 
             def decode(data: bytes, position: int = position) -> Tensor:
                 return self.crop.centre(data) if centre else self.crop.random(data, self.seed, position)
 
-            images[i], passed_over = self.images.load(shard, row, decode, size)
+            last = int(self.train_counts[shard])
+            rows = range(last) if row < last else range(last, self.images.counts[shard])
+            images[i], passed_over = self.images.load(shard, row, rows, decode, size)
             bad += passed_over
+            replaced += bool(passed_over)
             masks[i] = self.mask(self.mask_grid, stream(self.seed, Purpose.MASK, position))
             noise[i] = stream(self.seed, Purpose.NOISE, position).random(self.mask_grid, dtype=np.float32)
         hidden = masks.sum((1, 2))
@@ -92,6 +107,7 @@ class PretrainDataset(Dataset[Batch]):
             torch.tensor([k[0] for k in keys]),
             torch.tensor([k[1:] for k in keys]),
             int(hidden[0]),
+            replaced,
             bad,
         )
 

@@ -44,13 +44,15 @@ class Order:
         self.lane_len = total // self.lanes
         self.epoch_len = self.lane_len * self.lanes
         self.global_batch, self.window, self.seed = global_batch, window, seed
+        self.total = total
         self._shards = lru_cache(2)(self._make_shards)
         self._window = lru_cache(4 * self.lanes)(self._make_window)
 
-    def _make_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The permuted shards of an epoch and where each starts."""
-        permuted = stream(self.seed, Purpose.SHARDS, epoch).permutation(len(self.counts))
-        return permuted, np.concatenate([[0], np.cumsum(self.counts[permuted])])
+    def _make_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The permuted shards of an epoch, where each starts, and at which sample the first lane begins."""
+        rng = stream(self.seed, Purpose.SHARDS, epoch)
+        permuted = rng.permutation(len(self.counts))
+        return permuted, np.concatenate([[0], np.cumsum(self.counts[permuted])]), int(rng.integers(self.total))
 
     def _make_window(self, epoch: int, lane: int, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Shuffled (shard, row) of one window of one lane."""
@@ -59,7 +61,8 @@ class Order:
         windows_per_lane = math.ceil(self.lane_len / self.window)
         key = (epoch * self.lanes + lane) * windows_per_lane + number
         places = lane * self.lane_len + low + stream(self.seed, Purpose.WINDOW, key).permutation(high - low)
-        permuted, starts = self._shards(epoch)
+        permuted, starts, first = self._shards(epoch)
+        places = (places + first) % self.total  # else one shard's last samples would be left out of every epoch
         k = np.searchsorted(starts, places, side="right") - 1
         return permuted[k], places - starts[k]
 

@@ -199,7 +199,7 @@ def _write_shard(source: str, shard: str, entries: list[tuple[str, str, int]]) -
 
 def _lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        return Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]
     except FileNotFoundError:
         return []
 

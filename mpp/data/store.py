@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import http.client
 import os
 import time
 import urllib.parse
@@ -11,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
+from mpp.data.index import scan
 from mpp.errors import UserError
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
@@ -48,6 +50,7 @@ class Store:
     def __init__(self, cache_dir: str | None = None, limit_bytes: float = 200e9) -> None:
         self.folder = Path(cache_dir or default_cache_dir()) / "shards"
         self.limit_bytes = limit_bytes
+        self._in_use: set[Path] = set()
 
     def path(self, url: str) -> str:
         """The local file of a shard. UserError where it cannot be had after TRIES tries."""
@@ -57,13 +60,18 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir: {self.folder}: {error.strerror}") from error
-        name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + os.path.basename(urllib.parse.urlsplit(url).path)
+        try:
+            base = os.path.basename(urllib.parse.urlsplit(url).path)
+        except ValueError as error:
+            raise UserError(f"{url}: {error}") from error
+        name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + base.removesuffix(".tar") + ".tar"
         target = self.folder / name
         with open(f"{target}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one copy per machine
             if not target.exists():
                 self._copy(url, target)
-                self._evict(keep=target)
+            self._in_use.add(target)
+            self._evict()
             os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))  # last use; the index keys on mtime
         return str(target)
 
@@ -79,18 +87,33 @@ class Store:
                         copied += len(chunk)
                 if expected is not None and copied != expected:
                     raise OSError(f"{copied} of {expected} bytes arrived")
+                try:
+                    scan(str(part))
+                except UserError as error:  # a login page with status 200, say: never let it into the cache
+                    part.unlink()
+                    raise UserError(
+                        f"{url}: what arrived is no shard: {str(error).removeprefix(f'{part}: ')}"
+                    ) from error
                 os.replace(part, target)
                 return
-            except OSError as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 # a 404 will not get better; everything else may
                 if attempt == TRIES or getattr(error, "code", None) in (401, 403, 404, 410):
-                    raise UserError(f"{url}: {error} (tried {attempt} times)") from error
+                    words = str(error) or type(error).__name__
+                    raise UserError(f"{url}: {words} (tried {attempt} times)") from error
                 time.sleep(0.1 * 2**attempt)
 
-    def _evict(self, keep: Path) -> None:
-        shards = [p for p in self.folder.iterdir() if p.suffix not in (".lock", ".part") and p != keep]
+    def _evict(self) -> None:
+        """Least recently used first; never a shard of this run. UserError where these alone are over the limit."""
+        shards = [p for p in self.folder.iterdir() if p.suffix == ".tar" and p not in self._in_use]
         shards.sort(key=lambda p: p.stat().st_atime_ns)
-        total = sum(p.stat().st_size for p in (*shards, keep))
+        own = sum(p.stat().st_size for p in self._in_use)
+        if own > self.limit_bytes:
+            raise UserError(
+                f"data.cache_limit_gb: {len(self._in_use)} shards of this run take {own / 1e9:.3f} GB already; "
+                f"allowed are {self.limit_bytes / 1e9:.3f}"
+            )
+        total = own + sum(p.stat().st_size for p in shards)
         for path in shards:
             if total <= self.limit_bytes:
                 break

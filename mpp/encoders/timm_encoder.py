@@ -43,9 +43,11 @@ def create_timm_model(
         )
     except TypeError as error:
         raise UserError(f"encoder.args: {name} does not take this: {error}") from error
-    except (AssertionError, ValueError, RuntimeError, OSError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"encoder: {name} at {image_size[0]}×{image_size[1]} px: {line}") from error
+    except Exception as error:  # timm, torch or the hub: ZeroDivisionError, KeyError, … by whatever argument is off
+        words = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"encoder: {name} at {image_size[0]}×{image_size[1]} px with {args}: {type(error).__name__}: {words}"
+        ) from error
 
 
 class TimmEncoder(nn.Module):

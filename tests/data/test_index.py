@@ -104,6 +104,25 @@ def test_a_corrupt_header_in_the_middle_is_refused_with_its_place(tmp_path: Path
         scan(str(path))
 
 
+def test_a_negative_size_is_refused(tmp_path: Path) -> None:
+    """It would send the scan backwards, for ever."""
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b"x" * 600, "b.jpg": b"y"})
+    data = bytearray(path.read_bytes())
+    at = 512 + 1024
+    data[at + 124 : at + 136] = b"-0000001000\0"
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"corrupt header at byte {at}"):
+        scan(str(path))
+    info = tarfile.TarInfo("c.jpg")
+    info.pax_headers = {"size": "-2048"}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info)
+    with pytest.raises(UserError, match=r"a\.tar: "):
+        scan(str(path))
+
+
 def test_links_and_folders_are_passed_over(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, kind in (

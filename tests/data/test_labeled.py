@@ -21,7 +21,7 @@ READING = {"channels": 3, "formats": ("JPEG", "PNG"), "max_image_pixels": 10**6}
 
 
 def opened(spec: Path | str, classes: list[str] | None = None) -> object:
-    return open_labeled(str(spec), key="data.train", classes=classes, cache_dir=None, cache_limit_bytes=1e9)
+    return open_labeled((str(spec),), key="data.train", classes=classes, cache_dir=None, cache_limit_bytes=1e9)
 
 
 def test_folder_and_shards_hold_the_same(image_folder: Path, shards: Path) -> None:
@@ -73,9 +73,14 @@ def test_labels_in_json_and_by_name(tmp_path: Path) -> None:
         ({}, "no label beside it"),
         ({"0.json": b"{}"}, "has no 'label'"),
         ({"0.json": b"[1"}, "has no 'label'"),
+        ({"0.json": b"[" * 100000}, "has no 'label'"),
+        ({"0.cls": b"\xff"}, "is no 'label'"),
+        ({"0.cls": b"--5"}, "label '--5' is none of"),
+        ({"0.cls": "²".encode()}, "label '²' is none of"),
+        ({"0.cls": b"9" * 5000}, "is none of the 2 classes"),
         ({"0.json": b'{"label": 1.5}'}, "a number or a name; got 1.5"),
         ({"0.cls": b"-1"}, "label -1 is negative"),
-        ({"0.cls": b"7"}, "label 7 is none of the 2 classes"),
+        ({"0.cls": b"7"}, "label '7' is none of the 2 classes"),
         ({"0.cls": b"bird"}, "label 'bird' is none of the 2 classes"),
     ],
 )
@@ -84,6 +89,28 @@ def test_labels_that_cannot_be_used(tmp_path: Path, label: dict[str, bytes], mes
     with pytest.raises(UserError, match=message) as error:
         opened(path, classes=["cat", "dog"])
     assert "a.tar: 0.png" in str(error.value)
+
+
+def test_numbers_of_two_packed_sets_mean_the_names_they_had(tmp_path: Path) -> None:
+    from mpp.data.pack import pack
+
+    for part, names in (("train", "abc"), ("val", "ac")):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.png").write_bytes(encoded(drawn_image(ord(name))))
+        pack(str(tmp_path / part), str(tmp_path / f"{part}-shards"), workers=1)
+    for train in ("train", "train-shards"):
+        classes = opened(tmp_path / train).classes
+        val = opened(tmp_path / "val-shards", classes=classes)
+        assert sorted(val.labels.tolist()) == [0, 2]
+    with pytest.raises(UserError, match="label 'c' is none of the 2 classes"):
+        opened(tmp_path / "train-shards", classes=["a", "b"])
+
+
+def test_ids_are_no_class_numbers(tmp_path: Path) -> None:
+    path = tar_with(tmp_path / "a.tar", {"0.png": encoded(drawn_image(0)), "0.cls": b"2000000"})
+    with pytest.raises(UserError, match="labels up to 2000000, but only 1 different ones"):
+        opened(path)
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path, image_folder: Path) -> None:

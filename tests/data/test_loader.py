@@ -20,8 +20,10 @@ from tests.conftest import drawn_image, encoded
 CROP = Crop((16, 12), 3, (0.3, 1.0), (0.75, 4 / 3), 0.5, ("JPEG", "PNG"), 10**6)
 
 
-def dataset_of(shards: Path, seed: int = 0) -> PretrainDataset:
-    return PretrainDataset(ShardImages(str(shards), key="data.shards"), CROP, UniformMask(ratio=0.5), (4, 3), seed)
+def dataset_of(shards: Path, seed: int = 0, held_out: int = 0) -> PretrainDataset:
+    images = ShardImages(str(shards), key="data.shards")
+    counts = [n - held_out for n in images.counts]
+    return PretrainDataset(images, CROP, UniformMask(ratio=0.5), (4, 3), seed, counts)
 
 
 def by_position(
@@ -81,8 +83,18 @@ def test_bad_images_are_replaced_by_their_neighbours_and_named(tmp_path: Path) -
     batch = dataset_of(path).batch([(p, 0, p) for p in range(4)], centre=True)
     assert torch.equal(batch.images[1], batch.images[3])
     assert torch.equal(batch.images[2], batch.images[3])
+    assert batch.replaced == 2
     assert len(batch.bad) == 3  # image-2 is met on the way from image-1, too
     assert "a.tar: image-1.jpg: not an image" in batch.bad[0]
+
+
+def test_a_held_out_image_never_takes_a_training_images_place(tmp_path: Path) -> None:
+    good = [encoded(drawn_image(i), "JPEG") for i in range(10)]
+    good[7] = good[9] = b"bad"
+    dataset = dataset_of(shard_of(tmp_path / "a.tar", good), held_out=2)  # rows 8 and 9
+    batch = dataset.batch([(0, 0, 7), (0, 0, 0), (0, 0, 9), (0, 0, 8)], centre=True)
+    assert torch.equal(batch.images[0], batch.images[1])
+    assert torch.equal(batch.images[2], batch.images[3])
 
 
 def test_a_shard_of_bad_images_still_gives_full_batches(tmp_path: Path) -> None:
@@ -114,7 +126,7 @@ class _Dies(PretrainDataset):
 
 
 def test_a_worker_that_dies_stops_with_one_line(shards: Path) -> None:
-    dataset = _Dies(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0)
+    dataset = _Dies(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0, [25, 25, 10])
     with pytest.raises(UserError, match=r"data\.workers: DataLoader worker .*pid") as error:
         list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))
     assert "\n" not in str(error.value)

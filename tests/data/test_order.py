@@ -79,6 +79,12 @@ def test_a_billion_samples_start_and_resume_at_once() -> None:
     assert order.at(4096 * 10**6, 0, 64)[0][0] == 4096 * 10**6
 
 
+def test_no_sample_is_left_out_of_every_epoch() -> None:
+    order = Order([11], global_batch=4, seed=0, lanes=4, window=3)
+    assert order.epoch_len == 8
+    assert {row for step in run(order, 0, 100) for _, _, row in step} == set(range(11))
+
+
 def test_no_samples() -> None:
     with pytest.raises(ValueError, match="no samples"):
         Order([0, 0], global_batch=4, seed=0)

@@ -76,12 +76,32 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(url: str, tmp_path: P
 
 def test_the_cache_is_bounded(url: str, shards: Path, tmp_path: Path) -> None:
     size = (shards / "shard-000000.tar").stat().st_size
-    store = Store(str(tmp_path), limit_bytes=2.5 * size)
-    paths = [Path(store.path(f"{url}/shard-00000{i}.tar")) for i in (0, 1)]
-    store.path(f"{url}/shard-000000.tar")  # used again: the other one is older now
-    store.limit_bytes = size + 1
-    store.path(f"{url}/shard-000002.tar")
-    assert not paths[1].exists()
+    before = Store(str(tmp_path), limit_bytes=10 * size)
+    paths = [Path(before.path(f"{url}/shard-00000{i}.tar")) for i in (0, 1)]
+    before.path(f"{url}/shard-000000.tar")  # used again: the other one is older now
+    last = Path(Store(str(tmp_path), limit_bytes=1.9 * size).path(f"{url}/shard-000002.tar"))
+    assert (paths[0].exists(), paths[1].exists(), last.exists()) == (True, False, True)
+
+
+def test_more_shards_than_the_cache_holds_are_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.cache_limit_gb: [12] shards of this run take .* allowed are 0\.000"):
+        ShardImages(url + "/shard-{000000..000002}.tar", key="k", cache_dir=str(tmp_path), cache_limit_bytes=30_000)
+
+
+def test_an_answer_that_is_no_shard_never_enters_the_cache(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.json: what arrived is no shard: "):
+        Store(str(tmp_path)).path(url + "/dataset.json")
+    assert not [p for p in (tmp_path / "shards").iterdir() if p.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(
+    "bad", ["http://[bad/a.tar", "http://127.0.0.1:bad/a.tar", "http://127.0.0.1:1/a b.tar", "hf://x"]
+)
+def test_urls_that_cannot_be_opened(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module.time, "sleep", lambda s: None)
+    with pytest.raises(UserError) as error:
+        Store(str(tmp_path)).path(bad)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
