@@ -17,14 +17,15 @@ from PIL import Image
 from skimage import data
 from skimage.util import img_as_ubyte
 
+# As skimage.data's docstrings state them; coins, immunohistochemistry and moon state neither and are not used.
 LICENCES = {
     "astronaut": "public domain (NASA)",
     "brick": "CC0 (CC0Textures)",
     "camera": "CC0 (Lav Varshney)",
-    "cell": "CC0 (Pedro Guedes-Dias)",
+    "cell": "CC0 (Paul Müller et al.)",
     "chelsea": "CC0 (Stefan van der Walt)",
     "coffee": "CC0 (Rachel Michetti)",
-    "grass": "CC0 (Rolf Pötsch)",
+    "grass": "CC0 (linolafett)",
     "gravel": "CC0 (CC0Textures)",
     "hubble_deep_field": "public domain (NASA)",
     "retina": "CC0 (Mikael Häggström)",
