@@ -48,7 +48,8 @@ def test_pretrain_finetune_export_on_real_images(cifar: Path, tmp_path: Path) ->
         "out": str(tmp_path / "pretrain"),
         "data.shards": str(cifar / "train"),
         "encoder.args": {"patch_size": 4, "embed_dim": 64, "depth": 3, "num_heads": 2},
-        "optim.steps": 150,
+        "corruption.enter": 2,
+        "optim.steps": 200,
         "optim.warmup_steps": 20,
     }
     result = mpp.pretrain(ROOT / "recipes" / "pretrain" / "cifar10.yaml", **small)
