@@ -10,6 +10,7 @@ Nothing heavy is imported before one of these is called.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def pretrain(recipe: str | Path | PretrainRecipe, *, resume: str = "never", **overrides: Any) -> PretrainResult:
-    """Masked-patch pretraining. `recipe`: a file, or a checked recipe; overrides are its dotted keys.
+def pretrain(
+    recipe: str | Path | Mapping[str, Any] | PretrainRecipe, *, resume: str = "never", **overrides: Any
+) -> PretrainResult:
+    """Masked-patch pretraining. `recipe`: a file, its keys, or a checked recipe; overrides are its dotted keys.
 
     resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint.
     UserError for everything the user can correct.
@@ -38,7 +41,9 @@ def pretrain(recipe: str | Path | PretrainRecipe, *, resume: str = "never", **ov
     return pretraining.pretrain(checked(recipe, PretrainRecipe, overrides), resume)
 
 
-def finetune(recipe: str | Path | FinetuneRecipe, *, resume: str = "never", **overrides: Any) -> FinetuneResult:
+def finetune(
+    recipe: str | Path | Mapping[str, Any] | FinetuneRecipe, *, resume: str = "never", **overrides: Any
+) -> FinetuneResult:
     """Fine-tuning on labeled images, beside the same from scratch. Arguments as in `pretrain`."""
     from mpp import finetuning
     from mpp.recipe import FinetuneRecipe, checked

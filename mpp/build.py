@@ -105,8 +105,6 @@ def _check_encoder_args(args: dict[str, Any]) -> None:
     """What timm would take and then fail on at the first batch, or what pretraining does itself."""
     if args.get("patch_drop_rate"):
         raise UserError("encoder.args.patch_drop_rate: hiding patches is the mask's part; use mask.ratio")
-    if args.get("depth", 1) == 0:
-        raise UserError("encoder.args.depth: must be >= 1; got 0")
     for key, value in args.items():
         if key.endswith(("drop_rate", "drop_path_rate")) and not (
             isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1

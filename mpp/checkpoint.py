@@ -51,6 +51,8 @@ def save(
         save_file(_on_cpu(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         files = sorted(p for p in aside.iterdir())
+        for path in files:  # safetensors writes for the owner alone
+            shutil.copymode(aside / "state.json", path)
         for path in files:
             _sync(path)
         manifest = {p.name: _sha256(p) for p in files}
@@ -79,13 +81,26 @@ def steps(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: p.name, reverse=True)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """By its name, whether it holds or not."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest holds; a warning for each newer one that does not."""
+    """The newest checkpoint whose manifest holds; a warning for each newer one that does not. None: there is none.
+
+    UserError where there are some and none of them holds: to begin again is for the user to say.
+    """
+    faults: list[str] = []
     for path in steps(folder):
         fault = broken(path)
         if fault is None:
+            for line in faults:
+                warnings.warn(f"{line}; the checkpoint before it is used", MppWarning, stacklevel=2)
             return path
-        warnings.warn(f"{path}: {fault}; looking at the checkpoint before it", MppWarning, stacklevel=2)
+        faults.append(f"{path}: {fault}")
+    if faults:
+        raise UserError("\n".join([*faults, f"{folder}: no checkpoint holds; remove them to begin again from step 0"]))
     return None
 
 

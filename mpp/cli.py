@@ -34,6 +34,11 @@ class Commands(click.Group):
             for line in str(error).splitlines():
                 click.echo(who + line, err=True)
             sys.exit(2)
+        except OSError as error:
+            if error.filename is None:  # not about the user's files
+                raise
+            click.echo(f"{os.fsdecode(error.filename)}: {error.strerror}", err=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             click.echo("mpp: interrupted", err=True)
             sys.exit(130)

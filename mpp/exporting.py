@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ def save_encoder(
             {"images": images, **{k: v.float().cpu().contiguous() for k, v in reference.items()}},
             aside / "reference.safetensors",
         )
+        for tensors in ("model.safetensors", "reference.safetensors"):  # safetensors writes for the owner alone
+            shutil.copymode(aside / "config.json", aside / tensors)
         (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(
             aside / "export.json",
@@ -159,9 +162,32 @@ def encoder_folder(source: str | Path) -> Path:
     raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")
 
 
-def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
-    """A plain timm model from a run or an export, weights loaded; `timm_args` such as num_classes, img_size."""
-    return timm.create_model(f"local-dir:{encoder_folder(source)}", pretrained=True, **timm_args)
+def weights_sha256(folder: Path) -> str:
+    """Checksum of an export's weights. UserError where they are not those that were exported."""
+    found = _sha256(folder / "model.safetensors")
+    try:
+        stated = json.loads((folder / "export.json").read_text())["weights_sha256"]
+    except FileNotFoundError:
+        return found  # a timm folder made elsewhere
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: no readable export.json") from error
+    if found != stated:
+        raise UserError(f"{folder}/model.safetensors: does not match the checksum of its export")
+    return found
+
+
+def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: Any) -> nn.Module:
+    """A plain timm model from a run or an export; `timm_args` such as num_classes, img_size.
+
+    pretrained: with its weights. UserError where it is damaged or does not take the arguments.
+    """
+    folder = encoder_folder(source)
+    if pretrained:
+        weights_sha256(folder)
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **timm_args)
+    except Exception as error:  # timm, torch or safetensors, by whatever argument or byte is off
+        raise UserError(f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def export(run: str | Path, out: str | Path) -> Verified:
@@ -170,16 +196,19 @@ def export(run: str | Path, out: str | Path) -> Verified:
     try:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{target}: not empty; give a new folder")
-        aside = target.with_name(target.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            shutil.copytree(source, aside)
-            verified = verify(aside)
-            if target.exists():
-                target.rmdir()
-            os.replace(aside, target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        _tolerance(source)  # what is wrong with the source is said with its name, not that of the copy
+        weights_sha256(source)
+        parent = target.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as aside:
+            copy = Path(aside) / "encoder"
+            shutil.copytree(source, copy)
+            verified = verify(copy)
+            if target.exists():  # an empty folder, perhaps somebody's working folder
+                for file in copy.iterdir():
+                    os.replace(file, target / file.name)
+            else:
+                os.replace(copy, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     return replace(verified, folder=target)
@@ -188,13 +217,10 @@ def export(run: str | Path, out: str | Path) -> Verified:
 def verify(folder: str | Path) -> Verified:
     """Load an export through plain timm in a clean process and compare. UserError where anything differs."""
     path = encoder_folder(folder)
-    try:
-        record = json.loads((path / "export.json").read_text())
-        stated, tolerance = str(record["weights_sha256"]), float(record["tolerance"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no readable export.json: not an export of `mpp`") from error
-    if _sha256(path / "model.safetensors") != stated:
-        raise UserError(f"{path}/model.safetensors: does not match the checksum of its export")
+    tolerance = _tolerance(path)
+    weights_sha256(path)
+    if not (path / "reference.safetensors").is_file():
+        raise UserError(f"{path}: reference.safetensors is missing: nothing to compare with")
     # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
     process = subprocess.run(
         [sys.executable, "-I", "-c", VERIFY, str(path)], capture_output=True, text=True, check=False
@@ -209,6 +235,13 @@ def verify(folder: str | Path) -> Verified:
     if not found["difference"] <= tolerance:
         raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {tolerance:.0e}")
     return Verified(path, found["difference"], found["parameters"])
+
+
+def _tolerance(folder: Path) -> float:
+    try:
+        return float(json.loads((folder / "export.json").read_text())["tolerance"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: no readable export.json: not an export of `mpp`") from error
 
 
 def _sha256(path: Path) -> str:

@@ -6,11 +6,13 @@ killed anywhere goes on in the cell where it was.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
 import random
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, open_labele
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
 from mpp.encoders.timm_encoder import create_timm_model
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from mpp.metrics import RunLog, environment, write_json
 from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of
 from mpp.recipe import Architecture, FinetuneRecipe
@@ -118,6 +120,12 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     train = open_labeled(recipe.data.train, key="data.train", classes=None, **limits)  # type: ignore[arg-type]
     val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **limits)  # type: ignore[arg-type]
     arms = _arms(recipe)
+    if recipe.encoder != "scratch" and not Path(recipe.encoder).exists() and not _is_timm_name(recipe.encoder):
+        close = difflib.get_close_matches(recipe.encoder, ["scratch", *timm.list_models()], 3, 0.6)
+        hint = f". Did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(
+            f"encoder: '{recipe.encoder}': no such folder, and no such model of timm {timm.__version__}{hint}"
+        )
     _check(recipe, arms, accelerator.num_processes, train, val)
     fingerprint = _fingerprint(recipe, train, val)
     find_run(recipe, resume, fingerprint=fingerprint)
@@ -126,6 +134,9 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     if accelerator.is_main_process:
         create_run(recipe)
         write_json(out / "env.json", environment())
+        if train.fingerprint() == val.fingerprint():
+            what = "data.val: the same images as data.train; the accuracy says nothing"
+            warnings.warn(what, MppWarning, stacklevel=2)
 
     cells = [(out / f"{arm}-seed{seed}", arm, seed) for seed in recipe.seeds for arm in arms]
     accuracies: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -171,6 +182,8 @@ def _check(recipe: FinetuneRecipe, arms: list[str], world: int, train: Labeled, 
     """Refuse what cannot run, before the run folder is made and the first cell has trained."""
     if len(val.labels) == 0:
         raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
+    if len(train.classes) < 2:
+        raise UserError(f"data.train: one class alone, {train.classes[0]}; classification wants two at least")
     for seed in recipe.seeds:
         train.subset(labels_per_class=recipe.data.labels_per_class, fraction=recipe.data.fraction, seed=seed)
     optim = recipe.optim
@@ -247,11 +260,17 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
         # fc_norm=False keeps the final norm where its weights are; timm would drop them with the change of pooling
         torch.manual_seed(torch_seed(seed, Purpose.INIT))
         encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=wanted)
+    stride, size = encoder.feature_info[-1]["reduction"], recipe.data.image_size
+    if size[0] % stride or size[1] % stride:  # timm would leave out the border in silence
+        raise UserError(
+            f"data.image_size: the encoder has a stride of {stride} px; got {size[0]}×{size[1]}, "
+            f"allowed are multiples of {stride}"
+        )
     task = build_component("task", recipe.task, encoder.num_features, num_classes)
     return Classifier(encoder, task, *recipe.data.mean_std())
 
 
-def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> nn.Module:
+def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> Any:
     args: dict[str, Any] = {"drop_path_rate": recipe.drop_path_rate}
     if pool is not None:
         args |= {"global_pool": pool, "fc_norm": False}
@@ -260,22 +279,19 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> n
         given = recipe.architecture or Architecture(name=recipe.encoder)
         name = given.name if recipe.encoder == "scratch" else recipe.encoder
         return create_timm_model(
-            name, image_size=size, in_chans=channels, pretrained=pretrained, args={**args, **given.args}
+            name,
+            image_size=size,
+            in_chans=channels,
+            pretrained=pretrained,
+            args={**args, **given.args},
+            key="architecture.name" if recipe.encoder == "scratch" else "encoder",
+            args_key="architecture.args",
         )
     if recipe.architecture is not None:
         raise UserError("architecture: only for encoder: scratch or a name of timm's; a run or export has its own")
-    folder = exporting.encoder_folder(recipe.encoder)
-    try:
-        return timm.create_model(
-            f"local-dir:{folder}",
-            pretrained=pretrained,
-            num_classes=0,
-            in_chans=channels,
-            img_size=size,
-            **args,
-        )
-    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"encoder: {folder}: {' '.join(str(error).split())[:300]}") from error
+    return exporting.load_encoder(
+        recipe.encoder, pretrained=pretrained, num_classes=0, in_chans=channels, img_size=size, **args
+    )
 
 
 def _is_timm_name(encoder: str) -> bool:
@@ -305,11 +321,7 @@ def _run_cell(
     dataset = LabeledDataset(train, subset, _augmentation(recipe), seed, **reading)  # type: ignore[arg-type]
     order = Order([len(subset)], global_batch=optim.global_batch_size, seed=seed, lanes=1)
     total_steps = steps_of(optim.epochs, optim.steps, len(subset), optim.global_batch_size)
-    warmup_steps = (
-        optim.warmup_steps
-        if optim.warmup_steps is not None
-        else round(optim.warmup_epochs * len(subset) / optim.global_batch_size)
-    )
+    warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, len(subset), optim.global_batch_size, least=0)
     base_lr, layer_decay = optim.base_lr, optim.layer_decay
     if arm == "scratch":
         base_lr = recipe.scratch.base_lr or base_lr
@@ -351,7 +363,9 @@ def _run_cell(
     )
     log.say(
         f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val.labels)} to validate; "
-        f"{total_steps} steps" + (f"; resumed at step {start_step}" if path else "")
+        f"{total_steps} steps"
+        + ("; the warm-up lasts longer: the full learning rate is never reached" if warmup_steps > total_steps else "")
+        + (f"; resumed at step {start_step}" if path else "")
     )
 
     # ---- the loop
@@ -449,7 +463,7 @@ def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
     """What the cells are trained and judged on: the images, their labels, and the weights they begin with."""
     digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode())
     if recipe.encoder != "scratch" and not _is_timm_name(recipe.encoder):
-        digest.update((exporting.encoder_folder(recipe.encoder) / "model.safetensors").read_bytes())
+        digest.update(exporting.weights_sha256(exporting.encoder_folder(recipe.encoder)).encode())
     return digest.hexdigest()
 
 

@@ -65,6 +65,6 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def steps_of(epochs: float | None, steps: int | None, images: int, global_batch: int) -> int:
-    """Optimizer steps of a run; an epoch is images / global_batch of them."""
-    return steps if steps is not None else max(round((epochs or 0.0) * images / global_batch), 1)
+def steps_of(epochs: float | None, steps: int | None, images: int, global_batch: int, *, least: int = 1) -> int:
+    """Optimizer steps of a run or a warm-up, which may be given so; an epoch is images / global_batch of them."""
+    return steps if steps is not None else max(round((epochs or 0.0) * images / global_batch), least)

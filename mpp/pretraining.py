@@ -79,14 +79,12 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     )
     dataset = PretrainDataset(images, crop, build_mask(recipe), mask_grid, recipe.seed, counts)
     total_steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
-    warmup_steps = (
-        optim.warmup_steps
-        if optim.warmup_steps is not None
-        else round(optim.warmup_epochs * order.epoch_len / optim.global_batch_size)
-    )
+    warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, order.epoch_len, optim.global_batch_size, least=0)
     lr_scale = optim.global_batch_size / 256
     optimizer: Any = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
     trained = [p for p in model.parameters() if p.requires_grad]
+
+    held_out_batch = _held_out_batch(dataset, counts, held_out)
 
     # ---- run folder and resume
     run = find_run(recipe, resume, fingerprint=images.fingerprint)
@@ -109,9 +107,9 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
         f"{total_steps} steps of {optim.global_batch_size} "
         f"({world} × {accumulate} × {optim.global_batch_size // world // accumulate}), "
         f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained"
+        + ("; the warm-up lasts longer: the full learning rate is never reached" if warmup_steps > total_steps else "")
         + (f"; resumed at step {start_step}" if run.checkpoint else "")
     )
-    held_out_batch = _held_out_batch(dataset, counts, held_out)
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")
 
@@ -253,9 +251,15 @@ def _to(batch: Batch, accelerator: Accelerator) -> tuple[torch.Tensor, ...]:
 
 
 def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.ndarray) -> Batch:
-    """The held-out images, centre-cropped, each with the mask it has in every run of this seed."""
+    """The held-out images, centre-cropped, each with the mask it has in every run of this seed.
+
+    UserError where not one of them can be read: most likely nor can the others.
+    """
     rows = [(s, int(counts[s]) + i) for s in range(len(counts)) for i in range(int(held_out[s]))]
-    return dataset.batch([(HELD_OUT_POSITION + i, s, r) for i, (s, r) in enumerate(rows)], centre=True)
+    batch = dataset.batch([(HELD_OUT_POSITION + i, s, r) for i, (s, r) in enumerate(rows)], centre=True)
+    if batch.replaced == len(rows):
+        raise UserError(f"data.shards: not one of {len(rows)} held-out images can be read; the first: {batch.bad[0]}")
+    return batch
 
 
 def _skill(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch) -> float:

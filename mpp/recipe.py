@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import re
+from collections.abc import Mapping
+from copy import deepcopy
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -98,14 +101,18 @@ def _listed(value: Any) -> Any:
 
 
 Beta = Annotated[Float, Field(ge=0, lt=1)]
-Places = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed), Field(min_length=1)]
-"""Files, folders, patterns or URLs: one, or a list."""
 
 
-def _no_null(value: str) -> str:
+def _path(value: str) -> str:
     if "\0" in value or not value:
         raise ValueError("not a path")
-    return value
+    return os.path.expanduser(value)
+
+
+FilePath = Annotated[str, AfterValidator(_path)]
+"""A file, folder, pattern or URL; `~` is the home folder."""
+Places = Annotated[tuple[FilePath, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""One of them, or a list."""
 
 
 class ImageData(Section):
@@ -115,9 +122,9 @@ class ImageData(Section):
     """Side in pixels, or [height, width]."""
     channels: Annotated[Literal[1, 3, 4], BeforeValidator(no_bool)] = 3
     """1: grey, 3: RGB, 4: RGBA."""
-    mean: tuple[Float, ...] | None = None
+    mean: tuple[Fraction, ...] | None = None
     """Of each channel, of pixels in [0, 1]; default 0.5."""
-    std: tuple[PositiveFloat, ...] | None = None
+    std: tuple[Annotated[PositiveFloat, Field(le=1)], ...] | None = None
     """Of each channel; default 0.5."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip in training."""
@@ -133,7 +140,7 @@ class ImageData(Section):
     """Image formats that are decoded; any other is a bad image."""
     max_image_pixels: Annotated[PositiveInt, Field(le=178_000_000)] = 64_000_000
     """Images with more pixels are bad images, refused from their header."""
-    cache_dir: str | None = None
+    cache_dir: FilePath | None = None
     """Folder for copies of remote shards and for indexes that cannot lie beside their shards; default
     $MPP_CACHE or ~/.cache/mpp."""
     cache_limit_gb: PositiveFloat = 200.0
@@ -217,7 +224,7 @@ class Run(Section):
 
     job: str
 
-    out: Annotated[str, AfterValidator(_no_null)]
+    out: FilePath
     """Run folder; must be new or empty unless the run is resumed."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA devices that have it, else fp32."""
@@ -304,7 +311,7 @@ class FinetuneRecipe(Run):
     """Fine-tuning on labeled images, beside the same from scratch."""
 
     job: Literal["finetune"] = "finetune"
-    encoder: str
+    encoder: FilePath
     """A pretraining run, an exported folder, a name of timm's, or scratch."""
     architecture: Architecture | None = None
     """With `encoder: scratch` or a name of timm's: the encoder to build."""
@@ -316,7 +323,7 @@ class FinetuneRecipe(Run):
     task: component_section("tasks", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
     pool: Literal["mean", "token"] = "mean"
     """Features of an image: the mean of its patch tokens, or the class token (never trained in pretraining)."""
-    drop_path_rate: Fraction = 0.0
+    drop_path_rate: Annotated[Fraction, Field(lt=1)] = 0.0
     mixup: NonNegativeFloat = 0.0
     """Alpha of the beta distribution (Zhang et al. 2018); 0: none."""
     cutmix: NonNegativeFloat = 0.0
@@ -428,18 +435,27 @@ def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: d
             if not isinstance(inner, dict):
                 raise UserError(f"{COMMAND_LINE}: {name}: {'.'.join(outer[: i + 1])} has no keys; it is {inner!r}")
             node = inner
-        if isinstance(value, str):
-            try:
-                value = yaml.load(value, _Loader)
-            except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
-                raise UserError(f"{COMMAND_LINE}: {name}: not a YAML value: {value}") from error
-        if last == "name" and node.get("name", value) != value:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else _override_value(name, value)
+        if last == "name" and outer and registry_key(outer[-1]) and node.get("name", value) != value:
             node.clear()  # another component has other keys
         node[last] = value
         key = (*outer, last)
         for old in [k for k in places if k[: len(key)] == key]:
             del places[old]
         places[key] = COMMAND_LINE
+
+
+def _override_value(name: str, value: Any) -> Any:
+    """A string is read as YAML, but for what only a path or pattern can be: `*.tar`, `runs/try #2`."""
+    if not isinstance(value, str) or value.startswith(("*", "&", "!", "@", "%", "`")):
+        return value
+    try:
+        node = yaml.compose(value, _Loader)
+        if node is not None and value[node.end_mark.index :].lstrip().startswith("#"):
+            return value  # a comment nobody meant
+        return yaml.load(value, _Loader)
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{COMMAND_LINE}: {name}: not a YAML value: {value}") from error
 
 
 def _names_component(name: str) -> bool:
@@ -456,7 +472,15 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, str]:
     for pair in pairs:
         if not re.match(r"[A-Za-z_][\w.]*=", pair):
             raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as optim.base_lr=1e-4")
-    return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+    given: dict[str, str] = {}
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        if key in given:
+            raise UserError(
+                f"{COMMAND_LINE}: {key}: given twice: {given[key]}, {value}. Several values are a list, "
+                f"'{key}=[a, b]'; quote braces, or the shell makes several words of them"
+            )
+        given[key] = value
+    return given
 
 
 def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None = None) -> R:
@@ -483,13 +507,18 @@ def load_any(path: str | Path, overrides: dict[str, Any] | None = None) -> Pretr
     return load_recipe(path, PretrainRecipe, overrides)
 
 
-def checked(recipe: str | Path | R, job: type[R], overrides: dict[str, Any]) -> R:
-    """A recipe from a file or, already checked, with overrides applied."""
+def checked(recipe: str | Path | Mapping[str, Any] | R, job: type[R], overrides: dict[str, Any]) -> R:
+    """A recipe from a file, a mapping of its keys or, already checked, with overrides applied."""
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, job, overrides)
-    if not isinstance(recipe, job):
+    if isinstance(recipe, Mapping):
+        values = deepcopy(dict(recipe))
+    elif isinstance(recipe, job):
+        values = recipe.model_dump(mode="json")
+    elif isinstance(recipe, Run):
         raise UserError(f"this is a recipe of `mpp {recipe.job}`, not of `mpp {job.model_fields['job'].default}`")
-    values = recipe.model_dump(mode="json")
+    else:
+        raise UserError(f"recipe: a file, a mapping of keys or a checked recipe; got {type(recipe).__name__}")
     places: dict[Key, str] = {}
     apply_overrides(values, places, overrides)
     return check_recipe(values, job, places)
@@ -509,7 +538,11 @@ def check_recipe(
         return job.model_validate(values)
     except ValidationError as error:
         places = places or {}
-        lines = {_error_line(e, job, places, source): None for e in error.errors()}
+        found = error.errors()
+        # a list whose items are wrong is not too short as well
+        items = {e["loc"][:-1] for e in found if e["loc"] and isinstance(e["loc"][-1], int)}
+        found = [e for e in found if not (e["type"] == "too_short" and e["loc"] in items)]
+        lines = {_error_line(e, job, places, source): None for e in found}
         raise UserError("\n".join(lines)) from None
 
 
@@ -531,7 +564,7 @@ def _error_line(error: Any, job: type[Run], places: dict[Key, str], source: str)
         name = dotted((*key, "name")) if kind == "union_tag_invalid" else dotted(key)
         place = places.get((*key, "name"), place)
         value = context.get("tag", got)
-        close = difflib.get_close_matches(str(value), words, 1, 0.5)
+        close = [] if str(value) in words else difflib.get_close_matches(str(value), words, 1, 0.5)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         return f"{place}: {name}: no such choice; got {value!r}.{hint} Allowed: {', '.join(words)}"
     if kind == "value_error" and not key:
@@ -549,6 +582,10 @@ def _error_line(error: Any, job: type[Run], places: dict[Key, str], source: str)
     bounds = _bounds(key, job)
     if kind in limits and bounds:
         message = "must be " + bounds
+    elif kind in ("tuple_type", "list_type"):
+        message = "must be one number or [height, width]" if key[-1] == "image_size" else "must be a list, [a, b, …]"
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "must be keys with values" + (f": {', '.join(sorted(fields))}" if fields else "")
     else:
         message = message[0].lower() + message[1:]
     return f"{place}: {dotted(key)}: {message}; got {got!r}"

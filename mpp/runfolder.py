@@ -28,6 +28,8 @@ def find_run(recipe: Run, resume: str, *, fingerprint: str) -> OpenRun:
     resume: "never", "auto" or a checkpoint's folder. UserError where the folder holds another run, or where
     recipe or data changed since.
     """
+    if not isinstance(resume, str | os.PathLike):
+        raise UserError(f"resume: {resume!r}; allowed: auto, never, or the folder of a checkpoint")
     out = Path(recipe.out)
     try:
         others = sorted(p.name for p in out.iterdir()) if out.exists() else []
@@ -41,9 +43,16 @@ def find_run(recipe: Run, resume: str, *, fingerprint: str) -> OpenRun:
     if others:
         _same_recipe(out, recipe)
         path = path or checkpoint.newest(out / "checkpoints")
+        if path is None and (out / "encoder").exists():
+            raise UserError(f"out: {out} has its encoder but no checkpoint to go on from; give another folder")
     elif path is not None and (path.parent.parent / RECIPE).exists():
         _same_recipe(path.parent.parent, recipe)
     if path is not None:
+        if not path.is_dir() or not checkpoint.is_checkpoint(path):
+            raise UserError(
+                f"--resume {path}: no such checkpoint; allowed: auto, never, or a folder such as "
+                f"{out}/checkpoints/step-00001000"
+            )
         fault = checkpoint.broken(path)
         if fault:
             raise UserError(f"--resume {path}: {fault}")

@@ -41,6 +41,14 @@ def test_everything_comes_back_to_the_last_bit(tmp_path: Path) -> None:
     assert checkpoint.read_state(path)["seen"] == 12
 
 
+def test_where_none_holds_the_user_is_asked(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    for step in (1, 2):
+        (tmp_path / f"step-{step:08d}" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"(?s)00002: state\.json does not match.*remove them to begin again"):
+        checkpoint.newest(tmp_path)
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3, 4, keep=2)
     assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000004", "step-00000003"]

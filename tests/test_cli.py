@@ -54,6 +54,12 @@ WRONG: dict[str, list[str]] = {
         "head=transformer",
         "head.dim=16",
     ],
+    "patches that are not square": ["pretrain", "RECIPE", "encoder.args={patch_size: [8, 4]}"],
+    "heads below none": ["pretrain", "RECIPE", "encoder.args={num_heads: -2}"],
+    "a folder for a shard": ["pretrain", "RECIPE", "data.shards=SHARDS/*"],
+    "a folder among shards to index": ["index", "FOLDER.tar"],
+    "two values": ["pretrain", "RECIPE", "data.shards=a", "data.shards=b"],
+    "a picture over an image": ["reconstruct", "FOLDER", "FILE", "--out", "FILE"],
     "no such source": ["pack", "/none", "OUT"],
     "no such shard to index": ["index", "/none"],
     "no such run": ["export", "/none", "OUT"],
@@ -65,7 +71,11 @@ WRONG: dict[str, list[str]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_user_errors(what: str, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    places = {"RECIPE": str(recipe_file()), "FILE": str(tmp_path / "file"), "OUT": str(tmp_path / "o")}
+    (tmp_path / "folder.tar").mkdir()
+    places = {
+        "RECIPE": str(recipe_file()), "FILE": str(tmp_path / "file"), "OUT": str(tmp_path / "o"),
+        "FOLDER.tar": str(tmp_path / "folder.tar"), "SHARDS": str(tmp_path), "FOLDER": str(tmp_path),
+    }  # fmt: skip
     words = []
     for word in WRONG[what]:
         for name, value in places.items():

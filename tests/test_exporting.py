@@ -105,6 +105,10 @@ def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> N
     (tmp_path / "begun" / "recipe.yaml").touch()
     with pytest.raises(UserError, match="has not written its encoder yet; finish it with --resume auto"):
         mpp.export(tmp_path / "begun", tmp_path / "o")
+    (exported / "reference.safetensors").rename(tmp_path / "reference")
+    with pytest.raises(UserError, match=r"reference\.safetensors is missing"):
+        mpp.verify(exported)
+    (tmp_path / "reference").rename(exported / "reference.safetensors")
     (exported / "export.json").write_text("{}")
     with pytest.raises(UserError, match=r"no readable export\.json"):
         mpp.verify(exported)
@@ -114,6 +118,28 @@ def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> N
     (exported / "export.json").unlink()
     with pytest.raises(UserError, match=r"no readable export\.json"):
         mpp.verify(exported)
+
+
+def test_only_new_or_empty_folders_are_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keep.tmp").mkdir()
+    (tmp_path / "keep.tmp" / "mine").touch()
+    mpp.export(run, tmp_path / "keep")
+    assert (tmp_path / "keep.tmp" / "mine").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    mpp.export(run, ".")
+    mpp.verify(tmp_path / "here")
+    assert {p.name for p in tmp_path.iterdir()} == {"keep", "keep.tmp", "here"}, "nothing left behind"
+
+
+def test_others_may_read_it(exported: Path, run: Path) -> None:
+    for folder in (exported, *(run / "checkpoints").iterdir()):
+        assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "tensors are as readable as the rest"
+
+
+def test_what_load_encoder_is_not_given(exported: Path) -> None:
+    with pytest.raises(UserError, match="TypeError: .*no_such"):
+        mpp.load_encoder(exported, no_such=3)
 
 
 def test_the_card_says_how_it_was_made(exported: Path) -> None:

@@ -18,11 +18,11 @@ import torch
 import yaml
 
 import mpp
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from mpp.finetuning import Estimate, FinetuneResult, _build, estimate
 from mpp.metrics import read_metrics
 from mpp.recipe import FinetuneRecipe, check_recipe
-from tests.conftest import command, pretrain_recipe
+from tests.conftest import command, drawn_image, encoded, pretrain_recipe
 
 ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -44,7 +44,8 @@ def values(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> dict
         "encoder": str(encoder),
         "seeds": [0, 1],
         "data": {
-            "train": str(shards), "val": str(shards), "image_size": 16, "workers": 0, "labels_per_class": 10,
+            "train": [str(shards / f"shard-{i:06d}.tar") for i in (1, 2)], "val": str(shards / "shard-000000.tar"),
+            "image_size": 16, "workers": 0, "labels_per_class": 10,
             "crop_scale": [0.7, 1.0],
         },
         "optim": {"base_lr": 3e-2, "steps": 30, "global_batch_size": 20, "warmup_steps": 3, "layer_decay": 0.9},
@@ -68,7 +69,7 @@ def test_both_arms_with_intervals(shards: Path, run: Path, tmp_path: Path) -> No
         assert 0.4 < arm.mean <= 1, "two shapes, told apart better than by chance"
     stored = json.loads((tmp_path / "ft" / "result.json").read_text())
     assert stored["gain"]["mean"] == pytest.approx(result.accuracy["pretrained"].mean - result.accuracy["scratch"].mean)
-    assert stored["val_images"] == 60
+    assert stored["val_images"] == 25
     assert {p.name for p in (tmp_path / "ft").iterdir() if p.is_dir()} == {
         "pretrained-seed0", "pretrained-seed1", "scratch-seed0", "scratch-seed1",
     }  # fmt: skip
@@ -85,10 +86,12 @@ def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path
     from mpp.data.labeled import CentreDataset, open_labeled
 
     mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False))
-    data = open_labeled((str(shards),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
+    data = open_labeled(
+        (str(shards / "shard-000000.tar"),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9
+    )
     batch = CentreDataset(
         data, (16, 16), 1.0, channels=3, formats=("JPEG", "PNG"), max_image_pixels=10**6
-    ).__getitems__(list(range(60)))
+    ).__getitems__(list(range(25)))
     cell = tmp_path / "ft" / "pretrained-seed0"
     classifier = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
     with torch.no_grad():
@@ -160,7 +163,17 @@ def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
     assert scratch.accuracy.keys() == {"scratch"}
     assert scratch.gain is None
     with pytest.raises(UserError, match="neither a run nor an exported encoder"):
-        mpp.finetune(recipe(shards, tmp_path / "c", tmp_path / "nothing"))
+        mpp.finetune(recipe(shards, tmp_path / "c", tmp_path))
+    with pytest.raises(
+        UserError, match=r"encoder: 'vit_tiny_patch16_22': no such folder.* Did you mean vit_tiny_patch16_224"
+    ):
+        mpp.finetune(recipe(shards, tmp_path / "c", "vit_tiny_patch16_22"))
+    for name, message in (
+        ("resnet18", "timm's resnet18 cannot be built for an image size"),
+        ("vit_tin", "has no model 'vit_tin'"),
+    ):
+        with pytest.raises(UserError, match=rf"architecture\.name: .*{message}"):
+            mpp.finetune(recipe(shards, tmp_path / "c", "scratch", architecture={"name": name}))
     with pytest.raises(UserError, match="architecture: only for"):
         mpp.finetune(recipe(shards, tmp_path / "e", run, architecture={"name": "vit_tiny_patch16_224"}))
     with pytest.raises(UserError, match="mixup: needs an even number"):
@@ -214,10 +227,49 @@ def test_what_is_refused_before_the_run_folder_is_made(shards: Path, run: Path, 
         ({"data.auto_augment": "foo"}, "data.auto_augment: timm has no policy 'foo'"),
         ({"data.auto_augment": "rand-m5", "data.channels": 1}, "data.auto_augment: its policies are for 3 channels"),
         ({"task.tanh_dim": 0}, "task.tanh_dim: must be >= 1"),
+        ({"data.image_size": 18}, r"data.image_size: the encoder has a stride of 4 px; got 18×18"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate: must be "),
     ):
         with pytest.raises(UserError, match=message):
             mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
         assert not (tmp_path / "ft").exists()
+
+
+def test_one_class_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "disc").mkdir(parents=True)
+    (tmp_path / "images" / "disc" / "0.png").write_bytes(encoded(drawn_image(0)))
+    with pytest.raises(UserError, match=r"data\.train: one class alone, disc"):
+        mpp.finetune(
+            recipe(
+                tmp_path / "images",
+                tmp_path / "ft",
+                run,
+                **{"data.train": str(tmp_path / "images"), "data.val": str(tmp_path / "images")},
+            )
+        )
+
+
+def test_validating_on_the_training_images_is_warned_of(shards: Path, run: Path, tmp_path: Path) -> None:
+    both = {"data.train": str(shards), "data.val": str(shards)}
+    with pytest.warns(MppWarning, match="the same images as data.train"):
+        mpp.finetune(
+            recipe(shards, tmp_path / "ft", run, **both, **{"seeds": [0], "optim.steps": 1, "beside_scratch": False})
+        )
+
+
+def test_a_damaged_encoder_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:
+    mpp.export(run, tmp_path / "e")
+    data = bytearray((tmp_path / "e" / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "e" / "model.safetensors").write_bytes(data)
+    for use in (
+        mpp.load_encoder,
+        lambda e: mpp.finetune(recipe(shards, tmp_path / "ft", e)),
+        lambda e: mpp.export(e, tmp_path / "f"),
+    ):
+        with pytest.raises(UserError, match=r"e/model\.safetensors: does not match the checksum"):
+            use(tmp_path / "e")
+    assert not (tmp_path / "ft").exists()
 
 
 def test_finished_cells_are_not_mixed_with_other_data(

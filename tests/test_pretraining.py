@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def start(path: Path, *overrides: str, resume: str = "never") -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-m", "mpp", "pretrain", str(path), *overrides, "--resume", resume],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -163,6 +164,33 @@ def test_a_signal_saves_and_exits_0(number: signal.Signals, recipe_file: Callabl
     assert "--resume auto" in said
 
 
+def test_a_signal_to_every_process_of_a_job_saves_and_exits_0(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """As schedulers send it: to the loader's workers, too."""
+    path, out = recipe_file(**{**SLOW, "optim.steps": 5000, "data.workers": 2}), tmp_path / "run"
+    process = start(path)
+    wait_for_step(out, 3, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
+
+
+def test_images_in_a_format_that_is_not_read(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not one of 12 held-out images can be read; the first: .*shard-00000"):
+        mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"data.formats": ["GIF"]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(shards: Path, tmp_path: Path) -> None:
+    recipe = pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 2})
+    mpp.pretrain(recipe)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="has its encoder but no checkpoint to go on from"):
+        mpp.pretrain(recipe, resume="auto")
+    with pytest.raises(UserError, match="resume: True; allowed: auto, never"):
+        mpp.pretrain(recipe, resume=True)  # type: ignore[arg-type]
+
+
 def test_a_run_resumes_on_two_processes(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     path, out = recipe_file(**{"optim.steps": 40}), tmp_path / "run"
     mpp.pretrain(path, out=str(tmp_path / "whole"))
@@ -202,7 +230,7 @@ def test_who_may_write_into_a_run_folder(shards: Path, tmp_path: Path) -> None:
     older = str(tmp_path / "run" / "checkpoints" / "step-00000015")
     with pytest.raises(UserError, match=r"(?s)another recipe.*seed: was 0, now 1"):
         mpp.pretrain(recipe, resume=older, out=str(tmp_path / "new"), seed=1)
-    with pytest.raises(UserError, match=r"--resume .*none: manifest\.json is missing"):
+    with pytest.raises(UserError, match=r"--resume .*none: no such checkpoint; allowed: auto"):
         mpp.pretrain(recipe, resume=str(tmp_path / "none"), out=str(tmp_path / "new"))
 
 

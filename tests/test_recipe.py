@@ -14,6 +14,7 @@ from mpp.recipe import (
     RECIPES,
     FinetuneRecipe,
     PretrainRecipe,
+    checked,
     differences,
     dump_recipe,
     load_any,
@@ -74,6 +75,12 @@ WRONG = {
     "a tag that cannot be read": ("seed: !!float abc\n", [], "r.yaml: not valid YAML: "),
     "a value that holds itself": ("encoder: &a {args: *a}\n", [], "r.yaml"),
     "another job": ("job: finetune\n", [], "r.yaml: job: this is a recipe of `mpp finetune`, not of `mpp pretrain`"),
+    "overridden twice": ("", ["seed=1", "out=x", "seed=2"], "command line: seed: given twice: 1, 2. "),
+    "a size in words": ("", ["data.image_size=32x32"], "command line: data.image_size: must be one number or [height, width]; got '32x32'"),
+    "a number for a list": ("", ["optim.betas=0.9"], "command line: optim.betas: must be a list, [a, b, …]; got 0.9"),
+    "a format in small letters": ("", ["data.formats=[jpeg]"], "command line: data.formats.0: no such choice; got 'jpeg'. Allowed: JPEG"),
+    "a word for a section": ("", ["encoder=vit"], "command line: encoder: must be keys with values: args, grad_checkpointing, name, pretrained"),
+    "a mean of 8-bit pixels": ("", ["data.mean=[123.7, 0.5, 0.5]"], "command line: data.mean.0: must be >= 0 and <= 1; got 123.7"),
     "predict none": ("predict_fraction: 0\n", [], "r.yaml:7: predict_fraction: must be > 0 and <= 1; got 0"),
 }  # fmt: skip
 
@@ -131,6 +138,40 @@ def test_overrides_change_components(tmp_path: Path) -> None:
     assert recipe.corruption.name == "token"
     assert recipe.target.name == "norm_pixels"
     assert recipe.data.image_size == (32, 32)
+
+
+def test_an_encoder_keeps_its_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE + "encoder: {name: vit_tiny_patch16_224, args: {depth: 2}, grad_checkpointing: true}\n")
+    words = ("encoder.args.num_heads=2", "encoder.name=vit_small_patch16_224")
+    for order in (words, words[::-1]):
+        encoder = load_recipe(path, PretrainRecipe, parse_overrides(order)).encoder
+        assert encoder.name == "vit_small_patch16_224"
+        assert (encoder.args, encoder.grad_checkpointing) == ({"depth": 2, "num_heads": 2}, True)
+
+
+def test_paths_are_what_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE)
+    for given, read in (
+        ("runs/try #2", "runs/try #2"),
+        ("~/x", "/home/me/x"),
+        (Path("a b"), "a b"),
+        ("'a: b'", "a: b"),
+    ):
+        assert load_recipe(path, PretrainRecipe, {"out": given}).out == read
+    recipe = load_recipe(path, PretrainRecipe, {"data.shards": "*.tar"})
+    assert recipe.data.shards == ("*.tar",)
+    assert load_recipe(path, PretrainRecipe, {"data.shards": "[~/a, b]"}).data.shards == ("/home/me/a", "b")
+
+
+def test_a_recipe_may_be_a_mapping() -> None:
+    values = {"out": "o", "data": {"shards": "s", "image_size": 32}, "optim": {"epochs": 1}}
+    recipe = checked(values, PretrainRecipe, {"mask.ratio": 0.3})
+    assert (recipe.mask.ratio, "mask" in values) == (0.3, False)
+    with pytest.raises(UserError, match="recipe: a file, a mapping of keys or a checked recipe; got NoneType"):
+        checked(None, PretrainRecipe, {})
 
 
 def all_recipes() -> list[Path]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tarfile
 import tempfile
 import zipfile
@@ -96,21 +97,32 @@ def _members_by_tarfile(path: str) -> tuple[list[tuple[str, int, int]], int]:
     return members, end
 
 
+def _regular_file(path: str) -> os.stat_result:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path}: not a file; a shard is a tar file")
+    return found
+
+
 def scan(path: str) -> ShardIndex:
     """Read a local shard's headers. UserError for a missing, unreadable, cut or corrupt file."""
+    _regular_file(path)  # before it is opened: a pipe would wait for its other end
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     try:
-        stat = os.fstat(fd)
-        if stat.st_size == 0:
+        size = os.fstat(fd)
+        if size.st_size == 0:
             raise UserError(f"{path}: empty file, not a tar")
-        members, end = _members_by_hopping(fd, stat.st_size, path) or _members_by_tarfile(path)
+        members, end = _members_by_hopping(fd, size.st_size, path) or _members_by_tarfile(path)
         if os.pread(fd, 2 * BLOCK, end) != bytes(2 * BLOCK):
             images = sum(1 for name, _, _ in members if IMAGE.search(name))
             raise UserError(
-                f"{path}: cut off: ends at byte {stat.st_size} without tar's two end blocks, after {images} images"
+                f"{path}: cut off: ends at byte {size.st_size} without tar's two end blocks, after {images} images"
             )
     finally:
         os.close(fd)
@@ -118,7 +130,7 @@ def scan(path: str) -> ShardIndex:
     # A .cls is the label itself; a .json beside it holds whatever else is known of the sample.
     labels |= {key_of(n): (o, s, 0) for n, o, s in members if n.lower().endswith(".cls")}
     rows = [(o, s, *labels.get(key_of(n), (-1, -1, 0))) for n, o, s in members if IMAGE.search(n)]
-    return ShardIndex(np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)), stat.st_size, stat.st_mtime_ns)
+    return ShardIndex(np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)), size.st_size, size.st_mtime_ns)
 
 
 def index_path(shard: str, cache_dir: str | None = None) -> Path:
@@ -168,14 +180,11 @@ def index_shard(shard: str, cache_dir: str, *, fresh: bool = False) -> ShardInde
     Stored beside the shard, or in `cache_dir` where that folder cannot be written.
     fresh: scan even if a stored one fits.
     """
-    try:
-        stat = os.stat(shard)
-    except OSError as error:
-        raise UserError(f"{shard}: {error.strerror}") from error
+    found = _regular_file(shard)
     candidates = [index_path(shard), index_path(shard, cache_dir)]
     for path in [] if fresh else candidates:
         stored = _read(path)
-        if stored and (stored.size_bytes, stored.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        if stored and (stored.size_bytes, stored.mtime_ns) == (found.st_size, found.st_mtime_ns):
             return stored
     index = scan(shard)
     any(_write(path, index) for path in candidates)
@@ -216,9 +225,14 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
             if not matches:
                 raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
             found += matches
-    if len(set(found)) < len(found):
-        twice = next(f for f in found if found.count(f) > 1)
-        raise UserError(f"{key}: '{twice}' is named twice")
+    # the same file by another path is the same shard; a file that is a link may be meant as another one
+    seen: dict[str, str] = {}
+    for name in found:
+        same = name if "://" in name else os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        if same in seen:
+            also = "" if seen[same] == name else f", also as '{seen[same]}'"
+            raise UserError(f"{key}: '{name}' is named twice{also}")
+        seen[same] = name
     return found
 
 
@@ -232,10 +246,15 @@ def member_name(shard: str, image_offset: int) -> str:
         return ""
 
 
-def class_names(shards: list[str]) -> list[str] | None:
-    """Class names that `mpp pack` left beside the shards, or None."""
+def cannot_list(error: OSError) -> None:
+    """For `os.walk`, which otherwise passes over a folder that it may not read, with all that lies in it."""
+    raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
+def class_names(folder: str) -> list[str] | None:
+    """Class names that `mpp pack` left beside the shards of a folder, or None."""
     try:
-        data = json.loads((Path(shards[0]).parent / "dataset.json").read_text())
+        data = json.loads((Path(folder) / "dataset.json").read_text())
         names = data.get("classes")
         return [str(n) for n in names] if names else None
     except (OSError, ValueError, AttributeError):

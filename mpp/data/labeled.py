@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from mpp.data.decode import centre_box, decode_crop, decode_pillow
 from mpp.data.images import ShardImages
-from mpp.data.index import IMAGE, class_names
+from mpp.data.index import IMAGE, cannot_list, class_names
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream, torch_seed
 
@@ -46,7 +46,14 @@ class _Files:
 
     def fingerprint(self) -> str:
         """Of names and sizes."""
-        return "\0".join(f"{os.path.basename(p)}:{os.path.getsize(p)}" for p in self.paths)
+        return "\0".join(f"{os.path.basename(p)}:{_size(p)}" for p in self.paths)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # a broken link: an image that cannot be read
+        return -1
 
 
 class _Shards:
@@ -111,19 +118,23 @@ def open_labeled(
 
     classes: those of the training data, which validation must share. UserError where labels are missing.
     """
-    if len(spec) == 1 and os.path.isdir(spec[0]) and not any(n.endswith(".tar") for n in os.listdir(spec[0])):
+    if len(spec) == 1 and os.path.isdir(spec[0]) and not any(n.endswith(".tar") for n in _listed(spec[0])):
         return _folder(spec[0], key, classes)
     images = ShardImages(spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes)
     reader = _Shards(images)
     values = [_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
-    own = class_names(images.paths)  # what `mpp pack` left: the numbers of these shards count in it
-    known = classes or own
+    # what `mpp pack` left in each folder: the numbers in the shards of a folder count in its own list
+    folders = [os.path.dirname(path) for path in images.paths]
+    listed = {folder: class_names(folder) for folder in dict.fromkeys(folders)}
+    named = [names for names in listed.values() if names is not None]
+    known = classes
     if known is None:
-        known = _classes_of(values, key)
+        known = named[0] if len(named) == 1 else sorted(set().union(*named)) if named else _classes_of(values, key)
     index = {name: i for i, name in enumerate(known)}
     labels = []
     for i, value in enumerate(values):
         name = value if isinstance(value, str) else str(value)
+        own = listed[folders[reader.at(i)[0]]]
         if own is not None and isinstance(value, int):
             name = own[value] if value < len(own) else f"{value}, beyond the {len(own)} of dataset.json"
         if name not in index:
@@ -166,8 +177,15 @@ def _label(images: ShardImages, shard: int, row: int) -> str | int:
     return value
 
 
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from error
+
+
 def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
-    found = sorted(e.name for e in os.scandir(spec) if e.is_dir())
+    found = sorted(n for n in _listed(spec) if os.path.isdir(os.path.join(spec, n)) and not n.startswith("."))
     if not found:
         raise UserError(f"{key}: {spec} holds neither *.tar shards nor a folder for each class")
     known = classes or found
@@ -175,16 +193,16 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
     for name in found:
         members = sorted(
             os.path.join(folder, f)
-            for folder, _, files in os.walk(os.path.join(spec, name))
+            for folder, _, files in os.walk(os.path.join(spec, name), onerror=cannot_list)
             for f in files
-            if IMAGE.search(f)
+            if IMAGE.search(f) and not f.startswith(".")
         )
         if members and name not in known:
             raise UserError(f"{key}: {spec}/{name}: no such class in the training data ({', '.join(known[:5])} …)")
         if not members and classes is None:
             raise UserError(f"{key}: {spec}/{name}: a class folder without images")
         paths += members
-        labels += [known.index(name)] * len(members)
+        labels += [known.index(name) for _ in members]
     return Labeled(_Files(paths), np.array(labels, dtype=np.int64), known)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,6 +117,15 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A scheduler may signal every process of a job; the loop still needs batches to finish its step.
+
+    Workers end when the loop closes the loader, or when they find it gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(
     dataset: Dataset[Any], sampler: Iterable[list[tuple[int, int, int]]], *, workers: int, pin_memory: bool
 ) -> Iterator[Any]:
@@ -130,6 +140,7 @@ def batches(
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     try:
         for batch in loader:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -14,7 +16,7 @@ from pathlib import Path
 import webdataset
 from PIL import Image, UnidentifiedImageError
 
-from mpp.data.index import IMAGE, index_shard
+from mpp.data.index import IMAGE, cannot_list, index_shard
 from mpp.errors import UserError
 from mpp.rng import Purpose, stream
 
@@ -97,7 +99,9 @@ def pack(
                 if on_shard:
                     on_shard(shards - len(pending) + done, shards)
         else:
-            with ProcessPoolExecutor(min(workers, len(pending))) as pool:
+            with ProcessPoolExecutor(
+                min(workers, len(pending)), initializer=_end_with, initargs=(os.getpid(),)
+            ) as pool:
                 futures = [pool.submit(_write_shard, *job) for job in pending]
                 for done, future in enumerate(as_completed(futures), 1):
                     future.result()
@@ -124,23 +128,31 @@ def pack(
 
 
 def _list(source: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """(files with an image's name, the others), as paths below `source` with /, sorted. Links are followed once."""
+    """(files with an image's name, the others), as paths below `source` with /, sorted. Links are followed once.
+
+    UserError for a folder that may not be read: its images would be missing in silence.
+    """
     files, skipped, seen = [], [], set()
-    for folder, subfolders, names in os.walk(source, followlinks=True):
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=cannot_list):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()
-        for name in sorted(names):
+        hidden = [name for name in subfolders if name.startswith(".")]
+        subfolders[:] = sorted(set(subfolders) - set(hidden))
+        for name in sorted(names + hidden):
             path = os.path.relpath(os.path.join(folder, name), source).replace(os.sep, "/")
-            if "\t" in path or "\n" in path:
+            if name.startswith("."):  # .ipynb_checkpoints/, .thumbnails/, ._photo.jpg
+                skipped.append((path, "hidden"))
+            elif "\t" in path or "\n" in path:
                 skipped.append((repr(path), "tab or newline in the name"))
-            elif IMAGE.search(name):
-                files.append(path)
-            else:
+            elif not IMAGE.search(name):
                 skipped.append((path, "not an image by its name"))
+            elif not os.path.isfile(os.path.join(folder, name)):  # a pipe would be waited for
+                skipped.append((path, "not a file"))
+            else:
+                files.append(path)
     return sorted(files), skipped
 
 
@@ -159,6 +171,17 @@ def _claim(out: Path, description: dict[str, object]) -> None:
     changed = [k for k, v in description.items() if before.get(k) != v]
     if changed:
         raise UserError(f"{out}: holds shards of another call ({', '.join(changed)} differ); give a new folder")
+
+
+def _end_with(parent: int) -> None:
+    """In a packing process: end soon after the process that started it, however that ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_shard(source: str, shard: str, entries: list[tuple[str, str, int]]) -> None:

@@ -29,6 +29,9 @@ def reconstruct(run: str | Path, images: list[str], out: str | Path) -> Path:
     predicted where the target is normalised pixels; "unaided" uses the visible pixels' instead.
     UserError where run or images cannot be read.
     """
+    for name in images:
+        if Path(out).exists() and Path(name).exists() and Path(out).samefile(name):
+            raise UserError(f"--out {out}: is one of the images; give another file")
     recipe = load_recipe(Path(run) / "recipe.yaml", PretrainRecipe)
     path = checkpoint.newest(Path(run) / "checkpoints")
     if path is None:

@@ -30,23 +30,42 @@ STEMS = ("patch_embed", "stem")
 
 
 def create_timm_model(
-    name: str, *, image_size: tuple[int, int], in_chans: int, pretrained: bool, args: dict[str, Any]
+    name: str,
+    *,
+    image_size: tuple[int, int],
+    in_chans: int,
+    pretrained: bool,
+    args: dict[str, Any],
+    key: str = "encoder.name",
+    args_key: str = "encoder.args",
 ) -> nn.Module:
-    """A timm model without classifier. UserError for an unknown name, argument or size; `args` are timm's."""
+    """A timm model without classifier. UserError, naming the recipe's keys, for an unknown name, argument or size.
+
+    args: timm's.
+    """
+    for number in ("depth", "embed_dim", "num_heads"):
+        value = args.get(number, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{args_key}.{number}: must be a whole number >= 1; got {value!r}")
+    patch_size = args.get("patch_size", 16)
+    if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
+        raise UserError(f"{args_key}.patch_size: square patches, one number of pixels >= 1; got {patch_size!r}")
     if not timm.is_model(name.removeprefix("hf-hub:").split(".")[0]) and ":" not in name:
         close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(f"encoder.name: timm {timm.__version__} has no model '{name}'.{hint}")
+        raise UserError(f"{key}: timm {timm.__version__} has no model '{name}'.{hint}")
     try:
         return timm.create_model(
             name, pretrained=pretrained, num_classes=0, in_chans=in_chans, img_size=image_size, **args
         )
     except TypeError as error:
-        raise UserError(f"encoder.args: {name} does not take this: {error}") from error
+        if "img_size" in str(error):
+            raise UserError(f"{key}: timm's {name} cannot be built for an image size; plain ViTs can") from error
+        raise UserError(f"{args_key}: {name} does not take this: {error}") from error
     except Exception as error:  # timm, torch or the hub: ZeroDivisionError, KeyError, … by whatever argument is off
         words = " ".join(str(error).split())[:300]
         raise UserError(
-            f"encoder: {name} at {image_size[0]}×{image_size[1]} px with {args}: {type(error).__name__}: {words}"
+            f"{key}: {name} at {image_size[0]}×{image_size[1]} px with {args}: {type(error).__name__}: {words}"
         ) from error
 
 

@@ -180,6 +180,7 @@ def test_expand(tmp_path: Path) -> None:
         (str(tmp_path / "no*.tar"), "no such shard"),
         (str(tmp_path / "s-{000..009}.tar"), "no such shard"),
         ((paths[0], paths[0]), "named twice"),
+        ((paths[0], f"{os.path.dirname(paths[0])}/./{os.path.basename(paths[0])}"), "named twice, also as"),
         ("pipe:cat /etc/passwd", "pipes are never run"),
         (str(tmp_path / "s-{0..1.tar"), "unbalanced|no such shard"),
     ):
@@ -202,8 +203,8 @@ def test_member_name_and_class_names(tmp_path: Path, shards: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"here/a.jpg": b"x"})
     assert member_name(str(path), int(scan(str(path)).table[0, 0])) == "here/a.jpg"
     assert member_name(str(path), 10**9) == ""
-    assert class_names([str(shards / "shard-000000.tar")]) == ["disc", "square"]
-    assert class_names([str(path)]) is None
+    assert class_names(str(shards)) == ["disc", "square"]
+    assert class_names(str(path.parent)) is None
 
 
 def test_sparse_members_are_not_taken_for_images(tmp_path: Path) -> None:
@@ -213,3 +214,12 @@ def test_sparse_members_are_not_taken_for_images(tmp_path: Path) -> None:
         f.write(b"x")
     if os.system(f"cd {tmp_path} && tar --sparse -cf s.tar hole.jpg 2>/dev/null") == 0:
         assert len(scan(str(tmp_path / "s.tar")).table) == 0
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "folder.tar").mkdir()
+    os.mkfifo(tmp_path / "pipe.tar")
+    for name in ("folder.tar", "pipe.tar"):
+        for read in (scan, lambda path: index_shard(path, str(tmp_path / "cache"))):
+            with pytest.raises(UserError, match=f"{name}: not a file"):
+                read(str(tmp_path / name))

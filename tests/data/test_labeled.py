@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from timm.data import create_transform
 
 from mpp.data.labeled import CentreDataset, LabeledDataset, open_labeled
-from mpp.errors import UserError
+from mpp.errors import BadImage, UserError
 from tests.conftest import drawn_image, encoded
 
 READING = {"channels": 3, "formats": ("JPEG", "PNG"), "max_image_pixels": 10**6}
@@ -105,6 +106,45 @@ def test_numbers_of_two_packed_sets_mean_the_names_they_had(tmp_path: Path) -> N
         assert sorted(val.labels.tolist()) == [0, 2]
     with pytest.raises(UserError, match="label 'c' is none of the 2 classes"):
         opened(tmp_path / "train-shards", classes=["a", "b"])
+
+
+def test_two_packed_sets_side_by_side_have_the_classes_of_both(tmp_path: Path) -> None:
+    from mpp.data.pack import pack
+
+    for part, names in (("pets", ("cat", "dog")), ("fruit", ("apple", "dog"))):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / part / name / "0.png").write_bytes(encoded(drawn_image(len(name))))
+        pack(str(tmp_path / part), str(tmp_path / f"{part}-shards"), workers=1)
+    both = (str(tmp_path / "pets-shards"), str(tmp_path / "fruit-shards"))
+    data = open_labeled(both, key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
+    assert data.classes == ["apple", "cat", "dog"]
+    assert sorted(data.labels.tolist()) == [0, 1, 2, 2]
+
+
+def test_what_else_lies_in_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(encoded(drawn_image(0)))
+    (tmp_path / "a" / "._0.png").write_bytes(b"of a file browser")
+    (tmp_path / "b" / "1.png").symlink_to(tmp_path / "gone.png")
+    data = opened(tmp_path)
+    assert (data.classes, len(data.labels)) == (["a", "b"], 3)
+    assert data.fingerprint()
+    with pytest.raises(BadImage, match="No such file"):
+        data.reader.read(2)
+    assert len(opened(tmp_path, classes=["a", "b", "c"]).labels) == 3
+
+    listing = os.scandir
+
+    def refused(path: str) -> object:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match="b: Permission denied"):
+        opened(tmp_path)
 
 
 def test_ids_are_no_class_numbers(tmp_path: Path) -> None:

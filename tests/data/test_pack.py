@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import webdataset
 from mpp.data.images import ShardImages
 from mpp.data.pack import pack
 from mpp.errors import UserError
-from tests.conftest import drawn_image, encoded
+from tests.conftest import ROOT, drawn_image, encoded
 
 
 def members(out: Path) -> dict[str, bytes]:
@@ -122,3 +126,51 @@ def test_what_cannot_be_packed(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad" / "a.jpg").write_text("no image")
     with pytest.raises(UserError, match="none of 1 files could be read"):
         pack(str(tmp_path / "bad"), str(tmp_path / "o2"), workers=1)
+
+
+def test_hidden_files_and_folders_are_listed_and_left_out(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("a/0.png", "b/0.png", "b/._0.png", ".ipynb_checkpoints/0.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(encoded(drawn_image(0)))
+    (tmp_path / "pipe.png").rename(tmp_path / "in" / "b" / "pipe.png")
+    packed = pack(str(tmp_path / "in"), str(tmp_path / "out"), workers=1)
+    assert (packed.images, packed.classes) == (2, ["a", "b"])
+    assert packed.skipped == [(".ipynb_checkpoints", "hidden"), ("b/._0.png", "hidden"), ("b/pipe.png", "not a file")]
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = os.scandir
+
+    def refused(path: str) -> object:
+        if str(path).endswith("square"):
+            raise PermissionError(13, "Permission denied", path)
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match="square: Permission denied"):
+        pack(str(image_folder), str(tmp_path / "out"))
+
+
+def test_packing_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(encoded(drawn_image(0)))
+    for i in range(1, 4000):
+        os.link(tmp_path / "in" / "0.png", tmp_path / "in" / f"{i}.png")
+    words = ["pack", tmp_path / "in", tmp_path / "out", "--images-per-shard", "4", "--workers", "2"]
+    packing = subprocess.Popen([sys.executable, "-m", "mpp", *words], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    children = Path(f"/proc/{packing.pid}/task/{packing.pid}/children")
+    while len(found := children.read_text().split()) < 2:
+        assert packing.poll() is None
+        time.sleep(0.05)
+    assert packing.poll() is None
+    packing.kill()
+    packing.wait()
+    until = time.monotonic() + 20
+    while alive := [
+        pid for pid in found if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]:
+        assert time.monotonic() < until, f"still there: {alive}"
+        time.sleep(0.1)
