@@ -28,27 +28,36 @@ __version__ = "0.1.0"
 
 
 def pretrain(
-    recipe: str | Path | Mapping[str, Any] | PretrainRecipe, *, resume: str = "never", **overrides: Any
+    recipe: str | Path | Mapping[str, Any] | PretrainRecipe,
+    *,
+    resume: str = "never",
+    scale: str | None = None,
+    **overrides: Any,
 ) -> PretrainResult:
     """Masked-patch pretraining. `recipe`: a file, its keys, or a checked recipe; overrides are its dotted keys.
 
     resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint.
+    scale: one of the recipe's own sets of overrides, such as "tiny".
     UserError for everything the user can correct.
     """
     from mpp import pretraining
     from mpp.recipe import PretrainRecipe, checked
 
-    return pretraining.pretrain(checked(recipe, PretrainRecipe, overrides), resume)
+    return pretraining.pretrain(checked(recipe, PretrainRecipe, overrides, scale), resume)
 
 
 def finetune(
-    recipe: str | Path | Mapping[str, Any] | FinetuneRecipe, *, resume: str = "never", **overrides: Any
+    recipe: str | Path | Mapping[str, Any] | FinetuneRecipe,
+    *,
+    resume: str = "never",
+    scale: str | None = None,
+    **overrides: Any,
 ) -> FinetuneResult:
     """Fine-tuning on labeled images, beside the same from scratch. Arguments as in `pretrain`."""
     from mpp import finetuning
     from mpp.recipe import FinetuneRecipe, checked
 
-    return finetuning.finetune(checked(recipe, FinetuneRecipe, overrides), resume)
+    return finetuning.finetune(checked(recipe, FinetuneRecipe, overrides, scale), resume)
 
 
 def export(run: str | Path, out: str | Path) -> Verified:
@@ -72,11 +81,11 @@ def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
     return exporting.load_encoder(source, **timm_args)
 
 
-def load_recipe(path: str | Path, **overrides: Any) -> PretrainRecipe | FinetuneRecipe:
+def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: Any) -> PretrainRecipe | FinetuneRecipe:
     """Read and check a recipe of either job. UserError with a line for each thing that is wrong."""
     from mpp.recipe import load_any
 
-    return load_any(path, overrides)
+    return load_any(path, overrides, scale)
 
 
 __all__ = [

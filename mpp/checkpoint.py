@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mpp.errors import MppWarning, UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 

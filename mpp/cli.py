@@ -120,17 +120,19 @@ def index(shards: tuple[str, ...], cache_dir: str | None) -> None:
 _RESUME = click.option(
     "--resume", default="never", show_default=True, metavar="auto|never|PATH", help="Go on from a checkpoint."
 )
+_SCALE = click.option("--scale", default=None, metavar="NAME", help="Apply one of the recipe's `scales`, such as tiny.")
 
 
 @main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_RESUME
-def pretrain(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
+@_SCALE
+def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None) -> None:
     """Pretrain an encoder on unlabeled shards, as RECIPE says; KEY=VALUE changes it (optim.epochs=10)."""
     from mpp.recipe import parse_overrides
 
-    result = mpp.pretrain(recipe, resume=resume, **parse_overrides(overrides))
+    result = mpp.pretrain(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
     if RANK == "0" and result.state == "finished":
         click.echo(f"skill {result.skill:.3f}, loss {result.loss:.4f} after {result.step} steps: {result.encoder}")
 
@@ -139,11 +141,12 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_RESUME
-def finetune(recipe: str, overrides: tuple[str, ...], resume: str) -> None:
+@_SCALE
+def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None) -> None:
     """Fine-tune on labeled images, beside the same from scratch. encoder=RUN|FOLDER|TIMM_NAME|scratch"""
     from mpp.recipe import parse_overrides
 
-    result = mpp.finetune(recipe, resume=resume, **parse_overrides(overrides))
+    result = mpp.finetune(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
     if RANK == "0" and result.state == "finished":
         click.echo(result.table())
         click.echo(f"{result.encoder}")
@@ -182,6 +185,30 @@ def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
     click.echo(f"{draw(run, list(images), out)}")
 
 
+@main.command()
+@click.argument("name", required=False, metavar="[NAME|PATTERN]")
+@click.option("--check", is_flag=True, help="Run every contract test on NAME, whatever its family.")
+def models(name: str | None, check: bool) -> None:
+    """Encoders: the support table; or what a probe of timm's model NAME finds; or the names that fit a PATTERN."""
+    from mpp.diagnostics import models as known
+    from mpp.encoders.timm_encoder import timm_names
+
+    if name is None:
+        if check:
+            raise UserError("--check: of which model? mpp models --check NAME")
+        click.echo(known.text())
+        return
+    if check:
+        found, held = known.check(name)
+        click.echo(found)
+        if not held:
+            raise UserError(f"models: {name}: not every check holds")
+    elif any(c in name for c in "*?["):
+        click.echo("\n".join(timm_names(name, "models")))
+    else:
+        click.echo(known.probe(name))
+
+
 @main.group(cls=Commands)
 def recipe() -> None:
     """Look at recipes."""
@@ -190,11 +217,12 @@ def recipe() -> None:
 @recipe.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def show(path: Path, overrides: tuple[str, ...]) -> None:
+@_SCALE
+def show(path: Path, overrides: tuple[str, ...], scale: str | None) -> None:
     """Check a recipe and print it with every default."""
     from mpp.recipe import dump_recipe, load_any, parse_overrides
 
-    click.echo(dump_recipe(load_any(path, parse_overrides(overrides))), nl=False)
+    click.echo(dump_recipe(load_any(path, parse_overrides(overrides), scale)), nl=False)
 
 
 @recipe.command()

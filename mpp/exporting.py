@@ -185,7 +185,13 @@ def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: An
     if pretrained:
         weights_sha256(folder)
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **timm_args)
+        try:
+            return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **timm_args)
+        except TypeError as error:
+            if "img_size" not in str(error) or "img_size" not in timm_args:
+                raise
+            del timm_args["img_size"]  # convolutional families take any size
+            return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **timm_args)
     except Exception as error:  # timm, torch or safetensors, by whatever argument or byte is off
         raise UserError(f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 

@@ -257,9 +257,10 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
     encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
     wanted = "avg" if recipe.pool == "mean" else "token"
     if getattr(encoder, "global_pool", wanted) != wanted:
-        # fc_norm=False keeps the final norm where its weights are; timm would drop them with the change of pooling
         torch.manual_seed(torch_seed(seed, Purpose.INIT))
-        encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=wanted)
+        # keeps the final norm where its weights are; timm would drop them with the change of pooling
+        keep_norm = "use_fc_norm" if type(encoder).__name__ in ("Eva", "Beit") else "fc_norm"
+        encoder = _encoder(recipe, pretrained=arm == "pretrained", pool={"global_pool": wanted, keep_norm: False})
     stride, size = encoder.feature_info[-1]["reduction"], recipe.data.image_size
     if size[0] % stride or size[1] % stride:  # timm would leave out the border in silence
         raise UserError(
@@ -270,10 +271,8 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
     return Classifier(encoder, task, *recipe.data.mean_std())
 
 
-def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: str | None) -> Any:
-    args: dict[str, Any] = {"drop_path_rate": recipe.drop_path_rate}
-    if pool is not None:
-        args |= {"global_pool": pool, "fc_norm": False}
+def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] | None) -> Any:
+    args: dict[str, Any] = {"drop_path_rate": recipe.drop_path_rate, **(pool or {})}
     size, channels = recipe.data.image_size, recipe.data.channels
     if recipe.encoder == "scratch" or _is_timm_name(recipe.encoder):
         given = recipe.architecture or Architecture(name=recipe.encoder)

@@ -8,8 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from mpp.encoders.timm_encoder import TimmEncoder
-from mpp.patches import hidden_cells, repeat_cells, visible_cells
-from mpp.types import Cells, gather_cells
+from mpp.patches import effective_rank, hidden_cells, lowest, patchify, repeat_cells, unpatchify, visible_cells
+from mpp.types import NOISE, Cells, Corrupted, Images, Units, gather_cells
+
+HEADS_WITHOUT_HIDDEN_TOKENS = "transformer, cross_attention"
+LEAST_BITS = 1.0
+"""Entropy of a target's classes below which a run warns (a guess; 512 colours of photographs carry 5 to 7)."""
+
+
+class Objective(nn.Module):
+    """One target with its head, its loss and its weight in the sum. name: its key in the metrics."""
+
+    def __init__(self, name: str, target: Any, head: Any, loss: Any, weight: float) -> None:
+        super().__init__()
+        self.name, self.weight = name, weight
+        self.target: Any = target
+        self.head: Any = head
+        self.loss: Any = loss
+
+
+class Layout(NamedTuple):
+    """One batch's mask, at each of its resolutions."""
+
+    units: Units
+    cells: Cells
+    """What is predicted and compared."""
+    encoder_cells: Cells
+    """The same on the encoder's output grid; another only where mask units are smaller than the stride."""
 
 
 class Reconstruction(NamedTuple):
@@ -24,101 +49,165 @@ class Reconstruction(NamedTuple):
 
 
 class MaskedPatchModel(nn.Module):
-    """Mask × corruption × target × loss × head over one encoder.
+    """Mask × corruption × targets over one encoder; every target with a head and a loss of its own.
 
-    unit_px: side of a mask unit, a multiple of the encoder's stride (ValueError).
+    unit_px: side of a mask unit; it and the encoder's stride must be multiples one of the other (ValueError).
     predict_fraction: part of the hidden units that is predicted, at least one (CrossMAE, Fu et al. 2024).
+    guide: makes the mask from images, noise and count, in place of the one that comes with the batch; or None.
     mean, std: of each channel, of pixels in [0, 1].
     """
 
     mean: Tensor
     std: Tensor
+    weights: Tensor
 
     def __init__(
         self,
         encoder: TimmEncoder,
         corruption: Any,
-        target: Any,
-        loss: Any,
-        head: Any,
+        objectives: list[Objective],
         *,
         unit_px: int,
         predict_fraction: float,
+        guide: nn.Module | None,
         mean: list[float],
         std: list[float],
     ) -> None:
         super().__init__()
-        if unit_px % encoder.stride:
-            raise ValueError(f"mask.unit_px: must be a multiple of the encoder's stride, {encoder.stride} px")
-        if head.needs_hidden_tokens and not corruption.hidden_enter:
-            raise ValueError(
-                "head.name: this head reads the encoder's tokens of hidden cells, which this corruption never "
-                "makes. Allowed with it: transformer, cross_attention; or use corruption.name: token"
-            )
-        self.encoder, self.corruption, self.target, self.head = encoder, corruption, target, head
-        self.loss = loss
+        self.cell_px = min(unit_px, encoder.stride)
+        if unit_px % self.cell_px or encoder.stride % self.cell_px:
+            raise ValueError(f"units of {unit_px} px do not fit cells of {encoder.stride} px")
+        finer = unit_px < encoder.stride
+        for o in objectives:
+            if o.head.needs_hidden_tokens and not corruption.hidden_enter:
+                raise ValueError(
+                    "head.name: this head reads the encoder's tokens of hidden cells, which this corruption never "
+                    f"makes. Allowed with it: {HEADS_WITHOUT_HIDDEN_TOKENS}; or use corruption.name: token"
+                )
+            if finer and not o.head.needs_hidden_tokens:
+                raise ValueError(
+                    f"head.name: mask units of {unit_px} px are parts of the encoder's cells of {encoder.stride} px, "
+                    "which this head cannot split into hidden and visible ones. Allowed with them: linear, mlp"
+                )
+        self.encoder, self.corruption, self.guide = encoder, corruption, guide
+        self.objectives: Any = nn.ModuleList(objectives)
         self.unit_px, self.predict_fraction = unit_px, predict_fraction
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("weights", torch.tensor([o.weight for o in objectives]), persistent=False)
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> float32."""
-        return (images.float() - self.mean) / self.std
+    def images(self, raw: Tensor) -> Images:
+        """(B, C, H, W) uint8 -> the same, normalised beside it."""
+        return Images(raw, (raw.float() - 255 * self.mean) / (255 * self.std), self.mean, self.std)
 
-    def cells(self, mask: Tensor, noise: Tensor, hidden_units: int) -> Cells:
-        """(B, gh, gw) bool and float, on mask units -> the same on cells of the encoder's grid.
+    def layout(self, images: Images, mask: Tensor, noise: Tensor, count: int, *, everything: bool = False) -> Layout:
+        """(B, uh, uw) bool, (B, 4, uh, uw), hidden units of each image -> which cells are hidden and predicted.
 
-        The predicted units are the hidden ones with the lowest noise.
+        The predicted units are the hidden ones with the lowest noise. everything: predict all hidden cells,
+        whatever `predict_fraction` says.
         """
-        factor = self.unit_px // self.encoder.stride
+        if self.guide is not None:
+            mask = self.guide(images, noise[:, NOISE["guide"]], count)
+        units = Units(mask, count, noise)
+        factor = self.unit_px // self.cell_px
         hidden = repeat_cells(mask, factor)
-        hidden_count = hidden_units * factor * factor
-        predicted_units = max(round(self.predict_fraction * hidden_units), 1)
-        if predicted_units == hidden_units:
-            predicted = hidden_cells(hidden, hidden_count)
-        else:
-            rank = noise.masked_fill(~mask, 2.0).flatten(1).argsort(dim=1)
-            chosen = torch.zeros_like(mask).flatten(1).scatter(1, rank[:, :predicted_units], True)
-            predicted = hidden_cells(repeat_cells(chosen.view_as(mask), factor), predicted_units * factor * factor)
-        return Cells(hidden, visible_cells(hidden, hidden_count), predicted)
+        predicted_units = count if everything else max(round(self.predict_fraction * count), 1)
+        chosen = mask
+        if predicted_units < count:
+            chosen = lowest(noise[:, NOISE["predict"]].masked_fill(~mask, 2.0), predicted_units)
+        predicted = hidden_cells(repeat_cells(chosen, factor), predicted_units * factor * factor)
+        cells = Cells(hidden, visible_cells(hidden, count * factor * factor), predicted)
+        if self.cell_px == self.encoder.stride:
+            return Layout(units, cells, cells)
+        parts = self.encoder.stride // self.cell_px
+        coarse = hidden.unflatten(1, (-1, parts)).unflatten(3, (-1, parts)).any(4).any(2)
+        all_cells = torch.arange(coarse[0].numel(), device=mask.device).expand(len(mask), -1)
+        return Layout(units, cells, Cells(coarse, all_cells, all_cells))
 
-    def predict(self, images: Tensor, cells: Cells) -> Tensor:
-        """Normalised images -> (B, P, target.dim)."""
-        return self.head(self.encoder(self.corruption(images, cells)))
+    def predict(self, images: Images, layout: Layout) -> list[Tensor]:
+        """-> (B, P, target.dim) for each objective."""
+        corrupted: Corrupted = self.corruption(images, layout.units)
+        features = self.encoder(corrupted, layout.encoder_cells)
+        predictions = [o.head(features) for o in self.objectives]
+        parts = self.encoder.stride // self.cell_px
+        if parts == 1:
+            return predictions
+        grid = layout.encoder_cells.grid  # each of the encoder's cells predicts all of its parts; keep those asked for
+        fine = (patchify(unpatchify(p, parts, grid), 1) for p in predictions)
+        return [gather_cells(p, layout.cells.predicted) for p in fine]
 
-    def forward(self, images: Tensor, mask: Tensor, noise: Tensor, hidden_units: int) -> Tensor:
-        """(B, C, H, W) uint8 images, masks on units -> the scalar loss over predicted cells."""
-        x = self.normalise(images)
-        cells = self.cells(mask, noise, hidden_units)
-        prediction = self.predict(x, cells)
-        return self.loss(prediction, gather_cells(self.target(x), cells.predicted))
+    def forward(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> Tensor:
+        """(B, C, H, W) uint8 images, masks on units -> (objectives,) losses over predicted cells, not weighted."""
+        images = self.images(raw)
+        layout = self.layout(images, mask, noise, count)
+        return self._losses(self.predict(images, layout), images, layout)
 
-    @torch.no_grad()
-    def losses_for_skill(self, images: Tensor, mask: Tensor, noise: Tensor, hidden_units: int) -> tuple[Tensor, Tensor]:
-        """(loss of the model, loss of the trivial predictor), both on the same predicted cells."""
-        x = self.normalise(images)
-        cells = self.cells(mask, noise, hidden_units)
-        target = gather_cells(self.target(x), cells.predicted)
-        trivial = gather_cells(self.target.trivial(x, cells.hidden), cells.predicted)
-        return self.loss(self.predict(x, cells), target), self.loss(trivial, target)
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask: Tensor, hidden_units: int) -> Reconstruction:
-        """(B, C, H, W) uint8 -> pictures; every hidden cell is predicted, whatever `predict_fraction` says."""
-        x = self.normalise(images)
-        cells = self.cells(mask, torch.zeros_like(mask, dtype=torch.float32), hidden_units)
-        everywhere = Cells(
-            cells.hidden,
-            cells.visible,
-            hidden_cells(cells.hidden, cells.hidden[0].numel() - cells.visible.shape[1]),
+    def _losses(self, predictions: list[Tensor], images: Images, layout: Layout) -> Tensor:
+        return torch.stack(
+            [
+                o.loss(prediction, gather_cells(o.target(images), layout.cells.predicted))
+                for o, prediction in zip(self.objectives, predictions, strict=True)
+            ]
         )
-        prediction = self.predict(x, everywhere).float()
-        values = torch.zeros(len(x), cells.hidden[0].numel(), self.target.dim, device=x.device)
-        index = everywhere.predicted.unsqueeze(-1).expand_as(prediction)
-        values = values.scatter(1, index, prediction)
-        pixels = repeat_cells(cells.hidden, self.encoder.stride).unsqueeze(1)
-        pictures = [
-            torch.where(pixels, self.target.picture(values, x, cells.hidden, borrow=borrow), x)
-            for borrow in (True, False)
+
+    @torch.no_grad()
+    def losses_for_skill(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """(losses of the model, losses of the trivial predictors), both (objectives,), on the same predicted cells."""
+        images = self.images(raw)
+        layout = self.layout(images, mask, noise, count)
+        trivial = [
+            gather_cells(o.target.trivial(images, layout.cells.hidden), layout.cells.predicted) for o in self.objectives
         ]
-        return Reconstruction(x, x.masked_fill(pixels, 0.0), *pictures)
+        return self._losses(self.predict(images, layout), images, layout), self._losses(trivial, images, layout)
+
+    @torch.no_grad()
+    def reconstruct(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> Reconstruction:
+        """(B, C, H, W) uint8 -> pictures of the first target that has any, all hidden cells predicted.
+
+        ValueError where no target has a picture.
+        """
+        images = self.images(raw)
+        layout = self.layout(images, mask, noise, count, everything=True)
+        hidden = layout.cells.hidden
+        pixels = repeat_cells(hidden, self.cell_px).unsqueeze(1)
+        for o, prediction in zip(self.objectives, self.predict(images, layout), strict=True):
+            values = torch.zeros(len(raw), hidden[0].numel(), prediction.shape[-1], device=raw.device)
+            index = layout.cells.predicted.unsqueeze(-1).expand_as(prediction)
+            values = values.scatter(1, index, prediction.float())
+            drawn = [o.target.picture(values, images, hidden, borrow=borrow) for borrow in (True, False)]
+            if drawn[0] is not None:
+                pictures = [torch.where(pixels, d, images.normalised) for d in drawn]
+                return Reconstruction(images.normalised, images.normalised.masked_fill(pixels, 0.0), *pictures)
+        raise ValueError(f"target {', '.join(o.name for o in self.objectives)}: has no picture")
+
+    @torch.no_grad()
+    def doubts(self, raw: Tensor) -> list[str]:
+        """What is wrong with the targets of these images, a line for each: classes that hardly ever differ."""
+        found = []
+        for o in self.objectives:
+            if o.target.of == "classes":
+                share = torch.bincount(o.target(self.images(raw)).flatten()).float()
+                share = share[share > 0] / share.sum()
+                bits = float(-(share * share.log2()).sum()) + 0.0  # not -0.00
+                if bits < LEAST_BITS:
+                    found.append(
+                        f"target {o.name}: its classes carry {bits:.2f} bits on the held-out images, "
+                        f"below {LEAST_BITS}: there is little to predict. Are the images of one colour?"
+                    )
+        return found
+
+    @torch.no_grad()
+    def target_ranks(self, raw: Tensor) -> dict[str, float]:
+        """Effective rank of the values of each target that may collapse: 1 is a target that never changes."""
+        images = self.images(raw)
+        return {
+            o.name: effective_rank(o.target(images).flatten(0, 1))
+            for o in self.objectives
+            if getattr(o.target, "may_collapse", False)
+        }
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        """Let targets that follow the encoder do so; after every optimizer step."""
+        for o in self.objectives:
+            if hasattr(o.target, "after_step"):
+                o.target.after_step(self.encoder, step, total_steps)

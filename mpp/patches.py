@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,6 +61,73 @@ def visible_cells(hidden: Tensor, hidden_count: int) -> Tensor:
     return flat.argsort(dim=1, stable=True)[:, : flat.shape[1] - hidden_count]
 
 
+def count_hidden(units: int, ratio: float | tuple[float, float], draw: float) -> int:
+    """Units to hide of so many, at least one hidden and one visible; a range is entered at `draw` in [0, 1)."""
+    low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
+    return min(max(round(units * (low + (high - low) * draw)), 1), units - 1)
+
+
+def lowest(values: Tensor, count: int) -> Tensor:
+    """(B, ...) -> the same shape, bool: True at the `count` lowest values of each image; ties by place."""
+    flat = values.flatten(1)
+    chosen = flat.argsort(dim=1, stable=True)[:, :count]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(1, chosen, True).view(values.shape)
+
+
+def copy_visible(images: Tensor, where: Tensor, hidden: Tensor, hidden_count: int, noise: Tensor) -> Tensor:
+    """Put random visible units of the same image at `where`.
+
+    images (B, C, H, W); where, hidden (B, uh, uw) bool, `hidden_count` hidden in each image; noise (B, uh, uw) in
+    [0, 1) chooses the source of each unit.
+    """
+    size_px = images.shape[-1] // hidden.shape[-1]
+    units = patchify(images, size_px)
+    visible = visible_cells(hidden, hidden_count)
+    pick = (noise.flatten(1) * visible.shape[1]).long().clamp_max(visible.shape[1] - 1)
+    source = visible.gather(1, pick).unsqueeze(-1).expand_as(units)
+    mixed = torch.where(where.flatten(1).unsqueeze(-1), units.gather(1, source), units)
+    return unpatchify(mixed, size_px, (hidden.shape[1], hidden.shape[2]))
+
+
+def mean_patches(raw: Tensor, cell_px: int, side: int) -> Tensor:
+    """Mean colours of `side` × `side` parts of each cell: (B, C, H, W) -> (B, N, side², C) float32 in [0, 255].
+
+    raw: pixels as they were read. ValueError for anything but uint8, whose range is known: normalised pixels
+    would fall into other bins, or none.
+    """
+    if raw.dtype != torch.uint8:
+        raise ValueError(f"colours are taken from uint8 pixels, as they were read; got {raw.dtype}")
+    b, c = raw.shape[:2]
+    means = F.avg_pool2d(raw.float(), cell_px // side)
+    cells = patchify(means, side)  # (B, N, C·side²)
+    return cells.view(b, -1, c, side * side).transpose(2, 3)
+
+
+def colour_classes(means: Tensor, bits: int) -> Tensor:
+    """(..., C) in [0, 255] -> (...) int64: `bits` of each channel, the first channel highest."""
+    bins = (means * (2**bits / 256)).long()
+    place = 2 ** (bits * torch.arange(means.shape[-1] - 1, -1, -1, device=means.device))
+    return (bins * place).sum(-1)
+
+
+def colours(classes: Tensor, bits: int, channels: int) -> Tensor:
+    """(...) int64 -> (..., channels) float32 in [0, 1]: the middles of the bins of `colour_classes`."""
+    places = bits * torch.arange(channels - 1, -1, -1, device=classes.device)
+    bins = (classes.unsqueeze(-1) >> places) & (2**bits - 1)
+    return (bins.float() + 0.5) / 2**bits
+
+
+def marginal_logits(classes: Tensor, hidden: Tensor, count: int) -> Tensor:
+    """log of the histogram of `classes` (B, N, K) over visible cells -> (B, N, K·count), the same everywhere.
+
+    One is added to every class (Laplace), so that none is impossible.
+    """
+    seen = classes[~hidden.flatten(1)]
+    histogram = torch.bincount(seen.flatten(), minlength=count).float() + 1
+    logits = (histogram / histogram.sum()).log()
+    return logits.repeat(classes.shape[2]).expand(*classes.shape[:2], -1)
+
+
 def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
     """Fixed 2-D sine-cosine positions, (N, dim) float32; dim must be a multiple of 4 (ValueError).
 
@@ -88,3 +156,14 @@ def decoder_dim(encoder_dim: int, dim: int | None, num_heads: int) -> int:
     if dim % step:
         raise ValueError(f"dim must be a multiple of 4 and of num_heads ({num_heads}); got {dim}")
     return dim
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of (M, D) (Roy & Vetterli 2007; RankMe, Garrido 2023).
+
+    Not centred: values that are all the same have rank 1.
+    """
+    singular = torch.linalg.svdvals(values.double())
+    share = singular / singular.sum()
+    share = share[share > 0]
+    return float((-(share * share.log()).sum()).exp())

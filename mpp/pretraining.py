@@ -30,6 +30,10 @@ from mpp.types import Batch
 
 LEAST_BAD_IMAGES = 100
 """A run never stops for fewer unreadable images than this."""
+COLLAPSED_RANK = 2.0
+"""A warning is said where a target's effective rank falls below: two directions at most are left (a guess)."""
+RANK_IMAGES = 64
+"""Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
 HELD_OUT_POSITION = 2**62
 """Where the masks of held-out images are drawn: far beyond any training position."""
 
@@ -77,10 +81,11 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
         data.formats,
         data.max_image_pixels,
     )
-    dataset = PretrainDataset(images, crop, build_mask(recipe), mask_grid, recipe.seed, counts)
+    dataset = PretrainDataset(images, crop, build_mask(recipe), mask_grid, recipe.seed, counts, optim.global_batch_size)
     total_steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, order.epoch_len, optim.global_batch_size, least=0)
     lr_scale = optim.global_batch_size / 256
+    objectives: Any = model.objectives
     optimizer: Any = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -91,7 +96,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
         create_run(recipe)
-    state: dict[str, Any] = {"seen": 0, "bad": 0, "loss": None, "skill": None}
+    state: dict[str, Any] = {"seen": 0, "bad": 0, "loss": None, "skills": [None] * len(objectives), "ranks": {}}
     start_step = 0
     model.to(accelerator.device)
     if run.checkpoint is not None:
@@ -112,10 +117,14 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     )
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")
+    for line in model.doubts(held_out_batch.images[:256].to(accelerator.device)):
+        log.say(f"warning: {line}")
 
     # ---- the loop
     step, bad = start_step, int(state["bad"])
-    loss, skill = (math.nan if state[key] is None else float(state[key]) for key in ("loss", "skill"))
+    loss = math.nan if state["loss"] is None else float(state["loss"])
+    skills = [math.nan if value is None else float(value) for value in state["skills"]]
+    skill, ranks = skills[0], state["ranks"]
     sampler = MicroBatches(
         order,
         seen=start_step * optim.global_batch_size,
@@ -144,17 +153,16 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                 torch.manual_seed(torch_seed(recipe.seed, Purpose.STEP, int(batch.positions[0])))
                 last = m == accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(prepared):
-                    micro_loss = prepared(*_to(batch, accelerator), batch.hidden_units) / accumulate
-                    accelerator.backward(micro_loss)
-                micro_losses.append(micro_loss.detach())
+                    losses = prepared(*_to(batch, accelerator), batch.hidden_units) / accumulate
+                    accelerator.backward((losses * model.weights).sum())
+                micro_losses.append(losses.detach())
             grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
 
             # One exchange a step: the mean loss, unreadable images, whether anyone was asked to stop. The gradient
             # norm is the same everywhere, since gradients are: every process stops before the update, or none.
-            loss, new_bad, stopping = distributed.total(
-                accelerator,
-                [float(torch.stack(micro_losses).sum()) / world, replaced, bool(stop_request)],
-            )
+            own_losses = (torch.stack(micro_losses).sum(0) / world).tolist()
+            *each_loss, new_bad, stopping = distributed.total(accelerator, [*own_losses, replaced, bool(stop_request)])
+            loss = sum(o.weight * value for o, value in zip(objectives, each_loss, strict=True))
             if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
                 _report_non_finite(run.out, rank, step, seen, loss, float(grad_norm), torch.cat(samples), images)
                 log.status("failed", step=step, why="non-finite loss or gradient")
@@ -174,6 +182,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            model.after_step(step, total_steps)
             window.steps += 1
             log.step()
 
@@ -182,7 +191,14 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
             bad = _count_bad(bad, int(new_bad), bad_lines, seen + optim.global_batch_size, data.max_bad_fraction, log)
             ending = bool(stopping) or step == total_steps
             if step % recipe.skill_every_steps == 0 or step == total_steps:
-                skill = _skill(accelerator, model, held_out_batch)
+                skills, ranks = _skills(accelerator, model, held_out_batch)
+                skill = skills[0]
+                for name, rank_of_target in ranks.items():
+                    if rank_of_target < COLLAPSED_RANK:
+                        log.say(
+                            f"warning: target {name} has an effective rank of {rank_of_target:.2f}: its features "
+                            "collapse to one. Try a higher decay, a lower optim.base_lr, or more warm-up"
+                        )
             if step % recipe.log_every_steps == 0 or ending or step == 1:
                 log.metrics(
                     {
@@ -190,6 +206,9 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                         "seen": step * optim.global_batch_size,
                         "loss": loss,
                         "skill": skill,
+                        **{f"loss_{o.name}": v for o, v in zip(objectives, each_loss, strict=True) if len(skills) > 1},
+                        **{f"skill_{o.name}": v for o, v in zip(objectives, skills, strict=True) if len(skills) > 1},
+                        **{f"target_rank_{name}": v for name, v in ranks.items()},
                         "lr": lr,
                         "grad_norm": float(grad_norm),
                         **window.rates(optim.global_batch_size),
@@ -202,7 +221,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                         "seen": step * optim.global_batch_size,
                         "bad": bad,
                         "loss": loss,
-                        "skill": None if math.isnan(skill) else skill,
+                        "skills": [None if math.isnan(value) else value for value in skills],
+                        "ranks": ranks,
                         "data_fingerprint": images.fingerprint,
                     }
                     checkpoint.save(
@@ -262,19 +282,24 @@ def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.n
     return batch
 
 
-def _skill(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch) -> float:
-    """On every process alike, so that none waits for another; eval mode, in parts of 256 images."""
+def _skills(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch) -> tuple[list[float], dict[str, float]]:
+    """(skill of each objective, effective rank of targets that may collapse), in eval mode, in parts of 256 images.
+
+    On every process alike, so that none waits for another.
+    """
     model.eval()
-    own = trivial = 0.0
+    own = trivial = torch.zeros(len(model.objectives), dtype=torch.float64)
     with accelerator.autocast():
         for i in range(0, len(held_out.images), 256):
             images, mask, noise = (
                 t[i : i + 256].to(accelerator.device) for t in (held_out.images, held_out.mask, held_out.noise)
             )
             a, b = model.losses_for_skill(images, mask, noise, held_out.hidden_units)
-            own, trivial = own + float(a) * len(images), trivial + float(b) * len(images)
+            own, trivial = own + a.cpu() * len(images), trivial + b.cpu() * len(images)
+        ranks = model.target_ranks(held_out.images[:RANK_IMAGES].to(accelerator.device))
     model.train()
-    return 1 - own / trivial if trivial > 0 else math.nan
+    skills = [1 - o / t if t > 0 else math.nan for o, t in zip(own.tolist(), trivial.tolist(), strict=True)]
+    return skills, ranks
 
 
 def _count_bad(before: int, new: int, lines: list[str], seen: int, max_fraction: float, log: RunLog) -> int:

@@ -190,6 +190,46 @@ class Encoder(Section):
     """Recompute activations in the backward pass: slower, less memory."""
 
 
+Weight = Annotated[Float, Field(gt=0)]
+
+
+def _own_loss(values: Any) -> Any:
+    """Where no loss is named: mse, or cross_entropy for a target of classes."""
+    if isinstance(values, Mapping) and values.get("loss") is None:
+        named = values.get("target")
+        name = named.get("name") if isinstance(named, Mapping) else named
+        known = isinstance(name, str) and name in registry.names("targets")
+        classes = known and registry.component("targets", str(name)).of == "classes"
+        return {**values, "loss": "cross_entropy" if classes else "mse"}
+    return values
+
+
+def _fitting_loss(section: Any) -> Any:
+    """Values are compared by distances, classes by cross-entropy."""
+    of = registry.component("targets", section.target.name).of
+    if registry.component("losses", section.loss.name).of != of:
+        fitting = [n for n in registry.names("losses") if registry.component("losses", n).of == of]
+        raise ValueError(
+            f"loss: {section.loss.name} is not for {of}, which target {section.target.name} has; "
+            f"allowed with it: {', '.join(fitting)}"
+        )
+    return section
+
+
+class ExtraTarget(Section):
+    """One more target on the same forward, with a head and a loss of its own."""
+
+    target: component_section("targets", "pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    loss: component_section("losses", "mse")  # type: ignore[valid-type]
+    """Default: mse, or cross_entropy for a target of classes."""
+    head: component_section("heads", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    weight: Weight = 1.0
+    """Of its loss in the sum; the first target's is 1."""
+
+    _default_loss = model_validator(mode="before")(_own_loss)
+    _loss_fits = model_validator(mode="after")(_fitting_loss)
+
+
 class Optim(Section):
     """AdamW, linear warm-up, cosine."""
 
@@ -232,6 +272,8 @@ class Run(Section):
     checkpoint_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept, newest first."""
+    scales: dict[str, dict[str, Any]] = {}
+    """Sets of overrides by name, `tiny: {optim.steps: 3}`, that `--scale tiny` applies; gone from a run's recipe."""
 
 
 class PretrainRecipe(Run):
@@ -245,13 +287,19 @@ class PretrainRecipe(Run):
     mask: component_section("masks", "uniform") = Field({}, validate_default=True)  # type: ignore[valid-type]
     corruption: component_section("corruptions", "token") = Field({}, validate_default=True)  # type: ignore[valid-type]
     target: component_section("targets", "norm_pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    loss: component_section("losses", "mse") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    loss: component_section("losses", "mse")  # type: ignore[valid-type]
+    """Default: mse, or cross_entropy for a target of classes."""
     head: component_section("heads", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    extra_targets: tuple[ExtraTarget, ...] = ()
+    """More targets on the same forward: `[{target: pixels, head: linear, weight: 0.5}]`."""
     predict_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Part of the hidden cells that is predicted."""
     optim: Optim
     skill_every_steps: PositiveInt = 500
     """Steps between measurements of the skill on held-out images."""
+
+    _default_loss = model_validator(mode="before")(_own_loss)
+    _loss_fits = model_validator(mode="after")(_fitting_loss)
 
 
 class FinetuneData(ImageData):
@@ -344,6 +392,7 @@ RECIPES: dict[str, type[Run]] = {"pretrain": PretrainRecipe, "finetune": Finetun
 MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "data.max_bad_fraction", "optim.max_batch_per_device", "encoder.grad_checkpointing",
+    "scales",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and, with drop path or
 mixup on, which are drawn for each micro-batch, for their draws."""
@@ -421,6 +470,25 @@ def dotted(key: Key) -> str:
     return ".".join(str(part) for part in key)
 
 
+def apply_scale(values: dict[str, Any], places: dict[Key, str], scale: str | None, source: str) -> None:
+    """Apply one of the recipe's own sets of overrides and take the sets out. UserError where it has none so named."""
+    scales = values.get("scales", {})
+    for key, chosen in scales.items() if isinstance(scales, dict) else ():
+        if not isinstance(chosen, dict):
+            place = places.get(("scales", key), source)
+            raise UserError(f"{place}: scales.{key}: must be keys with values, such as optim.steps: 3; got {chosen!r}")
+    if scale is None:
+        return
+    if not isinstance(scales, dict) or scale not in scales:
+        known = ", ".join(scales) if isinstance(scales, dict) else ""
+        raise UserError(f"--scale {scale}: {source} has {known or 'no scales'}")
+    given = {("scales", scale, key): places.get(("scales", scale, key), source) for key in scales[scale]}
+    apply_overrides(values, places, scales[scale])
+    for (_, _, key), place in given.items():
+        places[tuple(key.split("."))] = place
+    values["scales"] = {}
+
+
 def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: dict[str, Any]) -> None:
     """Set dotted keys in place. Values that are strings are read as YAML, as on the command line."""
     # which component, before its keys, in whatever order they were given
@@ -483,8 +551,11 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, str]:
     return given
 
 
-def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None = None) -> R:
-    """Read and check a recipe. UserError with a line for each thing that is wrong."""
+def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None = None, scale: str | None = None) -> R:
+    """Read and check a recipe. scale: one of its `scales`, applied before the overrides.
+
+    UserError with a line for each thing that is wrong.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -492,25 +563,30 @@ def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8") from error
     values, places = parse_yaml(text, str(path))
+    apply_scale(values, places, scale, str(path))
     apply_overrides(values, places, overrides or {})
     return check_recipe(values, job, places, str(path))
 
 
-def load_any(path: str | Path, overrides: dict[str, Any] | None = None) -> PretrainRecipe | FinetuneRecipe:
+def load_any(
+    path: str | Path, overrides: dict[str, Any] | None = None, scale: str | None = None
+) -> PretrainRecipe | FinetuneRecipe:
     """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return load_recipe(path, PretrainRecipe)  # says what is wrong
     if parse_yaml(text, str(path))[0].get("job") == "finetune":
-        return load_recipe(path, FinetuneRecipe, overrides)
-    return load_recipe(path, PretrainRecipe, overrides)
+        return load_recipe(path, FinetuneRecipe, overrides, scale)
+    return load_recipe(path, PretrainRecipe, overrides, scale)
 
 
-def checked(recipe: str | Path | Mapping[str, Any] | R, job: type[R], overrides: dict[str, Any]) -> R:
-    """A recipe from a file, a mapping of its keys or, already checked, with overrides applied."""
+def checked(
+    recipe: str | Path | Mapping[str, Any] | R, job: type[R], overrides: dict[str, Any], scale: str | None = None
+) -> R:
+    """A recipe from a file, a mapping of its keys or, already checked, with one of its scales and overrides applied."""
     if isinstance(recipe, str | Path):
-        return load_recipe(recipe, job, overrides)
+        return load_recipe(recipe, job, overrides, scale)
     if isinstance(recipe, Mapping):
         values = deepcopy(dict(recipe))
     elif isinstance(recipe, job):
@@ -520,6 +596,7 @@ def checked(recipe: str | Path | Mapping[str, Any] | R, job: type[R], overrides:
     else:
         raise UserError(f"recipe: a file, a mapping of keys or a checked recipe; got {type(recipe).__name__}")
     places: dict[Key, str] = {}
+    apply_scale(values, places, scale, "recipe")
     apply_overrides(values, places, overrides)
     return check_recipe(values, job, places)
 
@@ -569,7 +646,8 @@ def _error_line(error: Any, job: type[Run], places: dict[Key, str], source: str)
         return f"{place}: {name}: no such choice; got {value!r}.{hint} Allowed: {', '.join(words)}"
     if kind == "value_error" and not key:
         message = str(context["error"])
-        return f"{source}: {message}"
+        at = (message.partition(": ")[0],)
+        return f"{places.get((*at, 'name'), places.get(at, source))}: {message}"
     if kind == "value_error" and isinstance(got, dict):
         inner = str(context["error"])
         head, _, rest = inner.partition(": ")

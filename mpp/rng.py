@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     SUBSET = 9
     INIT = 10
     PACK = 11
+    RATIO = 12
 
 
 def stream(seed: int, purpose: Purpose, position: int = 0) -> np.random.Generator:

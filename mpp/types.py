@@ -4,22 +4,23 @@ Shape legend, used in every docstring:
 
     B  images in a batch          C  channels            H, W   image height and width in pixels
     gh, gw  cells of the grid     N  gh·gw               D      width of the encoder's tokens
-    V  visible cells per image    P  predicted cells per image (a part, or all, of the hidden ones)
+    uh, uw  mask units            V  visible cells       P      predicted cells (a part, or all, of the hidden ones)
 
 **A mask is True where hidden.** This is the only place that says so. Every image of a batch hides the same
 number of cells, so that hidden tokens can be dropped and means over cells are means over images.
 
-A cell is a square of the encoder's output stride; a mask may be drawn on larger units (`unit_px`) and is
-then repeated to cells. Cells are numbered in raster order, row by row.
+Masks are drawn on units of `unit_px` pixels. A cell is what is predicted at once: a unit, or a square of the
+encoder's output stride where that is smaller. Cells are numbered in raster order, row by row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import BeforeValidator, Field, Strict
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, Strict, WithJsonSchema
 from torch import Tensor
 
 
@@ -44,6 +45,28 @@ Fraction = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=1)]
 """A number in [0, 1]."""
 
 
+def _ratio(value: object) -> float | tuple[float, float]:
+    ends = value if isinstance(value, list | tuple) else (value, value)
+    if len(ends) != 2 or any(isinstance(v, bool) or not isinstance(v, int | float) for v in ends):
+        raise ValueError("must be one number or [lowest, highest]")
+    low, high = ends
+    if not 0 < low < 1 or not 0 < high < 1:
+        raise ValueError("must be > 0 and < 1")
+    if low > high:
+        raise ValueError("the lower end comes first")
+    return (low, high) if isinstance(value, list | tuple) else low
+
+
+_OPEN = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+Ratio = Annotated[
+    float | tuple[float, float],
+    PlainValidator(_ratio),
+    PlainSerializer(lambda value: value, return_type=Any),
+    WithJsonSchema({"anyOf": [_OPEN, {"type": "array", "items": _OPEN, "minItems": 2, "maxItems": 2}]}),
+]
+"""Part of the mask units that is hidden: a number in (0, 1), or a range from which each batch draws its own."""
+
+
 @dataclass
 class Batch:
     """One micro-batch of pretraining, as the loader's workers make it."""
@@ -51,9 +74,9 @@ class Batch:
     images: Tensor
     """(B, C, H, W) uint8, cropped and flipped, not normalised."""
     mask: Tensor
-    """(B, gh, gw) bool, on mask units."""
+    """(B, uh, uw) bool."""
     noise: Tensor
-    """(B, gh, gw) float32 in [0, 1): whatever else is drawn per mask unit is derived from it."""
+    """(B, 4, uh, uw) float32 in [0, 1), see `NOISE`: whatever else is drawn per mask unit is derived from it."""
     positions: Tensor
     """(B,) int64: place of each sample in the run's endless sequence."""
     samples: Tensor
@@ -69,6 +92,24 @@ class Batch:
         for name in ("images", "mask", "noise"):
             setattr(self, name, getattr(self, name).pin_memory())
         return self
+
+
+NOISE = {"predict": 0, "kind": 1, "source": 2, "guide": 3}
+"""Planes of `Batch.noise`: which hidden units are predicted, what a corruption does to each, whence it copies,
+and what a guided mask adds to its guide."""
+
+
+class Images(NamedTuple):
+    """One batch of images, as targets, corruptions and teachers may want them."""
+
+    raw: Tensor
+    """(B, C, H, W) uint8."""
+    normalised: Tensor
+    """(B, C, H, W) float32, (raw / 255 - mean) / std."""
+    mean: Tensor
+    """(C, 1, 1) of pixels in [0, 1]."""
+    std: Tensor
+    """(C, 1, 1)"""
 
 
 @dataclass
@@ -88,16 +129,29 @@ class Cells:
 
 
 @dataclass
-class EncoderInput:
-    """What a corruption hands to the encoder."""
+class Units:
+    """The mask as it was drawn, for corruptions that treat hidden units differently."""
+
+    hidden: Tensor
+    """(B, uh, uw) bool."""
+    count: int
+    """Hidden units of each image, a plain int."""
+    noise: Tensor
+    """(B, 4, uh, uw), see `NOISE`."""
+
+
+@dataclass
+class Corrupted:
+    """What a corruption makes of a batch, for the encoder."""
 
     images: Tensor
-    """(B, C, H, W) float, hidden pixels blanked."""
-    cells: Cells
+    """(B, C, H, W) float; nothing of hidden units is left in it, unless the corruption says it keeps some."""
     mask_token: Tensor | None = None
-    """(D,) the learnable token that stands at hidden cells; None: hidden cells never enter the encoder."""
-    enter: int = 0
-    """Encoder block at whose input the mask tokens join; 0: they are there from the stem on."""
+    """(D,) the learnable token that stands at `replaced` cells, or joins; None: the pixels are all there is."""
+    replaced: Tensor | None = None
+    """(B, uh, uw) bool: units whose stem output the mask token takes the place of."""
+    enter: int | None = 0
+    """0: hidden cells are in the encoder from its stem on; k: as mask tokens from block k on; None: never."""
 
 
 @dataclass
@@ -128,7 +182,7 @@ class EncoderOutput:
 
 
 def gather_cells(x: Tensor, cells: Tensor) -> Tensor:
-    """(B, N, D) and (B, K) int64 -> (B, K, D)."""
+    """(B, N, K) and (B, P) int64 -> (B, P, K)."""
     return x.gather(1, cells.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
@@ -138,38 +192,84 @@ class MaskSampler(Protocol):
     unit_px: int | None
     """Side of a mask unit in pixels; None: the encoder's stride."""
 
-    def __call__(self, grid: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """One mask, (gh, gw) bool; the number of hidden cells depends on the grid alone."""
+    def count(self, grid: tuple[int, int], draw: float) -> int:
+        """Units to hide in every image of a batch; `draw` in [0, 1) is the batch's, for ratios that vary."""
+        ...
+
+    def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
+        """One mask, (uh, uw) bool, with `count` units hidden."""
         ...
 
 
 class Corruption(Protocol):
-    """`corruptions/*.py`: what the encoder sees at hidden cells. Built with `dim`, the stem's width."""
+    """`corruptions/*.py`: what the encoder sees at hidden units. Built with a `CorruptionContext`."""
 
+    mechanism: Literal["token", "pixel", "drop"]
+    """token: the mask token at the stem, or joining later; pixel: pixels alone; drop: nothing of hidden cells."""
     hidden_enter: bool
     """Whether hidden cells have tokens in the encoder's output."""
 
-    def __call__(self, images: Tensor, cells: Cells) -> EncoderInput:
-        """(B, C, H, W) float images; which cells are hidden."""
+    def __call__(self, images: Images, units: Units) -> Corrupted: ...
+
+    def kept(self, units: Units) -> Tensor | None:
+        """(B, uh, uw) bool: hidden units whose own pixels the encoder sees all the same; None: there are none."""
         ...
+
+
+class CorruptionContext(NamedTuple):
+    """What the toolkit gives a corruption."""
+
+    dim: int
+    """Width of the encoder's stem."""
+    channels: int
+    unit_px: int
+
+
+class Teacher(Protocol):
+    """A frozen encoder that sees the whole image, `encoders/teacher.py`."""
+
+    dim: int
+
+    def __call__(self, images: Images, grid: tuple[int, int]) -> Tensor:
+        """(B, gh·gw, dim) float32, without gradient."""
+        ...
+
+
+class TargetContext(NamedTuple):
+    """What the toolkit gives a target."""
+
+    channels: int
+    cell_px: int
+    grid: tuple[int, int]
+    """Cells of an image."""
+    teacher: Callable[..., Any]
+    """teacher(name=…, pretrained=…, args=…, layers=…): a frozen timm model or exported folder, see `Teacher`."""
+    student: Callable[..., Any]
+    """student(layers=…): a frozen copy of the encoder that is being trained, as it starts."""
 
 
 class Target(Protocol):
-    """`targets/*.py`: what is predicted at a cell. Built with `channels` and `cell_px`."""
+    """`targets/*.py`: what is predicted at a cell. Built with a `TargetContext`; a module.
 
+    Where `of` is "classes" it has `classes`, their number. It may have `after_step(encoder, step, total_steps)`,
+    called after every optimizer step, and `may_collapse = True`, for which the rank of its values is logged.
+    """
+
+    of: Literal["values", "classes"]
+    """values: `dim` numbers. classes: dim / classes class numbers, each predicted by so many logits."""
     dim: int
-    """Values predicted for a cell."""
+    """Width of a prediction of one cell."""
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) normalised float32 -> (B, N, dim) float32."""
+    def __call__(self, images: Images) -> Tensor:
+        """(B, N, dim) float32, or (B, N, dim / classes) int64."""
         ...
 
-    def trivial(self, images: Tensor, hidden: Tensor) -> Tensor:
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
         """(B, N, dim): the prediction that knows no image structure; skill is measured against it."""
         ...
 
-    def picture(self, values: Tensor, images: Tensor, hidden: Tensor, *, borrow: bool) -> Tensor:
-        """(B, N, dim) values -> (B, C, H, W) normalised pixels.
+    def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
+        """(B, N, dim) predictions -> (B, C, H, W) normalised pixels; None: this target has no picture.
 
         borrow=True may use statistics of the hidden pixels themselves; a picture made so must say so.
         """
@@ -179,8 +279,11 @@ class Target(Protocol):
 class Loss(Protocol):
     """`losses/*.py`."""
 
+    of: Literal["values", "classes"]
+    """What it compares predictions with."""
+
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """(B, P, dim) and (B, P, dim) float32, hidden cells only -> scalar mean."""
+        """(B, P, dim) and the target of these cells, predicted cells only -> scalar mean in float32."""
         ...
 
 

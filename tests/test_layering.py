@@ -13,13 +13,18 @@ LAYERS = [
     {"rng", "patches", "types"},
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "registry", "encoders"},
     {"recipe", "data"},
-    {"model", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting"},
+    {"model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting"},
     {"diagnostics"},
     {"pretraining", "finetuning"},
     {"cli", "__init__", "__main__"},
 ]
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}
-WITHIN_LAYER = {"runfolder": {"checkpoint"}, "build": {"model"}, "exporting": {"metrics"}, "types": set()}
+WITHIN_LAYER = {
+    "runfolder": {"checkpoint"},
+    "contract": {"model"},
+    "build": {"model", "contract"},
+    "exporting": {"metrics"},
+}
 """Layers are ordered; these few look sideways, and nothing looks back at them."""
 ONLY_IN = {
     "webdataset": {"data"},

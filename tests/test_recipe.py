@@ -60,7 +60,7 @@ WRONG = {
     "a word for a number": ("seed: many\n", [], "r.yaml:7: seed: input should be a valid integer"),
     "a fraction for a count": ("corruption: {enter: 1.5}\n", [], "r.yaml:7: corruption.enter: input should be a valid integer"),
     "unknown component": (
-        "mask: {name: blok}\n", [], "r.yaml:7: mask.name: no such choice; got 'blok'. Did you mean 'block'? Allowed: block, uniform",
+        "mask: {name: blok}\n", [], "r.yaml:7: mask.name: no such choice; got 'blok'. Did you mean 'block'? Allowed: attention, block, grid, inverse_block, uniform",
     ),
     "unknown component, short form": ("head: lineer\n", [], "r.yaml:7: head.name: no such choice; got 'lineer'. Did you mean 'linear'?"),
     "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. Allowed here: name"),
@@ -81,6 +81,11 @@ WRONG = {
     "a format in small letters": ("", ["data.formats=[jpeg]"], "command line: data.formats.0: no such choice; got 'jpeg'. Allowed: JPEG"),
     "a word for a section": ("", ["encoder=vit"], "command line: encoder: must be keys with values: args, grad_checkpointing, name, pretrained"),
     "a mean of 8-bit pixels": ("", ["data.mean=[123.7, 0.5, 0.5]"], "command line: data.mean.0: must be >= 0 and <= 1; got 123.7"),
+    "a range the wrong way round": ("mask: {ratio: [0.8, 0.5]}\n", [], "r.yaml:7: mask.ratio: the lower end comes first; got [0.8, 0.5]"),
+    "a range of three": ("mask: {ratio: [0.1, 0.5, 0.8]}\n", [], "r.yaml:7: mask.ratio: must be one number or [lowest, highest]"),
+    "classes compared by distance": ("target: mean_color\nloss: mse\n", [], "r.yaml:8: loss: mse is not for classes, which target mean_color has; allowed with it: cross_entropy"),
+    "values compared as classes": ("loss: cross_entropy\n", [], "r.yaml:7: loss: cross_entropy is not for values, which target norm_pixels has; allowed with it: cosine, l1, mse, smooth_l1"),
+    "a scale that is no mapping": ("scales: {tiny: 3}\n", [], "r.yaml:7: scales.tiny: must be keys with values, such as optim.steps: 3; got 3"),
     "predict none": ("predict_fraction: 0\n", [], "r.yaml:7: predict_fraction: must be > 0 and <= 1; got 0"),
 }  # fmt: skip
 
@@ -193,13 +198,53 @@ def test_every_recipe_opens_with_source_command_cost_and_score(path: Path) -> No
         assert word in head, f"{path}: its first lines do not say {word}"
 
 
-@pytest.mark.parametrize("path", [p for p in all_recipes() if p.parent.name == "pretrain"], ids=lambda p: p.stem)
+PRETRAINING = [p for p in all_recipes() if p.parent.name == "pretrain"]
+LARGE = ("mae_vit_l16", "mae_vit_h14", "simmim_swin_b", "hybrid_r50_b16")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LARGE else []) for p in PRETRAINING],
+)
 def test_every_pretraining_recipe_builds(path: Path) -> None:
     from mpp.build import build_model
 
     recipe = load_recipe(path, PretrainRecipe)
+    offline = {"target.pretrained": False} if recipe.target.name == "teacher" else {}
+    recipe = load_recipe(path, PretrainRecipe, offline)
     model, grid = build_model(recipe)
     assert grid[0] * model.unit_px == recipe.data.image_size[0]
+
+
+SCALED = [p for p in PRETRAINING if "scales:" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", SCALED, ids=lambda p: p.stem)
+def test_every_recipe_of_a_paper_runs_at_tiny_scale(path: Path, shards: Path, tmp_path: Path) -> None:
+    import mpp
+    from mpp.metrics import read_metrics
+
+    changes = {"data.shards": str(shards), "out": str(tmp_path / "run")}
+    result = mpp.pretrain(path, scale="tiny", **changes)
+    assert result.step == 3
+    assert all(m["loss"] > 0 for m in read_metrics(result.out))
+    assert "scales: {}" in (result.out / "recipe.yaml").read_text()
+
+
+def test_every_recipe_for_imagenet_has_a_tiny_scale() -> None:
+    assert {p.stem for p in PRETRAINING if "/data/imagenet" in p.read_text()} == {p.stem for p in SCALED}
+
+
+def test_scales_come_before_overrides_and_keep_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE + "scales:\n  tiny: {data.image_size: 8, optim.epochs: 1}\n  odd:\n    mask.ratio: 3\n")
+    recipe = load_recipe(path, PretrainRecipe, {"optim.epochs": 2}, "tiny")
+    assert (recipe.data.image_size, recipe.optim.epochs, recipe.scales) == ((8, 8), 2, {})
+    assert load_recipe(path, PretrainRecipe).data.image_size == (32, 32)
+    with pytest.raises(UserError, match=r"r.yaml:10: mask.ratio: must be > 0 and < 1; got 3"):
+        load_recipe(path, PretrainRecipe, None, "odd")
+    with pytest.raises(UserError, match=r"--scale huge: .*r.yaml has tiny, odd"):
+        load_recipe(path, PretrainRecipe, None, "huge")
 
 
 def test_differences_name_keys_that_matter(tmp_path: Path) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mpp.patches import blank_hidden
-from mpp.types import Cells, EncoderInput
+from mpp.types import Corrupted, CorruptionContext, Images, Units
 
 
 class DropCorruption(nn.Module):
     """Only visible tokens are encoded. Needs a head that reads them: `transformer` or `cross_attention`."""
 
     hidden_enter = False
+    mechanism = "drop"
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, context: CorruptionContext) -> None:
         super().__init__()
 
-    def forward(self, images: Tensor, cells: Cells) -> EncoderInput:
-        return EncoderInput(blank_hidden(images, cells.hidden), cells)
+    def forward(self, images: Images, units: Units) -> Corrupted:
+        return Corrupted(blank_hidden(images.normalised, units.hidden), enter=None)
+
+    def kept(self, units: Units) -> Tensor | None:
+        return None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpp.patches import blank_hidden
-from mpp.types import Cells, EncoderInput, NonNegativeInt
+from mpp.types import Corrupted, CorruptionContext, Images, NonNegativeInt, Units
 
 
 class TokenCorruption(nn.Module):
@@ -18,12 +18,16 @@ class TokenCorruption(nn.Module):
     """
 
     hidden_enter = True
+    mechanism = "token"
 
-    def __init__(self, dim: int, *, enter: NonNegativeInt = 0) -> None:
+    def __init__(self, context: CorruptionContext, *, enter: NonNegativeInt = 0) -> None:
         super().__init__()
         self.enter = enter
-        self.mask_token = nn.Parameter(torch.empty(dim))
+        self.mask_token = nn.Parameter(torch.empty(context.dim))
         nn.init.normal_(self.mask_token, std=0.02)  # SimMIM's and BEiT's published codes
 
-    def forward(self, images: Tensor, cells: Cells) -> EncoderInput:
-        return EncoderInput(blank_hidden(images, cells.hidden), cells, self.mask_token, self.enter)
+    def forward(self, images: Images, units: Units) -> Corrupted:
+        return Corrupted(blank_hidden(images.normalised, units.hidden), self.mask_token, units.hidden, self.enter)
+
+    def kept(self, units: Units) -> Tensor | None:
+        return None

@@ -16,7 +16,7 @@ from mpp.data.decode import centre_box, decode_crop, random_box
 from mpp.data.images import ShardImages
 from mpp.errors import UserError
 from mpp.rng import Purpose, stream
-from mpp.types import Batch, MaskSampler
+from mpp.types import NOISE, Batch, MaskSampler
 
 
 @dataclass
@@ -58,7 +58,7 @@ class PretrainDataset(Dataset[Batch]):
     """Keys are (position, shard, row); a list of keys makes a `Batch`.
 
     train_counts: rows of each shard that are trained on; those after are held out. A bad image is replaced by
-    one of its own kind.
+    one of its own kind. global_batch: samples of one step, which all hide as many units.
     """
 
     def __init__(
@@ -69,9 +69,10 @@ class PretrainDataset(Dataset[Batch]):
         mask_grid: tuple[int, int],
         seed: int,
         train_counts: Sequence[int] | np.ndarray,
+        global_batch: int,
     ) -> None:
         self.images, self.crop, self.mask, self.mask_grid, self.seed = images, crop, mask, mask_grid, seed
-        self.train_counts = train_counts
+        self.train_counts, self.global_batch = train_counts, global_batch
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> Batch | UserError:
         try:
@@ -80,11 +81,14 @@ class PretrainDataset(Dataset[Batch]):
             return error  # raised by `batches`, without the worker's traceback
 
     def batch(self, keys: list[tuple[int, int, int]], *, centre: bool = False) -> Batch:
-        """centre: no randomness in the crop, for held-out images."""
+        """centre: for held-out images: no randomness in the crop, the middle of a range of mask ratios."""
         size = (self.crop.channels, *self.crop.size)
         images = torch.empty((len(keys), *size), dtype=torch.uint8)
         masks = np.empty((len(keys), *self.mask_grid), dtype=bool)
-        noise = np.empty((len(keys), *self.mask_grid), dtype=np.float32)
+        noise = np.empty((len(keys), len(NOISE), *self.mask_grid), dtype=np.float32)
+        step = keys[0][0] // self.global_batch
+        draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
+        hidden_units = self.mask.count(self.mask_grid, draw)
         bad: list[str] = []
         replaced = 0
         for i, (position, shard, row) in enumerate(keys):
@@ -97,17 +101,16 @@ class PretrainDataset(Dataset[Batch]):
             images[i], passed_over = self.images.load(shard, row, rows, decode, size)
             bad += passed_over
             replaced += bool(passed_over)
-            masks[i] = self.mask(self.mask_grid, stream(self.seed, Purpose.MASK, position))
-            noise[i] = stream(self.seed, Purpose.NOISE, position).random(self.mask_grid, dtype=np.float32)
-        hidden = masks.sum((1, 2))
-        assert (hidden == hidden[0]).all(), "a mask sampler must hide as many units in every image"
+            masks[i] = self.mask(self.mask_grid, hidden_units, stream(self.seed, Purpose.MASK, position))
+            noise[i] = stream(self.seed, Purpose.NOISE, position).random(noise.shape[1:], dtype=np.float32)
+        assert (masks.sum((1, 2)) == hidden_units).all(), "a mask sampler must hide as many units in every image"
         return Batch(
             images,
             torch.from_numpy(masks),
             torch.from_numpy(noise),
             torch.tensor([k[0] for k in keys]),
             torch.tensor([k[1:] for k in keys]),
-            int(hidden[0]),
+            hidden_units,
             replaced,
             bad,
         )

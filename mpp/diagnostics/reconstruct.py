@@ -15,6 +15,7 @@ from mpp.data.decode import centre_box, decode_crop
 from mpp.errors import BadImage, UserError
 from mpp.recipe import PretrainRecipe, load_recipe
 from mpp.rng import Purpose, stream
+from mpp.types import NOISE
 
 COLUMNS = ("original", "masked", "predicted,\nown statistics borrowed", "predicted,\nunaided")
 TILE_PX = 160
@@ -41,9 +42,19 @@ def reconstruct(run: str | Path, images: list[str], out: str | Path) -> Path:
     model.eval()
     batch = torch.stack([_read(name, recipe) for name in images])
     sampler = build_mask(recipe)
-    masks = np.stack([sampler(grid, stream(recipe.seed, Purpose.MASK, i)) for i in range(len(images))])
-    pictures = model.reconstruct(batch, torch.from_numpy(masks), int(masks[0].sum()))
-    pixels = [(p * model.std + model.mean).clamp(0, 255).byte() for p in pictures]
+    count = sampler.count(grid, 0.5)
+    masks = np.stack([sampler(grid, count, stream(recipe.seed, Purpose.MASK, i)) for i in range(len(images))])
+    noise = np.stack(
+        [
+            stream(recipe.seed, Purpose.NOISE, i).random((len(NOISE), *grid), dtype=np.float32)
+            for i in range(len(images))
+        ]
+    )
+    try:
+        pictures = model.reconstruct(batch, torch.from_numpy(masks), torch.from_numpy(noise), count)
+    except ValueError as error:
+        raise UserError(f"{run}: {error}") from error
+    pixels = [(255 * (p * model.std + model.mean)).clamp(0, 255).byte() for p in pictures]
     _draw([[p[i] for p in pixels] for i in range(len(images))], Path(out))
     return Path(out)
 

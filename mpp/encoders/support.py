@@ -1,13 +1,105 @@
-"""Which encoder families have passed the contract tests, and what they can do."""
+"""Encoder families: which are tried by the contract tests, with which tiny configuration, and what was found.
+
+A family that is not here is probed like any other (`timm_encoder.py`) and may be trained where its probe and leak
+check hold; `mpp models --check NAME` runs the whole contract on it. To add one: a line in FAMILIES, then
+`python tools/support_table.py`, which writes support.json and the README's table.
+"""
 
 from __future__ import annotations
 
-TRIED = {"VisionTransformer": "plain ViT: vit_*, deit_*, deit3_*, with registers, class token or average pooling"}
-"""Class name of the timm model -> what was tried of it."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-FAMILIES_THAT_DROP = frozenset({"VisionTransformer"})
-"""Class names whose blocks take any subset of tokens: absolute positions only, added before block 0."""
+FAMILIES_THAT_DROP = frozenset({"VisionTransformer", "VisionTransformerDistilled", "Eva"})
+"""Class names whose blocks take any subset of tokens: absolute positions added before block 0, or rotary ones
+given to each block. BEiT and rel-pos ViTs have biases between all pairs of places, the others windows, strides
+or mixing over a fixed number of places."""
 
-UNREAD_PREFIXES = ("norm.", "fc_norm.", "head.", "head_dist.", "head_drop.", "attn_pool.")
-"""Parameters that come after the last block. Pretraining reads the last block raw, so nothing trains them:
-they are frozen (DDP waits for the gradient of every trainable parameter)."""
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the support table."""
+
+    title: str
+    family: str
+    """Class of the timm model."""
+    models: str
+    """Names of timm's, as patterns, for people."""
+    example: str
+    """The timm model that the tests build, with `args` at `image_size`."""
+    args: dict[str, Any]
+    image_size: tuple[int, int]
+
+
+_VIT = {"patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 2}
+_SWIN = {"patch_size": 2, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2), "window_size": 2}
+_CONV_ATTENTION = {"embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1), "stem_width": (8, 8)}
+
+FAMILIES = (
+    Family("ViT (Ti, S, B, L, H)", "VisionTransformer", "vit_*", "vit_tiny_patch16_224", _VIT, (12, 20)),
+    Family("ViT-g, G", "VisionTransformer", "vit_giant_*, vit_gigantic_*", "vit_giant_patch14_224", _VIT, (12, 20)),
+    Family("ViT-g, SwiGLU", "VisionTransformer", "vit_giant_*_dinov2", "vit_giant_patch14_dinov2", _VIT, (12, 20)),
+    Family("ViT, average-pooled", "VisionTransformer", "vit_*_gap_*", "vit_base_patch16_gap_224", _VIT, (12, 20)),
+    Family(
+        "ViT with registers", "VisionTransformer", "vit_*_reg4_*", "vit_small_patch14_reg4_dinov2", _VIT, (12, 20)
+    ),
+    Family("ViT, norm before", "VisionTransformer", "vit_*_clip_*", "vit_base_patch16_clip_224", _VIT, (12, 20)),
+    Family(
+        "ResNet-ViT, small stem", "VisionTransformer", "vit_tiny_r_*", "vit_tiny_r_s16_p8_224",
+        {"embed_dim": 24, "depth": 2, "num_heads": 2}, (64, 96),
+    ),
+    Family(
+        "ResNet-ViT, R26", "VisionTransformer", "vit_*_r26_*", "vit_small_r26_s32_224",
+        {"embed_dim": 24, "depth": 2, "num_heads": 2}, (64, 96),
+    ),
+    Family(
+        "ResNet-ViT, R50", "VisionTransformer", "vit_*_r50_*", "vit_base_r50_s16_224",
+        {"embed_dim": 24, "depth": 2, "num_heads": 2}, (48, 80),
+    ),
+    Family("DeiT", "VisionTransformer", "deit_*", "deit_tiny_patch16_224", _VIT, (12, 20)),
+    Family(
+        "DeiT, distilled", "VisionTransformerDistilled", "deit_*_distilled_*", "deit_tiny_distilled_patch16_224",
+        _VIT, (12, 20),
+    ),
+    Family("DeiT III", "VisionTransformer", "deit3_*", "deit3_small_patch16_224", _VIT, (12, 20)),
+    Family("EVA-02", "Eva", "eva02_*", "eva02_tiny_patch14_224", _VIT, (12, 20)),
+    Family("RoPE ViT, axial", "Eva", "vit_*_rope_*", "vit_small_patch16_rope_224", _VIT, (12, 20)),
+    Family(
+        "RoPE ViT, mixed", "Eva", "vit_*_rope_mixed_*", "vit_small_patch16_rope_mixed_ape_224", _VIT, (12, 20)
+    ),
+    Family("DINOv3 ViT", "Eva", "vit_*_dinov3*", "vit_small_patch16_dinov3", _VIT, (12, 20)),
+    Family("BEiT", "Beit", "beit_*, beitv2_*", "beit_base_patch16_224", _VIT, (12, 20)),
+    Family("Swin", "SwinTransformer", "swin_*", "swin_tiny_patch4_window7_224", _SWIN, (12, 20)),
+    Family("SwinV2", "SwinTransformerV2", "swinv2_*", "swinv2_tiny_window8_256", _SWIN, (12, 20)),
+    Family("MLP-Mixer", "MlpMixer", "mixer_*, gmixer_*, resmlp_*, gmlp_*", "mixer_s32_224", {}, (64, 96)),
+    Family("CoAtNet", "MaxxVit", "coatnet_*", "coatnet_nano_rw_224", _CONV_ATTENTION, (64, 96)),
+    Family(
+        "MaxViT", "MaxxVit", "maxvit_*", "maxvit_pico_rw_256",
+        {**_CONV_ATTENTION, "transformer_window_size": (2, 2), "transformer_grid_size": (2, 2)}, (64, 128),
+    ),
+    Family(
+        "PVT v2", "PyramidVisionTransformerV2", "pvt_v2_*", "pvt_v2_b0",
+        {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 2, 4)}, (64, 96),
+    ),
+    Family(
+        "ConvNeXt V2", "ConvNeXt", "convnextv2_*, convnext_*", "convnextv2_atto",
+        {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, (64, 96),
+    ),
+    Family(
+        "Hiera", "Hiera", "hiera_*", "hiera_tiny_224",
+        {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1), "mask_unit_attn": (True, False, False, False)},
+        (64, 96),
+    ),
+)  # fmt: skip
+
+TRIED = frozenset(f.family for f in FAMILIES)
+"""Classes of timm models that the contract tests have seen."""
+TABLE = Path(__file__).with_name("support.json")
+
+
+def table() -> list[dict[str, Any]]:
+    """What the contract tests found for each of FAMILIES, in their order."""
+    rows: list[dict[str, Any]] = json.loads(TABLE.read_text())
+    return rows

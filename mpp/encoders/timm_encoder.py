@@ -6,6 +6,9 @@ the state as it is. Hooks do the rest:
     stem    a forward hook replaces the embedding of hidden cells by the mask token   (tokens present from the stem)
     blocks  forward pre-hooks keep visible tokens only and let mask tokens join later (dropping, late joining)
 
+Where the stem is, its layout and stride, the output's stride and which parameters the output depends on are
+probed on the model itself, so that a family nobody thought of needs no entry here.
+
 `forward_intermediates(norm=False)` reads the last block before the final norm: a head that reads the normed
 tokens leaves an encoder whose probes collapse (SimMIM issue 14), and average-pooled ViTs have no norm there.
 """
@@ -13,6 +16,7 @@ tokens leaves an encoder whose probes collapse (SimMIM issue 14), and average-po
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -20,19 +24,29 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mpp.encoders.support import FAMILIES_THAT_DROP, UNREAD_PREFIXES
+from mpp.encoders.support import FAMILIES_THAT_DROP
 from mpp.errors import UserError
 from mpp.patches import repeat_cells
-from mpp.types import EncoderInput, EncoderOutput, gather_cells
+from mpp.types import Cells, Corrupted, EncoderOutput, gather_cells
 
-STEMS = ("patch_embed", "stem")
-"""Submodules whose output is the embedded patch map, in the order they are looked for."""
+STEMS = ("patch_embed", "stem", "patch_embed.backbone", "patch_embed.backbone.stem")
+"""Submodules whose output is an embedded patch map, coarsest first; the last two are inside hybrid ResNet-ViTs."""
+
+
+def timm_names(pattern: str, key: str) -> list[str]:
+    """timm's models that fit a name or pattern. UserError, naming the recipe's key, where none does."""
+    names: list[str] = timm.list_models(pattern)
+    if not names:
+        close = difflib.get_close_matches(pattern, timm.list_models(), 3, 0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"{key}: timm {timm.__version__} has no model '{pattern}'.{hint}")
+    return names
 
 
 def create_timm_model(
     name: str,
     *,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     in_chans: int,
     pretrained: bool,
     args: dict[str, Any],
@@ -41,48 +55,69 @@ def create_timm_model(
 ) -> nn.Module:
     """A timm model without classifier. UserError, naming the recipe's keys, for an unknown name, argument or size.
 
-    args: timm's.
+    image_size: (H, W) in pixels; None: the model's own. args: timm's.
     """
     for number in ("depth", "embed_dim", "num_heads"):
         value = args.get(number, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        stages = value if isinstance(value, list | tuple) and value else [value]  # hierarchical families have several
+        if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in stages):
             raise UserError(f"{args_key}.{number}: must be a whole number >= 1; got {value!r}")
     patch_size = args.get("patch_size", 16)
     if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
         raise UserError(f"{args_key}.patch_size: square patches, one number of pixels >= 1; got {patch_size!r}")
-    if not timm.is_model(name.removeprefix("hf-hub:").split(".")[0]) and ":" not in name:
-        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.5)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(f"{key}: timm {timm.__version__} has no model '{name}'.{hint}")
+    if ":" not in name:
+        timm_names(name.split(".")[0], key)
+    for key_of_list, value in args.items():  # YAML has lists where timm compares with tuples
+        if isinstance(value, list):
+            args = {**args, key_of_list: tuple(value)}
+    create: Any = partial(timm.create_model, name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **args)
     try:
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=0, in_chans=in_chans, img_size=image_size, **args
-        )
+        try:
+            return create(**({"img_size": image_size} if image_size else {}))
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return create()  # convolutional families take any size
     except TypeError as error:
-        if "img_size" in str(error):
-            raise UserError(f"{key}: timm's {name} cannot be built for an image size; plain ViTs can") from error
         raise UserError(f"{args_key}: {name} does not take this: {error}") from error
     except Exception as error:  # timm, torch or the hub: ZeroDivisionError, KeyError, … by whatever argument is off
         words = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{key}: {name} at {image_size[0]}×{image_size[1]} px with {args}: {type(error).__name__}: {words}"
+            f"{key}: {name} at {'×'.join(map(str, image_size or ('its', 'own')))} px with {args}: "
+            f"{type(error).__name__}: {words}"
         ) from error
 
 
-class TimmEncoder(nn.Module):
-    """A timm model that takes `EncoderInput` and gives `EncoderOutput`.
+@dataclass(frozen=True)
+class Stem:
+    """Where mask tokens are put in."""
 
-    model: any timm encoder with a stem of STEMS, or none of the mask-token modes work (UserError).
+    path: str
+    """Submodule whose output is the embedded patch map."""
+    layout: Literal["NLC", "NHWC", "NCHW"]
+    stride: int
+    """Pixels per cell of that map."""
+    dim: int
+
+
+class TimmEncoder(nn.Module):
+    """A timm model that takes `Corrupted` images and gives `EncoderOutput`.
+
+    unit_px: side of a mask unit, None: the encoder's stride; the stem is the coarsest whose cells fit into it.
+    UserError for a model that does not give a map of features, or not at this size.
     """
 
-    def __init__(self, model: nn.Module, image_size: tuple[int, int]) -> None:
+    def __init__(self, model: nn.Module, image_size: tuple[int, int], unit_px: int | None = None) -> None:
         super().__init__()
         self.model: Any = model
+        self.family = type(model).__name__
+        if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
+            raise UserError(f"encoder.name: timm's {self.family} has no forward_intermediates: no map of features")
         self.dim: int = model.num_features  # type: ignore[assignment]
-        self.stride: int = model.feature_info[-1]["reduction"]  # type: ignore[index,assignment]
+        info: Any = model.feature_info
+        self.stride: int = info[-1]["reduction"]
         self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
         self.image_size = image_size
-        self.family = type(model).__name__
         self.depth: int = len(model.blocks) if hasattr(model, "blocks") else 0  # type: ignore[arg-type]
         self.drops = self.family in FAMILIES_THAT_DROP
         if image_size[0] % self.stride or image_size[1] % self.stride:
@@ -90,106 +125,181 @@ class TimmEncoder(nn.Module):
                 f"data.image_size: {self.family} has a stride of {self.stride} px; "
                 f"got {image_size[0]}×{image_size[1]}, allowed are multiples of {self.stride}"
             )
-        stem = next((s for s in STEMS if hasattr(model, s)), None)
-        if stem is None:
-            raise UserError(f"encoder.name: {self.family} has no stem that takes mask tokens ({', '.join(STEMS)})")
-        self.stem_layout, self.stem_stride, self.stem_dim = self._probe_stem(stem)
-        for name, parameter in model.named_parameters():
-            if name.startswith(UNREAD_PREFIXES):
-                parameter.requires_grad_(False)
+        unit = unit_px or self.stride
+        names = {name for name, _ in model.named_modules()}
+        probed = [self._probe_stem(path) for path in STEMS if path in names]
+        self.stems = [stem for stem in probed if stem is not None]
+        """Every place where mask tokens could be put in, coarsest first."""
+        self.stem = next((s for s in self.stems if unit % s.stride == 0), None)
+        self._freeze_unread()
 
         # forward() sets `_next`, the stem consumes it: a direct call of the timm model stays plain. `_now`
         # outlives forward(), so that blocks recomputed by activation checkpointing see the same mask.
         # Bound methods and partials, no lambdas: deepcopy and pickle then follow the copy.
-        self._next: EncoderInput | None = None
-        self._now: EncoderInput | None = None
-        model.get_submodule(stem).register_forward_hook(self._at_stem)
+        self._next: tuple[Corrupted, Cells] | None = None
+        self._now: tuple[Corrupted, Cells] | None = None
+        if self.stem is not None:
+            model.get_submodule(self.stem.path).register_forward_hook(self._at_stem)
         if self.drops:
             for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
-                block.register_forward_pre_hook(partial(self._at_block, i))
+                block.register_forward_pre_hook(partial(self._at_block, i), with_kwargs=True)
 
     @torch.no_grad()
-    def _probe_stem(self, stem: str) -> tuple[Literal["NLC", "NHWC", "NCHW"], int, int]:
-        """Layout, stride and width of the stem's output, from two image widths: one shape alone is ambiguous."""
-        module: Any = self.model.get_submodule(stem)
-        strict, training = getattr(module, "strict_img_size", None), module.training
+    def _probe_stem(self, path: str) -> Stem | None:
+        """Layout, stride and width of a stem's output, from two image widths: one shape alone is ambiguous.
+
+        None for a submodule that is no stem: it does not take images, or gives no map of them.
+        """
+        top: Any = self.model.get_submodule(path.split(".")[0])
+        strict, training = getattr(top, "strict_img_size", None), top.training
         parameter = next(self.model.parameters())
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
+        handle = self.model.get_submodule(path).register_forward_hook(
+            lambda module, args, out: shapes.append(tuple(_tensor_of(out).shape))
+        )
         try:
             if strict:
-                module.strict_img_size = False
-            module.eval()
+                top.strict_img_size = False
+            top.eval()
             for cells in (2, 3):
                 size = (2 * self.stride, cells * self.stride)
-                probe = torch.zeros(1, self.model.in_chans, *size, device=parameter.device, dtype=parameter.dtype)
-                shapes.append(tuple(module(probe).shape))
+                top(torch.zeros(1, self.model.in_chans, *size, device=parameter.device, dtype=parameter.dtype))
+        except Exception:  # whatever a module raises that was never meant to be called so
+            return None
         finally:
-            module.train(training)
+            handle.remove()
+            top.train(training)
             if strict:
-                module.strict_img_size = strict
+                top.strict_img_size = strict
+        if [len(shape) for shape in shapes] not in ([3, 3], [4, 4]):
+            return None
         first, second = shapes
         if len(first) == 3:
-            return "NLC", round(2 * self.stride / first[1] ** 0.5), first[2]
+            return Stem(path, "NLC", round(2 * self.stride / first[1] ** 0.5), first[2])
         if first[2] != second[2]:
-            return "NHWC", 2 * self.stride // first[2], first[3]
-        return "NCHW", 2 * self.stride // first[3], first[1]
+            return Stem(path, "NHWC", 2 * self.stride // first[2], first[3])
+        return Stem(path, "NCHW", 2 * self.stride // first[3], first[1])
+
+    def _freeze_unread(self) -> None:
+        """Freeze what the last block does not depend on: final norms, class heads, pooling.
+
+        Pretraining reads the last block raw, so nothing would train them, and DDP waits for the gradient of every
+        trainable parameter. Found in the graph of one forward, not by name. UserError where the map of features
+        is not what the model says it is.
+        """
+        training = self.model.training
+        parameter = next(self.model.parameters())
+        blank = torch.zeros(1, self.model.in_chans, *self.image_size, device=parameter.device, dtype=parameter.dtype)
+        self.model.eval()
+        try:
+            with torch.enable_grad():
+                out = self.model.forward_intermediates(
+                    blank, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
+                )[-1]
+        except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
+            words = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"data.image_size: {self.family} does not run at {self.image_size[0]}×{self.image_size[1]} px: "
+                f"{type(error).__name__}: {words}"
+            ) from error
+        finally:
+            self.model.train(training)
+        if tuple(out.shape) != (1, self.dim, *self.grid(self.image_size)):
+            raise UserError(
+                f"encoder.name: {self.family} gives features of {tuple(out.shape[1:])} where its stride of "
+                f"{self.stride} px says {(self.dim, *self.grid(self.image_size))}"
+            )
+        read, seen, left = set(), set(), [out.grad_fn]
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                read.add(id(node.variable))
+            left.extend(following for following, _ in node.next_functions)
+        for p in self.model.parameters():
+            if id(p) not in read:
+                p.requires_grad_(False)
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(gh, gw) of an image of (H, W) px."""
         return image_size[0] // self.stride, image_size[1] // self.stride
 
-    def forward(self, x: EncoderInput) -> EncoderOutput:
+    def forward(self, x: Corrupted, cells: Cells) -> EncoderOutput:
         """Images with hidden cells -> tokens of the last block, see `EncoderOutput`.
 
         ValueError where tokens would have to be dropped and this family cannot.
         """
-        dropping = x.mask_token is None or x.enter > 0
+        dropping = x.enter is None or x.enter > 0
         if dropping and not self.drops:
             raise ValueError(f"{self.family} cannot run on a part of its tokens")
-        self._next = x
+        self._next = (x, cells)
         output_format = "NLC" if self.drops else "NCHW"
         tokens = self.model.forward_intermediates(
             x.images, indices=1, norm=False, output_fmt=output_format, intermediates_only=True
         )[-1]
+        self._next = None  # a model without a stem has not consumed it
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
         layout: Literal["raster", "visible", "visible+predicted"] = "raster"
         if dropping:
             layout = "visible" if x.mask_token is None else "visible+predicted"
-        return EncoderOutput(tokens, x.cells, layout)
+        return EncoderOutput(tokens, cells, layout)
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
-    def _at_stem(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+    def _at_stem(self, module: nn.Module, args: Any, out: Any) -> Any:
         self._now, self._next = self._next, None
-        now = self._now
-        if now is None or now.mask_token is None or now.enter > 0:
+        if self._now is None:
             return None
-        cells = repeat_cells(now.cells.hidden, self.stride // self.stem_stride)
-        token = now.mask_token.to(out.dtype)
-        if self.stem_layout == "NCHW":
-            return torch.where(cells.unsqueeze(1), token.view(-1, 1, 1), out)
-        return torch.where((cells.flatten(1) if self.stem_layout == "NLC" else cells).unsqueeze(-1), token, out)
+        x, _ = self._now
+        if x.mask_token is None or x.replaced is None or x.enter != 0:
+            return None
+        assert self.stem is not None
+        tokens = _tensor_of(out)
+        cells = repeat_cells(x.replaced, self.image_size[0] // x.replaced.shape[1] // self.stem.stride)
+        token = x.mask_token.to(tokens.dtype)
+        if self.stem.layout == "NCHW":
+            tokens = torch.where(cells.unsqueeze(1), token.view(-1, 1, 1), tokens)
+        else:
+            where = cells.flatten(1) if self.stem.layout == "NLC" else cells
+            tokens = torch.where(where.unsqueeze(-1), token, tokens)
+        return tokens if isinstance(out, Tensor) else (tokens, *out[1:])
 
-    def _at_block(self, i: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
-        now = self._now
-        if now is None or (now.mask_token is not None and now.enter == 0):
+    def _at_block(
+        self, i: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if self._now is None or self._now[0].enter == 0:
             return None
-        x, rest = args[0], args[1:]
+        x, cells = self._now
+        tokens, rest = args[0], args[1:]
         if i == 0:
-            prefix, patches = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
-            x = torch.cat([prefix, gather_cells(patches, now.cells.visible)], 1)
-        if now.mask_token is not None and i == now.enter:
-            x = torch.cat([x, self._joining(now).to(x.dtype)], 1)
-        return (x, *rest)
+            prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+            tokens = torch.cat([prefix, gather_cells(patches, cells.visible)], 1)
+        joined = x.enter is not None and i >= x.enter
+        if i == x.enter:
+            tokens = torch.cat([tokens, self._joining(x, cells).to(tokens.dtype)], 1)
+        rope = kwargs.get("rope")
+        if rope is not None:  # each image has rows of its own now
+            rows = torch.cat([cells.visible, cells.predicted], 1) if joined else cells.visible
+            # (N, K), or (heads, N, K) where every head has its own -> (B, 1 or heads, rows, K)
+            rope = rope[rows].unsqueeze(1) if rope.ndim == 2 else rope[:, rows].transpose(0, 1)
+            kwargs = {**kwargs, "rope": rope}
+        return (tokens, *rest), kwargs
 
-    def _joining(self, now: EncoderInput) -> Tensor:
+    def _joining(self, x: Corrupted, cells: Cells) -> Tensor:
         """(B, P, D): mask tokens as they would have looked at the input of block 0."""
-        assert now.mask_token is not None
-        batch, count = now.cells.predicted.shape
-        tokens = now.mask_token.expand(batch, count, -1)
+        assert x.mask_token is not None
+        batch, count = cells.predicted.shape
+        tokens = x.mask_token.expand(batch, count, -1)
         positions = self.model.pos_embed
         if positions is not None:
             skip = 0 if self.model.no_embed_class else self.prefix_tokens
-            tokens = tokens + gather_cells(positions[:, skip:].expand(batch, -1, -1), now.cells.predicted)
+            tokens = tokens + gather_cells(positions[:, skip:].expand(batch, -1, -1), cells.predicted)
         return self.model.norm_pre(tokens)  # CLIP-style ViTs norm here, token by token; others have Identity
+
+
+def _tensor_of(out: Any) -> Tensor:
+    """Some stems give (tokens, size)."""
+    return out if isinstance(out, Tensor) else out[0]

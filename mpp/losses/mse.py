@@ -9,5 +9,7 @@ from torch import Tensor
 class MseLoss:
     """Mean over images, predicted cells and values: already a mean, never divided by a cell count again."""
 
+    of = "values"
+
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(prediction.float(), target.float())

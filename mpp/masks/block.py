@@ -6,35 +6,37 @@ import math
 
 import numpy as np
 
-from mpp.types import OpenFraction, PositiveFloat, PositiveInt
+from mpp.patches import count_hidden
+from mpp.types import PositiveFloat, PositiveInt, Ratio
 
 
 class BlockMask:
-    """Rectangles of random aspect are hidden until `ratio` of the cells is; the last one is trimmed.
+    """Rectangles of random aspect are hidden until `ratio` of the units is; the last one is trimmed.
 
-    `ratio`: fraction of cells hidden, exact after rounding (BEiT: 0.4).
-    `min_block`: smallest rectangle in cells (BEiT: 16 on a 14×14 grid); capped at what is still to hide.
+    `ratio`: part of the units hidden, exact after rounding (BEiT: 0.4); a range is drawn per batch.
+    `min_block`: smallest rectangle in units (BEiT: 16 on a 14×14 grid); capped at what is still to hide.
     `max_aspect`: rectangles have aspects in [1 / max_aspect, max_aspect] (BEiT: 1 / 0.3).
     `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
 
-    BEiT accepts a mask with fewer cells than asked. Here every mask has the same count, which dropping
-    hidden tokens needs: the block that would overshoot loses random cells.
+    BEiT accepts a mask with fewer units than asked. Here every mask has the same count, which dropping
+    hidden tokens needs: the block that would overshoot loses random units.
     """
 
     def __init__(
         self,
         *,
-        ratio: OpenFraction = 0.4,
+        ratio: Ratio = 0.4,
         min_block: PositiveInt = 16,
         max_aspect: PositiveFloat = 1 / 0.3,
         unit_px: PositiveInt | None = None,
     ) -> None:
         self.ratio, self.min_block, self.max_aspect, self.unit_px = ratio, min_block, max_aspect, unit_px
 
-    def __call__(self, grid: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    def count(self, grid: tuple[int, int], draw: float) -> int:
+        return count_hidden(grid[0] * grid[1], self.ratio, draw)
+
+    def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         gh, gw = grid
-        n = gh * gw
-        count = min(max(round(n * self.ratio), 1), n - 1)
         mask = np.zeros(grid, dtype=bool)
         spread = abs(math.log(self.max_aspect))
         while (left := count - int(mask.sum())) > 0:

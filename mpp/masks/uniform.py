@@ -1,24 +1,28 @@
-"""Cells hidden uniformly at random (MAE, He et al. 2022, section 3; SimMIM, Xie et al. 2022, section 3.2)."""
+"""Units hidden uniformly at random (MAE, He et al. 2022, section 3; SimMIM, Xie et al. 2022, section 3.2)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from mpp.types import OpenFraction, PositiveInt
+from mpp.patches import count_hidden
+from mpp.types import PositiveInt, Ratio
 
 
 class UniformMask:
-    """`ratio`: fraction of cells hidden, rounded, at least one hidden and one visible.
+    """`ratio`: part of the units hidden, rounded, at least one hidden and one visible; a range is drawn per batch.
 
-    `unit_px`: side of a mask unit in pixels, a multiple of the encoder's stride (None: the stride itself).
+    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
     Default ratio 0.6 and 32 px units are SimMIM's for token prediction, 0.75 is MAE's.
     """
 
-    def __init__(self, *, ratio: OpenFraction = 0.6, unit_px: PositiveInt | None = None) -> None:
+    def __init__(self, *, ratio: Ratio = 0.6, unit_px: PositiveInt | None = None) -> None:
         self.ratio, self.unit_px = ratio, unit_px
 
-    def __call__(self, grid: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    def count(self, grid: tuple[int, int], draw: float) -> int:
+        return count_hidden(grid[0] * grid[1], self.ratio, draw)
+
+    def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         n = grid[0] * grid[1]
         mask = np.zeros(n, dtype=bool)
-        mask[rng.permutation(n)[: min(max(round(n * self.ratio), 1), n - 1)]] = True
+        mask[rng.permutation(n)[:count]] = True
         return mask.reshape(grid)

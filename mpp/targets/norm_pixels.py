@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpp.patches import patchify, repeat_cells, unpatchify
+from mpp.types import Images, TargetContext
 
 EPSILON = 1e-6  # added to the variance, as MAE's published code does
 
 
-class NormPixelsTarget:
+class NormPixelsTarget(nn.Module):
     """(patch - mean) / std over all pixels and channels of the patch, unbiased variance, in float32."""
 
-    def __init__(self, channels: int, cell_px: int) -> None:
-        self.channels, self.cell_px = channels, cell_px
-        self.dim = channels * cell_px * cell_px
+    of = "values"
 
-    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        patches = patchify(images.float(), self.cell_px)
+    def __init__(self, context: TargetContext) -> None:
+        super().__init__()
+        self.cell_px = context.cell_px
+        self.dim = context.channels * context.cell_px * context.cell_px
+
+    def _statistics(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
+        patches = patchify(images.normalised.float(), self.cell_px)
         mean = patches.mean(-1, keepdim=True)
         std = (patches.var(-1, keepdim=True) + EPSILON).sqrt()
         return patches, mean, std
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def forward(self, images: Images) -> Tensor:
         patches, mean, std = self._statistics(images)
         return (patches - mean) / std
 
-    def trivial(self, images: Tensor, hidden: Tensor) -> Tensor:
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
         """Zero: the mean of every normalised patch."""
-        return torch.zeros(len(images), hidden[0].numel(), self.dim, device=images.device)
+        return torch.zeros(len(hidden), hidden[0].numel(), self.dim, device=hidden.device)
 
-    def picture(self, values: Tensor, images: Tensor, hidden: Tensor, *, borrow: bool) -> Tensor:
+    def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
         """borrow=True: each patch's own mean and std, which the model never saw; else the visible pixels'."""
         if borrow:
             _, mean, std = self._statistics(images)
         else:
-            visible = repeat_cells(~hidden, self.cell_px).unsqueeze(1).expand_as(images)
+            x = images.normalised.float()
+            visible = repeat_cells(~hidden, self.cell_px).unsqueeze(1).expand_as(x)
             count = visible.sum((1, 2, 3))
-            zeroed = torch.where(visible, images.float(), 0.0)
-            centre = zeroed.sum((1, 2, 3)) / count
-            square = torch.where(visible, (images.float() - centre[:, None, None, None]) ** 2, 0.0)
+            centre = torch.where(visible, x, 0.0).sum((1, 2, 3)) / count
+            square = torch.where(visible, (x - centre[:, None, None, None]) ** 2, 0.0)
             mean, std = centre[:, None, None], (square.sum((1, 2, 3)) / count).sqrt()[:, None, None]
-        return unpatchify(values * std + mean, self.cell_px, (hidden.shape[1], hidden.shape[2]))
+        return unpatchify(prediction * std + mean, self.cell_px, (hidden.shape[1], hidden.shape[2]))

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpp.patches import patchify, repeat_cells, unpatchify
+from mpp.types import Images, TargetContext
 
 
-class PixelsTarget:
+class PixelsTarget(nn.Module):
     """Pixels normalised by the data set's mean and std, nothing more."""
 
-    def __init__(self, channels: int, cell_px: int) -> None:
-        self.channels, self.cell_px = channels, cell_px
-        self.dim = channels * cell_px * cell_px
+    of = "values"
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return patchify(images.float(), self.cell_px)
+    def __init__(self, context: TargetContext) -> None:
+        super().__init__()
+        self.cell_px = context.cell_px
+        self.dim = context.channels * context.cell_px * context.cell_px
 
-    def trivial(self, images: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, images: Images) -> Tensor:
+        return patchify(images.normalised.float(), self.cell_px)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
         """Every hidden cell gets the mean visible colour of its image."""
         visible = repeat_cells(~hidden, self.cell_px).unsqueeze(1)
-        mean = (images.float() * visible).sum((2, 3)) / visible.sum((2, 3))
+        mean = (images.normalised.float() * visible).sum((2, 3)) / visible.sum((2, 3))
         flat = mean.repeat_interleave(self.cell_px * self.cell_px, dim=1)
         return flat.unsqueeze(1).expand(-1, hidden[0].numel(), -1)
 
-    def picture(self, values: Tensor, images: Tensor, hidden: Tensor, *, borrow: bool) -> Tensor:
-        return unpatchify(values, self.cell_px, (hidden.shape[1], hidden.shape[2]))
+    def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
+        return unpatchify(prediction, self.cell_px, (hidden.shape[1], hidden.shape[2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpp import registry
-from mpp.patches import hidden_cells, repeat_cells, unpatchify, visible_cells
+from mpp.encoders.teacher import frozen_copy, frozen_teacher
+from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
+from mpp.patches import effective_rank, hidden_cells, patchify, repeat_cells, unpatchify, visible_cells
 from mpp.rng import Purpose, stream
-from mpp.types import Cells, EncoderOutput
+from mpp.types import NOISE, Cells, CorruptionContext, EncoderOutput, Images, TargetContext, Units
 
 GRID, CELL_PX = (3, 5), 4
 
@@ -23,9 +26,45 @@ def hidden_of(batch: int, grid: tuple[int, int] = GRID, count: int = 6) -> torch
     return torch.from_numpy(np.stack(rows)).view(batch, *grid)
 
 
+def noise_of(batch: int, grid: tuple[int, int] = GRID) -> torch.Tensor:
+    return torch.rand(batch, len(NOISE), *grid, generator=torch.Generator().manual_seed(5))
+
+
 def cells_of(batch: int, count: int = 6) -> Cells:
     hidden = hidden_of(batch, count=count)
     return Cells(hidden, visible_cells(hidden, count), hidden_cells(hidden, count))
+
+
+def images_of(raw: torch.Tensor) -> Images:
+    mean, std = torch.full((raw.shape[1], 1, 1), 0.45), torch.full((raw.shape[1], 1, 1), 0.25)
+    return Images(raw, (raw.float() / 255 - mean) / std, mean, std)
+
+
+def raw_of(channels: int, seed: int = 1) -> torch.Tensor:
+    size = (4, channels, GRID[0] * CELL_PX, GRID[1] * CELL_PX)
+    return torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def target_of(name: str, channels: int = 3, cell_px: int = CELL_PX, grid: tuple[int, int] = GRID, **args: Any) -> Any:
+    """A target of tiny teachers; nothing is fetched."""
+
+    def teacher(**asked: Any) -> Any:
+        return frozen_teacher(**{"channels": channels, "grid": grid, **asked})
+
+    def student(**asked: Any) -> Any:
+        size = (grid[0] * cell_px, grid[1] * cell_px)
+        tiny = {"patch_size": cell_px, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        model = create_timm_model(
+            "vit_tiny_patch16_224", image_size=size, in_chans=channels, pretrained=False, args=tiny
+        )
+        return frozen_copy(TimmEncoder(model, size), **asked)
+
+    if channels == 13 and "bits" in registry.recipe_arguments(registry.component("targets", name)):
+        args = {"bits": 1, **args}
+    if name == "teacher":
+        vit = {"patch_size": cell_px, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        args = {"teacher": "vit_tiny_patch16_224", "pretrained": False, "args": vit, **args}
+    return registry.component("targets", name)(TargetContext(channels, cell_px, grid, teacher, student), **args)
 
 
 @pytest.mark.parametrize("folder", registry.SUFFIX)
@@ -44,102 +83,410 @@ def test_unknown_names_are_refused() -> None:
         registry.component("masks", "unifrom")
 
 
+def mask_of(name: str, ratio: Any) -> Any:
+    cls = registry.component("masks", name)
+    return cls(**({"ratio": ratio} if "ratio" in registry.recipe_arguments(cls) else {}))
+
+
 @pytest.mark.parametrize("name", registry.names("masks"))
 @settings(max_examples=60, deadline=None)
-@given(gh=st.integers(1, 9), gw=st.integers(2, 9), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 2**40))
-def test_masks_hide_a_count_that_depends_on_the_grid_alone(
-    name: str, gh: int, gw: int, ratio: float, seed: int
+@given(
+    gh=st.integers(1, 9),
+    gw=st.integers(2, 9),
+    ends=st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)).map(sorted).map(tuple),
+    draw=st.floats(0, 1, exclude_max=True),
+    seed=st.integers(0, 2**40),
+)
+def test_masks_hide_the_count_they_say(
+    name: str, gh: int, gw: int, ends: tuple[float, float], draw: float, seed: int
 ) -> None:
-    mask = registry.component("masks", name)(ratio=ratio)
-    drawn = [mask((gh, gw), stream(seed, Purpose.MASK, i)) for i in range(3)]
-    expected = min(max(round(gh * gw * ratio), 1), gh * gw - 1)
-    for m in drawn:
-        assert m.shape == (gh, gw)
-        assert m.dtype == bool
-        assert m.sum() == expected
-    again = mask((gh, gw), stream(seed, Purpose.MASK, 0))
-    assert (again == drawn[0]).all(), "a mask must be a pure function of its generator"
+    for ratio in (ends[0], ends):
+        mask = mask_of(name, ratio)
+        count = mask.count((gh, gw), draw)
+        assert 1 <= count <= gh * gw - 1
+        if hasattr(mask, "ratio"):
+            wanted = ends[0] + (ends[1] - ends[0]) * draw if ratio == ends else ratio
+            assert count == min(max(round(gh * gw * wanted), 1), gh * gw - 1)
+        drawn = [mask((gh, gw), count, stream(seed, Purpose.MASK, i)) for i in range(3)]
+        for m in drawn:
+            assert m.shape == (gh, gw)
+            assert m.dtype == bool
+            assert m.sum() == count
+        again = mask((gh, gw), count, stream(seed, Purpose.MASK, 0))
+        assert (again == drawn[0]).all(), "a mask must be a pure function of its generator"
 
 
 @pytest.mark.parametrize("name", registry.names("masks"))
 def test_masks_differ_between_positions_and_reach_every_cell(name: str) -> None:
-    mask = registry.component("masks", name)(ratio=0.4)
-    drawn = np.stack([mask((6, 6), stream(0, Purpose.MASK, i)) for i in range(200)])
-    assert len({m.tobytes() for m in drawn}) > 150
+    mask = mask_of(name, 0.4)
+    count = mask.count((6, 6), 0.5)
+    drawn = np.stack([mask((6, 6), count, stream(0, Purpose.MASK, i)) for i in range(200)])
+    possible = {"grid": 4, "inverse_block": 72}.get(name, 150)  # a grid of period 2 has 4 places to begin
+    assert len({m.tobytes() for m in drawn}) >= possible
     assert drawn.any(0).all()
     assert not drawn.all(0).any()
+
+
+def neighbours(visible: np.ndarray) -> int:
+    """Pairs of visible units side by side or one above the other, the grid's edges joined."""
+    return int(sum((visible & np.roll(visible, 1, axis)).sum() for axis in (0, 1)))
+
+
+def test_an_inverse_block_keeps_one_block_in_view() -> None:
+    mask = mask_of("inverse_block", 0.75)
+    uniform = mask_of("uniform", 0.75)
+    for i in range(50):
+        visible = ~mask((8, 8), 48, stream(0, Purpose.MASK, i))
+        assert neighbours(visible) >= 20, "16 units in a block of 4 × 4 have 24 borders, in one of 3 × 6 less"
+        assert neighbours(~uniform((8, 8), 48, stream(0, Purpose.MASK, i))) < 20
+    fixed = registry.component("masks", "inverse_block")(ratio=0.75, roll=False)
+    seen = np.mean([~fixed((8, 8), 48, stream(0, Purpose.MASK, i)) for i in range(400)], 0)
+    rolled = np.mean([~mask((8, 8), 48, stream(0, Purpose.MASK, i)) for i in range(400)], 0)
+    assert seen[3:5, 3:5].mean() > 3 * seen[0, 0], "without rolling, corners are seldom in view"
+    assert rolled.min() > 0.15, "with it, every unit is as often as any"
+
+
+def test_a_grid_is_regular() -> None:
+    mask = registry.component("masks", "grid")(period=3)
+    for i in range(20):
+        rows, cols = np.nonzero(~mask((7, 9), mask.count((7, 9), 0.0), stream(0, Purpose.MASK, i)))
+        assert set(np.diff(np.unique(rows))) == {3}
+        assert set(np.diff(np.unique(cols))) == {3}
+    with pytest.raises(ValueError, match="period: 2 or more"):
+        registry.component("masks", "grid")(period=1)
+
+
+class TestAttentionMask:
+    def build(self, strength: float) -> Any:
+        vit = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+        mask = registry.component("masks", "attention")(
+            teacher="vit_tiny_patch16_224", pretrained=False, args=vit, strength=strength
+        )
+        torch.manual_seed(0)
+        return mask.guide(lambda **asked: frozen_teacher(**{"channels": 3, **asked}), grid=GRID)
+
+    def test_it_hides_what_the_teacher_attends_to(self) -> None:
+        guide, images = self.build(1e6), images_of(raw_of(3))
+        drawn = guide(images, noise_of(4)[:, 3], 6)
+        attention = guide.teacher.attention(images, GRID)
+        assert drawn.flatten(1).sum(1).tolist() == [6] * 4
+        hidden, seen = attention[drawn.flatten(1)], attention[~drawn.flatten(1)]
+        assert torch.equal(drawn.flatten(1), attention >= attention.topk(6).values[:, -1:])
+        assert hidden.mean() > seen.mean()
+
+    def test_attention_is_what_the_block_computes(self) -> None:
+        guide, images = self.build(1.0), images_of(raw_of(3))
+        model = guide.teacher.model
+        model.blocks[-1].attn.fused_attn = False
+        caught = []
+        model.blocks[-1].attn.attn_drop.register_forward_hook(lambda m, a, out: caught.append(out))
+        attention = guide.teacher.attention(images, GRID)
+        torch.testing.assert_close(attention, caught[0].mean(1)[:, 0, 1:])
+
+    def test_chance_loosens_it(self) -> None:
+        images = images_of(raw_of(3)[:1].expand(64, -1, -1, -1))
+        noise = torch.rand(64, *GRID, generator=torch.Generator().manual_seed(0))
+        uniform, guided = (self.build(s)(images, noise, 6).float().mean(0) for s in (0.0, 1e6))
+        assert uniform.max() < 0.65
+        assert set(guided.flatten().tolist()) == {0.0, 1.0}
+
+    def test_teachers_without_readable_attention_are_refused(self) -> None:
+        mask = registry.component("masks", "attention")(teacher="pvt_v2_b0", pretrained=False)
+        with pytest.raises(ValueError, match="teacher: attention is read from plain ViTs; got a Pyramid"):
+            mask.guide(lambda **asked: frozen_teacher(**{"channels": 3, **asked}), grid=(2, 2))
+
+
+@pytest.mark.parametrize("name", registry.names("corruptions"))
+class TestCorruptions:
+    def build(self, name: str) -> Any:
+        torch.manual_seed(0)
+        return registry.component("corruptions", name)(CorruptionContext(8, 3, CELL_PX))
+
+    def test_nothing_of_a_hidden_unit_is_left(self, name: str) -> None:
+        corruption, raw = self.build(name), raw_of(3)
+        units = Units(hidden_of(4), 6, noise_of(4))
+        kept = corruption.kept(units)
+        blind = units.hidden if kept is None else units.hidden & ~kept
+        assert kept is None or not (kept & ~units.hidden).any()
+        pixels = repeat_cells(blind, CELL_PX).unsqueeze(1)
+        images = images_of(raw)
+        before = corruption(images, units)
+        other = images._replace(
+            raw=raw.masked_fill(pixels, 7), normalised=images.normalised.masked_fill(pixels, torch.nan)
+        )
+        after = corruption(other, units)
+        assert torch.equal(before.images, after.images)
+        assert before.enter == after.enter
+        assert (before.enter is None) == (not corruption.hidden_enter) == (corruption.mechanism == "drop")
+        assert (before.mask_token is None) == (corruption.mechanism != "token")
+
+    def test_visible_units_stay_as_they_are(self, name: str) -> None:
+        corruption, images = self.build(name), images_of(raw_of(3))
+        units = Units(hidden_of(4), 6, noise_of(4))
+        out = corruption(images, units).images
+        pixels = repeat_cells(~units.hidden, CELL_PX).unsqueeze(1).expand_as(out)
+        assert torch.equal(out[pixels], images.normalised[pixels])
+
+    def test_images_do_not_see_each_other(self, name: str) -> None:
+        corruption, raw = self.build(name), raw_of(3)
+        units = Units(hidden_of(4), 6, noise_of(4))
+        before = corruption(images_of(raw), units).images[0]
+        raw[1:] = 255 - raw[1:]
+        assert torch.equal(corruption(images_of(raw), units).images[0], before)
+
+
+def test_bert_masks_copies_and_keeps_the_parts_it_says() -> None:
+    corruption = registry.component("corruptions", "bert")(CorruptionContext(8, 3, CELL_PX), random=0.2, keep=0.3)
+    images, units = images_of(raw_of(3)), Units(hidden_of(4, count=10), 10, noise_of(4))
+    out, kept = corruption(images, units), corruption.kept(units)
+    assert kept.flatten(1).sum(1).tolist() == [3] * 4
+    assert out.replaced.flatten(1).sum(1).tolist() == [5] * 4
+    before, after = patchify(images.normalised, CELL_PX), patchify(out.images, CELL_PX)
+    assert torch.equal(after[kept.flatten(1)], before[kept.flatten(1)])
+    assert (after[out.replaced.flatten(1)] == 0).all()
+    copied = units.hidden & ~out.replaced & ~kept
+    for i in range(4):
+        visible = before[i, ~units.hidden[i].flatten()]
+        for patch in after[i, copied[i].flatten()]:
+            assert (visible == patch).all(1).any(), "a copy of a visible unit of the same image"
+
+
+@pytest.mark.parametrize(("random", "keep"), [(0.6, 0.5), (0.0, 1.0)])
+def test_bert_refuses_parts_that_are_no_parts(random: float, keep: float) -> None:
+    with pytest.raises(ValueError, match="at most 1|hides nothing"):
+        registry.component("corruptions", "bert")(CorruptionContext(8, 3, CELL_PX), random=random, keep=keep)
+
+
+def test_random_patches_draw_from_all_visible_ones() -> None:
+    corruption = registry.component("corruptions", "random_patch")(CorruptionContext(8, 3, CELL_PX))
+    raw = raw_of(3)[:1].expand(200, -1, -1, -1)
+    units = Units(hidden_of(4)[:1].expand(200, -1, -1), 6, torch.rand(200, len(NOISE), *GRID))
+    images = images_of(raw)
+    out = patchify(corruption(images, units).images, CELL_PX)
+    visible = patchify(images.normalised, CELL_PX)[0, ~units.hidden[0].flatten()]
+    place = units.hidden[0].flatten().nonzero()[0, 0]
+    seen = {int((visible == patch).all(1).nonzero()[0, 0]) for patch in out[:, place]}
+    assert seen == set(range(9))
 
 
 @pytest.mark.parametrize("channels", [1, 4, 13])
 @pytest.mark.parametrize("name", registry.names("targets"))
 class TestTargets:
-    def images(self, channels: int) -> torch.Tensor:
-        return torch.randn(
-            4, channels, GRID[0] * CELL_PX, GRID[1] * CELL_PX, generator=torch.Generator().manual_seed(1)
-        )
+    def hide_other_pixels(self, images: Images, hidden: torch.Tensor) -> Images:
+        pixels = repeat_cells(hidden, CELL_PX).unsqueeze(1)
+        return images_of(torch.where(pixels, raw_of(images.raw.shape[1], seed=9), images.raw))
 
     def test_shapes_and_trivial(self, name: str, channels: int) -> None:
-        target, x = registry.component("targets", name)(channels, CELL_PX), self.images(channels)
-        values = target(x)
-        assert values.shape == (4, 15, target.dim)
-        assert values.dtype == torch.float32
-        assert target.trivial(x, hidden_of(4)).shape == values.shape
+        target, x = target_of(name, channels), images_of(raw_of(channels))
+        values, trivial = target(x), target.trivial(x, hidden_of(4))
+        assert trivial.shape == (4, 15, target.dim)
+        if target.of == "classes":
+            assert values.dtype == torch.int64
+            assert values.shape == (4, 15, target.dim // target.classes)
+            assert 0 <= values.min() <= values.max() < target.classes
+            torch.testing.assert_close(
+                trivial.unflatten(-1, (-1, target.classes)).exp().sum(-1), torch.ones(4, 15, values.shape[-1])
+            )
+        else:
+            assert values.shape == trivial.shape
+            assert values.dtype == torch.float32
 
     def test_trivial_does_not_look_under_the_mask(self, name: str, channels: int) -> None:
-        target, x, hidden = (
-            registry.component("targets", name)(channels, CELL_PX),
-            self.images(channels),
-            hidden_of(4),
-        )
-        pixels = repeat_cells(hidden, CELL_PX).unsqueeze(1)
-        other = torch.where(pixels, torch.randn_like(x), x)
+        target, x, hidden = target_of(name, channels), images_of(raw_of(channels)), hidden_of(4)
+        other = self.hide_other_pixels(x, hidden)
         torch.testing.assert_close(target.trivial(x, hidden), target.trivial(other, hidden), rtol=0, atol=1e-6)
 
     def test_unaided_picture_does_not_look_under_the_mask(self, name: str, channels: int) -> None:
-        target, x, hidden = (
-            registry.component("targets", name)(channels, CELL_PX),
-            self.images(channels),
-            hidden_of(4),
-        )
-        values = torch.randn(4, 15, target.dim)
-        pixels = repeat_cells(hidden, CELL_PX).unsqueeze(1)
-        other = torch.where(pixels, torch.randn_like(x), x)
-        a, b = (target.picture(values, i, hidden, borrow=False) for i in (x, other))
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        target, x, hidden = target_of(name, channels), images_of(raw_of(channels)), hidden_of(4)
+        prediction = torch.randn(4, 15, target.dim)
+        a, b = (target.picture(prediction, i, hidden, borrow=False) for i in (x, self.hide_other_pixels(x, hidden)))
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            assert a.shape == x.normalised.shape
 
     def test_borrowed_picture_of_the_target_is_the_image(self, name: str, channels: int) -> None:
-        target, x = registry.component("targets", name)(channels, CELL_PX), self.images(channels)
-        picture = target.picture(target(x), x, hidden_of(4), borrow=True)
-        torch.testing.assert_close(picture, x, rtol=1e-4, atol=1e-4)
+        target, x = target_of(name, channels), images_of(raw_of(channels))
+        values = target(x)
+        if target.of == "classes":  # the best prediction: all on the right class
+            values = torch.nn.functional.one_hot(values, target.classes).float().flatten(2)
+        picture = target.picture(values, x, hidden_of(4), borrow=True)
+        if picture is None:
+            assert name in ("hog", "teacher", "ema_teacher")
+        elif target.of == "classes":
+            part = CELL_PX // int((target.dim // target.classes) ** 0.5)
+            means = torch.nn.functional.avg_pool2d(x.raw.float() / 255, part).repeat_interleave(part, 2)
+            means = means.repeat_interleave(part, 3)
+            drawn = picture * x.std + x.mean
+            assert (drawn - means).abs().max() <= 0.5 / 2**target.bits + 1e-2, "within half a bin"
+        else:
+            torch.testing.assert_close(picture, x.normalised, rtol=1e-4, atol=1e-4)
 
     def test_bf16_images_give_float32_statistics(self, name: str, channels: int) -> None:
-        target, x = registry.component("targets", name)(channels, CELL_PX), self.images(channels)
-        assert target(x.bfloat16()).dtype == torch.float32
+        target, x = target_of(name, channels), images_of(raw_of(channels))
+        if target.of == "values" and "teacher" not in name:
+            assert target(x._replace(normalised=x.normalised.bfloat16())).dtype == torch.float32
+
+    def test_nothing_of_it_is_trained(self, name: str, channels: int) -> None:
+        target, x = target_of(name, channels), images_of(raw_of(channels))
+        assert not any(p.requires_grad for p in target.parameters())
+        assert not target(x).requires_grad
 
 
 def test_norm_pixels_is_what_it_says() -> None:
-    target = registry.component("targets", "norm_pixels")(3, CELL_PX)
-    values = target(torch.randn(2, 3, 8, 8) * 7 + 3)
-    torch.testing.assert_close(values.mean(-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(values.var(-1), torch.ones(2, 4), atol=1e-4, rtol=0)
+    values = target_of("norm_pixels")(images_of(raw_of(3)))
+    torch.testing.assert_close(values.mean(-1), torch.zeros(4, 15), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.var(-1), torch.ones(4, 15), atol=1e-4, rtol=0)
 
 
 def test_pixels_keeps_the_place_of_every_pixel() -> None:
-    target = registry.component("targets", "pixels")(3, CELL_PX)
-    x = torch.randn(2, 3, 12, 20)
-    assert torch.equal(unpatchify(target(x), CELL_PX, GRID), x)
+    images = images_of(raw_of(3))
+    assert torch.equal(unpatchify(target_of("pixels")(images), CELL_PX, GRID), images.normalised)
+
+
+class TestColours:
+    """Of pixels as they were read: ViT, appendix B.1.2."""
+
+    def test_classes_of_known_colours(self) -> None:
+        raw = torch.zeros(1, 3, 4, 8, dtype=torch.uint8)
+        raw[0, :, :, 4:] = torch.tensor([255, 32, 31], dtype=torch.uint8).view(3, 1, 1)
+        images = images_of(raw)
+        assert target_of("mean_color", grid=(1, 2))(images).tolist() == [[[0], [7 * 64 + 1 * 8 + 0]]]
+        assert target_of("downsized_color", grid=(1, 2))(images).tolist() == [[[0] * 16, [7 * 64 + 8] * 16]]
+
+    def test_a_mean_is_binned_not_the_bins_averaged(self) -> None:
+        raw = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+        raw[..., :2] = 255  # mean 127.5: bin 3
+        assert target_of("mean_color", grid=(1, 1))(images_of(raw)).item() == 3 * 73
+        parts = target_of("downsized_color", grid=(1, 1))(images_of(raw)).view(4, 4)
+        assert parts[:, :2].eq(511).all()
+        assert parts[:, 2:].eq(0).all()
+
+    @pytest.mark.parametrize("name", ["mean_color", "downsized_color"])
+    def test_normalised_pixels_are_an_error(self, name: str) -> None:
+        images = images_of(raw_of(3))
+        with pytest.raises(
+            ValueError, match="colours are taken from uint8 pixels, as they were read; got torch.float32"
+        ):
+            target_of(name)(images._replace(raw=images.normalised))
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="side: must divide the cell, 4 px; got 3"):
+            target_of("downsized_color", side=3)
+        for name in ("mean_color", "downsized_color"):
+            with pytest.raises(ValueError, match="bits: 6 for 3 channels makes more than 65,536 classes"):
+                target_of(name, bits=6)
+
+
+@pytest.mark.parametrize("square_px", [4, 8])
+def test_hog_is_that_of_scikit_image(square_px: int) -> None:
+    skimage = pytest.importorskip("skimage.feature", reason="scikit-image is an extra")
+    raw = torch.randint(0, 256, (2, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    raw = torch.nn.functional.avg_pool2d(raw.float(), 3, 1, 1).to(torch.uint8)  # directions of all kinds
+    target = target_of("hog", cell_px=16, grid=(2, 3), square_px=square_px)
+    side = 16 // square_px
+    ours = target(images_of(raw)).view(2, 2, 3, 3, 9, side, side)
+    for i in range(2):
+        for c in range(3):
+            theirs = skimage.hog(
+                raw[i, c].numpy().astype(np.float64) / 255,
+                orientations=9,
+                pixels_per_cell=(square_px, square_px),
+                cells_per_block=(1, 1),
+                block_norm="L2",
+            ).reshape(2, side, 3, side, 9)
+            found = ours[i, :, :, c].permute(0, 3, 1, 4, 2).numpy()
+            # a direction on the edge of two bins may round into either
+            assert (np.abs(found - theirs).max(-1) < 1e-4).mean() > 0.95
+            np.testing.assert_allclose(found, theirs, atol=0.08)
+
+
+class TestTeachers:
+    def test_features_are_the_normalised_mean_of_the_last_blocks(self) -> None:
+        target, x = target_of("teacher", layers=2), images_of(raw_of(3))
+        model = target.teacher.model
+        mean, std = (torch.tensor(model.pretrained_cfg[k]).view(-1, 1, 1) for k in ("mean", "std"))
+        found = model.forward_intermediates(
+            (x.raw.float() / 255 - mean) / std, indices=2, output_fmt="NLC", intermediates_only=True
+        )
+        expected = sum(torch.nn.functional.layer_norm(f, f.shape[-1:]) for f in found) / 2
+        torch.testing.assert_close(target(x), expected)
+
+    def test_a_coarser_teacher_sees_larger_images(self) -> None:
+        target = target_of("teacher", args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2})
+        assert target.teacher.pixels(images_of(raw_of(3)), GRID).shape == (4, 3, 24, 40)
+        assert target(images_of(raw_of(3))).shape == (4, 15, 24)
+
+    def test_any_family_teaches(self) -> None:
+        assert target_of("teacher", teacher="resnet18", args={})(images_of(raw_of(3))).shape == (4, 15, 512)
+
+    def test_a_teacher_leaves_the_students_first_weights_alone(self) -> None:
+        torch.manual_seed(3)
+        expected = torch.rand(3)
+        torch.manual_seed(3)
+        target_of("teacher")
+        assert torch.equal(torch.rand(3), expected)
+
+    def test_more_layers_than_there_are_is_refused(self) -> None:
+        for name in ("teacher", "ema_teacher"):
+            with pytest.raises(ValueError, match="layers: VisionTransformer has 2 last ones of one shape; got 3"):
+                target_of(name, layers=3)
+
+    def test_the_moving_average_moves_as_far_as_it_says(self) -> None:
+        target = target_of("ema_teacher", decay=0.5, decay_end=1.0)
+        student = TimmEncoder(copy.deepcopy(target.teacher.model), (12, 20))
+        before = [p.clone() for p in target.teacher.model.parameters()]
+        with torch.no_grad():
+            for p in student.model.parameters():
+                p += 1
+        target.after_step(student, 1, 11)  # decay 0.5
+        for p, old in zip(target.teacher.model.parameters(), before, strict=True):
+            torch.testing.assert_close(p, old + 0.5)
+        target.after_step(student, 11, 11)  # decay 1: it stands
+        for p, old in zip(target.teacher.model.parameters(), before, strict=True):
+            torch.testing.assert_close(p, old + 0.5)
+
+    def test_teachers_stay_in_eval_mode(self) -> None:
+        for name in ("teacher", "ema_teacher"):
+            assert not any(m.training for m in target_of(name).train().teacher.modules())
+
+
+def test_effective_rank_of_known_matrices() -> None:
+    assert effective_rank(torch.ones(50, 8)) == pytest.approx(1)
+    assert effective_rank(torch.eye(8)) == pytest.approx(8)
+    two = torch.cat([torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 1.0, 0]])]).repeat(5, 1)
+    assert effective_rank(two) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("name", registry.names("losses"))
 def test_losses_are_scalar_float32_means(name: str) -> None:
     loss = registry.component("losses", name)()
-    prediction, target = torch.randn(4, 6, 8).bfloat16(), torch.randn(4, 6, 8)
+    prediction = torch.randn(4, 6, 8).bfloat16()
+    if loss.of == "classes":
+        target = torch.randint(0, 4, (4, 6, 2))  # 2 of 4 classes
+        best: torch.Tensor = 1e4 * torch.nn.functional.one_hot(target, 4).float().flatten(2)
+    else:
+        best = target = torch.randn(4, 6, 8)
     value = loss(prediction, target)
     assert value.shape == ()
     assert value.dtype == torch.float32
-    assert float(loss(target, target)) == 0
+    assert float(value) > 0.1
+    assert float(loss(best, target)) == pytest.approx(0, abs=1e-6)
     twice = loss(torch.cat([prediction, prediction], 1), torch.cat([target, target], 1))
     torch.testing.assert_close(twice, value)  # a mean over cells: not divided by their number again
+
+
+def test_losses_have_the_value_of_their_formula() -> None:
+    prediction, target = torch.tensor([[[0.0, 3.0]]]), torch.tensor([[[1.0, 0.0]]])
+    for name, args, expected in (
+        ("mse", {}, 5.0),
+        ("l1", {}, 2.0),
+        ("smooth_l1", {"beta": 2.0}, (0.25 + 2.0) / 2),
+        ("cosine", {}, 1.0),
+    ):
+        assert float(registry.component("losses", name)(**args)(prediction, target)) == pytest.approx(expected)
+    logits = torch.tensor([[[0.0, np.log(3), 0.0, 0.0]]])  # two predictions of two classes: 1/4, 3/4 and 1/2, 1/2
+    found = registry.component("losses", "cross_entropy")()(logits, torch.tensor([[[1, 0]]]))
+    assert float(found) == pytest.approx((np.log(4 / 3) + np.log(2)) / 2)
 
 
 HEADS_AND_LAYOUTS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,10 @@ from tests.conftest import drawn_image, encoded
 CROP = Crop((16, 12), 3, (0.3, 1.0), (0.75, 4 / 3), 0.5, ("JPEG", "PNG"), 10**6)
 
 
-def dataset_of(shards: Path, seed: int = 0, held_out: int = 0) -> PretrainDataset:
+def dataset_of(shards: Path, seed: int = 0, held_out: int = 0, ratio: Any = 0.5) -> PretrainDataset:
     images = ShardImages(str(shards), key="data.shards")
     counts = [n - held_out for n in images.counts]
-    return PretrainDataset(images, CROP, UniformMask(ratio=0.5), (4, 3), seed, counts)
+    return PretrainDataset(images, CROP, UniformMask(ratio=ratio), (4, 3), seed, counts, 12)
 
 
 def by_position(
@@ -48,6 +49,18 @@ def test_the_same_whatever_the_processes_and_workers(shards: Path) -> None:
         assert other.keys() == one.keys()
         for position, parts in one.items():
             assert all(torch.equal(a, b) for a, b in zip(parts, other[position], strict=True))
+
+
+def test_a_range_of_ratios_is_drawn_once_for_all_processes_of_a_step(shards: Path) -> None:
+    dataset = dataset_of(shards, ratio=(0.2, 0.9))
+    one, other = by_position(dataset, 1, 0, steps=8), by_position(dataset, 3, 2, steps=8)
+    hidden = [int(one[p][1].sum()) for p in range(96)]
+    steps = [hidden[i : i + 12] for i in range(0, 96, 12)]
+    assert all(len(set(counts)) == 1 for counts in steps), "one step, one count"
+    assert len({counts[0] for counts in steps}) > 3
+    assert all(2 <= counts[0] <= 11 for counts in steps)
+    assert all(torch.equal(one[p][1], other[p][1]) for p in one)
+    assert dataset.batch([(p, 0, 5) for p in (3, 40)], centre=True).hidden_units == round(12 * 0.55)
 
 
 def test_positions_and_seeds_differ(shards: Path) -> None:
@@ -126,7 +139,7 @@ class _Dies(PretrainDataset):
 
 
 def test_a_worker_that_dies_stops_with_one_line(shards: Path) -> None:
-    dataset = _Dies(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0, [25, 25, 10])
+    dataset = _Dies(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0, [25, 25, 10], 12)
     with pytest.raises(UserError, match=r"data\.workers: DataLoader worker .*pid") as error:
         list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))
     assert "\n" not in str(error.value)

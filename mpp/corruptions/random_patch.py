@@ -1,0 +1,25 @@
+"""Hidden units show a visible unit of the same image, drawn at random (one third of ViT's appendix B.1.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mpp.patches import copy_visible
+from mpp.types import NOISE, Corrupted, CorruptionContext, Images, Units
+
+
+class RandomPatchCorruption(nn.Module):
+    """Copies come from visible units alone, so they reveal nothing of what is hidden."""
+
+    hidden_enter = True
+    mechanism = "pixel"
+
+    def __init__(self, context: CorruptionContext) -> None:
+        super().__init__()
+
+    def forward(self, images: Images, units: Units) -> Corrupted:
+        source = units.noise[:, NOISE["source"]]
+        return Corrupted(copy_visible(images.normalised, units.hidden, units.hidden, units.count, source))
+
+    def kept(self, units: Units) -> Tensor | None:
+        return None

@@ -1,0 +1,113 @@
+"""What is known of timm's models: the support table, and what a probe of one finds just now."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+from mpp import contract
+from mpp.contract import Subject
+from mpp.encoders.support import FAMILIES, TRIED, table
+from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
+from mpp.errors import UserError
+
+COLUMNS = (
+    "family",
+    "timm models",
+    "stem (layout, stride)",
+    "stride",
+    "mask tokens",
+    "pixel patch",
+    "drop, late joining",
+)
+
+
+def support_rows(rows: list[dict[str, Any]] | None = None) -> list[tuple[str, ...]]:
+    """The support table as words, a tuple for each family under COLUMNS."""
+    return [
+        (
+            row["title"],
+            row["models"],
+            " or ".join(row["stem"]) or "none",
+            f"{row['stride_px']} px",
+            *(_verdict(row["ways"], ways) for ways in (["token"], ["pixel"], ["drop", "joining"])),
+        )
+        for row in rows or table()
+    ]
+
+
+def _verdict(found: dict[str, list[str]], ways: list[str]) -> str:
+    offered = [way for way in ways if way in found]
+    if not offered:
+        return "no"
+    return "fails" if any(found[way] for way in offered) else "yes"
+
+
+def markdown(rows: list[dict[str, Any]] | None = None) -> str:
+    """The support table for the README."""
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *support_rows(rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_*", "_\\*")
+
+
+def text() -> str:
+    """The support table for a terminal."""
+    lines = [COLUMNS, *support_rows()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def probe(name: str) -> str:
+    """What the adapter finds on a model just now, at its own size with fresh weights, and whether it may be trained.
+
+    UserError where timm has no such model, or it cannot be built or probed.
+    """
+    subject, encoder = _smallest(name)
+    found = contract.probed(encoder)
+    of_class = [f for f in FAMILIES if f.family == encoder.family]
+    named = [f for f in of_class if any(fnmatch.fnmatch(name, p) for p in f.models.split(", "))]
+    size = "×".join(map(str, subject.image_size))
+    ways = contract.offered(encoder)
+    lines = [
+        f"{name}: {encoder.family}, {sum(p.numel() for p in encoder.model.parameters()) / 1e6:.1f} M parameters, "
+        f"probed at {size} px",
+        f"  features: {found['dim']} wide, a cell of {found['stride_px']} px; image sizes are multiples of that",
+        f"  stem: {' or '.join(found['stem']) or 'none that takes mask tokens'}",
+        f"  ways of hiding: {', '.join(ways)}",
+    ]
+    leaks = contract.check(subject, ways[0], ("no leak",))["no leak"]
+    lines.append(f"  leak check just now ({ways[0]}): {leaks or 'no hidden pixel reaches a prediction'}")
+    if encoder.family in TRIED:
+        lines.append(f"  contract tests: pass for its family ({'; '.join(f.title for f in named or of_class)})")
+    else:
+        lines.append(f"  contract tests: never run on a {encoder.family}; mpp models --check {name} runs them")
+    lines.append(
+        "  may be trained: " + ("no" if leaks else "yes" if encoder.family in TRIED else "yes, with a warning")
+    )
+    return "\n".join(lines)
+
+
+def check(name: str) -> tuple[str, bool]:
+    """Run the contract on any model of timm's at the smallest size it takes -> (what was found, whether all held)."""
+    subject, encoder = _smallest(name)
+    lines, held = [f"{name}: {encoder.family} at {'×'.join(map(str, subject.image_size))} px"], True
+    for way in contract.offered(encoder):
+        for what, fault in contract.check(subject, way).items():
+            lines.append(f"  {way}: {what}: {fault or 'holds'}")
+            held = held and not fault
+    return "\n".join(lines), held
+
+
+def _smallest(name: str) -> tuple[Subject, TimmEncoder]:
+    """The model at two by three cells where it takes that, else four by four, else its own size."""
+    own: Any = create_timm_model(name, image_size=None, in_chans=3, pretrained=False, args={}, key="models")
+    info = getattr(own, "feature_info", None)
+    stride = info[-1]["reduction"] if info else 32
+    *_, height, width = own.pretrained_cfg["input_size"]
+    last: UserError | None = None
+    for size in ((2 * stride, 3 * stride), (4 * stride, 4 * stride), (height, width)):
+        subject = Subject(name, {}, size)
+        try:
+            return subject, subject.encoder()
+        except UserError as error:
+            last = error
+    raise UserError(f"models: {name} may not be trained: {last}")

@@ -1,0 +1,132 @@
+"""Frozen encoders that see whole images: published ones, and a copy that follows the encoder in training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
+from mpp.types import Images
+
+
+class FrozenTeacher(nn.Module):
+    """The mean of the last `layers` blocks, each token layer-normed without affine, in eval mode, no gradient.
+
+    Averaging normalised blocks: data2vec (Baevski et al. 2022, section 3.3). mean, std: what the model wants its
+    pixels normalised by; None: as the images come, and at their size. ValueError where blocks differ in width.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: int,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False).eval()
+        self.layers = layers
+        info: Any = model.feature_info
+        self.dim: int = model.num_features  # type: ignore[assignment]
+        self.stride: int = info[-1]["reduction"]
+        if layers > len(info) or len({(i["num_chs"], i["reduction"]) for i in info[-layers:]}) > 1:
+            same = [i for i in info if (i["num_chs"], i["reduction"]) == (info[-1]["num_chs"], self.stride)]
+            raise ValueError(f"layers: {type(model).__name__} has {len(same)} last ones of one shape; got {layers}")
+        self.own_normalisation = mean is not None
+        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Always in eval mode: neither dropout nor batch statistics."""
+        return super().train(False)
+
+    def pixels(self, images: Images, grid: tuple[int, int]) -> Tensor:
+        """Images as the model wants them: its normalisation, and as many cells as `grid`."""
+        if not self.own_normalisation:
+            return images.normalised
+        x = (images.raw.float() / 255 - self.mean) / self.std  # type: ignore[operator]
+        size = (grid[0] * self.stride, grid[1] * self.stride)
+        if size != tuple(x.shape[-2:]):
+            x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
+        return x
+
+    @torch.no_grad()
+    def forward(self, images: Images, grid: tuple[int, int]) -> Tensor:
+        """(B, gh·gw, dim) float32."""
+        found = self.model.forward_intermediates(
+            self.pixels(images, grid), indices=self.layers, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+        tokens = [f.float().flatten(2).transpose(1, 2) for f in found[-self.layers :]]
+        return torch.stack([F.layer_norm(t, t.shape[-1:]) for t in tokens]).mean(0)
+
+    def check_attention(self) -> None:
+        """ValueError where `attention` cannot be read."""
+        if type(self.model).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
+            raise ValueError(f"teacher: attention is read from plain ViTs; got a {type(self.model).__name__}")
+
+    @torch.no_grad()
+    def attention(self, images: Images, grid: tuple[int, int]) -> Tensor:
+        """(B, gh·gw) float32: how much the class token of the last block attends to each cell, mean over heads.
+
+        Without a class token: how much all cells do. ValueError for other families than plain ViTs.
+        """
+        self.check_attention()
+        caught: list[Tensor] = []
+        block = self.model.blocks[-1].attn
+        handle = block.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        try:
+            self.model.forward_features(self.pixels(images, grid))
+        finally:
+            handle.remove()
+        x = caught[0]
+        batch, n, _ = x.shape
+        q, k, _ = block.qkv(x).reshape(batch, n, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = block.q_norm(q), block.k_norm(k)
+        weights = (q.float() * block.scale @ k.float().transpose(-2, -1)).softmax(-1).mean(1)
+        prefix = self.model.num_prefix_tokens
+        queries = weights[:, :1] if self.model.cls_token is not None else weights
+        return queries.mean(1)[:, prefix:]
+
+
+def frozen_teacher(
+    *,
+    name: str,
+    pretrained: bool,
+    args: dict[str, Any],
+    layers: int = 1,
+    channels: int,
+    grid: tuple[int, int],
+    key: str = "target",
+) -> FrozenTeacher:
+    """A timm model by name, or the folder of a run or an export, built for so many cells.
+
+    UserError for a name, folder or argument that is wrong, ValueError for `layers`.
+    """
+    for folder in (Path(name) / "encoder", Path(name)):
+        if (folder / "config.json").is_file():
+            name = f"local-dir:{folder}"
+            break
+    made: dict[str, Any] = {"in_chans": channels, "pretrained": pretrained, "args": args}
+    keys: dict[str, Any] = {"key": f"{key}.teacher", "args_key": f"{key}.args"}
+    state = torch.random.get_rng_state()  # whatever the teacher draws, the student starts from the same weights
+    # timm says how large a model's cells are only once it is made
+    probe: Any = create_timm_model(name, image_size=None, **{**made, "pretrained": False}, **keys)
+    stride = probe.feature_info[-1]["reduction"]
+    model: Any = create_timm_model(name, image_size=(grid[0] * stride, grid[1] * stride), **made, **keys)
+    torch.random.set_rng_state(state)
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    if len(mean) != channels:  # timm sums or repeats the first layer's weights for other channels
+        mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
+    return FrozenTeacher(model, layers=layers, mean=mean, std=std)
+
+
+def frozen_copy(encoder: TimmEncoder, *, layers: int) -> FrozenTeacher:
+    """A copy of the encoder as it is now, hooks and all; nothing is masked in it, since nobody asks it to."""
+    return FrozenTeacher(copy.deepcopy(encoder.model), layers=layers)

@@ -1,0 +1,15 @@
+"""Mean absolute error (SimMIM, Xie et al. 2022, section 3.4)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class L1Loss:
+    """Mean over images, predicted cells and values."""
+
+    of = "values"
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(prediction.float(), target.float())

@@ -1,0 +1,44 @@
+"""A cell downsized to 4 × 4 colours of 3 bits a channel: 16 predictions of 512 classes (ViT, appendix B.1.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mpp.patches import colour_classes, colours, marginal_logits, mean_patches, unpatchify
+from mpp.types import Images, PositiveInt, TargetContext
+
+
+class DownsizedColorTarget(nn.Module):
+    """`side` × `side` classes for each cell: the bins of the mean colours of its parts, of pixels as they are.
+
+    `side`: the paper has 4; it must divide the cell's side in pixels.
+    `bits`: of each channel; the paper has 3. At most 65,536 classes.
+    """
+
+    of = "classes"
+
+    def __init__(self, context: TargetContext, *, side: PositiveInt = 4, bits: PositiveInt = 3) -> None:
+        super().__init__()
+        if context.cell_px % side:
+            raise ValueError(f"side: must divide the cell, {context.cell_px} px; got {side}")
+        if bits * context.channels > 16:
+            raise ValueError(f"bits: {bits} for {context.channels} channels makes more than 65,536 classes")
+        self.side, self.bits, self.channels, self.cell_px = side, bits, context.channels, context.cell_px
+        self.classes = 2 ** (bits * context.channels)
+        self.dim = side * side * self.classes
+
+    def forward(self, images: Images) -> Tensor:
+        return colour_classes(mean_patches(images.raw, self.cell_px, self.side), self.bits)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
+        """The histogram of the visible cells of all these images, one for all parts of a cell."""
+        return marginal_logits(self(images), hidden, self.classes)
+
+    def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
+        """Each part of a cell in the middle of its most likely bin."""
+        best = prediction.unflatten(-1, (-1, self.classes)).argmax(-1)  # (B, N, side²)
+        colour = (colours(best, self.bits, self.channels) - images.mean.flatten()) / images.std.flatten()
+        parts = colour.unflatten(2, (self.side, self.side)).movedim(-1, 2)  # (B, N, C, side, side)
+        zoom = self.cell_px // self.side
+        pixels = parts.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
+        return unpatchify(pixels.flatten(2), self.cell_px, (hidden.shape[1], hidden.shape[2]))

@@ -1,0 +1,58 @@
+"""Features of a teacher that is the moving average of the encoder itself (data2vec, Baevski et al. 2022).
+
+Also the target of I-JEPA (Assran et al. 2023), there with the last block alone: `layers: 1`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpp.types import Fraction, Images, PositiveInt, TargetContext
+
+
+class EmaTeacherTarget(nn.Module):
+    """The averaged last blocks of a copy of the encoder, which sees the whole image and follows slowly.
+
+    `layers`: last blocks that are averaged (data2vec for images: 6 to 12; the copy's own number at most).
+    `decay`: of the moving average at the first step (data2vec for ViT-B: 0.9998; I-JEPA: 0.996).
+    `decay_end`: its end; in between it rises linearly (I-JEPA: 1).
+    Against collapse: every token of every block is layer-normed before averaging (data2vec, section 3.3), no
+    gradient goes into the copy, and the effective rank of the targets is logged as `target_rank`.
+    """
+
+    of = "values"
+    may_collapse = True
+
+    def __init__(
+        self,
+        context: TargetContext,
+        *,
+        layers: PositiveInt = 1,
+        decay: Fraction = 0.996,
+        decay_end: Fraction = 1.0,
+    ) -> None:
+        super().__init__()
+        self.grid, self.decay, self.decay_end = context.grid, decay, decay_end
+        self.teacher = context.student(layers=layers)
+        self.dim = self.teacher.dim
+
+    def forward(self, images: Images) -> Tensor:
+        return self.teacher(images, self.grid)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
+        """Zero: the mean of every normalised feature vector."""
+        return torch.zeros(len(hidden), hidden[0].numel(), self.dim, device=hidden.device)
+
+    def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
+        return None
+
+    @torch.no_grad()
+    def after_step(self, encoder: nn.Module, step: int, total_steps: int) -> None:
+        """Move the copy; `step` counts from 1. Buffers (batch statistics) are copied as they are."""
+        decay = self.decay + (self.decay_end - self.decay) * (step - 1) / max(total_steps - 1, 1)
+        theirs: nn.Module = encoder.model  # type: ignore[assignment]
+        own = self.teacher.model
+        torch._foreach_lerp_(list(own.parameters()), list(theirs.parameters()), 1 - decay)
+        for mine, other in zip(own.buffers(), theirs.buffers(), strict=True):
+            mine.copy_(other)

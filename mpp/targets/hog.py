@@ -1,0 +1,65 @@
+"""Histograms of oriented gradients (MaskFeat, Wei et al. 2022, section 3.1; Dalal & Triggs 2005)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpp.patches import patchify, repeat_cells
+from mpp.types import Images, PositiveInt, TargetContext
+
+EPSILON = 1e-5  # in the normalisation, as Dalal & Triggs' L2 norm has it: sqrt(|v|² + ε²)
+
+
+class HogTarget(nn.Module):
+    """For each channel, histograms of unsigned gradient directions over squares of the cell, each of length 1.
+
+    `orientations`: bins over 180 degrees (MaskFeat: 9).
+    `square_px`: side of the squares (MaskFeat: 8); None: 8, or the cell where that is smaller or no multiple of 8.
+
+    Central differences, none at the image's border, weighted by their magnitude, without interpolation between
+    bins; pixels in [0, 1], not normalised. MaskFeat's published code smooths by a Gaussian window; not here.
+    """
+
+    of = "values"
+
+    def __init__(
+        self, context: TargetContext, *, orientations: PositiveInt = 9, square_px: PositiveInt | None = None
+    ) -> None:
+        super().__init__()
+        if square_px is None:
+            square_px = math.gcd(8, context.cell_px) if context.cell_px > 8 else context.cell_px
+        if context.cell_px % square_px:
+            raise ValueError(f"square_px: must divide the cell, {context.cell_px} px; got {square_px}")
+        self.orientations, self.square_px = orientations, square_px
+        self.cell_px, self.side = context.cell_px, context.cell_px // square_px
+        self.dim = context.channels * orientations * self.side * self.side
+
+    def forward(self, images: Images) -> Tensor:
+        x = images.raw.float() / 255
+        rows, cols = torch.zeros_like(x), torch.zeros_like(x)
+        rows[..., 1:-1, :] = x[..., 2:, :] - x[..., :-2, :]
+        cols[..., :, 1:-1] = x[..., :, 2:] - x[..., :, :-2]
+        angle = torch.atan2(rows, cols) % math.pi
+        bins = (angle * (self.orientations / math.pi)).long() % self.orientations
+        votes = F.one_hot(bins, self.orientations).movedim(-1, 2) * torch.hypot(rows, cols).unsqueeze(2)
+        squares = F.avg_pool2d(votes.flatten(1, 2), self.square_px).unflatten(1, (-1, self.orientations))
+        length = (squares.square().sum(2, keepdim=True) + EPSILON**2).sqrt()
+        return patchify((squares / length).flatten(1, 2), self.side)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
+        """The mean of each image's visible cells.
+
+        Taken with hidden pixels blanked; cells beside hidden ones, whose gradients reach over, are as blanked.
+        """
+        pixels = repeat_cells(hidden, self.cell_px).unsqueeze(1)
+        values = self(images._replace(raw=images.raw.masked_fill(pixels, 0)))
+        visible = (~hidden).flatten(1).unsqueeze(-1)
+        mean = (values * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
+        return mean.expand(-1, values.shape[1], -1)
+
+    def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
+        return None

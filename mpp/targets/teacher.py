@@ -1,0 +1,47 @@
+"""Features of a frozen teacher that sees the whole image (MVP, Wei et al. 2022; EVA, Fang et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpp.types import Bool, Images, PositiveInt, TargetContext
+
+
+class TeacherTarget(nn.Module):
+    """The teacher's patch features, each layer-normed without affine, at the cells of this encoder.
+
+    `teacher`: any timm model, or the folder of a run or an export.
+    `pretrained`: with timm's published weights. `args`: timm's arguments for it.
+    `layers`: last blocks that are averaged, after normalising each (data2vec, Baevski et al. 2022, section 3.3).
+
+    The teacher gets images at the size that gives it as many cells as this encoder has, normalised as it wants.
+    """
+
+    of = "values"
+
+    def __init__(
+        self,
+        context: TargetContext,
+        *,
+        teacher: str = "vit_base_patch16_224.dino",
+        pretrained: Bool = True,
+        args: dict[str, Any] = {},  # noqa: B006 (never changed)
+        layers: PositiveInt = 1,
+    ) -> None:
+        super().__init__()
+        self.grid = context.grid
+        self.teacher = context.teacher(name=teacher, pretrained=pretrained, args=args, layers=layers)
+        self.dim = self.teacher.dim
+
+    def forward(self, images: Images) -> Tensor:
+        return self.teacher(images, self.grid)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
+        """Zero: the mean of every normalised feature vector."""
+        return torch.zeros(len(hidden), hidden[0].numel(), self.dim, device=hidden.device)
+
+    def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
+        return None

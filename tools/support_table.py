@@ -1,0 +1,37 @@
+"""Run the contract on every family; write mpp/encoders/support.json and the README's table.
+
+python tools/support_table.py            about 4 minutes on one core
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from mpp import contract
+from mpp.diagnostics.models import markdown
+from mpp.encoders.support import FAMILIES, TABLE
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BETWEEN = re.compile(r"(<!-- support table: .* -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for family in FAMILIES:
+        rows.append(contract.row(family))
+        faults = [f"{way}: {fault}" for way, found in rows[-1]["ways"].items() for fault in found]
+        print(f"{family.title}: {'; '.join(faults) or 'all checks hold'}", flush=True)
+    TABLE.write_text(json.dumps(rows, indent=1) + "\n")
+    readme = README.read_text()
+    README.write_text(BETWEEN.sub(lambda m: m[1] + markdown(rows) + m[2], readme))
+    sys.exit(any(found for r in rows for found in r["ways"].values()))
+
+
+if __name__ == "__main__":
+    main()
