@@ -256,6 +256,8 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
     encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
     wanted = "avg" if recipe.pool == "mean" else "token"
+    if wanted == "avg" and type(encoder).__name__ == "VisionTransformerDistilled":
+        raise UserError("pool: mean: timm's distilled DeiTs read their class and distillation tokens; allowed: token")
     if getattr(encoder, "global_pool", wanted) != wanted:
         torch.manual_seed(torch_seed(seed, Purpose.INIT))
         # keeps the final norm where its weights are; timm would drop them with the change of pooling

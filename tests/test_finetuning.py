@@ -100,6 +100,18 @@ def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path
     assert accuracy == pytest.approx(json.loads((cell / "result.json").read_text())["accuracy"], abs=1e-6)
 
 
+def test_distilled_encoders_have_tokens_to_read_and_no_mean(shards: Path, tmp_path: Path) -> None:
+    deit = {
+        "name": "deit_tiny_distilled_patch16_224",
+        "args": {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    }
+    changes = {"architecture": deit, "seeds": [0]}
+    with pytest.raises(UserError, match="pool: mean: timm's distilled DeiTs read .*; allowed: token"):
+        mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes))
+    assert not (tmp_path / "ft").exists()
+    mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes, **{"pool": "token", "optim.steps": 1}))
+
+
 def test_the_arms_differ_in_their_weights_alone(shards: Path, run: Path, tmp_path: Path) -> None:
     given = recipe(shards, tmp_path / "ft", run)
     pretrained, scratch = (_build(given, arm, 0, 2) for arm in ("pretrained", "scratch"))

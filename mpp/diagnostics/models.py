@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import json
+import shlex
 from typing import Any
 
 from mpp import contract
 from mpp.contract import Subject
-from mpp.encoders.support import FAMILIES, TRIED, table
+from mpp.encoders.support import FAMILIES, TRIED, Family, table
 from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
 from mpp.errors import UserError
 
-COLUMNS = (
-    "family",
-    "timm models",
-    "stem (layout, stride)",
-    "stride",
-    "mask tokens",
-    "pixel patch",
-    "drop, late joining",
-)
+COLUMNS = ("family", "timm models", "stem", "mask tokens", "pixel patch", "drop, join late")
 
 
 def support_rows(rows: list[dict[str, Any]] | None = None) -> list[tuple[str, ...]]:
@@ -28,8 +22,7 @@ def support_rows(rows: list[dict[str, Any]] | None = None) -> list[tuple[str, ..
         (
             row["title"],
             row["models"],
-            " or ".join(row["stem"]) or "none",
-            f"{row['stride_px']} px",
+            " or ".join(stem.split(" ")[0] for stem in row["stem"]) or "none",
             *(_verdict(row["ways"], ways) for ways in (["token"], ["pixel"], ["drop", "joining"])),
         )
         for row in rows or table()
@@ -45,8 +38,11 @@ def _verdict(found: dict[str, list[str]], ways: list[str]) -> str:
 
 def markdown(rows: list[dict[str, Any]] | None = None) -> str:
     """The support table for the README."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *support_rows(rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("_*", "_\\*")
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
+    for title, models, stem, *verdicts in support_rows(rows):
+        code = (" or ".join(f"`{word}`" for word in stem.split(" or ")), *verdicts)
+        lines.append((title, ", ".join(f"`{word}`" for word in models.split(", ")), *code))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def text() -> str:
@@ -57,7 +53,7 @@ def text() -> str:
 
 
 def probe(name: str) -> str:
-    """What the adapter finds on a model just now, at its own size with fresh weights, and whether it may be trained.
+    """What the adapter finds on a model just now, at its smallest size, and whether it may be trained.
 
     UserError where timm has no such model, or it cannot be built or probed.
     """
@@ -80,10 +76,29 @@ def probe(name: str) -> str:
         lines.append(f"  contract tests: pass for its family ({'; '.join(f.title for f in named or of_class)})")
     else:
         lines.append(f"  contract tests: never run on a {encoder.family}; mpp models --check {name} runs them")
+    if named:
+        lines.append(f"  tried as: {tiny_command(named[-1])}")
     lines.append(
         "  may be trained: " + ("no" if leaks else "yes" if encoder.family in TRIED else "yes, with a warning")
     )
     return "\n".join(lines)
+
+
+def tiny_overrides(family: Family) -> dict[str, Any]:
+    """What makes recipes/pretrain/simmim_vit_b16.yaml at its tiny scale a recipe of another family."""
+    args = {key: list(value) if isinstance(value, tuple) else value for key, value in family.args.items()}
+    return {
+        "encoder.name": family.example,
+        "encoder.args": args,
+        "data.image_size": list(family.image_size),
+        "mask.unit_px": None,
+    }
+
+
+def tiny_command(family: Family) -> str:
+    """The same as a command, for people."""
+    words = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in tiny_overrides(family).items()]
+    return f"mpp pretrain recipes/pretrain/simmim_vit_b16.yaml --scale tiny {' '.join(words)}"
 
 
 def check(name: str) -> tuple[str, bool]:

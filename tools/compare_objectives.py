@@ -1,0 +1,149 @@
+"""Objectives and encoder families at equal CPU time on CIFAR-10: the table of recipes/LOG.md.
+
+    python tools/compare_objectives.py OUT [--only NAME …] [--minutes 8] [--processes 2]
+
+Wants shards/cifar10/train and test, as recipes/pretrain/cifar10.yaml says how to pack. Each row is timed for some
+steps, then pretrained for as many as fit into the minutes of one CPU core, and fine-tuned on 100 labels a class, beside
+the same from scratch. Rows that are done (OUT/rows.jsonl) are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SIMMIM = {"corruption": "token", "mask.ratio": 0.6, "predict_fraction": 1.0}
+MPP = {"corruption": "bert", "mask.ratio": 0.5, "predict_fraction": 1.0}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "late joining": {},
+    "mae": {"corruption": "drop", "head": {"name": "transformer", "dim": 64}, "predict_fraction": 1.0},
+    "crossmae": {"corruption": "drop", "head": {"name": "cross_attention", "dim": 64}, "predict_fraction": 0.34},
+    "simmim": SIMMIM,
+    "mpp, mean_color": {**MPP, "target": "mean_color"},
+    "mpp, downsized_color": {**MPP, "target": "downsized_color"},
+    "mpp, pixels": {**MPP, "target": "pixels"},
+    "hog": {**SIMMIM, "target": "hog", "mask": {"name": "block", "ratio": 0.4, "min_block": 4}},
+    "hog, late joining": {"target": "hog"},
+    "ema_teacher": {
+        **SIMMIM,
+        "mask": {"name": "block", "ratio": 0.6, "min_block": 4},
+        "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99},
+        "loss": "smooth_l1",
+    },
+    "ema_teacher, late joining": {
+        "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99},
+        "loss": "smooth_l1",
+    },
+}
+"""Row -> what changes in recipes/pretrain/cifar10.yaml."""
+ENCODERS: dict[str, tuple[int, int, str, dict[str, Any]]] = {
+    "swin": (
+        32, 4, "swin_tiny_patch4_window7_224",
+        {"patch_size": 2, "embed_dim": 64, "depths": [2, 4], "num_heads": [2, 4], "window_size": 4},
+    ),
+    "hybrid": (32, 4, "vit_tiny_r_s16_p8_224", {"patch_size": 1, "embed_dim": 128, "depth": 6, "num_heads": 4}),
+    "mixer": (64, 16, "mixer_s16_224", {}),
+    "coatnet": (
+        64, 8, "coatnet_nano_rw_224",
+        {"embed_dim": [32, 64, 96, 128], "depths": [1, 2, 3, 2], "stem_width": [16, 32]},
+    ),
+    "pvt": (
+        64, 8, "pvt_v2_b0", {"embed_dims": [32, 64, 96, 128], "depths": [2, 2, 2, 2], "num_heads": [1, 2, 3, 4]},
+    ),
+}  # fmt: skip
+"""Row -> image size and mask unit in pixels, timm model, its arguments; SimMIM-like, images of 32 px enlarged."""
+TIMED_STEPS = 60
+
+
+def rows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Name -> overrides of the pretraining and of the fine-tuning recipe."""
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (o, {}) for name, o in OBJECTIVES.items()}
+    for name, (size_px, unit_px, model, args) in ENCODERS.items():
+        changes = {
+            **SIMMIM, "data.image_size": size_px, "encoder": {"name": model, "args": args},
+            "mask": {"name": "uniform", "ratio": 0.6, "unit_px": unit_px},
+        }  # fmt: skip
+        del changes["mask.ratio"]
+        found[f"simmim, {name}"] = (changes, {"data.image_size": size_px})
+    return found
+
+
+def run(job: str, recipe: str, changes: dict[str, Any]) -> float:
+    """One command on one core -> its CPU-minutes."""
+    words = [f"{k}={json.dumps(v)}" for k, v in changes.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mpp", job, str(ROOT / "recipes" / job / recipe), *words, "--resume", "auto"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
+    return cpu_minutes(usage)
+
+
+def cpu_minutes(usage: resource.struct_rusage) -> float:
+    return (usage.ru_utime + usage.ru_stime) / 60
+
+
+def do(name: str, out: Path, minutes: float, finetune_steps: int) -> dict[str, Any]:
+    pretraining, finetuning = rows()[name]
+    folder = out / name.replace(", ", "-").replace(" ", "-")
+    timed = {"optim.steps": TIMED_STEPS, "log_every_steps": TIMED_STEPS // 2, "out": str(folder / "timed")}
+    run("pretrain", "cifar10.yaml", {**pretraining, **timed, "checkpoint_every_steps": 10**6})
+    last = json.loads((folder / "timed" / "metrics.jsonl").read_text().splitlines()[-1])
+    steps = int(minutes * 60 * last["images_per_s"] / 32)
+    cost = run(
+        "pretrain",
+        "cifar10.yaml",
+        {**pretraining, "optim.steps": steps, "optim.warmup_steps": steps // 20, "out": str(folder / "pretrain")},
+    )
+    last = json.loads((folder / "pretrain" / "metrics.jsonl").read_text().splitlines()[-1])
+    beside = bool(finetuning)  # the ViT's arm from scratch is the same in every row
+    tuning = {
+        **finetuning, "encoder": str(folder / "pretrain"), "seeds": [0], "optim.steps": finetune_steps,
+        "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3,
+        "beside_scratch": beside or name == "late joining", "out": str(folder / "finetune"),
+    }  # fmt: skip
+    tuning_cost = run("finetune", "cifar10.yaml", tuning)
+    accuracy = json.loads((folder / "finetune" / "result.json").read_text())["accuracy"]
+    return {
+        "row": name,
+        "steps": steps,
+        "images": 32 * steps,
+        "cpu_minutes": round(cost, 1),
+        "skill": last["skill"],
+        "target_rank": last.get("target_rank_ema_teacher"),
+        "accuracy": {arm: a["mean"] for arm, a in accuracy.items()},
+        "finetune_cpu_minutes": round(tuning_cost, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", nargs="*", default=list(rows()), choices=list(rows()))
+    parser.add_argument("--minutes", type=float, default=8.0, help="CPU-minutes of pretraining")
+    parser.add_argument("--finetune-steps", type=int, default=400)
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    record = given.out / "rows.jsonl"
+    done = {json.loads(line)["row"] for line in record.read_text().splitlines()} if record.exists() else set()
+    with ThreadPoolExecutor(given.processes) as pool:
+        wanted = [name for name in given.only if name not in done]
+        for row in pool.map(lambda name: do(name, given.out, given.minutes, given.finetune_steps), wanted):
+            line = json.dumps(row)
+            print(line, flush=True)
+            with open(record, "a") as f:
+                f.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
