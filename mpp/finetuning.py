@@ -256,6 +256,8 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
     encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
     wanted = "avg" if recipe.pool == "mean" else "token"
+    if wanted == "token" and getattr(encoder, "num_prefix_tokens", 0) == 0:
+        raise UserError(f"pool: token: {type(encoder).__name__} has no class token here; allowed: mean")
     if wanted == "avg" and type(encoder).__name__ == "VisionTransformerDistilled":
         raise UserError("pool: mean: timm's distilled DeiTs read their class and distillation tokens; allowed: token")
     if getattr(encoder, "global_pool", wanted) != wanted:

@@ -117,6 +117,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     )
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.encoder.modules()) and world > 1:
+        log.say("note: this encoder's batch norms see each process's share: another number of processes differs")
     for line in model.doubts(held_out_batch.images[:256].to(accelerator.device)):
         log.say(f"warning: {line}")
 

@@ -178,7 +178,7 @@ class PretrainData(ImageData):
 
 
 class Encoder(Section):
-    """Any timm encoder that has been tried, see `encoders/support.py`."""
+    """Any timm encoder with a map of features; `mpp models` lists the families that were tried."""
 
     name: str = "vit_base_patch16_224"
     """Name of the timm model."""

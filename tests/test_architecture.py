@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mpp import contract
 from mpp.encoders.support import Family
 from tests.conftest import ROOT
@@ -17,6 +19,7 @@ TEXT = (ROOT / "ARCHITECTURE.md").read_text()
 EXAMPLES = dict(re.findall(r"<!-- worked example: (.*?) -->\n```(?:python|text)\n(.*?)```", TEXT, re.DOTALL))
 
 
+@pytest.mark.slow
 def test_an_objective_is_one_file(shards: Path, tmp_path: Path) -> None:
     """In a copy of the project: the file is added, nothing else; it trains and the contract tests find it."""
     for part in ("mpp", "tests", "recipes"):
@@ -32,9 +35,7 @@ def test_an_objective_is_one_file(shards: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    found = python(
-        "pytest", "-q", "tests/contracts/test_components.py", "tests/contracts/test_objectives.py", "-k", "luma"
-    )
+    found = python("pytest", "tests/contracts/test_components.py", "tests/contracts/test_objectives.py", "-k", "luma")
     passed = re.search(r"(\d+) passed", found)
     assert passed
     assert int(passed[1]) >= 20, found

@@ -100,7 +100,7 @@ def test_other_formats_and_other_models_are_refused(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(UserError, match="checkpoint format 99; this version reads 1"):
+    with pytest.raises(UserError, match="checkpoint format 99; this version reads 2"):
         checkpoint.read_state(path)
     with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.read_state(tmp_path)

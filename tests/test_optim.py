@@ -20,7 +20,7 @@ def test_norms_biases_tokens_and_positions_are_not_decayed() -> None:
     decayed, plain = ({names[id(p)] for p in g["params"]} for g in pretrain_groups(model, 0.05))
     assert decayed | plain == {n for n, p in model.named_parameters() if p.requires_grad}
     assert not decayed & plain
-    assert {"encoder.model.cls_token", "encoder.model.pos_embed", "head.mask_token"} <= plain
+    assert {"encoder.model.cls_token", "encoder.model.pos_embed", "objectives.0.head.mask_token"} <= plain
     assert all(n.endswith("weight") and "norm" not in n for n in decayed)
     assert "encoder.model.blocks.0.attn.qkv.weight" in decayed
     assert "encoder.model.norm.weight" not in decayed | plain, "the final norm is not read in pretraining"

@@ -145,7 +145,9 @@ def test_accumulation_gives_the_same_losses(shards: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["token, linear", "moving teacher, attention mask"])
+@pytest.mark.parametrize(
+    "objective", ["token, linear", pytest.param("moving teacher, attention mask", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_the_same_run_as_one(
     recipe_file: Callable[..., Path], tmp_path: Path, objective: str
 ) -> None:

@@ -263,7 +263,7 @@ def test_schema_describes_every_key(job: str) -> None:
 def test_finetune_recipes_check_across_keys(tmp_path: Path) -> None:
     base = "job: finetune\nout: o\nencoder: scratch\ndata: {train: a, val: b, image_size: 8}\noptim: {steps: 1}\n"
     assert errors(base, tmp_path, job=FinetuneRecipe) == [
-        "r.yaml: encoder: scratch needs architecture.name, a name of timm's"
+        "r.yaml:3: encoder: scratch needs architecture.name, a name of timm's"
     ]
     base = base.replace("scratch", "runs/a")
     assert (

@@ -19,6 +19,7 @@ class EmaTeacherTarget(nn.Module):
     `decay_end`: its end; in between it rises linearly (I-JEPA: 1).
     Against collapse: every token of every block is layer-normed before averaging (data2vec, section 3.3), no
     gradient goes into the copy, and the effective rank of the targets is logged as `target_rank`.
+    The skill is against a target that moves: it need not rise while the encoder gets better.
     """
 
     of = "values"
