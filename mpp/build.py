@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +62,6 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
         args=recipe.encoder.args,
     )
     encoder = TimmEncoder(timm_model, size, recipe.mask.unit_px)
-    if recipe.encoder.grad_checkpointing:
-        _checkpoint_activations(recipe, timm_model)
     unit = recipe.mask.unit_px or encoder.stride
     if unit % encoder.stride and encoder.stride % unit:
         raise UserError(
@@ -77,35 +76,13 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     _check_corruption(recipe, encoder, unit)
     stem_dim = encoder.stem.dim if encoder.stem else 0
     corruption = build_component("corruption", recipe.corruption, CorruptionContext(stem_dim, channels, unit))
-    cell_px = min(unit, encoder.stride)
-    parts = encoder.stride // cell_px
-    grid = (size[0] // cell_px, size[1] // cell_px)
-
-    def teacher(**asked: Any) -> Any:
-        return frozen_teacher(**{"channels": channels, "grid": grid, **asked})
-
-    def student(**asked: Any) -> Any:
-        if parts > 1:
-            raise ValueError(f"mask.unit_px: {unit} px is less than the encoder's stride, {encoder.stride} px")
-        return frozen_copy(encoder, **asked)
-
-    context = TargetContext(channels, cell_px, grid, teacher, student)
-    objectives, names = [], set()
-    sections: list[tuple[str, Any]] = [("", recipe)]
-    sections += [(f"extra_targets.{i}.", s) for i, s in enumerate(recipe.extra_targets)]
-    for where, section in sections:
-        target = build_component(f"{where}target", section.target, context)
-        loss = build_component(f"{where}loss", section.loss)
-        head_args = (encoder.dim, target.dim * parts * parts, corruption.hidden_enter)
-        head = build_component(f"{where}head", section.head, *head_args)
-        name = section.target.name
-        while name in names:
-            name += "_"
-        names.add(name)
-        objectives.append(Objective(name, target, head, loss, getattr(section, "weight", 1.0)))
+    objectives = _build_objectives(recipe, encoder, unit, corruption.hidden_enter)
     mean, std = recipe.data.mean_std()
+    grid = (size[0] // unit, size[1] // unit)
     try:
-        guide = mask.guide(teacher, grid=(size[0] // unit, size[1] // unit)) if hasattr(mask, "guide") else None
+        guide = None
+        if hasattr(mask, "guide"):
+            guide = mask.guide(partial(frozen_teacher, channels=channels, grid=grid, key="mask"))
     except ValueError as error:
         raise UserError(f"mask.{error}") from error
     try:
@@ -121,9 +98,41 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if recipe.encoder.grad_checkpointing:  # after teachers were copied, which have no backward pass
+        _checkpoint_activations(recipe, timm_model)
     if encoder.family not in TRIED:
         _try_now(model, recipe.encoder.name)
-    return model, (size[0] // unit, size[1] // unit)
+    return model, grid
+
+
+def _build_objectives(
+    recipe: PretrainRecipe, encoder: TimmEncoder, unit_px: int, hidden_enter: bool
+) -> list[Objective]:
+    """The first target and the extra ones, with heads, losses and weights. UserError with the place of a wrong one."""
+    channels, cell_px = recipe.data.channels, min(unit_px, encoder.stride)
+    parts = encoder.stride // cell_px
+    grid = (recipe.data.image_size[0] // cell_px, recipe.data.image_size[1] // cell_px)
+
+    def student(**asked: Any) -> Any:
+        if parts > 1:
+            raise ValueError(f"mask.unit_px: {unit_px} px is less than the encoder's stride, {encoder.stride} px")
+        return frozen_copy(encoder, **asked)
+
+    objectives: list[Objective] = []
+    sections: list[tuple[str, Any]] = [("", recipe)]
+    sections += [(f"extra_targets.{i}.", s) for i, s in enumerate(recipe.extra_targets)]
+    for where, section in sections:
+        teacher = partial(frozen_teacher, channels=channels, grid=grid, key=f"{where}target")
+        context = TargetContext(channels, cell_px, grid, teacher, student)
+        target = build_component(f"{where}target", section.target, context)
+        loss = build_component(f"{where}loss", section.loss)
+        # each cell of the encoder predicts all of its parts, where mask units are smaller
+        head = build_component(f"{where}head", section.head, encoder.dim, target.dim * parts * parts, hidden_enter)
+        name = section.target.name
+        while name in {o.name for o in objectives}:
+            name += "_"
+        objectives.append(Objective(name, target, head, loss, getattr(section, "weight", 1.0)))
+    return objectives
 
 
 def _try_now(model: MaskedPatchModel, name: str) -> None:

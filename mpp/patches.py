@@ -163,7 +163,8 @@ def effective_rank(values: Tensor) -> float:
 
     Not centred: values that are all the same have rank 1.
     """
-    singular = torch.linalg.svdvals(values.double())
+    x = values.double()
+    singular = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()  # of (D, D), however many rows there are
     share = singular / singular.sum()
     share = share[share > 0]
     return float((-(share * share.log()).sum()).exp())

@@ -187,7 +187,11 @@ def gather_cells(x: Tensor, cells: Tensor) -> Tensor:
 
 
 class MaskSampler(Protocol):
-    """`masks/*.py`. Its keyword-only constructor arguments are its recipe keys."""
+    """`masks/*.py`. Its keyword-only constructor arguments are its recipe keys.
+
+    It may have `guide(teacher)`, which gives a module that makes the masks where the model runs, from (images, noise
+    of the plane "guide", count), in place of those that the loader drew.
+    """
 
     unit_px: int | None
     """Side of a mask unit in pixels; None: the encoder's stride."""
@@ -243,7 +247,7 @@ class TargetContext(NamedTuple):
     grid: tuple[int, int]
     """Cells of an image."""
     teacher: Callable[..., Any]
-    """teacher(name=…, pretrained=…, args=…, layers=…): a frozen timm model or exported folder, see `Teacher`."""
+    """teacher(name=…, pretrained=…, args=…, layers=…): a frozen timm model or export, see `Teacher`."""
     student: Callable[..., Any]
     """student(layers=…): a frozen copy of the encoder that is being trained, as it starts."""
 

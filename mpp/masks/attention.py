@@ -22,6 +22,8 @@ class AttentionMask:
     `strength`: 0 is uniform; units are drawn without replacement with probability ~ attention^strength. AttMask
     hides the most attended without chance: a large number. 1 is a guess.
     `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+
+    That a unit is hidden tells the encoder that the teacher attends to it; nothing else of it.
     """
 
     def __init__(
@@ -46,9 +48,9 @@ class AttentionMask:
         mask[rng.permutation(mask.size)[:count]] = True
         return mask.reshape(grid)
 
-    def guide(self, teacher: Callable[..., Any], *, grid: tuple[int, int]) -> nn.Module:
+    def guide(self, teacher: Callable[..., Any]) -> nn.Module:
         """What makes the masks; see `AttentionGuide`."""
-        model = teacher(name=self.teacher, pretrained=self.pretrained, args=self.args, grid=grid, key="mask")
+        model = teacher(name=self.teacher, pretrained=self.pretrained, args=self.args)
         model.check_attention()
         return AttentionGuide(model, self.strength)
 

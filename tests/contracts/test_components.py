@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpp import registry
+from mpp.build import build_model
 from mpp.encoders.teacher import frozen_copy, frozen_teacher
 from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
 from mpp.patches import effective_rank, hidden_cells, patchify, repeat_cells, unpatchify, visible_cells
 from mpp.rng import Purpose, stream
 from mpp.types import NOISE, Cells, CorruptionContext, EncoderOutput, Images, TargetContext, Units
+from tests.conftest import pretrain_recipe
 
 GRID, CELL_PX = (3, 5), 4
 
@@ -49,7 +52,7 @@ def target_of(name: str, channels: int = 3, cell_px: int = CELL_PX, grid: tuple[
     """A target of tiny teachers; nothing is fetched."""
 
     def teacher(**asked: Any) -> Any:
-        return frozen_teacher(**{"channels": channels, "grid": grid, **asked})
+        return frozen_teacher(channels=channels, grid=grid, **asked)
 
     def student(**asked: Any) -> Any:
         size = (grid[0] * cell_px, grid[1] * cell_px)
@@ -163,7 +166,7 @@ class TestAttentionMask:
             teacher="vit_tiny_patch16_224", pretrained=False, args=vit, strength=strength
         )
         torch.manual_seed(0)
-        return mask.guide(lambda **asked: frozen_teacher(**{"channels": 3, **asked}), grid=GRID)
+        return mask.guide(lambda **asked: frozen_teacher(channels=3, grid=GRID, **asked))
 
     def test_it_hides_what_the_teacher_attends_to(self) -> None:
         guide, images = self.build(1e6), images_of(raw_of(3))
@@ -193,7 +196,7 @@ class TestAttentionMask:
     def test_teachers_without_readable_attention_are_refused(self) -> None:
         mask = registry.component("masks", "attention")(teacher="pvt_v2_b0", pretrained=False)
         with pytest.raises(ValueError, match="teacher: attention is read from plain ViTs; got a Pyramid"):
-            mask.guide(lambda **asked: frozen_teacher(**{"channels": 3, **asked}), grid=(2, 2))
+            mask.guide(lambda **asked: frozen_teacher(channels=3, grid=(2, 2), **asked))
 
 
 @pytest.mark.parametrize("name", registry.names("corruptions"))
@@ -416,6 +419,22 @@ class TestTeachers:
         target = target_of("teacher", args={"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2})
         assert target.teacher.pixels(images_of(raw_of(3)), GRID).shape == (4, 3, 24, 40)
         assert target(images_of(raw_of(3))).shape == (4, 15, 24)
+
+    def test_an_export_teaches_with_its_weights(self, tmp_path: Path) -> None:
+        from mpp.exporting import save_encoder
+
+        recipe = pretrain_recipe("none", "none", **{"data.image_size": (12, 20), "data.mean": [0.2, 0.3, 0.4]})
+        model = build_model(recipe)[0].eval()
+        save_encoder(model.encoder.model, tmp_path / "run" / "encoder", recipe, {})
+        images = images_of(raw_of(3))
+        normalised = (images.raw.float() / 255 - torch.tensor([0.2, 0.3, 0.4]).view(-1, 1, 1)) / 0.5
+        with torch.no_grad():
+            (found,) = model.encoder.model.forward_intermediates(
+                normalised, indices=1, output_fmt="NLC", intermediates_only=True
+            )
+        for folder in (tmp_path / "run", tmp_path / "run" / "encoder"):
+            target = target_of("teacher", teacher=str(folder), pretrained=True, args={})
+            torch.testing.assert_close(target(images), torch.nn.functional.layer_norm(found, found.shape[-1:]))
 
     def test_any_family_teaches(self) -> None:
         assert target_of("teacher", teacher="resnet18", args={})(images_of(raw_of(3))).shape == (4, 15, 512)
