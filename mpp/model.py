@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from mpp.encoders.timm_encoder import TimmEncoder
-from mpp.patches import effective_rank, hidden_cells, lowest, patchify, repeat_cells, unpatchify, visible_cells
+from mpp.patches import (
+    effective_rank,
+    hidden_cells,
+    image_share,
+    lowest,
+    patchify,
+    repeat_cells,
+    unpatchify,
+    visible_cells,
+)
 from mpp.types import NOISE, Cells, Corrupted, Images, Units, gather_cells
 
 HEADS_WITHOUT_HIDDEN_TOKENS = "transformer, cross_attention"
@@ -17,11 +26,14 @@ LEAST_BITS = 1.0
 
 
 class Objective(nn.Module):
-    """One target with its head, its loss and its weight in the sum. name: its key in the metrics."""
+    """One target with its head, its loss and its weight in the sum.
 
-    def __init__(self, name: str, target: Any, head: Any, loss: Any, weight: float) -> None:
+    name: its key in the metrics. where: what comes before its keys in the recipe.
+    """
+
+    def __init__(self, name: str, target: Any, head: Any, loss: Any, weight: float = 1.0, where: str = "") -> None:
         super().__init__()
-        self.name, self.weight = name, weight
+        self.name, self.weight, self.where = name, weight, where
         self.target: Any = target
         self.head: Any = head
         self.loss: Any = loss
@@ -81,13 +93,14 @@ class MaskedPatchModel(nn.Module):
         for o in objectives:
             if o.head.needs_hidden_tokens and not corruption.hidden_enter:
                 raise ValueError(
-                    "head.name: this head reads the encoder's tokens of hidden cells, which this corruption never "
-                    f"makes. Allowed with it: {HEADS_WITHOUT_HIDDEN_TOKENS}; or use corruption.name: token"
+                    f"{o.where}head.name: this head reads the encoder's tokens of hidden cells, which this corruption "
+                    f"never makes. Allowed with it: {HEADS_WITHOUT_HIDDEN_TOKENS}; or use corruption.name: token"
                 )
             if finer and not o.head.needs_hidden_tokens:
                 raise ValueError(
-                    f"head.name: mask units of {unit_px} px are parts of the encoder's cells of {encoder.stride} px, "
-                    "which this head cannot split into hidden and visible ones. Allowed with them: linear, mlp"
+                    f"{o.where}head.name: mask units of {unit_px} px are parts of the encoder's cells of "
+                    f"{encoder.stride} px, which this head cannot split into hidden and visible ones. "
+                    "Allowed with them: linear, mlp"
                 )
         self.encoder, self.corruption, self.guide = encoder, corruption, guide
         self.objectives: Any = nn.ModuleList(objectives)
@@ -140,15 +153,14 @@ class MaskedPatchModel(nn.Module):
         """(B, C, H, W) uint8 images, masks on units -> (objectives,) losses over predicted cells, not weighted."""
         images = self.images(raw)
         layout = self.layout(images, mask, noise, count)
-        return self._losses(self.predict(images, layout), images, layout)
+        return self._losses(self.predict(images, layout), self._targets(images, layout))
 
-    def _losses(self, predictions: list[Tensor], images: Images, layout: Layout) -> Tensor:
-        return torch.stack(
-            [
-                o.loss(prediction, gather_cells(o.target(images), layout.cells.predicted))
-                for o, prediction in zip(self.objectives, predictions, strict=True)
-            ]
-        )
+    def _targets(self, images: Images, layout: Layout) -> list[Tensor]:
+        return [gather_cells(o.target(images), layout.cells.predicted) for o in self.objectives]
+
+    def _losses(self, predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
+        triples = zip(self.objectives, predictions, targets, strict=True)
+        return torch.stack([o.loss(prediction, target) for o, prediction, target in triples])
 
     @torch.no_grad()
     def losses_for_skill(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -158,7 +170,8 @@ class MaskedPatchModel(nn.Module):
         trivial = [
             gather_cells(o.target.trivial(images, layout.cells.hidden), layout.cells.predicted) for o in self.objectives
         ]
-        return self._losses(self.predict(images, layout), images, layout), self._losses(trivial, images, layout)
+        targets = self._targets(images, layout)
+        return self._losses(self.predict(images, layout), targets), self._losses(trivial, targets)
 
     @torch.no_grad()
     def reconstruct(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> Reconstruction:
@@ -197,14 +210,15 @@ class MaskedPatchModel(nn.Module):
         return found
 
     @torch.no_grad()
-    def target_ranks(self, raw: Tensor) -> dict[str, float]:
-        """Effective rank of the values of each target that may collapse: 1 is a target that never changes."""
+    def collapse(self, raw: Tensor) -> dict[str, tuple[float, float]]:
+        """(effective rank, share of the image) of the values of each target that may collapse.
+
+        A target that is the same for every image has a share of 0; its rank is that of the noise on it.
+        """
         images = self.images(raw)
-        return {
-            o.name: effective_rank(o.target(images).flatten(0, 1))
-            for o in self.objectives
-            if getattr(o.target, "may_collapse", False)
-        }
+        watched = [o for o in self.objectives if getattr(o.target, "may_collapse", False)]
+        values = {o.name: o.target(images) for o in watched}
+        return {name: (effective_rank(v.flatten(0, 1)), image_share(v)) for name, v in values.items()}
 
     def after_step(self, step: int, total_steps: int) -> None:
         """Let targets that follow the encoder do so; after every optimizer step."""

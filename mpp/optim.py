@@ -10,13 +10,13 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 NO_DECAY_NAMES = ("token", "pos_embed", "bias", "position")
-"""Parts of names whose parameters are not decayed, whatever their shape (MAE's and BEiT's published codes)."""
+"""Parts of a parameter's own name, not its module's, for which it is not decayed (MAE's and BEiT's published codes)."""
 
 
 def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: decayed matrices; norms, biases, tokens and positions undecayed. Frozen parameters in neither."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    plain = [(n, p) for n, p in trained if p.ndim <= 1 or any(part in n for part in NO_DECAY_NAMES)]
+    plain = [(n, p) for n, p in trained if p.ndim <= 1 or any(part in n.split(".")[-1] for part in NO_DECAY_NAMES)]
     names = {n for n, _ in plain}
     return [
         {"params": [p for n, p in trained if n not in names], "weight_decay": weight_decay, "lr_scale": 1.0},

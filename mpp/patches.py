@@ -158,6 +158,15 @@ def decoder_dim(encoder_dim: int, dim: int | None, num_heads: int) -> int:
     return dim
 
 
+def image_share(values: Tensor) -> float:
+    """Part of the energy of (B, N, D) that is left without the mean of each cell over the images, in [0, 1].
+
+    Near 0 the values say nothing of the image, whatever noise lies on them.
+    """
+    x = values.double()
+    return float((x - x.mean(0)).square().sum() / x.square().sum().clamp_min(1e-300))
+
+
 def effective_rank(values: Tensor) -> float:
     """exp of the entropy of the normalised singular values of (M, D) (Roy & Vetterli 2007; RankMe, Garrido 2023).
 

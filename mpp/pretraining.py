@@ -32,6 +32,8 @@ LEAST_BAD_IMAGES = 100
 """A run never stops for fewer unreadable images than this."""
 COLLAPSED_RANK = 2.0
 """A warning is said where a target's effective rank falls below: two directions at most are left (a guess)."""
+COLLAPSED_SHARE = 0.1
+"""And where less of its energy depends on the image (a guess; half of it does at first)."""
 RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
 HELD_OUT_POSITION = 2**62
@@ -96,7 +98,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
         create_run(recipe)
-    state: dict[str, Any] = {"seen": 0, "bad": 0, "loss": None, "skills": [None] * len(objectives), "ranks": {}}
+    state: dict[str, Any] = {"seen": 0, "bad": 0, "loss": None, "skills": [None] * len(objectives)}
+    state["collapse"] = {}
     start_step = 0
     model.to(accelerator.device)
     if run.checkpoint is not None:
@@ -126,7 +129,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     step, bad = start_step, int(state["bad"])
     loss = math.nan if state["loss"] is None else float(state["loss"])
     skills = [math.nan if value is None else float(value) for value in state["skills"]]
-    skill, ranks = skills[0], state["ranks"]
+    skill, collapse = skills[0], state["collapse"]
     sampler = MicroBatches(
         order,
         seen=start_step * optim.global_batch_size,
@@ -193,13 +196,13 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
             bad = _count_bad(bad, int(new_bad), bad_lines, seen + optim.global_batch_size, data.max_bad_fraction, log)
             ending = bool(stopping) or step == total_steps
             if step % recipe.skill_every_steps == 0 or step == total_steps:
-                skills, ranks = _skills(accelerator, model, held_out_batch)
+                skills, collapse = _skills(accelerator, model, held_out_batch)
                 skill = skills[0]
-                for name, rank_of_target in ranks.items():
-                    if rank_of_target < COLLAPSED_RANK:
+                for name, (rank_of_target, share) in collapse.items():
+                    if share < COLLAPSED_SHARE or rank_of_target < COLLAPSED_RANK:
                         log.say(
-                            f"warning: target {name} has an effective rank of {rank_of_target:.2f}: its features "
-                            "collapse to one. Try a higher decay, a lower optim.base_lr, or more warm-up"
+                            f"warning: target {name} collapses: {share:.1%} of it depends on the image, effective rank "
+                            f"{rank_of_target:.1f}. Try a higher decay, a lower optim.base_lr, or more warm-up"
                         )
             if step % recipe.log_every_steps == 0 or ending or step == 1:
                 log.metrics(
@@ -210,7 +213,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                         "skill": skill,
                         **{f"loss_{o.name}": v for o, v in zip(objectives, each_loss, strict=True) if len(skills) > 1},
                         **{f"skill_{o.name}": v for o, v in zip(objectives, skills, strict=True) if len(skills) > 1},
-                        **{f"target_rank_{name}": v for name, v in ranks.items()},
+                        **{f"target_rank_{name}": v for name, (v, _) in collapse.items()},
+                        **{f"target_share_{name}": v for name, (_, v) in collapse.items()},
                         "lr": lr,
                         "grad_norm": float(grad_norm),
                         **window.rates(optim.global_batch_size),
@@ -224,7 +228,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                         "bad": bad,
                         "loss": loss,
                         "skills": [None if math.isnan(value) else value for value in skills],
-                        "ranks": ranks,
+                        "collapse": collapse,
                         "data_fingerprint": images.fingerprint,
                     }
                     checkpoint.save(
@@ -284,8 +288,10 @@ def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.n
     return batch
 
 
-def _skills(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch) -> tuple[list[float], dict[str, float]]:
-    """(skill of each objective, effective rank of targets that may collapse), in eval mode, in parts of 256 images.
+def _skills(
+    accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch
+) -> tuple[list[float], dict[str, tuple[float, float]]]:
+    """(skill of each objective, rank and share of targets that may collapse), in eval mode, in parts of 256 images.
 
     On every process alike, so that none waits for another.
     """
@@ -298,10 +304,10 @@ def _skills(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch) 
             )
             a, b = model.losses_for_skill(images, mask, noise, held_out.hidden_units)
             own, trivial = own + a.cpu() * len(images), trivial + b.cpu() * len(images)
-        ranks = model.target_ranks(held_out.images[:RANK_IMAGES].to(accelerator.device))
+        collapse = model.collapse(held_out.images[:RANK_IMAGES].to(accelerator.device))
     model.train()
     skills = [1 - o / t if t > 0 else math.nan for o, t in zip(own.tolist(), trivial.tolist(), strict=True)]
-    return skills, ranks
+    return skills, collapse
 
 
 def _count_bad(before: int, new: int, lines: list[str], seen: int, max_fraction: float, log: RunLog) -> int:

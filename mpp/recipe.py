@@ -220,7 +220,7 @@ class ExtraTarget(Section):
     """One more target on the same forward, with a head and a loss of its own."""
 
     target: component_section("targets", "pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    loss: component_section("losses", "mse")  # type: ignore[valid-type]
+    loss: component_section("losses", "mse") = None  # type: ignore[valid-type]
     """Default: mse, or cross_entropy for a target of classes."""
     head: component_section("heads", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
     weight: Weight = 1.0
@@ -273,7 +273,7 @@ class Run(Section):
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept, newest first."""
     scales: dict[str, dict[str, Any]] = {}
-    """Sets of overrides by name, `tiny: {optim.steps: 3}`, that `--scale tiny` applies; gone from a run's recipe."""
+    """Sets of overrides by name, `tiny: {optim.steps: 3}`, that `--scale tiny` applies. Reading a recipe empties it."""
 
 
 class PretrainRecipe(Run):
@@ -287,7 +287,7 @@ class PretrainRecipe(Run):
     mask: component_section("masks", "uniform") = Field({}, validate_default=True)  # type: ignore[valid-type]
     corruption: component_section("corruptions", "token") = Field({}, validate_default=True)  # type: ignore[valid-type]
     target: component_section("targets", "norm_pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    loss: component_section("losses", "mse")  # type: ignore[valid-type]
+    loss: component_section("losses", "mse") = None  # type: ignore[valid-type]
     """Default: mse, or cross_entropy for a target of classes."""
     head: component_section("heads", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
     extra_targets: tuple[ExtraTarget, ...] = ()
@@ -392,7 +392,6 @@ RECIPES: dict[str, type[Run]] = {"pretrain": PretrainRecipe, "finetune": Finetun
 MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "data.max_bad_fraction", "optim.max_batch_per_device", "encoder.grad_checkpointing",
-    "scales",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and, with drop path or
 mixup on, which are drawn for each micro-batch, for their draws."""
@@ -472,21 +471,21 @@ def dotted(key: Key) -> str:
 
 def apply_scale(values: dict[str, Any], places: dict[Key, str], scale: str | None, source: str) -> None:
     """Apply one of the recipe's own sets of overrides and take the sets out. UserError where it has none so named."""
-    scales = values.get("scales", {})
-    for key, chosen in scales.items() if isinstance(scales, dict) else ():
-        if not isinstance(chosen, dict):
-            place = places.get(("scales", key), source)
-            raise UserError(f"{place}: scales.{key}: must be keys with values, such as optim.steps: 3; got {chosen!r}")
+    scales = values.pop("scales", None) or {}
+    if not isinstance(scales, dict):
+        raise UserError(f"{places.get(('scales',), source)}: scales: must be names with keys; got {scales!r}")
+    for name, chosen in scales.items():
+        if not isinstance(chosen, dict) or not all(isinstance(key, str) for key in chosen):
+            place = places.get(("scales", str(name)), source)
+            raise UserError(f"{place}: scales.{name}: must be keys with values, such as optim.steps: 3; got {chosen!r}")
     if scale is None:
         return
-    if not isinstance(scales, dict) or scale not in scales:
-        known = ", ".join(scales) if isinstance(scales, dict) else ""
-        raise UserError(f"--scale {scale}: {source} has {known or 'no scales'}")
+    if scale not in scales:
+        raise UserError(f"--scale {scale}: {source} has {', '.join(map(str, scales)) or 'no scales'}")
     given = {("scales", scale, key): places.get(("scales", scale, key), source) for key in scales[scale]}
     apply_overrides(values, places, scales[scale])
     for (_, _, key), place in given.items():
         places[tuple(key.split("."))] = place
-    values["scales"] = {}
 
 
 def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: dict[str, Any]) -> None:
@@ -495,22 +494,41 @@ def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: d
     names_first = sorted(overrides.items(), key=lambda item: not _names_component(item[0]))
     for name, value in names_first:
         *outer, last = name.split(".")
-        node = values
-        for i, part in enumerate(outer):
-            inner = node.setdefault(part, {})
-            if isinstance(inner, str) and registry_key(part):  # `mask: block` and then mask.ratio=0.5
-                inner = node[part] = {"name": inner}
-            if not isinstance(inner, dict):
-                raise UserError(f"{COMMAND_LINE}: {name}: {'.'.join(outer[: i + 1])} has no keys; it is {inner!r}")
+        if name.split(".")[0] == "scales":
+            raise UserError(f"{COMMAND_LINE}: {name}: scales are the recipe's own; give the key itself")
+        node: Any = values
+        key: list[str | int] = []
+        for part in outer:
+            if isinstance(node, list):  # extra_targets.0.weight
+                key.append(_item(name, node, part))
+                inner = node[int(part)]
+            else:
+                key.append(part)
+                inner = node.setdefault(part, {})
+                if isinstance(inner, str) and registry_key(part):  # `mask: block` and then mask.ratio=0.5
+                    inner = node[part] = {"name": inner}
+            if not isinstance(inner, dict | list):
+                raise UserError(f"{COMMAND_LINE}: {name}: {dotted(tuple(key))} has no keys; it is {inner!r}")
             node = inner
         value = os.fspath(value) if isinstance(value, os.PathLike) else _override_value(name, value)
-        if last == "name" and outer and registry_key(outer[-1]) and node.get("name", value) != value:
-            node.clear()  # another component has other keys
-        node[last] = value
-        key = (*outer, last)
-        for old in [k for k in places if k[: len(key)] == key]:
+        if isinstance(node, list):
+            key.append(_item(name, node, last))
+            node[int(last)] = value
+        else:
+            if last == "name" and outer and registry_key(outer[-1]) and node.get("name", value) != value:
+                node.clear()  # another component has other keys
+            key.append(last)
+            node[last] = value
+        for old in [k for k in places if k[: len(key)] == tuple(key)]:
             del places[old]
-        places[key] = COMMAND_LINE
+        places[tuple(key)] = COMMAND_LINE
+
+
+def _item(name: str, items: list[Any], part: str) -> int:
+    """The place in a list that an override names."""
+    if not part.isdecimal() or int(part) >= len(items):
+        raise UserError(f"{COMMAND_LINE}: {name}: '{part}': the list has items 0 to {len(items) - 1}")
+    return int(part)
 
 
 def _override_value(name: str, value: Any) -> Any:
@@ -663,7 +681,7 @@ def _error_line(error: Any, job: type[Run], places: dict[Key, str], source: str)
     elif kind in ("tuple_type", "list_type"):
         message = "must be one number or [height, width]" if key[-1] == "image_size" else "must be a list, [a, b, …]"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "must be keys with values" + (f": {', '.join(sorted(fields))}" if fields else "")
+        message = "must be keys with values" + (f": {', '.join(sorted(set(fields)))}" if fields else "")
     else:
         message = message[0].lower() + message[1:]
     return f"{place}: {dotted(key)}: {message}; got {got!r}"

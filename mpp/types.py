@@ -57,6 +57,8 @@ def _ratio(value: object) -> float | tuple[float, float]:
     return (low, high) if isinstance(value, list | tuple) else low
 
 
+Aspect = Annotated[float, BeforeValidator(no_bool), Field(ge=1, le=100)]
+"""Longer side over shorter side of a block."""
 _OPEN = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 Ratio = Annotated[
     float | tuple[float, float],

@@ -26,6 +26,13 @@ def test_norms_biases_tokens_and_positions_are_not_decayed() -> None:
     assert "encoder.model.norm.weight" not in decayed | plain, "the final norm is not read in pretraining"
 
 
+def test_matrices_of_modules_named_after_tokens_are_decayed() -> None:
+    mixer = timm.create_model("resmlp_12_224", num_classes=0)
+    (decayed, _) = pretrain_groups(mixer, 0.05)
+    names = {id(p): n for n, p in mixer.named_parameters()}
+    assert "blocks.0.linear_tokens.weight" in {names[id(p)] for p in decayed["params"]}
+
+
 def test_layer_decay_reaches_the_optimizer() -> None:
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=4, embed_dim=32, num_heads=2)
     task = ClassifyTask(32, 5)

@@ -117,14 +117,25 @@ def test_a_moving_teacher_resumes_to_the_last_bit_and_logs_its_rank(shards: Path
             (tmp_path / r / "checkpoints" / "step-00000020" / f"{name}.safetensors").read_bytes() for r in "ab"
         )
         assert one == other
-    assert read_metrics(tmp_path / "a")[-1]["target_rank_ema_teacher"] > 2
+    last = read_metrics(tmp_path / "a")[-1]
+    assert last["target_rank_ema_teacher"] > 2
+    assert 0.1 < last["target_share_ema_teacher"] < 1
+    assert "collapses" not in (tmp_path / "a" / "train.log").read_text()
 
 
 def test_a_collapsing_teacher_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpp.model.effective_rank", lambda values: 1.2)
+    """Features of a constant and a little noise, whose rank is high."""
+    from mpp.encoders.teacher import FrozenTeacher
+
+    plain = FrozenTeacher.forward
+    monkeypatch.setattr(FrozenTeacher, "forward", lambda self, *a: 0.1 * plain(self, *a) + torch.arange(32.0) / 16)
     result = mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"target.name": "ema_teacher"}))
     said = (result.out / "train.log").read_text()
-    assert "warning: target ema_teacher has an effective rank of 1.20: its features collapse to one" in said
+    assert "warning: target ema_teacher collapses: 0." in said
+    last = read_metrics(result.out)[-1]
+    assert last["target_rank_ema_teacher"] > 1
+    assert last["target_share_ema_teacher"] < 0.01
+    assert last["skill"] < 0.9, "a constant is what the trivial prediction says, too"
 
 
 def test_images_of_one_colour_are_said(tmp_path: Path) -> None:

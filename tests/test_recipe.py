@@ -86,6 +86,10 @@ WRONG = {
     "classes compared by distance": ("target: mean_color\nloss: mse\n", [], "r.yaml:8: loss: mse is not for classes, which target mean_color has; allowed with it: cross_entropy"),
     "values compared as classes": ("loss: cross_entropy\n", [], "r.yaml:7: loss: cross_entropy is not for values, which target norm_pixels has; allowed with it: cosine, l1, mse, smooth_l1"),
     "a scale that is no mapping": ("scales: {tiny: 3}\n", [], "r.yaml:7: scales.tiny: must be keys with values, such as optim.steps: 3; got 3"),
+    "a scale of numbers": ("scales: {tiny: {3: 1}}\n", [], "r.yaml:7: scales.tiny: must be keys with values"),
+    "a scale on the command line": ("", ["scales.tiny.seed=3"], "command line: scales.tiny.seed: scales are the recipe's own; give the key itself"),
+    "an endless block": ("", ["mask=block", "mask.max_aspect=1e308"], "command line: mask.max_aspect: must be >= 1 and <= 100"),
+    "nothing for a component": ("target: null\n", [], "r.yaml:7: target: must be keys with values: args, bits, "),
     "predict none": ("predict_fraction: 0\n", [], "r.yaml:7: predict_fraction: must be > 0 and <= 1; got 0"),
 }  # fmt: skip
 
@@ -243,6 +247,7 @@ def test_scales_come_before_overrides_and_keep_their_place(tmp_path: Path) -> No
     assert load_recipe(path, PretrainRecipe).data.image_size == (32, 32)
     with pytest.raises(UserError, match=r"r.yaml:10: mask.ratio: must be > 0 and < 1; got 3"):
         load_recipe(path, PretrainRecipe, None, "odd")
+    assert load_recipe(path, PretrainRecipe).scales == {}, "a run may be resumed when one of them changed"
     with pytest.raises(UserError, match=r"--scale huge: .*r.yaml has tiny, odd"):
         load_recipe(path, PretrainRecipe, None, "huge")
 

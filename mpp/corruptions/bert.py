@@ -19,6 +19,7 @@ class BertCorruption(nn.Module):
     `keep`: part of the hidden units that show themselves: the encoder cannot tell them from visible ones, so
     it has to have something to say of every patch.
     The rest gets the learnable mask token at the stem. Parts are rounded to whole units, equal in every image.
+    The skill is over all hidden units, kept ones too, and so a little higher than with `token`.
     """
 
     hidden_enter = True

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
+from mpp.errors import UserError
 from mpp.types import Images
 
 
@@ -68,8 +69,11 @@ class FrozenTeacher(nn.Module):
 
     def check_attention(self) -> None:
         """ValueError where `attention` cannot be read."""
-        if type(self.model).__name__ not in ("VisionTransformer", "VisionTransformerDistilled"):
-            raise ValueError(f"teacher: attention is read from plain ViTs; got a {type(self.model).__name__}")
+        plain = type(self.model).__name__ in ("VisionTransformer", "VisionTransformerDistilled")
+        if not plain or not hasattr(getattr(self.model.blocks[-1], "attn", None), "qkv"):
+            raise ValueError(
+                f"teacher: attention is read from plain ViTs; got a {type(self.model).__name__} without it"
+            )
 
     @torch.no_grad()
     def attention(self, images: Images, grid: tuple[int, int]) -> Tensor:
@@ -78,6 +82,10 @@ class FrozenTeacher(nn.Module):
         Without a class token: how much all cells do. ValueError for other families than plain ViTs.
         """
         self.check_attention()
+        with torch.autocast(images.raw.device.type, enabled=False):  # masks must not depend on the precision of a run
+            return self._attention(images, grid)
+
+    def _attention(self, images: Images, grid: tuple[int, int]) -> Tensor:
         caught: list[Tensor] = []
         block = self.model.blocks[-1].attn
         handle = block.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
@@ -109,22 +117,35 @@ def frozen_teacher(
 
     UserError for a name, folder or argument that is wrong, ValueError for `layers`.
     """
-    for folder in (Path(name) / "encoder", Path(name)):
-        if (folder / "config.json").is_file():
-            name = f"local-dir:{folder}"
-            break
+    if Path(name).exists():
+        folder = next((f for f in (Path(name) / "encoder", Path(name)) if (f / "config.json").is_file()), None)
+        if folder is None:
+            raise UserError(f"{key}.teacher: {name}: no encoder in it (config.json); is the run finished?")
+        name, pretrained = f"local-dir:{folder}", True  # a folder comes with its weights
     made: dict[str, Any] = {"in_chans": channels, "pretrained": pretrained, "args": args}
     keys: dict[str, Any] = {"key": f"{key}.teacher", "args_key": f"{key}.args"}
     state = torch.random.get_rng_state()  # whatever the teacher draws, the student starts from the same weights
     # timm says how large a model's cells are only once it is made
     probe: Any = create_timm_model(name, image_size=None, **{**made, "pretrained": False}, **keys)
     stride = probe.feature_info[-1]["reduction"]
-    model: Any = create_timm_model(name, image_size=(grid[0] * stride, grid[1] * stride), **made, **keys)
+    size = (grid[0] * stride, grid[1] * stride)
+    model: Any = create_timm_model(name, image_size=size, **made, **keys)
     torch.random.set_rng_state(state)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     if len(mean) != channels:  # timm sums or repeats the first layer's weights for other channels
         mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
-    return FrozenTeacher(model, layers=layers, mean=mean, std=std)
+    teacher = FrozenTeacher(model, layers=layers, mean=mean, std=std)
+    try:
+        blank = torch.zeros(1, channels, *size, dtype=torch.uint8)
+        found = tuple(teacher(Images(blank, blank.float(), blank[0].float(), blank[0].float()), grid).shape)
+    except Exception as error:  # timm's models fail in their own ways
+        words = " ".join(str(error).split())[:300]
+        raise UserError(f"{key}.teacher: {name} does not run at {size[0]}×{size[1]} px: {words}") from error
+    if found != (1, grid[0] * grid[1], teacher.dim):
+        raise UserError(
+            f"{key}.teacher: {name} gives features of {found[1:]} where {(grid[0] * grid[1], teacher.dim)} are wanted"
+        )
+    return teacher
 
 
 def frozen_copy(encoder: TimmEncoder, *, layers: int) -> FrozenTeacher:

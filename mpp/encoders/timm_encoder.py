@@ -67,6 +67,9 @@ def create_timm_model(
         raise UserError(f"{args_key}.patch_size: square patches, one number of pixels >= 1; got {patch_size!r}")
     if ":" not in name:
         timm_names(name.split(".")[0], key)
+    for own in ("num_classes", "in_chans", "img_size", "pretrained", "features_only"):
+        if own in args:
+            raise UserError(f"{args_key}.{own}: is not for a recipe to set here; see data.image_size, data.channels")
     for key_of_list, value in args.items():  # YAML has lists where timm compares with tuples
         if isinstance(value, list):
             args = {**args, key_of_list: tuple(value)}
@@ -83,7 +86,7 @@ def create_timm_model(
     except Exception as error:  # timm, torch or the hub: ZeroDivisionError, KeyError, … by whatever argument is off
         words = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{key}: {name} at {'×'.join(map(str, image_size or ('its', 'own')))} px with {args}: "
+            f"{key}: {name} at {'×'.join(map(str, image_size)) + ' px' if image_size else 'its own size'} with {args}: "
             f"{type(error).__name__}: {words}"
         ) from error
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from mpp.patches import count_hidden
-from mpp.types import PositiveFloat, PositiveInt, Ratio
+from mpp.types import Aspect, PositiveInt, Ratio
 
 
 class BlockMask:
@@ -27,7 +27,7 @@ class BlockMask:
         *,
         ratio: Ratio = 0.4,
         min_block: PositiveInt = 16,
-        max_aspect: PositiveFloat = 1 / 0.3,
+        max_aspect: Aspect = 1 / 0.3,
         unit_px: PositiveInt | None = None,
     ) -> None:
         self.ratio, self.min_block, self.max_aspect, self.unit_px = ratio, min_block, max_aspect, unit_px

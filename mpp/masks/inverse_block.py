@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from mpp.patches import count_hidden
-from mpp.types import Bool, PositiveFloat, PositiveInt, Ratio
+from mpp.types import Aspect, Bool, PositiveInt, Ratio
 
 
 class InverseBlockMask:
@@ -26,7 +26,7 @@ class InverseBlockMask:
         self,
         *,
         ratio: Ratio = 0.8,
-        max_aspect: PositiveFloat = 1.5,
+        max_aspect: Aspect = 1.5,
         roll: Bool = True,
         unit_px: PositiveInt | None = None,
     ) -> None:

@@ -18,7 +18,8 @@ class EmaTeacherTarget(nn.Module):
     `decay`: of the moving average at the first step (data2vec for ViT-B: 0.9998; I-JEPA: 0.996).
     `decay_end`: its end; in between it rises linearly (I-JEPA: 1).
     Against collapse: every token of every block is layer-normed before averaging (data2vec, section 3.3), no
-    gradient goes into the copy, and the effective rank of the targets is logged as `target_rank`.
+    gradient goes into the copy; the effective rank of the targets and the share of them that depends on the image
+    are logged (`target_rank`, `target_share`), with a warning where they fall.
     The skill is against a target that moves: it need not rise while the encoder gets better.
     """
 
@@ -42,8 +43,9 @@ class EmaTeacherTarget(nn.Module):
         return self.teacher(images, self.grid)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """Zero: the mean of every normalised feature vector."""
-        return torch.zeros(len(hidden), hidden[0].numel(), self.dim, device=hidden.device)
+        """The mean feature of each cell over all these images: what can be said without looking at one."""
+        values = self(images)
+        return values.mean(0, keepdim=True).expand_as(values)
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
         return None

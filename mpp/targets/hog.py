@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from mpp.patches import patchify, repeat_cells
-from mpp.types import Images, PositiveInt, TargetContext
+from mpp.types import Images, Int, PositiveInt, TargetContext
 
+Bins = Annotated[Int, Field(ge=2)]
 EPSILON = 1e-5  # in the normalisation, as Dalal & Triggs' L2 norm has it: sqrt(|v|² + ε²)
 
 
@@ -27,7 +30,11 @@ class HogTarget(nn.Module):
     of = "values"
 
     def __init__(
-        self, context: TargetContext, *, orientations: PositiveInt = 9, square_px: PositiveInt | None = None
+        self,
+        context: TargetContext,
+        *,
+        orientations: Bins = 9,
+        square_px: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         if square_px is None:
@@ -39,24 +46,29 @@ class HogTarget(nn.Module):
         self.dim = context.channels * orientations * self.side * self.side
 
     def forward(self, images: Images) -> Tensor:
-        x = images.raw.float() / 255
+        return self._histograms(images.raw, None)
+
+    def _histograms(self, raw: Tensor, counted: Tensor | None) -> Tensor:
+        """(B, N, dim). counted: (B, 1, H, W) bool, pixels that vote; None: all."""
+        x = raw.float() / 255
         rows, cols = torch.zeros_like(x), torch.zeros_like(x)
         rows[..., 1:-1, :] = x[..., 2:, :] - x[..., :-2, :]
         cols[..., :, 1:-1] = x[..., :, 2:] - x[..., :, :-2]
         angle = torch.atan2(rows, cols) % math.pi
         bins = (angle * (self.orientations / math.pi)).long() % self.orientations
-        votes = F.one_hot(bins, self.orientations).movedim(-1, 2) * torch.hypot(rows, cols).unsqueeze(2)
-        squares = F.avg_pool2d(votes.flatten(1, 2), self.square_px).unflatten(1, (-1, self.orientations))
+        strength = torch.hypot(rows, cols)
+        if counted is not None:
+            strength = strength * counted
+        votes = [F.avg_pool2d(strength * (bins == k), self.square_px) for k in range(self.orientations)]
+        squares = torch.stack(votes, dim=2)
         length = (squares.square().sum(2, keepdim=True) + EPSILON**2).sqrt()
         return patchify((squares / length).flatten(1, 2), self.side)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """The mean of each image's visible cells.
-
-        Taken with hidden pixels blanked; cells beside hidden ones, whose gradients reach over, are as blanked.
-        """
+        """The mean of each image's visible cells; pixels whose differences reach into hidden cells do not vote."""
         pixels = repeat_cells(hidden, self.cell_px).unsqueeze(1)
-        values = self(images._replace(raw=images.raw.masked_fill(pixels, 0)))
+        beside = F.max_pool2d(pixels.float(), (3, 1), 1, (1, 0)) + F.max_pool2d(pixels.float(), (1, 3), 1, (0, 1))
+        values = self._histograms(images.raw.masked_fill(pixels, 0), beside == 0)
         visible = (~hidden).flatten(1).unsqueeze(-1)
         mean = (values * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
         return mean.expand(-1, values.shape[1], -1)

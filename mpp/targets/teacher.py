@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mpp.types import Bool, Images, PositiveInt, TargetContext
@@ -13,7 +12,7 @@ from mpp.types import Bool, Images, PositiveInt, TargetContext
 class TeacherTarget(nn.Module):
     """The teacher's patch features, each layer-normed without affine, at the cells of this encoder.
 
-    `teacher`: any timm model, or the folder of a run or an export.
+    `teacher`: any timm model, or the folder of a run or an export, which comes with its weights.
     `pretrained`: with timm's published weights. `args`: timm's arguments for it.
     `layers`: last blocks that are averaged, after normalising each (data2vec, Baevski et al. 2022, section 3.3).
 
@@ -40,8 +39,9 @@ class TeacherTarget(nn.Module):
         return self.teacher(images, self.grid)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """Zero: the mean of every normalised feature vector."""
-        return torch.zeros(len(hidden), hidden[0].numel(), self.dim, device=hidden.device)
+        """The mean feature of each cell over all these images: what can be said without looking at one."""
+        values = self(images)
+        return values.mean(0, keepdim=True).expand_as(values)
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
         return None

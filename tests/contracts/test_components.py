@@ -16,7 +16,7 @@ from mpp import registry
 from mpp.build import build_model
 from mpp.encoders.teacher import frozen_copy, frozen_teacher
 from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
-from mpp.patches import effective_rank, hidden_cells, patchify, repeat_cells, unpatchify, visible_cells
+from mpp.patches import effective_rank, hidden_cells, image_share, patchify, repeat_cells, unpatchify, visible_cells
 from mpp.rng import Purpose, stream
 from mpp.types import NOISE, Cells, CorruptionContext, EncoderOutput, Images, TargetContext, Units
 from tests.conftest import pretrain_recipe
@@ -296,6 +296,10 @@ class TestTargets:
 
     def test_trivial_does_not_look_under_the_mask(self, name: str, channels: int) -> None:
         target, x, hidden = target_of(name, channels), images_of(raw_of(channels)), hidden_of(4)
+        if "teacher" in name:  # a mean over images: no one image is looked at
+            values = target(x)
+            assert torch.equal(target.trivial(x, hidden), values.mean(0, keepdim=True).expand_as(values))
+            return
         other = self.hide_other_pixels(x, hidden)
         torch.testing.assert_close(target.trivial(x, hidden), target.trivial(other, hidden), rtol=0, atol=1e-6)
 
@@ -468,6 +472,24 @@ class TestTeachers:
     def test_teachers_stay_in_eval_mode(self) -> None:
         for name in ("teacher", "ema_teacher"):
             assert not any(m.training for m in target_of(name).train().teacher.modules())
+
+
+def test_hog_of_visible_cells_does_not_see_the_blank() -> None:
+    """Stripes everywhere: where hidden cells are blanked, the edge of the blank must not vote."""
+    raw = (torch.arange(20) % 2 * 200).to(torch.uint8).expand(1, 3, 12, 20).contiguous()
+    raw = torch.nn.functional.interpolate(raw.float(), scale_factor=2).to(torch.uint8)
+    target, hidden = target_of("hog", cell_px=8), hidden_of(1)
+    trivial = target.trivial(images_of(raw), hidden).view(1, 15, 3, 9)
+    assert (trivial[..., 0] > 0.3).all(), "all differences are across columns"
+    assert trivial[..., 1:].abs().max() < 1e-6
+
+
+def test_image_share_of_known_values() -> None:
+    constant = torch.randn(1, 6, 8).expand(50, -1, -1)
+    assert image_share(constant) == pytest.approx(0, abs=1e-12)
+    noise = torch.randn(50, 6, 8, generator=torch.Generator().manual_seed(0))
+    assert image_share(noise) == pytest.approx(1, abs=0.05)
+    assert image_share(constant / constant.std() + 0.1 * noise) < 0.05
 
 
 def test_effective_rank_of_known_matrices() -> None:

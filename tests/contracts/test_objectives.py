@@ -15,6 +15,7 @@ from mpp.contract import shaken
 from mpp.errors import UserError
 from mpp.model import MaskedPatchModel
 from mpp.patches import patchify, unpatchify
+from mpp.recipe import checked
 from mpp.rng import Purpose, stream
 from mpp.types import NOISE, EncoderOutput
 from tests.conftest import drawn_image, pretrain_recipe
@@ -192,12 +193,32 @@ class TestSeveralTargets:
             ({"target": "pixels", "loss": "cross_entropy"}, r"extra_targets.0.loss: cross_entropy is not for values"),
             ({"target": "pixls"}, r"extra_targets.0.target.name: no such choice; got 'pixls'. Did you mean 'pixels'?"),
             ({"target": "pixels", "wieght": 2}, r"extra_targets.0.wieght: unknown key. Did you mean"),
+            ({"target": {"name": "hog", "orientations": 1}}, r"extra_targets.0.target.orientations: must be >= 2"),
             ({"target": "pixels", "weight": 0}, r"extra_targets.0.weight: must be > 0"),
         ):
             with pytest.raises(UserError, match=message):
                 pretrain_recipe("none", "none", extra_targets=[extra])
         with pytest.raises(UserError, match="extra_targets.0.head: dim must be a multiple"):
             model_of(extra_targets=[{"target": "pixels", "head": {"name": "transformer", "dim": 30}}])
+        for extra, message in (
+            ({"target": "pixels"}, "extra_targets.0.head.name: this head reads"),
+            (
+                {"target": {"name": "teacher", "teacher": "none"}, "head": "transformer"},
+                "extra_targets.0.target.teacher: timm .* has no model 'none'",
+            ),
+        ):
+            with pytest.raises(UserError, match=message):
+                model_of(**{"corruption.name": "drop", "head.name": "transformer", "extra_targets": [extra]})
+
+    def test_one_of_them_is_changed_by_its_number(self) -> None:
+        extra = [dict(e) for e in self.EXTRA]
+        recipe = pretrain_recipe("none", "none", extra_targets=extra)
+        changed = checked(recipe, type(recipe), {"extra_targets.1.weight": 3, "extra_targets.0.target.bits": 2})
+        assert (changed.extra_targets[1].weight, changed.extra_targets[0].target.bits) == (3.0, 2)
+        with pytest.raises(UserError, match="command line: extra_targets.2.weight: '2': the list has items 0 to 1"):
+            checked(recipe, type(recipe), {"extra_targets.2.weight": 3})
+        with pytest.raises(UserError, match="command line: extra_targets.0.weight: must be > 0; got -1"):
+            checked(recipe, type(recipe), {"extra_targets.0.weight": -1})
 
 
 def test_images_of_one_colour_are_doubted() -> None:
@@ -209,11 +230,13 @@ def test_images_of_one_colour_are_doubted() -> None:
 
 def test_the_rank_of_targets_that_may_collapse() -> None:
     model = model_of(**{"target.name": "ema_teacher"})
-    rank = model.target_ranks(photos((16, 16)))["ema_teacher"]
+    rank, share = model.collapse(photos((16, 16)))["ema_teacher"]
     assert rank > 2
+    assert share > 0.1
     with torch.no_grad():
         for p in model.objectives[0].target.parameters():
             p.zero_()
         model.objectives[0].target.teacher.model.blocks[-1].mlp.fc2.bias.copy_(torch.arange(32.0))
-    assert model.target_ranks(photos((16, 16)))["ema_teacher"] == pytest.approx(1, abs=1e-3)
-    assert model_of().target_ranks(photos((16, 16))) == {}
+    rank, share = model.collapse(photos((16, 16)))["ema_teacher"]
+    assert (rank, share) == pytest.approx((1, 0), abs=1e-3)
+    assert model_of().collapse(photos((16, 16))) == {}
