@@ -78,6 +78,7 @@ def test_what_may_not_be_trained_says_why() -> None:
     assert "of which model?" in said("--check", code=2)
 
 
+@pytest.mark.slow
 def test_the_contract_runs_on_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
     text = said("--check", "regnetx_002")
     for way in ("token", "pixel"):

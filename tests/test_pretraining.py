@@ -261,6 +261,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(shards: Path, tmp
         mpp.pretrain(recipe, resume=True)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_two_processes(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     path, out = recipe_file(**{"optim.steps": 40}), tmp_path / "run"
     mpp.pretrain(path, out=str(tmp_path / "whole"))
@@ -374,6 +375,7 @@ def test_an_untrained_model_has_no_skill(shards: Path, tmp_path: Path) -> None:
     assert math.isfinite(result.skill)
 
 
+@pytest.mark.slow
 def test_wrong_numbers_of_processes_are_refused(recipe_file: Callable[..., Path]) -> None:
     done = command("pretrain", recipe_file(**{"optim.global_batch_size": 15}), processes=2)
     assert done.returncode != 0
