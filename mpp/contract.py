@@ -51,12 +51,15 @@ class Subject:
     def of(family: Family) -> Subject:
         return Subject(family.example, family.args, family.image_size)
 
-    def encoder(self, channels: int = 3) -> TimmEncoder:
-        torch.manual_seed(0)
-        model = create_timm_model(
+    def plain(self, channels: int = 3) -> Any:
+        """timm's model, without the adapter."""
+        return create_timm_model(
             self.name, image_size=self.image_size, in_chans=channels, pretrained=False, args=self.args
         )
-        return TimmEncoder(model, self.image_size)
+
+    def encoder(self, channels: int = 3) -> TimmEncoder:
+        torch.manual_seed(0)
+        return TimmEncoder(self.plain(channels), self.image_size)
 
     def model(self, mechanism: str, channels: int = 3, *, checkpointing: bool = False) -> MaskedPatchModel:
         corruption_name, arguments, head_name = MECHANISMS[mechanism]
@@ -190,7 +193,7 @@ def _places_differ(subject: Subject, mechanism: str) -> None:
 
 def _plain_without_mask(subject: Subject, mechanism: str) -> None:
     """Also after a masked forward: no mask may stay behind in the hooks."""
-    model, plain = subject.model(mechanism).eval(), _plain(subject)
+    model, plain = subject.model(mechanism).eval(), subject.plain().eval()
     plain.load_state_dict(model.encoder.model.state_dict(), strict=True)
     x = torch.randn(BATCH, 3, *subject.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -200,12 +203,6 @@ def _plain_without_mask(subject: Subject, mechanism: str) -> None:
         features, theirs = model.encoder.model.forward_features(x), plain.forward_features(x)
     if not torch.equal(features, theirs):
         raise Broken("without a mask the features are not plain timm's")
-
-
-def _plain(subject: Subject) -> Any:
-    return create_timm_model(
-        subject.name, image_size=subject.image_size, in_chans=3, pretrained=False, args=subject.args
-    ).eval()
 
 
 def _gradients(subject: Subject, mechanism: str) -> None:
@@ -223,10 +220,9 @@ def _gradients(subject: Subject, mechanism: str) -> None:
             raise Broken(f"the gradient of {what} is zero")
 
 
-def _learns(subject: Subject, mechanism: str) -> None:
-    """The loss falls. That the encoder is part of it is what the gradients and the leak check's control say."""
-    model = subject.model(mechanism).train()
-    batch = batch_of(model)
+def learn(model: MaskedPatchModel, batch: tuple[Tensor, Tensor, Tensor, int]) -> list[float]:
+    """Train on one batch for LEARNING_STEPS -> the losses."""
+    model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     found = []
     for _ in range(LEARNING_STEPS):
@@ -235,6 +231,13 @@ def _learns(subject: Subject, mechanism: str) -> None:
         loss.backward()
         optimizer.step()
         found.append(float(loss.detach()))
+    return found
+
+
+def _learns(subject: Subject, mechanism: str) -> None:
+    """The loss falls. That the encoder is part of it is what the gradients and the leak check's control say."""
+    model = subject.model(mechanism)
+    found = learn(model, batch_of(model))
     if not found[-1] < 0.9 * found[0]:
         raise Broken(f"the loss does not fall: {found[0]:.3f} -> {found[-1]:.3f} in {LEARNING_STEPS} steps")
 

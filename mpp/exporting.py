@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from mpp.encoders.timm_encoder import create_at_size, timm_folder
 from mpp.errors import UserError
 from mpp.metrics import environment, write_json
 from mpp.recipe import FinetuneRecipe, PretrainRecipe, dump_recipe
@@ -152,9 +153,8 @@ def save_encoder(
 
 def encoder_folder(source: str | Path) -> Path:
     """The timm folder of a run or an export. UserError where there is none."""
-    for folder in (Path(source) / "encoder", Path(source)):
-        if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
-            return folder
+    if folder := timm_folder(source):
+        return folder
     if cells := sorted(Path(source).glob("*-seed*/encoder")):
         raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {cells[0].parent}")
     if (Path(source) / "recipe.yaml").exists():
@@ -185,13 +185,9 @@ def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: An
     if pretrained:
         weights_sha256(folder)
     try:
-        try:
-            return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **timm_args)
-        except TypeError as error:
-            if "img_size" not in str(error) or "img_size" not in timm_args:
-                raise
-            del timm_args["img_size"]  # convolutional families take any size
-            return timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **timm_args)
+        return create_at_size(
+            f"local-dir:{folder}", timm_args.pop("img_size", None), pretrained=pretrained, **timm_args
+        )
     except Exception as error:  # timm, torch or safetensors, by whatever argument or byte is off
         raise UserError(f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 

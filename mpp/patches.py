@@ -117,6 +117,21 @@ def colours(classes: Tensor, bits: int, channels: int) -> Tensor:
     return (bins.float() + 0.5) / 2**bits
 
 
+def count_colours(bits: int, channels: int) -> int:
+    """Classes of colours of `bits` a channel. ValueError above 65,536."""
+    if bits * channels > 16:
+        raise ValueError(f"bits: {bits} for {channels} channels makes more than 65,536 classes")
+    return 2 ** (bits * channels)
+
+
+def colour_parts(logits: Tensor, bits: int, channels: int, side: int, cell_px: int) -> Tensor:
+    """(B, N, side²·classes) -> (B, N, C·cell_px²) in [0, 1]: each part of a cell in the middle of its likeliest bin."""
+    likeliest = logits.unflatten(-1, (side * side, -1)).argmax(-1)
+    parts = colours(likeliest, bits, channels).unflatten(2, (side, side)).movedim(-1, 2)  # (B, N, C, side, side)
+    zoom = cell_px // side
+    return parts.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1).flatten(2)
+
+
 def marginal_logits(classes: Tensor, hidden: Tensor, count: int) -> Tensor:
     """log of the histogram of `classes` (B, N, K) over visible cells -> (B, N, K·count), the same everywhere.
 

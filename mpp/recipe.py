@@ -190,9 +190,6 @@ class Encoder(Section):
     """Recompute activations in the backward pass: slower, less memory."""
 
 
-Weight = Annotated[Float, Field(gt=0)]
-
-
 def _own_loss(values: Any) -> Any:
     """Where no loss is named: mse, or cross_entropy for a target of classes."""
     if isinstance(values, Mapping) and values.get("loss") is None:
@@ -223,7 +220,7 @@ class ExtraTarget(Section):
     loss: component_section("losses", "mse") = None  # type: ignore[valid-type]
     """Default: mse, or cross_entropy for a target of classes."""
     head: component_section("heads", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    weight: Weight = 1.0
+    weight: PositiveFloat = 1.0
     """Of its loss in the sum; the first target's is 1."""
 
     _default_loss = model_validator(mode="before")(_own_loss)
@@ -482,25 +479,29 @@ def apply_scale(values: dict[str, Any], places: dict[Key, str], scale: str | Non
         return
     if scale not in scales:
         raise UserError(f"--scale {scale}: {source} has {', '.join(map(str, scales)) or 'no scales'}")
-    given = {("scales", scale, key): places.get(("scales", scale, key), source) for key in scales[scale]}
-    apply_overrides(values, places, scales[scale])
-    for (_, _, key), place in given.items():
-        places[tuple(key.split("."))] = place
+    given_at = {key: places.get(("scales", scale, key), source) for key in scales[scale]}
+    apply_overrides(values, places, scales[scale], given_at)
 
 
-def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: dict[str, Any]) -> None:
-    """Set dotted keys in place. Values that are strings are read as YAML, as on the command line."""
+def apply_overrides(
+    values: dict[str, Any], places: dict[Key, str], overrides: dict[str, Any], given_at: Mapping[str, str] | None = None
+) -> None:
+    """Set dotted keys in place. Values that are strings are read as YAML, as on the command line.
+
+    given_at: where each of them stands; default: on the command line.
+    """
     # which component, before its keys, in whatever order they were given
     names_first = sorted(overrides.items(), key=lambda item: not _names_component(item[0]))
     for name, value in names_first:
         *outer, last = name.split(".")
+        place = (given_at or {}).get(name, COMMAND_LINE)
         if name.split(".")[0] == "scales":
-            raise UserError(f"{COMMAND_LINE}: {name}: scales are the recipe's own; give the key itself")
+            raise UserError(f"{place}: {name}: scales are the recipe's own; give the key itself")
         node: Any = values
         key: list[str | int] = []
         for part in outer:
             if isinstance(node, list):  # extra_targets.0.weight
-                key.append(_item(name, node, part))
+                key.append(_item(f"{place}: {name}", node, part))
                 inner = node[int(part)]
             else:
                 key.append(part)
@@ -508,11 +509,11 @@ def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: d
                 if isinstance(inner, str) and registry_key(part):  # `mask: block` and then mask.ratio=0.5
                     inner = node[part] = {"name": inner}
             if not isinstance(inner, dict | list):
-                raise UserError(f"{COMMAND_LINE}: {name}: {dotted(tuple(key))} has no keys; it is {inner!r}")
+                raise UserError(f"{place}: {name}: {dotted(tuple(key))} has no keys; it is {inner!r}")
             node = inner
-        value = os.fspath(value) if isinstance(value, os.PathLike) else _override_value(name, value)
+        value = os.fspath(value) if isinstance(value, os.PathLike) else _override_value(f"{place}: {name}", value)
         if isinstance(node, list):
-            key.append(_item(name, node, last))
+            key.append(_item(f"{place}: {name}", node, last))
             node[int(last)] = value
         else:
             if last == "name" and outer and registry_key(outer[-1]) and node.get("name", value) != value:
@@ -521,17 +522,17 @@ def apply_overrides(values: dict[str, Any], places: dict[Key, str], overrides: d
             node[last] = value
         for old in [k for k in places if k[: len(key)] == tuple(key)]:
             del places[old]
-        places[tuple(key)] = COMMAND_LINE
+        places[tuple(key)] = place
 
 
-def _item(name: str, items: list[Any], part: str) -> int:
-    """The place in a list that an override names."""
+def _item(what: str, items: list[Any], part: str) -> int:
+    """The place in a list that an override names. what: the override, for the error."""
     if not part.isdecimal() or int(part) >= len(items):
-        raise UserError(f"{COMMAND_LINE}: {name}: '{part}': the list has items 0 to {len(items) - 1}")
+        raise UserError(f"{what}: '{part}': the list has items 0 to {len(items) - 1}")
     return int(part)
 
 
-def _override_value(name: str, value: Any) -> Any:
+def _override_value(what: str, value: Any) -> Any:
     """A string is read as YAML, but for what only a path or pattern can be: `*.tar`, `runs/try #2`."""
     if not isinstance(value, str) or value.startswith(("*", "&", "!", "@", "%", "`")):
         return value
@@ -541,7 +542,7 @@ def _override_value(name: str, value: Any) -> Any:
             return value  # a comment nobody meant
         return yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(f"{COMMAND_LINE}: {name}: not a YAML value: {value}") from error
+        raise UserError(f"{what}: not a YAML value: {value}") from error
 
 
 def _names_component(name: str) -> bool:

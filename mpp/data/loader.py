@@ -16,7 +16,7 @@ from mpp.data.decode import centre_box, decode_crop, random_box
 from mpp.data.images import ShardImages
 from mpp.errors import UserError
 from mpp.rng import Purpose, stream
-from mpp.types import NOISE, Batch, MaskSampler
+from mpp.types import NOISE, Batch, MaskSampler, Units
 
 
 @dataclass
@@ -54,6 +54,16 @@ class Crop:
         )
 
 
+def draw_masks(sampler: MaskSampler, grid: tuple[int, int], draw: float, seed: int, positions: Sequence[int]) -> Units:
+    """The masks and noise of the samples at these positions; `draw` as in `MaskSampler.count`."""
+    count = sampler.count(grid, draw)
+    hidden = np.stack([sampler(grid, count, stream(seed, Purpose.MASK, p)) for p in positions])
+    assert (hidden.sum((1, 2)) == count).all(), "a mask sampler must hide as many units in every image"
+    size = (len(NOISE), *grid)
+    noise = np.stack([stream(seed, Purpose.NOISE, p).random(size, dtype=np.float32) for p in positions])
+    return Units(torch.from_numpy(hidden), count, torch.from_numpy(noise))
+
+
 class PretrainDataset(Dataset[Batch]):
     """Keys are (position, shard, row); a list of keys makes a `Batch`.
 
@@ -84,11 +94,9 @@ class PretrainDataset(Dataset[Batch]):
         """centre: for held-out images: no randomness in the crop, the middle of a range of mask ratios."""
         size = (self.crop.channels, *self.crop.size)
         images = torch.empty((len(keys), *size), dtype=torch.uint8)
-        masks = np.empty((len(keys), *self.mask_grid), dtype=bool)
-        noise = np.empty((len(keys), len(NOISE), *self.mask_grid), dtype=np.float32)
         step = keys[0][0] // self.global_batch
         draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
-        hidden_units = self.mask.count(self.mask_grid, draw)
+        masks = draw_masks(self.mask, self.mask_grid, draw, self.seed, [position for position, _, _ in keys])
         bad: list[str] = []
         replaced = 0
         for i, (position, shard, row) in enumerate(keys):
@@ -101,16 +109,13 @@ class PretrainDataset(Dataset[Batch]):
             images[i], passed_over = self.images.load(shard, row, rows, decode, size)
             bad += passed_over
             replaced += bool(passed_over)
-            masks[i] = self.mask(self.mask_grid, hidden_units, stream(self.seed, Purpose.MASK, position))
-            noise[i] = stream(self.seed, Purpose.NOISE, position).random(noise.shape[1:], dtype=np.float32)
-        assert (masks.sum((1, 2)) == hidden_units).all(), "a mask sampler must hide as many units in every image"
         return Batch(
             images,
-            torch.from_numpy(masks),
-            torch.from_numpy(noise),
+            masks.hidden,
+            masks.noise,
             torch.tensor([k[0] for k in keys]),
             torch.tensor([k[1:] for k in keys]),
-            hidden_units,
+            masks.count,
             replaced,
             bad,
         )

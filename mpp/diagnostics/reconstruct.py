@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -12,10 +11,9 @@ from torch import Tensor
 from mpp import checkpoint
 from mpp.build import build_mask, build_model
 from mpp.data.decode import centre_box, decode_crop
+from mpp.data.loader import draw_masks
 from mpp.errors import BadImage, UserError
 from mpp.recipe import PretrainRecipe, load_recipe
-from mpp.rng import Purpose, stream
-from mpp.types import NOISE
 
 COLUMNS = ("original", "masked", "predicted,\nown statistics borrowed", "predicted,\nunaided")
 TILE_PX = 160
@@ -41,17 +39,9 @@ def reconstruct(run: str | Path, images: list[str], out: str | Path) -> Path:
     checkpoint.load(path, model)
     model.eval()
     batch = torch.stack([_read(name, recipe) for name in images])
-    sampler = build_mask(recipe)
-    count = sampler.count(grid, 0.5)
-    masks = np.stack([sampler(grid, count, stream(recipe.seed, Purpose.MASK, i)) for i in range(len(images))])
-    noise = np.stack(
-        [
-            stream(recipe.seed, Purpose.NOISE, i).random((len(NOISE), *grid), dtype=np.float32)
-            for i in range(len(images))
-        ]
-    )
+    units = draw_masks(build_mask(recipe), grid, 0.5, recipe.seed, range(len(images)))
     try:
-        pictures = model.reconstruct(batch, torch.from_numpy(masks), torch.from_numpy(noise), count)
+        pictures = model.reconstruct(batch, units.hidden, units.noise, units.count)
     except ValueError as error:
         raise UserError(f"{run}: {error}") from error
     pixels = [(255 * (p * model.std + model.mean)).clamp(0, 255).byte() for p in pictures]

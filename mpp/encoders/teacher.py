@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
+from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model, timm_folder
 from mpp.errors import UserError
 from mpp.types import Images
 
@@ -118,7 +118,7 @@ def frozen_teacher(
     UserError for a name, folder or argument that is wrong, ValueError for `layers`.
     """
     if Path(name).exists():
-        folder = next((f for f in (Path(name) / "encoder", Path(name)) if (f / "config.json").is_file()), None)
+        folder = timm_folder(name)
         if folder is None:
             raise UserError(f"{key}.teacher: {name}: no encoder in it (config.json); is the run finished?")
         name, pretrained = f"local-dir:{folder}", True  # a folder comes with its weights

@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -41,6 +42,24 @@ def timm_names(pattern: str, key: str) -> list[str]:
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise UserError(f"{key}: timm {timm.__version__} has no model '{pattern}'.{hint}")
     return names
+
+
+def timm_folder(source: str | Path) -> Path | None:
+    """The timm folder of a run or an export, or None."""
+    for folder in (Path(source) / "encoder", Path(source)):
+        if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
+            return folder
+    return None
+
+
+def create_at_size(name: str, image_size: tuple[int, int] | None, **args: Any) -> Any:
+    """`timm.create_model` for an image size; families that take any size are not told it. None: the model's own."""
+    try:
+        return timm.create_model(name, **args, **({"img_size": image_size} if image_size else {}))  # type: ignore[arg-type]
+    except TypeError as error:
+        if "img_size" not in str(error) or image_size is None:
+            raise
+        return timm.create_model(name, **args)
 
 
 def create_timm_model(
@@ -73,14 +92,8 @@ def create_timm_model(
     for key_of_list, value in args.items():  # YAML has lists where timm compares with tuples
         if isinstance(value, list):
             args = {**args, key_of_list: tuple(value)}
-    create: Any = partial(timm.create_model, name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **args)
     try:
-        try:
-            return create(**({"img_size": image_size} if image_size else {}))
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            return create()  # convolutional families take any size
+        return create_at_size(name, image_size, pretrained=pretrained, num_classes=0, in_chans=in_chans, **args)
     except TypeError as error:
         raise UserError(f"{args_key}: {name} does not take this: {error}") from error
     except Exception as error:  # timm, torch or the hub: ZeroDivisionError, KeyError, … by whatever argument is off

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mpp.patches import colour_classes, colours, marginal_logits, mean_patches, unpatchify
+from mpp.patches import colour_classes, colour_parts, count_colours, marginal_logits, mean_patches, unpatchify
 from mpp.types import Images, PositiveInt, TargetContext
 
 
@@ -21,10 +21,8 @@ class DownsizedColorTarget(nn.Module):
         super().__init__()
         if context.cell_px % side:
             raise ValueError(f"side: must divide the cell, {context.cell_px} px; got {side}")
-        if bits * context.channels > 16:
-            raise ValueError(f"bits: {bits} for {context.channels} channels makes more than 65,536 classes")
         self.side, self.bits, self.channels, self.cell_px = side, bits, context.channels, context.cell_px
-        self.classes = 2 ** (bits * context.channels)
+        self.classes = count_colours(bits, context.channels)
         self.dim = side * side * self.classes
 
     def forward(self, images: Images) -> Tensor:
@@ -36,9 +34,6 @@ class DownsizedColorTarget(nn.Module):
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
         """Each part of a cell in the middle of its most likely bin."""
-        best = prediction.unflatten(-1, (-1, self.classes)).argmax(-1)  # (B, N, side²)
-        colour = (colours(best, self.bits, self.channels) - images.mean.flatten()) / images.std.flatten()
-        parts = colour.unflatten(2, (self.side, self.side)).movedim(-1, 2)  # (B, N, C, side, side)
-        zoom = self.cell_px // self.side
-        pixels = parts.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
-        return unpatchify(pixels.flatten(2), self.cell_px, (hidden.shape[1], hidden.shape[2]))
+        parts = colour_parts(prediction, self.bits, self.channels, self.side, self.cell_px)
+        picture = unpatchify(parts, self.cell_px, (hidden.shape[1], hidden.shape[2]))
+        return (picture - images.mean) / images.std

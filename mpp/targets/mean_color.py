@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mpp.patches import colour_classes, colours, marginal_logits, mean_patches, unpatchify
+from mpp.patches import colour_classes, colour_parts, count_colours, marginal_logits, mean_patches, unpatchify
 from mpp.types import Images, PositiveInt, TargetContext
 
 
@@ -18,10 +18,8 @@ class MeanColorTarget(nn.Module):
 
     def __init__(self, context: TargetContext, *, bits: PositiveInt = 3) -> None:
         super().__init__()
-        if bits * context.channels > 16:
-            raise ValueError(f"bits: {bits} for {context.channels} channels makes more than 65,536 classes")
         self.bits, self.channels, self.cell_px = bits, context.channels, context.cell_px
-        self.dim = self.classes = 2 ** (bits * context.channels)
+        self.dim = self.classes = count_colours(bits, context.channels)
 
     def forward(self, images: Images) -> Tensor:
         return colour_classes(mean_patches(images.raw, self.cell_px, 1), self.bits)
@@ -32,8 +30,6 @@ class MeanColorTarget(nn.Module):
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
         """Each cell in the middle of its most likely bin."""
-        colour = (
-            colours(prediction.argmax(-1), self.bits, self.channels) - images.mean.flatten()
-        ) / images.std.flatten()
-        flat = colour.repeat_interleave(self.cell_px * self.cell_px, dim=-1)
-        return unpatchify(flat, self.cell_px, (hidden.shape[1], hidden.shape[2]))
+        parts = colour_parts(prediction, self.bits, self.channels, 1, self.cell_px)
+        picture = unpatchify(parts, self.cell_px, (hidden.shape[1], hidden.shape[2]))
+        return (picture - images.mean) / images.std

@@ -12,12 +12,12 @@ import torch
 from mpp import contract, registry
 from mpp.build import build_mask, build_model
 from mpp.contract import shaken
+from mpp.data.loader import draw_masks
 from mpp.errors import UserError
 from mpp.model import MaskedPatchModel
 from mpp.patches import patchify, unpatchify
 from mpp.recipe import checked
-from mpp.rng import Purpose, stream
-from mpp.types import NOISE, EncoderOutput
+from mpp.types import EncoderOutput
 from tests.conftest import drawn_image, pretrain_recipe
 
 TINY_VIT = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -45,11 +45,8 @@ def photos(size: tuple[int, int], number: int = 8) -> torch.Tensor:
 
 def batch_of(model: MaskedPatchModel, recipe: Any, number: int = 8) -> tuple[Any, ...]:
     size, unit = model.encoder.image_size, model.unit_px
-    grid, sampler = (size[0] // unit, size[1] // unit), build_mask(recipe)
-    count = sampler.count(grid, 0.5)
-    masks = np.stack([sampler(grid, count, stream(0, Purpose.MASK, i)) for i in range(number)])
-    noise = np.stack([stream(0, Purpose.NOISE, i).random((len(NOISE), *grid), dtype=np.float32) for i in range(number)])
-    return photos(size, number), torch.from_numpy(masks), torch.from_numpy(noise), count
+    units = draw_masks(build_mask(recipe), (size[0] // unit, size[1] // unit), 0.5, 0, range(number))
+    return photos(size, number), units.hidden, units.noise, units.count
 
 
 def works(corruption: str, head: str, encoder: str, unit_px: int) -> bool:
@@ -110,16 +107,9 @@ def test_every_target_with_every_loss_learns_or_is_refused(target: str, loss: st
             pretrain_recipe("none", "none", **changes)
         return
     recipe = pretrain_recipe("none", "none", **changes)
-    model = build_model(recipe)[0].train()
+    model = build_model(recipe)[0]
     batch = batch_of(model, recipe)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    found = []
-    for _ in range(30):
-        value = model(*batch).sum()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        found.append(float(value.detach()))
+    found = contract.learn(model, batch)
     assert found[-1] < 0.9 * found[0]
     own, trivial = model.eval().losses_for_skill(*batch)
     assert own.shape == trivial.shape == (1,)
