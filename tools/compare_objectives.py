@@ -1,10 +1,10 @@
 """Objectives and encoder families at equal CPU time on CIFAR-10: the table of recipes/LOG.md.
 
-    python tools/compare_objectives.py OUT [--only NAME …] [--minutes 8] [--processes 2]
+    python tools/compare_objectives.py OUT [--only NAME …] [--minutes 6] [--seeds 0 …] [--processes 2]
 
 Wants shards/cifar10/train and test, as recipes/pretrain/cifar10.yaml says how to pack. Each row is timed for some
 steps, then pretrained for as many as fit into the minutes of one CPU core, and fine-tuned on 100 labels a class, beside
-the same from scratch. Rows that are done (OUT/rows.jsonl) are not done again.
+the same from scratch. What is done is not done again: an interrupted row goes on, a row that is done takes more seeds.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMMIM = {"corruption": "token", "mask.ratio": 0.6, "predict_fraction": 1.0}
 MPP = {"corruption": "bert", "mask.ratio": 0.5, "predict_fraction": 1.0}
+TEACHER_ROW = "late joining"
+"""Whose encoder the frozen teacher is: no published weights are needed, and no label was seen by either."""
+OWN_TEACHER = {"target": {"name": "teacher", "teacher": TEACHER_ROW, "layers": 4}, "loss": "smooth_l1"}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "late joining": {},
     "mae": {"corruption": "drop", "head": {"name": "transformer", "dim": 64}, "predict_fraction": 1.0},
@@ -38,6 +40,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99},
         "loss": "smooth_l1",
     },
+    "teacher": {**SIMMIM, **OWN_TEACHER, "mask": {"name": "block", "ratio": 0.6, "min_block": 4}},
+    "teacher, late joining": OWN_TEACHER,
     "ema_teacher, late joining": {
         "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99},
         "loss": "smooth_l1",
@@ -77,24 +81,36 @@ def rows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def run(job: str, recipe: str, changes: dict[str, Any]) -> float:
-    """One command on one core -> its CPU-minutes."""
+    """One command on one core, or what is left of it -> its CPU-minutes, those of earlier attempts included."""
+    record = Path(changes["out"] + ".cpu_minutes")
+    spent = float(record.read_text()) if record.exists() else 0.0
+    status_file = Path(changes["out"]) / "status.json"
+    if record.exists() and status_file.exists() and json.loads(status_file.read_text())["state"] == "finished":
+        return spent
     words = [f"{k}={json.dumps(v)}" for k, v in changes.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mpp", job, str(ROOT / "recipes" / job / recipe), *words, "--resume", "auto"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
+    record.write_text(f"{spent + (usage.ru_utime + usage.ru_stime) / 60}\n")
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    return cpu_minutes(usage)
+    return float(record.read_text())
 
 
-def cpu_minutes(usage: resource.struct_rusage) -> float:
-    return (usage.ru_utime + usage.ru_stime) / 60
+def folder_of(out: Path, row: str) -> Path:
+    return out / row.replace(", ", "-").replace(" ", "-")
 
 
-def do(name: str, out: Path, minutes: float, finetune_steps: int) -> dict[str, Any]:
+def do(name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[int]) -> dict[str, Any]:
     pretraining, finetuning = rows()[name]
-    folder = out / name.replace(", ", "-").replace(" ", "-")
+    folder = folder_of(out, name)
+    target = pretraining.get("target")
+    if isinstance(target, dict) and target.get("teacher") == TEACHER_ROW:
+        teacher = folder_of(out, TEACHER_ROW) / "pretrain"
+        if not (teacher / "encoder").exists():
+            raise SystemExit(f"{name}: wants the row '{TEACHER_ROW}' done first: its encoder is the teacher")
+        pretraining = {**pretraining, "target": {**target, "teacher": str(teacher)}}
     timed = {"optim.steps": TIMED_STEPS, "log_every_steps": TIMED_STEPS // 2, "out": str(folder / "timed")}
     run("pretrain", "cifar10.yaml", {**pretraining, **timed, "checkpoint_every_steps": 10**6})
     last = json.loads((folder / "timed" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -105,14 +121,19 @@ def do(name: str, out: Path, minutes: float, finetune_steps: int) -> dict[str, A
         {**pretraining, "optim.steps": steps, "optim.warmup_steps": steps // 20, "out": str(folder / "pretrain")},
     )
     last = json.loads((folder / "pretrain" / "metrics.jsonl").read_text().splitlines()[-1])
-    beside = bool(finetuning)  # the ViT's arm from scratch is the same in every row
-    tuning = {
-        **finetuning, "encoder": str(folder / "pretrain"), "seeds": [0], "optim.steps": finetune_steps,
-        "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3,
-        "beside_scratch": beside or name == "late joining", "out": str(folder / "finetune"),
-    }  # fmt: skip
-    tuning_cost = run("finetune", "cifar10.yaml", tuning)
-    accuracy = json.loads((folder / "finetune" / "result.json").read_text())["accuracy"]
+    beside = bool(finetuning) or name == TEACHER_ROW  # the ViT's arm from scratch is the same in every row
+    accuracies: dict[str, list[float]] = {"pretrained": [], "scratch": []}
+    tuning_cost = 0.0
+    for seed in seeds:
+        run_folder = folder / f"finetune-{seed}"
+        tuning = {
+            **finetuning, "encoder": str(folder / "pretrain"), "seeds": [seed], "optim.steps": finetune_steps,
+            "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3, "beside_scratch": beside,
+            "out": str(run_folder),
+        }  # fmt: skip
+        tuning_cost += run("finetune", "cifar10.yaml", tuning)
+        for arm, found in json.loads((run_folder / "result.json").read_text())["accuracy"].items():
+            accuracies[arm].append(found["mean"])
     return {
         "row": name,
         "steps": steps,
@@ -120,7 +141,8 @@ def do(name: str, out: Path, minutes: float, finetune_steps: int) -> dict[str, A
         "cpu_minutes": round(cost, 1),
         "skill": last["skill"],
         "target_rank": last.get("target_rank_ema_teacher"),
-        "accuracy": {arm: a["mean"] for arm, a in accuracy.items()},
+        "seeds": seeds,
+        "accuracy": {arm: values for arm, values in accuracies.items() if values},
         "finetune_cpu_minutes": round(tuning_cost, 1),
     }
 
@@ -129,17 +151,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="*", default=list(rows()), choices=list(rows()))
-    parser.add_argument("--minutes", type=float, default=8.0, help="CPU-minutes of pretraining")
+    parser.add_argument("--minutes", type=float, default=6.0, help="CPU-minutes of pretraining")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="of the fine-tuning")
     parser.add_argument("--finetune-steps", type=int, default=400)
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     record = given.out / "rows.jsonl"
-    done = {json.loads(line)["row"] for line in record.read_text().splitlines()} if record.exists() else set()
     with ThreadPoolExecutor(given.processes) as pool:
-        wanted = [name for name in given.only if name not in done]
-        for row in pool.map(lambda name: do(name, given.out, given.minutes, given.finetune_steps), wanted):
-            line = json.dumps(row)
+        jobs = [
+            pool.submit(do, name, given.out, given.minutes, given.finetune_steps, given.seeds) for name in given.only
+        ]
+        for job in as_completed(jobs):
+            line = json.dumps(job.result())
             print(line, flush=True)
             with open(record, "a") as f:
                 f.write(line + "\n")
