@@ -2,6 +2,7 @@
 
     mpp.pretrain("recipes/pretrain/cifar10.yaml", out="runs/a", **{"optim.epochs": 10})
     mpp.finetune("recipes/finetune/cifar10.yaml", encoder="runs/a")
+    mpp.evaluate("runs/a", **{"data.train": "labeled/train", "data.val": "labeled/val"})
     mpp.export("runs/a", "encoders/a")
     model = mpp.load_encoder("encoders/a")          # a plain timm model
 
@@ -19,10 +20,11 @@ from mpp.errors import BadImage, MppWarning, UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpp.evaluating import EvaluateResult
     from mpp.exporting import Verified
     from mpp.finetuning import FinetuneResult
     from mpp.pretraining import PretrainResult
-    from mpp.recipe import FinetuneRecipe, PretrainRecipe
+    from mpp.recipe import EvaluateRecipe, FinetuneRecipe, Job, PretrainRecipe
 
 __version__ = "0.1.0"
 
@@ -60,6 +62,27 @@ def finetune(
     return finetuning.finetune(checked(recipe, FinetuneRecipe, overrides, scale), resume)
 
 
+def evaluate(
+    encoder: str | Path | None = None,
+    *,
+    recipe: str | Path | Mapping[str, Any] | EvaluateRecipe | None = None,
+    resume: str = "never",
+    scale: str | None = None,
+    **overrides: Any,
+) -> EvaluateResult:
+    """kNN, linear and attentive probes of a frozen encoder over layers and poolings, beside controls.
+
+    encoder: a run, an export or a name of timm's; None: the recipe's. Other arguments as in `pretrain`;
+    `data.train` and `data.val` are all that has no default.
+    """
+    from mpp import evaluating
+    from mpp.recipe import EvaluateRecipe, checked
+
+    if encoder is not None:
+        overrides = {"encoder": Path(encoder), **overrides}
+    return evaluating.evaluate(checked(recipe or {"job": "evaluate"}, EvaluateRecipe, overrides, scale), resume)
+
+
 def export(run: str | Path, out: str | Path) -> Verified:
     """Copy the encoder of a run into a new folder and verify it there. UserError where it does not hold."""
     from mpp import exporting
@@ -81,8 +104,8 @@ def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
     return exporting.load_encoder(source, **timm_args)
 
 
-def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: Any) -> PretrainRecipe | FinetuneRecipe:
-    """Read and check a recipe of either job. UserError with a line for each thing that is wrong."""
+def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: Any) -> Job:
+    """Read and check a recipe of any job. UserError with a line for each thing that is wrong."""
     from mpp.recipe import load_any
 
     return load_any(path, overrides, scale)
@@ -92,6 +115,7 @@ __all__ = [
     "BadImage",
     "MppWarning",
     "UserError",
+    "evaluate",
     "export",
     "finetune",
     "load_encoder",

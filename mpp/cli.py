@@ -153,6 +153,21 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
 
 
 @main.command()
+@click.argument("encoder")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--recipe", default=None, metavar="FILE", help="Keys from a file, under those given here.")
+@_RESUME
+@_SCALE
+def evaluate(encoder: str, overrides: tuple[str, ...], recipe: str | None, resume: str, scale: str | None) -> None:
+    """Probe the frozen features of ENCODER (a run, an export or a timm name): data.train=… data.val=…"""
+    from mpp.recipe import parse_overrides
+
+    result = mpp.evaluate(encoder, recipe=recipe, resume=resume, scale=scale, **parse_overrides(overrides))
+    click.echo(result.table())
+    click.echo(f"{result.plot}")
+
+
+@main.command()
 @click.argument("run")
 @click.argument("out")
 def export(run: str, out: str) -> None:
@@ -226,7 +241,7 @@ def show(path: Path, overrides: tuple[str, ...], scale: str | None) -> None:
 
 
 @recipe.command()
-@click.argument("job", type=click.Choice(["pretrain", "finetune"]))
+@click.argument("job", type=click.Choice(["pretrain", "finetune", "evaluate"]))
 def schema(job: str) -> None:
     """JSON schema of a job's recipes, for editors."""
     import json

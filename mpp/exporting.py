@@ -8,6 +8,7 @@ recipe.yaml  README.md             how it was made, a model card
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -24,10 +25,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mpp.encoders.timm_encoder import create_at_size, timm_folder
+from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
 from mpp.errors import UserError
 from mpp.metrics import environment, write_json
-from mpp.recipe import FinetuneRecipe, PretrainRecipe, dump_recipe
+from mpp.recipe import Architecture, FinetuneRecipe, PretrainRecipe, dump_recipe
 
 TOLERANCE = 1e-4
 """Largest difference of features, over their largest value, that counts as the same: float32 on other hardware."""
@@ -190,6 +191,51 @@ def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: An
         )
     except Exception as error:  # timm, torch or safetensors, by whatever argument or byte is off
         raise UserError(f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def is_timm_name(source: str) -> bool:
+    """A folder comes before a model of the same name."""
+    return not Path(source).exists() and timm.is_model(source.split(".")[0])
+
+
+def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
+    """UserError where `source` is neither a folder, nor one of timm's names, nor one of these `more` words."""
+    if source in more or Path(source).exists() or is_timm_name(source):
+        return
+    close = difflib.get_close_matches(source, [*more, *timm.list_models()], 3, 0.6)
+    hint = f". Did you mean {' or '.join(close)}?" if close else ""
+    raise UserError(f"{key}: '{source}': no such folder, and no such model of timm {timm.__version__}{hint}")
+
+
+def open_encoder(
+    source: str,
+    *,
+    architecture: Architecture | None,
+    image_size: tuple[int, int] | None,
+    channels: int,
+    pretrained: bool,
+    **timm_args: Any,
+) -> Any:
+    """A timm model without classifier from a run, an export or a name of timm's.
+
+    architecture: its name and arguments where `source` is "scratch", its arguments where it is a name of timm's.
+    image_size: (H, W); None: its own. pretrained: with weights. UserError where it cannot be had so.
+    """
+    if source == "scratch" or is_timm_name(source):
+        given = architecture or Architecture(name=source)
+        return create_timm_model(
+            given.name if source == "scratch" else source,
+            image_size=image_size,
+            in_chans=channels,
+            pretrained=pretrained,
+            args={**timm_args, **given.args},
+            key="architecture.name" if source == "scratch" else "encoder",
+            args_key="architecture.args",
+        )
+    if architecture is not None:
+        raise UserError("architecture: only for encoder: scratch or a name of timm's; a run or export has its own")
+    size = {"img_size": image_size} if image_size else {}
+    return load_encoder(source, pretrained=pretrained, num_classes=0, in_chans=channels, **size, **timm_args)
 
 
 def export(run: str | Path, out: str | Path) -> Verified:

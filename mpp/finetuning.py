@@ -6,7 +6,6 @@ killed anywhere goes on in the cell where it was.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -32,11 +30,10 @@ from mpp.build import build_component
 from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, open_labeled
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
-from mpp.encoders.timm_encoder import create_timm_model
 from mpp.errors import MppWarning, UserError
 from mpp.metrics import RunLog, environment, write_json
 from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of
-from mpp.recipe import Architecture, FinetuneRecipe
+from mpp.recipe import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
 
@@ -120,12 +117,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     train = open_labeled(recipe.data.train, key="data.train", classes=None, **limits)  # type: ignore[arg-type]
     val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **limits)  # type: ignore[arg-type]
     arms = _arms(recipe)
-    if recipe.encoder != "scratch" and not Path(recipe.encoder).exists() and not _is_timm_name(recipe.encoder):
-        close = difflib.get_close_matches(recipe.encoder, ["scratch", *timm.list_models()], 3, 0.6)
-        hint = f". Did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(
-            f"encoder: '{recipe.encoder}': no such folder, and no such model of timm {timm.__version__}{hint}"
-        )
+    exporting.check_source(recipe.encoder, key="encoder", more=("scratch",))
     _check(recipe, arms, accelerator.num_processes, train, val)
     fingerprint = _fingerprint(recipe, train, val)
     find_run(recipe, resume, fingerprint=fingerprint)
@@ -276,30 +268,15 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
 
 
 def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] | None) -> Any:
-    args: dict[str, Any] = {"drop_path_rate": recipe.drop_path_rate, **(pool or {})}
-    size, channels = recipe.data.image_size, recipe.data.channels
-    if recipe.encoder == "scratch" or _is_timm_name(recipe.encoder):
-        given = recipe.architecture or Architecture(name=recipe.encoder)
-        name = given.name if recipe.encoder == "scratch" else recipe.encoder
-        return create_timm_model(
-            name,
-            image_size=size,
-            in_chans=channels,
-            pretrained=pretrained,
-            args={**args, **given.args},
-            key="architecture.name" if recipe.encoder == "scratch" else "encoder",
-            args_key="architecture.args",
-        )
-    if recipe.architecture is not None:
-        raise UserError("architecture: only for encoder: scratch or a name of timm's; a run or export has its own")
-    return exporting.load_encoder(
-        recipe.encoder, pretrained=pretrained, num_classes=0, in_chans=channels, img_size=size, **args
+    return exporting.open_encoder(
+        recipe.encoder,
+        architecture=recipe.architecture,
+        image_size=recipe.data.image_size,
+        channels=recipe.data.channels,
+        pretrained=pretrained,
+        drop_path_rate=recipe.drop_path_rate,
+        **(pool or {}),
     )
-
-
-def _is_timm_name(encoder: str) -> bool:
-    """A folder comes before a model of the same name."""
-    return not Path(encoder).exists() and timm.is_model(encoder.split(".")[0])
 
 
 def _run_cell(
@@ -465,7 +442,7 @@ def _run_cell(
 def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
     """What the cells are trained and judged on: the images, their labels, and the weights they begin with."""
     digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode())
-    if recipe.encoder != "scratch" and not _is_timm_name(recipe.encoder):
+    if recipe.encoder != "scratch" and not exporting.is_timm_name(recipe.encoder):
         digest.update(exporting.weights_sha256(exporting.encoder_folder(recipe.encoder)).encode())
     return digest.hexdigest()
 

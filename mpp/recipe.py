@@ -15,7 +15,7 @@ from copy import deepcopy
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -256,21 +256,25 @@ class Optim(Section):
         return self
 
 
-class Run(Section):
+class Job(Section):
     """Keys of every job."""
 
     job: str
-
     out: FilePath
     """Run folder; must be new or empty unless the run is resumed."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA devices that have it, else fp32."""
+    scales: dict[str, dict[str, Any]] = {}
+    """Sets of overrides by name, `tiny: {optim.steps: 3}`, that `--scale tiny` applies. Reading a recipe empties it."""
+
+
+class Run(Job):
+    """Keys of the jobs that train."""
+
     log_every_steps: PositiveInt = 50
     checkpoint_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept, newest first."""
-    scales: dict[str, dict[str, Any]] = {}
-    """Sets of overrides by name, `tiny: {optim.steps: 3}`, that `--scale tiny` applies. Reading a recipe empties it."""
 
 
 class PretrainRecipe(Run):
@@ -299,7 +303,7 @@ class PretrainRecipe(Run):
     _loss_fits = model_validator(mode="after")(_fitting_loss)
 
 
-class FinetuneData(ImageData):
+class LabeledData(ImageData):
     """Labeled images: a folder with a folder for each class, or shards with labels."""
 
     train: Places
@@ -308,21 +312,26 @@ class FinetuneData(ImageData):
     """Train on so many images of each class, drawn by the seed."""
     fraction: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Train on this fraction of each class, drawn by the seed; at least one image of each."""
-    crop_scale: AreaRange = (0.08, 1.0)
-    crop_ratio: Range = (3 / 4, 4 / 3)
     val_crop_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Validation: the central crop is this fraction of the resized image's side (ImageNet recipes: 0.875)."""
+
+    @model_validator(mode="after")
+    def _subset(self) -> Self:
+        if self.labels_per_class is not None and self.fraction is not None:
+            raise ValueError("give labels_per_class or fraction, not both")
+        return self
+
+
+class FinetuneData(LabeledData):
+    """Labeled images, and how they are augmented."""
+
+    crop_scale: AreaRange = (0.08, 1.0)
+    crop_ratio: Range = (3 / 4, 4 / 3)
     auto_augment: str | None = None
     """timm's policy string, such as rand-m9-mstd0.5-inc1 (RandAugment)."""
     color_jitter: NonNegativeFloat | None = None
     erase: Fraction = 0.0
     """Probability of random erasing (Zhong et al. 2020)."""
-
-    @model_validator(mode="after")
-    def _subset(self) -> FinetuneData:
-        if self.labels_per_class is not None and self.fraction is not None:
-            raise ValueError("give labels_per_class or fraction, not both")
-        return self
 
 
 class Architecture(Section):
@@ -385,15 +394,95 @@ class FinetuneRecipe(Run):
         return self
 
 
-RECIPES: dict[str, type[Run]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+class EvaluateData(LabeledData):
+    """Labeled images; size and normalisation are the encoder's own where they are not given."""
+
+    image_size: ImageSize | None = None  # type: ignore[assignment]
+    """Side in pixels, or [height, width]; default: the encoder's."""
+    batch_size: PositiveInt = 256
+    """Images a device takes at once."""
+
+
+class Knn(Section):
+    """Nearest neighbours by cosine similarity, each with one vote."""
+
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)
+    """Numbers of neighbours that are tried (around the 10 to 200 of DINO, Caron et al. 2021, section 4.1)."""
+
+
+class LinearProbe(Section):
+    """Multinomial logistic regression on standardised features, by L-BFGS."""
+
+    weight_decay: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0,
+    )  # fmt: skip
+    """Values tried: λ of mean cross-entropy + λ/2 · |weights|² (CLIP, Radford et al. 2021, A.3, sweeps 1e-6 to 1e6)."""
+    max_iterations: PositiveInt = 200
+
+
+class AttentiveProbe(Section):
+    """One learned query that attends to the patch tokens, then a linear layer (CAE, Chen et al. 2022, section 4.1)."""
+
+    batch_size: PositiveInt = 64
+
+    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3)
+    """Learning rates tried (guess)."""
+    epochs: PositiveInt = 20
+    """Passes over the training images (guess)."""
+    weight_decay: NonNegativeFloat = 0.01
+
+
+class EvaluateRecipe(Job):
+    """What a frozen encoder's features are worth, layer by layer, beside controls."""
+
+    job: Literal["evaluate"] = "evaluate"
+    encoder: FilePath
+    """A pretraining run, an exported folder, or a name of timm's."""
+    architecture: Architecture | None = None
+    """With a name of timm's: its arguments."""
+    compare: FilePath | None = None
+    """Another encoder, read in the same way."""
+    controls: Bool = True
+    """Evaluate the same architecture at random initialisation, and raw pixels, too."""
+    seed: Annotated[NonNegativeInt, Field(lt=2**56)] = 0
+    """Of the labels drawn, the split of the training images, the random initialisation and the attentive probe."""
+    data: EvaluateData
+    probes: Annotated[
+        tuple[Literal["knn", "linear", "attentive"], ...], BeforeValidator(_listed), Field(min_length=1)
+    ] = ("knn", "linear", "attentive")
+    layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Blocks (stages, in hierarchical families) whose output is probed, counted from 1; default: all. Beside them
+    always "out", what the plain timm model gives for an image."""
+    tune_fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.2
+    """Part of the training images on which k, weight decay, learning rate and the best layer are chosen."""
+    knn: Knn = Knn()
+    linear: LinearProbe = LinearProbe()
+    attentive: AttentiveProbe = AttentiveProbe()
+    keep_features: Bool = False
+    """Leave the features in the run folder, as .npy files."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_out(cls, values: Any) -> Any:
+        """Where no run folder is named: inside the run that made the encoder, or evaluation/NAME."""
+        encoder = values.get("encoder") if isinstance(values, Mapping) else None
+        if not isinstance(encoder, str) or values.get("out") is not None:
+            return values
+        run = Path(encoder).expanduser()
+        out = run / "evaluation" if (run / "encoder").is_dir() else Path("evaluation") / run.name
+        return {**values, "out": str(out)}
+
+
+RECIPES: dict[str, type[Job]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
 MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
-    "data.cache_limit_gb", "data.max_bad_fraction", "optim.max_batch_per_device", "encoder.grad_checkpointing",
+    "data.cache_limit_gb", "data.batch_size", "keep_features", "data.max_bad_fraction", "optim.max_batch_per_device",
+    "encoder.grad_checkpointing",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and, with drop path or
 mixup on, which are drawn for each micro-batch, for their draws."""
 
-R = TypeVar("R", bound=Run)
+R = TypeVar("R", bound=Job)
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -587,17 +676,16 @@ def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None
     return check_recipe(values, job, places, str(path))
 
 
-def load_any(
-    path: str | Path, overrides: dict[str, Any] | None = None, scale: str | None = None
-) -> PretrainRecipe | FinetuneRecipe:
+def load_any(path: str | Path, overrides: dict[str, Any] | None = None, scale: str | None = None) -> Job:
     """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return load_recipe(path, PretrainRecipe)  # says what is wrong
-    if parse_yaml(text, str(path))[0].get("job") == "finetune":
-        return load_recipe(path, FinetuneRecipe, overrides, scale)
-    return load_recipe(path, PretrainRecipe, overrides, scale)
+    job = parse_yaml(text, str(path))[0].get("job")
+    return load_recipe(
+        path, RECIPES.get(job, PretrainRecipe) if isinstance(job, str) else PretrainRecipe, overrides, scale
+    )
 
 
 def checked(
@@ -610,7 +698,7 @@ def checked(
         values = deepcopy(dict(recipe))
     elif isinstance(recipe, job):
         values = recipe.model_dump(mode="json")
-    elif isinstance(recipe, Run):
+    elif isinstance(recipe, Job):
         raise UserError(f"this is a recipe of `mpp {recipe.job}`, not of `mpp {job.model_fields['job'].default}`")
     else:
         raise UserError(f"recipe: a file, a mapping of keys or a checked recipe; got {type(recipe).__name__}")
@@ -642,7 +730,7 @@ def check_recipe(
         raise UserError("\n".join(lines)) from None
 
 
-def _error_line(error: Any, job: type[Run], places: dict[Key, str], source: str) -> str:
+def _error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) -> str:
     key, fields = _without_tags(tuple(error["loc"]), job)
     kind, context, got = error["type"], error.get("ctx", {}), error.get("input")
     place = next((places[key[:n]] for n in range(len(key), -1, -1) if key[:n] in places), source)
@@ -753,12 +841,12 @@ def _bounds(key: Key, job: type[BaseModel]) -> str:
     return " and ".join(dict.fromkeys(found))
 
 
-def dump_recipe(recipe: Run) -> str:
+def dump_recipe(recipe: Job) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to the same."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def differences(old: Run, new: Run) -> list[str]:
+def differences(old: Job, new: Job) -> list[str]:
     """One line for each key that differs and may not change when a run is resumed."""
     a, b = (_flat(r.model_dump(mode="json")) for r in (old, new))
     return [

@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     INIT = 10
     PACK = 11
     RATIO = 12
+    TUNE = 13
+    PROBE = 14
 
 
 def stream(seed: int, purpose: Purpose, position: int = 0) -> np.random.Generator:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpp import checkpoint
 from mpp.errors import UserError
-from mpp.recipe import Run, differences, dump_recipe, load_recipe
+from mpp.recipe import Job, differences, dump_recipe, load_recipe
 
 RECIPE = "recipe.yaml"
 
@@ -22,7 +22,7 @@ class OpenRun:
     """Where to go on from; None: from the start."""
 
 
-def find_run(recipe: Run, resume: str, *, fingerprint: str) -> OpenRun:
+def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
     """Check the run folder of `recipe`; nothing is written, so every process may ask at once.
 
     resume: "never", "auto" or a checkpoint's folder. UserError where the folder holds another run, or where
@@ -61,14 +61,14 @@ def find_run(recipe: Run, resume: str, *, fingerprint: str) -> OpenRun:
     return OpenRun(out, path)
 
 
-def _same_recipe(run: Path, recipe: Run) -> None:
+def _same_recipe(run: Path, recipe: Job) -> None:
     changed = differences(load_recipe(run / RECIPE, type(recipe)), recipe)
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise UserError(f"out: {run} was made by another recipe; give another folder, or set back:\n{lines}")
 
 
-def create_run(recipe: Run) -> None:
+def create_run(recipe: Job) -> None:
     """Make the run folder and put the resolved recipe into it, as a whole. UserError where it cannot be written."""
     out = Path(recipe.out)
     try:

@@ -11,11 +11,22 @@ PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
     {"errors"},
     {"rng", "patches", "types"},
-    {"masks", "corruptions", "targets", "losses", "heads", "tasks", "registry", "encoders"},
+    {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders"},
     {"recipe", "data"},
-    {"model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting"},
+    {
+        "model",
+        "contract",
+        "optim",
+        "checkpoint",
+        "distributed",
+        "metrics",
+        "runfolder",
+        "build",
+        "exporting",
+        "features",
+    },
     {"diagnostics"},
-    {"pretraining", "finetuning"},
+    {"pretraining", "finetuning", "evaluating"},
     {"cli", "__init__", "__main__"},
 ]
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}

@@ -262,7 +262,7 @@ def test_differences_name_keys_that_matter(tmp_path: Path) -> None:
 def test_schema_describes_every_key(job: str) -> None:
     schema = RECIPES[job].model_json_schema()
     assert "description" in schema
-    assert schema["properties"].keys() >= {"out", "data", "optim", "job"}
+    assert schema["properties"].keys() >= {"out", "data", "job"}
 
 
 def test_finetune_recipes_check_across_keys(tmp_path: Path) -> None:

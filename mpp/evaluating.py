@@ -1,0 +1,397 @@
+"""What a frozen encoder's features are worth: three probes over layers and poolings, beside controls.
+
+Nothing is chosen by the validation images: k, weight decay, learning rate and the best layer are, on a part of the
+training images; then the probe is fitted to all of them and asked once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mpp import distributed, exporting
+from mpp.data.labeled import CentreDataset, Labeled, open_labeled
+from mpp.data.loader import batches
+from mpp.diagnostics.plots import Level, Line, draw
+from mpp.errors import UserError
+from mpp.features import EncoderReader, PixelReader, Place, Read, Table, read_table
+from mpp.metrics import environment, write_json
+from mpp.probes import attentive, knn, linear
+from mpp.recipe import EvaluateRecipe
+from mpp.rng import Purpose, stream, torch_seed
+from mpp.runfolder import create_run, find_run
+
+RESULT = "result.json"
+PLOT = "evaluation.png"
+ARMS = {
+    "encoder": "the encoder",
+    "compare": "the other encoder",
+    "random": "the same, at random initialisation",
+    "pixels": "raw pixels",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One probe at one place."""
+
+    probe: str
+    layer: str
+    pool: str
+    accuracy: float
+    """On the validation images."""
+    tune_accuracy: float
+    """On the part of the training images by which things are chosen."""
+    chosen: float
+    """k, weight decay or learning rate."""
+    sweep: dict[str, float]
+    """k -> validation accuracy; weight decay or learning rate -> tune accuracy."""
+
+    @property
+    def place(self) -> Place:
+        return Place(self.layer, self.pool)
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What `evaluate` returns."""
+
+    out: Path
+    scores: dict[str, list[Score]]
+    """Arm ("encoder", "compare", "random", "pixels") -> all its scores."""
+    chance: float
+    """Accuracy of always saying the most frequent class of the validation images."""
+    plot: Path
+
+    def best(self, arm: str, probe: str) -> Score | None:
+        """The score at the place that was best on the tune part; None where this arm was not probed so."""
+        found = [s for s in self.scores.get(arm, []) if s.probe == probe]
+        return max(found, key=lambda s: s.tune_accuracy) if found else None
+
+    def table(self) -> str:
+        """For people."""
+        probes = list(dict.fromkeys(s.probe for scores in self.scores.values() for s in scores))
+        rows = [["", *probes]]
+        for arm in self.scores:
+            cells = [self.best(arm, probe) for probe in probes]
+            rows.append([ARMS[arm], *(f"{100 * s.accuracy:.1f} %  {s.place}" if s else "-" for s in cells)])
+        rows.append(["the most frequent class", *[f"{100 * self.chance:.1f} %"] * len(probes)])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["   ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        for probe in probes:
+            own = self.best("encoder", probe)
+            for arm in ("random", "pixels"):
+                control = self.best(arm, probe)
+                if own and control and own.accuracy <= control.accuracy:
+                    lines.append(f"{probe}: the encoder's features are no better than {ARMS[arm]} here")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Data:
+    """Labeled images in the parts that the probes need."""
+
+    train: Labeled
+    val: Labeled
+    fit: np.ndarray
+    """Numbers of the training images that probes are fitted to while something is chosen…"""
+    tune: np.ndarray
+    """… and of those by which it is chosen."""
+    reading: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
+    """Run a recipe. resume: "never" (the run folder must be new) or "auto" (arms that are done are kept).
+
+    UserError for everything the user can correct.
+    """
+    if resume not in ("never", "auto"):
+        raise UserError(f"--resume {resume}: each arm has a result of its own; allowed: auto, never")
+    accelerator = distributed.start(recipe.precision)
+    if accelerator.num_processes > 1:
+        raise UserError(f"evaluate runs in one process; got {accelerator.num_processes}")
+    data = _open(recipe)
+    for key in ("encoder", "compare"):
+        if source := getattr(recipe, key):
+            exporting.check_source(source, key=key)
+    readers = {arm: None if arm == "pixels" else _reader(recipe, arm) for arm in _arms(recipe)}  # refuses before work
+    sizes = {arm: reader.size for arm, reader in readers.items() if reader is not None}
+    fingerprint = _fingerprint(recipe, data)
+    find_run(recipe, resume, fingerprint=fingerprint)
+    out = Path(recipe.out)
+    create_run(recipe)
+    write_json(out / "env.json", environment())
+
+    scores: dict[str, list[Score]] = {}
+    for arm, opened in readers.items():
+        folder = out / "arms" / arm
+        done = _finished(folder, fingerprint)
+        if done is None:
+            size = opened.size if opened else sizes["encoder"]
+            reader = opened.reader if opened else PixelReader()
+            done = _run_arm(recipe, accelerator, reader.to(accelerator.device), data, size, folder)
+            write_json(folder / RESULT, {"fingerprint": fingerprint, "scores": [asdict(s) for s in done]})
+        scores[arm] = done
+
+    counts = np.bincount(data.val.labels, minlength=len(data.val.classes))
+    result = EvaluateResult(out, scores, float(counts.max() / counts.sum()), out / PLOT)
+    _plot(result)
+    best = {
+        arm: {probe: asdict(s) for probe in recipe.probes if (s := result.best(arm, probe))} for arm in result.scores
+    }
+    write_json(
+        out / RESULT,
+        {
+            "best": best,
+            "chance": result.chance,
+            "train_images": len(data.fit) + len(data.tune),
+            "val_images": len(data.val.labels),
+            "scores": {arm: [asdict(s) for s in found] for arm, found in scores.items()},
+        },
+    )
+    write_json(out / "status.json", {"state": "finished", "time": time.time()})
+    return result
+
+
+def _arms(recipe: EvaluateRecipe) -> list[str]:
+    return ["encoder", *(["compare"] if recipe.compare else []), *(["random", "pixels"] if recipe.controls else [])]
+
+
+def _open(recipe: EvaluateRecipe) -> _Data:
+    keys = recipe.data
+    limits: Any = {"cache_dir": keys.cache_dir, "cache_limit_bytes": keys.cache_limit_gb * 1e9}
+    train = open_labeled(keys.train, key="data.train", classes=None, **limits)
+    val = open_labeled(keys.val, key="data.val", classes=train.classes, **limits)
+    if len(val.labels) == 0:
+        raise UserError(f"data.val: no images in {', '.join(keys.val)}")
+    if len(train.classes) < 2:
+        raise UserError(f"data.train: one class alone, {train.classes[0]}; a probe wants two at least")
+    if train.fingerprint() == val.fingerprint():
+        raise UserError("data.val: the same images as data.train; the accuracy would say nothing")
+    chosen = train.subset(labels_per_class=keys.labels_per_class, fraction=keys.fraction, seed=recipe.seed)
+    fit, tune = split(train.labels[chosen], recipe.tune_fraction, recipe.seed)
+    if len(tune) == 0:
+        raise UserError("data.train: to choose by, some class needs two images at least")
+    reading = {"channels": keys.channels, "formats": keys.formats, "max_image_pixels": keys.max_image_pixels}
+    return _Data(train, val, chosen[fit], chosen[tune], reading)
+
+
+def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, tune): places in `labels`, ascending; of each class, `fraction` is for tuning and one at least for fitting.
+
+    A pure function of its arguments.
+    """
+    rng, tune = stream(seed, Purpose.TUNE), []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        take = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        tune.append(rng.permutation(members)[:take])
+    chosen = np.sort(np.concatenate(tune))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+@dataclass
+class _Opened:
+    """An encoder and the size of its images."""
+
+    reader: nn.Module
+    size: tuple[int, int]
+
+
+def _reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
+    """UserError where the encoder cannot be had so."""
+    data = recipe.data
+    torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
+    source = recipe.compare if arm == "compare" else recipe.encoder
+    assert source is not None
+    model: Any = exporting.open_encoder(
+        source,
+        architecture=None if arm == "compare" else recipe.architecture,
+        image_size=data.image_size,
+        channels=data.channels,
+        pretrained=arm != "random",
+    )
+    own = model.pretrained_cfg
+    size = data.image_size or tuple(own["input_size"][1:])
+    stride = model.feature_info[-1]["reduction"]
+    if size[0] % stride or size[1] % stride:  # timm would leave out the border in silence
+        raise UserError(
+            f"data.image_size: {source} has a stride of {stride} px; got {size[0]}×{size[1]}, "
+            f"allowed are multiples of {stride}"
+        )
+    mean, std = (list(getattr(data, k) or own[k]) for k in ("mean", "std"))
+    if len(mean) != data.channels:  # timm sums or repeats the first layer's weights for other channels
+        mean, std = [sum(mean) / len(mean)] * data.channels, [sum(std) / len(std)] * data.channels
+    return _Opened(EncoderReader(model, recipe.layers, mean, std), (int(size[0]), int(size[1])))
+
+
+def _fingerprint(recipe: EvaluateRecipe, data: _Data) -> str:
+    """What is read, and by what weights."""
+    digest = hashlib.sha256((data.train.fingerprint() + data.val.fingerprint()).encode())
+    for source in (recipe.encoder, recipe.compare):
+        if source and not exporting.is_timm_name(source):
+            digest.update(exporting.weights_sha256(exporting.encoder_folder(source)).encode())
+    return digest.hexdigest()
+
+
+def _finished(folder: Path, fingerprint: str) -> list[Score] | None:
+    """The scores of an arm that is done. UserError where they are of other data or weights."""
+    try:
+        stored = json.loads((folder / RESULT).read_text())
+        scores, before = [Score(**s) for s in stored["scores"]], stored["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if before != fingerprint:
+        raise UserError(f"{folder}: the data or the encoder changed since; start a new run")
+    return scores
+
+
+def _run_arm(
+    recipe: EvaluateRecipe, accelerator: Any, reader: nn.Module, data: _Data, size: tuple[int, int], folder: Path
+) -> list[Score]:
+    """Every probe at every place of one encoder."""
+    device, scores = accelerator.device, list[Score]()
+    keys, classes = recipe.data, len(data.train.classes)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+
+    def images(of: Labeled, numbers: np.ndarray, batch_size: int, what: str) -> Iterator[Any]:
+        dataset = CentreDataset(of, size, keys.val_crop_fraction, **data.reading)
+        parts = [numbers[i : i + batch_size].tolist() for i in range(0, len(numbers), batch_size)]
+        loaded = batches(dataset, parts, workers=keys.workers, pin_memory=device.type == "cuda")
+        shown = tqdm(loaded, f"{folder.name}: {what}", len(parts), leave=False, disable=not sys.stderr.isatty())
+        with accelerator.autocast():
+            yield from shown
+
+    # ---- features, read once
+    if {"knn", "linear"} & set(recipe.probes):
+        both = np.concatenate([data.fit, data.tune])
+        train = read_table(
+            reader, images(data.train, both, keys.batch_size, "training images"), len(both), len(data.fit),
+            folder / "features" / "train", device,
+        )  # fmt: skip
+        everything = np.arange(len(data.val.labels))
+        val = read_table(
+            reader, images(data.val, everything, keys.batch_size, "validation images"), len(everything), 0,
+            folder / "features" / "val", device,
+        )  # fmt: skip
+        if len(val.labels) == 0 or train.first in (0, len(train.labels)):
+            raise UserError(f"data.{'train' if len(val.labels) else 'val'}: not one image can be read")
+        for place in tqdm(train.features, f"{folder.name}: probes", leave=False, disable=not sys.stderr.isatty()):
+            if "knn" in recipe.probes:
+                scores.append(_knn(recipe, place, train, val, classes, device))
+            if "linear" in recipe.probes:
+                scores.append(_linear(recipe, place, train, val, classes, device))
+        if not recipe.keep_features:
+            del train, val  # unmapped before they are deleted
+            shutil.rmtree(folder / "features")
+
+    # ---- tokens, read in every epoch
+    if "attentive" in recipe.probes and isinstance(reader, EncoderReader):
+
+        def tokens(of: Labeled, numbers: np.ndarray, what: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+            for batch in images(of, numbers, recipe.attentive.batch_size, what):
+                readable = (batch.labels >= 0).to(device)
+                found: Read = reader(batch.images.to(device))
+                yield {k: v[readable] for k, v in found.tokens.items()}, batch.labels.to(device)[readable]
+
+        scores += _attentive(recipe, data, tokens, classes, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    return scores
+
+
+def _knn(recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes: int, device: torch.device) -> Score:
+    x, labels, first = train.features[place], train.labels, train.first
+    ks = recipe.knn.k
+    tuned = knn.accuracies(x[:first], labels[:first], x[first:], labels[first:], ks, classes, device)
+    k = _best(tuned, smaller=True)
+    found = knn.accuracies(x, labels, val.features[place], val.labels, sorted({*ks, k}), classes, device)
+    return Score("knn", *place, found[k], tuned[k], k, _named(found))
+
+
+def _linear(
+    recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes: int, device: torch.device
+) -> Score:
+    x, labels, first = train.features[place], train.labels, train.first
+    keys: Any = {"device": device, "max_iterations": recipe.linear.max_iterations}
+    tuned: dict[float, float] = {}
+    fitted = None
+    for decay in sorted(recipe.linear.weight_decay, reverse=True):  # from strong to weak, each from the one before
+        fitted = linear.fit(x[:first], labels[:first], classes, decay, start=fitted, **keys)
+        tuned[decay] = float((fitted.predict(x[first:]) == labels[first:]).mean())
+    decay = _best(tuned, smaller=False)
+    fitted = linear.fit(x, labels, classes, decay, **keys)
+    accuracy = float((fitted.predict(val.features[place]) == val.labels).mean())
+    return Score("linear", *place, accuracy, tuned[decay], decay, _named(tuned))
+
+
+def _attentive(recipe: EvaluateRecipe, data: _Data, tokens: Any, classes: int, device: torch.device) -> list[Score]:
+    """A probe for each layer and learning rate, all trained at once; then the best of each layer again, on all."""
+    keys = recipe.attentive
+
+    def trained(numbers: np.ndarray, wanted: list[tuple[str, float]], what: str) -> list[Any]:
+        torch.manual_seed(torch_seed(recipe.seed, Purpose.PROBE))
+        probes = [(layer, lr, attentive.AttentiveProbe(dims[layer], classes).to(device)) for layer, lr in wanted]
+
+        def epoch_of(epoch: int) -> Iterator[Any]:
+            return tokens(data.train, stream(recipe.seed, Purpose.PROBE, epoch).permutation(numbers), what)
+
+        steps = -(-len(numbers) // keys.batch_size)
+        attentive.train(probes, epoch_of, epochs=keys.epochs, steps_per_epoch=steps, weight_decay=keys.weight_decay)
+        return probes
+
+    first, _ = next(iter(tokens(data.train, data.fit[:1], "one image")))
+    dims = {layer: x.shape[-1] for layer, x in first.items()}
+    probes = trained(data.fit, [(layer, lr) for layer in dims for lr in keys.lr], "attentive, choosing")
+    right, images = attentive.count_correct(probes, tokens(data.train, data.tune, "attentive, choosing"))
+    sweeps: dict[str, dict[float, float]] = {layer: {} for layer in dims}
+    for (layer, lr, _), correct in zip(probes, right, strict=True):
+        sweeps[layer][lr] = correct / max(images, 1)
+    chosen = [(layer, _best(sweep, smaller=True)) for layer, sweep in sweeps.items()]
+    probes = trained(np.concatenate([data.fit, data.tune]), chosen, "attentive")
+    right, images = attentive.count_correct(
+        probes, tokens(data.val, np.arange(len(data.val.labels)), "attentive, validation")
+    )
+    if images == 0:
+        raise UserError("data.val: not one image can be read")
+    return [
+        Score("attentive", layer, "attention", n / images, sweeps[layer][lr], lr, _named(sweeps[layer]))
+        for (layer, lr, _), n in zip(probes, right, strict=True)
+    ]
+
+
+def _best(sweep: dict[Any, float], *, smaller: bool) -> Any:
+    """What has the highest accuracy; of equals the smaller, or the larger."""
+    return max(sweep, key=lambda value: (sweep[value], -value if smaller else value))
+
+
+def _named(sweep: dict[Any, float]) -> dict[str, float]:
+    """With keys that JSON can hold."""
+    return {f"{value:g}": accuracy for value, accuracy in sweep.items()}
+
+
+def _plot(result: EvaluateResult) -> None:
+    panels: dict[str, list[Line | Level]] = {}
+    for arm, scores in result.scores.items():
+        for probe in dict.fromkeys(s.probe for s in scores):
+            panel = panels.setdefault(probe, [])
+            for pool in dict.fromkeys(s.pool for s in scores if s.probe == probe):
+                own = [s for s in scores if s.probe == probe and s.pool == pool]
+                if pool == "own":
+                    panel += [Level(f"{arm}, {s.layer}" if arm != s.layer else arm, 100 * s.accuracy) for s in own]
+                else:
+                    name = f"{arm}, {pool}"
+                    x, y = [float(s.layer) for s in own], [100 * s.accuracy for s in own]
+                    panel.append(Line(name, x, y, dashed=arm == "random"))
+    draw(panels, result.plot, xlabel="layer", ylabel="accuracy, %")

@@ -1,0 +1,156 @@
+"""Features of a frozen encoder by layer and pooling, streamed from images to files."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpp.errors import UserError
+
+PIXELS_SIDE = 32
+"""The raw-pixel control sees images shrunk to this side: 3,072 numbers for RGB (guess)."""
+
+
+class Place(NamedTuple):
+    """Where features were read."""
+
+    layer: str
+    """"1", "2", …: a block's (or stage's) output; "out": what the plain timm model gives; "pixels"."""
+    pool: str
+    """"mean" of the patch tokens, class "token", "attention" (a probe's), or "own": the model's own pooling."""
+
+    def __str__(self) -> str:
+        return self.layer if self.pool == "own" else f"layer {self.layer}, {self.pool}"
+
+
+class Read(NamedTuple):
+    """What was read of a batch."""
+
+    pooled: dict[Place, Tensor]
+    """(B, D) float32 each"""
+    tokens: dict[str, Tensor]
+    """layer -> (B, N, D) patch tokens"""
+
+
+class EncoderReader(nn.Module):
+    """A timm model in eval mode, read without gradient.
+
+    layers: numbers from 1; None: all. mean, std: of pixels in [0, 1]. UserError for layers that the model does not
+    have, and for models without a map of features.
+    """
+
+    model: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int] | None, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        info: Any = getattr(model, "feature_info", None)
+        if not hasattr(model, "forward_intermediates") or not info:
+            raise UserError(f"encoder: timm's {type(model).__name__} has no forward_intermediates: no layers to read")
+        depth = len(info)
+        for layer in layers or ():
+            if layer > depth:
+                raise UserError(f"layers: {layer}: {type(model).__name__} has 1 to {depth} here")
+        self.layers = sorted(set(layers)) if layers else list(range(1, depth + 1))
+        takes = inspect.signature(self.model.forward_intermediates).parameters
+        self.class_token = getattr(model, "cls_token", None) is not None and "return_prefix_tokens" in takes
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> EncoderReader:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Read:
+        """(B, C, H, W) uint8."""
+        x = (images.float() - self.mean) / self.std
+        prefix = {"return_prefix_tokens": True} if self.class_token else {}
+        out, maps = self.model.forward_intermediates(
+            x, indices=[i - 1 for i in self.layers], norm=False, output_fmt="NCHW", **prefix
+        )
+        pooled, tokens = {}, {}
+        for layer, found in zip(map(str, self.layers), maps, strict=True):
+            features, first = found if self.class_token else (found, None)
+            tokens[layer] = features.float().flatten(2).transpose(1, 2)
+            pooled[Place(layer, "mean")] = tokens[layer].mean(1)
+            if first is not None:
+                pooled[Place(layer, "token")] = first[:, 0].float()
+        pooled[Place("out", "own")] = self.model.forward_head(out, pre_logits=True).float()
+        return Read(pooled, tokens)
+
+
+class PixelReader(nn.Module):
+    """The control: the image itself, shrunk to at most `PIXELS_SIDE` px."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Read:
+        """(B, C, H, W) uint8."""
+        size = tuple(min(side, PIXELS_SIDE) for side in images.shape[-2:])
+        x = images.float() / 255
+        if size != tuple(x.shape[-2:]):
+            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+        return Read({Place("pixels", "own"): x.flatten(1)}, {})
+
+
+class Table(NamedTuple):
+    """Features of many images, in files."""
+
+    features: dict[Place, np.ndarray]
+    """(n, D) float32, mapped from a file"""
+    labels: np.ndarray
+    """(n,) int64"""
+    first: int
+    """How many of them are of the first part."""
+
+
+def read_table(
+    reader: nn.Module, batches: Iterable[Any], images: int, first: int, folder: Path, device: torch.device
+) -> Table:
+    """Run `reader` over labeled batches of `images` images into .npy files in `folder`.
+
+    Unreadable images (label -1) are left out. first: how many images, from the start, make up the first part.
+    UserError where the disk is too small.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[Place, np.ndarray] = {}
+    labels = np.empty(images, dtype=np.int64)
+    seen = written = first_written = 0
+    for batch in batches:
+        readable = batch.labels >= 0
+        found = reader(batch.images.to(device)).pooled
+        if not files:
+            _check_space(folder, images * sum(4 * f.shape[1] for f in found.values()))
+            files = {
+                place: np.lib.format.open_memmap(
+                    folder / f"{place.layer}-{place.pool}.npy", mode="w+", dtype=np.float32, shape=(images, f.shape[1])
+                )
+                for place, f in found.items()
+            }
+        count = int(readable.sum())
+        for place, f in found.items():
+            files[place][written : written + count] = f[readable.to(device)].cpu().numpy()
+        labels[written : written + count] = batch.labels[readable].numpy()
+        first_written += int(readable[: max(first - seen, 0)].sum())
+        seen, written = seen + len(readable), written + count
+    return Table({place: f[:written] for place, f in files.items()}, labels[:written], first_written)
+
+
+def _check_space(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UserError(
+            f"out: {folder}: the features take {wanted / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "give another folder, or fewer `layers`"
+        )

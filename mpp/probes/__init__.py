@@ -1,0 +1,1 @@
+"""What frozen features are worth, by three simple readers of them."""

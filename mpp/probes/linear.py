@@ -1,0 +1,107 @@
+"""Multinomial logistic regression on standardised features, over files that need not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 16384
+"""Rows that are on the device at once."""
+STILL = 1e-12
+"""Features that vary less than this over the training images stay at zero."""
+
+
+def _rows(x: np.ndarray, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(x), CHUNK):
+        part = slice(start, start + CHUNK)
+        yield part, torch.from_numpy(np.array(x[part], dtype=np.float32)).to(device)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A fitted probe."""
+
+    mean: Tensor
+    """(D,) of the training features"""
+    scale: Tensor
+    """(D,) 1 / standard deviation"""
+    weight: Tensor
+    """(classes, D)"""
+    bias: Tensor
+    """(classes,)"""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, D) features as they were read -> (B, classes)."""
+        return (x - self.mean) * self.scale @ self.weight.T + self.bias
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """(n, D) -> (n,) class numbers."""
+        return np.concatenate([self.logits(rows).argmax(-1).cpu().numpy() for _, rows in _rows(x, self.mean.device)])
+
+
+def standardisation(x: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(n, D) -> mean and 1 / standard deviation, (D,) each; 0 for features that do not vary."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros(x.shape[1], dtype=dtype, device=device)
+    for _, rows in _rows(x, device):
+        total += rows.to(dtype).sum(0)
+    mean, squares = total / len(x), torch.zeros_like(total)
+    for _, rows in _rows(x, device):
+        squares += (rows.to(dtype) - mean).square().sum(0)
+    variance = squares / len(x)
+    scale = torch.where(variance > STILL, variance.clamp_min(STILL).rsqrt(), torch.zeros_like(variance))
+    return mean.float(), scale.float()
+
+
+def fit(
+    x: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    weight_decay: float,
+    *,
+    device: torch.device,
+    max_iterations: int,
+    start: Linear | None = None,
+) -> Linear:
+    """Minimise mean cross-entropy + weight_decay / 2 · |weight|² by L-BFGS with Wolfe's line search.
+
+    x: (n, D), in memory or mapped from a file; labels: (n,) int64. The bias is not decayed. scikit-learn's
+    LogisticRegression is the same with C = 1 / (n · weight_decay). start: fit from these weights on, of the same x.
+    """
+    if start is None:
+        mean, scale = standardisation(x, device)
+        weight, bias = torch.zeros(num_classes, x.shape[1], device=device), torch.zeros(num_classes, device=device)
+    else:
+        mean, scale, weight, bias = start.mean, start.scale, start.weight.clone(), start.bias.clone()
+    targets = torch.from_numpy(labels).to(device)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-9,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> float:
+        optimizer.zero_grad()
+        value = 0.0
+        for part, rows in _rows(x, device):
+            logits = (rows - mean) * scale @ weight.T + bias
+            loss = F.cross_entropy(logits, targets[part], reduction="sum") / len(x)
+            loss.backward()
+            value += float(loss.detach())
+        decay = weight_decay / 2 * weight.square().sum()
+        decay.backward()
+        return value + float(decay.detach())
+
+    optimizer.step(objective)
+    return Linear(mean, scale, weight.detach(), bias.detach())

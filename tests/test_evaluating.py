@@ -1,0 +1,196 @@
+"""Evaluation end to end: arms, choices that never look at validation images, resuming, wrong inputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import mpp
+from mpp import evaluating
+from mpp.errors import UserError
+from mpp.evaluating import EvaluateResult, Score, split
+from tests.conftest import command, pretrain_recipe
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    mpp.pretrain(pretrain_recipe(shards, out))
+    return out
+
+
+def keys(shards: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "data.train": [str(shards / f"shard-{i:06d}.tar") for i in (1, 2)],
+        "data.val": str(shards / "shard-000000.tar"),
+        "data.workers": 0,
+        "attentive.epochs": 2,
+        "attentive.lr": [1e-2],
+        "knn.k": [1, 3],
+        "linear.weight_decay": [1e-2, 1.0],
+        **changes,
+    }
+
+
+def test_all_arms(shards: Path, run: Path, tmp_path: Path) -> None:
+    result = mpp.evaluate(run, out=str(tmp_path / "e"), compare=str(run), **keys(shards))
+    assert list(result.scores) == ["encoder", "compare", "random", "pixels"]
+    assert result.scores["encoder"] == result.scores["compare"], "the same weights, read in the same way"
+    assert result.scores["encoder"] != result.scores["random"]
+    places = {(s.probe, str(s.place)) for s in result.scores["encoder"]}
+    read = {f"layer {i}, {pool}" for i in (1, 2) for pool in ("mean", "token")} | {"out"}
+    assert places == {(probe, place) for probe in ("knn", "linear") for place in read} | {
+        ("attentive", "layer 1, attention"), ("attentive", "layer 2, attention"),
+    }  # fmt: skip
+    assert {(s.probe, s.layer) for s in result.scores["pixels"]} == {("knn", "pixels"), ("linear", "pixels")}
+    stored = json.loads((tmp_path / "e" / "result.json").read_text())
+    assert stored["best"]["encoder"]["linear"]["accuracy"] == result.best("encoder", "linear").accuracy  # type: ignore[union-attr]
+    assert (stored["train_images"], stored["val_images"]) == (35, 25)
+    assert result.chance == pytest.approx(max(np.bincount([0, 1])) / 2, abs=0.2)
+    with Image.open(result.plot) as plot:
+        assert plot.width > 900, "three panels"
+    assert not list((tmp_path / "e").rglob("*.npy"))
+    for line in ("raw pixels", "the same, at random initialisation", "the most frequent class"):
+        assert line in result.table()
+
+
+def test_the_features_kept_are_those_probed(shards: Path, run: Path, tmp_path: Path) -> None:
+    """And scikit-learn, given the same files, says the same."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    out = tmp_path / "e"
+    changes = {"keep_features": True, "probes": "knn", "controls": False, "layers": [2]}
+    result = mpp.evaluate(run, out=str(out), **keys(shards, **changes))
+    assert list(result.scores) == ["encoder"]
+    files = out / "arms" / "encoder" / "features"
+    x, val = (np.load(files / part / "2-mean.npy") for part in ("train", "val"))
+    data = evaluating._open(_checked(run, out, shards, **changes))
+    labels = data.train.labels[np.concatenate([data.fit, data.tune])]
+    score = next(s for s in result.scores["encoder"] if s.place == ("2", "mean"))
+    theirs = KNeighborsClassifier(int(score.chosen), metric="cosine").fit(x, labels)
+    assert theirs.score(val, data.val.labels) == pytest.approx(score.accuracy)
+    first = len(data.fit)
+    theirs = KNeighborsClassifier(int(score.chosen), metric="cosine").fit(x[:first], labels[:first])
+    assert theirs.score(x[first:], labels[first:]) == pytest.approx(score.tune_accuracy)
+
+
+def _checked(encoder: Path, out: Path, shards: Path, **changes: Any) -> Any:
+    from mpp.recipe import EvaluateRecipe, checked
+
+    return checked(
+        {"job": "evaluate"}, EvaluateRecipe, {"encoder": encoder, "out": str(out), **keys(shards, **changes)}
+    )
+
+
+def test_again_the_same(shards: Path, run: Path, tmp_path: Path) -> None:
+    first, second = (mpp.evaluate(run, out=str(tmp_path / name), **keys(shards)) for name in "ab")
+    assert first.scores == second.scores
+
+
+def test_arms_that_are_done_are_kept(shards: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "e"
+    whole = mpp.evaluate(run, out=str(out), **keys(shards))
+    stored = out / "arms" / "encoder" / "result.json"
+    marked = json.loads(stored.read_text())
+    marked["scores"][0]["accuracy"] = 0.123
+    stored.write_text(json.dumps(marked))
+    shutil.rmtree(out / "arms" / "random")
+    (out / "arms" / "random" / "features").mkdir(parents=True)  # killed in the middle of it
+    (out / "arms" / "random" / "features" / "half.npy").write_bytes(b"half")
+    with pytest.raises(UserError, match="is not empty; go on with --resume auto"):
+        mpp.evaluate(run, out=str(out), **keys(shards))
+    again = mpp.evaluate(run, out=str(out), resume="auto", **keys(shards))
+    assert again.scores["encoder"][0].accuracy == 0.123, "not evaluated again"
+    assert again.scores["random"] == whole.scores["random"]
+    with pytest.raises(UserError, match="knn.k: was"):
+        mpp.evaluate(run, out=str(out), resume="auto", **keys(shards, **{"knn.k": [2]}))
+
+
+def test_arms_of_other_weights_are_not_kept(shards: Path, run: Path, tmp_path: Path) -> None:
+    copy, out = tmp_path / "encoder", tmp_path / "e"
+    shutil.copytree(run / "encoder", copy)
+    changes = keys(shards, controls=False, probes="knn")
+    mpp.evaluate(copy, out=str(out), **changes)
+    stored = out / "arms" / "encoder" / "result.json"
+    marked = json.loads(stored.read_text())
+    stored.write_text(json.dumps({**marked, "fingerprint": "another"}))
+    with pytest.raises(UserError, match="the data or the encoder changed since"):
+        mpp.evaluate(copy, out=str(out), resume="auto", **changes)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 3))
+def test_the_split_is_stratified(labels: list[int], fraction: float, seed: int) -> None:
+    values = np.array(labels)
+    fit, tune = split(values, fraction, seed)
+    assert sorted([*fit, *tune]) == list(range(len(labels)))
+    for label in set(labels):
+        members = np.count_nonzero(values == label)
+        inside = np.count_nonzero(values[fit] == label)
+        assert inside >= 1, "every class can be learned"
+        if members > 1:
+            assert np.count_nonzero(values[tune] == label) >= 1
+    assert np.array_equal(split(values, fraction, seed)[1], tune)
+
+
+def test_nothing_is_chosen_by_the_validation_images() -> None:
+    """The best place is that of the tune part, though another is better on the validation images."""
+    a = Score("knn", "1", "mean", 0.5, 0.9, 5, {})
+    b = Score("knn", "2", "mean", 0.8, 0.7, 5, {})
+    control = Score("knn", "pixels", "own", 0.5, 0.5, 5, {})
+    result = EvaluateResult(Path(), {"encoder": [a, b], "pixels": [control]}, 0.1, Path())
+    assert result.best("encoder", "knn") == a
+    assert "knn: the encoder's features are no better than raw pixels here" in result.table()
+    assert result.best("encoder", "linear") is None
+
+
+def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
+    words = [f"{k}={json.dumps(v)}" for k, v in keys(shards, controls=False, probes="linear").items()]
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    done = command("evaluate", copy, *words)
+    assert done.returncode == 0, done.stderr
+    assert "the encoder" in done.stdout
+    assert (copy / "evaluation" / "evaluation.png").exists(), "where no folder is named, inside the run"
+    recipe = tmp_path / "evaluate.yaml"
+    recipe.write_text("job: evaluate\nattentive: {epochs: 0}\nprobe: knn\n")
+    words = [w for w in words if not w.startswith("attentive.epochs")]
+    done = command("evaluate", copy, "--recipe", recipe, *words)
+    assert done.returncode == 2
+    assert f"{recipe}:2: attentive.epochs: must be >= 1; got 0" in done.stderr
+    assert f"{recipe}:3: probe: unknown key. Did you mean 'probes'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "nowhere/at-all"}, "encoder: 'nowhere/at-all': no such folder, and no such model of timm"),
+        ({"compare": "vit_tiny_patch61_224"}, "compare: 'vit_tiny_patch61_224': no such folder.*Did you mean vit_"),
+        ({"layers": [3]}, r"layers: 3: VisionTransformer has 1 to 2 here"),
+        ({"layers": [0]}, r"layers.0: must be >= 1; got 0"),
+        ({"probes": "svm"}, r"probes.0: no such choice; got 'svm'.*Allowed: knn, linear, attentive"),
+        ({"data.image_size": 18}, "stride of 4 px; got 18×18, allowed are multiples of 4"),
+        ({"data.labels_per_class": 1}, "data.train: to choose by, some class needs two images at least"),
+        ({"data.labels_per_class": 999}, "data.labels_per_class: 999, but class"),
+        ({"tune_fraction": 1.0}, "tune_fraction: must be > 0 and < 1"),
+        ({"architecture.name": "vit_tiny_patch16_224"}, "architecture: only for"),
+    ],
+)  # fmt: skip
+def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: Path, tmp_path: Path) -> None:
+    given_keys = {**keys(shards), "encoder": str(run), "out": str(tmp_path / "e"), **changes}
+    with pytest.raises(UserError, match=message) as caught:
+        mpp.evaluate(**given_keys)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "e").exists(), "said before anything is written"
+
+
+def test_validation_images_that_were_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.val: the same images as data\.train"):
+        mpp.evaluate(run, out=str(tmp_path / "e"), **keys(shards, **{"data.train": str(shards / "shard-000000.tar")}))
