@@ -30,32 +30,17 @@ from mpp.build import build_component
 from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, open_labeled
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
+from mpp.diagnostics.plots import Line, draw
 from mpp.errors import MppWarning, UserError
 from mpp.metrics import RunLog, environment, write_json
 from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of
 from mpp.recipe import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
+from mpp.verdict import Estimate, Verdict, table
 
 RESULT = "result.json"
-T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""Student's t, 97.5 %, for 1 to 30 degrees of freedom (any table of it); above, the last: a little too wide."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and the half-width of its 95 % interval (Student's t); nan for one seed."""
-
-    mean: float
-    half_width: float
-    values: list[float]
-
-    def __str__(self) -> str:
-        spread = f" ± {100 * self.half_width:.1f}" if math.isfinite(self.half_width) else ""
-        return f"{100 * self.mean:.1f}{spread} %"
+PLOT = "label_efficiency.png"
 
 
 @dataclass(frozen=True)
@@ -65,44 +50,36 @@ class FinetuneResult:
     out: Path
     state: str
     """"finished", or "stopped" by a signal."""
-    accuracy: dict[str, Estimate]
-    """Arm ("pretrained", "scratch") -> accuracy on the validation images, after the last step."""
-    gain: Estimate | None
-    """pretrained - scratch, paired by seed; None where one of them is missing."""
+    verdicts: tuple[Verdict, ...]
+    """One for each number of labels, from few to many; none where it was stopped."""
     encoder: Path | None
-    """The fine-tuned model of the first arm's first seed, as a timm folder."""
+    """The fine-tuned model of the first arm's first seed, with most labels, as a timm folder."""
+    plot: Path | None = None
+    """Accuracy against labels, where there are several numbers of them."""
+
+    @property
+    def accuracy(self) -> dict[str, Estimate]:
+        """Arm -> accuracy, with most labels."""
+        return self.verdicts[-1].accuracy if self.verdicts else {}
+
+    @property
+    def gain(self) -> Estimate | None:
+        """pretrained - scratch, paired by seed, with most labels; None where one of them is missing."""
+        return self.verdicts[-1].gain if self.verdicts else None
 
     def table(self) -> str:
         """For people."""
-        rows = [
-            f"{arm:<12} {estimate}   (seeds: {_percents(estimate.values)})" for arm, estimate in self.accuracy.items()
-        ]
-        if self.gain is not None:
-            rows.append(f"{'gain':<12} {100 * self.gain.mean:+.1f} points" + _interval(self.gain))
-            if self.gain.mean <= 0 or (len(self.gain.values) > 1 and self.gain.mean <= self.gain.half_width):
-                rows.append("pretraining did not help here: the gain is within its interval")
-        return "\n".join(rows)
+        return table(self.verdicts)
 
 
-def estimate(values: list[float]) -> Estimate:
-    """Mean and 95 % interval of values of independent seeds."""
-    n = len(values)
-    if n < 2:
-        return Estimate(values[0], math.nan, values)
-    t = T_975[min(n - 2, len(T_975) - 1)]
-    return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), values)
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed and one number of labels."""
 
-
-def _percents(values: list[float]) -> str:
-    return ", ".join(f"{100 * v:.1f}" for v in values)
-
-
-def _interval(gain: Estimate) -> str:
-    if not math.isfinite(gain.half_width):
-        return "   (one seed: no interval)"
-    return (
-        f"   (95 % interval {100 * (gain.mean - gain.half_width):+.1f} to {100 * (gain.mean + gain.half_width):+.1f})"
-    )
+    folder: Path
+    arm: str
+    seed: int
+    labels_per_class: int | None
 
 
 def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
@@ -130,31 +107,39 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
             what = "data.val: the same images as data.train; the accuracy says nothing"
             warnings.warn(what, MppWarning, stacklevel=2)
 
-    cells = [(out / f"{arm}-seed{seed}", arm, seed) for seed in recipe.seeds for arm in arms]
-    accuracies: dict[str, list[float]] = {arm: [] for arm in arms}
+    cells = _cells(recipe, arms)
+    accuracies: dict[Cell, float] = {}
     with distributed.stop_on_signals() as stop_request:
-        for number, (cell, arm, seed) in enumerate(cells):
-            accuracy = _finished(cell, fingerprint)
+        for number, cell in enumerate(cells):
+            accuracy = _finished(cell.folder, fingerprint)
             if accuracy is None:
-                accuracy = _run_cell(recipe, accelerator, cell, arm, seed, train, val, fingerprint, stop_request)
+                accuracy = _run_cell(recipe, accelerator, cell, train, val, fingerprint, stop_request)
                 (stopping,) = distributed.total(accelerator, [bool(stop_request)])
                 if accuracy is None or (stopping and number < len(cells) - 1):
                     if accelerator.is_main_process:
-                        write_json(out / "status.json", {"state": "stopped", "cell": cell.name, "time": time.time()})
-                    return FinetuneResult(out, "stopped", {}, None, None)
-            accuracies[arm].append(accuracy)
+                        stopped = {"state": "stopped", "cell": cell.folder.name, "time": time.time()}
+                        write_json(out / "status.json", stopped)
+                    return FinetuneResult(out, "stopped", (), None)
+            accuracies[cell] = accuracy
 
-    found = {arm: estimate(values) for arm, values in accuracies.items()}
-    gain = None
-    if len(arms) == 2:
-        gain = estimate([a - b for a, b in zip(*(accuracies[arm] for arm in arms), strict=True)])
-    result = FinetuneResult(out, "finished", found, gain, out / f"{arms[0]}-seed{recipe.seeds[0]}" / "encoder")
+    verdicts = []
+    for count in recipe.data.label_counts():
+        of_arm = {
+            arm: [a for c, a in accuracies.items() if (c.labels_per_class, c.arm) == (count, arm)] for arm in arms
+        }
+        verdicts.append(Verdict.of(count, of_arm))
+    most = next(c for c in cells if c.labels_per_class == verdicts[-1].labels_per_class)
+    plot = out / PLOT if len(verdicts) > 1 else None
+    result = FinetuneResult(out, "finished", tuple(verdicts), most.folder / "encoder", plot)
     if accelerator.is_main_process:
+        if plot:
+            _plot(result, plot)
         write_json(
             out / RESULT,
             {
-                "accuracy": {arm: asdict(e) for arm, e in found.items()},
-                "gain": asdict(gain) if gain else None,
+                "accuracy": {arm: asdict(e) for arm, e in result.accuracy.items()},
+                "gain": asdict(result.gain) if result.gain else None,
+                "verdicts": [asdict(v) for v in verdicts],
                 "seeds": list(recipe.seeds),
                 "val_images": len(val.labels),
                 "encoder": str(result.encoder),
@@ -162,6 +147,29 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
         )
         write_json(out / "status.json", {"state": "finished", "time": time.time()})
     return result
+
+
+def _cells(recipe: FinetuneRecipe, arms: list[str]) -> list[Cell]:
+    """In the order in which they run. The number of labels is in a folder's name where there are several."""
+    counts = recipe.data.label_counts()
+    return [
+        Cell(Path(recipe.out) / (f"labels{count}-" * (len(counts) > 1) + f"{arm}-seed{seed}"), arm, seed, count)
+        for count in counts
+        for seed in recipe.seeds
+        for arm in arms
+    ]
+
+
+def _plot(result: FinetuneResult, out: Path) -> None:
+    lines = []
+    for arm in result.accuracy:
+        found = [(float(v.labels_per_class or 0), v.accuracy[arm]) for v in result.verdicts]
+        x, means = [n for n, _ in found], [100 * e.mean for _, e in found]
+        widths = [100 * e.half_width for _, e in found]
+        lines.append(Line(arm, x, means, None if any(map(math.isnan, widths)) else widths, dashed=arm == "scratch"))
+    seeds = len(next(iter(result.accuracy.values())).values)
+    title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
+    draw({title: lines}, out, xlabel="labels a class", ylabel="accuracy, %", log_x=True)
 
 
 def _arms(recipe: FinetuneRecipe) -> list[str]:
@@ -176,8 +184,8 @@ def _check(recipe: FinetuneRecipe, arms: list[str], world: int, train: Labeled, 
         raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
     if len(train.classes) < 2:
         raise UserError(f"data.train: one class alone, {train.classes[0]}; classification wants two at least")
-    for seed in recipe.seeds:
-        train.subset(labels_per_class=recipe.data.labels_per_class, fraction=recipe.data.fraction, seed=seed)
+    for count in recipe.data.label_counts():
+        train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
     optim = recipe.optim
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
     on_device = optim.global_batch_size // world // accumulate
@@ -282,28 +290,26 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] |
 def _run_cell(
     recipe: FinetuneRecipe,
     accelerator: Accelerator,
-    cell: Path,
-    arm: str,
-    seed: int,
+    cell: Cell,
     train: Labeled,
     val: Labeled,
     fingerprint: str,
     stop_request: distributed.StopRequest,
 ) -> float | None:
-    """Fine-tune one arm with one seed; its accuracy, or None where a signal stopped it (with a checkpoint)."""
+    """Fine-tune one cell; its accuracy, or None where a signal stopped it (with a checkpoint)."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    data, optim = recipe.data, recipe.optim
+    data, optim, seed, folder = recipe.data, recipe.optim, cell.seed, cell.folder
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
     # ---- model, data, optimizer
-    model = _build(recipe, arm, seed, len(train.classes))
-    subset = train.subset(labels_per_class=data.labels_per_class, fraction=data.fraction, seed=seed)
+    model = _build(recipe, cell.arm, seed, len(train.classes))
+    subset = train.subset(labels_per_class=cell.labels_per_class, fraction=data.fraction, seed=seed)
     reading = {"channels": data.channels, "formats": data.formats, "max_image_pixels": data.max_image_pixels}
     dataset = LabeledDataset(train, subset, _augmentation(recipe), seed, **reading)  # type: ignore[arg-type]
     order = Order([len(subset)], global_batch=optim.global_batch_size, seed=seed, lanes=1)
     total_steps = steps_of(optim.epochs, optim.steps, len(subset), optim.global_batch_size)
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, len(subset), optim.global_batch_size, least=0)
     base_lr, layer_decay = optim.base_lr, optim.layer_decay
-    if arm == "scratch":
+    if cell.arm == "scratch":
         base_lr = recipe.scratch.base_lr or base_lr
         layer_decay = recipe.scratch.layer_decay or layer_decay
     groups = finetune_groups(
@@ -320,7 +326,7 @@ def _run_cell(
     erase = RandomErasing(data.erase, mode="pixel", device=accelerator.device) if data.erase else None
 
     # ---- resume
-    checkpoints = cell / "checkpoints"
+    checkpoints = folder / "checkpoints"
     path = checkpoint.newest(checkpoints)
     start_step = 0
     model.to(accelerator.device)
@@ -332,14 +338,14 @@ def _run_cell(
         start_step = state["step"]
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
-        cell.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     log = RunLog(
-        cell,
+        folder,
         steps=total_steps,
         resumed_at=start_step,
         active=accelerator.is_main_process,
-        label=f"{cell.name}  ",
+        label=f"{folder.name}  ",
     )
     log.say(
         f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val.labels)} to validate; "
@@ -393,7 +399,7 @@ def _run_cell(
         if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
             log.status("failed", step=step, why="non-finite loss or gradient")
             raise UserError(
-                f"{cell.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}: stopped before the "
+                f"{folder.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}: stopped before the "
                 "update. Try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
             )
         lr = (optim.global_batch_size / 256) * scheduled_lr(
@@ -425,13 +431,13 @@ def _run_cell(
     # ---- the verdict, after the last step: no step is chosen by looking at the validation images
     accuracy, unreadable = _evaluate(recipe, accelerator, model, val)
     if accelerator.is_main_process:
-        _save(model, cell, recipe, accuracy, train.classes)
+        _save(model, folder, recipe, accuracy, train.classes)
         log.say(
             f"accuracy {100 * accuracy:.2f} %" + (f", {unreadable} unreadable images left out" if unreadable else "")
         )
         log.status("finished", step=step)
         write_json(
-            cell / RESULT,
+            folder / RESULT,
             {"accuracy": accuracy, "unreadable": unreadable, "step": step, "fingerprint": fingerprint},
         )
     log.close()

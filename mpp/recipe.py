@@ -103,6 +103,21 @@ def _listed(value: Any) -> Any:
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 
 
+def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("each once")
+    return values
+
+
+LabelCounts = Annotated[
+    tuple[PositiveInt, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, int) and not isinstance(value, bool) else value),
+    AfterValidator(_each_once),
+    Field(min_length=1),
+]
+"""100 means [100]."""
+
+
 def _path(value: str) -> str:
     if "\0" in value or not value:
         raise ValueError("not a path")
@@ -325,6 +340,8 @@ class LabeledData(ImageData):
 class FinetuneData(LabeledData):
     """Labeled images, and how they are augmented."""
 
+    labels_per_class: LabelCounts | None = None  # type: ignore[assignment]
+    """Train on so many images of each class, drawn by the seed; a list, [10, 100, 500], fine-tunes on each of them."""
     crop_scale: AreaRange = (0.08, 1.0)
     crop_ratio: Range = (3 / 4, 4 / 3)
     auto_augment: str | None = None
@@ -332,6 +349,10 @@ class FinetuneData(LabeledData):
     color_jitter: NonNegativeFloat | None = None
     erase: Fraction = 0.0
     """Probability of random erasing (Zhong et al. 2020)."""
+
+    def label_counts(self) -> tuple[int | None, ...]:
+        """Labels of each class, from few to many; None: as many as there are, or a fraction."""
+        return tuple(sorted(self.labels_per_class)) if self.labels_per_class else (None,)
 
 
 class Architecture(Section):
@@ -371,7 +392,9 @@ class FinetuneRecipe(Run):
     """With `encoder: scratch` or a name of timm's: the encoder to build."""
     beside_scratch: Bool = True
     """Run the same fine-tune from scratch, too."""
-    seeds: Annotated[tuple[Annotated[NonNegativeInt, Field(lt=2**56)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[
+        tuple[Annotated[NonNegativeInt, Field(lt=2**56)], ...], AfterValidator(_each_once), Field(min_length=1)
+    ] = (0, 1, 2)
     """Each draws its own labels, order and initial head."""
     data: FinetuneData
     task: component_section("tasks", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
@@ -389,8 +412,6 @@ class FinetuneRecipe(Run):
     def _architecture(self) -> FinetuneRecipe:
         if self.encoder == "scratch" and self.architecture is None:
             raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds: each once")
         return self
 
 
@@ -476,8 +497,8 @@ class EvaluateRecipe(Job):
 RECIPES: dict[str, type[Job]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
 MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
-    "data.cache_limit_gb", "data.batch_size", "keep_features", "data.max_bad_fraction", "optim.max_batch_per_device",
-    "encoder.grad_checkpointing",
+    "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
+    "optim.max_batch_per_device", "encoder.grad_checkpointing",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and, with drop path or
 mixup on, which are drawn for each micro-batch, for their draws."""

@@ -16,10 +16,11 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 
 import mpp
 from mpp.errors import MppWarning, UserError
-from mpp.finetuning import Estimate, FinetuneResult, _build, estimate
+from mpp.finetuning import _build
 from mpp.metrics import read_metrics
 from mpp.recipe import FinetuneRecipe, check_recipe
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe
@@ -80,6 +81,40 @@ def test_both_arms_with_intervals(shards: Path, run: Path, tmp_path: Path) -> No
     classifier = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
     assert classifier(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
     assert json.loads((cell / "encoder" / "config.json").read_text())["label_names"] == ["disc", "square"]
+
+
+def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
+    """Several numbers of labels in one run, resumed cell by cell; a cell is what a run of its own gives."""
+    out, changes = tmp_path / "ft", {"optim.steps": 6, "data.labels_per_class": [12, 4]}
+    whole = mpp.finetune(recipe(shards, out, run, **changes))
+    assert [v.labels_per_class for v in whole.verdicts] == [4, 12]
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {
+        f"labels{n}-{arm}-seed{seed}" for n in (4, 12) for arm in ("pretrained", "scratch") for seed in (0, 1)
+    }
+    assert whole.accuracy == whole.verdicts[-1].accuracy
+    assert whole.encoder == out / "labels12-pretrained-seed0" / "encoder"
+    lines = whole.table().splitlines()
+    assert lines[0].split("   ")[0] == "labels a class"
+    assert [line.split()[0] for line in lines[1:3]] == ["4", "12"]
+    stored = json.loads((out / "result.json").read_text())
+    assert [v["labels_per_class"] for v in stored["verdicts"]] == [4, 12]
+    with Image.open(out / "label_efficiency.png") as plot:
+        assert plot.format == "PNG"
+
+    alone = mpp.finetune(recipe(shards, tmp_path / "alone", run, **{**changes, "data.labels_per_class": 4}))
+    assert alone.verdicts[0] == whole.verdicts[0]
+    assert alone.plot is None
+
+    kept = out / "labels4-scratch-seed1" / "result.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "accuracy": 0.25}))
+    shutil.rmtree(out / "labels12-scratch-seed1")
+    again = mpp.finetune(recipe(shards, out, run, **changes), resume="auto")
+    assert again.verdicts[0].accuracy["scratch"].values[1] == 0.25, "not run again"
+    assert again.verdicts[1] == whole.verdicts[1]
+    more = mpp.finetune(recipe(shards, out, run, **changes, seeds=[0, 1, 2]), resume="auto")
+    assert [e.values[:2] for e in more.verdicts[1].accuracy.values()] == [
+        e.values for e in whole.verdicts[1].accuracy.values()
+    ], "a seed more only adds cells"
 
 
 def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -301,19 +336,3 @@ def test_the_export_says_how_it_was_evaluated(shards: Path, run: Path, tmp_path:
     assert config["pretrained_cfg"]["crop_pct"] == 0.75
     with pytest.raises(UserError, match="a fine-tuning run of several models; name one, such as .*pretrained-seed0"):
         mpp.export(tmp_path / "ft", tmp_path / "o")
-
-
-def test_the_interval_is_students() -> None:
-    # by hand: mean 2, sd 1, t(2) = 4.303 -> 4.303 / sqrt(3)
-    found = estimate([1.0, 2.0, 3.0])
-    assert (found.mean, found.half_width) == (2.0, pytest.approx(2.4843, abs=1e-3))
-    assert math.isnan(estimate([1.0]).half_width)
-
-
-def test_the_table_says_when_pretraining_did_not_help() -> None:
-    def table(gain: Estimate) -> str:
-        return FinetuneResult(Path("o"), "finished", {"scratch": estimate([0.5])}, gain, None).table()
-
-    assert "did not help" in table(estimate([0.02, -0.01, 0.01]))
-    assert "did not help" in table(estimate([-0.2, -0.21, -0.22]))
-    assert "did not help" not in table(estimate([0.2, 0.21, 0.22]))

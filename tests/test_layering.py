@@ -10,7 +10,7 @@ import mpp
 PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
     {"errors"},
-    {"rng", "patches", "types"},
+    {"rng", "patches", "types", "verdict"},
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders"},
     {"recipe", "data"},
     {

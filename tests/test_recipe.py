@@ -275,7 +275,7 @@ def test_finetune_recipes_check_across_keys(tmp_path: Path) -> None:
         "give labels_per_class or fraction"
         in errors(base, tmp_path, "data.fraction=0.5", "data.labels_per_class=3", job=FinetuneRecipe)[0]
     )
-    assert errors(base, tmp_path, "seeds=[1,1]", job=FinetuneRecipe)[0].endswith("seeds: each once")
+    assert errors(base, tmp_path, "seeds=[1,1]", job=FinetuneRecipe)[0] == "command line: seeds: each once; got [1, 1]"
 
 
 def test_the_file_is_read_once_written(recipe_file: Callable[..., Path]) -> None:

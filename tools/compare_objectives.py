@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -80,22 +81,25 @@ def rows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     return found
 
 
-def run(job: str, recipe: str, changes: dict[str, Any]) -> float:
-    """One command on one core, or what is left of it -> its CPU-minutes, those of earlier attempts included."""
-    record = Path(changes["out"] + ".cpu_minutes")
-    spent = float(record.read_text()) if record.exists() else 0.0
+def run(job: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
+    """One command on one core, or what is left of it -> its minutes, those of earlier attempts included."""
+    record = Path(changes["out"] + ".minutes.json")
+    spent = json.loads(record.read_text()) if record.exists() else {"cpu": 0.0, "wall": 0.0}
     status_file = Path(changes["out"]) / "status.json"
     if record.exists() and status_file.exists() and json.loads(status_file.read_text())["state"] == "finished":
         return spent
     words = [f"{k}={json.dumps(v)}" for k, v in changes.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "mpp", job, str(ROOT / "recipes" / job / recipe), *words, "--resume", "auto"]
+    began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
-    record.write_text(f"{spent + (usage.ru_utime + usage.ru_stime) / 60}\n")
+    spent["cpu"] += (usage.ru_utime + usage.ru_stime) / 60
+    spent["wall"] += (time.monotonic() - began) / 60
+    record.write_text(json.dumps(spent))
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    return float(record.read_text())
+    return spent
 
 
 def folder_of(out: Path, row: str) -> Path:
@@ -112,14 +116,15 @@ def do(name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[in
             raise SystemExit(f"{name}: wants the row '{TEACHER_ROW}' done first: its encoder is the teacher")
         pretraining = {**pretraining, "target": {**target, "teacher": str(teacher)}}
     timed = {"optim.steps": TIMED_STEPS, "log_every_steps": TIMED_STEPS // 2, "out": str(folder / "timed")}
-    run("pretrain", "cifar10.yaml", {**pretraining, **timed, "checkpoint_every_steps": 10**6})
+    spent = run("pretrain", "cifar10.yaml", {**pretraining, **timed, "checkpoint_every_steps": 10**6})
     last = json.loads((folder / "timed" / "metrics.jsonl").read_text().splitlines()[-1])
-    steps = int(minutes * 60 * last["images_per_s"] / 32)
+    # of a core to itself: others may have had a part of it
+    steps = int(minutes * 60 * last["images_per_s"] * spent["wall"] / spent["cpu"] / 32)
     cost = run(
         "pretrain",
         "cifar10.yaml",
         {**pretraining, "optim.steps": steps, "optim.warmup_steps": steps // 20, "out": str(folder / "pretrain")},
-    )
+    )["cpu"]
     last = json.loads((folder / "pretrain" / "metrics.jsonl").read_text().splitlines()[-1])
     beside = bool(finetuning) or name == TEACHER_ROW  # the ViT's arm from scratch is the same in every row
     accuracies: dict[str, list[float]] = {"pretrained": [], "scratch": []}
@@ -131,7 +136,7 @@ def do(name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[in
             "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3, "beside_scratch": beside,
             "out": str(run_folder),
         }  # fmt: skip
-        tuning_cost += run("finetune", "cifar10.yaml", tuning)
+        tuning_cost += run("finetune", "cifar10.yaml", tuning)["cpu"]
         for arm, found in json.loads((run_folder / "result.json").read_text())["accuracy"].items():
             accuracies[arm].append(found["mean"])
     return {

@@ -1,0 +1,106 @@
+"""What pretraining bought: accuracies over seeds with intervals, the gain, and a plain word where there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""Student's t, 97.5 %, for 1 to 30 degrees of freedom (any table of it); above, the last: a little too wide."""
+NO_HELP = "pretraining did not help here: the gain is within its interval"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and the half-width of its 95 % interval (Student's t); nan for one seed."""
+
+    mean: float
+    half_width: float
+    values: list[float]
+
+    def __str__(self) -> str:
+        spread = f" ± {100 * self.half_width:.1f}" if math.isfinite(self.half_width) else ""
+        return f"{100 * self.mean:.1f}{spread} %"
+
+
+def estimate(values: list[float]) -> Estimate:
+    """Mean and 95 % interval of values of independent seeds."""
+    n = len(values)
+    if n < 2:
+        return Estimate(values[0], math.nan, values)
+    t = T_975[min(n - 2, len(T_975) - 1)]
+    return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), values)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Both arms of a fine-tune, on one number of labels."""
+
+    labels_per_class: int | None
+    """None: as many as there are, or a fraction of them."""
+    accuracy: dict[str, Estimate]
+    """Arm ("pretrained", "scratch") -> accuracy on the validation images, after the last step."""
+    gain: Estimate | None
+    """pretrained - scratch, paired by seed; None where one of them is missing."""
+
+    @staticmethod
+    def of(labels_per_class: int | None, accuracies: Mapping[str, list[float]]) -> Verdict:
+        """accuracies: arm -> one for each seed, in the same order."""
+        gain = None
+        if {"pretrained", "scratch"} <= accuracies.keys():
+            pairs = zip(accuracies["pretrained"], accuracies["scratch"], strict=True)
+            gain = estimate([a - b for a, b in pairs])
+        return Verdict(labels_per_class, {arm: estimate(values) for arm, values in accuracies.items()}, gain)
+
+    def helped(self) -> bool | None:
+        """Whether the gain is above zero by more than its interval; None without one to tell by."""
+        if self.gain is None:
+            return None
+        if not math.isfinite(self.gain.half_width):
+            return None if self.gain.mean > 0 else False
+        return self.gain.mean > self.gain.half_width
+
+
+def table(verdicts: Sequence[Verdict]) -> str:
+    """For people."""
+    if len(verdicts) == 1:
+        return _one(verdicts[0])
+    arms = list(verdicts[0].accuracy)
+    rows = [["labels a class", *arms, *(["gain"] if verdicts[0].gain else [])]]
+    for v in verdicts:
+        gain = [_points(v.gain) + _interval(v.gain)] if v.gain else []
+        rows.append([str(v.labels_per_class), *(str(e) for e in v.accuracy.values()), *gain])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["   ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"{v.labels_per_class} labels a class: {NO_HELP}" for v in verdicts if v.helped() is False]
+    return "\n".join(lines)
+
+
+def _one(verdict: Verdict) -> str:
+    rows = [f"{arm:<12} {e}   (seeds: {_percents(e.values)})" for arm, e in verdict.accuracy.items()]
+    if verdict.gain is not None:
+        rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
+        if verdict.helped() is False:
+            rows.append(NO_HELP)
+    return "\n".join(rows)
+
+
+def _percents(values: list[float]) -> str:
+    return ", ".join(f"{100 * v:.1f}" for v in values)
+
+
+def _points(gain: Estimate) -> str:
+    return f"{100 * gain.mean:+.1f} points"
+
+
+def _interval(gain: Estimate) -> str:
+    if not math.isfinite(gain.half_width):
+        return " (one seed: no interval)"
+    low, high = 100 * (gain.mean - gain.half_width), 100 * (gain.mean + gain.half_width)
+    return f" (95 % interval {low:+.1f} to {high:+.1f})"
