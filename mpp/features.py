@@ -55,7 +55,7 @@ class EncoderReader(nn.Module):
         self, model: nn.Module, layers: Sequence[int] | None, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False).eval()
+        self.model = model.eval()
         info: Any = getattr(model, "feature_info", None)
         if not hasattr(model, "forward_intermediates") or not info:
             raise UserError(f"encoder: timm's {type(model).__name__} has no forward_intermediates: no layers to read")

@@ -17,11 +17,13 @@ from accelerate.utils import gather_object
 from mpp import checkpoint, distributed, exporting
 from mpp.build import build_mask, build_model
 from mpp.data.images import ShardImages, held_out_rows
+from mpp.data.labeled import open_labeled
 from mpp.data.loader import Crop, PretrainDataset, batches
 from mpp.data.order import MicroBatches, Order
 from mpp.errors import UserError
 from mpp.metrics import RunLog, environment, write_json
 from mpp.model import MaskedPatchModel
+from mpp.monitor import Measured, OnlineProbe, Probed, flat_since, probe_images
 from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of
 from mpp.recipe import PretrainRecipe
 from mpp.rng import Purpose, torch_seed
@@ -92,6 +94,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     trained = [p for p in model.parameters() if p.requires_grad]
 
     held_out_batch = _held_out_batch(dataset, counts, held_out)
+    probe = _probe(recipe, model) if recipe.probe else None
 
     # ---- run folder and resume
     run = find_run(recipe, resume, fingerprint=images.fingerprint)
@@ -99,7 +102,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     if accelerator.is_main_process:
         create_run(recipe)
     state: dict[str, Any] = {"seen": 0, "bad": 0, "loss": None, "skills": [None] * len(objectives)}
-    state["collapse"] = {}
+    state |= {"collapse": {}, "history": [], "probed": None}
     start_step = 0
     model.to(accelerator.device)
     if run.checkpoint is not None:
@@ -130,6 +133,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     loss = math.nan if state["loss"] is None else float(state["loss"])
     skills = [math.nan if value is None else float(value) for value in state["skills"]]
     skill, collapse = skills[0], state["collapse"]
+    history = [Measured(*m) for m in state["history"]]
+    probed = Probed(*state["probed"]) if state["probed"] else None
     sampler = MicroBatches(
         order,
         seen=start_step * optim.global_batch_size,
@@ -195,6 +200,10 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                 bad_lines = gather_object(bad_lines)  # each process knows of its own alone
             bad = _count_bad(bad, int(new_bad), bad_lines, seen + optim.global_batch_size, data.max_bad_fraction, log)
             ending = bool(stopping) or step == total_steps
+            if recipe.probe and probe and (step % recipe.probe.every_steps == 0 or step == total_steps):
+                model.eval()
+                probed = probe(model.encoder.model, accelerator.device)
+                model.train()
             if step % recipe.skill_every_steps == 0 or step == total_steps:
                 skills, collapse = _skills(accelerator, model, held_out_batch)
                 skill = skills[0]
@@ -204,6 +213,12 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                             f"warning: target {name} collapses: {share:.1%} of it depends on the image, effective rank "
                             f"{rank_of_target:.1f}. Try a higher decay, a lower optim.base_lr, or more warm-up"
                         )
+                already = flat_since(history)
+                if math.isfinite(skill):
+                    history.append(Measured(step, skill, probed.accuracy if probed else None))
+                since = flat_since(history)
+                if since is not None and already is None and step < total_steps:
+                    log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
             if step % recipe.log_every_steps == 0 or ending or step == 1:
                 log.metrics(
                     {
@@ -213,6 +228,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                         "skill": skill,
                         **{f"loss_{o.name}": v for o, v in zip(objectives, each_loss, strict=True) if len(skills) > 1},
                         **{f"skill_{o.name}": v for o, v in zip(objectives, skills, strict=True) if len(skills) > 1},
+                        **({f"probe_{k}": v for k, v in probed._asdict().items()} if probed else {}),
                         **{f"target_rank_{name}": v for name, (v, _) in collapse.items()},
                         **{f"target_share_{name}": v for name, (_, v) in collapse.items()},
                         "lr": lr,
@@ -229,6 +245,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                         "loss": loss,
                         "skills": [None if math.isnan(value) else value for value in skills],
                         "collapse": collapse,
+                        "history": [[*m] for m in history],
+                        "probed": [*probed] if probed else None,
                         "data_fingerprint": images.fingerprint,
                     }
                     checkpoint.save(
@@ -274,6 +292,22 @@ class _Window:
 
 def _to(batch: Batch, accelerator: Accelerator) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(accelerator.device, non_blocking=True) for t in (batch.images, batch.mask, batch.noise))
+
+
+def _probe(recipe: PretrainRecipe, model: MaskedPatchModel) -> OnlineProbe:
+    """UserError where the images are not as they must be. On every process alike, so that none waits for another."""
+    keys, data = recipe.probe, recipe.data
+    assert keys is not None
+    limits: dict[str, Any] = {"cache_dir": data.cache_dir, "cache_limit_bytes": data.cache_limit_gb * 1e9}
+    train = open_labeled(keys.train, key="probe.train", classes=None, **limits)
+    val = open_labeled(keys.val, key="probe.val", classes=train.classes, **limits)
+    if len(train.classes) < 2 or not len(val.labels):
+        raise UserError("probe: wants two classes at least in probe.train, and images in probe.val")
+    reading = {"channels": data.channels, "formats": data.formats, "max_image_pixels": data.max_image_pixels}
+    size, most, seed = data.image_size, keys.images, recipe.seed
+    learned = probe_images(train, size, most, seed, "probe.train", **reading)
+    judged = probe_images(val, size, most, seed, "probe.val", **reading)
+    return OnlineProbe(learned, judged, len(train.classes), keys.weight_decay, model.mean, model.std)
 
 
 def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.ndarray) -> Batch:

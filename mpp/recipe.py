@@ -292,6 +292,19 @@ class Run(Job):
     """Checkpoints kept, newest first."""
 
 
+class OnlineProbe(Section):
+    """A linear probe of the encoder in training, on few labeled images: a monitor, not evidence."""
+
+    train: Places
+    val: Places
+    """Labeled images, as in fine-tuning; they are looked at, never trained on."""
+    every_steps: PositiveInt = 2000
+    images: PositiveInt = 1000
+    """Most images of either, drawn by the seed and held in memory: what bounds the cost."""
+    weight_decay: PositiveFloat = 0.01
+    """As in `mpp evaluate` (guess)."""
+
+
 class PretrainRecipe(Run):
     """Masked-patch pretraining on unlabeled shards."""
 
@@ -313,6 +326,8 @@ class PretrainRecipe(Run):
     optim: Optim
     skill_every_steps: PositiveInt = 500
     """Steps between measurements of the skill on held-out images."""
+    probe: OnlineProbe | None = None
+    """Probe the encoder now and then; it changes nothing in training."""
 
     _default_loss = model_validator(mode="before")(_own_loss)
     _loss_fits = model_validator(mode="after")(_fitting_loss)
@@ -873,7 +888,7 @@ def differences(old: Job, new: Job) -> list[str]:
     return [
         f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and key not in MAY_CHANGE
+        if a.get(key) != b.get(key) and key not in MAY_CHANGE and key.split(".")[0] != "probe"
     ]
 
 

@@ -14,21 +14,13 @@ LAYERS = [
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders"},
     {"recipe", "data"},
     {
-        "model",
-        "contract",
-        "optim",
-        "checkpoint",
-        "distributed",
-        "metrics",
-        "runfolder",
-        "build",
-        "exporting",
+        "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
         "features",
     },
-    {"diagnostics"},
+    {"diagnostics", "monitor"},
     {"pretraining", "finetuning", "evaluating"},
     {"cli", "__init__", "__main__"},
-]
+]  # fmt: skip
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}
 WITHIN_LAYER = {
     "runfolder": {"checkpoint"},

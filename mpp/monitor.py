@@ -1,0 +1,110 @@
+"""Watching a pretraining run: a linear probe of the encoder as it is now, and a word when nothing rises any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpp.data.labeled import CentreDataset, Labeled
+from mpp.errors import UserError
+from mpp.features import EncoderReader
+from mpp.probes import linear
+from mpp.rng import Purpose, stream
+
+BATCH = 256
+MAX_ITERATIONS = 50
+"""Of L-BFGS: the probe's cost stays bounded (guess)."""
+RECENT = 4
+"""Measurements that must hold no new best for a run to be flat (guess)."""
+RISE = 0.003
+"""What counts as a new best, in skill and in accuracy (guess)."""
+
+
+@dataclass
+class ProbeImages:
+    """Labeled images of one side of the probe, in memory."""
+
+    images: Tensor
+    """(n, C, H, W) uint8"""
+    labels: np.ndarray
+    """(n,) int64"""
+
+
+def probe_images(data: Labeled, size: tuple[int, int], most: int, seed: int, key: str, **reading: Any) -> ProbeImages:
+    """At most so many of the images, drawn by the seed, centre-cropped. UserError where none can be read."""
+    numbers = np.sort(stream(seed, Purpose.PROBE).permutation(len(data.labels))[:most])
+    found = CentreDataset(data, size, 1.0, **reading).__getitems__(numbers.tolist())
+    if isinstance(found, UserError):
+        raise found
+    readable = found.labels >= 0
+    if not readable.any():
+        raise UserError(f"{key}: not one image can be read")
+    return ProbeImages(found.images[readable], found.labels[readable].numpy())
+
+
+class Probed(NamedTuple):
+    accuracy: float
+    layer: int
+    seconds: float
+
+
+class OnlineProbe:
+    """A linear probe of every layer's mean patch token, on a fixed small set of labeled images.
+
+    It changes nothing in training: it draws no random number, and no gradient flows. The layer is chosen by the
+    images it is judged on: a monitor, where `mpp evaluate` is evidence.
+    """
+
+    def __init__(
+        self, train: ProbeImages, val: ProbeImages, num_classes: int, weight_decay: float, mean: Tensor, std: Tensor
+    ) -> None:
+        """mean, std: (C, 1, 1), of pixels in [0, 1]."""
+        self.train, self.val, self.num_classes, self.weight_decay = train, val, num_classes, weight_decay
+        self.mean, self.std = mean.flatten().tolist(), std.flatten().tolist()
+
+    def __call__(self, model: nn.Module, device: torch.device) -> Probed:
+        """model: a timm encoder, in eval mode."""
+        began = time.monotonic()
+        reader = EncoderReader(model, None, self.mean, self.std).to(device)
+        train, val = (self._features(reader, side.images, device) for side in (self.train, self.val))
+        found = {}
+        for layer in reader.layers:
+            x, y = train[str(layer)], val[str(layer)]
+            fitted = linear.fit(
+                x, self.train.labels, self.num_classes, self.weight_decay, device=device, max_iterations=MAX_ITERATIONS
+            )
+            found[layer] = float((fitted.predict(y) == self.val.labels).mean())
+        best = max(found, key=lambda layer: (found[layer], -layer))
+        return Probed(found[best], best, time.monotonic() - began)
+
+    @staticmethod
+    def _features(reader: EncoderReader, images: Tensor, device: torch.device) -> dict[str, np.ndarray]:
+        parts = [reader(images[i : i + BATCH].to(device)).tokens for i in range(0, len(images), BATCH)]
+        return {layer: torch.cat([p[layer].mean(1) for p in parts]).cpu().numpy() for layer in parts[0]}
+
+
+class Measured(NamedTuple):
+    """What was known of a run at a step."""
+
+    step: int
+    skill: float
+    probe: float | None
+
+
+def flat_since(history: Sequence[Measured]) -> int | None:
+    """The step of the best measurement, where neither skill nor probe has risen in the last `RECENT`; else None."""
+    if len(history) <= RECENT:
+        return None
+    before, recent = history[:-RECENT], history[-RECENT:]
+    if max(m.skill for m in recent) > max(m.skill for m in before) + RISE:
+        return None
+    old, new = ([m.probe for m in part if m.probe is not None] for part in (before, recent))
+    if new and (not old or max(new) > max(old) + RISE):
+        return None
+    return max(before, key=lambda m: m.skill).step
