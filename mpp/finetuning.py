@@ -31,6 +31,7 @@ from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, open_labele
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
 from mpp.diagnostics.plots import Line, draw
+from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError
 from mpp.metrics import RunLog, environment, write_json
 from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of
@@ -193,7 +194,9 @@ def _check(recipe: FinetuneRecipe, arms: list[str], world: int, train: Labeled, 
         raise UserError(f"mixup: needs an even number of images on a device; got {on_device}")
     _augmentation(recipe)
     for arm in arms:
-        _build(recipe, arm, recipe.seeds[0], len(train.classes))
+        model = _build(recipe, arm, recipe.seeds[0], len(train.classes))
+    if recipe.distill:
+        _distillation(recipe, model, train.classes)
 
 
 def _augmentation(recipe: FinetuneRecipe) -> Any:
@@ -231,14 +234,21 @@ def _finished(cell: Path, fingerprint: str) -> float | None:
 
 
 class Classifier(nn.Module):
-    """A timm encoder, pooled, and a task's head."""
+    """A timm encoder, pooled, and a task's head; a second one for the distillation token, where a teacher has one."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: nn.Module, task: nn.Module, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        task: nn.Module,
+        mean: list[float],
+        std: list[float],
+        distilled: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder, self.task = encoder, task
+        self.encoder, self.task, self.distilled = encoder, task, distilled
         self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
@@ -246,9 +256,13 @@ class Classifier(nn.Module):
         """(B, C, H, W) uint8 -> float32."""
         return (images.float() - self.mean) / self.std
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) normalised -> (B, classes) logits."""
-        return self.task(self.encoder(x))
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, C, H, W) normalised -> (B, classes) logits; those of both heads apart in training."""
+        if self.distilled is None:
+            return self.task(self.encoder(x))
+        tokens = self.encoder.forward_features(x)  # type: ignore[operator]
+        first, second = self.task(tokens[:, 0]), self.distilled(tokens[:, 1])
+        return (first, second) if self.training else (first + second) / 2
 
 
 def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Classifier:
@@ -260,7 +274,8 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
         raise UserError(f"pool: token: {type(encoder).__name__} has no class token here; allowed: mean")
     if wanted == "avg" and type(encoder).__name__ == "VisionTransformerDistilled":
         raise UserError("pool: mean: timm's distilled DeiTs read their class and distillation tokens; allowed: token")
-    if getattr(encoder, "global_pool", wanted) != wanted:
+    own = getattr(encoder, "global_pool", wanted)
+    if isinstance(own, str) and own != wanted:  # convolutional families have a pooling layer there, over the map
         torch.manual_seed(torch_seed(seed, Purpose.INIT))
         # keeps the final norm where its weights are; timm would drop them with the change of pooling
         keep_norm = "use_fc_norm" if type(encoder).__name__ in ("Eva", "Beit") else "fc_norm"
@@ -272,7 +287,10 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
             f"allowed are multiples of {stride}"
         )
     task = build_component("task", recipe.task, encoder.num_features, num_classes)
-    return Classifier(encoder, task, *recipe.data.mean_std())
+    distilled = None
+    if recipe.distill and type(encoder).__name__ == "VisionTransformerDistilled":
+        distilled = build_component("task", recipe.task, encoder.num_features, num_classes)
+    return Classifier(encoder, task, *recipe.data.mean_std(), distilled)
 
 
 def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] | None) -> Any:
@@ -314,7 +332,7 @@ def _run_cell(
         layer_decay = recipe.scratch.layer_decay or layer_decay
     groups = finetune_groups(
         model.encoder,
-        model.task,
+        nn.ModuleList([model.task, *([model.distilled] if model.distilled else [])]),
         weight_decay=optim.weight_decay,
         layer_decay=layer_decay,
         head_lr_scale=optim.head_lr_scale,
@@ -336,6 +354,7 @@ def _run_cell(
             raise UserError(f"{path}: the training data or the encoder changed since; start a new run")
         checkpoint.load(path, model, optimizer)
         start_step = state["step"]
+    distillation = _distillation(recipe, model, train.classes) if recipe.distill else None
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -386,7 +405,11 @@ def _run_cell(
             if mix is not None:
                 x, labels = mix(x, labels)
             with nullcontext() if m == accumulate - 1 else accelerator.no_sync(prepared):
-                micro_loss = model.task.loss(prepared(x), labels) / accumulate  # type: ignore[operator]
+                logits, own_loss = prepared(x), model.task.loss
+                if distillation is None:
+                    micro_loss = own_loss(logits, labels) / accumulate  # type: ignore[operator]
+                else:
+                    micro_loss = distillation.loss(logits, x, labels, own_loss) / accumulate  # type: ignore[arg-type]
                 accelerator.backward(micro_loss)
             micro_losses.append(micro_loss.detach())
         grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
@@ -445,11 +468,28 @@ def _run_cell(
     return accuracy
 
 
+def _distillation(recipe: FinetuneRecipe, model: Classifier, classes: list[str]) -> Distillation:
+    """The teacher, where the model is. UserError where it cannot teach these classes."""
+    keys = recipe.distill
+    assert keys is not None
+    teacher = open_teacher(keys.teacher, classes, recipe.data.channels).to(model.mean.device)
+    mean, std = model.mean / 255, model.std / 255
+    found = Distillation(teacher, kind=keys.kind, alpha=keys.alpha, temperature=keys.temperature, mean=mean, std=std)
+    try:
+        found.teach(torch.zeros(1, recipe.data.channels, *recipe.data.image_size, device=mean.device))
+    except Exception as error:  # timm's models fail in their own ways
+        raise UserError(
+            f"distill.teacher: {keys.teacher} does not run: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return found
+
+
 def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
     """What the cells are trained and judged on: the images, their labels, and the weights they begin with."""
     digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode())
-    if recipe.encoder != "scratch" and not exporting.is_timm_name(recipe.encoder):
-        digest.update(exporting.weights_sha256(exporting.encoder_folder(recipe.encoder)).encode())
+    for source in (recipe.encoder, recipe.distill and recipe.distill.teacher):
+        if source and source != "scratch" and not exporting.is_timm_name(source):
+            digest.update(exporting.weights_sha256(exporting.encoder_folder(source)).encode())
     return digest.hexdigest()
 
 
@@ -483,17 +523,18 @@ def _evaluate(recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifie
 
 
 def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, accuracy: float, classes: list[str]) -> None:
-    """The fine-tuned model as a timm folder: with its classifier where that is one linear layer."""
+    """The fine-tuned model as a timm folder: with its classifier where timm's is the same linear layers."""
     encoder: Any = model.encoder
-    out: Any = model.task.out
-    if model.task.hidden is None and hasattr(encoder, "reset_classifier"):
+    tasks: list[Any] = [task for task in (model.task, model.distilled) if task is not None]
+    if tasks[0].hidden is None and hasattr(encoder, "reset_classifier"):
         encoder.reset_classifier(len(classes))
-        classifier = encoder.get_classifier()
-        if isinstance(classifier, nn.Linear):
-            classifier.load_state_dict(out.state_dict())
-            exporting.save_encoder(
-                encoder.to(out.weight.device), cell / "encoder", recipe, {"accuracy": accuracy}, classes
-            )
+        found = encoder.get_classifier()
+        theirs = list(found) if isinstance(found, tuple) else [found]
+        if len(theirs) == len(tasks) and all(isinstance(layer, nn.Linear) for layer in theirs):
+            for layer, task in zip(theirs, tasks, strict=True):
+                layer.load_state_dict(task.out.state_dict())
+            encoder.to(tasks[0].out.weight.device)
+            exporting.save_encoder(encoder, cell / "encoder", recipe, {"accuracy": accuracy}, classes)
             return
         encoder.reset_classifier(0)
     exporting.save_encoder(encoder, cell / "encoder", recipe, {"accuracy": accuracy})

@@ -397,6 +397,23 @@ class Scratch(Section):
     """1: layer decay protects pretrained layers, and there are none."""
 
 
+class Distill(Section):
+    """A teacher beside the labels (DeiT, Touvron et al. 2021, section 4).
+
+    An encoder with a distillation token (`deit_*_distilled_*`) learns from it there, any other through its one head.
+    """
+
+    teacher: FilePath
+    """A fine-tuned cell (runs/a/pretrained-seed0), its export, or a name of timm's, with a classifier of the same
+    classes."""
+    kind: Literal["hard", "soft"] = "hard"
+    """hard: the teacher's likeliest class is a second label; soft: its probabilities are."""
+    alpha: Fraction = 0.5
+    """The teacher's part of the loss (DeiT: 0.5 with hard, 0.1 with soft)."""
+    temperature: PositiveFloat = 3.0
+    """Of soft labels (DeiT: 3)."""
+
+
 class FinetuneRecipe(Run):
     """Fine-tuning on labeled images, beside the same from scratch."""
 
@@ -420,6 +437,8 @@ class FinetuneRecipe(Run):
     """Alpha of the beta distribution (Zhang et al. 2018); 0: none."""
     cutmix: NonNegativeFloat = 0.0
     """Alpha of the beta distribution (Yun et al. 2019); 0: none."""
+    distill: Distill | None = None
+    """Learn from a teacher, too; both arms do."""
     optim: FinetuneOptim
     scratch: Scratch = Scratch()
 

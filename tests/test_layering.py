@@ -17,7 +17,7 @@ LAYERS = [
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
         "features",
     },
-    {"diagnostics", "monitor"},
+    {"diagnostics", "monitor", "distillation"},
     {"pretraining", "finetuning", "evaluating"},
     {"cli", "__init__", "__main__"},
 ]  # fmt: skip
@@ -31,7 +31,7 @@ WITHIN_LAYER = {
 """Layers are ordered; these few look sideways, and nothing looks back at them."""
 ONLY_IN = {
     "webdataset": {"data"},
-    "timm": {"encoders", "exporting", "optim", "finetuning"},
+    "timm": {"encoders", "exporting", "optim", "finetuning", "distillation"},
     "accelerate": {"distributed", "pretraining", "finetuning"},
     "click": {"cli"},
     "pickle": set(),
