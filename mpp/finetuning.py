@@ -109,25 +109,23 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
             warnings.warn(what, MppWarning, stacklevel=2)
 
     cells = _cells(recipe, arms)
-    accuracies: dict[Cell, float] = {}
+    measured: dict[Cell, dict[str, float]] = {}
     with distributed.stop_on_signals() as stop_request:
         for number, cell in enumerate(cells):
-            accuracy = _finished(cell.folder, fingerprint)
-            if accuracy is None:
-                accuracy = _run_cell(recipe, accelerator, cell, train, val, fingerprint, stop_request)
+            metrics = _finished(cell.folder, fingerprint)
+            if metrics is None:
+                metrics = _run_cell(recipe, accelerator, cell, train, val, fingerprint, stop_request)
                 (stopping,) = distributed.total(accelerator, [bool(stop_request)])
-                if accuracy is None or (stopping and number < len(cells) - 1):
+                if metrics is None or (stopping and number < len(cells) - 1):
                     if accelerator.is_main_process:
                         stopped = {"state": "stopped", "cell": cell.folder.name, "time": time.time()}
                         write_json(out / "status.json", stopped)
                     return FinetuneResult(out, "stopped", (), None)
-            accuracies[cell] = accuracy
+            measured[cell] = metrics
 
     verdicts = []
     for count in recipe.data.label_counts():
-        of_arm = {
-            arm: [a for c, a in accuracies.items() if (c.labels_per_class, c.arm) == (count, arm)] for arm in arms
-        }
+        of_arm = {arm: [m for c, m in measured.items() if (c.labels_per_class, c.arm) == (count, arm)] for arm in arms}
         verdicts.append(Verdict.of(count, of_arm))
     most = next(c for c in cells if c.labels_per_class == verdicts[-1].labels_per_class)
     plot = out / PLOT if len(verdicts) > 1 else None
@@ -221,16 +219,16 @@ def _augmentation(recipe: FinetuneRecipe) -> Any:
         raise UserError(f"data.auto_augment: timm has no policy {data.auto_augment!r}; allowed are {known}") from error
 
 
-def _finished(cell: Path, fingerprint: str) -> float | None:
-    """The accuracy of a cell that is done. UserError where it was measured on other data."""
+def _finished(cell: Path, fingerprint: str) -> dict[str, float] | None:
+    """The metrics of a cell that is done. UserError where they were measured on other data."""
     try:
         result = json.loads((cell / RESULT).read_text())
-        accuracy, before = float(result["accuracy"]), result["fingerprint"]
-    except (OSError, ValueError, KeyError):
+        metrics, before = {k: float(v) for k, v in result["metrics"].items()}, result["fingerprint"]
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
     if before != fingerprint:
         raise UserError(f"{cell}: the data or the encoder changed since; start a new run")
-    return accuracy
+    return metrics
 
 
 class Classifier(nn.Module):
@@ -313,8 +311,8 @@ def _run_cell(
     val: Labeled,
     fingerprint: str,
     stop_request: distributed.StopRequest,
-) -> float | None:
-    """Fine-tune one cell; its accuracy, or None where a signal stopped it (with a checkpoint)."""
+) -> dict[str, float] | None:
+    """Fine-tune one cell; its metrics, or None where a signal stopped it (with a checkpoint)."""
     rank, world = accelerator.process_index, accelerator.num_processes
     data, optim, seed, folder = recipe.data, recipe.optim, cell.seed, cell.folder
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
@@ -452,20 +450,21 @@ def _run_cell(
             return None
 
     # ---- the verdict, after the last step: no step is chosen by looking at the validation images
-    accuracy, unreadable = _evaluate(recipe, accelerator, model, val)
+    metrics, unreadable = _evaluate(recipe, accelerator, model, val)
     if accelerator.is_main_process:
-        _save(model, folder, recipe, accuracy, train.classes)
+        _save(model, folder, recipe, metrics, train.classes)
         log.say(
-            f"accuracy {100 * accuracy:.2f} %" + (f", {unreadable} unreadable images left out" if unreadable else "")
+            f"accuracy {100 * metrics['accuracy']:.2f} %"
+            + (f", {unreadable} unreadable images left out" if unreadable else "")
         )
         log.status("finished", step=step)
         write_json(
             folder / RESULT,
-            {"accuracy": accuracy, "unreadable": unreadable, "step": step, "fingerprint": fingerprint},
+            {"metrics": metrics, "unreadable": unreadable, "step": step, "fingerprint": fingerprint},
         )
     log.close()
     accelerator.wait_for_everyone()
-    return accuracy
+    return metrics
 
 
 def _distillation(recipe: FinetuneRecipe, model: Classifier, classes: list[str]) -> Distillation:
@@ -493,8 +492,10 @@ def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
     return digest.hexdigest()
 
 
-def _evaluate(recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, val: Labeled) -> tuple[float, int]:
-    """(accuracy, unreadable images) over all validation images, each counted once, shared by all processes."""
+def _evaluate(
+    recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, val: Labeled
+) -> tuple[dict[str, float], int]:
+    """(metrics, unreadable images) over all validation images, each counted once, shared by all processes."""
     data = recipe.data
     dataset = CentreDataset(
         val,
@@ -506,23 +507,22 @@ def _evaluate(recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifie
     )
     numbers = list(range(accelerator.process_index, len(val.labels), accelerator.num_processes))
     parts = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
-    correct = counted = 0
+    own: list[tuple[Tensor, Tensor]] = []
     model.eval()
     with torch.no_grad(), accelerator.autocast():
         for batch in batches(dataset, parts, workers=data.workers, pin_memory=False):  # type: ignore[arg-type]
             readable = batch.labels >= 0
             x = model.normalise(batch.images.to(accelerator.device))
-            hits = model.task.correct(model(x), batch.labels.to(accelerator.device)).cpu()  # type: ignore[operator]
-            correct += int((hits & readable).sum())
-            counted += int(readable.sum())
+            own.append((model(x).float().cpu()[readable], batch.labels[readable]))
     model.train()
-    correct_all, counted_all = distributed.total(accelerator, [float(correct), float(counted)])
-    if counted_all == 0:
+    parts_of_all = gather_object(own) if accelerator.num_processes > 1 else own
+    logits, labels = (torch.cat(t) for t in zip(*parts_of_all, strict=True))
+    if len(labels) == 0:
         raise UserError("data.val: not one image can be read")
-    return correct_all / counted_all, len(val.labels) - int(counted_all)
+    return model.task.metrics(logits, labels), len(val.labels) - len(labels)  # type: ignore[operator]
 
 
-def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, accuracy: float, classes: list[str]) -> None:
+def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
     """The fine-tuned model as a timm folder: with its classifier where timm's is the same linear layers."""
     encoder: Any = model.encoder
     tasks: list[Any] = [task for task in (model.task, model.distilled) if task is not None]
@@ -534,7 +534,7 @@ def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, accuracy: float
             for layer, task in zip(theirs, tasks, strict=True):
                 layer.load_state_dict(task.out.state_dict())
             encoder.to(tasks[0].out.weight.device)
-            exporting.save_encoder(encoder, cell / "encoder", recipe, {"accuracy": accuracy}, classes)
+            exporting.save_encoder(encoder, cell / "encoder", recipe, metrics, classes)
             return
         encoder.reset_classifier(0)
-    exporting.save_encoder(encoder, cell / "encoder", recipe, {"accuracy": accuracy})
+    exporting.save_encoder(encoder, cell / "encoder", recipe, metrics)

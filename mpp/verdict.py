@@ -46,17 +46,24 @@ class Verdict:
     """None: as many as there are, or a fraction of them."""
     accuracy: dict[str, Estimate]
     """Arm ("pretrained", "scratch") -> accuracy on the validation images, after the last step."""
+    metrics: dict[str, dict[str, Estimate]]
+    """Arm -> metric -> the same of every metric that the task has."""
     gain: Estimate | None
     """pretrained - scratch, paired by seed; None where one of them is missing."""
 
     @staticmethod
-    def of(labels_per_class: int | None, accuracies: Mapping[str, list[float]]) -> Verdict:
-        """accuracies: arm -> one for each seed, in the same order."""
+    def of(labels_per_class: int | None, cells: Mapping[str, list[dict[str, float]]]) -> Verdict:
+        """cells: arm -> metrics of each seed, in the same order; "accuracy" is one of them."""
+        accuracies = {arm: [m["accuracy"] for m in found] for arm, found in cells.items()}
+        metrics = {
+            arm: {name: estimate([m[name] for m in found]) for name in found[0] if all(name in m for m in found)}
+            for arm, found in cells.items()
+        }
         gain = None
         if {"pretrained", "scratch"} <= accuracies.keys():
             pairs = zip(accuracies["pretrained"], accuracies["scratch"], strict=True)
             gain = estimate([a - b for a, b in pairs])
-        return Verdict(labels_per_class, {arm: estimate(values) for arm, values in accuracies.items()}, gain)
+        return Verdict(labels_per_class, {arm: estimate(v) for arm, v in accuracies.items()}, metrics, gain)
 
     def helped(self) -> bool | None:
         """Whether the gain is above zero by more than its interval; None without one to tell by."""

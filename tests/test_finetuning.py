@@ -71,6 +71,9 @@ def test_both_arms_with_intervals(shards: Path, run: Path, tmp_path: Path) -> No
     stored = json.loads((tmp_path / "ft" / "result.json").read_text())
     assert stored["gain"]["mean"] == pytest.approx(result.accuracy["pretrained"].mean - result.accuracy["scratch"].mean)
     assert stored["val_images"] == 25
+    metrics = stored["verdicts"][0]["metrics"]["scratch"]
+    assert metrics.keys() == {"accuracy", "balanced_accuracy", "auroc", "map", "ece"}
+    assert metrics["accuracy"] == stored["accuracy"]["scratch"]
     assert {p.name for p in (tmp_path / "ft").iterdir() if p.is_dir()} == {
         "pretrained-seed0", "pretrained-seed1", "scratch-seed0", "scratch-seed1",
     }  # fmt: skip
@@ -106,7 +109,8 @@ def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
     assert alone.plot is None
 
     kept = out / "labels4-scratch-seed1" / "result.json"
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "accuracy": 0.25}))
+    before = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**before, "metrics": {**before["metrics"], "accuracy": 0.25}}))
     shutil.rmtree(out / "labels12-scratch-seed1")
     again = mpp.finetune(recipe(shards, out, run, **changes), resume="auto")
     assert again.verdicts[0].accuracy["scratch"].values[1] == 0.25, "not run again"
@@ -132,7 +136,7 @@ def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path
     with torch.no_grad():
         guessed = classifier((batch.images.float() / 255 - 0.5) / 0.5).argmax(-1)
     accuracy = (guessed == batch.labels).float().mean().item()
-    assert accuracy == pytest.approx(json.loads((cell / "result.json").read_text())["accuracy"], abs=1e-6)
+    assert accuracy == pytest.approx(json.loads((cell / "result.json").read_text())["metrics"]["accuracy"], abs=1e-6)
 
 
 def test_distilled_encoders_have_tokens_to_read_and_no_mean(shards: Path, tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ import pytest
 from mpp.verdict import NO_HELP, Verdict, estimate, table
 
 
+def cells(**accuracies: list[float]) -> dict[str, list[dict[str, float]]]:
+    return {arm: [{"accuracy": a, "ece": a / 10} for a in values] for arm, values in accuracies.items()}
+
+
 def test_the_interval_is_students() -> None:
     # by hand: mean 2, sd 1, t(2) = 4.303 -> 4.303 / sqrt(3)
     found = estimate([1.0, 2.0, 3.0])
@@ -17,12 +21,13 @@ def test_the_interval_is_students() -> None:
 
 
 def test_the_gain_is_paired_by_seed() -> None:
-    verdict = Verdict.of(None, {"pretrained": [0.5, 0.7, 0.6], "scratch": [0.4, 0.6, 0.5]})
+    verdict = Verdict.of(None, cells(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))
     assert verdict.gain is not None
     assert verdict.gain.values == pytest.approx([0.1, 0.1, 0.1])
     assert verdict.gain.half_width < 1e-9, "the seeds differ by a lot, the pairs not at all"
     assert verdict.helped() is True
-    assert Verdict.of(None, {"scratch": [0.4]}).helped() is None
+    assert verdict.metrics["scratch"]["ece"].mean == pytest.approx(0.05)
+    assert Verdict.of(None, cells(scratch=[0.4])).helped() is None
 
 
 @pytest.mark.parametrize(
@@ -36,10 +41,10 @@ def test_the_gain_is_paired_by_seed() -> None:
     ],
 )
 def test_it_says_when_pretraining_did_not_help(gains: list[float], helped: bool | None) -> None:
-    verdict = Verdict.of(100, {"pretrained": [0.5 + g for g in gains], "scratch": [0.5] * len(gains)})
+    verdict = Verdict.of(100, cells(pretrained=[0.5 + g for g in gains], scratch=[0.5] * len(gains)))
     assert verdict.helped() is helped
     assert (NO_HELP in table([verdict])) == (helped is False)
-    both = table([Verdict.of(10, {"pretrained": [0.9] * 3, "scratch": [0.5, 0.51, 0.5]}), verdict])
+    both = table([Verdict.of(10, cells(pretrained=[0.9] * 3, scratch=[0.5, 0.51, 0.5])), verdict])
     assert (f"100 labels a class: {NO_HELP}" in both) == (helped is False)
     assert f"10 labels a class: {NO_HELP}" not in both
     if len(gains) == 1:

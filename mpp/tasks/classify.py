@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from mpp.types import Fraction, PositiveInt
 
 
 class ClassifyTask(nn.Module):
-    """The head that is put on the encoder's features, its loss and its count of correct answers.
+    """The head that is put on the encoder's features, its loss and its metrics.
 
     `label_smoothing`: Szegedy et al. 2016, section 7. `tanh_dim`: width of a tanh hidden layer before the
     linear one (ViT, Dosovitskiy et al. 2021, section 3.1, their head in pretraining); None: linear alone.
@@ -41,6 +43,29 @@ class ClassifyTask(nn.Module):
         """labels: (B,) int64, or (B, classes) float where images were mixed."""
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
 
-    def correct(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """(B,) bool."""
-        return logits.argmax(-1) == labels
+    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """(n, classes) float32 and (n,) int64, of all validation images -> the metrics, none of which has a threshold.
+
+        balanced_accuracy: mean recall of the classes that occur. auroc, map: of each occurring class against the rest,
+        averaged. ece: expected calibration error in 15 bins (Guo et al. 2017).
+        """
+        from torchmetrics.functional import classification as found  # a second, and only here
+
+        classes, probabilities = logits.shape[1], logits.float().softmax(-1)
+        occurring = torch.bincount(labels, minlength=classes).gt(0)
+        if int(occurring.sum()) == 1:  # no rest to tell it from
+            ranked = {}
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torchmetrics', of classes that never occur
+                auroc = found.multiclass_auroc(probabilities, labels, classes, average="none")
+                precision = found.multiclass_average_precision(probabilities, labels, classes, average="none")
+            ranked = {"auroc": float(auroc[occurring].mean()), "map": float(precision[occurring].mean())}
+        hits = logits.argmax(-1) == labels
+        recall = torch.stack([hits[labels == c].float().mean() for c in occurring.nonzero().flatten()])
+        return {
+            "accuracy": float(hits.float().mean()),
+            "balanced_accuracy": float(recall.mean()),
+            **ranked,
+            "ece": float(found.multiclass_calibration_error(probabilities, labels, classes, n_bins=15)),
+        }
