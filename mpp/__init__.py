@@ -11,7 +11,7 @@ Nothing heavy is imported before one of these is called.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mpp.evaluating import EvaluateResult
     from mpp.exporting import Verified
     from mpp.finetuning import FinetuneResult
+    from mpp.predicting import Report
     from mpp.pretraining import PretrainResult
     from mpp.recipe import EvaluateRecipe, FinetuneRecipe, Job, PretrainRecipe
 
@@ -83,6 +84,27 @@ def evaluate(
     return evaluating.evaluate(checked(recipe or {"job": "evaluate"}, EvaluateRecipe, overrides, scale), resume)
 
 
+def predict(
+    encoder: str | Path,
+    images: Sequence[str],
+    *,
+    views: int = 1,
+    top: int = 1,
+    out: str | Path | None = None,
+    report: str | Path | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, str], Report | None]:
+    """What a fine-tuned encoder says of image files or folders: rows, what could not be read, and the report.
+
+    views: 1, 2 (mirrored) or 10 (corners). top: classes named in a row. out: a CSV file. report: a folder for the
+    confusion matrix and the worst mistakes, where images lie in class folders.
+    """
+    from mpp import predicting
+
+    if views not in (1, 2, 10):
+        raise UserError(f"views: {views}; allowed: 1, 2, 10")
+    return predicting.predict_files(encoder, images, views=views, top=top, out=out, report=report)  # type: ignore[arg-type]
+
+
 def export(run: str | Path, out: str | Path) -> Verified:
     """Copy the encoder of a run into a new folder and verify it there. UserError where it does not hold."""
     from mpp import exporting
@@ -120,6 +142,7 @@ __all__ = [
     "finetune",
     "load_encoder",
     "load_recipe",
+    "predict",
     "pretrain",
     "verify",
 ]

@@ -168,6 +168,39 @@ def evaluate(encoder: str, overrides: tuple[str, ...], recipe: str | None, resum
 
 
 @main.command()
+@click.argument("encoder")
+@click.argument("images", nargs=-1, required=True)
+@click.option("--top", default=1, show_default=True, type=click.IntRange(min=1), help="Classes named for each image.")
+@click.option(
+    "--views",
+    default="1",
+    show_default=True,
+    type=click.Choice(["1", "2", "10"]),
+    help="1: the central crop; 2: and mirrored; 10: the corners, too.",
+)
+@click.option("--out", default=None, metavar="FILE", help="Write the rows there, not to the terminal.")
+@click.option(
+    "--report",
+    default=None,
+    metavar="FOLDER",
+    help="Images lie in class folders: write confusion matrix and worst mistakes there.",
+)
+def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: str | None, report: str | None) -> None:
+    """What a fine-tuned ENCODER says of IMAGES (files or folders), as CSV."""
+    import csv
+
+    rows, unreadable, judged = mpp.predict(encoder, images, views=int(views), top=top, out=out, report=report)
+    if out is None:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(rows[0])
+        writer.writerows([[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
+    for name, why in unreadable.items():
+        click.echo(f"unreadable: {name}: {why}", err=True)
+    if judged is not None:
+        click.echo(f"accuracy {judged.accuracy:.2%} of {judged.counts.sum()} images; see {report}", err=True)
+
+
+@main.command()
 @click.argument("run")
 @click.argument("out")
 def export(run: str, out: str) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
         "features",
     },
     {"diagnostics", "monitor", "distillation"},
-    {"pretraining", "finetuning", "evaluating"},
+    {"pretraining", "finetuning", "evaluating", "predicting"},
     {"cli", "__init__", "__main__"},
 ]  # fmt: skip
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}

@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from torch import Tensor
+
 from mpp.errors import UserError
+
+NAMED_CLASSES = 40
+"""A confusion matrix of more is drawn without names and numbers."""
 
 
 class Line(NamedTuple):
@@ -55,6 +61,49 @@ def draw(
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     axes[0].set_ylabel(ylabel)
+    _save(figure, out)
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
+    """(true, said) counts as shares of each true class. UserError where `out` cannot be written."""
+    from matplotlib.figure import Figure
+
+    n = len(classes)
+    side = min(max(3.5, 0.35 * n), 16)
+    figure = Figure(figsize=(side + 1.5, side), layout="constrained")
+    axis: Any = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axis, label="share of the true class")
+    if n <= NAMED_CLASSES:
+        axis.set_xticks(range(n), classes, rotation=90)
+        axis.set_yticks(range(n), classes)
+        for i, j in np.argwhere(counts):
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            axis.text(j, i, counts[i, j], ha="center", va="center", fontsize="x-small", color=colour)
+    axis.set_xlabel("said")
+    axis.set_ylabel("true")
+    _save(figure, out)
+
+
+def gallery(pictures: Sequence[tuple[Tensor, str]], out: Path) -> None:
+    """(C, H, W) uint8 images with captions. UserError where `out` cannot be written."""
+    from matplotlib.figure import Figure
+
+    columns = min(len(pictures), 6)
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(1.8 * columns, 2.2 * rows), layout="constrained")
+    axes: Any = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, (pixels, caption) in zip(axes, pictures, strict=False):
+        array = pixels[:3].permute(1, 2, 0).numpy() if len(pixels) >= 3 else pixels[0].numpy()
+        axis.imshow(array, cmap="gray", vmin=0, vmax=255)
+        axis.set_title(caption, fontsize="x-small")
+    _save(figure, out)
+
+
+def _save(figure: Any, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120, format="png")

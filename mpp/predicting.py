@@ -1,0 +1,219 @@
+"""What a fine-tuned encoder says of images, with probabilities; where the classes are known, its mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp import exporting
+from mpp.data.decode import Box, centre_box, decode_crop
+from mpp.data.index import IMAGE, cannot_list
+from mpp.diagnostics.plots import confusion, gallery
+from mpp.errors import BadImage, UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MAX_IMAGE_PIXELS = 64_000_000
+BATCH = 64
+CORNER_FRACTION = 0.875
+"""Side of a corner crop over the image's: 224 of 256 px (Krizhevsky et al. 2012, section 4.1)."""
+WORST = 24
+"""Mistakes that are drawn."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was said of one image."""
+
+    image: str
+    probabilities: np.ndarray
+    """(classes,) float32, mean over views"""
+    pixels: Tensor
+    """(C, H, W) uint8, the central crop"""
+
+    @property
+    def said(self) -> int:
+        return int(self.probabilities.argmax())
+
+
+@dataclass
+class Report:
+    """Predictions beside the true classes."""
+
+    classes: list[str]
+    counts: np.ndarray
+    """(true, said) int64"""
+    mistakes: list[tuple[Prediction, int]] = field(default_factory=list)
+    """(prediction, true class), the surest first"""
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.trace(self.counts) / max(self.counts.sum(), 1))
+
+
+class Predictor:
+    """A fine-tuned cell, or its export, with its classifier. UserError where it has none."""
+
+    model: Any
+
+    def __init__(self, source: str | Path, views: Literal[1, 2, 10] = 1) -> None:
+        """views: 1: the central crop; 2: and mirrored; 10: the corners, too (Krizhevsky et al. 2012, section 4.1)."""
+        folder = exporting.encoder_folder(source)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = exporting.load_encoder(folder).eval().to(self.device)
+        names = json.loads((folder / "config.json").read_text()).get("label_names")
+        if not self.model.num_classes or not names:
+            raise UserError(f"{source}: no classifier with class names in it; give a fine-tuned cell or its export")
+        self.classes = [str(name) for name in names]
+        self.views = views
+        config: Any = self.model.pretrained_cfg
+        self.channels, *size = config["input_size"]
+        self.size = (int(size[0]), int(size[1]))
+        self.fraction = float(config.get("crop_pct") or 1.0)
+        self.mean, self.std = (
+            255 * torch.tensor(config[key]).view(-1, 1, 1).to(self.device) for key in ("mean", "std")
+        )
+
+    def crops(self, data: bytes) -> Tensor:
+        """(crops, C, H, W) uint8 of an image file; the central one first. BadImage."""
+
+        def decoded(place: tuple[float, float] | None) -> Tensor:
+            def box(width: int, height: int) -> Box:
+                if place is None:
+                    return centre_box(width, height, self.size, self.fraction)
+                _, _, w, h = centre_box(width, height, self.size, CORNER_FRACTION)
+                return round(place[0] * (width - w)), round(place[1] * (height - h)), w, h
+
+            return decode_crop(
+                data, box, self.size, channels=self.channels, formats=FORMATS, max_image_pixels=MAX_IMAGE_PIXELS
+            )
+
+        corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] if self.views == 10 else []
+        return torch.stack([decoded(None), *(decoded(c) for c in corners)])
+
+    @torch.no_grad()
+    def probabilities(self, crops: Tensor) -> Tensor:
+        """(B, crops, C, H, W) uint8 -> (B, classes) float32, mean over crops and, with more views than one, mirrors."""
+        x = (crops.to(self.device).float() - self.mean) / self.std
+        flat = x.flatten(0, 1)
+        found = self.model(flat).float().softmax(-1)
+        if self.views > 1:
+            found = (found + self.model(flat.flip(-1)).float().softmax(-1)) / 2
+        return found.unflatten(0, (len(crops), -1)).mean(1).cpu()
+
+
+def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, str]) -> Iterator[Prediction]:
+    """In the order of the images. Those that cannot be read are put into `unreadable` with the reason."""
+    for start in range(0, len(images), BATCH):
+        readable, crops = [], []
+        for name in images[start : start + BATCH]:
+            try:
+                crops.append(predictor.crops(Path(name).read_bytes()))
+            except (OSError, BadImage) as error:
+                unreadable[name] = getattr(error, "strerror", None) or str(error)
+                continue
+            readable.append(name)
+        if readable:
+            found = predictor.probabilities(torch.stack(crops)).numpy()
+            for name, own, p in zip(readable, crops, found, strict=True):
+                yield Prediction(name, p, own[0])
+
+
+def images_of(places: Sequence[str]) -> list[str]:
+    """Files as they are, folders as the images in them, sorted. UserError where there is nothing."""
+    found: list[str] = []
+    for place in places:
+        if os.path.isdir(place):
+            inside = sorted(
+                os.path.join(folder, name)
+                for folder, _, files in os.walk(place, onerror=cannot_list)
+                for name in files
+                if IMAGE.search(name) and not name.startswith(".")
+            )
+            if not inside:
+                raise UserError(f"{place}: no images in it")
+            found += inside
+        elif os.path.exists(place):
+            found.append(place)
+        else:
+            raise UserError(f"{place}: no such file or folder")
+    return found
+
+
+def predict_files(
+    source: str | Path,
+    places: Sequence[str],
+    *,
+    views: Literal[1, 2, 10] = 1,
+    top: int = 1,
+    out: str | Path | None = None,
+    report: str | Path | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, str], Report | None]:
+    """-> a row for each image, what could not be read and why, and the report.
+
+    top: classes named in a row. out: the rows as CSV. report: a folder for the confusion matrix and the worst mistakes;
+    the folder that an image lies in is its true class then. UserError for what the user can correct.
+    """
+    predictor = Predictor(source, views)
+    images = images_of(places)
+    index = {name: i for i, name in enumerate(predictor.classes)}
+    if report is not None:
+        for name in images:
+            if Path(name).absolute().parent.name not in index:
+                raise UserError(
+                    f"--report: {name}: its folder is none of the classes ({', '.join(predictor.classes[:5])}"
+                    + (" …)" if len(index) > 5 else ")")
+                )
+    counts = np.zeros((len(index), len(index)), dtype=np.int64)
+    judged = Report(predictor.classes, counts) if report is not None else None
+    rows, unreadable = [], dict[str, str]()
+    for found in predict(predictor, images, unreadable):
+        order = np.argsort(-found.probabilities, kind="stable")[:top]
+        row: dict[str, Any] = {"image": found.image}
+        for rank, c in enumerate(order, 1):
+            suffix = "" if rank == 1 else f"_{rank}"
+            row |= {f"class{suffix}": predictor.classes[c], f"probability{suffix}": float(found.probabilities[c])}
+        rows.append(row)
+        if judged is not None:
+            true = index[Path(found.image).absolute().parent.name]
+            counts[true, found.said] += 1
+            if true != found.said:
+                surest = [*judged.mistakes, (found, true)]
+                judged.mistakes = sorted(surest, key=lambda m: -float(m[0].probabilities.max()))[:WORST]
+    if not rows:
+        name, why = next(iter(unreadable.items()))
+        raise UserError(f"not one image can be read; the first: {name}: {why}")
+    if out is not None:
+        _write_csv(Path(out), list(rows[0]), [list(row.values()) for row in rows])
+    if judged is not None:
+        _write_report(judged, Path(report))  # type: ignore[arg-type]
+    return rows, unreadable, judged
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            csv.writer(f).writerows([header, *rows])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def _write_report(report: Report, folder: Path) -> None:
+    rows = [[name, *map(int, counts)] for name, counts in zip(report.classes, report.counts, strict=True)]
+    _write_csv(folder / "confusion.csv", ["true \\ said", *report.classes], rows)
+    confusion(report.counts, report.classes, folder / "confusion.png")
+    pictures = [
+        (p.pixels, f"{report.classes[true]}\nsaid {report.classes[p.said]}, {p.probabilities.max():.0%}")
+        for p, true in report.mistakes
+    ]
+    if pictures:
+        gallery(pictures, folder / "mistakes.png")
