@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: written aside, checksummed, renamed. safetensors and JSON, no pickle.
 
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
+                                averaged.safetensors, where a moving average of the weights is kept
 
 A folder that was not renamed (`.tmp`) does not count; one whose manifest does not hold is passed over, with a
 warning that names the file, and the one before is used.
@@ -37,6 +38,7 @@ def save(
     state: dict[str, Any],
     *,
     keep: int,
+    averaged: nn.Module | None = None,
 ) -> Path:
     """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it. Call it on one process.
 
@@ -48,6 +50,8 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
+        if averaged is not None:
+            save_file(_on_cpu(averaged.state_dict()), aside / "averaged.safetensors")
         save_file(_on_cpu(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         files = sorted(p for p in aside.iterdir())
@@ -130,10 +134,17 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    averaged: nn.Module | None = None,
+) -> None:
     """Put a checkpoint's tensors into model and optimizer, strictly. UserError where they do not fit."""
     try:
         model.load_state_dict(load_file(path / "model.safetensors"))
+        if averaged is not None:
+            averaged.load_state_dict(load_file(path / "averaged.safetensors"))
         if optimizer is not None:
             _load_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mpp import distributed, exporting
-from mpp.data.labeled import CentreDataset, Labeled, open_labeled
+from mpp.data.labeled import CentreDataset, Labeled, open_labeled, split
 from mpp.data.loader import batches
 from mpp.diagnostics.plots import Level, Line, draw
 from mpp.errors import UserError
@@ -186,20 +186,6 @@ def _open(recipe: EvaluateRecipe) -> _Data:
         raise UserError("data.train: to choose by, some class needs two images at least")
     reading = {"channels": keys.channels, "formats": keys.formats, "max_image_pixels": keys.max_image_pixels}
     return _Data(train, val, chosen[fit], chosen[tune], reading)
-
-
-def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, tune): places in `labels`, ascending; of each class, `fraction` is for tuning and one at least for fitting.
-
-    A pure function of its arguments.
-    """
-    rng, tune = stream(seed, Purpose.TUNE), []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        take = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        tune.append(rng.permutation(members)[:take])
-    chosen = np.sort(np.concatenate(tune))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
 @dataclass

@@ -6,6 +6,7 @@ killed anywhere goes on in the cell where it was.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -27,14 +28,14 @@ from torch import Tensor, nn
 
 from mpp import checkpoint, distributed, exporting
 from mpp.build import build_component
-from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, open_labeled
+from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, balanced, open_labeled, split
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
 from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError
 from mpp.metrics import RunLog, environment, write_json
-from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of
+from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of, unfreeze
 from mpp.recipe import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
@@ -184,7 +185,9 @@ def _check(recipe: FinetuneRecipe, arms: list[str], world: int, train: Labeled, 
     if len(train.classes) < 2:
         raise UserError(f"data.train: one class alone, {train.classes[0]}; classification wants two at least")
     for count in recipe.data.label_counts():
-        train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
+        subset = train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
+        if recipe.early_stop and not len(split(train.labels[subset], recipe.early_stop.fraction, 0)[1]):
+            raise UserError("early_stop: to hold some out, a class needs two images at least")
     optim = recipe.optim
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
     on_device = optim.global_batch_size // world // accumulate
@@ -319,15 +322,27 @@ def _run_cell(
     # ---- model, data, optimizer
     model = _build(recipe, cell.arm, seed, len(train.classes))
     subset = train.subset(labels_per_class=cell.labels_per_class, fraction=data.fraction, seed=seed)
+    tune = subset[:0]
+    if recipe.early_stop:
+        fit, held = split(train.labels[subset], recipe.early_stop.fraction, seed)
+        subset, tune = subset[fit], subset[held]
+    if recipe.balance == "sampling":
+        subset = subset[balanced(train.labels[subset], seed)]
+    elif recipe.balance == "loss":
+        counts = torch.from_numpy(np.bincount(train.labels[subset], minlength=len(train.classes)))
+        model.task.weigh(counts)  # type: ignore[operator]
     reading = {"channels": data.channels, "formats": data.formats, "max_image_pixels": data.max_image_pixels}
     dataset = LabeledDataset(train, subset, _augmentation(recipe), seed, **reading)  # type: ignore[arg-type]
     order = Order([len(subset)], global_batch=optim.global_batch_size, seed=seed, lanes=1)
     total_steps = steps_of(optim.epochs, optim.steps, len(subset), optim.global_batch_size)
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, len(subset), optim.global_batch_size, least=0)
-    base_lr, layer_decay = optim.base_lr, optim.layer_decay
+    base_lr, layer_decay, frozen = optim.base_lr, optim.layer_decay, recipe.frozen
     if cell.arm == "scratch":
         base_lr = recipe.scratch.base_lr or base_lr
         layer_decay = recipe.scratch.layer_decay or layer_decay
+        frozen = frozen if recipe.scratch.frozen is None else recipe.scratch.frozen
+    if frozen == 1:  # its batch norms, too, and no gradient is computed for it
+        model.encoder.requires_grad_(False)
     groups = finetune_groups(
         model.encoder,
         nn.ModuleList([model.task, *([model.distilled] if model.distilled else [])]),
@@ -335,22 +350,25 @@ def _run_cell(
         layer_decay=layer_decay,
         head_lr_scale=optim.head_lr_scale,
     )
+    unfreeze(groups, frozen_steps=round(frozen * total_steps), gradual=recipe.unfreeze == "gradual")
     optimizer: Any = adamw(groups, optim.betas)
+    averaged = copy.deepcopy(model).requires_grad_(False).to(accelerator.device) if recipe.ema_decay else None
     trained = [p for p in model.parameters() if p.requires_grad]
     mixing = recipe.mixup > 0 or recipe.cutmix > 0
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=len(train.classes)) if mixing else None
     erase = RandomErasing(data.erase, mode="pixel", device=accelerator.device) if data.erase else None
 
     # ---- resume
-    checkpoints = folder / "checkpoints"
+    checkpoints, best_of = folder / "checkpoints", folder / "best"
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "given_up": False}
     path = checkpoint.newest(checkpoints)
     start_step = 0
     model.to(accelerator.device)
     if path is not None:
-        state = checkpoint.read_state(path)
+        state |= checkpoint.read_state(path)
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{path}: the training data or the encoder changed since; start a new run")
-        checkpoint.load(path, model, optimizer)
+        checkpoint.load(path, model, optimizer, averaged)
         start_step = state["step"]
     distillation = _distillation(recipe, model, train.classes) if recipe.distill else None
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -383,9 +401,13 @@ def _run_cell(
     pin = accelerator.device.type == "cuda"
     stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=pin)
     prepared.train()
+    if frozen == 1:
+        model.encoder.eval()
     log.status("running", step=start_step)
+    best, best_step, worse = state["best"], state["best_step"], state["worse"]
+    given_up = state["given_up"]
     step, began, steps_since = start_step, time.monotonic(), 0
-    while step < total_steps:
+    while step < total_steps and not given_up:
         micro_losses, bad_lines = [], []
         for m in range(accumulate):
             batch = next(stream_of_batches)
@@ -426,33 +448,63 @@ def _run_cell(
         lr = (optim.global_batch_size / 256) * scheduled_lr(
             step, total_steps=total_steps, warmup_steps=warmup_steps, lr=base_lr, min_lr=optim.min_lr
         )
-        set_lr(optimizer, lr)
+        set_lr(optimizer, lr, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, steps_since = step + 1, steps_since + 1
+        if averaged is not None and recipe.ema_decay:
+            _average(averaged, model, min(recipe.ema_decay, (1 + step) / (10 + step)))
         log.step()
 
-        ending = bool(stopping) or step == total_steps
-        if step % recipe.log_every_steps == 0 or ending:
+        tuned = {}
+        if recipe.early_stop and (step % recipe.early_stop.every_steps == 0 or step == total_steps):
+            tuned = {
+                "tune_accuracy": _evaluate(recipe, accelerator, averaged or model, train, tune, "early_stop")[0][
+                    "accuracy"
+                ]
+            }
+            worse += 1
+            if tuned["tune_accuracy"] > best:
+                best, best_step, worse = tuned["tune_accuracy"], step, 0
+                if accelerator.is_main_process:
+                    checkpoint.save(best_of, step, model, optimizer, {}, keep=1, averaged=averaged)
+            given_up = worse >= recipe.early_stop.patience
+        ending = bool(stopping) or step == total_steps or given_up
+        if step % recipe.log_every_steps == 0 or tuned or ending:
             rate = steps_since * optim.global_batch_size / max(time.monotonic() - began, 1e-9)
             began, steps_since = time.monotonic(), 0
             record = {"step": step, "seen": step * optim.global_batch_size, "loss": loss, "lr": lr}
-            log.metrics({**record, "grad_norm": float(grad_norm), "images_per_s": rate})
+            log.metrics({**record, **tuned, "grad_norm": float(grad_norm), "images_per_s": rate})
         if step % recipe.checkpoint_every_steps == 0 or ending:
             if accelerator.is_main_process:
-                state = {"seen": step * optim.global_batch_size, "data_fingerprint": fingerprint}
-                checkpoint.save(checkpoints, step, model, optimizer, state, keep=recipe.keep_checkpoints)
+                state = {
+                    "seen": step * optim.global_batch_size,
+                    "data_fingerprint": fingerprint,
+                    "best": best,
+                    "best_step": best_step,
+                    "worse": worse,
+                    "given_up": given_up,
+                }
+                checkpoint.save(
+                    checkpoints, step, model, optimizer, state, keep=recipe.keep_checkpoints, averaged=averaged
+                )
             accelerator.wait_for_everyone()
-        if stopping and step < total_steps:
+        if stopping and step < total_steps and not given_up:
             log.say(f"stopped at step {step}; go on with --resume auto")
             log.status("stopped", step=step)
             log.close()
             return None
 
-    # ---- the verdict, after the last step: no step is chosen by looking at the validation images
-    metrics, unreadable = _evaluate(recipe, accelerator, model, val)
+    # ---- the verdict, after the last step or the one that was best on training images held out: none is chosen by
+    # looking at the validation images
+    judged = averaged or model
+    if recipe.early_stop:
+        accelerator.wait_for_everyone()
+        checkpoint.load(best_of / f"step-{best_step:08d}", model, averaged=averaged)
+        log.say(f"step {best_step} of {step}: best on {len(tune)} training images held out, {100 * best:.2f} %")
+    metrics, unreadable = _evaluate(recipe, accelerator, judged, val, np.arange(len(val.labels)), "data.val")
     if accelerator.is_main_process:
-        _save(model, folder, recipe, metrics, train.classes)
+        _save(judged, folder, recipe, metrics, train.classes)
         log.say(
             f"accuracy {100 * metrics['accuracy']:.2f} %"
             + (f", {unreadable} unreadable images left out" if unreadable else "")
@@ -465,6 +517,15 @@ def _run_cell(
     log.close()
     accelerator.wait_for_everyone()
     return metrics
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
+    """Weights move towards the model's; statistics of batch norms are its own."""
+    for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
+        mean.lerp_(p, 1 - decay)
+    for copied, own in zip(averaged.buffers(), model.buffers(), strict=True):
+        copied.copy_(own)
 
 
 def _distillation(recipe: FinetuneRecipe, model: Classifier, classes: list[str]) -> Distillation:
@@ -493,33 +554,35 @@ def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
 
 
 def _evaluate(
-    recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, val: Labeled
+    recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, images: Labeled, chosen: np.ndarray, key: str
 ) -> tuple[dict[str, float], int]:
-    """(metrics, unreadable images) over all validation images, each counted once, shared by all processes."""
+    """(metrics, unreadable images) over the chosen images, each counted once, shared by all processes."""
     data = recipe.data
     dataset = CentreDataset(
-        val,
+        images,
         data.image_size,
         data.val_crop_fraction,
         channels=data.channels,
         formats=data.formats,
         max_image_pixels=data.max_image_pixels,
     )
-    numbers = list(range(accelerator.process_index, len(val.labels), accelerator.num_processes))
+    numbers = chosen[accelerator.process_index :: accelerator.num_processes].tolist()
     parts = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
     own: list[tuple[Tensor, Tensor]] = []
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad(), accelerator.autocast():
-        for batch in batches(dataset, parts, workers=data.workers, pin_memory=False):  # type: ignore[arg-type]
+        for batch in batches(dataset, parts, workers=data.workers, pin_memory=False):
             readable = batch.labels >= 0
             x = model.normalise(batch.images.to(accelerator.device))
             own.append((model(x).float().cpu()[readable], batch.labels[readable]))
-    model.train()
+    for module, training in modes.items():  # a frozen encoder stays in eval mode
+        module.training = training
     parts_of_all = gather_object(own) if accelerator.num_processes > 1 else own
     logits, labels = (torch.cat(t) for t in zip(*parts_of_all, strict=True))
     if len(labels) == 0:
-        raise UserError("data.val: not one image can be read")
-    return model.task.metrics(logits, labels), len(val.labels) - len(labels)  # type: ignore[operator]
+        raise UserError(f"{key}: not one image can be read")
+    return model.task.metrics(logits, labels), len(chosen) - len(labels)  # type: ignore[operator]
 
 
 def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:

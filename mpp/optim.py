@@ -36,11 +36,33 @@ def finetune_groups(
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         encoder, weight_decay=weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay
     )
+    from_top = _blocks_from_top(encoder)
     for group in groups:
         group["lr_scale"] *= layer_decay
+        group["from_top"] = max(from_top.get(id(p), 0) for p in group["params"])
     for group in pretrain_groups(head, weight_decay):
         groups.append({**group, "lr_scale": head_lr_scale})
     return [g for g in groups if g["params"]]
+
+
+def _blocks_from_top(encoder: nn.Module) -> dict[int, int]:
+    """id of a parameter -> how many of timm's layers lie above its own.
+
+    timm says so only by its decay: halved for each layer, it can be counted.
+    """
+    halved = param_groups_layer_decay(encoder, layer_decay=0.5)
+    return {id(p): round(-math.log2(group["lr_scale"])) for group in halved for p in group["params"]}
+
+
+def unfreeze(groups: list[dict[str, Any]], *, frozen_steps: int, gradual: bool) -> None:
+    """Say at which step each of `finetune_groups` begins to learn; the head's do at once.
+
+    gradual: the last block after an equal share of `frozen_steps`, and so on down to the first at their end.
+    """
+    blocks = 1 + max((group["from_top"] for group in groups if "from_top" in group), default=0)
+    for group in groups:
+        if "from_top" in group:
+            group["starts_at_step"] = frozen_steps * (group["from_top"] + 1) // blocks if gradual else frozen_steps
 
 
 def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
@@ -59,10 +81,10 @@ def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, m
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Each group's own scale applied: timm's schedulers do this, torch's would not."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int = 0) -> None:
+    """Each group's own scale applied: timm's schedulers do this, torch's would not. 0 for groups still frozen."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr * group.get("lr_scale", 1.0) if step >= group.get("starts_at_step", 0) else 0.0
 
 
 def steps_of(epochs: float | None, steps: int | None, images: int, global_batch: int, *, least: int = 1) -> int:

@@ -100,7 +100,7 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Beta = Annotated[Float, Field(ge=0, lt=1)]
+BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 
 
 def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -253,7 +253,7 @@ class Optim(Section):
     """Most images a device takes at once; more are accumulated."""
     weight_decay: NonNegativeFloat = 0.05
     """Not applied to norms, biases, tokens and positions."""
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     clip_grad_norm: PositiveFloat | None = None
     warmup_epochs: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt | None = None
@@ -382,7 +382,7 @@ class FinetuneOptim(Optim):
 
     base_lr: PositiveFloat = 5e-4
     """For 256 images (MAE, table 9: 5e-4 for ViT-L/H, 5e-4 for ViT-B)."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     layer_decay: Annotated[Float, Field(gt=0, le=1)] = 0.75
     """Learning rate of a layer over that of the next (BEiT; MAE: 0.75). The scratch arm uses 1."""
     head_lr_scale: PositiveFloat = 1.0
@@ -395,6 +395,8 @@ class Scratch(Section):
     base_lr: PositiveFloat | None = None
     layer_decay: Annotated[Float, Field(gt=0, le=1)] | None = 1.0
     """1: layer decay protects pretrained layers, and there are none."""
+    frozen: Fraction | None = 0.0
+    """0: nothing is worth standing still for."""
 
 
 class Distill(Section):
@@ -412,6 +414,19 @@ class Distill(Section):
     """The teacher's part of the loss (DeiT: 0.5 with hard, 0.1 with soft)."""
     temperature: PositiveFloat = 3.0
     """Of soft labels (DeiT: 3)."""
+
+
+class EarlyStop(Section):
+    """Judge on a part of the training images now and then, stop when it no longer rises, and go back to the best.
+
+    The validation images stay out of it.
+    """
+
+    fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.2
+    """Part of the training images of each class that is judged on, and not trained on."""
+    every_steps: PositiveInt = 100
+    patience: PositiveInt = 5
+    """Measurements without a new best before it stops."""
 
 
 class FinetuneRecipe(Run):
@@ -432,11 +447,20 @@ class FinetuneRecipe(Run):
     task: component_section("tasks", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
     pool: Literal["mean", "token"] = "mean"
     """Features of an image: the mean of its patch tokens, or the class token (never trained in pretraining)."""
-    drop_path_rate: Annotated[Fraction, Field(lt=1)] = 0.0
+    drop_path_rate: BelowOne = 0.0
     mixup: NonNegativeFloat = 0.0
     """Alpha of the beta distribution (Zhang et al. 2018); 0: none."""
     cutmix: NonNegativeFloat = 0.0
     """Alpha of the beta distribution (Yun et al. 2019); 0: none."""
+    frozen: Fraction = 0.0
+    """Part of the steps in which the head alone learns: 1 is a frozen encoder; below 1, LP-FT (Kumar et al. 2022)."""
+    unfreeze: Literal["at_once", "gradual"] = "at_once"
+    """After `frozen`. gradual: block by block, the last one first (ULMFiT, Howard & Ruder 2018, section 3.3)."""
+    ema_decay: BelowOne | None = None
+    """Judge and export a moving average of the weights, such as 0.9999; it moves faster in the first steps."""
+    balance: Literal["none", "sampling", "loss"] = "none"
+    """Classes of unequal size. sampling: images of small classes come more often; loss: they count for more."""
+    early_stop: EarlyStop | None = None
     distill: Distill | None = None
     """Learn from a teacher, too; both arms do."""
     optim: FinetuneOptim

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     RATIO = 12
     TUNE = 13
     PROBE = 14
+    BALANCE = 15
 
 
 def stream(seed: int, purpose: Purpose, position: int = 0) -> np.random.Generator:

@@ -15,8 +15,9 @@ from PIL import Image
 
 import mpp
 from mpp import evaluating
+from mpp.data.labeled import split
 from mpp.errors import UserError
-from mpp.evaluating import EvaluateResult, Score, split
+from mpp.evaluating import EvaluateResult, Score
 from tests.conftest import command, pretrain_recipe
 
 

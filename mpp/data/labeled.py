@@ -106,6 +106,33 @@ class Labeled:
         return np.sort(np.concatenate(chosen))
 
 
+def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, tune): places in `labels`, ascending; of each class, `fraction` is for tuning and one at least for fitting.
+
+    A pure function of its arguments.
+    """
+    rng, tune = stream(seed, Purpose.TUNE), []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        take = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        tune.append(rng.permutation(members)[:take])
+    chosen = np.sort(np.concatenate(tune))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Places in `labels`, with repetitions, such that every class that occurs comes as often as the largest does.
+
+    Members of a class come equally often, but for the last round, which is drawn.
+    """
+    rng, most, chosen = stream(seed, Purpose.BALANCE), np.bincount(labels).max(), []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        rounds, rest = divmod(most, len(members))
+        chosen += [np.tile(members, rounds), rng.permutation(members)[:rest]]
+    return np.sort(np.concatenate(chosen))
+
+
 def open_labeled(
     spec: tuple[str, ...],
     *,

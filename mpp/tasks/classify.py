@@ -18,6 +18,8 @@ class ClassifyTask(nn.Module):
     linear one (ViT, Dosovitskiy et al. 2021, section 3.1, their head in pretraining); None: linear alone.
     """
 
+    class_weights: Tensor | None
+
     def __init__(
         self,
         features_dim: int,
@@ -28,6 +30,7 @@ class ClassifyTask(nn.Module):
     ) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
+        self.register_buffer("class_weights", None, persistent=False)
         self.hidden = nn.Linear(features_dim, tanh_dim) if tanh_dim else None
         self.out = nn.Linear(tanh_dim or features_dim, num_classes)
         nn.init.trunc_normal_(self.out.weight, std=2e-5)  # MAE's and BEiT's fine-tuning: start near zero
@@ -39,9 +42,18 @@ class ClassifyTask(nn.Module):
             features = torch.tanh(self.hidden(features))
         return self.out(features)
 
+    def weigh(self, counts: Tensor) -> None:
+        """Let classes count as if all had as many images: weights go with 1 / counts, (classes,), and their mean is 1
+        over the images."""
+        self.class_weights = counts.sum() / (counts.gt(0).sum() * counts.clamp_min(1))
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """labels: (B,) int64, or (B, classes) float where images were mixed."""
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        if self.class_weights is not None and labels.ndim == 1:
+            # of class numbers torch takes a weighted mean, which would depend on the batch
+            labels = F.one_hot(labels, logits.shape[1]).float()
+        smoothing, weights = self.label_smoothing, self.class_weights
+        return F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=smoothing)
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """(n, classes) float32 and (n,) int64, of all validation images -> the metrics, none of which has a threshold.
