@@ -241,6 +241,8 @@ def models(name: str | None, check: bool) -> None:
     from mpp.diagnostics import models as known
     from mpp.encoders.timm_encoder import timm_names
 
+    if name is not None and (not name or (check and any(c in name for c in "*?["))):
+        raise UserError(f"models: '{name}': give the name of one model of timm's")
     if name is None:
         if check:
             raise UserError("--check: of which model? mpp models --check NAME")

@@ -119,10 +119,15 @@ def batch_of(model: MaskedPatchModel, seed: int = 0) -> tuple[Tensor, Tensor, Te
 
 @torch.no_grad()
 def shaken(model: MaskedPatchModel) -> MaskedPatchModel:
-    """Weights as training might leave them: many families begin with layers that pass nothing on."""
+    """Weights as training might leave them: many families begin with layers that pass nothing on.
+
+    Matrices move by a tenth of their size, or of what keeps the scale of their input where they begin at zero: by
+    more, deep models overflow.
+    """
     generator = torch.Generator().manual_seed(4)
     for p in model.parameters():
-        p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+        usual = max(float(p.square().mean().sqrt()), (p[0].numel() or 1) ** -0.5) if p.ndim > 1 else 1.0
+        p.add_(torch.randn(p.shape, generator=generator), alpha=0.1 * usual)
     return model
 
 

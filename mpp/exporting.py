@@ -127,7 +127,8 @@ def save_encoder(
             if classes:
                 reference["logits"] = model(images.to(device))
         save_file(
-            {"images": images, **{k: v.float().cpu().contiguous() for k, v in reference.items()}},
+            # some families give the same memory twice, which safetensors refuses
+            {"images": images, **{k: v.float().cpu().contiguous().clone() for k, v in reference.items()}},
             aside / "reference.safetensors",
         )
         for tensors in ("model.safetensors", "reference.safetensors"):  # safetensors writes for the owner alone
@@ -205,6 +206,20 @@ def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
     close = difflib.get_close_matches(source, [*more, *timm.list_models()], 3, 0.6)
     hint = f". Did you mean {' or '.join(close)}?" if close else ""
     raise UserError(f"{key}: '{source}': no such folder, and no such model of timm {timm.__version__}{hint}")
+
+
+def own_normalisation(source: str) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation, of pixels in [0, 1], that an encoder was trained with; None where nobody knows."""
+    if source == "scratch":
+        return None
+    config: Any = timm.get_pretrained_cfg(source) if is_timm_name(source) else None
+    if config is not None:
+        return list(config.mean), list(config.std)
+    try:
+        stored = json.loads((encoder_folder(source) / "config.json").read_text())["pretrained_cfg"]
+        return [float(v) for v in stored["mean"]], [float(v) for v in stored["std"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def open_encoder(

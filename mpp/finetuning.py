@@ -97,6 +97,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **limits)  # type: ignore[arg-type]
     arms = _arms(recipe)
     exporting.check_source(recipe.encoder, key="encoder", more=("scratch",))
+    recipe = _normalised_as_pretrained(recipe)
     _check(recipe, arms, accelerator.num_processes, train, val)
     fingerprint = _fingerprint(recipe, train, val)
     find_run(recipe, resume, fingerprint=fingerprint)
@@ -170,6 +171,22 @@ def _plot(result: FinetuneResult, out: Path) -> None:
     seeds = len(next(iter(result.accuracy.values())).values)
     title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
     draw({title: lines}, out, xlabel="labels a class", ylabel="accuracy, %", log_x=True)
+
+
+def _normalised_as_pretrained(recipe: FinetuneRecipe) -> FinetuneRecipe:
+    """The recipe with the encoder's own mean and std where it gives none; a warning where it gives others."""
+    own = exporting.own_normalisation(recipe.encoder)
+    if own is None or len(own[0]) != recipe.data.channels:
+        return recipe
+    for key, value in zip(("mean", "std"), own, strict=True):
+        given = getattr(recipe.data, key)
+        if given is not None and list(given) != value:
+            shown = ", ".join(f"{v:g}" for v in value)
+            warnings.warn(
+                f"data.{key}: the encoder was trained with [{shown}]; left out, that is taken", MppWarning, stacklevel=3
+            )
+    mean, std = (tuple(getattr(recipe.data, k) or v) for k, v in zip(("mean", "std"), own, strict=True))
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": mean, "std": std})})
 
 
 def _arms(recipe: FinetuneRecipe) -> list[str]:

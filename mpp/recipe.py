@@ -267,7 +267,8 @@ class Optim(Section):
     @model_validator(mode="after")
     def _length(self) -> Optim:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give one of epochs and steps" + ("" if self.steps is None else ", not both"))
+            both = ", not both; epochs: null or steps: null takes one away"
+            raise ValueError("epochs: give one of epochs and steps" + ("" if self.steps is None else both))
         return self
 
 
@@ -353,7 +354,7 @@ class LabeledData(ImageData):
 
 
 class FinetuneData(LabeledData):
-    """Labeled images, and how they are augmented."""
+    """Labeled images, and how they are augmented; `mean` and `std` are the encoder's own where they are not given."""
 
     labels_per_class: LabelCounts | None = None  # type: ignore[assignment]
     """Train on so many images of each class, drawn by the seed; a list, [10, 100, 500], fine-tunes on each of them."""
@@ -687,6 +688,9 @@ def apply_overrides(
             if last == "name" and outer and registry_key(outer[-1]) and node.get("name", value) != value:
                 node.clear()  # another component has other keys
             key.append(last)
+            same = isinstance(value, str) and registry_key(last) and isinstance(node.get(last), dict)
+            if same and node[last].get("name") == value:
+                continue  # `mask=uniform` where it is: its keys stay
             node[last] = value
         for old in [k for k in places if k[: len(key)] == tuple(key)]:
             del places[old]
@@ -708,6 +712,8 @@ def _override_value(what: str, value: Any) -> Any:
         node = yaml.compose(value, _Loader)
         if node is not None and value[node.end_mark.index :].lstrip().startswith("#"):
             return value  # a comment nobody meant
+        if isinstance(node, yaml.MappingNode):
+            return parse_yaml(value, what)[0]  # a key given twice is an error here, too
         return yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{what}: not a YAML value: {value}") from error

@@ -10,6 +10,8 @@ import inspect
 import pkgutil
 from typing import Any
 
+from mpp.errors import UserError
+
 SUFFIX = {
     "masks": "Mask",
     "corruptions": "Corruption",
@@ -28,11 +30,14 @@ def names(folder: str) -> list[str]:
 
 
 def component(folder: str, name: str) -> Any:
-    """The class of a component; KeyError for a name that is no file of the folder."""
+    """The class of a component. KeyError for a name that is no file of the folder, UserError for a file without it."""
     if name not in names(folder):
         raise KeyError(f"{folder} has no '{name}'; it has {', '.join(names(folder))}")
     module = importlib.import_module(f"mpp.{folder}.{name}")
-    return getattr(module, "".join(word.capitalize() for word in name.split("_")) + SUFFIX[folder])
+    wanted = "".join(word.capitalize() for word in name.split("_")) + SUFFIX[folder]
+    if not hasattr(module, wanted):
+        raise UserError(f"{module.__file__}: wants a class {wanted}")
+    return getattr(module, wanted)
 
 
 def recipe_arguments(cls: type) -> dict[str, inspect.Parameter]:

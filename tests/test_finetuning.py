@@ -86,6 +86,19 @@ def test_both_arms_with_intervals(shards: Path, run: Path, tmp_path: Path) -> No
     assert json.loads((cell / "encoder" / "config.json").read_text())["label_names"] == ["disc", "square"]
 
 
+def test_the_encoders_own_normalisation(shards: Path, tmp_path: Path) -> None:
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 1, "data.mean": mean, "data.std": std}))
+    few = {"seeds": [0], "optim.steps": 1}
+    mpp.finetune(recipe(shards, tmp_path / "own", tmp_path / "run", **few))
+    for arm in ("pretrained", "scratch"):
+        config = json.loads((tmp_path / "own" / f"{arm}-seed0" / "encoder" / "config.json").read_text())
+        assert (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]) == (mean, std)
+    other = recipe(shards, tmp_path / "other", tmp_path / "run", **few, **{"data.mean": [0.1, 0.1, 0.1]})
+    with pytest.warns(MppWarning, match=r"data\.mean: the encoder was trained with \[0\.4, 0\.5, 0\.6\]; left out"):
+        mpp.finetune(other)
+
+
 def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
     """Several numbers of labels in one run, resumed cell by cell; a cell is what a run of its own gives."""
     out, changes = tmp_path / "ft", {"optim.steps": 6, "data.labels_per_class": [12, 4]}

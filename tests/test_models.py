@@ -18,7 +18,7 @@ from mpp.cli import main
 from mpp.diagnostics.models import COLUMNS, markdown, tiny_command
 from mpp.encoders.support import FAMILIES, Family, table
 from mpp.recipe import FinetuneRecipe, check_recipe
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pretrain_recipe
 from tests.contracts.test_encoders import SLOW
 
 CLEAN_PROCESS = {"Swin", "MLP-Mixer", "CoAtNet", "PVT v2", "BEiT", "EVA-02", "Hiera", "ConvNeXt V2", "DeiT, distilled"}
@@ -69,11 +69,32 @@ def test_a_family_nobody_tried_gets_a_clear_answer() -> None:
     assert "never run on a RegNet; mpp models --check regnety_002 runs them" in text
     assert "may be trained: yes, with a warning" in text
     assert "none that takes mask tokens" in said("resnet18")
+    text = said("efficientnet_b0")
+    assert "features: 320 wide" in text, "it widens them only after pooling"
+    assert "may be trained: yes, with a warning" in text
+    text = said("pit_ti_224")
+    assert "none that takes mask tokens" in text, "its patches overlap: seven cells of nine pixels"
+
+
+@pytest.mark.slow
+def test_a_deep_model_does_not_overflow_in_the_check() -> None:
+    assert "may be trained: yes, with a warning" in said("hgnetv2_b6")
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "efficientnet_b0"])
+def test_families_nobody_tried_train_and_are_verified(name: str, shards: Path, tmp_path: Path) -> None:
+    """pit_ti: its features and its embedding share memory. efficientnet_b0: its last layer is outside the features."""
+    given = {"encoder": {"name": name}, "data.image_size": 64, "corruption": "pixel_patch", "optim.steps": 2}
+    with pytest.warns(mpp.MppWarning, match="no contract test has seen"):
+        run = mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **given))
+    assert mpp.export(run.out, tmp_path / "export").difference <= 1e-4
 
 
 def test_what_may_not_be_trained_says_why() -> None:
-    text = said("crossvit_tiny_240", code=2)
-    assert "crossvit_tiny_240 may not be trained: " in text
+    assert "may be trained: no: " in said("crossvit_tiny_240")
+    assert "they do not tile the image" in said("inception_v3")
+    assert "give the name of one model" in said("--check", "vit_tiny*", code=2)
+    assert "give the name of one model" in said("", code=2)
     assert "Did you mean" in said("regnety_02", code=2)
     assert "of which model?" in said("--check", code=2)
 

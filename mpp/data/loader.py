@@ -58,7 +58,12 @@ def draw_masks(sampler: MaskSampler, grid: tuple[int, int], draw: float, seed: i
     """The masks and noise of the samples at these positions; `draw` as in `MaskSampler.count`."""
     count = sampler.count(grid, draw)
     hidden = np.stack([sampler(grid, count, stream(seed, Purpose.MASK, p)) for p in positions])
-    assert (hidden.sum((1, 2)) == count).all(), "a mask sampler must hide as many units in every image"
+    if (hidden.sum((1, 2)) != count).any():
+        found = sorted({int(n) for n in hidden.sum((1, 2))})
+        raise UserError(
+            f"mask: {type(sampler).__name__} says it hides {count} units of {grid[0]}×{grid[1]}, and hides "
+            f"{' or '.join(map(str, found))}; it must hide as many in every image"
+        )
     size = (len(NOISE), *grid)
     noise = np.stack([stream(seed, Purpose.NOISE, p).random(size, dtype=np.float32) for p in positions])
     return Units(torch.from_numpy(hidden), count, torch.from_numpy(noise))

@@ -55,9 +55,14 @@ def text() -> str:
 def probe(name: str) -> str:
     """What the adapter finds on a model just now, at its smallest size, and whether it may be trained.
 
-    UserError where timm has no such model, or it cannot be built or probed.
+    UserError where timm has no such model.
     """
-    subject, encoder = _smallest(name)
+    try:
+        subject, encoder = _smallest(name)
+    except UserError as error:
+        if "timm" in str(error).partition(":")[2] and "has no model" in str(error):
+            raise
+        return f"{name}\n  may be trained: no: {error}"
     found = contract.probed(encoder)
     of_class = [f for f in FAMILIES if f.family == encoder.family]
     named = [f for f in of_class if any(fnmatch.fnmatch(name, p) for p in f.models.split(", "))]
@@ -70,6 +75,8 @@ def probe(name: str) -> str:
         f"  stem: {' or '.join(found['stem']) or 'none that takes mask tokens'}",
         f"  ways of hiding: {', '.join(ways)}",
     ]
+    unread = sum(p.numel() for p in encoder.model.parameters() if not p.requires_grad)
+    lines.append(f"  not part of the features, so not pretrained: {unread:,} parameters")
     leaks = contract.check(subject, ways[0], ("no leak",))["no leak"]
     lines.append(f"  leak check just now ({ways[0]}): {leaks or 'no hidden pixel reaches a prediction'}")
     if encoder.family in TRIED:
@@ -77,7 +84,7 @@ def probe(name: str) -> str:
     else:
         lines.append(f"  contract tests: never run on a {encoder.family}; mpp models --check {name} runs them")
     if named:
-        lines.append(f"  tried as: {tiny_command(named[-1])}")
+        lines.append(f"  in the tests, as a toy: {tiny_command(named[-1])}")
     lines.append(
         "  may be trained: " + ("no" if leaks else "yes" if encoder.family in TRIED else "yes, with a warning")
     )
@@ -109,6 +116,7 @@ def check(name: str) -> tuple[str, bool]:
         for what, fault in contract.check(subject, way).items():
             lines.append(f"  {way}: {what}: {fault or 'holds'}")
             held = held and not fault
+    lines.append(f"  may be trained: {'yes' if held else 'no'}")
     return "\n".join(lines), held
 
 
@@ -119,10 +127,11 @@ def _smallest(name: str) -> tuple[Subject, TimmEncoder]:
     stride = info[-1]["reduction"] if info else 32
     *_, height, width = own.pretrained_cfg["input_size"]
     last: UserError | None = None
-    for size in ((2 * stride, 3 * stride), (4 * stride, 4 * stride), (height, width)):
+    own_size = (-(-height // stride) * stride, -(-width // stride) * stride)
+    for size in ((2 * stride, 3 * stride), (4 * stride, 4 * stride), own_size):
         subject = Subject(name, {}, size)
         try:
             return subject, subject.encoder()
         except UserError as error:
             last = error
-    raise UserError(f"models: {name} may not be trained: {last}")
+    raise last or UserError(f"models: {name}: no size to try")

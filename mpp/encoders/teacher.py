@@ -35,7 +35,7 @@ class FrozenTeacher(nn.Module):
         self.model: Any = model.requires_grad_(False).eval()
         self.layers = layers
         info: Any = model.feature_info
-        self.dim: int = model.num_features  # type: ignore[assignment]
+        self.dim: int = info[-1]["num_chs"]
         self.stride: int = info[-1]["reduction"]
         if layers > len(info) or len({(i["num_chs"], i["reduction"]) for i in info[-layers:]}) > 1:
             same = [i for i in info if (i["num_chs"], i["reduction"]) == (info[-1]["num_chs"], self.stride)]

@@ -16,6 +16,7 @@ tokens leaves an encoder whose probes collapse (SimMIM issue 14), and average-po
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,12 @@ STEMS = ("patch_embed", "stem", "patch_embed.backbone", "patch_embed.backbone.st
 
 def timm_names(pattern: str, key: str) -> list[str]:
     """timm's models that fit a name or pattern. UserError, naming the recipe's key, where none does."""
-    names: list[str] = timm.list_models(pattern)
+    names: list[str] = timm.list_models(pattern) if pattern else []
     if not names:
-        close = difflib.get_close_matches(pattern, timm.list_models(), 3, 0.5)
+        close = difflib.get_close_matches(pattern, timm.list_models(), 3, 0.6)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise UserError(f"{key}: timm {timm.__version__} has no model '{pattern}'.{hint}")
+        folder = "no such folder, and " if "/" in pattern else ""
+        raise UserError(f"{key}: {folder}timm {timm.__version__} has no model '{pattern}'.{hint}")
     return names
 
 
@@ -89,6 +91,9 @@ def create_timm_model(
     for own in ("num_classes", "in_chans", "img_size", "pretrained", "features_only"):
         if own in args:
             raise UserError(f"{args_key}.{own}: is not for a recipe to set here; see data.image_size, data.channels")
+    for argument, value in args.items():
+        if value is None:  # timm would pass over it in silence; most likely a blank is missing after a colon
+            raise UserError(f"{args_key}.{argument}: has no value")
     for key_of_list, value in args.items():  # YAML has lists where timm compares with tuples
         if isinstance(value, list):
             args = {**args, key_of_list: tuple(value)}
@@ -97,11 +102,25 @@ def create_timm_model(
     except TypeError as error:
         raise UserError(f"{args_key}: {name} does not take this: {error}") from error
     except Exception as error:  # timm, torch or the hub: ZeroDivisionError, KeyError, … by whatever argument is off
+        if pretrained and _of_the_hub(error):
+            raise UserError(
+                f"{key}: the published weights of {name} cannot be had ({type(error).__name__}; no network?). Allowed: "
+                "the folder of a run or an export where a folder is taken, or pretrained: false"
+            ) from error
         words = " ".join(str(error).split())[:300]
         raise UserError(
             f"{key}: {name} at {'×'.join(map(str, image_size)) + ' px' if image_size else 'its own size'} with {args}: "
             f"{type(error).__name__}: {words}"
         ) from error
+
+
+def _of_the_hub(error: BaseException | None) -> bool:
+    """Whether huggingface_hub or the network is behind an error."""
+    while error is not None:
+        if type(error).__module__.startswith(("huggingface_hub", "httpx", "urllib", "requests")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @dataclass(frozen=True)
@@ -129,7 +148,6 @@ class TimmEncoder(nn.Module):
         self.family = type(model).__name__
         if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
             raise UserError(f"encoder.name: timm's {self.family} has no forward_intermediates: no map of features")
-        self.dim: int = model.num_features  # type: ignore[assignment]
         info: Any = model.feature_info
         self.stride: int = info[-1]["reduction"]
         self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
@@ -147,7 +165,8 @@ class TimmEncoder(nn.Module):
         self.stems = [stem for stem in probed if stem is not None]
         """Every place where mask tokens could be put in, coarsest first."""
         self.stem = next((s for s in self.stems if unit % s.stride == 0), None)
-        self._freeze_unread()
+        self.dim = self._freeze_unread()
+        """Width of the features, which need not be that of the pooled ones: some families widen them after pooling."""
 
         # forward() sets `_next`, the stem consumes it: a direct call of the timm model stays plain. `_now`
         # outlives forward(), so that blocks recomputed by activation checkpointing see the same mask.
@@ -191,13 +210,17 @@ class TimmEncoder(nn.Module):
             return None
         first, second = shapes
         if len(first) == 3:
-            return Stem(path, "NLC", round(2 * self.stride / first[1] ** 0.5), first[2])
-        if first[2] != second[2]:
-            return Stem(path, "NHWC", 2 * self.stride // first[2], first[3])
-        return Stem(path, "NCHW", 2 * self.stride // first[3], first[1])
+            layout, side, other, dim = "NLC", math.isqrt(first[1]), second[1] / math.isqrt(first[1]), first[2]
+        elif first[2] != second[2]:
+            layout, side, other, dim = "NHWC", first[2], second[2], first[3]
+        else:
+            layout, side, other, dim = "NCHW", first[3], second[3], first[1]
+        if (2 * self.stride) % side or other * 2 != side * 3 or (len(first) == 3 and side * side != first[1]):
+            return None  # its cells do not tile the image: overlapping patches without padding
+        return Stem(path, layout, 2 * self.stride // side, dim)  # type: ignore[arg-type]
 
-    def _freeze_unread(self) -> None:
-        """Freeze what the last block does not depend on: final norms, class heads, pooling.
+    def _freeze_unread(self) -> int:
+        """Width of the features; freeze what the last block does not depend on: final norms, class heads, pooling.
 
         Pretraining reads the last block raw, so nothing would train them, and DDP waits for the gradient of every
         trainable parameter. Found in the graph of one forward, not by name. UserError where the map of features
@@ -220,10 +243,12 @@ class TimmEncoder(nn.Module):
             ) from error
         finally:
             self.model.train(training)
-        if tuple(out.shape) != (1, self.dim, *self.grid(self.image_size)):
+        (h, w), (gh, gw) = self.image_size, self.grid(self.image_size)
+        if out.ndim != 4 or tuple(out.shape[2:]) != (gh, gw):
+            found = "×".join(map(str, out.shape[2:])) or "no"
             raise UserError(
-                f"encoder.name: {self.family} gives features of {tuple(out.shape[1:])} where its stride of "
-                f"{self.stride} px says {(self.dim, *self.grid(self.image_size))}"
+                f"encoder.name: {self.family} is not supported: at {h}×{w} px it gives {found} cells, where its stride "
+                f"of {self.stride} px makes {gh}×{gw}: they do not tile the image"
             )
         read, seen, left = set(), set(), [out.grad_fn]
         while left:
@@ -237,6 +262,7 @@ class TimmEncoder(nn.Module):
         for p in self.model.parameters():
             if id(p) not in read:
                 p.requires_grad_(False)
+        return int(out.shape[1])
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(gh, gw) of an image of (H, W) px."""

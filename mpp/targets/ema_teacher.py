@@ -35,6 +35,10 @@ class EmaTeacherTarget(nn.Module):
         decay_end: Fraction = 1.0,
     ) -> None:
         super().__init__()
+        if decay_end < decay:
+            raise ValueError(f"decay_end: must be no less than decay, {decay}; got {decay_end}")
+        if decay == 1:
+            raise ValueError("decay: must be < 1; at 1 the copy would stay as it starts")
         self.grid, self.decay, self.decay_end = context.grid, decay, decay_end
         self.teacher = context.student(layers=layers)
         self.dim = self.teacher.dim

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from mpp import registry
 from mpp.build import build_model
+from mpp.data.loader import draw_masks
 from mpp.encoders.teacher import frozen_copy, frozen_teacher
 from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
+from mpp.errors import UserError
 from mpp.patches import effective_rank, hidden_cells, image_share, patchify, repeat_cells, unpatchify, visible_cells
 from mpp.rng import Purpose, stream
 from mpp.types import NOISE, Cells, CorruptionContext, EncoderOutput, Images, TargetContext, Units
@@ -79,6 +81,20 @@ def test_name_is_file_is_class_and_documented(folder: str) -> None:
         for key, parameter in registry.recipe_arguments(cls).items():
             assert parameter.annotation is not parameter.empty, f"{cls}: {key} has no type to check recipes with"
             assert f"`{key}`" in cls.__doc__, f"{cls}: {key} is not documented"
+
+
+def test_a_file_without_its_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("mpp.masks.grid.GridMask")
+    with pytest.raises(UserError, match=r"mpp/masks/grid\.py: wants a class GridMask"):
+        registry.component("masks", "grid")
+
+
+def test_a_mask_that_hides_another_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = registry.component("masks", "uniform")(ratio=0.5)
+    monkeypatch.setattr(type(mask), "count", lambda self, grid, draw: 3)
+    monkeypatch.setattr(type(mask), "__call__", lambda self, grid, count, rng: np.eye(4, dtype=bool))
+    with pytest.raises(UserError, match="mask: UniformMask says it hides 3 units of 4×4, and hides 4; it must"):
+        draw_masks(mask, (4, 4), 0.5, 0, [0, 1])
 
 
 def test_unknown_names_are_refused() -> None:
