@@ -19,6 +19,7 @@ SMALLER = {
         "data.image_size=32", "data.workers=0", "data.held_out=8",
         "optim.steps=3", "optim.epochs=null", "head.dim=32",
     ],
+    "mpp evaluate": ["data.workers=0", "attentive.epochs=1", "linear.weight_decay=[0.1]"],
     "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0]"],
 }  # fmt: skip
 
@@ -51,7 +52,8 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ran.append(line.split()[1])
-    assert set(ran) == {"pack", "pretrain", "finetune", "export", "verify", "reconstruct", "recipe", "models"}
+    jobs = {"pretrain", "finetune", "evaluate", "predict"}
+    assert set(ran) == {*jobs, "pack", "export", "verify", "reconstruct", "recipe", "models"}
     assert (tmp_path / "reconstructions.png").exists()
     snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert snippet
