@@ -198,10 +198,21 @@ def test_a_hybrid_takes_mask_tokens_at_the_coarsest_stem_that_fits(unit_px: int,
     assert encoder.stem.path == stem
 
 
-def test_a_model_that_gives_other_features_than_it_says_is_refused() -> None:
+def test_cells_that_do_not_tile_the_image_are_refused() -> None:
+    inception = timm.create_model("inception_v3", num_classes=0)
+    with pytest.raises(
+        UserError, match="InceptionV3 is not supported: at 320×320 px it gives 8×8 cells, where .* 10×10"
+    ):
+        TimmEncoder(inception, (320, 320))
+
+
+def test_the_width_is_that_of_the_features() -> None:
+    """SAM's encoder narrows them in a neck, which is not read."""
     sam = timm.create_model("samvit_base_patch16", num_classes=0, img_size=32, embed_dim=24, depth=1, num_heads=2)
-    with pytest.raises(UserError, match="VisionTransformerSAM gives features of .* where its stride of 16 px says"):
-        TimmEncoder(sam, (32, 32))
+    assert sam.num_features != 24
+    encoder = TimmEncoder(sam, (32, 32))
+    assert encoder.dim == 24
+    assert not any(p.requires_grad for p in sam.neck.parameters())
 
 
 def test_torch_compile_finds_no_graph_break() -> None:
