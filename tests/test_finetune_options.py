@@ -20,7 +20,7 @@ from mpp.errors import UserError
 from mpp.finetuning import _average
 from mpp.metrics import read_metrics
 from mpp.tasks.classify import ClassifyTask
-from tests.conftest import drawn_image, encoded
+from tests.conftest import drawn_image, encoded, pretrain_recipe
 from tests.test_finetuning import recipe, run  # noqa: F401 (a fixture)
 
 CELL = "pretrained-seed0"
@@ -226,3 +226,34 @@ def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: 
     with pytest.raises(UserError, match=message):
         tuned(shards, tmp_path / "o", run, **changes)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+        ("eva02_tiny_patch14_224", {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+        ("swin_tiny_patch4_window7_224", {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}),
+        ("swinv2_tiny_window8_256", {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}),
+    ],
+)  # fmt: skip
+def test_at_a_higher_resolution_than_in_pretraining(
+    name: str, args: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    """Positions are interpolated, everything else is what was pretrained: before it learns, and after an export."""
+    small = {"encoder": {"name": name, "args": args}, "corruption": "token", "optim.steps": 3}
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **small))
+    still = {"data.image_size": 32, "optim.base_lr": 1e-12, "optim.steps": 1}
+    tuned(shards, tmp_path / "o", tmp_path / "run", **still)
+    mpp.verify(tmp_path / "o" / CELL)
+    before = mpp.load_encoder(tmp_path / "run").state_dict()
+    after = mpp.load_encoder(tmp_path / "o" / CELL).state_dict()
+    same = [k for k in before if k in after and before[k].shape == after[k].shape]
+    assert all(torch.allclose(before[k], after[k], atol=1e-8) for k in same)
+    assert len(same) > 0.8 * len(before)
+    if "pos_embed" in before:
+        old, new = before["pos_embed"][:, -16:], after["pos_embed"][:, -64:]
+        grid = old.reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+        wanted = F.interpolate(grid, (8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(new, wanted)

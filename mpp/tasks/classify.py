@@ -73,10 +73,10 @@ class ClassifyTask(nn.Module):
                 auroc = found.multiclass_auroc(probabilities, labels, classes, average="none")
                 precision = found.multiclass_average_precision(probabilities, labels, classes, average="none")
             ranked = {"auroc": float(auroc[occurring].mean()), "map": float(precision[occurring].mean())}
-        hits = logits.argmax(-1) == labels
-        recall = torch.stack([hits[labels == c].float().mean() for c in occurring.nonzero().flatten()])
+        hits = (logits.argmax(-1) == labels).double()
+        recall = torch.stack([hits[labels == c].mean() for c in occurring.nonzero().flatten()])
         return {
-            "accuracy": float(hits.float().mean()),
+            "accuracy": float(hits.mean()),
             "balanced_accuracy": float(recall.mean()),
             **ranked,
             "ece": float(found.multiclass_calibration_error(probabilities, labels, classes, n_bins=15)),
