@@ -288,7 +288,7 @@ def _run_arm(
 
         def tokens(of: Labeled, numbers: np.ndarray, what: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
             for batch in images(of, numbers, recipe.attentive.batch_size, what):
-                readable = (batch.labels >= 0).to(device)
+                readable = batch.readable.to(device)
                 found: Read = reader(batch.images.to(device))
                 yield {k: v[readable] for k, v in found.tokens.items()}, batch.labels.to(device)[readable]
 

@@ -120,7 +120,7 @@ def read_table(
 ) -> Table:
     """Run `reader` over labeled batches of `images` images into .npy files in `folder`.
 
-    Unreadable images (label -1) are left out. first: how many images, from the start, make up the first part.
+    Unreadable images are left out. first: how many images, from the start, make up the first part.
     UserError where the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def read_table(
     labels = np.empty(images, dtype=np.int64)
     seen = written = first_written = 0
     for batch in batches:
-        readable = batch.labels >= 0
+        readable = batch.readable
         found = reader(batch.images.to(device)).pooled
         if not files:
             _check_space(folder, images * sum(4 * f.shape[1] for f in found.values()))

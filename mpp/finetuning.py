@@ -26,7 +26,7 @@ from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from mpp import checkpoint, distributed, exporting
+from mpp import checkpoint, distributed, exporting, registry
 from mpp.build import build_component
 from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, balanced, open_labeled, split
 from mpp.data.loader import batches
@@ -60,9 +60,9 @@ class FinetuneResult:
     """Accuracy against labels, where there are several numbers of them."""
 
     @property
-    def accuracy(self) -> dict[str, Estimate]:
-        """Arm -> accuracy, with most labels."""
-        return self.verdicts[-1].accuracy if self.verdicts else {}
+    def score(self) -> dict[str, Estimate]:
+        """Arm -> the task's headline metric (accuracy; mean average precision of several labels), with most labels."""
+        return self.verdicts[-1].score if self.verdicts else {}
 
     @property
     def gain(self) -> Estimate | None:
@@ -92,9 +92,13 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     if resume not in ("never", "auto"):
         raise UserError(f"--resume {resume}: fine-tuning has a checkpoint for each cell; allowed: auto, never")
     accelerator = distributed.start(recipe.precision)
-    limits = {"cache_dir": recipe.data.cache_dir, "cache_limit_bytes": recipe.data.cache_limit_gb * 1e9}
-    train = open_labeled(recipe.data.train, key="data.train", classes=None, **limits)  # type: ignore[arg-type]
-    val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **limits)  # type: ignore[arg-type]
+    reading: dict[str, Any] = {
+        "cache_dir": recipe.data.cache_dir,
+        "cache_limit_bytes": recipe.data.cache_limit_gb * 1e9,
+        "several": _task(recipe).several,
+    }
+    train = open_labeled(recipe.data.train, key="data.train", classes=None, **reading)
+    val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **reading)
     arms = _arms(recipe)
     exporting.check_source(recipe.encoder, key="encoder", more=("scratch",))
     recipe = _normalised_as_pretrained(recipe)
@@ -128,7 +132,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     verdicts = []
     for count in recipe.data.label_counts():
         of_arm = {arm: [m for c, m in measured.items() if (c.labels_per_class, c.arm) == (count, arm)] for arm in arms}
-        verdicts.append(Verdict.of(count, of_arm))
+        verdicts.append(Verdict.of(count, of_arm, _task(recipe).headline))
     most = next(c for c in cells if c.labels_per_class == verdicts[-1].labels_per_class)
     plot = out / PLOT if len(verdicts) > 1 else None
     result = FinetuneResult(out, "finished", tuple(verdicts), most.folder / "encoder", plot)
@@ -138,7 +142,8 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
         write_json(
             out / RESULT,
             {
-                "accuracy": {arm: asdict(e) for arm, e in result.accuracy.items()},
+                "metric": verdicts[-1].metric,
+                "score": {arm: asdict(e) for arm, e in result.score.items()},
                 "gain": asdict(result.gain) if result.gain else None,
                 "verdicts": [asdict(v) for v in verdicts],
                 "seeds": list(recipe.seeds),
@@ -163,14 +168,14 @@ def _cells(recipe: FinetuneRecipe, arms: list[str]) -> list[Cell]:
 
 def _plot(result: FinetuneResult, out: Path) -> None:
     lines = []
-    for arm in result.accuracy:
-        found = [(float(v.labels_per_class or 0), v.accuracy[arm]) for v in result.verdicts]
+    for arm in result.score:
+        found = [(float(v.labels_per_class or 0), v.score[arm]) for v in result.verdicts]
         x, means = [n for n, _ in found], [100 * e.mean for _, e in found]
         widths = [100 * e.half_width for _, e in found]
         lines.append(Line(arm, x, means, None if any(map(math.isnan, widths)) else widths, dashed=arm == "scratch"))
-    seeds = len(next(iter(result.accuracy.values())).values)
+    seeds = len(next(iter(result.score.values())).values)
     title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
-    draw({title: lines}, out, xlabel="labels a class", ylabel="accuracy, %", log_x=True)
+    draw({title: lines}, out, xlabel="labels a class", ylabel=f"{result.verdicts[-1].metric}, %", log_x=True)
 
 
 def _normalised_as_pretrained(recipe: FinetuneRecipe) -> FinetuneRecipe:
@@ -189,6 +194,11 @@ def _normalised_as_pretrained(recipe: FinetuneRecipe) -> FinetuneRecipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": mean, "std": std})})
 
 
+def _task(recipe: FinetuneRecipe) -> Any:
+    """The class of the task."""
+    return registry.component("tasks", recipe.task.name)
+
+
 def _arms(recipe: FinetuneRecipe) -> list[str]:
     if recipe.encoder == "scratch":
         return ["scratch"]
@@ -199,8 +209,10 @@ def _check(recipe: FinetuneRecipe, arms: list[str], world: int, train: Labeled, 
     """Refuse what cannot run, before the run folder is made and the first cell has trained."""
     if len(val.labels) == 0:
         raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
-    if len(train.classes) < 2:
-        raise UserError(f"data.train: one class alone, {train.classes[0]}; classification wants two at least")
+    if len(train.classes) < (1 if train.several else 2):
+        raise UserError(
+            f"data.train: one class alone, {', '.join(train.classes) or 'none'}; classification wants two at least"
+        )
     for count in recipe.data.label_counts():
         subset = train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
         if recipe.early_stop and not len(split(train.labels[subset], recipe.early_stop.fraction, 0)[1]):
@@ -334,7 +346,7 @@ def _run_cell(
 ) -> dict[str, float] | None:
     """Fine-tune one cell; its metrics, or None where a signal stopped it (with a checkpoint)."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    data, optim, seed, folder = recipe.data, recipe.optim, cell.seed, cell.folder
+    data, optim, seed, folder, task = recipe.data, recipe.optim, cell.seed, cell.folder, _task(recipe)
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
     # ---- model, data, optimizer
     model = _build(recipe, cell.arm, seed, len(train.classes))
@@ -475,14 +487,12 @@ def _run_cell(
 
         tuned = {}
         if recipe.early_stop and (step % recipe.early_stop.every_steps == 0 or step == total_steps):
-            tuned = {
-                "tune_accuracy": _evaluate(recipe, accelerator, averaged or model, train, tune, "early_stop")[0][
-                    "accuracy"
-                ]
-            }
+            found, _ = _evaluate(recipe, accelerator, averaged or model, train, tune, "early_stop")
+            score = found[task.headline]
+            tuned = {f"tune_{task.headline}": score}
             worse += 1
-            if tuned["tune_accuracy"] > best:
-                best, best_step, worse = tuned["tune_accuracy"], step, 0
+            if score > best:
+                best, best_step, worse = score, step, 0
                 if accelerator.is_main_process:
                     checkpoint.save(best_of, step, model, optimizer, {}, keep=1, averaged=averaged)
             given_up = worse >= recipe.early_stop.patience
@@ -523,7 +533,7 @@ def _run_cell(
     if accelerator.is_main_process:
         _save(judged, folder, recipe, metrics, train.classes)
         log.say(
-            f"accuracy {100 * metrics['accuracy']:.2f} %"
+            f"{task.headline} {100 * metrics[task.headline]:.2f} %"
             + (f", {unreadable} unreadable images left out" if unreadable else "")
         )
         log.status("finished", step=step)
@@ -590,7 +600,7 @@ def _evaluate(
     model.eval()
     with torch.no_grad(), accelerator.autocast():
         for batch in batches(dataset, parts, workers=data.workers, pin_memory=False):
-            readable = batch.labels >= 0
+            readable = batch.readable
             x = model.normalise(batch.images.to(accelerator.device))
             own.append((model(x).float().cpu()[readable], batch.labels[readable]))
     for module, training in modes.items():  # a frozen encoder stays in eval mode

@@ -42,7 +42,7 @@ def probe_images(data: Labeled, size: tuple[int, int], most: int, seed: int, key
     found = CentreDataset(data, size, 1.0, **reading).__getitems__(numbers.tolist())
     if isinstance(found, UserError):
         raise found
-    readable = found.labels >= 0
+    readable = found.readable
     if not readable.any():
         raise UserError(f"{key}: not one image can be read")
     return ProbeImages(found.images[readable], found.labels[readable].numpy())

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from mpp import exporting
@@ -74,6 +75,7 @@ class Predictor:
             raise UserError(f"{source}: no classifier with class names in it; give a fine-tuned cell or its export")
         self.classes = [str(name) for name in names]
         self.views = views
+        self.several = _task_of(folder) == "multilabel"
         config: Any = self.model.pretrained_cfg
         self.channels, *size = config["input_size"]
         self.size = (int(size[0]), int(size[1]))
@@ -99,15 +101,29 @@ class Predictor:
         corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] if self.views == 10 else []
         return torch.stack([decoded(None), *(decoded(c) for c in corners)])
 
+    def _probable(self, x: Tensor) -> Tensor:
+        """(B, classes): of all classes together, or of each by itself where images may have several."""
+        logits = self.model(x).float()
+        return logits.sigmoid() if self.several else logits.softmax(-1)
+
     @torch.no_grad()
     def probabilities(self, crops: Tensor) -> Tensor:
         """(B, crops, C, H, W) uint8 -> (B, classes) float32, mean over crops and, with more views than one, mirrors."""
         x = (crops.to(self.device).float() - self.mean) / self.std
         flat = x.flatten(0, 1)
-        found = self.model(flat).float().softmax(-1)
+        found = self._probable(flat)
         if self.views > 1:
-            found = (found + self.model(flat.flip(-1)).float().softmax(-1)) / 2
+            found = (found + self._probable(flat.flip(-1))) / 2
         return found.unflatten(0, (len(crops), -1)).mean(1).cpu()
+
+
+def _task_of(folder: Path) -> str | None:
+    """The task that a fine-tuned model was made for, by the recipe in its folder; None for one made elsewhere."""
+    try:
+        values = yaml.safe_load((folder / "recipe.yaml").read_text())
+        return str(values["task"]["name"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
 
 
 def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, str]) -> Iterator[Prediction]:
@@ -166,6 +182,8 @@ def predict_files(
     images = images_of(places)
     index = {name: i for i, name in enumerate(predictor.classes)}
     if report is not None:
+        if predictor.several:
+            raise UserError("--report: only for one label an image")
         for name in images:
             if Path(name).absolute().parent.name not in index:
                 raise UserError(

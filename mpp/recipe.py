@@ -335,7 +335,7 @@ class PretrainRecipe(Run):
 
 
 class LabeledData(ImageData):
-    """Labeled images: a folder with a folder for each class, or shards with labels."""
+    """Labeled images: a folder with a folder for each class, shards with labels, or a CSV file (image,label)."""
 
     train: Places
     val: Places
@@ -471,6 +471,13 @@ class FinetuneRecipe(Run):
     def _architecture(self) -> FinetuneRecipe:
         if self.encoder == "scratch" and self.architecture is None:
             raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
+        if registry.component("tasks", self.task.name).several:
+            off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "distill": None}
+            for key, value in off.items():
+                if getattr(self, key) != value:
+                    raise ValueError(f"{key}: not with task: {self.task.name}, where images have several labels")
+            if self.data.labels_per_class is not None:
+                raise ValueError(f"data: labels_per_class: not with task: {self.task.name}; allowed: data.fraction")
         return self
 
 

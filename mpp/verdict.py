@@ -1,4 +1,4 @@
-"""What pretraining bought: accuracies over seeds with intervals, the gain, and a plain word where there is none."""
+"""What pretraining bought: scores over seeds with intervals, the gain, and a plain word where there is none."""
 
 from __future__ import annotations
 
@@ -44,26 +44,30 @@ class Verdict:
 
     labels_per_class: int | None
     """None: as many as there are, or a fraction of them."""
-    accuracy: dict[str, Estimate]
-    """Arm ("pretrained", "scratch") -> accuracy on the validation images, after the last step."""
+    metric: str
+    """The task's headline: "accuracy", or "map" where images have several labels."""
+    score: dict[str, Estimate]
+    """Arm ("pretrained", "scratch") -> that metric on the validation images."""
     metrics: dict[str, dict[str, Estimate]]
     """Arm -> metric -> the same of every metric that the task has."""
     gain: Estimate | None
     """pretrained - scratch, paired by seed; None where one of them is missing."""
 
     @staticmethod
-    def of(labels_per_class: int | None, cells: Mapping[str, list[dict[str, float]]]) -> Verdict:
-        """cells: arm -> metrics of each seed, in the same order; "accuracy" is one of them."""
-        accuracies = {arm: [m["accuracy"] for m in found] for arm, found in cells.items()}
+    def of(
+        labels_per_class: int | None, cells: Mapping[str, list[dict[str, float]]], metric: str = "accuracy"
+    ) -> Verdict:
+        """cells: arm -> metrics of each seed, in the same order; `metric` is one of them."""
+        scores = {arm: [m[metric] for m in found] for arm, found in cells.items()}
         metrics = {
             arm: {name: estimate([m[name] for m in found]) for name in found[0] if all(name in m for m in found)}
             for arm, found in cells.items()
         }
         gain = None
-        if {"pretrained", "scratch"} <= accuracies.keys():
-            pairs = zip(accuracies["pretrained"], accuracies["scratch"], strict=True)
+        if {"pretrained", "scratch"} <= scores.keys():
+            pairs = zip(scores["pretrained"], scores["scratch"], strict=True)
             gain = estimate([a - b for a, b in pairs])
-        return Verdict(labels_per_class, {arm: estimate(v) for arm, v in accuracies.items()}, metrics, gain)
+        return Verdict(labels_per_class, metric, {arm: estimate(v) for arm, v in scores.items()}, metrics, gain)
 
     def helped(self) -> bool | None:
         """Whether the gain is above zero by more than its interval; None without one to tell by."""
@@ -78,11 +82,11 @@ def table(verdicts: Sequence[Verdict]) -> str:
     """For people."""
     if len(verdicts) == 1:
         return _one(verdicts[0])
-    arms = list(verdicts[0].accuracy)
+    arms = list(verdicts[0].score)
     rows = [["labels a class", *arms, *(["gain"] if verdicts[0].gain else [])]]
     for v in verdicts:
         gain = [_points(v.gain) + _interval(v.gain)] if v.gain else []
-        rows.append([str(v.labels_per_class), *(str(e) for e in v.accuracy.values()), *gain])
+        rows.append([str(v.labels_per_class), *(str(e) for e in v.score.values()), *gain])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["   ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"{v.labels_per_class} labels a class: {NO_HELP}" for v in verdicts if v.helped() is False]
@@ -90,7 +94,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
 
 
 def _one(verdict: Verdict) -> str:
-    rows = [f"{arm:<12} {e}   (seeds: {_percents(e.values)})" for arm, e in verdict.accuracy.items()]
+    rows = [f"{arm:<12} {e}   (seeds: {_percents(e.values)})" for arm, e in verdict.score.items()]
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
         if verdict.helped() is False:

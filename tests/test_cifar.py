@@ -69,6 +69,6 @@ def test_pretrain_finetune_export_on_real_images(cifar: Path, tmp_path: Path) ->
             "optim.warmup_steps": 10,
         },
     )
-    assert tuned.accuracy["pretrained"].mean > 0.2, "twice chance"
+    assert tuned.score["pretrained"].mean > 0.2, "twice chance"
     assert mpp.export(result.out, tmp_path / "encoder").difference <= 1e-5
     assert json.loads((tmp_path / "finetune" / "result.json").read_text())["val_images"] == 500

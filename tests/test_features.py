@@ -79,8 +79,8 @@ def test_pixels_are_shrunk() -> None:
 def batch(first: int, n: int, bad: tuple[int, ...] = ()) -> Any:
     labels = torch.arange(first, first + n)
     images = labels.view(-1, 1, 1, 1).expand(-1, 3, 4, 4).to(torch.uint8)
-    labels = torch.tensor([-1 if int(i) in bad else int(i) for i in labels])
-    return SimpleNamespace(images=images, labels=labels)
+    readable = torch.tensor([int(i) not in bad for i in labels])
+    return SimpleNamespace(images=images, labels=labels, readable=readable)
 
 
 def test_unreadable_images_are_left_out(tmp_path: Path) -> None:

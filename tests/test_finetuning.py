@@ -64,16 +64,16 @@ def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
 def test_both_arms_with_intervals(shards: Path, run: Path, tmp_path: Path) -> None:
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run))
     assert result.state == "finished"
-    assert result.accuracy.keys() == {"pretrained", "scratch"}
-    for arm in result.accuracy.values():
+    assert result.score.keys() == {"pretrained", "scratch"}
+    for arm in result.score.values():
         assert len(arm.values) == 2
         assert 0.4 < arm.mean <= 1, "two shapes, told apart better than by chance"
     stored = json.loads((tmp_path / "ft" / "result.json").read_text())
-    assert stored["gain"]["mean"] == pytest.approx(result.accuracy["pretrained"].mean - result.accuracy["scratch"].mean)
+    assert stored["gain"]["mean"] == pytest.approx(result.score["pretrained"].mean - result.score["scratch"].mean)
     assert stored["val_images"] == 25
     metrics = stored["verdicts"][0]["metrics"]["scratch"]
     assert metrics.keys() == {"accuracy", "balanced_accuracy", "auroc", "map", "ece"}
-    assert metrics["accuracy"] == stored["accuracy"]["scratch"]
+    assert metrics["accuracy"] == stored["score"]["scratch"]
     assert {p.name for p in (tmp_path / "ft").iterdir() if p.is_dir()} == {
         "pretrained-seed0", "pretrained-seed1", "scratch-seed0", "scratch-seed1",
     }  # fmt: skip
@@ -107,7 +107,7 @@ def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
     assert {p.name for p in out.iterdir() if p.is_dir()} == {
         f"labels{n}-{arm}-seed{seed}" for n in (4, 12) for arm in ("pretrained", "scratch") for seed in (0, 1)
     }
-    assert whole.accuracy == whole.verdicts[-1].accuracy
+    assert whole.score == whole.verdicts[-1].score
     assert whole.encoder == out / "labels12-pretrained-seed0" / "encoder"
     lines = whole.table().splitlines()
     assert lines[0].split("   ")[0] == "labels a class"
@@ -126,11 +126,11 @@ def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
     kept.write_text(json.dumps({**before, "metrics": {**before["metrics"], "accuracy": 0.25}}))
     shutil.rmtree(out / "labels12-scratch-seed1")
     again = mpp.finetune(recipe(shards, out, run, **changes), resume="auto")
-    assert again.verdicts[0].accuracy["scratch"].values[1] == 0.25, "not run again"
+    assert again.verdicts[0].score["scratch"].values[1] == 0.25, "not run again"
     assert again.verdicts[1] == whole.verdicts[1]
     more = mpp.finetune(recipe(shards, out, run, **changes, seeds=[0, 1, 2]), resume="auto")
-    assert [e.values[:2] for e in more.verdicts[1].accuracy.values()] == [
-        e.values for e in whole.verdicts[1].accuracy.values()
+    assert [e.values[:2] for e in more.verdicts[1].score.values()] == [
+        e.values for e in whole.verdicts[1].score.values()
     ], "a seed more only adds cells"
 
 
@@ -197,7 +197,7 @@ def test_the_arms_differ_in_their_weights_alone(shards: Path, run: Path, tmp_pat
 def test_options(changes: dict[str, Any], shards: Path, run: Path, tmp_path: Path) -> None:
     base = {"seeds": [0], "beside_scratch": False, "optim.steps": 3}
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run, **{**base, **changes}))
-    assert 0 <= result.accuracy["pretrained"].mean <= 1
+    assert 0 <= result.score["pretrained"].mean <= 1
     assert math.isfinite(read_metrics(tmp_path / "ft" / "pretrained-seed0")[-1]["loss"])
     assert mpp.verify(tmp_path / "ft" / "pretrained-seed0").difference <= 1e-5
 
@@ -224,7 +224,7 @@ def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
             architecture={"name": "vit_tiny_patch16_224", "args": ARGS},
         )
     )
-    assert scratch.accuracy.keys() == {"scratch"}
+    assert scratch.score.keys() == {"scratch"}
     assert scratch.gain is None
     with pytest.raises(UserError, match="neither a run nor an exported encoder"):
         mpp.finetune(recipe(shards, tmp_path / "c", tmp_path))
@@ -265,7 +265,7 @@ def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path)
     for arm in ("pretrained", "scratch"):
         a, b = ([m["loss"].hex() for m in read_metrics(tmp_path / o / f"{arm}-seed0")] for o in ("whole", "killed"))
         assert a == b
-    both = [json.loads((tmp_path / o / "result.json").read_text())["accuracy"] for o in ("whole", "killed")]
+    both = [json.loads((tmp_path / o / "result.json").read_text())["score"] for o in ("whole", "killed")]
     assert both[0] == both[1]
 
 
@@ -278,7 +278,7 @@ def test_two_processes_train_the_same_run_as_one(shards: Path, run: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     a, b = ([m["loss"] for m in read_metrics(tmp_path / o / "pretrained-seed0")] for o in ("one", "two"))
     assert a == pytest.approx(b, rel=1e-5)
-    results = [json.loads((tmp_path / o / "result.json").read_text())["accuracy"] for o in ("one", "two")]
+    results = [json.loads((tmp_path / o / "result.json").read_text())["score"] for o in ("one", "two")]
     assert results[0] == results[1], "every validation image is counted once"
 
 

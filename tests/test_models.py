@@ -158,5 +158,5 @@ def test_every_family_is_verified_in_a_clean_process_and_fine_tunes(
     }  # fmt: skip
     with pytest.warns(mpp.MppWarning, match="the same images as data.train"):
         tuned = mpp.finetune(check_recipe(values, FinetuneRecipe))
-    assert tuned.accuracy.keys() == {"pretrained", "scratch"}
+    assert tuned.score.keys() == {"pretrained", "scratch"}
     assert exporting.verify(tmp_path / "ft" / "pretrained-seed0").difference <= 1e-5

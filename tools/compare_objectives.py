@@ -137,7 +137,7 @@ def do(name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[in
             "out": str(run_folder),
         }  # fmt: skip
         tuning_cost += run("finetune", "cifar10.yaml", tuning)["cpu"]
-        for arm, found in json.loads((run_folder / "result.json").read_text())["accuracy"].items():
+        for arm, found in json.loads((run_folder / "result.json").read_text())["score"].items():
             accuracies[arm].append(found["mean"])
     return {
         "row": name,

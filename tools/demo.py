@@ -43,11 +43,11 @@ def main() -> None:
     run("mpp", "reconstruct", f"{OUT}/pretrain", *shown, "--out", f"{OUT}/reconstructions.png")
 
     result = json.loads((ROOT / OUT / "finetune" / "result.json").read_text())
-    spread = max(max(a["values"]) - min(a["values"]) for a in result["accuracy"].values())
+    spread = max(max(a["values"]) - min(a["values"]) for a in result["score"].values())
     gain = result["gain"]["mean"]
     print(f"\nThis is a demonstration: {result['val_images']} crops of 11 photographs, 5 labels for each of them.\n")
     print(f"  {'':<16}accuracy   each of {len(result['seeds'])} seeds")
-    for arm, a in result["accuracy"].items():
+    for arm, a in result["score"].items():
         print(f"  {arm:<16}{100 * a['mean']:5.1f} %    {', '.join(f'{100 * v:.1f}' for v in a['values'])}")
     print(f"  {'gain':<16}{100 * gain:+5.1f}      points; the largest spread between seeds is {100 * spread:.1f}")
     print(f"""

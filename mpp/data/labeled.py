@@ -1,7 +1,8 @@
-"""Labeled images for fine-tuning: a folder with a folder for each class, or shards with labels."""
+"""Labeled images for fine-tuning: a folder with a folder for each class, shards with labels, or a CSV file."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -81,8 +82,13 @@ class Labeled:
 
     reader: _Reader
     labels: np.ndarray
-    """(images,) int64, indexes into `classes`"""
+    """(images,) int64, indexes into `classes`; or (images, classes) bool where an image may have several, or none"""
     classes: list[str]
+
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.labels.ndim == 2
 
     def fingerprint(self) -> str:
         """What the images and their labels are, not where they lie."""
@@ -97,6 +103,11 @@ class Labeled:
         if labels_per_class is None and fraction is None:
             return np.arange(len(self.labels))
         rng, chosen = stream(seed, Purpose.SUBSET), []
+        if self.several:
+            if labels_per_class is not None:
+                raise UserError("data.labels_per_class: an image may have several labels here; allowed: data.fraction")
+            take = max(round(len(self.labels) * (fraction or 0)), 1)
+            return np.sort(rng.permutation(len(self.labels))[:take])
         for label, name in enumerate(self.classes):
             members = np.flatnonzero(self.labels == label)
             take = labels_per_class or max(round(len(members) * (fraction or 0)), 1)
@@ -109,11 +120,12 @@ class Labeled:
 def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(fit, tune): places in `labels`, ascending; of each class, `fraction` is for tuning and one at least for fitting.
 
-    A pure function of its arguments.
+    Where images have several labels: of all images. A pure function of its arguments.
     """
     rng, tune = stream(seed, Purpose.TUNE), []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+    kinds = np.zeros(len(labels), dtype=np.int64) if labels.ndim == 2 else labels
+    for label in np.unique(kinds):
+        members = np.flatnonzero(kinds == label)
         take = min(max(round(fraction * len(members)), 1), len(members) - 1)
         tune.append(rng.permutation(members)[:take])
     chosen = np.sort(np.concatenate(tune))
@@ -140,15 +152,27 @@ def open_labeled(
     classes: list[str] | None,
     cache_dir: str | None,
     cache_limit_bytes: float,
+    several: bool = False,
 ) -> Labeled:
-    """A class-folder tree, or shards with `.cls` / `.json` labels (a folder that holds *.tar is shards).
+    """A class-folder tree, shards with `.cls` / `.json` labels (a folder that holds *.tar is shards), or a CSV file.
 
-    classes: those of the training data, which validation must share. UserError where labels are missing.
+    classes: those of the training data, which validation must share. several: an image may have several labels, or
+    none. UserError where labels are missing.
     """
+    if len(spec) == 1 and spec[0].lower().endswith(".csv"):
+        paths, named = _read_csv(spec[0], several)
+        return _named(_Files(paths), named, [f"{spec[0]}:{i + 2}" for i in range(len(paths))], key, classes, several)
     if len(spec) == 1 and os.path.isdir(spec[0]) and not any(n.endswith(".tar") for n in _listed(spec[0])):
-        return _folder(spec[0], key, classes)
+        found = _folder(spec[0], key, classes)
+        if several:
+            return Labeled(found.reader, np.eye(len(found.classes), dtype=bool)[found.labels], found.classes)
+        return found
     images = ShardImages(spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes)
     reader = _Shards(images)
+    if several:
+        rows = [(shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
+        places = [images.name(*at) for at in rows]
+        return _named(reader, [_labels(images, *at) for at in rows], places, key, classes, several)
     values = [_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
     # what `mpp pack` left in each folder: the numbers in the shards of a folder count in its own list
     folders = [os.path.dirname(path) for path in images.paths]
@@ -182,6 +206,67 @@ def _classes_of(values: list[str | int], key: str) -> list[str]:
             f"{key}: labels up to {max(numbers)}, but only {len(set(numbers))} different ones: number classes from 0"
         )
     return [str(n) for n in range(max(numbers) + 1)]
+
+
+def _read_csv(path: str, several: bool) -> tuple[list[str], list[list[str]]]:
+    """-> image files and the names of their classes. UserError with the line of what is wrong."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.reader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    column = "labels" if several else "label"
+    if not rows or not {"image", column} <= set(rows[0]):
+        raise UserError(
+            f"{path}:1: wants the columns image and {column}; got {', '.join(rows[0]) if rows else 'nothing'}"
+        )
+    image, label = rows[0].index("image"), rows[0].index(column)
+    paths, labels = [], []
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(rows[0]):
+            raise UserError(f"{path}:{number}: {len(row)} columns, where the first line has {len(rows[0])}")
+        names = [name.strip() for name in row[label].split(";") if name.strip()] if several else [row[label].strip()]
+        if not several and not names[0]:
+            raise UserError(f"{path}:{number}: no label")
+        paths.append(os.path.join(os.path.dirname(path), row[image]))
+        labels.append(names)
+    if not paths:
+        raise UserError(f"{path}: no images in it")
+    return paths, labels
+
+
+def _labels(images: ShardImages, shard: int, row: int) -> list[str]:
+    """`labels` of a sample's .json: a list of names. UserError."""
+    stored, name = images.read_label(shard, row), images.name(shard, row)
+    try:
+        values = json.loads(stored[0])["labels"] if stored is not None and stored[1] else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        values = None
+    if not isinstance(values, list) or not all(isinstance(v, str | int) and not isinstance(v, bool) for v in values):
+        raise UserError(f"{name}: wants a .json beside it with 'labels', a list of names")
+    return [str(value) for value in values]
+
+
+def _named(
+    reader: _Reader,
+    named: list[list[str]],
+    places: list[str],
+    key: str,
+    classes: list[str] | None,
+    several: bool,
+) -> Labeled:
+    """From the names of each image's classes. UserError, with its place, for one that is no class of the training."""
+    known = classes if classes is not None else sorted({name for names in named for name in names})
+    index = {name: i for i, name in enumerate(known)}
+    labels = np.zeros((len(named), len(known)), dtype=bool)
+    for i, names in enumerate(named):
+        for name in names:
+            if name not in index:
+                raise UserError(
+                    f"{key}: {places[i]}: '{name}' is none of the {len(known)} classes of the training data"
+                )
+            labels[i, index[name]] = True
+    return Labeled(reader, labels if several else labels.argmax(1).astype(np.int64), known)
 
 
 def _label(images: ShardImages, shard: int, row: int) -> str | int:
@@ -240,9 +325,11 @@ class LabeledBatch:
     images: Tensor
     """(B, C, H, W) uint8"""
     labels: Tensor
-    """(B,) int64"""
+    """(B,) int64, or (B, classes) float32 where images may have several"""
     positions: Tensor
     """(B,) int64"""
+    readable: Tensor
+    """(B,) bool: False where an image could not be read, and pixels and label are zeros"""
     bad: list[str]
 
     def pin_memory(self) -> LabeledBatch:
@@ -271,10 +358,13 @@ class LabeledDataset(Dataset[LabeledBatch]):
             samples = [self._sample(position, place, bad) for position, _, place in keys]
         except UserError as error:
             return error
-        images, labels = zip(*samples, strict=True)
-        return LabeledBatch(torch.stack(images), torch.tensor(labels), torch.tensor([k[0] for k in keys]), bad)
+        images, numbers = zip(*samples, strict=True)
+        readable = torch.ones(len(keys), dtype=torch.bool)
+        positions = torch.tensor([k[0] for k in keys])
+        return LabeledBatch(torch.stack(images), _of(self.data, list(numbers)), positions, readable, bad)
 
     def _sample(self, position: int, place: int, bad: list[str]) -> tuple[Tensor, int]:
+        """The image, augmented, and its number."""
         for step in range(len(self.subset)):
             number = int(self.subset[(place + step) % len(self.subset)])
             try:
@@ -291,12 +381,18 @@ class LabeledDataset(Dataset[LabeledBatch]):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks every device: 0.6 ms
-            return torch.as_tensor(self.augment(image)), int(self.data.labels[number])
+            return torch.as_tensor(self.augment(image)), number
         raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
 
 
+def _of(data: Labeled, numbers: list[int]) -> Tensor:
+    """Labels of these images."""
+    found = torch.from_numpy(data.labels[numbers])
+    return found.float() if data.several else found
+
+
 class CentreDataset(Dataset[LabeledBatch]):
-    """Central crops for evaluation; keys are numbers of images. A bad image comes as label -1."""
+    """Central crops for evaluation; keys are numbers of images."""
 
     def __init__(
         self, data: Labeled, size: tuple[int, int], fraction: float, *, channels: int, formats: tuple[str, ...],
@@ -307,18 +403,17 @@ class CentreDataset(Dataset[LabeledBatch]):
 
     def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
         images = torch.zeros((len(keys), self.decode["channels"], *self.size), dtype=torch.uint8)  # type: ignore[arg-type]
-        labels, bad = torch.empty(len(keys), dtype=torch.int64), []
+        readable, bad = torch.ones(len(keys), dtype=torch.bool), []
 
         def box(width: int, height: int) -> tuple[int, int, int, int]:
             return centre_box(width, height, self.size, self.fraction)
 
         for i, number in enumerate(keys):
-            labels[i] = int(self.data.labels[number])
             try:
                 images[i] = decode_crop(self.data.reader.read(number), box, self.size, **self.decode)  # type: ignore[arg-type]
             except BadImage as error:
-                labels[i] = -1
+                readable[i] = False
                 bad.append(f"{self.data.reader.name(number)}: {error}")
             except UserError as error:
                 return error
-        return LabeledBatch(images, labels, torch.tensor(keys), bad)
+        return LabeledBatch(images, _of(self.data, keys), torch.tensor(keys), readable, bad)

@@ -18,6 +18,10 @@ class ClassifyTask(nn.Module):
     linear one (ViT, Dosovitskiy et al. 2021, section 3.1, their head in pretraining); None: linear alone.
     """
 
+    several = False
+    """Whether an image may have several labels."""
+    headline = "accuracy"
+    """The metric of the verdict."""
     class_weights: Tensor | None
 
     def __init__(

@@ -191,6 +191,7 @@ def test_bad_images(tmp_path: Path) -> None:
     assert batch.labels.tolist() == [1], "the label goes with the image that took its place"
     assert "1.png: not an image" in batch.bad[0]
     val = CentreDataset(data, (16, 16), 1.0, **READING).__getitems__([0, 1, 2])
-    assert val.labels.tolist() == [0, -1, 1]
+    assert val.labels[val.readable].tolist() == [0, 1]
+    assert val.readable.tolist() == [True, False, True]
     with pytest.raises(UserError, match="not one of the chosen images can be read"):
         raise LabeledDataset(data, np.array([1]), augment, 0, **READING).__getitems__([(0, 0, 0)])
