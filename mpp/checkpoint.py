@@ -34,13 +34,13 @@ def save(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
     *,
-    keep: int,
+    keep: int | None,
     averaged: nn.Module | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it. Call it on one process.
+    """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it, or all. Call it on one process.
 
     UserError, with path and free space, where it cannot be written; earlier checkpoints are not touched then.
     """
@@ -52,7 +52,8 @@ def save(
         save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
         if averaged is not None:
             save_file(_on_cpu(averaged.state_dict()), aside / "averaged.safetensors")
-        save_file(_on_cpu(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
+        if optimizer is not None:
+            save_file(_on_cpu(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         files = sorted(p for p in aside.iterdir())
         for path in files:  # safetensors writes for the owner alone
@@ -74,9 +75,16 @@ def save(
         ) from error
     # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
     earlier = [p for p in steps(folder) if p.name <= final.name]
-    for old in (*earlier[keep:], *(p for p in steps(folder) if p.name > final.name)):
+    for old in (*(earlier[keep:] if keep else ()), *(p for p in steps(folder) if p.name > final.name)):
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def keep_only(folder: Path, step: int) -> None:
+    """Delete every checkpoint of a folder but that of `step`. Call it on one process."""
+    for path in steps(folder):
+        if path.name != f"step-{step:08d}":
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[Path]:

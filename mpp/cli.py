@@ -162,7 +162,10 @@ def evaluate(encoder: str, overrides: tuple[str, ...], recipe: str | None, resum
     """Probe the frozen features of ENCODER (a run, an export or a timm name): data.train=… data.val=…"""
     from mpp.recipe import parse_overrides
 
-    result = mpp.evaluate(encoder, recipe=recipe, resume=resume, scale=scale, **parse_overrides(overrides))
+    given = parse_overrides(overrides)
+    if "encoder" in given:
+        raise UserError("command line: encoder: is the first word, mpp evaluate ENCODER …; give another as compare=")
+    result = mpp.evaluate(encoder, recipe=recipe, resume=resume, scale=scale, **given)
     click.echo(result.table())
     click.echo(f"{result.plot}")
 
@@ -189,13 +192,15 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
     """What a fine-tuned ENCODER says of IMAGES (files or folders), as CSV."""
     import csv
 
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
     rows, unreadable, judged = mpp.predict(encoder, images, views=int(views), top=top, out=out, report=report)
     if out is None:
         writer = csv.writer(sys.stdout)
         writer.writerow(rows[0])
         writer.writerows([[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
     for name, why in unreadable.items():
-        click.echo(f"unreadable: {name}: {why}", err=True)
+        click.echo(f"unreadable: {name}: {why}".encode("utf-8", "backslashreplace").decode(), err=True)
     if judged is not None:
         click.echo(f"accuracy {judged.accuracy:.2%} of {judged.counts.sum()} images; see {report}", err=True)
 

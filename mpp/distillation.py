@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +36,11 @@ class Distillation:
         temperature: float,
         mean: Tensor,
         std: Tensor,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """mean, std: (C, 1, 1), by which the student's pixels were normalised, in [0, 1]."""
+        """mean, std: (C, 1, 1), by which the student's pixels were normalised, in [0, 1]. autocast: the run's."""
         self.teacher: Any = teacher.requires_grad_(False).eval()
+        self.autocast = autocast
         self.kind, self.alpha, self.temperature = kind, alpha, temperature
         own: Any = teacher.pretrained_cfg
         self.size = tuple(own["input_size"][1:])
@@ -51,7 +54,8 @@ class Distillation:
         x = x * self.scale + self.shift
         if tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
-        return self.teacher(x).float()
+        with self.autocast():
+            return self.teacher(x).float()
 
     def loss(
         self,

@@ -142,6 +142,7 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
             size = opened.size if opened else sizes["encoder"]
             reader = opened.reader if opened else PixelReader()
             done = _run_arm(recipe, accelerator, reader.to(accelerator.device), data, size, folder)
+            reader.cpu()
             write_json(folder / RESULT, {"fingerprint": fingerprint, "scores": [asdict(s) for s in done]})
         scores[arm] = done
 
@@ -217,9 +218,7 @@ def _reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
             f"data.image_size: {source} has a stride of {stride} px; got {size[0]}×{size[1]}, "
             f"allowed are multiples of {stride}"
         )
-    mean, std = (list(getattr(data, k) or own[k]) for k in ("mean", "std"))
-    if len(mean) != data.channels:  # timm sums or repeats the first layer's weights for other channels
-        mean, std = [sum(mean) / len(mean)] * data.channels, [sum(std) / len(std)] * data.channels
+    mean, std = (getattr(data, k) or exporting.for_channels(own[k], data.channels) for k in ("mean", "std"))
     return _Opened(EncoderReader(model, recipe.layers, mean, std), (int(size[0]), int(size[1])))
 
 
@@ -257,19 +256,23 @@ def _run_arm(
         parts = [numbers[i : i + batch_size].tolist() for i in range(0, len(numbers), batch_size)]
         loaded = batches(dataset, parts, workers=keys.workers, pin_memory=device.type == "cuda")
         shown = tqdm(loaded, f"{folder.name}: {what}", len(parts), leave=False, disable=not sys.stderr.isatty())
+        yield from shown
+
+    def read(pixels: Tensor, *, tokens: bool = False) -> Read:
+        """In the run's precision, and only this: whatever is trained on it is trained in float32."""
         with accelerator.autocast():
-            yield from shown
+            return reader(pixels, tokens=tokens)
 
     # ---- features, read once
     if {"knn", "linear"} & set(recipe.probes):
         both = np.concatenate([data.fit, data.tune])
         train = read_table(
-            reader, images(data.train, both, keys.batch_size, "training images"), len(both), len(data.fit),
+            read, images(data.train, both, keys.batch_size, "training images"), len(both), len(data.fit),
             folder / "features" / "train", device,
         )  # fmt: skip
         everything = np.arange(len(data.val.labels))
         val = read_table(
-            reader, images(data.val, everything, keys.batch_size, "validation images"), len(everything), 0,
+            read, images(data.val, everything, keys.batch_size, "validation images"), len(everything), 0,
             folder / "features" / "val", device,
         )  # fmt: skip
         if len(val.labels) == 0 or train.first in (0, len(train.labels)):
@@ -289,7 +292,7 @@ def _run_arm(
         def tokens(of: Labeled, numbers: np.ndarray, what: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
             for batch in images(of, numbers, recipe.attentive.batch_size, what):
                 readable = batch.readable.to(device)
-                found: Read = reader(batch.images.to(device))
+                found = read(batch.images.to(device), tokens=True)
                 yield {k: v[readable] for k, v in found.tokens.items()}, batch.labels.to(device)[readable]
 
         scores += _attentive(recipe, data, tokens, classes, device)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,18 +209,24 @@ def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
     raise UserError(f"{key}: '{source}': no such folder, and no such model of timm {timm.__version__}{hint}")
 
 
-def own_normalisation(source: str) -> tuple[list[float], list[float]] | None:
+def own_normalisation(source: str, channels: int) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation, of pixels in [0, 1], that an encoder was trained with; None where nobody knows."""
     if source == "scratch":
         return None
     config: Any = timm.get_pretrained_cfg(source) if is_timm_name(source) else None
     if config is not None:
-        return list(config.mean), list(config.std)
+        return for_channels(config.mean, channels), for_channels(config.std, channels)
     try:
         stored = json.loads((encoder_folder(source) / "config.json").read_text())["pretrained_cfg"]
-        return [float(v) for v in stored["mean"]], [float(v) for v in stored["std"]]
+        return for_channels(stored["mean"], channels), for_channels(stored["std"], channels)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def for_channels(values: Sequence[float], channels: int) -> list[float]:
+    """Of other channels than its own timm sums or repeats the first layer's weights: they share the mean of these."""
+    found = [float(v) for v in values]
+    return found if len(found) == channels else [sum(found) / len(found)] * channels
 
 
 def open_encoder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Read(NamedTuple):
     pooled: dict[Place, Tensor]
     """(B, D) float32 each"""
     tokens: dict[str, Tensor]
-    """layer -> (B, N, D) patch tokens"""
+    """layer -> (B, N, D) float32 patch tokens, where they were asked for: they are many"""
 
 
 class EncoderReader(nn.Module):
@@ -73,30 +73,31 @@ class EncoderReader(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Read:
+    def forward(self, images: Tensor, *, tokens: bool = False) -> Read:
         """(B, C, H, W) uint8."""
         x = (images.float() - self.mean) / self.std
         prefix = {"return_prefix_tokens": True} if self.class_token else {}
         out, maps = self.model.forward_intermediates(
             x, indices=[i - 1 for i in self.layers], norm=False, output_fmt="NCHW", **prefix
         )
-        pooled, tokens = {}, {}
+        pooled, every = {}, {}
         for layer, found in zip(map(str, self.layers), maps, strict=True):
             features, first = found if self.class_token else (found, None)
-            tokens[layer] = features.float().flatten(2).transpose(1, 2)
-            pooled[Place(layer, "mean")] = tokens[layer].mean(1)
+            if tokens:
+                every[layer] = features.float().flatten(2).transpose(1, 2)
+            pooled[Place(layer, "mean")] = features.float().mean((2, 3))
             if first is not None:
                 pooled[Place(layer, "token")] = first[:, 0].float()
         pooled[Place("out", "own")] = self.model.forward_head(out, pre_logits=True).float()
-        return Read(pooled, tokens)
+        return Read(pooled, every)
 
 
 class PixelReader(nn.Module):
     """The control: the image itself, shrunk to at most `PIXELS_SIDE` px."""
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Read:
-        """(B, C, H, W) uint8."""
+    def forward(self, images: Tensor, *, tokens: bool = False) -> Read:
+        """(B, C, H, W) uint8; it has no tokens."""
         size = tuple(min(side, PIXELS_SIDE) for side in images.shape[-2:])
         x = images.float() / 255
         if size != tuple(x.shape[-2:]):
@@ -116,7 +117,12 @@ class Table(NamedTuple):
 
 
 def read_table(
-    reader: nn.Module, batches: Iterable[Any], images: int, first: int, folder: Path, device: torch.device
+    reader: Callable[[Tensor], Read],
+    batches: Iterable[Any],
+    images: int,
+    first: int,
+    folder: Path,
+    device: torch.device,
 ) -> Table:
     """Run `reader` over labeled batches of `images` images into .npy files in `folder`.
 

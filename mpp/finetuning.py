@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import random
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError
 from mpp.metrics import RunLog, environment, write_json
-from mpp.optim import adamw, finetune_groups, scheduled_lr, set_lr, steps_of, unfreeze
+from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, steps_of, unfreeze
 from mpp.recipe import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
@@ -43,6 +44,8 @@ from mpp.verdict import Estimate, Verdict, table
 
 RESULT = "result.json"
 PLOT = "label_efficiency.png"
+EVALUATION_BATCH = 256
+"""Images that are judged at once, unless optim.max_batch_per_device is less."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **reading)
     arms = _arms(recipe)
     exporting.check_source(recipe.encoder, key="encoder", more=("scratch",))
-    recipe = _normalised_as_pretrained(recipe)
-    _check(recipe, arms, accelerator.num_processes, train, val)
+    recipe = _normalised_as_pretrained(recipe, warn=accelerator.is_main_process)
+    _check(recipe, accelerator, arms, train, val)
     fingerprint = _fingerprint(recipe, train, val)
     find_run(recipe, resume, fingerprint=fingerprint)
     accelerator.wait_for_everyone()  # all have looked before one writes
@@ -178,14 +181,14 @@ def _plot(result: FinetuneResult, out: Path) -> None:
     draw({title: lines}, out, xlabel="labels a class", ylabel=f"{result.verdicts[-1].metric}, %", log_x=True)
 
 
-def _normalised_as_pretrained(recipe: FinetuneRecipe) -> FinetuneRecipe:
+def _normalised_as_pretrained(recipe: FinetuneRecipe, *, warn: bool) -> FinetuneRecipe:
     """The recipe with the encoder's own mean and std where it gives none; a warning where it gives others."""
-    own = exporting.own_normalisation(recipe.encoder)
-    if own is None or len(own[0]) != recipe.data.channels:
+    own = exporting.own_normalisation(recipe.encoder, recipe.data.channels)
+    if own is None:
         return recipe
     for key, value in zip(("mean", "std"), own, strict=True):
         given = getattr(recipe.data, key)
-        if given is not None and list(given) != value:
+        if warn and given is not None and list(given) != value:
             shown = ", ".join(f"{v:g}" for v in value)
             warnings.warn(
                 f"data.{key}: the encoder was trained with [{shown}]; left out, that is taken", MppWarning, stacklevel=3
@@ -205,8 +208,9 @@ def _arms(recipe: FinetuneRecipe) -> list[str]:
     return ["pretrained", "scratch"] if recipe.beside_scratch else ["pretrained"]
 
 
-def _check(recipe: FinetuneRecipe, arms: list[str], world: int, train: Labeled, val: Labeled) -> None:
+def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], train: Labeled, val: Labeled) -> None:
     """Refuse what cannot run, before the run folder is made and the first cell has trained."""
+    world = accelerator.num_processes
     if len(val.labels) == 0:
         raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
     if len(train.classes) < (1 if train.several else 2):
@@ -226,7 +230,7 @@ def _check(recipe: FinetuneRecipe, arms: list[str], world: int, train: Labeled, 
     for arm in arms:
         model = _build(recipe, arm, recipe.seeds[0], len(train.classes))
     if recipe.distill:
-        _distillation(recipe, model, train.classes)
+        _distillation(recipe, accelerator, model, train.classes)
 
 
 def _augmentation(recipe: FinetuneRecipe) -> Any:
@@ -309,18 +313,36 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
         torch.manual_seed(torch_seed(seed, Purpose.INIT))
         # keeps the final norm where its weights are; timm would drop them with the change of pooling
         keep_norm = "use_fc_norm" if type(encoder).__name__ in ("Eva", "Beit") else "fc_norm"
-        encoder = _encoder(recipe, pretrained=arm == "pretrained", pool={"global_pool": wanted, keep_norm: False})
+        takes = inspect.signature(type(encoder).__init__).parameters
+        pool = {"global_pool": wanted, **({keep_norm: False} if keep_norm in takes else {})}
+        encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=pool)
     stride, size = encoder.feature_info[-1]["reduction"], recipe.data.image_size
     if size[0] % stride or size[1] % stride:  # timm would leave out the border in silence
         raise UserError(
             f"data.image_size: the encoder has a stride of {stride} px; got {size[0]}×{size[1]}, "
             f"allowed are multiples of {stride}"
         )
-    task = build_component("task", recipe.task, encoder.num_features, num_classes)
+    width = _width(encoder, recipe)
+    task = build_component("task", recipe.task, width, num_classes)
     distilled = None
     if recipe.distill and type(encoder).__name__ == "VisionTransformerDistilled":
-        distilled = build_component("task", recipe.task, encoder.num_features, num_classes)
+        distilled = build_component("task", recipe.task, width, num_classes)
     return Classifier(encoder, task, *recipe.data.mean_std(), distilled)
+
+
+@torch.no_grad()
+def _width(encoder: nn.Module, recipe: FinetuneRecipe) -> int:
+    """Of what the encoder gives for an image; some families widen it after pooling. UserError where it does not run."""
+    blank = torch.zeros(1, recipe.data.channels, *recipe.data.image_size)
+    try:
+        found = encoder.eval()(blank)
+    except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
+        words, size = " ".join(str(error).split())[:300], "×".join(map(str, recipe.data.image_size))
+        raise UserError(f"data.image_size: {type(encoder).__name__} does not run at {size} px: {words}") from error
+    encoder.train()
+    if found.ndim != 2:
+        raise UserError(f"encoder: {type(encoder).__name__} gives {tuple(found.shape[1:])} for an image, not a vector")
+    return int(found.shape[1])
 
 
 def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] | None) -> Any:
@@ -330,7 +352,7 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] |
         image_size=recipe.data.image_size,
         channels=recipe.data.channels,
         pretrained=pretrained,
-        drop_path_rate=recipe.drop_path_rate,
+        **({"drop_path_rate": recipe.drop_path_rate} if recipe.drop_path_rate else {}),
         **(pool or {}),
     )
 
@@ -380,9 +402,9 @@ def _run_cell(
         head_lr_scale=optim.head_lr_scale,
     )
     unfreeze(groups, frozen_steps=round(frozen * total_steps), gradual=recipe.unfreeze == "gradual")
+    thaws_at = min((g["starts_at_step"] for g in groups if "starts_at_step" in g), default=total_steps)
     optimizer: Any = adamw(groups, optim.betas)
     averaged = copy.deepcopy(model).requires_grad_(False).to(accelerator.device) if recipe.ema_decay else None
-    trained = [p for p in model.parameters() if p.requires_grad]
     mixing = recipe.mixup > 0 or recipe.cutmix > 0
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=len(train.classes)) if mixing else None
     erase = RandomErasing(data.erase, mode="pixel", device=accelerator.device) if data.erase else None
@@ -399,7 +421,7 @@ def _run_cell(
             raise UserError(f"{path}: the training data or the encoder changed since; start a new run")
         checkpoint.load(path, model, optimizer, averaged)
         start_step = state["step"]
-    distillation = _distillation(recipe, model, train.classes) if recipe.distill else None
+    distillation = _distillation(recipe, accelerator, model, train.classes) if recipe.distill else None
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -430,13 +452,12 @@ def _run_cell(
     pin = accelerator.device.type == "cuda"
     stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=pin)
     prepared.train()
-    if frozen == 1:
-        model.encoder.eval()
     log.status("running", step=start_step)
     best, best_step, worse = state["best"], state["best_step"], state["worse"]
     given_up = state["given_up"]
     step, began, steps_since = start_step, time.monotonic(), 0
     while step < total_steps and not given_up:
+        model.encoder.train(step >= thaws_at)  # a frozen one keeps its batch norms' statistics, too
         micro_losses, bad_lines = [], []
         for m in range(accumulate):
             batch = next(stream_of_batches)
@@ -461,6 +482,7 @@ def _run_cell(
                     micro_loss = distillation.loss(logits, x, labels, own_loss) / accumulate  # type: ignore[arg-type]
                 accelerator.backward(micro_loss)
             micro_losses.append(micro_loss.detach())
+        trained = learning(optimizer.param_groups, step)
         grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
         loss, new_bad, stopping = distributed.total(
             accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)]
@@ -477,7 +499,7 @@ def _run_cell(
         lr = (optim.global_batch_size / 256) * scheduled_lr(
             step, total_steps=total_steps, warmup_steps=warmup_steps, lr=base_lr, min_lr=optim.min_lr
         )
-        set_lr(optimizer, lr, step)
+        set_lr(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, steps_since = step + 1, steps_since + 1
@@ -487,14 +509,15 @@ def _run_cell(
 
         tuned = {}
         if recipe.early_stop and (step % recipe.early_stop.every_steps == 0 or step == total_steps):
-            found, _ = _evaluate(recipe, accelerator, averaged or model, train, tune, "early_stop")
+            judged = averaged or model
+            found, _ = _evaluate(recipe, accelerator, judged, train, tune, "early_stop", headline_only=True)
             score = found[task.headline]
             tuned = {f"tune_{task.headline}": score}
             worse += 1
             if score > best:
                 best, best_step, worse = score, step, 0
                 if accelerator.is_main_process:
-                    checkpoint.save(best_of, step, model, optimizer, {}, keep=1, averaged=averaged)
+                    checkpoint.save(best_of, step, model, None, {}, keep=None, averaged=averaged)
             given_up = worse >= recipe.early_stop.patience
         ending = bool(stopping) or step == total_steps or given_up
         if step % recipe.log_every_steps == 0 or tuned or ending:
@@ -515,6 +538,7 @@ def _run_cell(
                 checkpoint.save(
                     checkpoints, step, model, optimizer, state, keep=recipe.keep_checkpoints, averaged=averaged
                 )
+                checkpoint.keep_only(best_of, best_step)  # no checkpoint to go on from names another any more
             accelerator.wait_for_everyone()
         if stopping and step < total_steps and not given_up:
             log.say(f"stopped at step {step}; go on with --resume auto")
@@ -555,13 +579,23 @@ def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
         copied.copy_(own)
 
 
-def _distillation(recipe: FinetuneRecipe, model: Classifier, classes: list[str]) -> Distillation:
+def _distillation(
+    recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, classes: list[str]
+) -> Distillation:
     """The teacher, where the model is. UserError where it cannot teach these classes."""
     keys = recipe.distill
     assert keys is not None
     teacher = open_teacher(keys.teacher, classes, recipe.data.channels).to(model.mean.device)
     mean, std = model.mean / 255, model.std / 255
-    found = Distillation(teacher, kind=keys.kind, alpha=keys.alpha, temperature=keys.temperature, mean=mean, std=std)
+    found = Distillation(
+        teacher,
+        kind=keys.kind,
+        alpha=keys.alpha,
+        temperature=keys.temperature,
+        mean=mean,
+        std=std,
+        autocast=accelerator.autocast,
+    )
     try:
         found.teach(torch.zeros(1, recipe.data.channels, *recipe.data.image_size, device=mean.device))
     except Exception as error:  # timm's models fail in their own ways
@@ -581,7 +615,14 @@ def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
 
 
 def _evaluate(
-    recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, images: Labeled, chosen: np.ndarray, key: str
+    recipe: FinetuneRecipe,
+    accelerator: Accelerator,
+    model: Classifier,
+    images: Labeled,
+    chosen: np.ndarray,
+    key: str,
+    *,
+    headline_only: bool = False,
 ) -> tuple[dict[str, float], int]:
     """(metrics, unreadable images) over the chosen images, each counted once, shared by all processes."""
     data = recipe.data
@@ -593,8 +634,11 @@ def _evaluate(
         formats=data.formats,
         max_image_pixels=data.max_image_pixels,
     )
+    for value in model.buffers():  # batch norms keep statistics of each process; the first one's are exported
+        value.copy_(broadcast(value))
     numbers = chosen[accelerator.process_index :: accelerator.num_processes].tolist()
-    parts = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
+    size = min(EVALUATION_BATCH, recipe.optim.max_batch_per_device)
+    parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
     own: list[tuple[Tensor, Tensor]] = []
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -609,7 +653,7 @@ def _evaluate(
     logits, labels = (torch.cat(t) for t in zip(*parts_of_all, strict=True))
     if len(labels) == 0:
         raise UserError(f"{key}: not one image can be read")
-    return model.task.metrics(logits, labels), len(chosen) - len(labels)  # type: ignore[operator]
+    return model.task.metrics(logits, labels, headline_only=headline_only), len(chosen) - len(labels)  # type: ignore[operator]
 
 
 def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
@@ -620,6 +664,8 @@ def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, metrics: dict[s
         encoder.reset_classifier(len(classes))
         found = encoder.get_classifier()
         theirs = list(found) if isinstance(found, tuple) else [found]
+        # the mean of one layer over two tokens is that layer over their mean, which is what was trained
+        tasks = tasks * len(theirs) if len(tasks) == 1 else tasks
         if len(theirs) == len(tasks) and all(isinstance(layer, nn.Linear) for layer in theirs):
             for layer, task in zip(theirs, tasks, strict=True):
                 layer.load_state_dict(task.out.state_dict())

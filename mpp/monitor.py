@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpp.data.labeled import CentreDataset, Labeled
 from mpp.errors import UserError
-from mpp.features import EncoderReader
+from mpp.features import EncoderReader, Place
 from mpp.probes import linear
 from mpp.rng import Purpose, stream
 
@@ -85,8 +85,12 @@ class OnlineProbe:
 
     @staticmethod
     def _features(reader: EncoderReader, images: Tensor, device: torch.device) -> dict[str, np.ndarray]:
-        parts = [reader(images[i : i + BATCH].to(device)).tokens for i in range(0, len(images), BATCH)]
-        return {layer: torch.cat([p[layer].mean(1) for p in parts]).cpu().numpy() for layer in parts[0]}
+        found: dict[str, list[Tensor]] = {str(layer): [] for layer in reader.layers}
+        for start in range(0, len(images), BATCH):
+            pooled = reader(images[start : start + BATCH].to(device)).pooled
+            for layer, parts in found.items():
+                parts.append(pooled[Place(layer, "mean")].cpu())
+        return {layer: torch.cat(parts).numpy() for layer, parts in found.items()}
 
 
 class Measured(NamedTuple):

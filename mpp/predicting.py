@@ -180,6 +180,9 @@ def predict_files(
     """
     predictor = Predictor(source, views)
     images = images_of(places)
+    for path in (out, Path(report) / "confusion.csv" if report is not None else None):
+        if path is not None:
+            _check_writable(Path(path))
     index = {name: i for i, name in enumerate(predictor.classes)}
     if report is not None:
         if predictor.several:
@@ -214,6 +217,15 @@ def predict_files(
     if judged is not None:
         _write_report(judged, Path(report))  # type: ignore[arg-type]
     return rows, unreadable, judged
+
+
+def _check_writable(path: Path) -> None:
+    """UserError where a file cannot be written, said before the images are read. What is in it stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
 
 
 def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:

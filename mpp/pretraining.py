@@ -134,7 +134,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     skills = [math.nan if value is None else float(value) for value in state["skills"]]
     skill, collapse = skills[0], state["collapse"]
     history = [Measured(*m) for m in state["history"]]
-    probed = Probed(*state["probed"]) if state["probed"] else None
+    probed = Probed(*state["probed"]) if probe and state["probed"] else None
     sampler = MicroBatches(
         order,
         seen=start_step * optim.global_batch_size,

@@ -454,7 +454,8 @@ class FinetuneRecipe(Run):
     cutmix: NonNegativeFloat = 0.0
     """Alpha of the beta distribution (Yun et al. 2019); 0: none."""
     frozen: Fraction = 0.0
-    """Part of the steps in which the head alone learns: 1 is a frozen encoder; below 1, LP-FT (Kumar et al. 2022)."""
+    """Part of the steps in which the head alone learns: 1 is a frozen encoder; below 1, LP-FT (Kumar et al. 2022),
+    whose backward pass still goes through the encoder."""
     unfreeze: Literal["at_once", "gradual"] = "at_once"
     """After `frozen`. gradual: block by block, the last one first (ULMFiT, Howard & Ruder 2018, section 3.3)."""
     ema_decay: BelowOne | None = None
@@ -471,6 +472,8 @@ class FinetuneRecipe(Run):
     def _architecture(self) -> FinetuneRecipe:
         if self.encoder == "scratch" and self.architecture is None:
             raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
+        if self.unfreeze == "gradual" and not 0 < self.frozen < 1:
+            raise ValueError("unfreeze: gradual: wants `frozen` between 0 and 1, the part of the steps that it takes")
         if registry.component("tasks", self.task.name).several:
             off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "distill": None}
             for key, value in off.items():
@@ -566,8 +569,8 @@ MAY_CHANGE = {
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing",
 }  # fmt: skip
-"""Keys a resumed run may change: they do not change what is computed, but for rounding and, with drop path or
-mixup on, which are drawn for each micro-batch, for their draws."""
+"""Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
+decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""
 
 R = TypeVar("R", bound=Job)
 
@@ -741,6 +744,9 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, str]:
         if not re.match(r"[A-Za-z_][\w.]*=", pair):
             raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as optim.base_lr=1e-4")
     given: dict[str, str] = {}
+    for word in ("recipe", "resume", "scale"):
+        if any(pair.startswith(f"{word}=") for pair in pairs):
+            raise UserError(f"{COMMAND_LINE}: {word}: no key of a recipe; see --help for --{word} and its like")
     for key, _, value in (pair.partition("=") for pair in pairs):
         if key in given:
             raise UserError(

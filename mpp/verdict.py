@@ -13,7 +13,7 @@ T_975 = (
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 """Student's t, 97.5 %, for 1 to 30 degrees of freedom (any table of it); above, the last: a little too wide."""
-NO_HELP = "pretraining did not help here: the gain is within its interval"
+NO_HELP = "pretraining did not help here"
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,15 @@ class Verdict:
         return self.gain.mean > self.gain.half_width
 
 
+def _why(gain: Estimate) -> str:
+    """Why a gain is none."""
+    if not math.isfinite(gain.half_width):
+        return f"{NO_HELP}: one seed, and no gain"
+    if gain.mean < -gain.half_width:
+        return f"{NO_HELP}: it hurt, by more than the interval"
+    return f"{NO_HELP}: the gain is within its interval"
+
+
 def table(verdicts: Sequence[Verdict]) -> str:
     """For people."""
     if len(verdicts) == 1:
@@ -89,7 +98,9 @@ def table(verdicts: Sequence[Verdict]) -> str:
         rows.append([str(v.labels_per_class), *(str(e) for e in v.score.values()), *gain])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["   ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"{v.labels_per_class} labels a class: {NO_HELP}" for v in verdicts if v.helped() is False]
+    lines += [
+        f"{v.labels_per_class} labels a class: {_why(v.gain)}" for v in verdicts if v.gain and v.helped() is False
+    ]
     return "\n".join(lines)
 
 
@@ -98,7 +109,7 @@ def _one(verdict: Verdict) -> str:
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
         if verdict.helped() is False:
-            rows.append(NO_HELP)
+            rows.append(_why(verdict.gain))
     return "\n".join(rows)
 
 

@@ -52,6 +52,53 @@ def test_the_teacher_sees_the_same_pixels_in_its_own_way() -> None:
     assert not teacher.training
 
 
+def test_the_teacher_runs_in_the_precision_of_the_run() -> None:
+    from functools import partial
+
+    seen: list[bool] = []
+
+    class Watching(Teacher):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(x)
+
+    half = torch.full((3, 1, 1), 0.5)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    found = Distillation(
+        Watching(8, [0.5] * 3, [0.5] * 3),
+        kind="soft",
+        alpha=0.5,
+        temperature=1.0,
+        mean=half,
+        std=half,
+        autocast=autocast,
+    )
+    assert found.teach(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
+    assert seen == [True]
+
+
+def test_without_a_teacher_both_tokens_have_the_same_head(shards: Path, tmp_path: Path) -> None:
+    """Their mean is read, through one layer: the mean of that layer over both is the same."""
+    mpp.finetune(
+        recipe(shards, tmp_path / "o", "scratch", architecture=DEIT, pool="token", seeds=[0], **{"optim.steps": 3})
+    )
+    cell = tmp_path / "o" / "scratch-seed0"
+    rows, _, _ = mpp.predict(cell, [_drawn(tmp_path)])
+    assert 0.5 <= rows[0]["probability"] <= 1
+    model = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    assert torch.equal(model.head.weight, model.head_dist.weight)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.head(model.forward_head(model.forward_features(x), pre_logits=True)))
+
+
+def _drawn(folder: Path) -> str:
+    from tests.conftest import drawn_image, encoded
+
+    (folder / "one.png").write_bytes(encoded(drawn_image(1)))
+    return str(folder / "one.png")
+
+
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 @pytest.mark.parametrize("two_heads", [False, True])
 def test_the_loss_by_hand(kind: str, two_heads: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -152,6 +154,71 @@ def test_nothing_is_chosen_by_the_validation_images() -> None:
     assert result.best("encoder", "linear") is None
 
 
+def test_choices_do_not_depend_on_the_validation_labels(
+    shards: Path, run: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Shuffle the labels of the validation images: accuracies change, and nothing that was chosen does."""
+    changes = keys(shards, **{"attentive.lr": [1e-3, 3e-2], "attentive.epochs": 3})
+    straight = mpp.evaluate(run, out=str(tmp_path / "a"), **changes)
+    real = evaluating.open_labeled
+
+    def shuffled(spec: Any, *, key: str, **rest: Any) -> Any:
+        found = real(spec, key=key, **rest)
+        return dataclasses.replace(found, labels=1 - found.labels) if key == "data.val" else found
+
+    monkeypatch.setattr(evaluating, "open_labeled", shuffled)
+    turned = mpp.evaluate(run, out=str(tmp_path / "b"), **changes)
+    for arm, scores in straight.scores.items():
+        for a, b in zip(scores, turned.scores[arm], strict=True):
+            assert (a.place, a.probe, a.chosen, a.tune_accuracy) == (b.place, b.probe, b.chosen, b.tune_accuracy)
+            assert a.probe == "knn" or a.sweep == b.sweep
+            assert a.accuracy == pytest.approx(1 - b.accuracy), "two classes, turned round"
+
+
+def test_the_linear_probe_is_fitted_to_all_training_images(shards: Path, run: Path, tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    out, changes = tmp_path / "e", {"keep_features": True, "probes": "linear", "controls": False}
+    result = mpp.evaluate(run, out=str(out), **keys(shards, **changes))
+    data = evaluating._open(_checked(run, out, shards, **changes))
+    labels = data.train.labels[np.concatenate([data.fit, data.tune])]
+    for score in result.scores["encoder"]:
+        x, val = (
+            np.load(out / "arms/encoder/features" / part / f"{score.layer}-{score.pool}.npy")
+            for part in ("train", "val")
+        )
+        scaler = StandardScaler().fit(x)
+        theirs = LogisticRegression(C=1 / (len(x) * score.chosen), max_iter=2000).fit(scaler.transform(x), labels)
+        assert theirs.score(scaler.transform(val), data.val.labels) == pytest.approx(score.accuracy, abs=0.05)
+        fewer = len(data.fit)
+        theirs.fit(scaler.transform(x)[:fewer], labels[:fewer])
+        assert theirs.score(scaler.transform(x)[fewer:], labels[fewer:]) == pytest.approx(score.tune_accuracy, abs=0.15)
+
+
+def test_only_the_encoder_runs_in_bf16(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A probe that trained under autocast would read a cast of its weights from before the step."""
+    real, seen = evaluating.attentive.train, []
+
+    def watched(probes: Any, batches: Any, **rest: Any) -> None:
+        def watching(epoch: int) -> Any:
+            for tokens, labels in batches(epoch):
+                seen.append(torch.is_autocast_enabled("cpu"))
+                assert all(t.dtype == torch.float32 for t in tokens.values())
+                yield tokens, labels
+
+        real(probes, watching, **rest)
+
+    monkeypatch.setattr(evaluating.attentive, "train", watched)
+    small = {"controls": False, "probes": ["attentive", "linear"], "keep_features": True}
+    mpp.evaluate(run, out=str(tmp_path / "h"), precision="bf16", **keys(shards, **small))
+    assert seen
+    assert not any(seen)
+    mpp.evaluate(run, out=str(tmp_path / "f"), **keys(shards, **small))
+    half, full = (np.load(tmp_path / o / "arms/encoder/features/val/2-mean.npy") for o in "hf")
+    assert np.abs(half - full).max() > 1e-4, "so it did run in bf16"
+
+
 def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
     words = [f"{k}={json.dumps(v)}" for k, v in keys(shards, controls=False, probes="linear").items()]
     copy = tmp_path / "run"
@@ -160,6 +227,9 @@ def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "the encoder" in done.stdout
     assert (copy / "evaluation" / "evaluation.png").exists(), "where no folder is named, inside the run"
+    done = command("evaluate", copy, "encoder=x", *words)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "command line: encoder: is the first word" in done.stderr
     recipe = tmp_path / "evaluate.yaml"
     recipe.write_text("job: evaluate\nattentive: {epochs: 0}\nprobe: knn\n")
     words = [w for w in words if not w.startswith("attentive.epochs")]

@@ -37,14 +37,16 @@ def test_every_family(family: Family) -> None:
     plain = subject.plain().eval()
     reader = EncoderReader(plain, None, MEAN, STD).train()
     images = some_images(2, subject.image_size)
-    found = reader(images)
+    found = reader(images, tokens=True)
+    assert reader(images).tokens == {}, "they are many; only where they are asked for"
     x = (images.float() - 255 * torch.tensor(MEAN).view(-1, 1, 1)) / (255 * torch.tensor(STD).view(-1, 1, 1))
     with torch.no_grad():
         assert torch.equal(found.pooled[Place("out", "own")], plain(x)), "what num_classes=0 gives"
         last = plain.forward_intermediates(x, norm=False, output_fmt="NCHW", intermediates_only=True)[-1]
     depth = len(plain.feature_info)
     assert list(found.tokens) == [str(i) for i in range(1, depth + 1)]
-    assert torch.equal(found.pooled[Place(str(depth), "mean")], last.flatten(2).transpose(1, 2).mean(1))
+    assert torch.equal(found.tokens[str(depth)], last.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(found.pooled[Place(str(depth), "mean")], found.tokens[str(depth)].mean(1))
     has_token = Place(str(depth), "token") in found.pooled
     assert has_token == (getattr(plain, "cls_token", None) is not None)
     assert all(f.shape[0] == 2 and f.ndim == 2 and not f.requires_grad for f in found.pooled.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import mpp
-from mpp import optim
+from mpp import finetuning, optim
 from mpp.data.labeled import balanced
 from mpp.encoders.timm_encoder import create_timm_model
 from mpp.errors import UserError
-from mpp.finetuning import _average
+from mpp.finetuning import _average, _build
 from mpp.metrics import read_metrics
 from mpp.tasks.classify import ClassifyTask
-from tests.conftest import drawn_image, encoded, pretrain_recipe
+from tests.conftest import command, drawn_image, encoded, pretrain_recipe
 from tests.test_finetuning import recipe, run  # noqa: F401 (a fixture)
 
 CELL = "pretrained-seed0"
@@ -170,6 +172,108 @@ def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:  # noq
     assert [m["step"] for m in read_metrics(cell)][-1] == 8, "and does not go on"
 
 
+def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    given = {"early_stop": {"every_steps": 4, "fraction": 0.3}, "drop_path_rate": 0.3}
+    tuned(shards, tmp_path / "o", run, **given)
+    log = (tmp_path / "o" / CELL / "train.log").read_text()
+    assert "14 labeled images of 2 classes" in log, "of 20, and 6 to judge by"
+    losses = [m["loss"] for m in read_metrics(tmp_path / "o" / CELL)]
+    rarely = {"early_stop": {"every_steps": 12, "fraction": 0.3}, "drop_path_rate": 0.3}
+    tuned(shards, tmp_path / "r", run, **rarely)
+    assert [m["loss"] for m in read_metrics(tmp_path / "r" / CELL)] == losses, "judging leaves training as it was"
+
+
+def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+    given = {"early_stop": {"every_steps": 2, "patience": 2, "fraction": 0.3}, "ema_decay": 0.5}
+    straight = tuned(shards, tmp_path / "a", run, **given)
+    real = finetuning.open_labeled
+
+    def turned(spec: Any, *, key: str, **rest: Any) -> Any:
+        found = real(spec, key=key, **rest)
+        return dataclasses.replace(found, labels=1 - found.labels) if key == "data.val" else found
+
+    monkeypatch.setattr(finetuning, "open_labeled", turned)
+    other = tuned(shards, tmp_path / "b", run, **given)
+    a, b = ([m.get("tune_accuracy") for m in read_metrics(tmp_path / o / CELL)] for o in "ab")
+    assert a == b
+    assert other.score["pretrained"].mean == pytest.approx(1 - straight.score["pretrained"].mean)
+    (best,) = (tmp_path / "a" / CELL / "best").iterdir()
+    averaged = load_file(best / "averaged.safetensors")
+    exported = mpp.load_encoder(tmp_path / "a" / CELL).state_dict()
+    assert torch.equal(exported["blocks.0.mlp.fc1.weight"], averaged["encoder.blocks.0.mlp.fc1.weight"])
+
+
+def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+    """Killed after a new best and before the next checkpoint, the run goes on from one that names the old best."""
+    real, scores, there = finetuning._evaluate, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
+
+    def rising(recipe: Any, accelerator: Any, model: Any, images: Any, chosen: Any, key: str, **rest: Any) -> Any:
+        if key != "early_stop":
+            return real(recipe, accelerator, model, images, chosen, key, **rest)
+        best = tmp_path / "o" / CELL / "best"
+        there.append(sorted(int(p.name[5:]) for p in best.iterdir()) if best.exists() else [])
+        return {"accuracy": next(scores)}, 0
+
+    monkeypatch.setattr(finetuning, "_evaluate", rising)
+    tuned(shards, tmp_path / "o", run, early_stop={"every_steps": 2}, checkpoint_every_steps=5)
+    assert there == [[], [2], [4], [4, 6], [4, 6, 8], [10]], "after steps 5 and 10 the older ones go"
+    assert [p.name for p in (tmp_path / "o" / CELL / "best").iterdir()] == ["step-00000012"]
+
+
+RESNET = {"architecture": {"name": "resnet10t"}, "data.image_size": 32}
+
+
+def test_batch_norms_of_a_frozen_encoder_stand_still(shards: Path, tmp_path: Path) -> None:
+    part, whole = (
+        tuned(shards, tmp_path / name, "scratch", **RESNET, frozen=frozen, **{"scratch.frozen": frozen, "optim.clip_grad_norm": 0.3})  # type: ignore[arg-type]
+        for name, frozen in (("part", 0.5), ("whole", 1.0))
+    )  # fmt: skip
+    assert part.state == whole.state == "finished"
+    cell = "scratch-seed0"
+    states = [weights(tmp_path / "part", step, cell) for step in (1, 6, 7)]
+    statistics = [k for k in states[0] if "running_mean" in k]
+    assert statistics
+    assert all(torch.equal(states[0][k], states[1][k]) for k in statistics)
+    assert not all(torch.equal(states[1][k], states[2][k]) for k in statistics), "thawed"
+    norms = [[m["grad_norm"] for m in read_metrics(tmp_path / name / cell)][:6] for name in ("part", "whole")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5), "of the head alone: that is what is clipped"
+
+
+@pytest.mark.slow
+def test_batch_norms_on_two_processes(shards: Path, image_folder: Path, tmp_path: Path) -> None:
+    """What is reported is what the export gives."""
+    import yaml
+
+    from tests.test_finetuning import values
+
+    given = {
+        **RESNET,
+        "seeds": [0],
+        "optim.steps": 12,
+        "ema_decay": 0.5,
+        "data.val": str(image_folder),
+        "data.workers": 0,
+    }
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values(shards, tmp_path / "o", "scratch", **given)))
+    done = command("finetune", path, processes=2)
+    assert done.returncode == 0, done.stderr
+    cell = tmp_path / "o" / "scratch-seed0"
+    report = mpp.predict(cell, [str(image_folder)], report=tmp_path / "report")[2]
+    assert report is not None
+    stored = json.loads((cell / "result.json").read_text())["metrics"]
+    assert report.accuracy == pytest.approx(stored["accuracy"])
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_100", "xcit_nano_12_p8_224"])
+def test_families_with_a_way_of_their_own(name: str, shards: Path) -> None:
+    """Widened after pooling; without drop_path_rate; without fc_norm."""
+    model = _build(
+        recipe(shards, "o", "scratch", architecture={"name": name}, **{"data.image_size": 64}), "scratch", 0, 2
+    )
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2)  # type: ignore[union-attr]
+
+
 def test_uneven_classes(shards: Path, tmp_path: Path) -> None:
     labels = np.array([0] * 10 + [2] * 3)
     chosen = balanced(labels, 0)
@@ -218,6 +322,7 @@ def test_a_rare_class_is_not_forgotten(balance: str, tmp_path: Path) -> None:
         ({"unfreeze": "slowly"}, r"unfreeze: no such choice; got 'slowly'.*Allowed: at_once, gradual"),
         ({"ema_decay": 1.0}, r"ema_decay: must be >= 0 and < 1"),
         ({"balance": "yes"}, r"balance: no such choice; got 'yes'.*Allowed: none, sampling, loss"),
+        ({"unfreeze": "gradual"}, r"unfreeze: gradual: wants `frozen` between 0 and 1"),
         ({"early_stop.patience": 0}, r"early_stop\.patience: must be >= 1; got 0"),
         ({"early_stop.fraction": 0.5, "data.labels_per_class": 1}, "early_stop: to hold some out, a class needs two"),
     ],

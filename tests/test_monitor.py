@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,6 @@ def test_it_changes_nothing_in_training(shards: Path, tmp_path: Path) -> None:
 def test_resumed_it_knows_what_it_had_seen(shards: Path, tmp_path: Path) -> None:
     given = {**probe_keys(shards, every_steps=10), "skill_every_steps": 2}
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "whole", **given))
-    import shutil
-
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000020")
     shutil.rmtree(tmp_path / "cut" / "encoder")
@@ -62,6 +61,15 @@ def test_resumed_it_knows_what_it_had_seen(shards: Path, tmp_path: Path) -> None
     assert states[0]["history"] == states[1]["history"]
     changed = {**probe_keys(shards, every_steps=3), "skill_every_steps": 2}
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "whole", **changed), resume="auto")  # what is watched may change
+
+
+def test_resumed_without_it_nothing_old_is_written(shards: Path, tmp_path: Path) -> None:
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **probe_keys(shards, every_steps=10)))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")
+    shutil.rmtree(tmp_path / "run" / "encoder")
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run"), resume="auto")
+    lines = read_metrics(tmp_path / "run")
+    assert [m["step"] for m in lines if "probe_accuracy" in m] == [10, 11, 12, 13, 14, 15]
 
 
 @pytest.mark.slow

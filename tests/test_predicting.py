@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from PIL import Image
 import mpp
 from mpp.errors import UserError
 from mpp.predicting import Predictor
-from tests.conftest import command, drawn_image, encoded
+from tests.conftest import ROOT, command, drawn_image, encoded
 from tests.test_finetuning import ARGS, recipe
 
 
@@ -126,3 +129,27 @@ def test_wrong_inputs(cell: Path, shards: Path, image_folder: Path, tmp_path: Pa
         mpp.predict(image_folder, [str(stray)])
     config = json.loads((cell / "encoder" / "config.json").read_text())
     assert config["label_names"] == ["disc", "square"]
+
+
+def test_odd_names(cell: Path, tmp_path: Path) -> None:
+    """Dollars are no formulas, bytes that are no text are kept, and what cannot be written is said at once."""
+    odd = shutil.copytree(cell, tmp_path / "odd")
+    config = odd / "encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "label_names": ["a$_$b", "c"]}))
+    for name in ("a$_$b", "c"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "1.png").write_bytes(encoded(drawn_image(1)))
+    _, _, report = mpp.predict(odd, [str(tmp_path / "images")], report=tmp_path / "report")
+    assert report is not None
+    assert report.accuracy == 0.5
+    strange = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(strange, "wb") as f:
+        f.write(encoded(drawn_image(1)))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mpp", "predict", str(cell), strange], capture_output=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert strange in done.stdout
+    with pytest.raises(UserError, match=f"{tmp_path}: Is a directory"):
+        mpp.predict(cell, [os.fsdecode(strange)], out=tmp_path)

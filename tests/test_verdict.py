@@ -44,6 +44,10 @@ def test_it_says_when_pretraining_did_not_help(gains: list[float], helped: bool 
     verdict = Verdict.of(100, cells(pretrained=[0.5 + g for g in gains], scratch=[0.5] * len(gains)))
     assert verdict.helped() is helped
     assert (NO_HELP in table([verdict])) == (helped is False)
+    if gains[0] == -0.2:
+        assert "it hurt, by more than the interval" in table([verdict])
+    elif helped is False:
+        assert ("one seed, and no gain" if len(gains) == 1 else "the gain is within its interval") in table([verdict])
     both = table([Verdict.of(10, cells(pretrained=[0.9] * 3, scratch=[0.5, 0.51, 0.5])), verdict])
     assert (f"100 labels a class: {NO_HELP}" in both) == (helped is False)
     assert f"10 labels a class: {NO_HELP}" not in both

@@ -76,8 +76,8 @@ def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
     image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axis, label="share of the true class")
     if n <= NAMED_CLASSES:
-        axis.set_xticks(range(n), classes, rotation=90)
-        axis.set_yticks(range(n), classes)
+        axis.set_xticks(range(n), [_as_it_is(c) for c in classes], rotation=90)
+        axis.set_yticks(range(n), [_as_it_is(c) for c in classes])
         for i, j in np.argwhere(counts):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axis.text(j, i, counts[i, j], ha="center", va="center", fontsize="x-small", color=colour)
@@ -99,8 +99,13 @@ def gallery(pictures: Sequence[tuple[Tensor, str]], out: Path) -> None:
     for axis, (pixels, caption) in zip(axes, pictures, strict=False):
         array = pixels[:3].permute(1, 2, 0).numpy() if len(pixels) >= 3 else pixels[0].numpy()
         axis.imshow(array, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(caption, fontsize="x-small")
+        axis.set_title(_as_it_is(caption), fontsize="x-small")
     _save(figure, out)
+
+
+def _as_it_is(text: str) -> str:
+    """Not as a formula, which is what matplotlib takes dollars for; nor with bytes that are no text."""
+    return text.replace("$", r"\$").encode("utf-8", "replace").decode()
 
 
 def _save(figure: Any, out: Path) -> None:

@@ -29,7 +29,7 @@ class MultilabelTask(nn.Module):
         """labels: (B, classes) float32, 0 or 1."""
         return F.binary_cross_entropy_with_logits(logits.float(), labels)
 
-    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+    def metrics(self, logits: Tensor, labels: Tensor, *, headline_only: bool = False) -> dict[str, float]:
         """(n, classes) float32 each, of all validation images -> the metrics, none of which has a threshold.
 
         map: mean average precision of the classes that occur. auroc: of those that also do not always occur.
@@ -42,10 +42,13 @@ class MultilabelTask(nn.Module):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torchmetrics', of classes that never occur
             precision = found.multilabel_average_precision(probabilities, truth, classes, average="none")
+            headline = {"map": float(precision[occurs].double().mean()) if bool(occurs.any()) else 0.0}
+            if headline_only:
+                return headline
             auroc = found.multilabel_auroc(probabilities, truth, classes, average="none")
         both = occurs & lacks
         return {
-            "map": float(precision[occurs].double().mean()) if bool(occurs.any()) else 0.0,
+            **headline,
             **({"auroc": float(auroc[both].double().mean())} if bool(both.any()) else {}),
             "ece": float(found.binary_calibration_error(probabilities.flatten(), truth.flatten(), n_bins=15)),
         }
