@@ -154,22 +154,14 @@ def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:  # noq
     exported = mpp.load_encoder(cell).state_dict()
     assert torch.equal(exported["blocks.0.mlp.fc1.weight"], best["encoder.blocks.0.mlp.fc1.weight"])
     assert "step 2 of 8: best on 6 training images held out" in (cell / "train.log").read_text()
-    (cell / "result.json").unlink()  # killed between the last checkpoint and the verdict
-    again = mpp.finetune(
-        recipe(
-            shards,
-            tmp_path / "o",
-            run,
-            seeds=[0],
-            beside_scratch=False,
-            checkpoint_every_steps=1,
-            keep_checkpoints=99,
-            **given,
-        ),
-        resume="auto",
-    )
-    assert again.state == "finished"
-    assert [m["step"] for m in read_metrics(cell)][-1] == 8, "and does not go on"
+    small = {"seeds": [0], "beside_scratch": False, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
+    for killed_after in (8, 5):  # between the last checkpoint and the verdict; after one measurement without a new best
+        (cell / "result.json").unlink()
+        for step in range(killed_after + 1, 9):
+            shutil.rmtree(cell / "checkpoints" / f"step-{step:08d}")
+        again = mpp.finetune(recipe(shards, tmp_path / "o", run, **small, **given), resume="auto")
+        assert again.state == "finished"
+        assert [m["step"] for m in read_metrics(cell)][-1] == 8, "and does not go on"
 
 
 def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
