@@ -451,12 +451,12 @@ def _run_cell(
     )
     pin = accelerator.device.type == "cuda"
     stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=pin)
-    prepared.train()
     log.status("running", step=start_step)
     best, best_step, worse = state["best"], state["best_step"], state["worse"]
     given_up = state["given_up"]
     step, began, steps_since = start_step, time.monotonic(), 0
     while step < total_steps and not given_up:
+        prepared.train()  # also after a measurement
         model.encoder.train(step >= thaws_at)  # a frozen one keeps its batch norms' statistics, too
         micro_losses, bad_lines = [], []
         for m in range(accumulate):
@@ -624,7 +624,10 @@ def _evaluate(
     *,
     headline_only: bool = False,
 ) -> tuple[dict[str, float], int]:
-    """(metrics, unreadable images) over the chosen images, each counted once, shared by all processes."""
+    """(metrics, unreadable images) over the chosen images, each counted once, shared by all processes.
+
+    Leaves the model in eval mode.
+    """
     data = recipe.data
     dataset = CentreDataset(
         images,
@@ -640,15 +643,12 @@ def _evaluate(
     size = min(EVALUATION_BATCH, recipe.optim.max_batch_per_device)
     parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
     own: list[tuple[Tensor, Tensor]] = []
-    modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad(), accelerator.autocast():
         for batch in batches(dataset, parts, workers=data.workers, pin_memory=False):
             readable = batch.readable
             x = model.normalise(batch.images.to(accelerator.device))
             own.append((model(x).float().cpu()[readable], batch.labels[readable]))
-    for module, training in modes.items():  # a frozen encoder stays in eval mode
-        module.training = training
     parts_of_all = gather_object(own) if accelerator.num_processes > 1 else own
     logits, labels = (torch.cat(t) for t in zip(*parts_of_all, strict=True))
     if len(labels) == 0:

@@ -183,6 +183,20 @@ def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, teacher: Pat
         assert a == b
 
 
+def test_measuring_on_the_way_leaves_two_heads(shards: Path, teacher: Path, tmp_path: Path) -> None:
+    """In eval mode there is one mean of both; a measurement of early stopping must not leave it so."""
+    losses = []
+    for every in (2, 8):
+        out = tmp_path / str(every)
+        changes = {
+            "architecture": DEIT, "pool": "token", "seeds": [0], "optim.steps": 8, "distill.teacher": str(teacher),
+            "early_stop": {"every_steps": every, "patience": 9},
+        }  # fmt: skip
+        mpp.finetune(recipe(shards, out, "scratch", **changes))
+        losses.append([json.loads(line)["loss"] for line in (out / "scratch-seed0" / "metrics.jsonl").open()])
+    assert losses[0] == losses[1]
+
+
 def test_only_a_student_with_the_token_has_a_second_head(shards: Path, run: Path, teacher: Path) -> None:  # noqa: F811
     with_teacher = {"distill.teacher": str(teacher)}
     assert _build(recipe(shards, "o", run, **with_teacher), "pretrained", 0, 2).distilled is None
