@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
 
-# The quick tests; `make check` runs all of them. On JOBS cores, each with up to 3 GiB of memory.
+# The quick tests; `make check` runs all of them. On JOBS cores, each with up to 7 GiB of memory.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
