@@ -5,10 +5,8 @@ The teacher sees the images that the student sees, mixed and augmented, at its o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpp import exporting
-from mpp.errors import UserError
+from mpp.errors import UserError, one_line
 
 
 class Distillation:
@@ -86,13 +84,13 @@ def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Modul
         try:
             model: Any = timm.create_model(source, pretrained=True)
         except Exception as error:  # timm's, torch's or the hub's
-            words = " ".join(str(error).split())[:300]
+            words = one_line(error)
             raise UserError(f"distill.teacher: {source}: {type(error).__name__}: {words}") from error
         names = None
     else:
         folder = exporting.encoder_folder(source)
         model = exporting.load_encoder(folder)
-        names = _class_names(folder)
+        names = exporting.class_names(folder)
     if not model.num_classes:
         raise UserError(f"distill.teacher: {source} has no classifier; give a fine-tuned model")
     if model.num_classes != len(classes):
@@ -108,8 +106,3 @@ def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Modul
     if reads != channels:
         raise UserError(f"distill.teacher: {source} reads {reads} channels; data.channels is {channels}")
     return model
-
-
-def _class_names(folder: Path) -> list[str] | None:
-    found = json.loads((folder / "config.json").read_text()).get("label_names")
-    return list(found) if found else None

@@ -11,3 +11,8 @@ class BadImage(Exception):
 
 class MppWarning(UserWarning):
     """A result or an input that deserves a second look."""
+
+
+def one_line(error: BaseException) -> str:
+    """What somebody else's error says, for a line of ours: without its line breaks, and no more than fits."""
+    return " ".join(str(error).split())[:300]

@@ -6,13 +6,12 @@ training images; then the probe is fitted to all of them and asked once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from mpp.probes import attentive, knn, linear
 from mpp.recipe import EvaluateRecipe
 from mpp.rng import Purpose, stream, torch_seed
 from mpp.runfolder import create_run, find_run
+from mpp.verdict import aligned
 
 RESULT = "result.json"
 PLOT = "evaluation.png"
@@ -88,8 +88,7 @@ class EvaluateResult:
             cells = [self.best(arm, probe) for probe in probes]
             rows.append([ARMS[arm], *(f"{100 * s.accuracy:.1f} %  {s.place}" if s else "-" for s in cells)])
         rows.append(["the most frequent class", *[f"{100 * self.chance:.1f} %"] * len(probes)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["   ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = aligned(rows)
         for probe in probes:
             own = self.best("encoder", probe)
             for arm in ("random", "pixels"):
@@ -109,7 +108,6 @@ class _Data:
     """Numbers of the training images that probes are fitted to while something is chosen…"""
     tune: np.ndarray
     """… and of those by which it is chosen."""
-    reading: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
@@ -172,9 +170,8 @@ def _arms(recipe: EvaluateRecipe) -> list[str]:
 
 def _open(recipe: EvaluateRecipe) -> _Data:
     keys = recipe.data
-    limits: Any = {"cache_dir": keys.cache_dir, "cache_limit_bytes": keys.cache_limit_gb * 1e9}
-    train = open_labeled(keys.train, key="data.train", classes=None, **limits)
-    val = open_labeled(keys.val, key="data.val", classes=train.classes, **limits)
+    train = open_labeled(keys.train, key="data.train", classes=None, **keys.caching())
+    val = open_labeled(keys.val, key="data.val", classes=train.classes, **keys.caching())
     if len(val.labels) == 0:
         raise UserError(f"data.val: no images in {', '.join(keys.val)}")
     if len(train.classes) < 2:
@@ -185,8 +182,7 @@ def _open(recipe: EvaluateRecipe) -> _Data:
     fit, tune = split(train.labels[chosen], recipe.tune_fraction, recipe.seed)
     if len(tune) == 0:
         raise UserError("data.train: to choose by, some class needs two images at least")
-    reading = {"channels": keys.channels, "formats": keys.formats, "max_image_pixels": keys.max_image_pixels}
-    return _Data(train, val, chosen[fit], chosen[tune], reading)
+    return _Data(train, val, chosen[fit], chosen[tune])
 
 
 @dataclass
@@ -212,23 +208,14 @@ def _reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
     )
     own = model.pretrained_cfg
     size = data.image_size or tuple(own["input_size"][1:])
-    stride = model.feature_info[-1]["reduction"]
-    if size[0] % stride or size[1] % stride:  # timm would leave out the border in silence
-        raise UserError(
-            f"data.image_size: {source} has a stride of {stride} px; got {size[0]}×{size[1]}, "
-            f"allowed are multiples of {stride}"
-        )
+    exporting.check_size(model, size, source)
     mean, std = (getattr(data, k) or exporting.for_channels(own[k], data.channels) for k in ("mean", "std"))
     return _Opened(EncoderReader(model, recipe.layers, mean, std), (int(size[0]), int(size[1])))
 
 
 def _fingerprint(recipe: EvaluateRecipe, data: _Data) -> str:
     """What is read, and by what weights."""
-    digest = hashlib.sha256((data.train.fingerprint() + data.val.fingerprint()).encode())
-    for source in (recipe.encoder, recipe.compare):
-        if source and not exporting.is_timm_name(source):
-            digest.update(exporting.weights_sha256(exporting.encoder_folder(source)).encode())
-    return digest.hexdigest()
+    return exporting.fingerprint(data.train.fingerprint(), data.val.fingerprint(), recipe.encoder, recipe.compare)
 
 
 def _finished(folder: Path, fingerprint: str) -> list[Score] | None:
@@ -252,7 +239,7 @@ def _run_arm(
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
 
     def images(of: Labeled, numbers: np.ndarray, batch_size: int, what: str) -> Iterator[Any]:
-        dataset = CentreDataset(of, size, keys.val_crop_fraction, **data.reading)
+        dataset = CentreDataset(of, size, keys.val_crop_fraction, **keys.decoding())
         parts = [numbers[i : i + batch_size].tolist() for i in range(0, len(numbers), batch_size)]
         loaded = batches(dataset, parts, workers=keys.workers, pin_memory=device.type == "cuda")
         shown = tqdm(loaded, f"{folder.name}: {what}", len(parts), leave=False, disable=not sys.stderr.isatty())

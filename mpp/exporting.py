@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
-from mpp.errors import UserError
+from mpp.errors import UserError, one_line
 from mpp.metrics import environment, write_json
 from mpp.recipe import Architecture, FinetuneRecipe, PretrainRecipe, dump_recipe
 
@@ -192,7 +192,7 @@ def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: An
             f"local-dir:{folder}", timm_args.pop("img_size", None), pretrained=pretrained, **timm_args
         )
     except Exception as error:  # timm, torch or safetensors, by whatever argument or byte is off
-        raise UserError(f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def is_timm_name(source: str) -> bool:
@@ -207,6 +207,34 @@ def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
     close = difflib.get_close_matches(source, [*more, *timm.list_models()], 3, 0.6)
     hint = f". Did you mean {' or '.join(close)}?" if close else ""
     raise UserError(f"{key}: '{source}': no such folder, and no such model of timm {timm.__version__}{hint}")
+
+
+def check_size(model: Any, size: tuple[int, int], what: str = "the encoder") -> None:
+    """UserError where cells of the model do not tile (H, W): timm would leave out the border in silence."""
+    stride = model.feature_info[-1]["reduction"]
+    if size[0] % stride or size[1] % stride:
+        raise UserError(
+            f"data.image_size: {what} has a stride of {stride} px; got {size[0]}×{size[1]}, "
+            f"allowed are multiples of {stride}"
+        )
+
+
+def fingerprint(train: str, val: str, *sources: str | None) -> str:
+    """Of what something is trained and judged on: fingerprints of labeled images, and weights of these encoders.
+
+    Names of timm's, "scratch" and None add nothing.
+    """
+    digest = hashlib.sha256((train + val).encode())
+    for source in sources:
+        if source and source != "scratch" and not is_timm_name(source):
+            digest.update(weights_sha256(encoder_folder(source)).encode())
+    return digest.hexdigest()
+
+
+def class_names(folder: Path) -> list[str] | None:
+    """Names of the classes that a fine-tuned model tells apart, in its order; None where nobody wrote them down."""
+    found = json.loads((folder / "config.json").read_text()).get("label_names")
+    return [str(name) for name in found] if found else None
 
 
 def own_normalisation(source: str, channels: int) -> tuple[list[float], list[float]] | None:

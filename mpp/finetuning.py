@@ -7,7 +7,6 @@ killed anywhere goes on in the cell where it was.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import json
 import math
@@ -34,7 +33,7 @@ from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
 from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
-from mpp.errors import MppWarning, UserError
+from mpp.errors import MppWarning, UserError, one_line
 from mpp.metrics import RunLog, environment, write_json
 from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, steps_of, unfreeze
 from mpp.recipe import FinetuneRecipe
@@ -95,11 +94,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     if resume not in ("never", "auto"):
         raise UserError(f"--resume {resume}: fine-tuning has a checkpoint for each cell; allowed: auto, never")
     accelerator = distributed.start(recipe.precision)
-    reading: dict[str, Any] = {
-        "cache_dir": recipe.data.cache_dir,
-        "cache_limit_bytes": recipe.data.cache_limit_gb * 1e9,
-        "several": _task(recipe).several,
-    }
+    reading = {**recipe.data.caching(), "several": _task(recipe).several}
     train = open_labeled(recipe.data.train, key="data.train", classes=None, **reading)
     val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **reading)
     arms = _arms(recipe)
@@ -316,12 +311,7 @@ def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Cla
         takes = inspect.signature(type(encoder).__init__).parameters
         pool = {"global_pool": wanted, **({keep_norm: False} if keep_norm in takes else {})}
         encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=pool)
-    stride, size = encoder.feature_info[-1]["reduction"], recipe.data.image_size
-    if size[0] % stride or size[1] % stride:  # timm would leave out the border in silence
-        raise UserError(
-            f"data.image_size: the encoder has a stride of {stride} px; got {size[0]}×{size[1]}, "
-            f"allowed are multiples of {stride}"
-        )
+    exporting.check_size(encoder, recipe.data.image_size)
     width = _width(encoder, recipe)
     task = build_component("task", recipe.task, width, num_classes)
     distilled = None
@@ -337,7 +327,7 @@ def _width(encoder: nn.Module, recipe: FinetuneRecipe) -> int:
     try:
         found = encoder.eval()(blank)
     except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
-        words, size = " ".join(str(error).split())[:300], "×".join(map(str, recipe.data.image_size))
+        words, size = one_line(error), "×".join(map(str, recipe.data.image_size))
         raise UserError(f"data.image_size: {type(encoder).__name__} does not run at {size} px: {words}") from error
     encoder.train()
     if found.ndim != 2:
@@ -382,8 +372,7 @@ def _run_cell(
     elif recipe.balance == "loss":
         counts = torch.from_numpy(np.bincount(train.labels[subset], minlength=len(train.classes)))
         model.task.weigh(counts)  # type: ignore[operator]
-    reading = {"channels": data.channels, "formats": data.formats, "max_image_pixels": data.max_image_pixels}
-    dataset = LabeledDataset(train, subset, _augmentation(recipe), seed, **reading)  # type: ignore[arg-type]
+    dataset = LabeledDataset(train, subset, _augmentation(recipe), seed, **data.decoding())
     order = Order([len(subset)], global_batch=optim.global_batch_size, seed=seed, lanes=1)
     total_steps = steps_of(optim.epochs, optim.steps, len(subset), optim.global_batch_size)
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, len(subset), optim.global_batch_size, least=0)
@@ -599,19 +588,14 @@ def _distillation(
     try:
         found.teach(torch.zeros(1, recipe.data.channels, *recipe.data.image_size, device=mean.device))
     except Exception as error:  # timm's models fail in their own ways
-        raise UserError(
-            f"distill.teacher: {keys.teacher} does not run: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise UserError(f"distill.teacher: {keys.teacher} does not run: {one_line(error)}") from error
     return found
 
 
 def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
     """What the cells are trained and judged on: the images, their labels, and the weights they begin with."""
-    digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode())
-    for source in (recipe.encoder, recipe.distill and recipe.distill.teacher):
-        if source and source != "scratch" and not exporting.is_timm_name(source):
-            digest.update(exporting.weights_sha256(exporting.encoder_folder(source)).encode())
-    return digest.hexdigest()
+    teacher = recipe.distill.teacher if recipe.distill else None
+    return exporting.fingerprint(train.fingerprint(), val.fingerprint(), recipe.encoder, teacher)
 
 
 def _evaluate(
@@ -629,14 +613,7 @@ def _evaluate(
     Leaves the model in eval mode.
     """
     data = recipe.data
-    dataset = CentreDataset(
-        images,
-        data.image_size,
-        data.val_crop_fraction,
-        channels=data.channels,
-        formats=data.formats,
-        max_image_pixels=data.max_image_pixels,
-    )
+    dataset = CentreDataset(images, data.image_size, data.val_crop_fraction, **data.decoding())
     for value in model.buffers():  # batch norms keep statistics of each process; the first one's are exported
         value.copy_(broadcast(value))
     numbers = chosen[accelerator.process_index :: accelerator.num_processes].tolist()

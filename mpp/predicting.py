@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,13 @@ from torch import Tensor
 
 from mpp import exporting
 from mpp.data.decode import Box, centre_box, decode_crop
-from mpp.data.index import IMAGE, cannot_list
+from mpp.data.index import images_below
 from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
+from mpp.recipe import ImageData
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-MAX_IMAGE_PIXELS = 64_000_000
+DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max_image_pixels")}
+"""As recipes have it where they do not say."""
 BATCH = 64
 CORNER_FRACTION = 0.875
 """Side of a corner crop over the image's: 224 of 256 px (Krizhevsky et al. 2012, section 4.1)."""
@@ -70,10 +70,10 @@ class Predictor:
         folder = exporting.encoder_folder(source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = exporting.load_encoder(folder).eval().to(self.device)
-        names = json.loads((folder / "config.json").read_text()).get("label_names")
+        names = exporting.class_names(folder)
         if not self.model.num_classes or not names:
             raise UserError(f"{source}: no classifier with class names in it; give a fine-tuned cell or its export")
-        self.classes = [str(name) for name in names]
+        self.classes = names
         self.views = views
         self.several = _task_of(folder) == "multilabel"
         config: Any = self.model.pretrained_cfg
@@ -94,9 +94,7 @@ class Predictor:
                 _, _, w, h = centre_box(width, height, self.size, CORNER_FRACTION)
                 return round(place[0] * (width - w)), round(place[1] * (height - h)), w, h
 
-            return decode_crop(
-                data, box, self.size, channels=self.channels, formats=FORMATS, max_image_pixels=MAX_IMAGE_PIXELS
-            )
+            return decode_crop(data, box, self.size, channels=self.channels, **DECODING)
 
         corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] if self.views == 10 else []
         return torch.stack([decoded(None), *(decoded(c) for c in corners)])
@@ -148,12 +146,7 @@ def images_of(places: Sequence[str]) -> list[str]:
     found: list[str] = []
     for place in places:
         if os.path.isdir(place):
-            inside = sorted(
-                os.path.join(folder, name)
-                for folder, _, files in os.walk(place, onerror=cannot_list)
-                for name in files
-                if IMAGE.search(name) and not name.startswith(".")
-            )
+            inside = images_below(place)
             if not inside:
                 raise UserError(f"{place}: no images in it")
             found += inside

@@ -70,9 +70,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
 
     # ---- model, data, optimizer
     model, mask_grid = build_model(recipe)
-    images = ShardImages(
-        data.shards, key="data.shards", cache_dir=data.cache_dir, cache_limit_bytes=data.cache_limit_gb * 1e9
-    )
+    images = ShardImages(data.shards, key="data.shards", **data.caching())
     held_out = held_out_rows(images.counts, data.held_out)
     counts = np.asarray(images.counts) - held_out
     order = Order(counts, global_batch=optim.global_batch_size, seed=recipe.seed, lanes=data.lanes, window=data.window)
@@ -298,12 +296,11 @@ def _probe(recipe: PretrainRecipe, model: MaskedPatchModel) -> OnlineProbe:
     """UserError where the images are not as they must be. On every process alike, so that none waits for another."""
     keys, data = recipe.probe, recipe.data
     assert keys is not None
-    limits: dict[str, Any] = {"cache_dir": data.cache_dir, "cache_limit_bytes": data.cache_limit_gb * 1e9}
-    train = open_labeled(keys.train, key="probe.train", classes=None, **limits)
-    val = open_labeled(keys.val, key="probe.val", classes=train.classes, **limits)
+    train = open_labeled(keys.train, key="probe.train", classes=None, **data.caching())
+    val = open_labeled(keys.val, key="probe.val", classes=train.classes, **data.caching())
     if len(train.classes) < 2 or not len(val.labels):
         raise UserError("probe: wants two classes at least in probe.train, and images in probe.val")
-    reading = {"channels": data.channels, "formats": data.formats, "max_image_pixels": data.max_image_pixels}
+    reading = data.decoding()
     size, most, seed = data.image_size, keys.images, recipe.seed
     learned = probe_images(train, size, most, seed, "probe.train", **reading)
     judged = probe_images(val, size, most, seed, "probe.val", **reading)

@@ -169,6 +169,14 @@ class ImageData(Section):
                 raise ValueError(f"{key}: has {len(value)} values for {self.channels} channels")
         return self
 
+    def decoding(self) -> dict[str, Any]:
+        """What the readers of images want to know, as their arguments."""
+        return {"channels": self.channels, "formats": self.formats, "max_image_pixels": self.max_image_pixels}
+
+    def caching(self) -> dict[str, Any]:
+        """The same of copies of remote shards."""
+        return {"cache_dir": self.cache_dir, "cache_limit_bytes": self.cache_limit_gb * 1e9}
+
     def mean_std(self) -> tuple[list[float], list[float]]:
         return list(self.mean or [0.5] * self.channels), list(self.std or [0.5] * self.channels)
 

@@ -87,6 +87,12 @@ def _why(gain: Estimate) -> str:
     return f"{NO_HELP}: the gain is within its interval"
 
 
+def aligned(rows: Sequence[Sequence[str]], gap: int = 3) -> list[str]:
+    """Rows of cells as lines for a terminal, column under column."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [(" " * gap).join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def table(verdicts: Sequence[Verdict]) -> str:
     """For people."""
     if len(verdicts) == 1:
@@ -96,8 +102,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
     for v in verdicts:
         gain = [_points(v.gain) + _interval(v.gain)] if v.gain else []
         rows.append([str(v.labels_per_class), *(str(e) for e in v.score.values()), *gain])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["   ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     lines += [
         f"{v.labels_per_class} labels a class: {_why(v.gain)}" for v in verdicts if v.gain and v.helped() is False
     ]

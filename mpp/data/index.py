@@ -251,6 +251,16 @@ def cannot_list(error: OSError) -> None:
     raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
+def images_below(folder: str) -> list[str]:
+    """Image files in a folder and below, sorted, but hidden ones. UserError for a folder it may not read."""
+    return sorted(
+        os.path.join(inner, name)
+        for inner, _, names in os.walk(folder, onerror=cannot_list)
+        for name in names
+        if IMAGE.search(name) and not name.startswith(".")
+    )
+
+
 def class_names(folder: str) -> list[str] | None:
     """Class names that `mpp pack` left beside the shards of a folder, or None."""
     try:

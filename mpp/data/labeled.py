@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from mpp.data.decode import centre_box, decode_crop, decode_pillow
 from mpp.data.images import ShardImages
-from mpp.data.index import IMAGE, cannot_list, class_names
+from mpp.data.index import class_names, images_below
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream, torch_seed
 
@@ -303,12 +303,7 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
     known = classes or found
     paths, labels = [], []
     for name in found:
-        members = sorted(
-            os.path.join(folder, f)
-            for folder, _, files in os.walk(os.path.join(spec, name), onerror=cannot_list)
-            for f in files
-            if IMAGE.search(f) and not f.startswith(".")
-        )
+        members = images_below(os.path.join(spec, name))
         if members and name not in known:
             raise UserError(f"{key}: {spec}/{name}: no such class in the training data ({', '.join(known[:5])} …)")
         if not members and classes is None:

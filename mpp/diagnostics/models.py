@@ -12,6 +12,7 @@ from mpp.contract import Subject
 from mpp.encoders.support import FAMILIES, TRIED, Family, table
 from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
 from mpp.errors import UserError
+from mpp.verdict import aligned
 
 COLUMNS = ("family", "timm models", "stem", "mask tokens", "pixel patch", "drop, join late")
 
@@ -47,9 +48,7 @@ def markdown(rows: list[dict[str, Any]] | None = None) -> str:
 
 def text() -> str:
     """The support table for a terminal."""
-    lines = [COLUMNS, *support_rows()]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(aligned([COLUMNS, *support_rows()], gap=2))
 
 
 def probe(name: str) -> str:

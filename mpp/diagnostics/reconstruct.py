@@ -56,9 +56,7 @@ def _read(name: str, recipe: PretrainRecipe) -> Tensor:
             Path(name).read_bytes(),
             lambda w, h: centre_box(w, h, data.image_size),
             data.image_size,
-            channels=data.channels,
-            formats=data.formats,
-            max_image_pixels=data.max_image_pixels,
+            **data.decoding(),
         )
     except (OSError, BadImage) as error:
         raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from error

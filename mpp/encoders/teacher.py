@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model, timm_folder
-from mpp.errors import UserError
+from mpp.errors import UserError, one_line
 from mpp.types import Images
 
 
@@ -139,7 +139,7 @@ def frozen_teacher(
         blank = torch.zeros(1, channels, *size, dtype=torch.uint8)
         found = tuple(teacher(Images(blank, blank.float(), blank[0].float(), blank[0].float()), grid).shape)
     except Exception as error:  # timm's models fail in their own ways
-        words = " ".join(str(error).split())[:300]
+        words = one_line(error)
         raise UserError(f"{key}.teacher: {name} does not run at {size[0]}×{size[1]} px: {words}") from error
     if found != (1, grid[0] * grid[1], teacher.dim):
         raise UserError(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mpp.encoders.support import FAMILIES_THAT_DROP
-from mpp.errors import UserError
+from mpp.errors import UserError, one_line
 from mpp.patches import repeat_cells
 from mpp.types import Cells, Corrupted, EncoderOutput, gather_cells
 
@@ -107,7 +107,7 @@ def create_timm_model(
                 f"{key}: the published weights of {name} cannot be had ({type(error).__name__}; no network?). Allowed: "
                 "the folder of a run or an export where a folder is taken, or pretrained: false"
             ) from error
-        words = " ".join(str(error).split())[:300]
+        words = one_line(error)
         raise UserError(
             f"{key}: {name} at {'×'.join(map(str, image_size)) + ' px' if image_size else 'its own size'} with {args}: "
             f"{type(error).__name__}: {words}"
@@ -236,7 +236,7 @@ class TimmEncoder(nn.Module):
                     blank, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
                 )[-1]
         except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
-            words = " ".join(str(error).split())[:300]
+            words = one_line(error)
             raise UserError(
                 f"data.image_size: {self.family} does not run at {self.image_size[0]}×{self.image_size[1]} px: "
                 f"{type(error).__name__}: {words}"

@@ -78,6 +78,7 @@ def fit(
         weight, bias = torch.zeros(num_classes, x.shape[1], device=device), torch.zeros(num_classes, device=device)
     else:
         mean, scale, weight, bias = start.mean, start.scale, start.weight.clone(), start.bias.clone()
+    held = list(_rows(x, device)) if len(x) <= CHUNK else None  # read once, not at every evaluation
     targets = torch.from_numpy(labels).to(device)
     weight.requires_grad_()
     bias.requires_grad_()
@@ -94,7 +95,7 @@ def fit(
     def objective() -> float:
         optimizer.zero_grad()
         value = 0.0
-        for part, rows in _rows(x, device):
+        for part, rows in held or _rows(x, device):
             logits = (rows - mean) * scale @ weight.T + bias
             loss = F.cross_entropy(logits, targets[part], reduction="sum") / len(x)
             loss.backward()
