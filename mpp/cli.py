@@ -22,13 +22,22 @@ def _show_warning(message: Any, category: type[Warning], filename: str, lineno: 
     click.echo(text, err=True)
 
 
+def _part() -> None:
+    """Leave the process group in good order: a process that just ends may abort on a thread that still waits for it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 class Commands(click.Group):
     """A user's error is one line for each thing that is wrong, and exit code 2; never a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            _part()
+            return result
         except UserError as error:
             who = "" if RANK == "0" else f"process {RANK}: "
             for line in str(error).splitlines():
@@ -186,7 +195,7 @@ def evaluate(encoder: str, overrides: tuple[str, ...], recipe: str | None, resum
     "--report",
     default=None,
     metavar="FOLDER",
-    help="Images lie in class folders: write confusion matrix and worst mistakes there.",
+    help="Images lie in class folders: write confusion matrix and worst mistakes there. Of places: masks and overlays.",
 )
 def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: str | None, report: str | None) -> None:
     """What a fine-tuned ENCODER says of IMAGES (files or folders), as CSV."""
@@ -197,7 +206,8 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
     rows, unreadable, judged = mpp.predict(encoder, images, views=int(views), top=top, out=out, report=report)
     if out is None:
         writer = csv.writer(sys.stdout)
-        writer.writerow(rows[0])
+        if rows:
+            writer.writerow(rows[0])
         writer.writerows([[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
     for name, why in unreadable.items():
         click.echo(f"unreadable: {name}: {why}".encode("utf-8", "backslashreplace").decode(), err=True)

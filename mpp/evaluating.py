@@ -179,7 +179,7 @@ def _open(recipe: EvaluateRecipe) -> _Data:
     if train.fingerprint() == val.fingerprint():
         raise UserError("data.val: the same images as data.train; the accuracy would say nothing")
     chosen = train.subset(labels_per_class=keys.labels_per_class, fraction=keys.fraction, seed=recipe.seed)
-    fit, tune = split(train.labels[chosen], recipe.tune_fraction, recipe.seed)
+    fit, tune = split(train.strata[chosen], recipe.tune_fraction, recipe.seed)
     if len(tune) == 0:
         raise UserError("data.train: to choose by, some class needs two images at least")
     return _Data(train, val, chosen[fit], chosen[tune])

@@ -3,6 +3,7 @@
 config.json  model.safetensors     what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads
 reference.safetensors              two images and their features, written by this process
 export.json                        checksum of the weights, tolerance, metrics
+head.safetensors                   where a task predicts at every place: its head, which timm has no place for
 recipe.yaml  README.md             how it was made, a model card
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -33,6 +35,8 @@ from mpp.recipe import Architecture, FinetuneRecipe, PretrainRecipe, dump_recipe
 
 TOLERANCE = 1e-4
 """Largest difference of features, over their largest value, that counts as the same: float32 on other hardware."""
+HEAD = "head.safetensors"
+"""Beside the encoder of a fine-tuned model, where timm has no place for its head."""
 NOT_INHERITED = (
     "hf_hub_id",
     "hf_hub_filename",
@@ -88,10 +92,12 @@ def save_encoder(
     recipe: PretrainRecipe | FinetuneRecipe,
     metrics: dict[str, Any],
     classes: list[str] | None = None,
+    head: tuple[dict[str, torch.Tensor], list[str]] | None = None,
 ) -> None:
     """Write a timm model as a timm folder with its proof. An earlier export of the same folder is replaced.
 
-    UserError where it cannot be written.
+    classes: of the model's own classifier. head: weights and classes of a head that timm does not know, for
+    `load_head`. UserError where it cannot be written.
     """
     mean, std = recipe.data.mean_std()
     size = (recipe.data.channels, *recipe.data.image_size)
@@ -132,13 +138,19 @@ def save_encoder(
             {"images": images, **{k: v.float().cpu().contiguous().clone() for k, v in reference.items()}},
             aside / "reference.safetensors",
         )
-        for tensors in ("model.safetensors", "reference.safetensors"):  # safetensors writes for the owner alone
+        written = ["model.safetensors", "reference.safetensors"]
+        if head is not None:
+            state = {name: value.cpu().contiguous() for name, value in head[0].items()}
+            save_file(state, aside / HEAD, {"classes": json.dumps(head[1])})
+            written.append(HEAD)
+        for tensors in written:  # safetensors writes for the owner alone
             shutil.copymode(aside / "config.json", aside / tensors)
         (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         write_json(
             aside / "export.json",
             {
                 "weights_sha256": _sha256(aside / "model.safetensors"),
+                **({"head_sha256": _sha256(aside / HEAD)} if head is not None else {}),
                 "tolerance": TOLERANCE,
                 "metrics": metrics,
                 "environment": environment()["packages"],
@@ -177,6 +189,19 @@ def weights_sha256(folder: Path) -> str:
     if found != stated:
         raise UserError(f"{folder}/model.safetensors: does not match the checksum of its export")
     return found
+
+
+def load_head(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Weights and classes of the head that was saved beside an encoder. UserError where it is missing or damaged."""
+    try:
+        stated = json.loads((folder / "export.json").read_text())["head_sha256"]
+        if _sha256(folder / HEAD) != stated:
+            raise UserError(f"{folder / HEAD}: does not match the checksum of its export")
+        with safe_open(folder / HEAD, "pt") as file:
+            classes = json.loads(file.metadata()["classes"])
+            return {name: file.get_tensor(name) for name in file.keys()}, [str(c) for c in classes]  # noqa: SIM118
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder}: no readable {HEAD} with its checksum in export.json") from error
 
 
 def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: Any) -> nn.Module:
@@ -317,6 +342,8 @@ def verify(folder: str | Path) -> Verified:
     path = encoder_folder(folder)
     tolerance = _tolerance(path)
     weights_sha256(path)
+    if (path / HEAD).exists():
+        load_head(path)
     if not (path / "reference.safetensors").is_file():
         raise UserError(f"{path}: reference.safetensors is missing: nothing to compare with")
     # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module

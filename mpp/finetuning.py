@@ -7,7 +7,6 @@ killed anywhere goes on in the cell where it was.
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import math
 import random
@@ -16,21 +15,32 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, send_to_device
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor, nn
+from torch import nn
 
 from mpp import checkpoint, distributed, exporting, registry
-from mpp.build import build_component
+from mpp.data.dense import (
+    DenseDataset,
+    Detected,
+    Segmented,
+    WholeDataset,
+    fit_inside,
+    fit_shorter_side,
+    open_detected,
+    open_segmented,
+    scaled_to,
+)
 from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, balanced, open_labeled, split
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
+from mpp.diagnostics.overlays import LEAST_SCORE, over_boxes, over_pixels, show
 from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError, one_line
@@ -39,12 +49,21 @@ from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, st
 from mpp.recipe import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
+from mpp.supervised import Dense, Supervised, build, save
 from mpp.verdict import Estimate, Verdict, table
 
 RESULT = "result.json"
 PLOT = "label_efficiency.png"
+PICTURES = "predictions.png"
+SHOWN = 8
+"""Validation images in it."""
 EVALUATION_BATCH = 256
 """Images that are judged at once, unless optim.max_batch_per_device is less."""
+WHOLE_IMAGES = 32
+"""The same of whole images, which are larger than crops."""
+
+
+Images = Labeled | Segmented | Detected
 
 
 @dataclass(frozen=True)
@@ -94,9 +113,8 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     if resume not in ("never", "auto"):
         raise UserError(f"--resume {resume}: fine-tuning has a checkpoint for each cell; allowed: auto, never")
     accelerator = distributed.start(recipe.precision)
-    reading = {**recipe.data.caching(), "several": _task(recipe).several}
-    train = open_labeled(recipe.data.train, key="data.train", classes=None, **reading)
-    val = open_labeled(recipe.data.val, key="data.val", classes=train.classes, **reading)
+    train = _open(recipe, "train", None)
+    val = _open(recipe, "val", train.classes)
     arms = _arms(recipe)
     exporting.check_source(recipe.encoder, key="encoder", more=("scratch",))
     recipe = _normalised_as_pretrained(recipe, warn=accelerator.is_main_process)
@@ -145,7 +163,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
                 "gain": asdict(result.gain) if result.gain else None,
                 "verdicts": [asdict(v) for v in verdicts],
                 "seeds": list(recipe.seeds),
-                "val_images": len(val.labels),
+                "val_images": len(val),
                 "encoder": str(result.encoder),
             },
         )
@@ -197,24 +215,64 @@ def _task(recipe: FinetuneRecipe) -> Any:
     return registry.component("tasks", recipe.task.name)
 
 
+def _open(recipe: FinetuneRecipe, split_name: Literal["train", "val"], classes: list[str] | None) -> Images:
+    """Labeled images, as the task wants them. UserError where they are not."""
+    task, places, key = _task(recipe), getattr(recipe.data, split_name), f"data.{split_name}"
+    if task.labels == "mask":
+        return open_segmented(places, key=key, classes=classes, ignore_index=recipe.task.ignore_index)
+    if task.labels == "boxes":
+        return open_detected(places, key=key, classes=classes)
+    reading = {**recipe.data.caching(), "several": task.labels == "classes"}
+    return open_labeled(places, key=key, classes=classes, **reading)
+
+
+def _training_dataset(recipe: FinetuneRecipe, train: Images, subset: np.ndarray, seed: int) -> Any:
+    """Augmented images of a subset."""
+    data = recipe.data
+    if isinstance(train, Labeled):
+        return LabeledDataset(train, subset, _augmentation(recipe), seed, **data.decoding())
+    return DenseDataset(
+        train,
+        subset,
+        seed,
+        size=data.image_size,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        flip=data.flip,
+        color_jitter=data.color_jitter,
+        **data.decoding(),
+    )
+
+
+def _judging_dataset(recipe: FinetuneRecipe, images: Images) -> Any:
+    """The same images every time: central crops, or whole images where every place is judged."""
+    data = recipe.data
+    if isinstance(images, Labeled):
+        return CentreDataset(images, data.image_size, data.val_crop_fraction, **data.decoding())
+    if isinstance(images, Detected):
+        return WholeDataset(images, fit_inside(data.image_size), data.image_size, **data.decoding())
+    side_px = data.val_side_px or min(data.image_size)
+    return WholeDataset(images, fit_shorter_side(side_px, data.image_size), None, **data.decoding())
+
+
 def _arms(recipe: FinetuneRecipe) -> list[str]:
     if recipe.encoder == "scratch":
         return ["scratch"]
     return ["pretrained", "scratch"] if recipe.beside_scratch else ["pretrained"]
 
 
-def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], train: Labeled, val: Labeled) -> None:
+def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], train: Images, val: Images) -> None:
     """Refuse what cannot run, before the run folder is made and the first cell has trained."""
     world = accelerator.num_processes
-    if len(val.labels) == 0:
+    if len(val) == 0:
         raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
-    if len(train.classes) < (1 if train.several else 2):
+    if _task(recipe).labels == "class" and len(train.classes) < 2:
         raise UserError(
             f"data.train: one class alone, {', '.join(train.classes) or 'none'}; classification wants two at least"
         )
     for count in recipe.data.label_counts():
         subset = train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
-        if recipe.early_stop and not len(split(train.labels[subset], recipe.early_stop.fraction, 0)[1]):
+        if recipe.early_stop and not len(split(train.strata[subset], recipe.early_stop.fraction, 0)[1]):
             raise UserError("early_stop: to hold some out, a class needs two images at least")
     optim = recipe.optim
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
@@ -223,7 +281,7 @@ def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], tr
         raise UserError(f"mixup: needs an even number of images on a device; got {on_device}")
     _augmentation(recipe)
     for arm in arms:
-        model = _build(recipe, arm, recipe.seeds[0], len(train.classes))
+        model = build(recipe, arm, recipe.seeds[0], len(train.classes))
     if recipe.distill:
         _distillation(recipe, accelerator, model, train.classes)
 
@@ -262,97 +320,12 @@ def _finished(cell: Path, fingerprint: str) -> dict[str, float] | None:
     return metrics
 
 
-class Classifier(nn.Module):
-    """A timm encoder, pooled, and a task's head; a second one for the distillation token, where a teacher has one."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        task: nn.Module,
-        mean: list[float],
-        std: list[float],
-        distilled: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.encoder, self.task, self.distilled = encoder, task, distilled
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> float32."""
-        return (images.float() - self.mean) / self.std
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, C, H, W) normalised -> (B, classes) logits; those of both heads apart in training."""
-        if self.distilled is None:
-            return self.task(self.encoder(x))
-        tokens = self.encoder.forward_features(x)  # type: ignore[operator]
-        first, second = self.task(tokens[:, 0]), self.distilled(tokens[:, 1])
-        return (first, second) if self.training else (first + second) / 2
-
-
-def _build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Classifier:
-    """The model of a cell, initialised from its seed. UserError where the encoder cannot be had so."""
-    torch.manual_seed(torch_seed(seed, Purpose.INIT))
-    encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
-    wanted = "avg" if recipe.pool == "mean" else "token"
-    if wanted == "token" and getattr(encoder, "num_prefix_tokens", 0) == 0:
-        raise UserError(f"pool: token: {type(encoder).__name__} has no class token here; allowed: mean")
-    if wanted == "avg" and type(encoder).__name__ == "VisionTransformerDistilled":
-        raise UserError("pool: mean: timm's distilled DeiTs read their class and distillation tokens; allowed: token")
-    own = getattr(encoder, "global_pool", wanted)
-    if isinstance(own, str) and own != wanted:  # convolutional families have a pooling layer there, over the map
-        torch.manual_seed(torch_seed(seed, Purpose.INIT))
-        # keeps the final norm where its weights are; timm would drop them with the change of pooling
-        keep_norm = "use_fc_norm" if type(encoder).__name__ in ("Eva", "Beit") else "fc_norm"
-        takes = inspect.signature(type(encoder).__init__).parameters
-        pool = {"global_pool": wanted, **({keep_norm: False} if keep_norm in takes else {})}
-        encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=pool)
-    exporting.check_size(encoder, recipe.data.image_size)
-    width = _width(encoder, recipe)
-    task = build_component("task", recipe.task, width, num_classes)
-    distilled = None
-    if recipe.distill and type(encoder).__name__ == "VisionTransformerDistilled":
-        distilled = build_component("task", recipe.task, width, num_classes)
-    return Classifier(encoder, task, *recipe.data.mean_std(), distilled)
-
-
-@torch.no_grad()
-def _width(encoder: nn.Module, recipe: FinetuneRecipe) -> int:
-    """Of what the encoder gives for an image; some families widen it after pooling. UserError where it does not run."""
-    blank = torch.zeros(1, recipe.data.channels, *recipe.data.image_size)
-    try:
-        found = encoder.eval()(blank)
-    except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
-        words, size = one_line(error), "×".join(map(str, recipe.data.image_size))
-        raise UserError(f"data.image_size: {type(encoder).__name__} does not run at {size} px: {words}") from error
-    encoder.train()
-    if found.ndim != 2:
-        raise UserError(f"encoder: {type(encoder).__name__} gives {tuple(found.shape[1:])} for an image, not a vector")
-    return int(found.shape[1])
-
-
-def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] | None) -> Any:
-    return exporting.open_encoder(
-        recipe.encoder,
-        architecture=recipe.architecture,
-        image_size=recipe.data.image_size,
-        channels=recipe.data.channels,
-        pretrained=pretrained,
-        **({"drop_path_rate": recipe.drop_path_rate} if recipe.drop_path_rate else {}),
-        **(pool or {}),
-    )
-
-
 def _run_cell(
     recipe: FinetuneRecipe,
     accelerator: Accelerator,
     cell: Cell,
-    train: Labeled,
-    val: Labeled,
+    train: Images,
+    val: Images,
     fingerprint: str,
     stop_request: distributed.StopRequest,
 ) -> dict[str, float] | None:
@@ -361,18 +334,17 @@ def _run_cell(
     data, optim, seed, folder, task = recipe.data, recipe.optim, cell.seed, cell.folder, _task(recipe)
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
     # ---- model, data, optimizer
-    model = _build(recipe, cell.arm, seed, len(train.classes))
+    model = build(recipe, cell.arm, seed, len(train.classes))
     subset = train.subset(labels_per_class=cell.labels_per_class, fraction=data.fraction, seed=seed)
     tune = subset[:0]
     if recipe.early_stop:
-        fit, held = split(train.labels[subset], recipe.early_stop.fraction, seed)
+        fit, held = split(train.strata[subset], recipe.early_stop.fraction, seed)
         subset, tune = subset[fit], subset[held]
     if recipe.balance == "sampling":
-        subset = subset[balanced(train.labels[subset], seed)]
+        subset = subset[balanced(train.strata[subset], seed)]
     elif recipe.balance == "loss":
-        counts = torch.from_numpy(np.bincount(train.labels[subset], minlength=len(train.classes)))
-        model.task.weigh(counts)  # type: ignore[operator]
-    dataset = LabeledDataset(train, subset, _augmentation(recipe), seed, **data.decoding())
+        model.task.weigh(torch.from_numpy(_counts(train, subset)))
+    dataset = _training_dataset(recipe, train, subset, seed)
     order = Order([len(subset)], global_batch=optim.global_batch_size, seed=seed, lanes=1)
     total_steps = steps_of(optim.epochs, optim.steps, len(subset), optim.global_batch_size)
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, len(subset), optim.global_batch_size, least=0)
@@ -423,7 +395,7 @@ def _run_cell(
         label=f"{folder.name}  ",
     )
     log.say(
-        f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val.labels)} to validate; "
+        f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val)} to validate; "
         f"{total_steps} steps"
         + ("; the warm-up lasts longer: the full learning rate is never reached" if warmup_steps > total_steps else "")
         + (f"; resumed at step {start_step}" if path else "")
@@ -458,17 +430,17 @@ def _run_cell(
             random.seed(seed_of_batch)  # random erasing
             np.random.seed(torch_seed(seed, Purpose.MIX, position) % 2**32)  # mixup, cutmix
             x = model.normalise(batch.images.to(accelerator.device, non_blocking=True))
-            labels = batch.labels.to(accelerator.device, non_blocking=True)
+            labels: Any = send_to_device(batch.labels, accelerator.device, non_blocking=True)
             if erase is not None:
                 x = erase(x)
             if mix is not None:
                 x, labels = mix(x, labels)
             with nullcontext() if m == accumulate - 1 else accelerator.no_sync(prepared):
-                logits, own_loss = prepared(x), model.task.loss
+                outputs, own_loss = prepared(x, labels), model.task.loss
                 if distillation is None:
-                    micro_loss = own_loss(logits, labels) / accumulate  # type: ignore[operator]
+                    micro_loss = own_loss(outputs, labels) / accumulate
                 else:
-                    micro_loss = distillation.loss(logits, x, labels, own_loss) / accumulate  # type: ignore[arg-type]
+                    micro_loss = distillation.loss(outputs, x, labels, own_loss) / accumulate
                 accelerator.backward(micro_loss)
             micro_losses.append(micro_loss.detach())
         trained = learning(optimizer.param_groups, step)
@@ -499,8 +471,9 @@ def _run_cell(
         tuned = {}
         if recipe.early_stop and (step % recipe.early_stop.every_steps == 0 or step == total_steps):
             judged = averaged or model
-            found, _ = _evaluate(recipe, accelerator, judged, train, tune, "early_stop", headline_only=True)
-            score = found[task.headline]
+            score = _judge(recipe, accelerator, judged, train, tune, "early_stop", headline_only=True).metrics[
+                task.headline
+            ]
             tuned = {f"tune_{task.headline}": score}
             worse += 1
             if score > best:
@@ -542,21 +515,30 @@ def _run_cell(
         accelerator.wait_for_everyone()
         checkpoint.load(best_of / f"step-{best_step:08d}", model, averaged=averaged)
         log.say(f"step {best_step} of {step}: best on {len(tune)} training images held out, {100 * best:.2f} %")
-    metrics, unreadable = _evaluate(recipe, accelerator, judged, val, np.arange(len(val.labels)), "data.val")
+    found = _judge(recipe, accelerator, judged, val, np.arange(len(val)), "data.val")
     if accelerator.is_main_process:
-        _save(judged, folder, recipe, metrics, train.classes)
+        save(judged, folder, recipe, found.metrics, train.classes)
+        if isinstance(judged, Dense) and not isinstance(val, Labeled):
+            _show(recipe, judged, val, folder / PICTURES)
         log.say(
-            f"{task.headline} {100 * metrics[task.headline]:.2f} %"
-            + (f", {unreadable} unreadable images left out" if unreadable else "")
+            f"{task.headline} {100 * found.metrics[task.headline]:.2f} %"
+            + (f", {found.unreadable} unreadable images left out" if found.unreadable else "")
         )
         log.status("finished", step=step)
+        of_class = None if found.per_class is None else dict(zip(train.classes, found.per_class, strict=True))
         write_json(
             folder / RESULT,
-            {"metrics": metrics, "unreadable": unreadable, "step": step, "fingerprint": fingerprint},
+            {
+                "metrics": found.metrics,
+                **({f"{task.headline}_per_class": of_class} if of_class is not None else {}),
+                "unreadable": found.unreadable,
+                "step": step,
+                "fingerprint": fingerprint,
+            },
         )
     log.close()
     accelerator.wait_for_everyone()
-    return metrics
+    return found.metrics
 
 
 @torch.no_grad()
@@ -568,8 +550,15 @@ def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
         copied.copy_(own)
 
 
+def _counts(train: Images, subset: np.ndarray) -> np.ndarray:
+    """(classes,) images of each class, or pixels."""
+    if isinstance(train, Segmented):
+        return train.pixels[subset].sum(0)
+    return np.bincount(train.strata[subset], minlength=len(train.classes))
+
+
 def _distillation(
-    recipe: FinetuneRecipe, accelerator: Accelerator, model: Classifier, classes: list[str]
+    recipe: FinetuneRecipe, accelerator: Accelerator, model: Supervised, classes: list[str]
 ) -> Distillation:
     """The teacher, where the model is. UserError where it cannot teach these classes."""
     keys = recipe.distill
@@ -592,62 +581,92 @@ def _distillation(
     return found
 
 
-def _fingerprint(recipe: FinetuneRecipe, train: Labeled, val: Labeled) -> str:
+def _fingerprint(recipe: FinetuneRecipe, train: Images, val: Images) -> str:
     """What the cells are trained and judged on: the images, their labels, and the weights they begin with."""
     teacher = recipe.distill.teacher if recipe.distill else None
     return exporting.fingerprint(train.fingerprint(), val.fingerprint(), recipe.encoder, teacher)
 
 
-def _evaluate(
+class Judged(NamedTuple):
+    """What a model is worth on some images."""
+
+    metrics: dict[str, float]
+    per_class: list[float | None] | None
+    """The headline metric of each class, None where it has none; of tasks that have it so."""
+    unreadable: int
+
+
+def _judge(
     recipe: FinetuneRecipe,
     accelerator: Accelerator,
-    model: Classifier,
-    images: Labeled,
+    model: Supervised,
+    images: Images,
     chosen: np.ndarray,
     key: str,
     *,
     headline_only: bool = False,
-) -> tuple[dict[str, float], int]:
-    """(metrics, unreadable images) over the chosen images, each counted once, shared by all processes.
-
-    Leaves the model in eval mode.
-    """
-    data = recipe.data
-    dataset = CentreDataset(images, data.image_size, data.val_crop_fraction, **data.decoding())
+) -> Judged:
+    """Over the chosen images, each counted once, shared by all processes. Leaves the model in eval mode."""
     for value in model.buffers():  # batch norms keep statistics of each process; the first one's are exported
         value.copy_(broadcast(value))
     numbers = chosen[accelerator.process_index :: accelerator.num_processes].tolist()
-    size = min(EVALUATION_BATCH, recipe.optim.max_batch_per_device)
+    at_once = EVALUATION_BATCH if isinstance(images, Labeled) else WHOLE_IMAGES
+    size = min(at_once, recipe.optim.max_batch_per_device)
     parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-    own: list[tuple[Tensor, Tensor]] = []
+    own, readable = [], 0
     model.eval()
+    dataset = _judging_dataset(recipe, images)
     with torch.no_grad(), accelerator.autocast():
-        for batch in batches(dataset, parts, workers=data.workers, pin_memory=False):
-            readable = batch.readable
-            x = model.normalise(batch.images.to(accelerator.device))
-            own.append((model(x).float().cpu()[readable], batch.labels[readable]))
-    parts_of_all = gather_object(own) if accelerator.num_processes > 1 else own
-    logits, labels = (torch.cat(t) for t in zip(*parts_of_all, strict=True))
-    if len(labels) == 0:
+        for batch in batches(dataset, parts, workers=recipe.data.workers, pin_memory=False):
+            there = batch.readable
+            readable += int(there.sum())
+            if not there.any():
+                continue
+            # whole images leave out what cannot be read; batches of crops have zeros there
+            of_all = len(batch.images) == len(there)
+            x, labels = (
+                (batch.images[there], batch.labels[there])
+                if of_all and not there.all()
+                else (batch.images, batch.labels)
+            )
+            own.append(model.task.judge(model.run, x, labels, recipe.data.image_size))
+    if accelerator.num_processes > 1:
+        own, readable = gather_object(own), sum(gather_object([readable]))
+    if not own:
         raise UserError(f"{key}: not one image can be read")
-    return model.task.metrics(logits, labels, headline_only=headline_only), len(chosen) - len(labels)  # type: ignore[operator]
+    metrics = model.task.metrics(own, headline_only=headline_only)
+    each = None
+    if not headline_only and hasattr(model.task, "per_class"):
+        each = [None if math.isnan(v) else v for v in model.task.per_class(own).tolist()]
+    return Judged(metrics, each, len(chosen) - readable)
 
 
-def _save(model: Classifier, cell: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
-    """The fine-tuned model as a timm folder: with its classifier where timm's is the same linear layers."""
-    encoder: Any = model.encoder
-    tasks: list[Any] = [task for task in (model.task, model.distilled) if task is not None]
-    if tasks[0].hidden is None and hasattr(encoder, "reset_classifier"):
-        encoder.reset_classifier(len(classes))
-        found = encoder.get_classifier()
-        theirs = list(found) if isinstance(found, tuple) else [found]
-        # the mean of one layer over two tokens is that layer over their mean, which is what was trained
-        tasks = tasks * len(theirs) if len(tasks) == 1 else tasks
-        if len(theirs) == len(tasks) and all(isinstance(layer, nn.Linear) for layer in theirs):
-            for layer, task in zip(theirs, tasks, strict=True):
-                layer.load_state_dict(task.out.state_dict())
-            encoder.to(tasks[0].out.weight.device)
-            exporting.save_encoder(encoder, cell / "encoder", recipe, metrics, classes)
-            return
-        encoder.reset_classifier(0)
-    exporting.save_encoder(encoder, cell / "encoder", recipe, metrics)
+def _show(recipe: FinetuneRecipe, model: Dense, images: Segmented | Detected, out: Path) -> None:
+    """Truth and prediction of the first validation images, as a picture."""
+    batch = _judging_dataset(recipe, images).__getitems__(list(range(min(SHOWN, len(images)))))
+    if isinstance(batch, UserError) or not batch.readable.any():
+        return
+    rows, size = [], recipe.data.image_size
+    if isinstance(images, Segmented):
+        sizes = [(mask.shape[0], mask.shape[1]) for mask in batch.labels]
+        said = model.task.predict(model.run, batch.images, sizes, size)
+        for image, mask, classes in zip(batch.images, batch.labels, said, strict=True):
+            whole = scaled_to(image, (mask.shape[0], mask.shape[1]))
+            true = over_pixels(whole, mask, len(images.classes), mask == model.task.ignore_index)
+            rows.append((whole, true, over_pixels(whole, classes.cpu(), len(images.classes))))
+        show(
+            rows,
+            images.classes,
+            out,
+            extra="ignored" if any((m == model.task.ignore_index).any() for m in batch.labels) else None,
+        )
+        return
+    said = model.task.predict(model.run, batch.images, batch.labels)
+    for image, true, found in zip(batch.images, batch.labels, said, strict=True):
+        sure = found["scores"] >= LEAST_SCORE
+        drawn = (
+            over_boxes(image, b["boxes"][k] * true["scale"], b["labels"][k], images.classes)
+            for b, k in ((true, slice(None)), (found, sure))
+        )
+        rows.append((image, *drawn))
+    show(rows, images.classes, out)

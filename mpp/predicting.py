@@ -19,6 +19,7 @@ from mpp.data.decode import Box, centre_box, decode_crop
 from mpp.data.index import images_below
 from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
+from mpp.predicting_dense import BOX_COLUMNS, predict_dense
 from mpp.recipe import ImageData
 
 DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max_image_pixels")}
@@ -169,8 +170,19 @@ def predict_files(
     """-> a row for each image, what could not be read and why, and the report.
 
     top: classes named in a row. out: the rows as CSV. report: a folder for the confusion matrix and the worst mistakes;
-    the folder that an image lies in is its true class then. UserError for what the user can correct.
+    the folder that an image lies in is its true class then. Of a model of task: segment or detect, which has neither
+    views nor top: rows, folder and no report, see `predict_dense`. UserError for what the user can correct.
     """
+    if (exporting.encoder_folder(source) / exporting.HEAD).exists():
+        for option, value in (("views", views), ("top", top)):
+            if value != 1:
+                raise UserError(f"--{option}: {source} tells of places, not of whole images; allowed: 1")
+        if out is not None:
+            _check_writable(Path(out))
+        rows, unreadable = predict_dense(source, images_of(places), folder=report)
+        if out is not None:
+            _write_csv(Path(out), list(rows[0]) if rows else BOX_COLUMNS, [list(row.values()) for row in rows])
+        return rows, unreadable, None
     predictor = Predictor(source, views)
     images = images_of(places)
     for path in (out, Path(report) / "confusion.csv" if report is not None else None):
@@ -188,7 +200,7 @@ def predict_files(
                 )
     counts = np.zeros((len(index), len(index)), dtype=np.int64)
     judged = Report(predictor.classes, counts) if report is not None else None
-    rows, unreadable = [], dict[str, str]()
+    rows, unreadable = [], {}
     for found in predict(predictor, images, unreadable):
         order = np.argsort(-found.probabilities, kind="stable")[:top]
         row: dict[str, Any] = {"image": found.image}

@@ -32,6 +32,7 @@ from pydantic import (
 from mpp import registry
 from mpp.errors import UserError
 from mpp.types import (
+    BelowOne,
     Bool,
     Float,
     Fraction,
@@ -98,9 +99,6 @@ AreaRange = Annotated[
 
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
-
-
-BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 
 
 def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -373,6 +371,9 @@ class FinetuneData(LabeledData):
     color_jitter: NonNegativeFloat | None = None
     erase: Fraction = 0.0
     """Probability of random erasing (Zhong et al. 2020)."""
+    val_side_px: PositiveInt | None = None
+    """With task: segment: shorter side to which validation images are scaled, then read in overlapping windows of
+    image_size; default: the shorter of image_size."""
 
     def label_counts(self) -> tuple[int | None, ...]:
         """Labels of each class, from few to many; None: as many as there are, or a fraction."""
@@ -482,13 +483,22 @@ class FinetuneRecipe(Run):
             raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
         if self.unfreeze == "gradual" and not 0 < self.frozen < 1:
             raise ValueError("unfreeze: gradual: wants `frozen` between 0 and 1, the part of the steps that it takes")
-        if registry.component("tasks", self.task.name).several:
-            off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "distill": None}
-            for key, value in off.items():
-                if getattr(self, key) != value:
-                    raise ValueError(f"{key}: not with task: {self.task.name}, where images have several labels")
-            if self.data.labels_per_class is not None:
-                raise ValueError(f"data: labels_per_class: not with task: {self.task.name}; allowed: data.fraction")
+        labels = registry.component("tasks", self.task.name).labels
+        off: dict[str, Any] = {}
+        if labels != "class":
+            off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "distill": None, "data.labels_per_class": None}
+        if labels in ("mask", "boxes"):
+            off |= {"pool": "mean", "data.auto_augment": None, "data.erase": 0.0, "data.val_crop_fraction": 1.0}
+        if labels != "mask":
+            off["data.val_side_px"] = None
+        elif self.balance == "loss":
+            del off["balance"]
+        for key, value in off.items():
+            if reduce(getattr, key.split("."), self) != value:
+                instead = "; allowed: data.fraction" if key == "data.labels_per_class" else ""
+                section, _, rest = key.rpartition(".")
+                where = f"{section}: {rest}" if section else rest
+                raise ValueError(f"{where}: not with task: {self.task.name}{instead}")
         return self
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import mpp
 from mpp.distillation import Distillation
 from mpp.errors import UserError
-from mpp.finetuning import _build
+from mpp.supervised import build
 from tests.test_finetuning import ARGS, recipe, run  # noqa: F401 (a fixture)
 
 DEIT = {"name": "deit_tiny_distilled_patch16_224", "args": {**ARGS, "depth": 1}}
@@ -199,10 +199,10 @@ def test_measuring_on_the_way_leaves_two_heads(shards: Path, teacher: Path, tmp_
 
 def test_only_a_student_with_the_token_has_a_second_head(shards: Path, run: Path, teacher: Path) -> None:  # noqa: F811
     with_teacher = {"distill.teacher": str(teacher)}
-    assert _build(recipe(shards, "o", run, **with_teacher), "pretrained", 0, 2).distilled is None
+    assert build(recipe(shards, "o", run, **with_teacher), "pretrained", 0, 2).distilled is None
     deit = {"architecture": DEIT, "pool": "token"}
-    assert _build(recipe(shards, "o", "scratch", **deit), "scratch", 0, 2).distilled is None
-    assert _build(recipe(shards, "o", "scratch", **deit, **with_teacher), "scratch", 0, 2).distilled is not None
+    assert build(recipe(shards, "o", "scratch", **deit), "scratch", 0, 2).distilled is None
+    assert build(recipe(shards, "o", "scratch", **deit, **with_teacher), "scratch", 0, 2).distilled is not None
 
 
 def renamed(cell: Path, out: Path, names: list[str]) -> Path:

@@ -19,8 +19,9 @@ from mpp import finetuning, optim
 from mpp.data.labeled import balanced
 from mpp.encoders.timm_encoder import create_timm_model
 from mpp.errors import UserError
-from mpp.finetuning import _average, _build
+from mpp.finetuning import Judged, _average
 from mpp.metrics import read_metrics
+from mpp.supervised import build
 from mpp.tasks.classify import ClassifyTask
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe
 from tests.test_finetuning import recipe, run  # noqa: F401 (a fixture)
@@ -197,16 +198,16 @@ def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path:
 
 def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
     """Killed after a new best and before the next checkpoint, the run goes on from one that names the old best."""
-    real, scores, there = finetuning._evaluate, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
+    real, scores, there = finetuning._judge, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
 
     def rising(recipe: Any, accelerator: Any, model: Any, images: Any, chosen: Any, key: str, **rest: Any) -> Any:
         if key != "early_stop":
             return real(recipe, accelerator, model, images, chosen, key, **rest)
         best = tmp_path / "o" / CELL / "best"
         there.append(sorted(int(p.name[5:]) for p in best.iterdir()) if best.exists() else [])
-        return {"accuracy": next(scores)}, 0
+        return Judged({"accuracy": next(scores)}, None, 0)
 
-    monkeypatch.setattr(finetuning, "_evaluate", rising)
+    monkeypatch.setattr(finetuning, "_judge", rising)
     tuned(shards, tmp_path / "o", run, early_stop={"every_steps": 2}, checkpoint_every_steps=5)
     assert there == [[], [2], [4], [4, 6], [4, 6, 8], [10]], "after steps 5 and 10 the older ones go"
     assert [p.name for p in (tmp_path / "o" / CELL / "best").iterdir()] == ["step-00000012"]
@@ -260,7 +261,7 @@ def test_batch_norms_on_two_processes(shards: Path, image_folder: Path, tmp_path
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_100", "xcit_nano_12_p8_224"])
 def test_families_with_a_way_of_their_own(name: str, shards: Path) -> None:
     """Widened after pooling; without drop_path_rate; without fc_norm."""
-    model = _build(
+    model = build(
         recipe(shards, "o", "scratch", architecture={"name": name}, **{"data.image_size": 64}), "scratch", 0, 2
     )
     assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2)  # type: ignore[union-attr]

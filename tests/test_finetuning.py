@@ -20,9 +20,9 @@ from PIL import Image
 
 import mpp
 from mpp.errors import MppWarning, UserError
-from mpp.finetuning import _build
 from mpp.metrics import read_metrics
 from mpp.recipe import FinetuneRecipe, check_recipe
+from mpp.supervised import build
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe
 
 ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -166,7 +166,7 @@ def test_distilled_encoders_have_tokens_to_read_and_no_mean(shards: Path, tmp_pa
 
 def test_the_arms_differ_in_their_weights_alone(shards: Path, run: Path, tmp_path: Path) -> None:
     given = recipe(shards, tmp_path / "ft", run)
-    pretrained, scratch = (_build(given, arm, 0, 2) for arm in ("pretrained", "scratch"))
+    pretrained, scratch = (build(given, arm, 0, 2) for arm in ("pretrained", "scratch"))
     assert [(n, p.shape) for n, p in pretrained.named_parameters()] == [
         (n, p.shape) for n, p in scratch.named_parameters()
     ]
@@ -203,7 +203,7 @@ def test_options(changes: dict[str, Any], shards: Path, run: Path, tmp_path: Pat
 
 
 def test_positions_are_resized_when_the_image_size_differs(shards: Path, run: Path, tmp_path: Path) -> None:
-    large = _build(recipe(shards, tmp_path / "ft", run, **{"data.image_size": 32}), "pretrained", 0, 2)
+    large = build(recipe(shards, tmp_path / "ft", run, **{"data.image_size": 32}), "pretrained", 0, 2)
     assert large.encoder.pos_embed.shape[1] == 1 + 64
     small = mpp.load_encoder(run).pos_embed
     assert torch.equal(large.encoder.pos_embed[:, 0], small[:, 0])

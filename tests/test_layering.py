@@ -10,14 +10,16 @@ import mpp
 PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
     {"errors"},
-    {"rng", "patches", "types", "verdict"},
+    {"rng", "types", "verdict"},
+    {"patches", "pyramid"},
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders"},
     {"recipe", "data"},
     {
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
         "features",
     },
-    {"diagnostics", "monitor", "distillation"},
+    {"diagnostics", "monitor", "distillation", "supervised"},
+    {"predicting_dense"},
     {"pretraining", "finetuning", "evaluating", "predicting"},
     {"cli", "__init__", "__main__"},
 ]  # fmt: skip
@@ -67,7 +69,7 @@ def test_imports_point_down() -> None:
             if other == own and own not in COMPONENTS:
                 continue
             if own in COMPONENTS:
-                assert other in ("types", "patches"), f"{path}: a component imports {name}"
+                assert other in ("types", "patches", "pyramid"), f"{path}: a component imports {name}"
             else:
                 lower = level[other] < level[own] or other in WITHIN_LAYER.get(own, ())
                 assert lower, f"{path}: {own} imports {name}, which is not below it"

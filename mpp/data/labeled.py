@@ -47,10 +47,11 @@ class _Files:
 
     def fingerprint(self) -> str:
         """Of names and sizes."""
-        return "\0".join(f"{os.path.basename(p)}:{_size(p)}" for p in self.paths)
+        return "\0".join(f"{os.path.basename(p)}:{file_size(p)}" for p in self.paths)
 
 
-def _size(path: str) -> int:
+def file_size(path: str) -> int:
+    """In bytes; -1 for what is not there."""
     try:
         return os.path.getsize(path)
     except OSError:  # a broken link: an image that cannot be read
@@ -85,6 +86,14 @@ class Labeled:
     """(images,) int64, indexes into `classes`; or (images, classes) bool where an image may have several, or none"""
     classes: list[str]
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def strata(self) -> np.ndarray:
+        """(images,) int64, what a part held out is stratified by: the class, where an image has one."""
+        return np.zeros(len(self.labels), dtype=np.int64) if self.several else self.labels
+
     @property
     def several(self) -> bool:
         """Whether an image may have several labels."""
@@ -100,14 +109,11 @@ class Labeled:
 
         UserError where a class has fewer than `labels_per_class`.
         """
-        if labels_per_class is None and fraction is None:
-            return np.arange(len(self.labels))
-        rng, chosen = stream(seed, Purpose.SUBSET), []
+        if labels_per_class is None and (fraction is None or self.several):
+            return draw_fraction(len(self.labels), fraction, seed)
         if self.several:
-            if labels_per_class is not None:
-                raise UserError("data.labels_per_class: an image may have several labels here; allowed: data.fraction")
-            take = max(round(len(self.labels) * (fraction or 0)), 1)
-            return np.sort(rng.permutation(len(self.labels))[:take])
+            raise UserError("data.labels_per_class: an image may have several labels here; allowed: data.fraction")
+        rng, chosen = stream(seed, Purpose.SUBSET), []
         for label, name in enumerate(self.classes):
             members = np.flatnonzero(self.labels == label)
             take = labels_per_class or max(round(len(members) * (fraction or 0)), 1)
@@ -117,19 +123,25 @@ class Labeled:
         return np.sort(np.concatenate(chosen))
 
 
-def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, tune): places in `labels`, ascending; of each class, `fraction` is for tuning and one at least for fitting.
+def draw_fraction(images: int, fraction: float | None, seed: int) -> np.ndarray:
+    """Numbers of so large a part of all images, one at least, ascending; None: all."""
+    if fraction is None:
+        return np.arange(images)
+    return np.sort(stream(seed, Purpose.SUBSET).permutation(images)[: max(round(images * fraction), 1)])
 
-    Where images have several labels: of all images. A pure function of its arguments.
+
+def split(strata: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, tune): places in `strata`, ascending; of each, `fraction` is for tuning and one at least for fitting.
+
+    A pure function of its arguments.
     """
     rng, tune = stream(seed, Purpose.TUNE), []
-    kinds = np.zeros(len(labels), dtype=np.int64) if labels.ndim == 2 else labels
-    for label in np.unique(kinds):
-        members = np.flatnonzero(kinds == label)
+    for label in np.unique(strata):
+        members = np.flatnonzero(strata == label)
         take = min(max(round(fraction * len(members)), 1), len(members) - 1)
         tune.append(rng.permutation(members)[:take])
     chosen = np.sort(np.concatenate(tune))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+    return np.setdiff1d(np.arange(len(strata)), chosen), chosen
 
 
 def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -317,18 +329,20 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
 class LabeledBatch:
     """One micro-batch of labeled images."""
 
-    images: Tensor
-    """(B, C, H, W) uint8"""
-    labels: Tensor
-    """(B,) int64, or (B, classes) float32 where images may have several"""
+    images: Any
+    """(B, C, H, W) uint8; or a list of (C, h, w), where whole images are judged"""
+    labels: Any
+    """(B,) int64, or (B, classes) float32 where images may have several; (B, H, W) uint8 masks, a list of them where
+    whole images are judged; or boxes, a dictionary of tensors for each image"""
     positions: Tensor
     """(B,) int64"""
     readable: Tensor
-    """(B,) bool: False where an image could not be read, and pixels and label are zeros"""
+    """(B,) bool: False where an image could not be read, and pixels and label are zeros, or, of whole ones, left out"""
     bad: list[str]
 
     def pin_memory(self) -> LabeledBatch:
-        self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
+        if isinstance(self.images, Tensor) and isinstance(self.labels, Tensor):
+            self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
         return self
 
 

@@ -86,9 +86,12 @@ def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
     _save(figure, out)
 
 
-def gallery(pictures: Sequence[tuple[Tensor, str]], out: Path) -> None:
-    """(C, H, W) uint8 images with captions. UserError where `out` cannot be written."""
+def gallery(
+    pictures: Sequence[tuple[Tensor, str]], out: Path, legend: Sequence[tuple[str, Sequence[int]]] = ()
+) -> None:
+    """(C, H, W) uint8 images with captions; colours in 0 to 255 with names. UserError where `out` cannot be written."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     columns = min(len(pictures), 6)
     rows = -(-len(pictures) // columns)
@@ -100,6 +103,9 @@ def gallery(pictures: Sequence[tuple[Tensor, str]], out: Path) -> None:
         array = pixels[:3].permute(1, 2, 0).numpy() if len(pixels) >= 3 else pixels[0].numpy()
         axis.imshow(array, cmap="gray", vmin=0, vmax=255)
         axis.set_title(_as_it_is(caption), fontsize="x-small")
+    if legend:
+        patches = [Patch(color=f"#{r:02x}{g:02x}{b:02x}", label=_as_it_is(name)) for name, (r, g, b) in legend]
+        figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize="x-small", frameon=False)
     _save(figure, out)
 
 

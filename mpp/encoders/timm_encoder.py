@@ -26,6 +26,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from mpp.encoders.maps import freeze_unread
 from mpp.encoders.support import FAMILIES_THAT_DROP
 from mpp.errors import UserError, one_line
 from mpp.patches import repeat_cells
@@ -222,9 +223,7 @@ class TimmEncoder(nn.Module):
     def _freeze_unread(self) -> int:
         """Width of the features; freeze what the last block does not depend on: final norms, class heads, pooling.
 
-        Pretraining reads the last block raw, so nothing would train them, and DDP waits for the gradient of every
-        trainable parameter. Found in the graph of one forward, not by name. UserError where the map of features
-        is not what the model says it is.
+        Pretraining reads the last block raw. UserError where the map of features is not what the model says it is.
         """
         training = self.model.training
         parameter = next(self.model.parameters())
@@ -250,18 +249,7 @@ class TimmEncoder(nn.Module):
                 f"encoder.name: {self.family} is not supported: at {h}×{w} px it gives {found} cells, where its stride "
                 f"of {self.stride} px makes {gh}×{gw}: they do not tile the image"
             )
-        read, seen, left = set(), set(), [out.grad_fn]
-        while left:
-            node = left.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                read.add(id(node.variable))
-            left.extend(following for following, _ in node.next_functions)
-        for p in self.model.parameters():
-            if id(p) not in read:
-                p.requires_grad_(False)
+        freeze_unread(self.model, [out])
         return int(out.shape[1])
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:

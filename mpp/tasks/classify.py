@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,8 @@ class ClassifyTask(nn.Module):
     linear one (ViT, Dosovitskiy et al. 2021, section 3.1, their head in pretraining); None: linear alone.
     """
 
-    several = False
-    """Whether an image may have several labels."""
+    labels = "class"
     headline = "accuracy"
-    """The metric of the verdict."""
     class_weights: Tensor | None
 
     def __init__(
@@ -59,12 +58,19 @@ class ClassifyTask(nn.Module):
         smoothing, weights = self.label_smoothing, self.class_weights
         return F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=smoothing)
 
-    def metrics(self, logits: Tensor, labels: Tensor, *, headline_only: bool = False) -> dict[str, float]:
-        """(n, classes) float32 and (n,) int64, of all validation images -> the metrics, none of which has a threshold.
+    def judge(
+        self, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes) float32 and labels (B,)."""
+        return run(images).float().cpu(), labels
+
+    def metrics(self, judged: list[tuple[Tensor, Tensor]], *, headline_only: bool = False) -> dict[str, float]:
+        """The metrics, none of which has a threshold.
 
         balanced_accuracy: mean recall of the classes that occur. auroc, map: of each occurring class against the rest,
         averaged. ece: expected calibration error in 15 bins (Guo et al. 2017).
         """
+        logits, labels = (torch.cat(t) for t in zip(*judged, strict=True))
         hits = (logits.argmax(-1) == labels).double()
         if headline_only:
             return {"accuracy": float(hits.mean())}

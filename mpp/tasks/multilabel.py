@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 class MultilabelTask(nn.Module):
     """A linear layer with a sigmoid for each class, its loss and its metrics."""
 
-    several = True
+    labels = "classes"
     headline = "map"
 
     def __init__(self, features_dim: int, num_classes: int) -> None:
@@ -29,14 +31,21 @@ class MultilabelTask(nn.Module):
         """labels: (B, classes) float32, 0 or 1."""
         return F.binary_cross_entropy_with_logits(logits.float(), labels)
 
-    def metrics(self, logits: Tensor, labels: Tensor, *, headline_only: bool = False) -> dict[str, float]:
-        """(n, classes) float32 each, of all validation images -> the metrics, none of which has a threshold.
+    def judge(
+        self, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and labels, (B, classes) float32."""
+        return run(images).float().cpu(), labels
+
+    def metrics(self, judged: list[tuple[Tensor, Tensor]], *, headline_only: bool = False) -> dict[str, float]:
+        """The metrics, none of which has a threshold.
 
         map: mean average precision of the classes that occur. auroc: of those that also do not always occur.
         ece: calibration error of the probabilities of all classes, in 15 bins (Guo et al. 2017).
         """
         from torchmetrics.functional import classification as found  # a second, and only here
 
+        logits, labels = (torch.cat(t) for t in zip(*judged, strict=True))
         classes, truth, probabilities = logits.shape[1], labels.long(), logits.float().sigmoid()
         occurs, lacks = truth.bool().any(0), (1 - truth).bool().any(0)
         with warnings.catch_warnings():

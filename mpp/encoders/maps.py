@@ -1,0 +1,82 @@
+"""Maps of a timm encoder's blocks or stages, for tasks that predict at every place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpp.errors import UserError, one_line
+from mpp.types import FeatureMaps
+
+MAPS = 4
+"""Of a plain encoder: evenly spaced blocks, the last one among them (as in BEiT's segmenter, Bao et al. 2022); of a
+hierarchical one: its coarsest strides (FPN, Lin et al. 2017: 4 to 32 px)."""
+
+
+def read_maps(model: Any, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+    """(B, C, H, W) normalised -> the raw output of these blocks, (B, D_i, h_i, w_i) each.
+
+    Before the final norm, which is the classifier's.
+    """
+    return list(
+        model.forward_intermediates(x, indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True)
+    )
+
+
+def probe_maps(model: Any, size: tuple[int, int]) -> tuple[list[int], FeatureMaps]:
+    """Which blocks are read, and what they give at (H, W) px; freezes what none of them depends on.
+
+    UserError for a model without maps, or whose maps do not tile such an image.
+    """
+    family, info = type(model).__name__, getattr(model, "feature_info", None)
+    if not hasattr(model, "forward_intermediates") or not info:
+        raise UserError(f"encoder: timm's {family} has no forward_intermediates: no maps for this task")
+    reductions, depth = [stage["reduction"] for stage in info], len(info)
+    if len(set(reductions)) == 1:
+        indices = sorted({(i + 1) * depth // MAPS - 1 for i in range(MAPS) if (i + 1) * depth >= MAPS})
+    else:  # of stages that share a stride the deepest
+        indices = [i for i, stride in enumerate(reductions) if stride not in reductions[i + 1 :]][-MAPS:]
+    parameter = next(model.parameters())
+    blank = torch.zeros(1, model.in_chans, *size, device=parameter.device, dtype=parameter.dtype)
+    training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            maps = read_maps(model, blank, indices)
+    except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
+        at = f"{size[0]}×{size[1]}"
+        raise UserError(f"data.image_size: {family} does not run at {at} px: {one_line(error)}") from error
+    finally:
+        model.train(training)
+    for index, found in zip(indices, maps, strict=True):
+        stride = reductions[index]
+        if found.ndim != 4 or tuple(found.shape[2:]) != (size[0] // stride, size[1] // stride):
+            cells = "×".join(map(str, found.shape[2:])) or "no"
+            raise UserError(
+                f"encoder: {family} gives {cells} cells at {size[0]}×{size[1]} px, where a stride of {stride} px makes "
+                f"{size[0] // stride}×{size[1] // stride}: its maps do not tile the image"
+            )
+    freeze_unread(model, maps)
+    return indices, FeatureMaps(tuple(m.shape[1] for m in maps), tuple(reductions[i] for i in indices))
+
+
+def freeze_unread(model: nn.Module, outputs: Iterable[Tensor]) -> None:
+    """Freeze the parameters that these outputs do not depend on, found in their graph, not by name.
+
+    Nothing would train them, and DDP waits for the gradient of every trainable parameter.
+    """
+    read, seen, left = set(), set(), [out.grad_fn for out in outputs]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            read.add(id(node.variable))
+        left.extend(following for following, _ in node.next_functions)
+    for p in model.parameters():
+        if id(p) not in read:
+            p.requires_grad_(False)
