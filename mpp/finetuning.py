@@ -25,7 +25,7 @@ from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import nn
 
-from mpp import checkpoint, distributed, exporting, registry
+from mpp import checkpoint, distributed, exporting, lora, registry
 from mpp.data.dense import (
     DenseDataset,
     Detected,
@@ -282,6 +282,8 @@ def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], tr
     _augmentation(recipe)
     for arm in arms:
         model = build(recipe, arm, recipe.seeds[0], len(train.classes))
+        if recipe.lora and arm == "pretrained":
+            lora.add(model.encoder, **recipe.lora.model_dump())
     if recipe.distill:
         _distillation(recipe, accelerator, model, train.classes)
 
@@ -355,6 +357,10 @@ def _run_cell(
         frozen = frozen if recipe.scratch.frozen is None else recipe.scratch.frozen
     if frozen == 1:  # its batch norms, too, and no gradient is computed for it
         model.encoder.requires_grad_(False)
+    adapted = recipe.lora if cell.arm == "pretrained" else None
+    if adapted:
+        torch.manual_seed(torch_seed(seed, Purpose.INIT))
+        lora.add(model.encoder, **adapted.model_dump())
     groups = finetune_groups(
         model.encoder,
         nn.ModuleList([model.task, *([model.distilled] if model.distilled else [])]),
@@ -515,6 +521,8 @@ def _run_cell(
         accelerator.wait_for_everyone()
         checkpoint.load(best_of / f"step-{best_step:08d}", model, averaged=averaged)
         log.say(f"step {best_step} of {step}: best on {len(tune)} training images held out, {100 * best:.2f} %")
+    if adapted:  # before it is judged: what is told is what is exported
+        lora.merge(judged.encoder)
     found = _judge(recipe, accelerator, judged, val, np.arange(len(val)), "data.val")
     if accelerator.is_main_process:
         save(judged, folder, recipe, found.metrics, train.classes)

@@ -426,6 +426,20 @@ class Distill(Section):
     """Of soft labels (DeiT: 3)."""
 
 
+class Lora(Section):
+    """Low-rank adapters (LoRA, Hu et al. 2022) in place of the encoder's own weights, which stand still.
+
+    Wants the package peft. Adapters are merged at the end: the export is a plain encoder. The arm from scratch has
+    none: it has nothing worth standing still for.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveInt = 16
+    """alpha / rank is the adapters' scale (guess: 2)."""
+    dropout: BelowOne = 0.0
+    """On what the adapters see."""
+
+
 class EarlyStop(Section):
     """Judge on a part of the training images now and then, stop when it no longer rises, and go back to the best.
 
@@ -472,6 +486,8 @@ class FinetuneRecipe(Run):
     balance: Literal["none", "sampling", "loss"] = "none"
     """Classes of unequal size. sampling: images of small classes come more often; loss: they count for more."""
     early_stop: EarlyStop | None = None
+    lora: Lora | None = None
+    """Train adapters beside the encoder's linear layers: `lora={}`."""
     distill: Distill | None = None
     """Learn from a teacher, too; both arms do."""
     optim: FinetuneOptim
@@ -483,6 +499,8 @@ class FinetuneRecipe(Run):
             raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
         if self.unfreeze == "gradual" and not 0 < self.frozen < 1:
             raise ValueError("unfreeze: gradual: wants `frozen` between 0 and 1, the part of the steps that it takes")
+        if self.lora and self.frozen == 1:
+            raise ValueError("lora: its adapters are in the encoder, which `frozen: 1` keeps as it is")
         labels = registry.component("tasks", self.task.name).labels
         off: dict[str, Any] = {}
         if labels != "class":

@@ -18,7 +18,7 @@ LAYERS = [
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
         "features",
     },
-    {"diagnostics", "monitor", "distillation", "supervised"},
+    {"diagnostics", "monitor", "distillation", "supervised", "lora"},
     {"predicting_dense"},
     {"pretraining", "finetuning", "evaluating", "predicting"},
     {"cli", "__init__", "__main__"},
@@ -36,6 +36,7 @@ ONLY_IN = {
     "timm": {"encoders", "exporting", "optim", "finetuning", "distillation"},
     "accelerate": {"distributed", "pretraining", "finetuning"},
     "click": {"cli"},
+    "peft": {"lora"},
     "pickle": set(),
 }
 

@@ -31,7 +31,8 @@ def commands() -> list[str]:
 
 @pytest.mark.slow
 def test_every_command_of_the_readme(tmp_path: Path) -> None:
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder in ("recipes", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "photos" / "deeper").mkdir(parents=True)
     for i in range(40):
         name = f"deeper/{i}.png" if i % 4 == 0 else f"{i}.jpg"
@@ -43,7 +44,7 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = []
     for line in commands():
-        if not line.startswith("mpp "):
+        if not line.startswith(("mpp ", "python ")):
             continue
         extra = [] if "--scale" in line else SMALLER.get(" ".join(line.split()[:2]), [])
         quoted = " ".join(f"'{e}'" for e in extra)
@@ -53,7 +54,8 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ran.append(line.split()[1])
     jobs = {"pretrain", "finetune", "evaluate", "predict"}
-    assert set(ran) == {*jobs, "pack", "export", "verify", "reconstruct", "recipe", "models"}
+    others = {"pack", "export", "verify", "reconstruct", "recipe", "models", "tools/draw_shapes.py"}
+    assert set(ran) == jobs | others
     assert (tmp_path / "reconstructions.png").exists()
     snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert snippet

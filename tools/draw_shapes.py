@@ -2,8 +2,8 @@
 
     python tools/draw_shapes.py shapes        # unlabeled/ 4,000 images; train/ 300 and val/ 200 with labels
 
-What a shape is shows in its outline alone: colours and textures of shapes and background are drawn from the same
-distribution. Image i of a part is a pure function of (part, i).
+Shapes are warm and the ground is cold; what a shape is shows in its outline alone. With colours from the whole cube, a
+model learns the few labeled images by their colours, and no outline. Image i of a part is a pure function of (part, i).
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CLASSES = ("disc", "square", "triangle")
+GROUND, SHAPE, SPREAD = (70, 100, 150), (180, 140, 80), 50
 FINER = 4  # outlines are drawn at so many times the size, and shrunk
 PARTS = {"unlabeled": 0, "train": 1, "val": 2}
 
 
-def texture(rng: np.random.Generator, side_px: int) -> np.ndarray:
-    """(side, side, 3) float in [0, 255]: two colours mixed by a few waves, and noise."""
+def texture(rng: np.random.Generator, colour: tuple[int, int, int], side_px: int) -> np.ndarray:
+    """(side, side, 3) float in [0, 255]: two colours, each near the one given, mixed by a few waves, and noise."""
     y, x = np.mgrid[:side_px, :side_px] / side_px
     waves = np.zeros((side_px, side_px))
     for _ in range(3):
         angle, cycles, phase = rng.uniform(0, math.pi), rng.uniform(1, 8), rng.uniform(0, 2 * math.pi)
         waves += np.sin(2 * math.pi * cycles * (x * math.cos(angle) + y * math.sin(angle)) + phase)
     share = (waves / 6 + 0.5)[..., None]
-    low, high = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
-    return (share * low + (1 - share) * high + rng.normal(0, 8, (side_px, side_px, 1))).clip(0, 255)
+    low, high = (colour + rng.uniform(-SPREAD, SPREAD, 3) for _ in range(2))
+    return (share * low + (1 - share) * high + rng.normal(0, 5, (side_px, side_px, 1))).clip(0, 255)
 
 
 def outline(rng: np.random.Generator, kind: int, side_px: int) -> np.ndarray:
     """(side, side) float in [0, 1]: how much of each pixel a shape covers."""
-    radius = rng.uniform(0.1, 0.24) * side_px
+    radius = rng.uniform(0.13, 0.27) * side_px
     cx, cy = rng.uniform(radius, side_px - radius, 2)
     canvas = Image.new("L", (side_px * FINER, side_px * FINER))
     draw = ImageDraw.Draw(canvas)
@@ -56,13 +57,13 @@ def outline(rng: np.random.Generator, kind: int, side_px: int) -> np.ndarray:
 def drawn(part: str, number: int, side_px: int = 64) -> tuple[Image.Image, np.ndarray, list[tuple[int, np.ndarray]]]:
     """The image, its mask (side, side) uint8 with 0 for the background, and (class, visible pixels) of each shape."""
     rng = np.random.default_rng([PARTS[part], number])
-    pixels, mask = texture(rng, side_px), np.zeros((side_px, side_px), dtype=np.uint8)
+    pixels, mask = texture(rng, GROUND, side_px), np.zeros((side_px, side_px), dtype=np.uint8)
     owner = np.full((side_px, side_px), -1)
     kinds = rng.integers(0, len(CLASSES), rng.integers(1, 4))
     whole = []
     for i, kind in enumerate(kinds):
         cover = outline(rng, int(kind), side_px)
-        pixels = pixels * (1 - cover[..., None]) + texture(rng, side_px) * cover[..., None]
+        pixels = pixels * (1 - cover[..., None]) + texture(rng, SHAPE, side_px) * cover[..., None]
         mask[cover > 0.5], owner[cover > 0.5] = kind + 1, i
         whole.append(int((cover > 0.5).sum()))
     # what later shapes have hidden for the most part is no object
