@@ -49,7 +49,7 @@ from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, st
 from mpp.recipe import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
-from mpp.supervised import Dense, Supervised, build, save
+from mpp.supervised import Dense, Supervised, build, over_views, save
 from mpp.verdict import Estimate, Verdict, table
 
 RESULT = "result.json"
@@ -244,11 +244,11 @@ def _training_dataset(recipe: FinetuneRecipe, train: Images, subset: np.ndarray,
     )
 
 
-def _judging_dataset(recipe: FinetuneRecipe, images: Images) -> Any:
-    """The same images every time: central crops, or whole images where every place is judged."""
+def _judging_dataset(recipe: FinetuneRecipe, images: Images, views: int = 1) -> Any:
+    """The same images every time: crops, or whole images where every place is judged."""
     data = recipe.data
     if isinstance(images, Labeled):
-        return CentreDataset(images, data.image_size, data.val_crop_fraction, **data.decoding())
+        return CentreDataset(images, data.image_size, data.val_crop_fraction, views=views, **data.decoding())
     if isinstance(images, Detected):
         return WholeDataset(images, fit_inside(data.image_size), data.image_size, **data.decoding())
     side_px = data.val_side_px or min(data.image_size)
@@ -623,21 +623,26 @@ def _judge(
     parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
     own, readable = [], 0
     model.eval()
-    dataset = _judging_dataset(recipe, images)
+    views = 1 if headline_only else recipe.data.val_views  # those on the way are many
+    dataset = _judging_dataset(recipe, images, views)
+
+    def run(x: torch.Tensor) -> Any:
+        if views == 1:
+            return model.run(x)
+        several = model.task.labels == "classes"
+        found = over_views(model.run, x if x.ndim == 5 else x.unsqueeze(1), mirrored=True, several=several)
+        return found.logit(1e-7) if several else found.log()  # metrics want logits
+
     with torch.no_grad(), accelerator.autocast():
         for batch in batches(dataset, parts, workers=recipe.data.workers, pin_memory=False):
             there = batch.readable
             readable += int(there.sum())
             if not there.any():
                 continue
-            # whole images leave out what cannot be read; batches of crops have zeros there
-            of_all = len(batch.images) == len(there)
-            x, labels = (
-                (batch.images[there], batch.labels[there])
-                if of_all and not there.all()
-                else (batch.images, batch.labels)
-            )
-            own.append(model.task.judge(model.run, x, labels, recipe.data.image_size))
+            x, labels = batch.images, batch.labels
+            if isinstance(images, Labeled):  # crops have zeros where whole images leave out what cannot be read
+                x, labels = x[there], labels[there]
+            own.append(model.task.judge(run, x, labels, recipe.data.image_size))
     if accelerator.num_processes > 1:
         own, readable = gather_object(own), sum(gather_object([readable]))
     if not own:

@@ -103,9 +103,8 @@ class RunLog:
         # JSON has no NaN or infinity: readers in other languages stumble over Python's
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
         self._metrics.write(json.dumps(clean) + "\n")
-        shown = {
-            k: record[k] for k in ("loss", "skill", "probe_accuracy", "accuracy", "lr", "images_per_s") if k in record
-        }
+        tuned = [k for k in record if k.startswith("tune_")]
+        shown = {k: record[k] for k in ("loss", "skill", "probe_accuracy", *tuned, "lr", "images_per_s") if k in record}
         text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items() if math.isfinite(v))  # the skill comes later
         if self.bar is not None:
             self.bar.set_postfix_str(text)

@@ -15,18 +15,17 @@ import yaml
 from torch import Tensor
 
 from mpp import exporting
-from mpp.data.decode import Box, centre_box, decode_crop
+from mpp.data.decode import decode_crop, view_boxes
 from mpp.data.index import images_below
 from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
 from mpp.predicting_dense import BOX_COLUMNS, predict_dense
 from mpp.recipe import ImageData
+from mpp.supervised import over_views
 
 DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max_image_pixels")}
 """As recipes have it where they do not say."""
 BATCH = 64
-CORNER_FRACTION = 0.875
-"""Side of a corner crop over the image's: 224 of 256 px (Krizhevsky et al. 2012, section 4.1)."""
 WORST = 24
 """Mistakes that are drawn."""
 
@@ -88,32 +87,20 @@ class Predictor:
     def crops(self, data: bytes) -> Tensor:
         """(crops, C, H, W) uint8 of an image file; the central one first. BadImage."""
 
-        def decoded(place: tuple[float, float] | None) -> Tensor:
-            def box(width: int, height: int) -> Box:
-                if place is None:
-                    return centre_box(width, height, self.size, self.fraction)
-                _, _, w, h = centre_box(width, height, self.size, CORNER_FRACTION)
-                return round(place[0] * (width - w)), round(place[1] * (height - h)), w, h
-
-            return decode_crop(data, box, self.size, channels=self.channels, **DECODING)
-
-        corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] if self.views == 10 else []
-        return torch.stack([decoded(None), *(decoded(c) for c in corners)])
-
-    def _probable(self, x: Tensor) -> Tensor:
-        """(B, classes): of all classes together, or of each by itself where images may have several."""
-        logits = self.model(x).float()
-        return logits.sigmoid() if self.several else logits.softmax(-1)
+        boxes = view_boxes(self.views, self.size, self.fraction)
+        return torch.stack([decode_crop(data, b, self.size, channels=self.channels, **DECODING) for b in boxes])
 
     @torch.no_grad()
     def probabilities(self, crops: Tensor) -> Tensor:
-        """(B, crops, C, H, W) uint8 -> (B, classes) float32, mean over crops and, with more views than one, mirrors."""
-        x = (crops.to(self.device).float() - self.mean) / self.std
-        flat = x.flatten(0, 1)
-        found = self._probable(flat)
-        if self.views > 1:
-            found = (found + self._probable(flat.flip(-1))) / 2
-        return found.unflatten(0, (len(crops), -1)).mean(1).cpu()
+        """(B, crops, C, H, W) uint8 -> (B, classes) float32, mean over crops and, with more views than one, mirrors.
+
+        Of all classes together, or of each by itself where images may have several.
+        """
+
+        def run(images: Tensor) -> Tensor:
+            return self.model((images.to(self.device).float() - self.mean) / self.std)
+
+        return over_views(run, crops, mirrored=self.views > 1, several=self.several).cpu()
 
 
 def _task_of(folder: Path) -> str | None:

@@ -371,6 +371,9 @@ class FinetuneData(LabeledData):
     color_jitter: NonNegativeFloat | None = None
     erase: Fraction = 0.0
     """Probability of random erasing (Zhong et al. 2020)."""
+    val_views: Annotated[Literal[1, 2, 10], BeforeValidator(no_bool)] = 1
+    """Views of a validation image whose probabilities are averaged: 2: mirrored, too; 10: corners, too (Krizhevsky et
+    al. 2012, section 4.1)."""
     val_side_px: PositiveInt | None = None
     """With task: segment: shorter side to which validation images are scaled, then read in overlapping windows of
     image_size; default: the shorter of image_size."""
@@ -507,6 +510,7 @@ class FinetuneRecipe(Run):
             off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "distill": None, "data.labels_per_class": None}
         if labels in ("mask", "boxes"):
             off |= {"pool": "mean", "data.auto_augment": None, "data.erase": 0.0, "data.val_crop_fraction": 1.0}
+            off["data.val_views"] = 1
         if labels != "mask":
             off["data.val_side_px"] = None
         elif self.balance == "loss":

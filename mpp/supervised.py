@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,23 @@ class Dense(Supervised):
         """(B, C, H, W) normalised -> the task's outputs; `targets` of a batch in training."""
         size = (x.shape[-2], x.shape[-1])
         return self.task(read_maps(self.encoder, x, self.indices), size, targets if self.training else None)
+
+
+def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool, several: bool) -> Tensor:
+    """(B, crops, C, H, W) uint8 -> (B, classes) float32 probabilities: means over the crops, and their mirror images.
+
+    run: (n, C, H, W) uint8 -> (n, classes) logits. several: each class by itself, where images may have several.
+    """
+
+    def probable(images: Tensor) -> Tensor:
+        logits = run(images).float()
+        return logits.sigmoid() if several else logits.softmax(-1)
+
+    flat = crops.flatten(0, 1)
+    found = probable(flat)
+    if mirrored:
+        found = (found + probable(flat.flip(-1))) / 2
+    return found.unflatten(0, (len(crops), -1)).mean(1)
 
 
 def is_dense(recipe: FinetuneRecipe) -> bool:

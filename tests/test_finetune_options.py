@@ -355,3 +355,22 @@ def test_at_a_higher_resolution_than_in_pretraining(
         grid = old.reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
         wanted = F.interpolate(grid, (8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
         torch.testing.assert_close(new, wanted)
+
+
+@pytest.mark.parametrize("views", [2, 10])
+def test_views_of_validation_images_are_those_of_predict(shards: Path, run: Path, tmp_path: Path, views: int) -> None:  # noqa: F811
+    from mpp.data.labeled import open_labeled
+    from mpp.predicting import Predictor
+
+    val = shards / "shard-000000.tar"
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False, **{"optim.steps": 4, "data.val_views": views}))  # fmt: skip
+    cell = tmp_path / "ft" / "pretrained-seed0"
+    stored = json.loads((cell / "result.json").read_text())["metrics"]
+    data = open_labeled((str(val),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
+    predictor = Predictor(cell, views)  # type: ignore[arg-type]
+    p = predictor.probabilities(torch.stack([predictor.crops(data.reader.read(i)) for i in range(len(data))]))
+    assert stored["accuracy"] == pytest.approx(float((p.argmax(-1).numpy() == data.labels).mean()))
+    from mpp.tasks.classify import ClassifyTask
+
+    again = ClassifyTask(8, 2).metrics([(p.log(), torch.from_numpy(data.labels))])
+    assert stored == pytest.approx(again, abs=1e-4), "probabilities are averaged, not logits"

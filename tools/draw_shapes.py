@@ -1,6 +1,6 @@
 """Discs, squares and triangles on textures, with masks and boxes: data for trying segmentation and detection.
 
-    python tools/draw_shapes.py shapes        # unlabeled/ 4,000 images; train/ 300 and val/ 200 with labels
+    python tools/draw_shapes.py shapes        # unlabeled/ 4,000 images; train/ 100 and val/ 200 with labels
 
 Shapes are warm and the ground is cold; what a shape is shows in its outline alone. With colours from the whole cube, a
 model learns the few labeled images by their colours, and no outline. Image i of a part is a pure function of (part, i).
@@ -108,7 +108,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Discs, squares and triangles on textures, with masks and boxes.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--unlabeled", type=int, default=4000)
-    parser.add_argument("--train", type=int, default=300)
+    parser.add_argument("--train", type=int, default=100)
     parser.add_argument("--val", type=int, default=200)
     parser.add_argument("--side-px", type=int, default=64)
     given = parser.parse_args(words)

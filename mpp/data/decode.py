@@ -25,6 +25,8 @@ Box = tuple[int, int, int, int]
 """left, top, width, height in pixels"""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Channels -> Pillow mode."""
+CORNER_FRACTION = 0.875
+"""Side of a corner crop over the image's: 224 of 256 px (Krizhevsky et al. 2012, section 4.1)."""
 GREY = 128  # what lies behind transparent pixels
 
 
@@ -60,6 +62,23 @@ def centre_box(width: int, height: int, size: tuple[int, int], fraction: float =
     h = w / aspect
     w, h = max(round(w), 1), max(round(h), 1)
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def view_boxes(views: int, size: tuple[int, int], fraction: float) -> list[Callable[[int, int], Box]]:
+    """Where to crop (H, W) for so many views of an image: the centre; with ten of them the corners, too.
+
+    The other half of two or ten views are their mirror images.
+    """
+
+    def at_corner(x: float, y: float) -> Callable[[int, int], Box]:
+        def box(width: int, height: int) -> Box:
+            _, _, w, h = centre_box(width, height, size, CORNER_FRACTION)
+            return round(x * (width - w)), round(y * (height - h)), w, h
+
+        return box
+
+    corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] if views == 10 else []
+    return [lambda width, height: centre_box(width, height, size, fraction), *(at_corner(*c) for c in corners)]
 
 
 def decode_crop(

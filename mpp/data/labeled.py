@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mpp.data.decode import centre_box, decode_crop, decode_pillow
+from mpp.data.decode import decode_crop, decode_pillow, view_boxes
 from mpp.data.images import ShardImages
 from mpp.data.index import class_names, images_below
 from mpp.errors import BadImage, UserError
@@ -401,28 +401,31 @@ def _of(data: Labeled, numbers: list[int]) -> Tensor:
 
 
 class CentreDataset(Dataset[LabeledBatch]):
-    """Central crops for evaluation; keys are numbers of images."""
+    """Central crops for evaluation; keys are numbers of images.
+
+    views: 1 or 2: (B, C, H, W); 10: corners, too, (B, 5, C, H, W). Mirror images are left to the model's device.
+    """
 
     def __init__(
         self, data: Labeled, size: tuple[int, int], fraction: float, *, channels: int, formats: tuple[str, ...],
-        max_image_pixels: int,
+        max_image_pixels: int, views: int = 1,
     ) -> None:  # fmt: skip
-        self.data, self.size, self.fraction = data, size, fraction
+        self.data, self.size, self.boxes = data, size, view_boxes(views, size, fraction)
         self.decode = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
 
     def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
-        images = torch.zeros((len(keys), self.decode["channels"], *self.size), dtype=torch.uint8)  # type: ignore[arg-type]
+        shape = (len(keys), len(self.boxes), self.decode["channels"], *self.size)
+        images = torch.zeros(shape, dtype=torch.uint8)  # type: ignore[arg-type]
         readable, bad = torch.ones(len(keys), dtype=torch.bool), []
-
-        def box(width: int, height: int) -> tuple[int, int, int, int]:
-            return centre_box(width, height, self.size, self.fraction)
-
         for i, number in enumerate(keys):
             try:
-                images[i] = decode_crop(self.data.reader.read(number), box, self.size, **self.decode)  # type: ignore[arg-type]
+                data = self.data.reader.read(number)
+                for view, box in enumerate(self.boxes):
+                    images[i, view] = decode_crop(data, box, self.size, **self.decode)  # type: ignore[arg-type]
             except BadImage as error:
-                readable[i] = False
+                images[i], readable[i] = 0, False
                 bad.append(f"{self.data.reader.name(number)}: {error}")
             except UserError as error:
                 return error
-        return LabeledBatch(images, _of(self.data, keys), torch.tensor(keys), readable, bad)
+        together = images[:, 0] if len(self.boxes) == 1 else images
+        return LabeledBatch(together, _of(self.data, keys), torch.tensor(keys), readable, bad)

@@ -108,7 +108,7 @@ class DetectTask(nn.Module):
             h, w = target["size"].tolist()
             limits = torch.tensor([w, h, w, h], dtype=torch.float32)
             boxes = (own["boxes"] / target["scale"]).clamp_min(0).minimum(limits)
-            there = (boxes[:, 2:] > boxes[:, :2]).all(1)  # not wholly beside the image, on the grey
+            there = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)  # a pixel at least, and not on the grey beside the image
             found.append({"boxes": boxes[there], "scores": own["scores"][there], "labels": own["labels"][there]})
         return found
 

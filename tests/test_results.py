@@ -1,0 +1,62 @@
+"""recipes/RESULTS.csv: the tool writes what the cells hold, and the file holds what the LOG's verdicts say."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+
+def tool() -> Any:
+    spec = importlib.util.spec_from_file_location("results", ROOT / "tools" / "results.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_of(folder: Path, cells: dict[str, float], counts: list[int] | None) -> Path:
+    for name, value in cells.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "result.json").write_text(json.dumps({"metrics": {"accuracy": value, "ece": 0.1}}))
+    values = {"task": {"name": "classify"}, "data": {"labels_per_class": counts}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    (folder / "result.json").write_text(json.dumps({"metric": "accuracy"}))
+    return folder
+
+
+def test_rows_of_a_run_replace_those_before(tmp_path: Path) -> None:
+    out = tmp_path / "r.csv"
+    several = run_of(tmp_path / "a", {"labels50-scratch-seed1": 0.3, "labels10-pretrained-seed0": 0.25}, [10, 50])
+    one = run_of(tmp_path / "b", {"scratch-seed2": 0.123456}, None)
+    assert tool().write([("x", several), ("y", one)], out) == 3
+    (several / "labels50-scratch-seed1" / "result.json").write_text(json.dumps({"metrics": {"accuracy": 0.5}}))
+    assert tool().write([("x", several)], out) == 2
+    with open(out) as file:
+        rows = list(csv.reader(file))
+    assert rows[1:] == [
+        ["y", "classify", "all", "scratch", "2", "accuracy", "0.1235"],
+        ["x", "classify", "10", "pretrained", "0", "accuracy", "0.2500"],
+        ["x", "classify", "50", "scratch", "1", "accuracy", "0.5000"],
+    ]
+    (several / "labels50-scratch-seed1" / "result.json").unlink()
+    with pytest.raises(ValueError, match="not finished"):
+        tool().write([("x", several)], out)
+
+
+def test_the_file_has_both_arms_of_every_seed() -> None:
+    with open(ROOT / "recipes" / "RESULTS.csv") as file:
+        rows = list(csv.DictReader(file))
+    cells = {(r["run"], r["labels_per_class"], r["arm"], r["seed"]): float(r["value"]) for r in rows}
+    assert len(cells) == len(rows), "each once"
+    assert all(0 <= value <= 1 for value in cells.values())
+    for run, labels, arm, seed in cells:
+        assert (run, labels, "pretrained" if arm == "scratch" else "scratch", seed) in cells

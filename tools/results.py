@@ -1,0 +1,65 @@
+"""Fine-tuning runs -> rows of recipes/RESULTS.csv, one for each cell; rows of the same name are replaced.
+
+    python tools/results.py cifar10-labels=runs/cifar10-labels segment-shapes=runs/segment-shapes
+
+How each run was made, and what it took, stands in recipes/LOG.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+RESULTS = Path(__file__).resolve().parent.parent / "recipes" / "RESULTS.csv"
+COLUMNS = ["run", "task", "labels_per_class", "arm", "seed", "metric", "value"]
+CELL = re.compile(r"(?:labels(?P<labels>\d+)-)?(?P<arm>pretrained|scratch)-seed(?P<seed>\d+)")
+
+
+def rows_of(name: str, run: Path) -> list[dict[str, str]]:
+    """Of the cells that are done. ValueError where one is not."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    counts = recipe["data"]["labels_per_class"]
+    metric = json.loads((run / "result.json").read_text())["metric"]
+    rows = []
+    for cell in sorted(run.iterdir()):
+        found = CELL.fullmatch(cell.name)
+        if found is None:
+            continue
+        if not (cell / "result.json").exists():
+            raise ValueError(f"{cell}: not finished")
+        value = json.loads((cell / "result.json").read_text())["metrics"][metric]
+        labels = found["labels"] or (str(counts[0]) if counts else "all")
+        row = [name, recipe["task"]["name"], labels, found["arm"], found["seed"], metric, f"{value:.4f}"]
+        rows.append(dict(zip(COLUMNS, row, strict=True)))
+    return sorted(rows, key=lambda r: (int(r["labels_per_class"].replace("all", "0")), r["arm"], int(r["seed"])))
+
+
+def write(runs: Sequence[tuple[str, Path]], results: Path = RESULTS) -> int:
+    """Number of rows of these runs."""
+    kept: list[dict[str, str]] = []
+    if results.exists():
+        with open(results, newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["run"] not in dict(runs)]
+    new = [row for name, run in runs for row in rows_of(name, run)]
+    with open(results, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + new)
+    return len(new)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Fine-tuning runs as rows of recipes/RESULTS.csv.")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
+    given = [word.partition("=") for word in parser.parse_args(words).runs]
+    print(f"{write([(name, Path(run)) for name, _, run in given])} rows in {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
