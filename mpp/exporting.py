@@ -191,6 +191,14 @@ def weights_sha256(folder: Path) -> str:
     return found
 
 
+def has_head(folder: Path) -> bool:
+    """Whether a head was saved beside the encoder, and should be there."""
+    try:
+        return "head_sha256" in json.loads((folder / "export.json").read_text())
+    except (OSError, ValueError):
+        return False  # a timm folder made elsewhere, or said by others
+
+
 def load_head(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights and classes of the head that was saved beside an encoder. UserError where it is missing or damaged."""
     try:
@@ -342,7 +350,7 @@ def verify(folder: str | Path) -> Verified:
     path = encoder_folder(folder)
     tolerance = _tolerance(path)
     weights_sha256(path)
-    if (path / HEAD).exists():
+    if has_head(path):
         load_head(path)
     if not (path / "reference.safetensors").is_file():
         raise UserError(f"{path}: reference.safetensors is missing: nothing to compare with")

@@ -129,6 +129,10 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
         if train.fingerprint() == val.fingerprint():
             what = "data.val: the same images as data.train; the accuracy says nothing"
             warnings.warn(what, MppWarning, stacklevel=2)
+        for images in (train, val):
+            if isinstance(images, Detected) and images.left_out:
+                what = f"{images.left_out[0]}; left out" + f" with {len(images.left_out) - 1} more like it"
+                warnings.warn(what, MppWarning, stacklevel=2)
 
     cells = _cells(recipe, arms)
     measured: dict[Cell, dict[str, float]] = {}
@@ -266,7 +270,7 @@ def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], tr
     world = accelerator.num_processes
     if len(val) == 0:
         raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
-    if _task(recipe).labels == "class" and len(train.classes) < 2:
+    if _task(recipe).labels in ("class", "mask") and len(train.classes) < 2:
         raise UserError(
             f"data.train: one class alone, {', '.join(train.classes) or 'none'}; classification wants two at least"
         )
@@ -526,8 +530,6 @@ def _run_cell(
     found = _judge(recipe, accelerator, judged, val, np.arange(len(val)), "data.val")
     if accelerator.is_main_process:
         save(judged, folder, recipe, found.metrics, train.classes)
-        if isinstance(judged, Dense) and not isinstance(val, Labeled):
-            _show(recipe, judged, val, folder / PICTURES)
         log.say(
             f"{task.headline} {100 * found.metrics[task.headline]:.2f} %"
             + (f", {found.unreadable} unreadable images left out" if found.unreadable else "")
@@ -544,6 +546,8 @@ def _run_cell(
                 "fingerprint": fingerprint,
             },
         )
+        if isinstance(judged, Dense) and not isinstance(val, Labeled):
+            _show(recipe, judged, val, folder / PICTURES)
     log.close()
     accelerator.wait_for_everyone()
     return found.metrics
@@ -648,6 +652,8 @@ def _judge(
     if not own:
         raise UserError(f"{key}: not one image can be read")
     metrics = model.task.metrics(own, headline_only=headline_only)
+    if math.isnan(metrics[model.task.headline]):
+        raise UserError(f"{key}: none of these images has a label to judge by")
     each = None
     if not headline_only and hasattr(model.task, "per_class"):
         each = [None if math.isnan(v) else v for v in model.task.per_class(own).tolist()]

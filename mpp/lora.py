@@ -10,7 +10,7 @@ from mpp.errors import UserError
 
 
 def add(encoder: nn.Module, *, rank: int, alpha: int, dropout: float) -> None:
-    """Put an adapter beside every linear layer of the encoder, and 1×1 convolution, and freeze all the rest.
+    """Put an adapter beside every linear layer of the encoder that learns, and 1×1 convolution; freeze all the rest.
 
     As they begin, they change nothing. alpha / rank is their scale. UserError without peft, or without such layers.
     """
@@ -19,7 +19,8 @@ def add(encoder: nn.Module, *, rank: int, alpha: int, dropout: float) -> None:
         from peft.tuners.lora import LoraModel
     except ImportError as error:
         raise UserError("lora: wants the package peft: pip install peft") from error
-    names = [name for name, module in encoder.named_modules() if _is_linear(module)]
+    # what the task does not read was frozen before, and adapters there would get no gradient
+    names = [n for n, module in encoder.named_modules() if _is_linear(module) and module.weight.requires_grad]
     if not names:
         raise UserError(f"lora: {type(encoder).__name__} has no linear layers for adapters")
     # the wrapper is not needed: it has put the adapters into the encoder itself

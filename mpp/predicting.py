@@ -160,7 +160,7 @@ def predict_files(
     the folder that an image lies in is its true class then. Of a model of task: segment or detect, which has neither
     views nor top: rows, folder and no report, see `predict_dense`. UserError for what the user can correct.
     """
-    if (exporting.encoder_folder(source) / exporting.HEAD).exists():
+    if exporting.has_head(exporting.encoder_folder(source)):
         for option, value in (("views", views), ("top", top)):
             if value != 1:
                 raise UserError(f"--{option}: {source} tells of places, not of whole images; allowed: 1")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mpp.data.dense import fit_inside, fit_shorter_side, on_canvas, scaled_to, whole_image
+from mpp.data.dense import fit_inside, fit_shorter_side, on_canvas, scaled_to, whole_image, within
 from mpp.diagnostics.overlays import LEAST_SCORE, colours, over_boxes, over_pixels
 from mpp.errors import BadImage, UserError
 from mpp.supervised import Dense, load_dense
@@ -29,28 +29,36 @@ class DensePredictor:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.labels: str = self.model.task.labels
 
+    def fit(self, h: int, w: int) -> tuple[int, int]:
+        """The size to which an image is scaled. BadImage."""
+        size, data = self.recipe.data.image_size, self.recipe.data
+        if self.labels == "boxes":
+            return fit_inside(size)(h, w)
+        return within(fit_shorter_side(data.val_side_px or min(size), size)(h, w), data.max_image_pixels)
+
     def read(self, path: str) -> Tensor:
         """(C, h, w) uint8. BadImage."""
         try:
             data = Path(path).read_bytes()
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error
-        return whole_image(data, **self.recipe.data.decoding())
+        image = whole_image(data, **self.recipe.data.decoding())
+        self.fit(int(image.shape[1]), int(image.shape[2]))
+        return image
 
     @torch.no_grad()
     def masks(self, images: Sequence[Tensor]) -> list[Tensor]:
         """(C, h, w) uint8 each -> (h, w) uint8 classes each."""
-        size, data = self.recipe.data.image_size, self.recipe.data
-        fit = fit_shorter_side(data.val_side_px or min(size), size)
+        size = self.recipe.data.image_size
         sizes = [(int(i.shape[1]), int(i.shape[2])) for i in images]
-        scaled = [scaled_to(image, fit(*own)) for image, own in zip(images, sizes, strict=True)]
+        scaled = [scaled_to(image, self.fit(*own)) for image, own in zip(images, sizes, strict=True)]
         return [m.cpu() for m in self.model.task.predict(self.model.run, scaled, sizes, size)]
 
     @torch.no_grad()
     def boxes(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """(C, h, w) uint8 each -> boxes (n, 4) as x0, y0, x1, y1 in pixels, labels and scores (n,), surest first."""
         size = self.recipe.data.image_size
-        scaled = [scaled_to(image, fit_inside(size)(int(image.shape[1]), int(image.shape[2]))) for image in images]
+        scaled = [scaled_to(image, self.fit(int(image.shape[1]), int(image.shape[2]))) for image in images]
         places = [
             {"scale": torch.tensor(s.shape[2] / i.shape[2]), "size": torch.tensor(i.shape[1:])}
             for s, i in zip(scaled, images, strict=True)
@@ -69,6 +77,7 @@ def predict_dense(
     Of boxes a row each with at least a score of LEAST_SCORE, and in `folder` overlays/; of masks a row for each image,
     and in `folder`, which must be given, masks/ with PNG files of class numbers and overlays/. UserError.
     """
+    images = list(dict.fromkeys(images))
     predictor = DensePredictor(source)
     if predictor.labels == "mask" and folder is None:
         raise UserError("--report: this model makes masks; give a folder for them")

@@ -504,6 +504,11 @@ class FinetuneRecipe(Run):
             raise ValueError("unfreeze: gradual: wants `frozen` between 0 and 1, the part of the steps that it takes")
         if self.lora and self.frozen == 1:
             raise ValueError("lora: its adapters are in the encoder, which `frozen: 1` keeps as it is")
+        if self.lora and self.encoder == "scratch":
+            raise ValueError("lora: with encoder: scratch there is nothing to adapt")
+        side_px = self.data.val_side_px
+        if side_px is not None and side_px < min(self.data.image_size):
+            raise ValueError(f"data: val_side_px: at least the shorter of image_size, {min(self.data.image_size)}")
         labels = registry.component("tasks", self.task.name).labels
         off: dict[str, Any] = {}
         if labels != "class":

@@ -98,6 +98,10 @@ def test_what_is_refused(shards: Path, run: Path, tmp_path: Path, monkeypatch: p
         recipe(shards, tmp_path / "a", run, lora={}, frozen=1)
     with pytest.raises(UserError, match=r"lora\.rank: must be >= 1; got 0"):
         recipe(shards, tmp_path / "a", run, lora={"rank": 0})
+    part = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3))
+    part[1].requires_grad_(False)
+    lora.add(part, rank=2, alpha=2, dropout=0.0)
+    assert {n.split(".")[0] for n, p in part.named_parameters() if p.requires_grad} == {"0"}, "what is not read"
     with pytest.raises(UserError, match="lora: Sequential has no linear layers for adapters"):
         lora.add(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), rank=2, alpha=2, dropout=0.0)
     monkeypatch.setitem(sys.modules, "peft", None)

@@ -47,7 +47,7 @@ def photos(shapes: Path, tmp_path: Path) -> Path:
 
 
 def test_masks(segmenter: Path, photos: Path, tmp_path: Path) -> None:
-    rows, unreadable, report = mpp.predict(segmenter, [str(photos)], report=tmp_path / "out")
+    rows, unreadable, report = mpp.predict(segmenter, [str(photos), str(photos / "0.png")], report=tmp_path / "out")
     assert report is None
     assert [Path(r["image"]).name for r in rows] == ["0.png", "1.png", "2.png"]
     assert list(unreadable) == [str(photos / "bad.png")]
@@ -58,7 +58,7 @@ def test_masks(segmenter: Path, photos: Path, tmp_path: Path) -> None:
             assert mask.mode == "P"
             (whole,) = predictor.masks([torch.from_numpy(np.array(image)).permute(2, 0, 1)])
             assert np.array_equal(np.array(mask), whole.numpy())
-        with Image.open(Path(row["mask"].replace("masks", "overlays"))) as overlay:
+        with Image.open(str(row["mask"]).replace("/out/masks/", "/out/overlays/")) as overlay:
             assert overlay.size == image.size
     assert (tmp_path / "out" / "masks" / "inner" / "2.png").exists()
     shutil.copytree(photos, tmp_path / "out" / "images", ignore=shutil.ignore_patterns("bad.png"))
@@ -110,3 +110,7 @@ def test_what_is_refused(detector: Path, segmenter: Path, photos: Path, tmp_path
     with pytest.raises(UserError, match=r"recipe\.yaml: No such file"):
         mpp.predict(segmenter, [str(photos)], report=tmp_path / "out")
     (tmp_path / "recipe.yaml").rename(segmenter / "encoder" / "recipe.yaml")
+    (segmenter / "encoder" / "head.safetensors").unlink()
+    for look in (mpp.verify, lambda cell: mpp.predict(cell, [str(photos)], report=tmp_path / "out")):
+        with pytest.raises(UserError, match=r"head\.safetensors: No such file"):
+            look(segmenter)

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ class Detected:
     """(n, 5) float32 of each image: x0, y0, x1, y1 in pixels, area"""
     labels: list[np.ndarray]
     """(n, 2) int64 of each image: class, whether it stands for a crowd"""
+    left_out: list[str] = field(default_factory=list)
+    """A line for each annotation that has no pixel of its image"""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -174,7 +176,10 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
         raise UserError(f"{key}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if faults[1:] else ""))
     counts = np.stack([count for _, count in found])
     counts[:, ignore_index] = 0
-    known = classes or _listed_classes(root)
+    listed = _listed_classes(root)
+    if classes and listed and listed != classes:
+        raise UserError(f"{key}: {root}/{CLASSES}: not the classes of the training data, {', '.join(classes[:5])} …")
+    known = classes or listed
     used = np.flatnonzero(counts.any(0))
     if len(used) == 0:
         raise UserError(f"{key}: {root}/masks: every pixel has the value {ignore_index}, task.ignore_index")
@@ -233,25 +238,32 @@ def _examine(image: str, mask: str) -> tuple[str | None, np.ndarray]:
     except BadImage as error:
         return f"{mask}: {error}", np.zeros(256, dtype=np.int64)
     fault = None
+    size = _size_of(image)
+    if size is not None and values.shape != size[::-1]:
+        fault = f"{mask}: {values.shape[1]}×{values.shape[0]} pixels, its image {size[0]}×{size[1]}"
+    return fault, np.bincount(values.ravel(), minlength=256)
+
+
+def _size_of(image: str) -> tuple[int, int] | None:
+    """(width, height) by its header, upright; None for a bad image, which training passes over and counts."""
     try:
         with Image.open(image) as opened:
             width, height = opened.size
-            if opened.getexif().get(0x0112, 1) >= 5:  # lies on its side
-                width, height = height, width
-        if values.shape != (height, width):
-            fault = f"{mask}: {values.shape[1]}×{values.shape[0]} pixels, its image {width}×{height}"
-    except Exception:  # not readable: a bad image like any other, which training passes over and counts
-        pass
-    return fault, np.bincount(values.ravel(), minlength=256)
+            return (height, width) if opened.getexif().get(0x0112, 1) >= 5 else (width, height)
+    except Exception:  # decoders raise anything on hostile bytes
+        return None
 
 
 def _read_mask(path: str) -> np.ndarray:
     """(h, w) uint8. BadImage."""
     try:
+        with open(path, "rb") as file:
+            depth, colours = file.read(26)[24:26]
         with Image.open(path, formats=("PNG",)) as mask:
             if mask.mode not in ("L", "P", "1"):
                 raise BadImage(f"a mask has one channel of class numbers; this PNG is {mask.mode}")
-            return np.array(mask, dtype=np.uint8)
+            # Pillow spreads grey of 2 and 4 bits over 0 to 255
+            return np.array(mask, dtype=np.uint8) // ({2: 85, 4: 17}.get(depth, 1) if colours == 0 else 1)
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
@@ -295,9 +307,11 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
     named: dict[int, str] = {}
     for i in range(len(lists["categories"])):
         number = of("categories", i, "id", (int,), "a number")
+        if number in named:
+            raise UserError(f"{key}: {path}: categories[{i}].id: {number} a second time")
         named[number] = of("categories", i, "name", (str,), "a name")
     known = classes or [named[number] for number in sorted(named)]
-    if not known or len(set(known)) != len(known):
+    if not known or len(set(named.values())) != len(named) or not all(named.values()):
         raise UserError(f"{key}: {path}: categories: wants one at least, and different names")
     for name in named.values():
         if name not in known:
@@ -318,37 +332,52 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         entry = lists["images"][i]
         stated = "width" in entry or "height" in entry
         width, height = (of("images", i, side, (int,), "pixels") if stated else 0 for side in ("width", "height"))
-        sizes.append((width, height) if stated else None)
+        sizes.append((width, height) if stated else _size_of(file))
     if not images:
         raise UserError(f"{key}: {path}: no images in it")
     boxes: list[list[list[float]]] = [[] for _ in images]
     labels: list[list[list[int]]] = [[] for _ in images]
+    left_out: list[str] = []
     for i, entry in enumerate(lists["annotations"]):
         for name, allowed in (("image_id", numbers), ("category_id", class_of)):
             if of("annotations", i, name, (int,), "a number") not in allowed:
                 raise UserError(f"{key}: {path}: annotations[{i}].{name}: there is no {name[:-3]} {entry[name]}")
         box = entry.get("bbox")
         numeric = isinstance(box, list) and len(box) == 4 and all(_is_number(v) for v in box)
-        if not isinstance(box, list) or not numeric or box[2] <= 0 or box[3] <= 0:
+        if not isinstance(box, list) or not numeric or box[2] < 0 or box[3] < 0:
             got = json.dumps(box)
-            raise UserError(f"{key}: {path}: annotations[{i}].bbox: wants x, y, width > 0, height > 0; got {got}")
+            raise UserError(
+                f"{key}: {path}: annotations[{i}].bbox: wants x, y, width, height, no size negative; got {got}"
+            )
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1) or isinstance(crowd, float):
+            raise UserError(f"{key}: {path}: annotations[{i}].iscrowd: wants 0 or 1; got {json.dumps(crowd)}")
         x, y, w, h = map(float, box)
         area = entry.get("area")
         area = float(area) if area is not None and _is_number(area) else w * h
         place = numbers[entry["image_id"]]
-        boxes[place].append([x, y, x + w, y + h, area])
-        labels[place].append([class_of[entry["category_id"]], int(bool(entry.get("iscrowd")))])
+        width, height = sizes[place] or (math.inf, math.inf)
+        corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
+        if corners[0] >= corners[2] or corners[1] >= corners[3]:  # COCO has a few without height
+            left_out.append(f"{path}: annotations[{i}].bbox: no pixel of its image: {json.dumps(box)}")
+            continue
+        boxes[place].append([*corners, area])
+        labels[place].append([class_of[entry["category_id"]], int(crowd)])
+    if not any(1 - crowd for of_image in labels for _, crowd in of_image):
+        raise UserError(f"{key}: {path}: annotations: not one box" + (f"; {left_out[0]}" if left_out else ""))
     return Detected(
         images,
         sizes,
         known,
         [np.array(b, dtype=np.float32).reshape(-1, 5) for b in boxes],
         [np.array(b, dtype=np.int64).reshape(-1, 2) for b in labels],
+        left_out,
     )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """JSON's integers have no end, and its reader takes NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -444,7 +473,7 @@ class WholeDataset(Dataset[LabeledBatch]):
                 image = whole_image(_bytes(name), **self.decoding)
                 h, w = int(image.shape[1]), int(image.shape[2])
                 self.data.check(number, w, h)
-                scaled = scaled_to(image, self.fit(h, w))
+                scaled = scaled_to(image, within(self.fit(h, w), self.decoding["max_image_pixels"]))
                 labels.append(self.data.whole(number, scaled.shape[2] / w, (h, w)))
             except BadImage as error:
                 readable[i] = False
@@ -492,6 +521,13 @@ def fit_inside(size: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
     return fit
 
 
+def within(size: tuple[int, int], max_image_pixels: int) -> tuple[int, int]:
+    """BadImage where an image would be too large once it is scaled: a thin one grows with its shorter side."""
+    if size[0] * size[1] > max_image_pixels:
+        raise BadImage(f"{size[1]}×{size[0]} pixels once it is scaled, over max_image_pixels {max_image_pixels}")
+    return size
+
+
 def _together(labels: Sequence[Any]) -> Any:
     return torch.stack(list(labels)) if isinstance(labels[0], Tensor) else list(labels)
 
@@ -505,7 +541,8 @@ def _bytes(path: str) -> bytes:
 
 def _jittered(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
     """Brightness, contrast and, in colour, saturation, each times a factor of 1 ± strength, in this order."""
-    changes = [F.adjust_brightness, F.adjust_contrast, *([F.adjust_saturation] if image.shape[0] == 3 else [])]
+    changes = [F.adjust_brightness, F.adjust_contrast, *([F.adjust_saturation] if image.shape[0] >= 3 else [])]
+    seen, rest = image[:3], image[3:]  # transparency is no colour
     for change in changes:
-        image = change(image, rng.uniform(max(1 - strength, 0), 1 + strength))
-    return image
+        seen = change(seen, rng.uniform(max(1 - strength, 0), 1 + strength))
+    return torch.cat([seen, rest])

@@ -312,6 +312,8 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
     found = sorted(n for n in _listed(spec) if os.path.isdir(os.path.join(spec, n)) and not n.startswith("."))
     if not found:
         raise UserError(f"{key}: {spec} holds neither *.tar shards nor a folder for each class")
+    if found == ["images", "masks"]:
+        raise UserError(f"{key}: {spec} holds images/ and masks/, for task: segment; wants a folder for each class")
     known = classes or found
     paths, labels = [], []
     for name in found:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from mpp.pyramid import Pyramid
 from mpp.types import FeatureMaps, Fraction, PositiveInt
@@ -23,7 +26,7 @@ class DetectTask(nn.Module):
     `detector`: fcos (Tian et al. 2019), retinanet (Lin et al. 2017) or faster_rcnn (Ren et al. 2015). `width`: channels
     of every level. `finest`: cells of the first level along a cell of a plain encoder (ViTDet: 4); hierarchical ones
     have levels of their own. `score_threshold`: detections below are dropped (torchvision: 0.05). `max_detections`: of
-    an image.
+    an image (COCO's evaluation counts 100).
     """
 
     labels = "boxes"
@@ -38,7 +41,7 @@ class DetectTask(nn.Module):
         width: PositiveInt = 128,
         finest: Literal[1, 2, 4] = 4,
         score_threshold: Fraction = 0.05,
-        max_detections: PositiveInt = 100,
+        max_detections: Annotated[PositiveInt, Field(le=100)] = 100,
     ) -> None:
         super().__init__()
         if detector == "fcos" and width % 32:
@@ -46,20 +49,25 @@ class DetectTask(nn.Module):
         self.num_classes = num_classes
         self.pyramid = Pyramid(maps, width, finest=finest, last_only=True)
         handed, strides = _Handed(width), self.pyramid.strides
+        if strides[0] < 1:
+            raise ValueError(f"finest: {finest} makes cells of {strides[0]} px; allowed are cells of a pixel or more")
         few: dict[str, Any] = {"detections_per_img": max_detections, "score_thresh": score_threshold}
         built: Any
         if detector == "fcos":
             # one anchor a place; the level's stride says which sizes of boxes it takes
-            anchors = AnchorGenerator(tuple((s,) for s in strides), ((1.0,),) * len(strides))
+            anchors = _Anchors([[s] for s in strides], [1.0], strides)
             built = FCOS(handed, num_classes, anchor_generator=anchors, **few)
         elif detector == "retinanet":
             # their section 4: three sizes from 4 strides on, three aspects
-            sizes = tuple(tuple(4 * s * 2 ** (k / 3) for k in range(3)) for s in strides)
-            anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+            sizes = [[4 * s * 2 ** (k / 3) for k in range(3)] for s in strides]
+            anchors = _Anchors(sizes, [0.5, 1.0, 2.0], strides)
             built = RetinaNet(handed, num_classes, anchor_generator=anchors, **few)
         else:
-            anchors = AnchorGenerator(tuple((8 * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+            anchors = _Anchors([[8 * s] for s in strides], [0.5, 1.0, 2.0], strides)
             pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], output_size=7, sampling_ratio=2)
+            # it would take the powers of 2 that are nearest
+            pool.scales = [1 / s for s in strides]
+            pool.map_levels = initLevelMapper(*(round(math.log2(s)) for s in (strides[0], strides[-1])))
             built = FasterRCNN(
                 handed, num_classes + 1, rpn_anchor_generator=anchors, box_roi_pool=pool,
                 box_detections_per_img=max_detections, box_score_thresh=score_threshold,
@@ -141,6 +149,30 @@ class DetectTask(nn.Module):
                 [{key: true[key] for key in ("boxes", "labels", "iscrowd", "area")} for _, true in batch],
             )
         return metric.compute()
+
+
+class _Anchors(AnchorGenerator):
+    """Boxes of these sizes and aspects (height over width) about the centre of every cell.
+
+    torchvision's own stand at the cells' corners, are rounded to pixels, and take a level's stride to be the image's
+    side over its cells, rounded down: with patches of 14 px they drift by 32 px over 224.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[float]], aspects: Sequence[float], strides: Sequence[float]) -> None:
+        super().__init__(tuple(map(tuple, sizes)), (tuple(aspects),) * len(sizes))
+        self.level_strides = list(strides)
+        self.cell_anchors = []
+        for of_level in sizes:
+            half = [(s / math.sqrt(a) / 2, s * math.sqrt(a) / 2) for a in aspects for s in of_level]
+            self.cell_anchors.append(torch.tensor([[-w, -h, w, h] for w, h in half]))
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        found = []
+        for anchors, stride, level in zip(self.cell_anchors, self.level_strides, feature_maps, strict=True):
+            y, x = (stride * (torch.arange(n, device=level.device) + 0.5) for n in level.shape[-2:])
+            centres = torch.stack([*torch.meshgrid(y, x, indexing="ij")][::-1], -1).repeat(1, 1, 2).view(-1, 1, 4)
+            found.append((centres + anchors.to(level.device)).view(-1, 4))
+        return [torch.cat(found)] * len(image_list.image_sizes)
 
 
 class _Handed(nn.Module):

@@ -16,6 +16,8 @@ from mpp.types import BelowOne, FeatureMaps, Int, PositiveInt
 LOGITS_AT_ONCE = 2**26
 """Windows that are judged together have no more logits than this: 256 MB."""
 WINDOWS_AT_ONCE = 64
+NEVER = -1e9
+"""Logit of a class that cannot be."""
 
 
 class SegmentTask(nn.Module):
@@ -98,7 +100,10 @@ class SegmentTask(nn.Module):
         for start in range(0, len(places), at_once):
             part = places[start : start + at_once]
             x = torch.stack([images[i][:, y : y + window[0], x : x + window[1]] for i, y, x in part])
-            for (i, y, left), logits in zip(part, run(x), strict=True):
+            found_here = run(x)
+            if self.ignore_index < self.num_classes:  # nothing has trained it
+                found_here[:, self.ignore_index] = NEVER
+            for (i, y, left), logits in zip(part, found_here, strict=True):
                 if i not in sums:
                     shape = images[i].shape[-2:]
                     sums[i] = logits.new_zeros((self.num_classes, *shape), dtype=torch.float32)
@@ -107,7 +112,7 @@ class SegmentTask(nn.Module):
                 counts[i][y : y + window[0], left : left + window[1]] += 1
             done = [i for i in sums if i < part[-1][0] or start + at_once >= len(places)]
             for i in done:
-                found.append(_classes_at(sums.pop(i) / counts.pop(i), sizes[i]))
+                found.append(_classes_at(sums.pop(i).div_(counts.pop(i)), sizes[i]))
         return found
 
     def _windows(self, size: Sequence[int], window: tuple[int, int]) -> list[tuple[int, int]]:
@@ -150,7 +155,7 @@ class SegmentTask(nn.Module):
         """(classes,) intersection over union; nan where a class neither occurs nor was said."""
         total = torch.stack(judged).sum(0).double()
         hits = total.diagonal()
-        return hits / (total.sum(0) + total.sum(1) - hits)
+        return hits / (total.sum(0) + total.sum(1) - hits)  # 0 / 0 is nan
 
 
 def _classes_at(logits: Tensor, size: tuple[int, int]) -> Tensor:

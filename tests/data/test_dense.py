@@ -164,6 +164,55 @@ def test_a_bad_image_is_replaced_and_named(rectangles: Path) -> None:
     assert "not one of the chosen images can be read" in str(error)
 
 
+def test_boxes_end_with_their_image(rectangles: Path) -> None:
+    path = rectangles / "annotations.json"
+    values = json.loads(path.read_text())
+    for box in ([-10, -20, 40, 50], [300, 5, 10, 10], [5, 5, 10, 0]):
+        values["annotations"].append({"image_id": 0, "category_id": 7, "bbox": box})
+    path.write_text(json.dumps(values))
+    data = detected(rectangles)
+    assert data.boxes[0][1:, :4].tolist() == [[0, 0, 30, 30]]
+    assert [line.split("annotations[")[1] for line in data.left_out] == [
+        "5].bbox: no pixel of its image: [300, 5, 10, 10]", "6].bbox: no pixel of its image: [5, 5, 10, 0]"
+    ]  # fmt: skip
+    whole = data.cropped(0, (0, 0, 60, 40), (40, 60), False)
+    assert whole["boxes"].shape == (2, 4), "what lies beyond the image is not what a crop has hidden"
+    for entry in values["images"]:
+        del entry["width"], entry["height"]
+    path.write_text(json.dumps(values))
+    again = detected(rectangles)
+    assert again.sizes == data.sizes, "by the header, where nobody states it"
+
+
+def test_grey_masks_of_few_bits(rectangles: Path) -> None:
+    """Pillow spreads their values over 0 to 255."""
+    import struct
+    import zlib
+
+    for bits, value in ((2, 2), (4, 9)):
+        row = bytes([0] + [int(f"{value:0{bits}b}" * (8 // bits), 2)] * (60 * bits // 8))
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 60, 40, bits, 0, 0, 0, 0)), (b"IDAT", zlib.compress(row * 40)), (b"IEND", b"")]  # fmt: skip
+        data = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+        (rectangles / "masks" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+        assert np.flatnonzero(segmented(rectangles).pixels[0]).tolist() == [value]
+
+
+def test_colours_of_images_with_transparency_change_alone(rectangles: Path) -> None:
+    keys = {**CROPS, "color_jitter": 0.5, "channels": 4}
+    batch: Any = DenseDataset(segmented(rectangles), np.arange(4), 3, size=(16, 16), **keys).__getitems__(keys_of(8, 4))
+    assert (batch.images[:, 3] == 255).all()
+    assert not (batch.images[:, :3].float().amax((1, 2, 3)) == 255).all()
+
+
+def test_a_thin_image_that_would_be_huge_is_a_bad_one(rectangles: Path) -> None:
+    Image.new("RGB", (3000, 1)).save(rectangles / "images" / "0.png")
+    Image.new("L", (3000, 1)).save(rectangles / "masks" / "0.png")
+    dataset = WholeDataset(segmented(rectangles), fit_shorter_side(64, (64, 64)), None, **DECODING)
+    batch: Any = dataset.__getitems__([0, 1])
+    assert batch.readable.tolist() == [False, True]
+    assert "192000×64 pixels once it is scaled, over max_image_pixels 1000000" in batch.bad[0]
+
+
 def test_classes_of_masks(rectangles: Path) -> None:
     data = segmented(rectangles)
     assert data.classes == ["0", "1"], "as many as the largest value says"
@@ -171,6 +220,9 @@ def test_classes_of_masks(rectangles: Path) -> None:
     assert segmented(rectangles, ignore_index=0).pixels[:, 0].tolist() == [0] * 4
     (rectangles / "classes.txt").write_text("nothing\nbox\nnever seen\n\n")
     assert segmented(rectangles).classes == ["nothing", "box", "never seen"]
+    with pytest.raises(UserError, match=r"classes\.txt: not the classes of the training data, a, b"):
+        segmented(rectangles, classes=["a", "b"])
+    (rectangles / "classes.txt").unlink()
     assert segmented(rectangles, classes=["a", "b"]).classes == ["a", "b"]
     palette = Image.open(rectangles / "masks" / "0.png").convert("P")
     palette.putdata(list(np.asarray(Image.open(rectangles / "masks" / "0.png")).ravel()))
@@ -264,7 +316,11 @@ def test_masks_that_do_not_fit(rectangles: Path, change: Any, words: str) -> Non
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        (("annotations", 1, "bbox"), [1, 2, 0, 4], r"annotations\[1\].bbox: wants x, y, width > 0, height > 0; got \[1, 2, 0, 4\]"),
+        (("annotations", 1, "bbox"), [1, 2, -1, 4], r"annotations\[1\].bbox: wants x, y, width, height, no size negative; got \[1, 2, -1, 4\]"),
+        (("annotations", 1, "bbox"), [1, 2, 10**400, 4], r"annotations\[1\].bbox: wants"),
+        (("annotations", 1, "iscrowd"), "0", r'annotations\[1\].iscrowd: wants 0 or 1; got "0"'),
+        (("annotations",), [], "annotations: not one box"),
+        (("categories",), [{"id": 7, "name": "box"}, {"id": 7, "name": "ball"}], r"categories\[1\].id: 7 a second time"),
         (("annotations", 1, "bbox"), [1, 2, 3], r"annotations\[1\].bbox: wants"),
         (("annotations", 1, "bbox"), ["1", 2, 3, 4], r"annotations\[1\].bbox: wants"),
         (("annotations", 1, "image_id"), 99, r"annotations\[1\].image_id: there is no image 99"),

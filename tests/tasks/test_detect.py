@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,42 @@ def test_it_finds_what_it_was_shown(detector: Any, lr: float, steps: int) -> Non
     assert task.metrics([judged])["map_50"] > 0.6
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize(
+    ("stride", "cells", "finest"),
+    [(14, 16, 4), (16, 15, 4), (4, 8, 4), (8, 8, 2)],
+    ids=["14 px", "odd", "4 px", "8 px"],
+)
+def test_anchors_stand_at_the_cells(detector: Any, stride: int, cells: int, finest: Any) -> None:
+    """Where the features are, whatever the patch size."""
+    task = DetectTask(FeatureMaps((8,), (stride,)), 2, detector=detector, width=32, finest=finest)
+    side = stride * cells
+    levels = task.pyramid([torch.zeros(1, 8, cells, cells)])
+    generator = task.detector.rpn.anchor_generator if detector == "faster_rcnn" else task.detector.anchor_generator
+    images, _ = task.detector.transform([torch.zeros(1, side, side)])
+    (found,) = generator(images, levels)
+    each = {"fcos": 1, "retinanet": 9, "faster_rcnn": 3}[detector]
+    start = 0
+    for level, s in zip(levels, task.pyramid.strides, strict=True):
+        own = found[start : start + each * level.shape[-1] * level.shape[-2]].view(*level.shape[-2:], each, 4)
+        start += own[..., 0].numel()
+        centres = (own[..., :2] + own[..., 2:]) / 2
+        expected = s * (torch.arange(level.shape[-1]) + 0.5)
+        torch.testing.assert_close(centres[..., 0], expected.view(1, -1, 1).expand(own.shape[:3]))
+        torch.testing.assert_close(centres[..., 1], expected.view(-1, 1, 1).expand(own.shape[:3]))
+        smallest = {"fcos": s, "retinanet": 4 * s, "faster_rcnn": 8 * s}[detector]
+        areas = (own[..., 2:] - own[..., :2]).prod(-1)
+        assert float(areas.min()) == pytest.approx(smallest**2, rel=1e-4)
+    assert start == len(found)
+    if detector == "faster_rcnn":
+        assert task.detector.roi_heads.box_roi_pool.scales == [1 / s for s in task.pyramid.strides]
+
+
+def test_cells_below_a_pixel_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"finest: 4 makes cells of 0\.5 px"):
+        DetectTask(FeatureMaps((8,), (2,)), 2, width=32)
+
+
 def true_of(boxes: list[list[float]], labels: list[int], scale: float = 1.0) -> dict[str, torch.Tensor]:
     found = target(boxes, labels)
     sides = found["boxes"][:, 2:] - found["boxes"][:, :2]
@@ -141,7 +178,7 @@ def values(shapes: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "job": "finetune",
         "out": str(out),
         "encoder": "scratch",
-        "architecture": VIT,
+        "architecture": deepcopy(VIT),
         "seeds": [0],
         "task": {"name": "detect", "width": 32, "finest": 2},
         "data": {

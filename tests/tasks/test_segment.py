@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def test_a_class_that_nobody_has_or_says_does_not_count() -> None:
     assert a_task().per_class([total]).isnan().tolist() == [False, False, True]
 
 
+def test_an_ignored_class_is_never_said() -> None:
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.integers(0, 256, (1, 8, 8), dtype=np.uint8))
+    task = a_task(ignore_index=1)
+    (said,) = task.predict(pointwise, [image], [(16, 16)], (8, 8))
+    assert set(said.flatten().tolist()) == {0, 2}
+    judged = task.judge(pointwise, [image], [torch.from_numpy(rng.integers(0, 3, (8, 8), dtype=np.uint8))], (8, 8))
+    assert task.per_class([judged]).isnan().tolist() == [False, True, False], "nor counted"
+
+
 def test_the_loss_is_a_mean_over_images_whatever_the_batch() -> None:
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 3, 6, 6, generator=rng)
@@ -132,7 +143,7 @@ def values(shapes: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "job": "finetune",
         "out": str(out),
         "encoder": "scratch",
-        "architecture": VIT,
+        "architecture": deepcopy(VIT),
         "seeds": [0],
         "task": {"name": "segment", "width": 32, "finest": 2},
         "data": {
@@ -262,6 +273,8 @@ def test_on_two_processes_the_losses_are_those_of_one(shapes: Path, tmp_path: Pa
         ({"data.erase": 0.2}, "data: erase: not with task: segment"),
         ({"pool": "token"}, "pool: not with task: segment"),
         ({"balance": "sampling"}, None),
+        ({"lora": {}}, "lora: with encoder: scratch there is nothing to adapt"),
+        ({"data.val_side_px": 16}, "data: val_side_px: at least the shorter of image_size, 32"),
         ({"task.ignore_index": 256}, "task.ignore_index: must be >= 0 and <= 255"),
         ({"task.finest": 3}, "task.finest: no such choice; got 3. Allowed: 1, 2, 4"),
         ({"task": "classify", "data.val_side_px": 50}, "data: val_side_px: not with task: classify"),
@@ -272,6 +285,26 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=words or "balance"):
         recipe(shapes, tmp_path / "ft", **changes)
+
+
+def test_one_class_alone_and_nothing_to_judge_by(shapes: Path, tmp_path: Path) -> None:
+    shutil.copytree(shapes, tmp_path / "s")
+    for part in ("train", "val"):
+        (tmp_path / "s" / part / "classes.txt").unlink()
+    for path in (tmp_path / "s" / "val" / "masks").iterdir():
+        Image.new("L", (32, 32), 255).save(path)
+    with pytest.raises(UserError, match=r"data\.val: .*every pixel has the value 255"):
+        mpp.finetune(recipe(tmp_path / "s", tmp_path / "a"))
+    for part in ("train", "val"):
+        for path in (tmp_path / "s" / part / "masks").iterdir():
+            Image.new("L", (32, 32), 0).save(path)
+    with pytest.raises(UserError, match=r"data\.train: one class alone"):
+        mpp.finetune(recipe(tmp_path / "s", tmp_path / "b"))
+
+
+def test_masks_are_no_classes_of_images(shapes: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train: .* holds images/ and masks/, for task: segment"):
+        mpp.finetune(recipe(shapes, tmp_path / "a", task="classify"))
 
 
 def test_a_model_without_maps_and_a_size_that_does_not_tile(shapes: Path, tmp_path: Path) -> None:
