@@ -131,7 +131,8 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
             warnings.warn(what, MppWarning, stacklevel=2)
         for images in (train, val):
             if isinstance(images, Detected) and images.left_out:
-                what = f"{images.left_out[0]}; left out" + f" with {len(images.left_out) - 1} more like it"
+                more = len(images.left_out) - 1
+                what = f"{images.left_out[0]}: left out" + (f", and {more} more like it" if more else "")
                 warnings.warn(what, MppWarning, stacklevel=2)
 
     cells = _cells(recipe, arms)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mpp
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from mpp.metrics import read_metrics
 from mpp.recipe import FinetuneRecipe, check_recipe
 from mpp.supervised import load_dense
@@ -239,6 +239,17 @@ def test_killed_and_resumed_it_is_the_same(shapes: Path, tmp_path: Path) -> None
         a, b = (load_file(c / "encoder" / f"{name}.safetensors") for c in (cell, other))
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert (cell / "result.json").read_text() == (other / "result.json").read_text()
+
+
+def test_boxes_that_are_left_out_are_named(shapes: Path, tmp_path: Path) -> None:
+    shutil.copytree(shapes, tmp_path / "s")
+    path = tmp_path / "s" / "train" / "annotations.json"
+    coco = json.loads(path.read_text())
+    coco["annotations"] += [{"image_id": 0, "category_id": 1, "bbox": [3, 3, 9, 0]}] * 2
+    path.write_text(json.dumps(coco))
+    words = r"bbox: no pixel of its image: \[3, 3, 9, 0\]: left out, and 1 more like it"
+    with pytest.warns(MppWarning, match=words):
+        mpp.finetune(recipe(tmp_path / "s", tmp_path / "ft", **{"optim.steps": 1}))
 
 
 @pytest.mark.slow
