@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import subprocess
@@ -116,16 +117,19 @@ def command(*words: str | Path, processes: int = 1, **options: Any) -> subproces
     )
 
 
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shapes on textures, 32 px: unlabeled/ 100, train/ 24 and val/ 8 with masks and boxes."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("draw_shapes", ROOT / "tools" / "draw_shapes.py")
+def tool(name: str) -> Any:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shapes on textures, 32 px: unlabeled/ 100, train/ 24 and val/ 8 with masks and boxes."""
     out = tmp_path_factory.mktemp("shapes")
-    module.main([str(out), "--unlabeled", "100", "--train", "24", "--val", "8", "--side-px", "32"])
+    tool("draw_shapes").main([str(out), "--unlabeled", "100", "--train", "24", "--val", "8", "--side-px", "32"])
     return out

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import numpy as np
 from skimage import data
 
-from tests.conftest import ROOT
-
-
-def demo_images() -> object:
-    spec = importlib.util.spec_from_file_location("demo_images", ROOT / "tools" / "demo_images.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.conftest import tool
 
 
 def test_every_photograph_states_its_licence_and_is_inside_the_package() -> None:
-    for name in demo_images().LICENCES:
+    for name in tool("demo_images").LICENCES:
         assert re.search(r"CC0|public\s+domain|Public\s+Domain", getattr(data, name).__doc__), name
         folder = Path(data.__file__).parent
         assert list(folder.glob(f"{name}*")), f"{name} would be downloaded"
 
 
 def test_training_and_validation_share_no_pixel() -> None:
-    module = demo_images()
+    module = tool("demo_images")
     assert module.TRAIN_PART + module.VAL_PART < 1
     image = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
     rng = np.random.default_rng(0)

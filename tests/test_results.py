@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from tests.conftest import ROOT
-
-
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("results", ROOT / "tools" / "results.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.conftest import ROOT, tool
 
 
 def run_of(folder: Path, cells: dict[str, float], counts: list[int] | None) -> Path:
@@ -37,9 +26,9 @@ def test_rows_of_a_run_replace_those_before(tmp_path: Path) -> None:
     out = tmp_path / "r.csv"
     several = run_of(tmp_path / "a", {"labels50-scratch-seed1": 0.3, "labels10-pretrained-seed0": 0.25}, [10, 50])
     one = run_of(tmp_path / "b", {"scratch-seed2": 0.123456}, None)
-    assert tool().write([("x", several), ("y", one)], out) == 3
+    assert tool("results").write([("x", several), ("y", one)], out) == 3
     (several / "labels50-scratch-seed1" / "result.json").write_text(json.dumps({"metrics": {"accuracy": 0.5}}))
-    assert tool().write([("x", several)], out) == 2
+    assert tool("results").write([("x", several)], out) == 2
     with open(out) as file:
         rows = list(csv.reader(file))
     assert rows[1:] == [
@@ -49,7 +38,7 @@ def test_rows_of_a_run_replace_those_before(tmp_path: Path) -> None:
     ]
     (several / "labels50-scratch-seed1" / "result.json").unlink()
     with pytest.raises(ValueError, match="not finished"):
-        tool().write([("x", several)], out)
+        tool("results").write([("x", several)], out)
 
 
 def test_the_file_has_both_arms_of_every_seed() -> None:

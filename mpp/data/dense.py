@@ -32,14 +32,11 @@ LEAST_VISIBLE = 0.25
 
 
 @dataclass(frozen=True)
-class Segmented:
-    """Images with a mask each: PNG files of one channel, whose values are class numbers."""
+class _Dense:
+    """Images, and the classes of their places."""
 
     images: list[str]
-    masks: list[str]
     classes: list[str]
-    pixels: np.ndarray
-    """(images, classes) int64: pixels of each class"""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -49,14 +46,23 @@ class Segmented:
         """(images,) int64, what a part held out is stratified by: nothing."""
         return np.zeros(len(self.images), dtype=np.int64)
 
+    def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
+        """Numbers of the images to train on, ascending."""
+        return draw_fraction(len(self.images), fraction, seed)
+
+
+@dataclass(frozen=True)
+class Segmented(_Dense):
+    """Images with a mask each: PNG files of one channel, whose values are class numbers."""
+
+    masks: list[str]
+    pixels: np.ndarray
+    """(images, classes) int64: pixels of each class"""
+
     def fingerprint(self) -> str:
         """What the images and their labels are, not where they lie."""
         words = (*self.classes, *(f"{os.path.basename(p)}:{file_size(p)}" for p in (*self.images, *self.masks)))
         return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape") + self.pixels.tobytes()).hexdigest()
-
-    def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
-        """Numbers of the images to train on, ascending."""
-        return draw_fraction(len(self.images), fraction, seed)
 
     def check(self, i: int, width: int, height: int) -> None:
         """Sizes were compared when the data was opened."""
@@ -74,27 +80,17 @@ class Segmented:
 
 
 @dataclass(frozen=True)
-class Detected:
+class Detected(_Dense):
     """Images with boxes, from an annotation file in COCO's format."""
 
-    images: list[str]
     sizes: list[tuple[int, int] | None]
-    """(width, height) that the annotations state."""
-    classes: list[str]
+    """(width, height) that the annotations state, or else the file's header."""
     boxes: list[np.ndarray]
     """(n, 5) float32 of each image: x0, y0, x1, y1 in pixels, area"""
     labels: list[np.ndarray]
     """(n, 2) int64 of each image: class, whether it stands for a crowd"""
     left_out: list[str] = field(default_factory=list)
     """A line for each annotation that has no pixel of its image"""
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def strata(self) -> np.ndarray:
-        """(images,) int64, what a part held out is stratified by: nothing."""
-        return np.zeros(len(self.images), dtype=np.int64)
 
     def fingerprint(self) -> str:
         """What the images and their labels are, not where they lie."""
@@ -103,10 +99,6 @@ class Detected:
         for boxes, labels in zip(self.boxes, self.labels, strict=True):
             digest.update(boxes.tobytes() + labels.tobytes() + b"\0")
         return digest.hexdigest()
-
-    def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
-        """Numbers of the images to train on, ascending."""
-        return draw_fraction(len(self.images), fraction, seed)
 
     def check(self, i: int, width: int, height: int) -> None:
         """BadImage where the file is not of the size that its boxes were drawn on."""
@@ -191,7 +183,7 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
             f"{key}: {first}: the value {used[-1]}, where the classes are 0 to {len(known) - 1} "
             f"and task.ignore_index is {ignore_index}"
         )
-    return Segmented(images, masks, known, counts[:, : len(known)])
+    return Segmented(images, known, masks, counts[:, : len(known)])
 
 
 def _one_folder(spec: tuple[str, ...], key: str, what: str) -> str:
@@ -367,8 +359,8 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         raise UserError(f"{key}: {path}: annotations: not one box" + (f"; {left_out[0]}" if left_out else ""))
     return Detected(
         images,
-        sizes,
         known,
+        sizes,
         [np.array(b, dtype=np.float32).reshape(-1, 5) for b in boxes],
         [np.array(b, dtype=np.int64).reshape(-1, 2) for b in labels],
         left_out,
@@ -437,7 +429,7 @@ class DenseDataset(Dataset[LabeledBatch]):
                 return chosen[-1]
 
             try:
-                image = decode_crop(_bytes(self.data.images[number]), box, self.size, **self.decoding)
+                image = decode_crop(image_bytes(self.data.images[number]), box, self.size, **self.decoding)
                 labels = self.data.cropped(number, chosen[-1], self.size, flip)
             except BadImage as error:
                 bad.append(f"{self.data.images[number]}: {error}")
@@ -470,7 +462,7 @@ class WholeDataset(Dataset[LabeledBatch]):
         for i, number in enumerate(keys):
             name = self.data.images[number]
             try:
-                image = whole_image(_bytes(name), **self.decoding)
+                image = whole_image(image_bytes(name), **self.decoding)
                 h, w = int(image.shape[1]), int(image.shape[2])
                 self.data.check(number, w, h)
                 scaled = scaled_to(image, within(self.fit(h, w), self.decoding["max_image_pixels"]))
@@ -532,7 +524,8 @@ def _together(labels: Sequence[Any]) -> Any:
     return torch.stack(list(labels)) if isinstance(labels[0], Tensor) else list(labels)
 
 
-def _bytes(path: str) -> bytes:
+def image_bytes(path: str) -> bytes:
+    """Of a file. BadImage."""
     try:
         return Path(path).read_bytes()
     except OSError as error:

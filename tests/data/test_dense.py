@@ -108,7 +108,7 @@ def test_a_sample_depends_on_its_position_alone(rectangles: Path) -> None:
 
 def test_what_is_hardly_visible_or_stands_for_a_crowd_is_no_object() -> None:
     boxes = np.array([[0, 0, 10, 10, 100], [0, 0, 40, 10, 400], [5, 5, 9, 9, 16]], dtype=np.float32)
-    data = Detected(["a"], [None], ["x", "y"], [boxes], [np.array([[0, 0], [1, 0], [1, 1]])])
+    data = Detected(["a"], ["x", "y"], [None], [boxes], [np.array([[0, 0], [1, 0], [1, 1]])])
     cut = data.cropped(0, (8, 0, 16, 16), (16, 16), False)
     assert cut["labels"].tolist() == [1], "a fifth of the first is left, and the third is a crowd"
     assert cut["boxes"].tolist() == [[0, 0, 16, 10]]
