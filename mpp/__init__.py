@@ -20,6 +20,7 @@ from mpp.errors import BadImage, MppWarning, UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpp.diagnostics.inspection import Inspection
     from mpp.evaluating import EvaluateResult
     from mpp.exporting import Verified
     from mpp.finetuning import FinetuneResult
@@ -105,6 +106,28 @@ def predict(
     return predicting.predict_files(encoder, images, views=views, top=top, out=out, report=report)  # type: ignore[arg-type]
 
 
+def inspect(
+    encoder: str | Path,
+    places: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    compare: str | None = None,
+    images: int = 128,
+    shown: int = 4,
+    random: bool = False,
+) -> Inspection:
+    """What an encoder learned, seen through images: attention, similarity of layers, spectrum, positions, filters.
+
+    places: shards, image files or folders. compare: another encoder. images: how many are measured, shown: drawn.
+    random: with random weights, as a control. PNG, SVG and JSON of each view go to `out`, default RUN/inspect.
+    """
+    from mpp.diagnostics import inspection
+
+    return inspection.inspect_encoder(
+        encoder, places, out=out, compare=compare, images=images, shown=shown, random=random
+    )
+
+
 def export(run: str | Path, out: str | Path) -> Verified:
     """Copy the encoder of a run into a new folder and verify it there. UserError where it does not hold."""
     from mpp import exporting
@@ -140,6 +163,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "inspect",
     "load_encoder",
     "load_recipe",
     "predict",

@@ -239,13 +239,30 @@ def _say_verified(verified: Any) -> None:
 
 @main.command()
 @click.argument("run")
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", nargs=-1)
 @click.option("--out", default="reconstructions.png", show_default=True)
 def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
-    """Draw what RUN predicts for hidden patches of IMAGES."""
+    """Draw what RUN predicts for hidden patches of IMAGES; without any, of its own through training (.png or .gif)."""
     from mpp.diagnostics.reconstruct import reconstruct as draw
 
-    click.echo(f"{draw(run, list(images), out)}")
+    click.echo(f"{draw(run, images, out)}")
+
+
+@main.command()
+@click.argument("encoder")
+@click.argument("images", nargs=-1, required=True)
+@click.option("--out", default=None, metavar="FOLDER", help="Default: RUN/inspect, or inspect/NAME.")
+@click.option("--compare", default=None, metavar="ENCODER", help="Another encoder, for the similarity of layers.")
+@click.option("--count", default=128, show_default=True, type=click.IntRange(min=4), help="Images that are measured.")
+@click.option("--shown", default=4, show_default=True, type=click.IntRange(1, 16), help="Images that are drawn.")
+@click.option("--random", is_flag=True, help="With random weights, as a control.")
+def inspect(
+    encoder: str, images: tuple[str, ...], out: str | None, compare: str | None, count: int, shown: int, random: bool
+) -> None:
+    """What ENCODER (a run, an export, a timm name) learned, seen through IMAGES: shards, files or folders."""
+    found = mpp.inspect(encoder, images, out=out, compare=compare, images=count, shown=shown, random=random)
+    click.echo(found.table())
+    click.echo(f"{found.out}")
 
 
 @main.command()

@@ -321,6 +321,13 @@ def open_encoder(
     return load_encoder(source, pretrained=pretrained, num_classes=0, in_chans=channels, **size, **timm_args)
 
 
+def open_any(source: str, *, pretrained: bool) -> Any:
+    """A timm model without classifier at its own size and channels. UserError where it cannot be had."""
+    if not is_timm_name(source):
+        return load_encoder(source, pretrained=pretrained, num_classes=0)
+    return create_timm_model(source, image_size=None, in_chans=3, pretrained=pretrained, args={}, key="encoder")
+
+
 def export(run: str | Path, out: str | Path) -> Verified:
     """Copy a run's encoder to `out` and verify it there. UserError where `out` is not new or empty."""
     source, target = encoder_folder(run), Path(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpp.encoders.timm_encoder import TimmEncoder
@@ -23,6 +24,12 @@ from mpp.types import NOISE, Cells, Corrupted, Images, Units, gather_cells
 HEADS_WITHOUT_HIDDEN_TOKENS = "transformer, cross_attention"
 LEAST_BITS = 1.0
 """Entropy of a target's classes below which a run warns (a guess; 512 colours of photographs carry 5 to 7)."""
+
+
+BORROWED = "pasted, own statistics borrowed"
+"""Drawn with the mean and contrast of the hidden patches, which the model neither saw nor predicted."""
+GREY = 0.5
+"""Where a picture has nothing."""
 
 
 class Objective(nn.Module):
@@ -49,15 +56,21 @@ class Layout(NamedTuple):
     """The same on the encoder's output grid; another only where mask units are smaller than the stride."""
 
 
-class Reconstruction(NamedTuple):
-    """What `MaskedPatchModel.reconstruct` returns; images are normalised, (B, C, H, W)."""
+class Panel(NamedTuple):
+    """One picture of each image, and what it is."""
 
-    original: Tensor
-    masked: Tensor
-    borrowed: Tensor
-    """Prediction at hidden cells, drawn with statistics of the hidden pixels where the target needs any."""
-    unaided: Tensor
-    """Prediction at hidden cells, drawn with nothing the model did not see."""
+    title: str
+    images: Tensor
+    """(B, C, h, w) in [0, 1], or with one channel."""
+
+
+class Reconstruction(NamedTuple):
+    """What a target's predictions look like, beside what they are predictions of."""
+
+    target: str
+    panels: list[Panel]
+    """original, masked, target (where that looks otherwise than the image), predicted, pasted into the visible; where
+    the target needs statistics of the hidden pixels to be drawn as they were, once more with these `BORROWED`."""
 
 
 class MaskedPatchModel(nn.Module):
@@ -174,24 +187,46 @@ class MaskedPatchModel(nn.Module):
         return self._losses(self.predict(images, layout), targets), self._losses(trivial, targets)
 
     @torch.no_grad()
-    def reconstruct(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> Reconstruction:
-        """(B, C, H, W) uint8 -> pictures of the first target that has any, all hidden cells predicted.
-
-        ValueError where no target has a picture.
-        """
+    def reconstruct(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> list[Reconstruction]:
+        """(B, C, H, W) uint8 -> pictures of each target that has any, all hidden cells predicted."""
         images = self.images(raw)
         layout = self.layout(images, mask, noise, count, everything=True)
         hidden = layout.cells.hidden
         pixels = repeat_cells(hidden, self.cell_px).unsqueeze(1)
+        original = raw.float() / 255
+        masked = original.masked_fill(pixels, GREY)
+        found = []
         for o, prediction in zip(self.objectives, self.predict(images, layout), strict=True):
             values = torch.zeros(len(raw), hidden[0].numel(), prediction.shape[-1], device=raw.device)
             index = layout.cells.predicted.unsqueeze(-1).expand_as(prediction)
             values = values.scatter(1, index, prediction.float())
-            drawn = [o.target.picture(values, images, hidden, borrow=borrow) for borrow in (True, False)]
-            if drawn[0] is not None:
-                pictures = [torch.where(pixels, d, images.normalised) for d in drawn]
-                return Reconstruction(images.normalised, images.normalised.masked_fill(pixels, 0.0), *pictures)
-        raise ValueError(f"target {', '.join(o.name for o in self.objectives)}: has no picture")
+            panels = [Panel("original", original), Panel("masked", masked)]
+            if hasattr(o.target, "glyphs"):
+                grid = layout.cells.grid
+                truth, said = (o.target.glyphs(v, grid) for v in (o.target(images), values))
+                drawn = pixels.repeat_interleave(truth.shape[-2] // raw.shape[-2], 2)
+                drawn = drawn.repeat_interleave(truth.shape[-1] // raw.shape[-1], 3)
+                panels += [Panel("target", truth), Panel("predicted", said.masked_fill(~drawn, 0.0))]
+                panels += [Panel("pasted", torch.where(drawn, said, truth))]
+            else:
+                unaided, borrowed = (self._drawn(o, values, images, hidden, borrow) for borrow in (False, True))
+                if unaided is None or borrowed is None:
+                    continue
+                if o.target.of == "classes":
+                    logits = F.one_hot(o.target(images), o.target.classes).float().flatten(2)
+                    truth = self._drawn(o, logits, images, hidden, False)
+                    panels += [Panel("target", truth)] if truth is not None else []
+                panels += [Panel("predicted", unaided.masked_fill(~pixels, GREY))]
+                panels += [Panel("pasted", torch.where(pixels, unaided, original))]
+                if not torch.equal(unaided, borrowed):
+                    panels += [Panel(BORROWED, torch.where(pixels, borrowed, original))]
+            found.append(Reconstruction(o.name, panels))
+        return found
+
+    def _drawn(self, o: Any, values: Tensor, images: Images, hidden: Tensor, borrow: bool) -> Tensor | None:
+        """(B, C, H, W) in [0, 1], or None."""
+        picture = o.target.picture(values, images, hidden, borrow=borrow)
+        return None if picture is None else (picture * self.std + self.mean).clamp(0, 1)
 
     @torch.no_grad()
     def doubts(self, raw: Tensor) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from mpp import exporting
 from mpp.data.decode import decode_crop, view_boxes
-from mpp.data.index import images_below
+from mpp.data.images import images_of
 from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
 from mpp.predicting_dense import BOX_COLUMNS, predict_dense
@@ -127,22 +126,6 @@ def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, s
             found = predictor.probabilities(torch.stack(crops)).numpy()
             for name, own, p in zip(readable, crops, found, strict=True):
                 yield Prediction(name, p, own[0])
-
-
-def images_of(places: Sequence[str]) -> list[str]:
-    """Files as they are, folders as the images in them, sorted. UserError where there is nothing."""
-    found: list[str] = []
-    for place in places:
-        if os.path.isdir(place):
-            inside = images_below(place)
-            if not inside:
-                raise UserError(f"{place}: no images in it")
-            found += inside
-        elif os.path.exists(place):
-            found.append(place)
-        else:
-            raise UserError(f"{place}: no such file or folder")
-    return found
 
 
 def predict_files(

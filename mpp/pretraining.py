@@ -20,10 +20,22 @@ from mpp.data.images import ShardImages, held_out_rows
 from mpp.data.labeled import open_labeled
 from mpp.data.loader import Crop, PretrainDataset, batches
 from mpp.data.order import MicroBatches, Order
+from mpp.diagnostics.reconstruct import keep, kept_every
 from mpp.errors import UserError
 from mpp.metrics import RunLog, environment, write_json
 from mpp.model import MaskedPatchModel
-from mpp.monitor import Measured, OnlineProbe, Probed, flat_since, probe_images
+from mpp.monitor import (
+    COLLAPSED_FEATURE_SHARE,
+    COLLAPSED_RANK,
+    COLLAPSED_TARGET_SHARE,
+    Measured,
+    OnlineProbe,
+    Probed,
+    Spread,
+    flat_since,
+    probe_images,
+    spread,
+)
 from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of
 from mpp.recipe import PretrainRecipe
 from mpp.rng import Purpose, torch_seed
@@ -32,12 +44,10 @@ from mpp.types import Batch
 
 LEAST_BAD_IMAGES = 100
 """A run never stops for fewer unreadable images than this."""
-COLLAPSED_RANK = 2.0
-"""A warning is said where a target's effective rank falls below: two directions at most are left (a guess)."""
-COLLAPSED_SHARE = 0.1
-"""And where less of its energy depends on the image (a guess; half of it does at first)."""
 RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
+SPREAD_IMAGES = 256
+"""Held-out images whose features the spread is taken from: one row each."""
 HELD_OUT_POSITION = 2**62
 """Where the masks of held-out images are drawn: far beyond any training position."""
 
@@ -100,7 +110,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     if accelerator.is_main_process:
         create_run(recipe)
     state: dict[str, Any] = {"seen": 0, "bad": 0, "loss": None, "skills": [None] * len(objectives)}
-    state |= {"collapse": {}, "history": [], "probed": None}
+    state |= {"collapse": {}, "features": None, "history": [], "probed": None}
     start_step = 0
     model.to(accelerator.device)
     if run.checkpoint is not None:
@@ -131,6 +141,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     loss = math.nan if state["loss"] is None else float(state["loss"])
     skills = [math.nan if value is None else float(value) for value in state["skills"]]
     skill, collapse = skills[0], state["collapse"]
+    features = Spread(*state["features"]) if state["features"] else None
     history = [Measured(*m) for m in state["history"]]
     probed = Probed(*state["probed"]) if probe and state["probed"] else None
     sampler = MicroBatches(
@@ -143,6 +154,9 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     )
     cuda = accelerator.device.type == "cuda"
     stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
+    pictures_every = kept_every(total_steps, recipe.skill_every_steps)
+    if step == 0 and accelerator.is_main_process:
+        _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, run.out, step)
     prepared.train()
     log.status("running", step=step)
     window = _Window()
@@ -203,10 +217,15 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                 probed = probe(model.encoder.model, accelerator.device)
                 model.train()
             if step % recipe.skill_every_steps == 0 or step == total_steps:
-                skills, collapse = _skills(accelerator, model, held_out_batch)
+                skills, collapse, features = _skills(accelerator, model, held_out_batch)
                 skill = skills[0]
+                if features.share < COLLAPSED_FEATURE_SHARE or features.rank < COLLAPSED_RANK:
+                    log.say(
+                        f"warning: the encoder's features collapse: {features.share:.2%} of them depends on the image, "
+                        f"effective rank {features.rank:.1f}. Try a lower optim.base_lr, or more warm-up"
+                    )
                 for name, (rank_of_target, share) in collapse.items():
-                    if share < COLLAPSED_SHARE or rank_of_target < COLLAPSED_RANK:
+                    if share < COLLAPSED_TARGET_SHARE or rank_of_target < COLLAPSED_RANK:
                         log.say(
                             f"warning: target {name} collapses: {share:.1%} of it depends on the image, effective rank "
                             f"{rank_of_target:.1f}. Try a higher decay, a lower optim.base_lr, or more warm-up"
@@ -217,6 +236,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                 since = flat_since(history)
                 if since is not None and already is None and step < total_steps:
                     log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
+            if accelerator.is_main_process and (step % pictures_every == 0 or step == total_steps):
+                _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, run.out, step)
             if step % recipe.log_every_steps == 0 or ending or step == 1:
                 log.metrics(
                     {
@@ -229,6 +250,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                         **({f"probe_{k}": v for k, v in probed._asdict().items()} if probed else {}),
                         **{f"target_rank_{name}": v for name, (v, _) in collapse.items()},
                         **{f"target_share_{name}": v for name, (_, v) in collapse.items()},
+                        **({f"feature_{k}": v for k, v in features._asdict().items()} if features else {}),
                         "lr": lr,
                         "grad_norm": float(grad_norm),
                         **window.rates(optim.global_batch_size),
@@ -243,6 +265,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                         "loss": loss,
                         "skills": [None if math.isnan(value) else value for value in skills],
                         "collapse": collapse,
+                        "features": [*features] if features else None,
                         "history": [[*m] for m in history],
                         "probed": [*probed] if probed else None,
                         "data_fingerprint": images.fingerprint,
@@ -321,8 +344,8 @@ def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.n
 
 def _skills(
     accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch
-) -> tuple[list[float], dict[str, tuple[float, float]]]:
-    """(skill of each objective, rank and share of targets that may collapse), in eval mode, in parts of 256 images.
+) -> tuple[list[float], dict[str, tuple[float, float]], Spread]:
+    """(skill of each objective, rank and share of targets that may collapse, those of the features), in eval mode.
 
     On every process alike, so that none waits for another.
     """
@@ -336,9 +359,22 @@ def _skills(
             a, b = model.losses_for_skill(images, mask, noise, held_out.hidden_units)
             own, trivial = own + a.cpu() * len(images), trivial + b.cpu() * len(images)
         collapse = model.collapse(held_out.images[:RANK_IMAGES].to(accelerator.device))
+        shown = model.images(held_out.images[:SPREAD_IMAGES].to(accelerator.device)).normalised
+        features = spread(model.encoder.model, shown)
     model.train()
     skills = [1 - o / t if t > 0 else math.nan for o, t in zip(own.tolist(), trivial.tolist(), strict=True)]
-    return skills, collapse
+    return skills, collapse, features
+
+
+def _draw(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch, count: int, out: Path, step: int) -> None:
+    """Keep pictures of the first held-out images, in eval mode; nothing where no target has any."""
+    if count == 0:
+        return
+    model.eval()
+    images, mask, noise = (t[:count].to(accelerator.device) for t in (held_out.images, held_out.mask, held_out.noise))
+    with accelerator.autocast():
+        keep(out, step, model.reconstruct(images, mask, noise, held_out.hidden_units))
+    model.train()
 
 
 def _count_bad(before: int, new: int, lines: list[str], seen: int, max_fraction: float, log: RunLog) -> int:

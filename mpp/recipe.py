@@ -333,6 +333,8 @@ class PretrainRecipe(Run):
     optim: Optim
     skill_every_steps: PositiveInt = 500
     """Steps between measurements of the skill on held-out images."""
+    reconstruct_images: NonNegativeInt = 6
+    """Held-out images whose reconstructions are kept as the run goes, where the target has a picture; 0: none."""
     probe: OnlineProbe | None = None
     """Probe the encoder now and then; it changes nothing in training."""
 
@@ -612,7 +614,7 @@ RECIPES: dict[str, type[Job]] = {"pretrain": PretrainRecipe, "finetune": Finetun
 MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
-    "optim.max_batch_per_device", "encoder.grad_checkpointing",
+    "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
 decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.data.index import ShardIndex, expand, fingerprint, index_shard, member_name
+from mpp.data.index import ShardIndex, expand, fingerprint, images_below, index_shard, member_name
 from mpp.data.store import Store, default_cache_dir
 from mpp.errors import BadImage, UserError
 
@@ -115,3 +117,49 @@ def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:
     order = np.argsort(-(np.asarray(counts) * held_out % total), kind="stable")
     share[order[: held_out - int(share.sum())]] += 1
     return share
+
+
+def images_of(places: Sequence[str]) -> list[str]:
+    """Files as they are, folders as the images in them, sorted. UserError where there is nothing."""
+    found: list[str] = []
+    for place in places:
+        if os.path.isdir(place):
+            inside = images_below(place)
+            if not inside:
+                raise UserError(f"{place}: no images in it")
+            found += inside
+        elif os.path.exists(place):
+            found.append(place)
+        else:
+            raise UserError(f"{place}: no such file or folder")
+    return found
+
+
+def holds_shards(place: str) -> bool:
+    """Whether a place is one of shards: a tar file, a pattern, an URL, or a folder with tar files in it."""
+    if os.path.isdir(place):
+        return any(name.endswith(".tar") for name in os.listdir(place))
+    return place.endswith(".tar") or "://" in place or any(c in place for c in "*?{[")
+
+
+def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """(name, reader of its bytes) of `count` images, or as many as there are, evenly spread over all of them.
+
+    places: shards, see `holds_shards`; image files; folders of images, however deep. UserError where there is nothing.
+    """
+    of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
+    shards = ShardImages(of_shards, key=key) if of_shards else None
+    files = images_of(of_files)
+    ends = np.cumsum(shards.counts) if shards else np.zeros(1, dtype=np.int64)
+    packed = int(ends[-1])
+    total = packed + len(files)
+    if total == 0:
+        raise UserError(f"{key}: no images given")
+    for at in np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist():
+        if shards is None or at >= packed:
+            path = files[at - packed]
+            yield path, Path(path).read_bytes
+            continue
+        shard = int(np.searchsorted(ends, at, side="right"))
+        row = at - int(ends[shard] - shards.counts[shard])
+        yield shards.name(shard, row), partial(shards.read, shard, row)

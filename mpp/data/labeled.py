@@ -24,11 +24,12 @@ from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream, torch_seed
 
 
-class _Reader(Protocol):
-    """Bytes and names of labeled images, by number."""
+class Reader(Protocol):
+    """Bytes, names and sizes in bytes of images, by number."""
 
     def read(self, i: int) -> bytes: ...
     def name(self, i: int) -> str: ...
+    def sizes(self) -> np.ndarray: ...
     def fingerprint(self) -> str: ...
 
 

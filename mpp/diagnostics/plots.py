@@ -1,10 +1,14 @@
-"""Plots, as PNG."""
+"""Plots: as PNG for people, as SVG for the report, where they take the colour of the page's text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +17,41 @@ from mpp.errors import UserError
 
 NAMED_CLASSES = 40
 """A confusion matrix of more is drawn without names and numbers."""
+INK = "#1f2429"
+"""Of text and axes; no other mark has it, so that it can become the page's own colour."""
+COLOURS = ("#2f81f7", "#d1730c", "#2da44e", "#bf3989", "#8250df", "#b08800", "#1b9aaa", "#cf222e")
+"""Of lines: at least 3 : 1 on white and on the dark page (WCAG 2.1, 1.4.11), but for yellow."""
+MARKERS = 40
+"""A line of more points is drawn without markers."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def themed() -> Iterator[None]:
+    """While it is entered, matplotlib draws as all our plots are drawn."""
+    import matplotlib  # half a second, and only here
+    from cycler import cycler
+
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    rc: Any = dict.fromkeys(ink, INK)
+    rc |= {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+    rc |= {"axes.prop_cycle": cycler(color=COLOURS), "legend.framealpha": 0.0, "legend.fontsize": "small"}
+    rc |= {"axes.facecolor": "none", "lines.linewidth": 1.6, "lines.markersize": 3.5, "svg.fonttype": "none"}
+    with matplotlib.rc_context(rc):
+        yield
+
+
+def drawing(function: Callable[P, R]) -> Callable[P, R]:
+    """Of a function that draws."""
+
+    @wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with themed():
+            return function(*args, **kwargs)
+
+    return inside
 
 
 class Line(NamedTuple):
@@ -26,6 +65,14 @@ class Line(NamedTuple):
     dashed: bool = False
 
 
+class Dots(NamedTuple):
+    """Points that no line joins."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
 class Level(NamedTuple):
     """A horizontal line."""
 
@@ -33,37 +80,74 @@ class Level(NamedTuple):
     y: float
 
 
-def draw(
-    panels: Mapping[str, Sequence[Line | Level]], out: Path, *, xlabel: str, ylabel: str, log_x: bool = False
-) -> None:
-    """Panels side by side, each with its title, on a common scale. UserError where `out` cannot be written."""
-    from matplotlib.figure import Figure  # half a second, and only here
+@drawing
+def lines(
+    panels: Mapping[str, Sequence[Line | Dots | Level]],
+    *,
+    xlabel: str | Sequence[str],
+    ylabel: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    limits: Mapping[str, tuple[float, float | None]] | None = None,
+    log_y_of: Sequence[str] = (),
+    shared: bool = True,
+    height: float = 3.8,
+    columns: int | None = None,
+) -> Any:
+    """Panels side by side, each with its title. shared: on a common scale. log_x: ticks at the points alone.
 
-    figure = Figure(figsize=(4.2 * len(panels) + 1, 3.8), layout="constrained")
-    axes: Any = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, (title, marks) in zip(axes, panels.items(), strict=True):
+    xlabel: of all panels, or of each. log_y_of: panels whose values are drawn on a logarithmic scale; log_y: all.
+    limits: the lowest and the highest value of a panel's scale; None: as high as its marks.
+    """
+    from matplotlib.figure import Figure
+
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns + 1, height * rows), layout="constrained")
+    axes: Any = figure.subplots(rows, columns, squeeze=False, sharey=shared).ravel()
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    named = [xlabel] * len(panels) if isinstance(xlabel, str) else list(xlabel)
+    for axis, name, (title, marks) in zip(axes, named, panels.items(), strict=False):
         for mark in marks:
             if isinstance(mark, Level):
-                axis.axhline(mark.y, label=mark.name, linestyle=":", color="grey")
+                axis.axhline(mark.y, label=_as_it_is(mark.name), linestyle=":", color="grey")
                 continue
-            style = "--" if mark.dashed else "-"
+            if isinstance(mark, Dots):
+                axis.plot(mark.x, mark.y, "o", label=_as_it_is(mark.name), markersize=3, alpha=0.6)
+                continue
+            style: Any = {"linestyle": "--" if mark.dashed else "-", "label": _as_it_is(mark.name)}
+            style["marker"] = "o" if len(mark.x) <= MARKERS else None
             if mark.half_width is not None:
-                axis.errorbar(mark.x, mark.y, mark.half_width, label=mark.name, linestyle=style, marker="o", capsize=3)
+                axis.errorbar(mark.x, mark.y, mark.half_width, capsize=3, **style)
             else:
-                axis.plot(mark.x, mark.y, label=mark.name, linestyle=style, marker="o")
+                axis.plot(mark.x, mark.y, **style)
         if log_x:
             axis.set_xscale("log")
             ticks = sorted({x for mark in marks if isinstance(mark, Line) for x in mark.x})
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.minorticks_off()
-        axis.set_title(title)
-        axis.set_xlabel(xlabel)
+        if log_y or title in log_y_of:
+            axis.set_yscale("log")
+        axis.set_title(_as_it_is(title))
+        axis.set_xlabel(name)
+        if limits and title in limits:
+            axis.set_ylim(*limits[title])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        if any(mark.name for mark in marks):
+            axis.legend()
     axes[0].set_ylabel(ylabel)
-    _save(figure, out)
+    return figure
 
 
+def draw(
+    panels: Mapping[str, Sequence[Line | Level]], out: Path, *, xlabel: str, ylabel: str, log_x: bool = False
+) -> None:
+    """`lines` as a PNG. UserError where `out` cannot be written."""
+    save(lines(panels, xlabel=xlabel, ylabel=ylabel, log_x=log_x), out)
+
+
+@drawing
 def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
     """(true, said) counts as shares of each true class. UserError where `out` cannot be written."""
     from matplotlib.figure import Figure
@@ -83,9 +167,97 @@ def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
             axis.text(j, i, counts[i, j], ha="center", va="center", fontsize="x-small", color=colour)
     axis.set_xlabel("said")
     axis.set_ylabel("true")
-    _save(figure, out)
+    save(figure, out)
 
 
+class Heat(NamedTuple):
+    """A matrix as colours."""
+
+    title: str
+    values: np.ndarray
+    xlabel: str = ""
+    ylabel: str = ""
+    origin: str = "lower"
+    """Where the first row is."""
+
+
+@drawing
+def heats(panels: Sequence[Heat], *, low: float, high: float, label: str, columns: int | None = None) -> Any:
+    """Matrices side by side on one scale."""
+    from matplotlib.figure import Figure
+
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.3 * columns + 0.9, 3.2 * rows), layout="constrained")
+    axes: Any = figure.subplots(rows, columns, squeeze=False).ravel()
+    shown: Any = None
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    for axis, panel in zip(axes, panels, strict=False):
+        rows_of, columns_of = panel.values.shape
+        extent = (0.5, columns_of + 0.5, 0.5, rows_of + 0.5)
+        shown = axis.imshow(
+            panel.values, vmin=low, vmax=high, origin=panel.origin, extent=extent, aspect="auto", cmap="magma",
+            interpolation="nearest",
+        )  # fmt: skip
+        axis.set_title(_as_it_is(panel.title))
+        axis.set_xlabel(panel.xlabel)
+        axis.set_ylabel(panel.ylabel)
+        for side in (axis.xaxis, axis.yaxis):
+            side.get_major_locator().set_params(integer=True)
+    figure.colorbar(shown, ax=axes.tolist(), label=label, shrink=0.9)
+    return figure
+
+
+class Picture(NamedTuple):
+    """A small picture of a grid."""
+
+    pixels: np.ndarray
+    """(h, w, 3) in [0, 1], or (h, w) of values"""
+    title: str = ""
+    over: np.ndarray | None = None
+    """(h', w') of values, laid over the picture in colours"""
+    at: tuple[float, float] | None = None
+    """(row, column) in [0, 1] of a place that is marked"""
+
+
+@drawing
+def pictures(
+    rows: Sequence[Sequence[Picture]],
+    *,
+    title: str,
+    low: float | None = None,
+    high: float | None = None,
+    side: float = 1.25,
+) -> Any:
+    """A grid of small pictures; values on the scale from low to high, or each on its own. side: inches of each."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    columns = max(len(row) for row in rows)
+    title_room = 0.2 * sum(any(p.title for p in row) for row in rows)
+    figure = Figure(figsize=(side * columns + 0.1, side * len(rows) + title_room + 0.4))
+    figure.suptitle(_as_it_is(title), fontsize=9)
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02))
+    axes: Any = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.axis("off")
+    for r, row in enumerate(rows):
+        for axis, picture in zip(axes[r], row, strict=False):
+            h, w = picture.pixels.shape[:2]
+            box = (0, w, h, 0)
+            scale: Any = {"vmin": low, "vmax": high, "cmap": "magma", "interpolation": "nearest", "extent": box}
+            axis.imshow(picture.pixels, **scale)
+            if picture.over is not None:
+                axis.imshow(picture.over, **{**scale, "alpha": 0.65})
+            if picture.at is not None:
+                axis.plot(picture.at[1] * w, picture.at[0] * h, marker="x", color="#39ff88", markersize=5)
+            if picture.title:
+                axis.set_title(_as_it_is(picture.title), fontsize="x-small", pad=2)
+    return figure
+
+
+@drawing
 def gallery(
     pictures: Sequence[tuple[Tensor, str]], out: Path, legend: Sequence[tuple[str, Sequence[int]]] = ()
 ) -> None:
@@ -106,7 +278,7 @@ def gallery(
     if legend:
         patches = [Patch(color=f"#{r:02x}{g:02x}{b:02x}", label=_as_it_is(name)) for name, (r, g, b) in legend]
         figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize="x-small", frameon=False)
-    _save(figure, out)
+    save(figure, out)
 
 
 def _as_it_is(text: str) -> str:
@@ -114,9 +286,30 @@ def _as_it_is(text: str) -> str:
     return text.replace("$", r"\$").encode("utf-8", "replace").decode()
 
 
-def _save(figure: Any, out: Path) -> None:
+def save(figure: Any, out: Path) -> None:
+    """As a PNG. UserError where `out` cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120, format="png")
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}") from error
+
+
+def svg(figure: Any, name: str) -> str:
+    """As an <svg> element for a page: transparent, in the colour of the page's text, as wide as there is room.
+
+    name: unlike that of any other plot of the page, since ids are the page's.
+    """
+    buffer = io.StringIO()
+    with themed():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
+    opening = f'<svg viewBox="0 0 {width} {height}" style="max-width:{float(width) * 1.35:.0f}px"'
+    opening += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" aria-hidden="true"'
+    return opening + text[text.index(">") :].strip()

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mpp.patches import patchify, repeat_cells
+from mpp.patches import patchify, repeat_cells, unpatchify
 from mpp.types import Images, Int, PositiveInt, TargetContext
 
 Bins = Annotated[Int, Field(ge=2)]
+GLYPH_PX = 16  # least side of the drawing of a square
 EPSILON = 1e-5  # in the normalisation, as Dalal & Triggs' L2 norm has it: sqrt(|v|² + ε²)
 
 
@@ -72,6 +73,22 @@ class HogTarget(nn.Module):
         visible = (~hidden).flatten(1).unsqueeze(-1)
         mean = (values * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
         return mean.expand(-1, values.shape[1], -1)
+
+    def glyphs(self, values: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N, dim) -> (B, 1, k·H, k·W) in [0, 1]: in each square a line along the edges of each bin's gradients.
+
+        As bright as the bin, the mean of the channels; the values of a square have length 1.
+        """
+        squares = unpatchify(values.float(), self.side, grid)
+        bright = squares.unflatten(1, (-1, self.orientations)).mean(1).clamp(0, 1)  # (B, orientations, h, w)
+        side = self.square_px * -(-GLYPH_PX // self.square_px)
+        offset = torch.arange(side, device=values.device) - (side - 1) / 2
+        angle = (torch.arange(self.orientations, device=values.device) + 0.5) * (math.pi / self.orientations)
+        across = offset[None, None, :] * angle.cos()[:, None, None] + offset[None, :, None] * angle.sin()[:, None, None]
+        inside = (offset[None, :].square() + offset[:, None].square()).sqrt() <= side / 2
+        lines = (1.25 - across.abs()).clamp(0, 1) * inside  # (orientations, side, side)
+        drawn = (bright[:, :, :, None, :, None] * lines[None, :, None, :, None, :]).amax(1)
+        return drawn.flatten(3, 4).flatten(1, 2).unsqueeze(1)
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
         return None

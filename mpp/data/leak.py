@@ -1,0 +1,62 @@
+"""Whether the images by which something is judged are among those that it was trained on: byte by byte."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mpp.data.labeled import Reader
+from mpp.errors import BadImage
+
+MOST_CHECKED = 2000
+"""Validation images that are looked for, spread evenly."""
+MOST_READ, MOST_BYTES = 100_000, 1_000_000_000
+"""Training images of their sizes that are read, at most; fewer validation images are looked for then."""
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What was found."""
+
+    shared: int
+    """Of the images that were looked for, those whose very bytes are there, too."""
+    checked: int
+    examples: list[tuple[str, str]]
+    """(name in validation, name in training)"""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def leak(val: Reader, train: Reader) -> Leak:
+    """Look for validation images among training images. The same picture encoded anew is not found.
+
+    Sizes first, then checksums of the images that have a size in common.
+    """
+    own, theirs = val.sizes(), train.sizes()
+    there = np.flatnonzero(own > 0)
+    chosen = np.unique(there[np.linspace(0, len(there) - 1, min(MOST_CHECKED, len(there))).astype(int)])
+    while True:
+        alike = np.flatnonzero(np.isin(theirs, own[chosen]))
+        if len(chosen) <= 1 or (len(alike) <= MOST_READ and int(theirs[alike].sum()) <= MOST_BYTES):
+            break
+        chosen = chosen[::2]
+    wanted = {digest: i for i in chosen.tolist() if (digest := _digest(val, i)) is not None}
+    found: dict[int, int] = {}
+    for j in alike.tolist():
+        digest = _digest(train, j)
+        if digest in wanted:
+            found.setdefault(wanted[digest], j)
+    examples = [(val.name(i), train.name(j)) for i, j in list(found.items())[:MOST_NAMED]]
+    return Leak(len(found), len(chosen), examples)
+
+
+def _digest(images: Reader, i: int) -> bytes | None:
+    try:
+        return hashlib.sha256(images.read(i)).digest()
+    except BadImage:
+        return None

@@ -1,0 +1,176 @@
+"""What an encoder learned, in pictures with their numbers: the interpretations of the ViT papers, on any model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp import exporting
+from mpp.data.decode import centre_box, decode_crop
+from mpp.data.images import sample
+from mpp.diagnostics import plots, views
+from mpp.diagnostics.measures import LEAST_IMAGES
+from mpp.diagnostics.observing import Subject, attend, see_all
+from mpp.diagnostics.views import View
+from mpp.errors import BadImage, UserError, one_line
+from mpp.metrics import write_json
+from mpp.recipe import ImageData
+
+FOLDER = "inspect"
+"""Of a run: where its views lie."""
+INDEX = "index.json"
+ATTENTION_IMAGES = 16
+"""Of which attention is read."""
+DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max_image_pixels")}
+
+
+@dataclass
+class Inspection:
+    """What `inspect_encoder` returns."""
+
+    out: Path
+    encoder: str
+    images: int
+    views: list[View]
+    absent: dict[str, str]
+    """Title -> why this encoder has no such view."""
+
+    def table(self) -> str:
+        """For people."""
+        lines = [f"{view.title}: {view.summary}" for view in self.views]
+        return "\n".join(lines + [f"{title}: not here: {why}" for title, why in self.absent.items()])
+
+
+def _open(source: str, *, random: bool, device: torch.device, key: str) -> Subject:
+    """UserError where there is no such encoder, or it gives no maps."""
+    exporting.check_source(source, key=key)
+    torch.manual_seed(0)
+    model = exporting.open_any(source, pretrained=not random).eval().to(device)
+    if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
+        raise UserError(f"{key}: timm's {type(model).__name__} has no forward_intermediates: no layers to look at")
+    channels, *size = model.pretrained_cfg["input_size"]
+    mean, std = (
+        torch.tensor(exporting.for_channels(model.pretrained_cfg[k], channels), device=device).view(-1, 1, 1)
+        for k in ("mean", "std")
+    )
+    if channels not in (1, 3, 4):
+        raise UserError(f"{key}: {source} wants images of {channels} channels; images are read with 1, 3 or 4")
+    return Subject(source, model, (int(size[0]), int(size[1])), channels, mean, std)
+
+
+def _centre(size: tuple[int, int], width: int, height: int) -> Any:
+    return centre_box(width, height, size)
+
+
+def _read(subjects: Sequence[Subject], places: Sequence[str], count: int, shown: int) -> list[Tensor]:
+    """`count` images for each subject, (n, C, H, W) uint8, the first `shown` of them spread evenly over the rest.
+
+    What cannot be read is passed over. UserError where too few are left.
+    """
+    found: list[list[Tensor]] = []
+    first_fault = ""
+    for name, read in sample(places, count, "IMAGES"):
+        try:
+            data = read()
+            found.append(
+                [decode_crop(data, partial(_centre, s.size), s.size, channels=s.channels, **DECODING) for s in subjects]
+            )
+        except (OSError, BadImage) as error:
+            first_fault = first_fault or f"; unreadable: {name}: {getattr(error, 'strerror', None) or error}"
+    if len(found) < LEAST_IMAGES:
+        raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are wanted; got {len(found)}{first_fault}")
+    chosen = np.unique(np.linspace(0, len(found) - 1, min(shown, len(found))).round().astype(int)).tolist()
+    order = chosen + [i for i in range(len(found)) if i not in chosen]
+    return [torch.stack([images[i] for i in order]) for images in zip(*found, strict=True)]
+
+
+def inspect_encoder(
+    encoder: str | Path,
+    places: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    compare: str | None = None,
+    images: int = 128,
+    shown: int = 4,
+    random: bool = False,
+) -> Inspection:
+    """Look at an encoder through images: PNG, SVG and JSON of each view, and `index.json`, in a folder.
+
+    encoder, compare: a run, an export, or a name of timm's. places: shards, image files, folders of images.
+    images: how many are measured; shown: how many are drawn. random: with random weights, as a control.
+    out: default RUN/inspect, or inspect/NAME. UserError for everything the user can correct.
+    """
+    source = str(encoder)
+    folder = Path(out) if out is not None else _own_folder(source)
+    if images < LEAST_IMAGES:
+        raise UserError(f"images: at least {LEAST_IMAGES}; got {images}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subjects = [_open(source, random=random, device=device, key="encoder")]
+    if compare is not None:
+        subjects.append(_open(compare, random=random, device=device, key="--compare"))
+    read = _read(subjects, places, images, shown)
+    subject = subjects[0]
+    try:
+        seen = see_all(subjects, read, shown)
+        attention = attend(subject, read[0][:ATTENTION_IMAGES], shown)
+    except RuntimeError as error:  # out of memory, above all
+        raise UserError(f"{source}: {one_line(error)}") from error
+    found: list[tuple[str, View | str]] = [
+        ("Features as colours", views.colours(seen)),
+        ("Spectrum, rank and collapse", views.spectrum(seen)),
+        ("Attention maps and rollout", views.attention_maps(subject, attention, read[0][:shown])),
+        ("Mean attention distance", views.attention_distance(subject, attention)),
+        ("Similarity of layers (linear CKA)", views.similarity(seen, subjects[1] if compare else None)),
+        ("Skip connections", views.skips(seen)),
+        ("Where a token stands", views.space(seen)),
+        ("Position embeddings", views.positions(subject)),
+        ("Filters of the patch embedding", views.filters(subject)),
+    ]
+    drawn = [view for _, view in found if isinstance(view, View)]
+    absent = {title: why for title, why in found if isinstance(why, str)}
+    _write(folder, source, len(read[0]), drawn, absent, random)
+    return Inspection(folder, source, len(read[0]), drawn, absent)
+
+
+def _own_folder(source: str) -> Path:
+    run = Path(source)
+    return run / FOLDER if (run / "encoder").is_dir() else Path(FOLDER) / run.name
+
+
+def _write(folder: Path, source: str, images: int, drawn: list[View], absent: dict[str, str], random: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for view in drawn:
+            plots.save(view.figure, folder / f"{view.name}.png")
+            (folder / f"{view.name}.svg").write_text(plots.svg(view.figure, view.name), encoding="utf-8")
+            write_json(folder / f"{view.name}.json", view.numbers)
+        write_json(
+            folder / INDEX,
+            {
+                "encoder": source,
+                "random_weights": random,
+                "images": images,
+                "views": [
+                    {"name": v.name, "title": v.title, "caption": v.caption, "summary": v.summary} for v in drawn
+                ],
+                "absent": absent,
+            },
+        )
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from error
+
+
+def read_index(run: Path) -> dict[str, Any] | None:
+    """What `inspect_encoder` left in a run; None where there is nothing readable."""
+    try:
+        return json.loads((run / FOLDER / INDEX).read_text())
+    except (OSError, ValueError):
+        return None
