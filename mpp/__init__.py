@@ -128,6 +128,16 @@ def inspect(
     )
 
 
+def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write one HTML page about runs, from their records alone, and return its path.
+
+    runs: a pretraining run with the fine-tunes and evaluations of its encoder, or several runs to compare.
+    """
+    from mpp import reporting
+
+    return reporting.report([runs] if isinstance(runs, str | Path) else runs, out)
+
+
 def export(run: str | Path, out: str | Path) -> Verified:
     """Copy the encoder of a run into a new folder and verify it there. UserError where it does not hold."""
     from mpp import exporting
@@ -168,5 +178,6 @@ __all__ = [
     "load_recipe",
     "predict",
     "pretrain",
+    "report",
     "verify",
 ]

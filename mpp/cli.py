@@ -249,6 +249,33 @@ def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--every", default=None, type=click.FloatRange(min=0.1), metavar="SECONDS", help="Again, until they end.")
+def watch(runs: tuple[str, ...], every: float | None) -> None:
+    """Where RUNS stand: step, time left, skill, throughput, last checkpoint, warnings; from their files."""
+    import time
+
+    from mpp.watching import standing
+
+    while True:
+        found = [standing(run) for run in runs]
+        if every is not None and sys.stdout.isatty():
+            click.clear()
+        click.echo("\n".join(text for text, _ in found))
+        if every is None or not any(going for _, going in found):
+            return
+        time.sleep(every)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--out", default=None, metavar="FILE", help="Default: report.html in the first run.")
+def report(runs: tuple[str, ...], out: str | None) -> None:
+    """One HTML page about RUNS: a pretraining run with its fine-tunes and evaluations, or several compared."""
+    click.echo(f"{mpp.report(runs, out)}")
+
+
+@main.command()
 @click.argument("encoder")
 @click.argument("images", nargs=-1, required=True)
 @click.option("--out", default=None, metavar="FOLDER", help="Default: RUN/inspect, or inspect/NAME.")

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import signal
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import InitProcessGroupKwargs
 
-from mpp.errors import UserError
+from mpp.errors import UserError, one_line
 
+PROJECT = "mpp"
+"""Of runs, in trackers."""
 TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer ends the run; saving a checkpoint on slow storage must fit in it (a guess)."""
 
@@ -40,6 +48,63 @@ def start(precision: str) -> Accelerator:
     if accelerator.distributed_type.value == "FSDP" and not cuda:
         raise UserError("FSDP on CPUs would run as plain data parallelism; use torchrun there")
     return accelerator
+
+
+class Trackers:
+    """TensorBoard, Weights & Biases or Trackio, through Accelerate; on the main process alone.
+
+    names: of recipes. out: the run folder, in which their files lie. settings: the recipe's values by dotted key.
+    resumed_at: TensorBoard forgets what it had of later steps. UserError where one is not installed or cannot begin.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, names: Sequence[str], out: Path, settings: dict[str, Any], resumed_at: int
+    ) -> None:
+        for name in names:
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"trackers: {name} is not installed; pip install 'mpp[{name}]'")
+        self.accelerator = accelerator
+        self._found: list[Any] = []
+        if not names or not accelerator.is_main_process:
+            return
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": resumed_at + 1},
+            "wandb": {"dir": str(out), "name": out.name, "id": _tracked_as(out), "resume": "allow"},
+            "trackio": {"name": f"{out.name}-{_tracked_as(out)}", "resume": "allow"},
+        }
+        try:
+            for name in names:
+                kind = LOGGER_TYPE_TO_CLASS[name]
+                where = {"logging_dir": str(out)} if kind.requires_logging_directory else {}
+                tracker = kind(PROJECT, **where, **options[name])
+                tracker.start()
+                tracker.store_init_configuration(plain)
+                self._found.append(tracker)
+        except Exception as error:  # theirs: no login, no network, a folder that cannot be written
+            raise UserError(f"trackers: {name}: {type(error).__name__}: {one_line(error)}") from error
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Numbers of one line of the metrics; `step` is in it."""
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
+        for tracker in self._found:
+            tracker.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        for tracker in self._found:
+            tracker.finish()
+        self._found = []
+
+
+def _tracked_as(out: Path) -> str:
+    """The run's name for trackers, the same when it is resumed."""
+    path = out / "tracked-as"
+    try:
+        return path.read_text().strip()
+    except OSError:
+        name = uuid.uuid4().hex[:12]
+        path.write_text(f"{name}\n")
+        return name
 
 
 def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> int:

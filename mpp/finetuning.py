@@ -37,7 +37,9 @@ from mpp.data.dense import (
     open_segmented,
     scaled_to,
 )
-from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, balanced, open_labeled, split
+from mpp.data.images import ShardImages
+from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, PackedReader, balanced, open_labeled, split
+from mpp.data.leak import Leak, leak
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
 from mpp.diagnostics.overlays import LEAST_SCORE, over_boxes, over_pixels, show
@@ -46,13 +48,14 @@ from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError, one_line
 from mpp.metrics import RunLog, environment, write_json
 from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, steps_of, unfreeze
-from mpp.recipe import FinetuneRecipe
+from mpp.recipe import FinetuneRecipe, PretrainRecipe, flat_keys, load_recipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
 from mpp.supervised import Dense, Supervised, build, over_views, save
 from mpp.verdict import Estimate, Verdict, table
 
 RESULT = "result.json"
+DATA = "data.json"
 PLOT = "label_efficiency.png"
 PICTURES = "predictions.png"
 SHOWN = 8
@@ -126,9 +129,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     if accelerator.is_main_process:
         create_run(recipe)
         write_json(out / "env.json", environment())
-        if train.fingerprint() == val.fingerprint():
-            what = "data.val: the same images as data.train; the accuracy says nothing"
-            warnings.warn(what, MppWarning, stacklevel=2)
+        _record_data(recipe, train, val, fingerprint)
         for images in (train, val):
             if isinstance(images, Detected) and images.left_out:
                 more = len(images.left_out) - 1
@@ -174,6 +175,49 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
         )
         write_json(out / "status.json", {"state": "finished", "time": time.time()})
     return result
+
+
+def _record_data(recipe: FinetuneRecipe, train: Images, val: Images, fingerprint: str) -> None:
+    """data.json: how many images, and which of those that judge were trained on; a warning where any were."""
+    path = Path(recipe.out) / DATA
+    try:
+        if json.loads(path.read_text())["fingerprint"] == fingerprint:
+            return  # a resumed run
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = leak(val.reader, train.reader)
+    if train.fingerprint() == val.fingerprint():
+        warnings.warn("data.val: the same images as data.train; the accuracy says nothing", MppWarning, stacklevel=3)
+    elif found.shared:
+        name, other = found.examples[0]
+        warnings.warn(
+            f"data.val: {found.shared} of {found.checked} images are among data.train, too, such as {name} ({other})",
+            MppWarning,
+            stacklevel=3,
+        )
+    pretrained_on = _in_pretraining(recipe, val)
+    write_json(
+        path,
+        {
+            "fingerprint": fingerprint,
+            "classes": len(train.classes),
+            "train_images": len(train),
+            "val_images": len(val),
+            "val_in_train": found.to_json(),
+            "val_in_pretraining": pretrained_on.to_json() if pretrained_on else None,
+        },
+    )
+
+
+def _in_pretraining(recipe: FinetuneRecipe, val: Images) -> Leak | None:
+    """Validation images that the encoder saw without labels, where that was a run here whose shards are still there."""
+    try:
+        data = load_recipe(Path(recipe.encoder) / "recipe.yaml", PretrainRecipe).data
+        if any("://" in place for place in data.shards):
+            return None  # not fetched for this
+        return leak(val.reader, PackedReader(ShardImages(data.shards, key="data.shards", **data.caching())))
+    except UserError:
+        return None
 
 
 def _cells(recipe: FinetuneRecipe, arms: list[str]) -> list[Cell]:
@@ -404,6 +448,9 @@ def _run_cell(
         resumed_at=start_step,
         active=accelerator.is_main_process,
         label=f"{folder.name}  ",
+        trackers=distributed.Trackers(
+            accelerator, recipe.trackers, folder, flat_keys(recipe.model_dump(mode="json")), start_step
+        ),
     )
     log.say(
         f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val)} to validate; "

@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -58,15 +58,31 @@ def environment() -> dict[str, Any]:
     }
 
 
+class Trackers(Protocol):
+    """Other places for metrics; `distributed.Trackers` is one."""
+
+    def log(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
 class RunLog:
     """Writes a run's records. On all but the main process (`active=False`) it writes nothing.
 
     out: the run folder. steps: of the whole run. resumed_at: lines of later steps are taken off metrics.jsonl,
-    since they will be written again.
+    since they will be written again. trackers: get every line, too, and are closed with this.
     """
 
-    def __init__(self, out: Path, *, steps: int, resumed_at: int, active: bool, label: str = "") -> None:
-        self.out, self.steps, self.active, self.label = out, steps, active, label
+    def __init__(
+        self,
+        out: Path,
+        *,
+        steps: int,
+        resumed_at: int,
+        active: bool,
+        label: str = "",
+        trackers: Trackers | None = None,
+    ) -> None:
+        self.out, self.steps, self.active, self.label, self.trackers = out, steps, active, label, trackers
         self.bar: tqdm[Any] | None = None
         self._began = time.monotonic()
         self._first = resumed_at
@@ -103,6 +119,8 @@ class RunLog:
         # JSON has no NaN or infinity: readers in other languages stumble over Python's
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
         self._metrics.write(json.dumps(clean) + "\n")
+        if self.trackers is not None:
+            self.trackers.log(record)
         tuned = [k for k in record if k.startswith("tune_")]
         shown = {k: record[k] for k in ("loss", "skill", "probe_accuracy", *tuned, "lr", "images_per_s") if k in record}
         text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items() if math.isfinite(v))  # the skill comes later
@@ -146,7 +164,9 @@ class RunLog:
     def status(self, state: str, **more: Any) -> None:
         """status.json: running, finished, stopped or failed, and where."""
         if self.active:
-            write_json(self.out / "status.json", {"state": state, "steps": self.steps, "time": time.time(), **more})
+            who = {"host": platform.node(), "pid": os.getpid()} if state == "running" else {}
+            status = {"state": state, "steps": self.steps, "time": time.time(), **who, **more}
+            write_json(self.out / "status.json", status)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -154,11 +174,19 @@ class RunLog:
         if self.active:
             self._metrics.close()
             self._log.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; [] where there are none."""
+    """The lines of metrics.jsonl; [] where there are none. One that was never written to its end is left out."""
     path = out / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            found.append(record)
+    return found

@@ -37,7 +37,7 @@ from mpp.monitor import (
     spread,
 )
 from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of
-from mpp.recipe import PretrainRecipe
+from mpp.recipe import PretrainRecipe, flat_keys
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import create_run, find_run
 from mpp.types import Batch
@@ -48,6 +48,8 @@ RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
 SPREAD_IMAGES = 256
 """Held-out images whose features the spread is taken from: one row each."""
+LEAST_SPREAD_IMAGES = 32
+"""Of fewer it says little: their rank is low because they are few (a guess)."""
 HELD_OUT_POSITION = 2**62
 """Where the masks of held-out images are drawn: far beyond any training position."""
 
@@ -118,9 +120,25 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
         state |= checkpoint.read_state(run.checkpoint)
         start_step = state["step"]
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    log = RunLog(run.out, steps=total_steps, resumed_at=start_step, active=accelerator.is_main_process)
+    settings = flat_keys(recipe.model_dump(mode="json"))
+    log = RunLog(
+        run.out,
+        steps=total_steps,
+        resumed_at=start_step,
+        active=accelerator.is_main_process,
+        trackers=distributed.Trackers(accelerator, recipe.trackers, run.out, settings, start_step),
+    )
     if accelerator.is_main_process:
-        write_json(run.out / "env.json", {**environment(), "data_fingerprint": images.fingerprint})
+        write_json(run.out / "env.json", environment())
+        write_json(
+            run.out / "data.json",
+            {
+                "fingerprint": images.fingerprint,
+                "shards": len(images.paths),
+                "images": int(sum(counts)),
+                "held_out": int(held_out.sum()),
+            },
+        )
     log.say(
         f"{sum(counts)} images in {len(images.paths)} shards, {int(held_out.sum())} more held out; "
         f"{total_steps} steps of {optim.global_batch_size} "
@@ -219,7 +237,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
             if step % recipe.skill_every_steps == 0 or step == total_steps:
                 skills, collapse, features = _skills(accelerator, model, held_out_batch)
                 skill = skills[0]
-                if features.share < COLLAPSED_FEATURE_SHARE or features.rank < COLLAPSED_RANK:
+                if features and (features.share < COLLAPSED_FEATURE_SHARE or features.rank < COLLAPSED_RANK):
                     log.say(
                         f"warning: the encoder's features collapse: {features.share:.2%} of them depends on the image, "
                         f"effective rank {features.rank:.1f}. Try a lower optim.base_lr, or more warm-up"
@@ -344,7 +362,7 @@ def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.n
 
 def _skills(
     accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch
-) -> tuple[list[float], dict[str, tuple[float, float]], Spread]:
+) -> tuple[list[float], dict[str, tuple[float, float]], Spread | None]:
     """(skill of each objective, rank and share of targets that may collapse, those of the features), in eval mode.
 
     On every process alike, so that none waits for another.
@@ -360,7 +378,7 @@ def _skills(
             own, trivial = own + a.cpu() * len(images), trivial + b.cpu() * len(images)
         collapse = model.collapse(held_out.images[:RANK_IMAGES].to(accelerator.device))
         shown = model.images(held_out.images[:SPREAD_IMAGES].to(accelerator.device)).normalised
-        features = spread(model.encoder.model, shown)
+        features = spread(model.encoder.model, shown) if len(shown) >= LEAST_SPREAD_IMAGES else None
     model.train()
     skills = [1 - o / t if t > 0 else math.nan for o, t in zip(own.tolist(), trivial.tolist(), strict=True)]
     return skills, collapse, features

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import reduce
 from operator import or_
@@ -297,6 +297,8 @@ class Run(Job):
     checkpoint_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept, newest first."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)] = ()
+    """Where else the metrics go, as they are written: each wants its package (pip install 'mpp[tensorboard]')."""
 
 
 class OnlineProbe(Section):
@@ -615,6 +617,7 @@ MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
+    "trackers",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
 decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""
@@ -993,19 +996,26 @@ def dump_recipe(recipe: Job) -> str:
 
 def differences(old: Job, new: Job) -> list[str]:
     """One line for each key that differs and may not change when a run is resumed."""
-    a, b = (_flat(r.model_dump(mode="json")) for r in (old, new))
+    a, b = (flat_keys(r.model_dump(mode="json")) for r in (old, new))
     return [
         f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and key not in MAY_CHANGE and key.split(".")[0] != "probe"
+        for key in differing([a, b])
+        if key not in MAY_CHANGE and key.split(".")[0] != "probe"
     ]
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that are not the same in all of these, sorted."""
+    keys = sorted({key for f in flat for key in f})
+    return [key for key in keys if any(f.get(key) != flat[0].get(key) for f in flat[1:])]
+
+
+def flat_keys(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
-            flat.update(_flat(inner, f"{prefix}{key}."))
+            flat.update(flat_keys(inner, f"{prefix}{key}."))
         else:
             flat[prefix + key] = inner
     return flat

@@ -84,6 +84,7 @@ def test_what_a_run_leaves(shards: Path, tmp_path: Path) -> None:
     assert (result.state, result.step) == ("finished", 20)
     assert {p.name for p in out.iterdir()} == {
         "recipe.yaml", "env.json", "metrics.jsonl", "train.log", "checkpoints", "encoder", "status.json",
+        "reconstructions", "data.json",
     }  # fmt: skip
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
     last = read_metrics(out)[-1]

@@ -42,6 +42,9 @@ def main() -> None:
     shown = sorted(str(p.relative_to(ROOT)) for p in (ROOT / images / "val").glob("*/*-0000.png"))
     run("mpp", "reconstruct", f"{OUT}/pretrain", *shown, "--out", f"{OUT}/reconstructions.png")
 
+    run("mpp", "inspect", f"{OUT}/pretrain", f"{images}/val")
+    run("mpp", "report", f"{OUT}/pretrain", f"{OUT}/finetune", "--out", f"{OUT}/report.html")
+
     result = json.loads((ROOT / OUT / "finetune" / "result.json").read_text())
     spread = max(max(a["values"]) - min(a["values"]) for a in result["score"].values())
     gain = result["gain"]["mean"]
@@ -52,6 +55,7 @@ def main() -> None:
     print(f"  {'gain':<16}{100 * gain:+5.1f}      points; the largest spread between seeds is {100 * spread:.1f}")
     print(f"""
   encoder         {OUT}/encoder   (timm.create_model("local-dir:{OUT}/encoder", pretrained=True))
+  report          {OUT}/report.html   (open it in a browser)
   reconstructions {OUT}/reconstructions.png
   metrics         {OUT}/pretrain/metrics.jsonl, {OUT}/finetune/result.json
   minutes         {(time.monotonic() - began) / 60:.1f}""")

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mpp.data.decode import GREY, Box, decode_crop, decode_pillow, random_box
 from mpp.data.index import images_below
-from mpp.data.labeled import LabeledBatch, draw_fraction, file_size
+from mpp.data.labeled import FileReader, LabeledBatch, draw_fraction, file_size
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream
 
@@ -40,6 +40,10 @@ class _Dense:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def reader(self) -> FileReader:
+        return FileReader(self.images)
 
     @property
     def strata(self) -> np.ndarray:

@@ -33,7 +33,9 @@ class Reader(Protocol):
     def fingerprint(self) -> str: ...
 
 
-class _Files:
+class FileReader:
+    """Files of images."""
+
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
 
@@ -45,6 +47,9 @@ class _Files:
 
     def name(self, i: int) -> str:
         return self.paths[i]
+
+    def sizes(self) -> np.ndarray:
+        return np.asarray([file_size(path) for path in self.paths], dtype=np.int64)
 
     def fingerprint(self) -> str:
         """Of names and sizes."""
@@ -59,7 +64,9 @@ def file_size(path: str) -> int:
         return -1
 
 
-class _Shards:
+class PackedReader:
+    """Images in shards."""
+
     def __init__(self, images: ShardImages) -> None:
         self.images = images
         self.first = np.concatenate([[0], np.cumsum(images.counts)])
@@ -74,6 +81,9 @@ class _Shards:
     def name(self, i: int) -> str:
         return self.images.name(*self.at(i))
 
+    def sizes(self) -> np.ndarray:
+        return np.concatenate([index.table[:, 1] for index in self.images.indexes])
+
     def fingerprint(self) -> str:
         return self.images.fingerprint
 
@@ -82,7 +92,7 @@ class _Shards:
 class Labeled:
     """Labeled images by number, in an order that does not depend on the machine."""
 
-    reader: _Reader
+    reader: Reader
     labels: np.ndarray
     """(images,) int64, indexes into `classes`; or (images, classes) bool where an image may have several, or none"""
     classes: list[str]
@@ -174,14 +184,16 @@ def open_labeled(
     """
     if len(spec) == 1 and spec[0].lower().endswith(".csv"):
         paths, named = _read_csv(spec[0], several)
-        return _named(_Files(paths), named, [f"{spec[0]}:{i + 2}" for i in range(len(paths))], key, classes, several)
+        return _named(
+            FileReader(paths), named, [f"{spec[0]}:{i + 2}" for i in range(len(paths))], key, classes, several
+        )
     if len(spec) == 1 and os.path.isdir(spec[0]) and not any(n.endswith(".tar") for n in _listed(spec[0])):
         found = _folder(spec[0], key, classes)
         if several:
             return Labeled(found.reader, np.eye(len(found.classes), dtype=bool)[found.labels], found.classes)
         return found
     images = ShardImages(spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes)
-    reader = _Shards(images)
+    reader = PackedReader(images)
     if several:
         rows = [(shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
         places = [images.name(*at) for at in rows]
@@ -261,7 +273,7 @@ def _labels(images: ShardImages, shard: int, row: int) -> list[str]:
 
 
 def _named(
-    reader: _Reader,
+    reader: Reader,
     named: list[list[str]],
     places: list[str],
     key: str,
@@ -325,7 +337,7 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
             raise UserError(f"{key}: {spec}/{name}: a class folder without images")
         paths += members
         labels += [known.index(name) for _ in members]
-    return Labeled(_Files(paths), np.array(labels, dtype=np.int64), known)
+    return Labeled(FileReader(paths), np.array(labels, dtype=np.int64), known)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mpp.data.decode import decode_pillow
 from mpp.data.labeled import Reader
 from mpp.errors import BadImage
 
@@ -16,6 +17,7 @@ MOST_CHECKED = 2000
 MOST_READ, MOST_BYTES = 100_000, 1_000_000_000
 """Training images of their sizes that are read, at most; fewer validation images are looked for then."""
 MOST_NAMED = 5
+FORMATS, MOST_PIXELS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"), 64_000_000
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Leak:
 
 
 def leak(val: Reader, train: Reader) -> Leak:
-    """Look for validation images among training images. The same picture encoded anew is not found.
+    """Look for validation images among training images.
 
+    The same picture encoded anew is not found; images of one colour do not count: a black sky is like any other.
     Sizes first, then checksums of the images that have a size in common.
     """
     own, theirs = val.sizes(), train.sizes()
@@ -45,13 +48,16 @@ def leak(val: Reader, train: Reader) -> Leak:
         if len(chosen) <= 1 or (len(alike) <= MOST_READ and int(theirs[alike].sum()) <= MOST_BYTES):
             break
         chosen = chosen[::2]
-    wanted = {digest: i for i in chosen.tolist() if (digest := _digest(val, i)) is not None}
+    wanted: dict[bytes, list[int]] = {}
+    for i in chosen.tolist():
+        if (digest := _digest(val, i)) is not None:
+            wanted.setdefault(digest, []).append(i)
     found: dict[int, int] = {}
     for j in alike.tolist():
-        digest = _digest(train, j)
-        if digest in wanted:
-            found.setdefault(wanted[digest], j)
-    examples = [(val.name(i), train.name(j)) for i, j in list(found.items())[:MOST_NAMED]]
+        for i in wanted.get(_digest(train, j) or b"", ()):
+            if not _of_one_colour(val.read(i)):
+                found.setdefault(i, j)
+    examples = [(val.name(i), train.name(j)) for i, j in sorted(found.items())[:MOST_NAMED]]
     return Leak(len(found), len(chosen), examples)
 
 
@@ -60,3 +66,12 @@ def _digest(images: Reader, i: int) -> bytes | None:
         return hashlib.sha256(images.read(i)).digest()
     except BadImage:
         return None
+
+
+def _of_one_colour(data: bytes) -> bool:
+    try:
+        image = decode_pillow(data, channels=3, formats=FORMATS, max_image_pixels=MOST_PIXELS)
+    except BadImage:
+        return False
+    extrema: Any = image.getextrema()  # (low, high) of each of three channels
+    return all(low == high for low, high in extrema)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
+from xml.etree import ElementTree
 
 import numpy as np
 from torch import Tensor
@@ -91,11 +92,13 @@ def lines(
     limits: Mapping[str, tuple[float, float | None]] | None = None,
     log_y_of: Sequence[str] = (),
     shared: bool = True,
+    width: float = 4.2,
     height: float = 3.8,
     columns: int | None = None,
 ) -> Any:
-    """Panels side by side, each with its title. shared: on a common scale. log_x: ticks at the points alone.
+    """Panels side by side, each with its title.
 
+    width, height: of a panel, inches. shared: on a common scale. log_x: ticks at the points alone.
     xlabel: of all panels, or of each. log_y_of: panels whose values are drawn on a logarithmic scale; log_y: all.
     limits: the lowest and the highest value of a panel's scale; None: as high as its marks.
     """
@@ -103,7 +106,7 @@ def lines(
 
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.2 * columns + 1, height * rows), layout="constrained")
+    figure = Figure(figsize=(width * columns + (1 if columns > 1 else 0), height * rows), layout="constrained")
     axes: Any = figure.subplots(rows, columns, squeeze=False, sharey=shared).ravel()
     for axis in axes[len(panels) :]:
         axis.axis("off")
@@ -127,6 +130,8 @@ def lines(
             ticks = sorted({x for mark in marks if isinstance(mark, Line) for x in mark.x})
             axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
             axis.minorticks_off()
+        elif all(float(x).is_integer() for mark in marks if not isinstance(mark, Level) for x in mark.x):
+            axis.xaxis.get_major_locator().set_params(integer=True)
         if log_y or title in log_y_of:
             axis.set_yscale("log")
         axis.set_title(_as_it_is(title))
@@ -305,11 +310,37 @@ def svg(figure: Any, name: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)  # it would be the page's, too
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
-    opening = f'<svg viewBox="0 0 {width} {height}" style="max-width:{float(width) * 1.35:.0f}px"'
-    opening += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" aria-hidden="true"'
+    style = f"max-width:{float(width) * 1.35:.0f}px;stroke-linejoin:round;stroke-linecap:butt"
+    opening = f'<svg viewBox="0 0 {width} {height}" style="{style}" aria-hidden="true"'
+    opening += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return opening + text[text.index(">") :].strip()
+
+
+DRAWN = frozenset({"svg", "g", "path", "defs", "clipPath", "rect", "use", "text", "tspan", "image"})
+"""Elements of matplotlib's drawings."""
+INSIDE = ("#", "data:image/png;base64,")
+
+
+def is_own_svg(text: str) -> bool:
+    """Whether a drawing from a file is nothing but a drawing: no script, no link, nothing from elsewhere."""
+    try:
+        elements = list(ElementTree.fromstring(text).iter())
+    except ElementTree.ParseError:
+        return False
+    for element in elements:
+        if str(element.tag).rpartition("}")[2] not in DRAWN:
+            return False
+        for key, value in element.attrib.items():
+            name = key.rpartition("}")[2].lower()
+            if name.startswith("on") or (name == "href" and not value.startswith(INSIDE)):
+                return False
+            if "url(" in value.replace("url(#", ""):
+                return False
+    return "<!" not in text

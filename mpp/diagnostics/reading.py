@@ -107,7 +107,8 @@ def layout_of(model: Any, weights: tuple[int, ...], images: int, size: tuple[int
                 return Layout(where, coarse, 0, (gh, gw), stride, False)
         side = math.isqrt(queries)
         windows = batch // images
-        if type(model).__name__ in SQUARE_WINDOWS and queries == keys == side * side and windows * queries == gh * gw:
+        filled = windows == -(-gh // side) * -(-gw // side)  # the last ones are padded
+        if type(model).__name__ in SQUARE_WINDOWS and queries == keys == side * side and filled:
             inside = places((side, side), stride)
             return Layout(inside, inside, 0, (side, side), stride, False)
     return f"{type(model).__name__} attends within parts of the image whose places are not known"

@@ -1,0 +1,242 @@
+"""What is wrong with a run, found in its records: a line for each, with what may help. A healthy run has none.
+
+Thresholds are guesses, held by runs that were broken on purpose and by healthy ones (tests/test_symptoms.py,
+recipes/LOG.md).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpp.history import History
+from mpp.monitor import COLLAPSED_FEATURE_SHARE, COLLAPSED_RANK, COLLAPSED_TARGET_SHARE, RISE, Measured, flat_since
+from mpp.verdict import NO_HELP
+
+FLAT = 0.98
+"""The loss has not fallen where its last quarter's median is above so much of its second eighth's."""
+LEAST_RECORDS = 8
+"""Of metrics, before anything is said of a curve."""
+DIVERGED_LOSS = 1.25
+"""Of the lowest median of five neighbouring losses, what the last such median must not reach…"""
+DIVERGED_SKILL = 0.1
+"""… nor the skill fall below its best by."""
+DATA_BOUND = 0.25
+"""Part of the time spent waiting for batches."""
+BAD_FRACTION, LEAST_BAD = 1e-4, 10
+"""Of the images seen, those that could not be read; and how many they must be. Far fewer than what stops a run."""
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """One thing that deserves a second look."""
+
+    kind: str
+    """failed, diverged, flat, below_trivial, collapse, data_bound, bad_images, leak, no_help, control, dead"""
+    text: str
+    """What was seen, in a sentence."""
+    advice: str
+    """What to try."""
+
+
+def symptoms(run: History) -> list[Symptom]:
+    """Of a run of any job, the gravest first; [] where nothing is wrong."""
+    found = _of_process(run)
+    if run.job == "pretrain":
+        found += _of_pretraining(run)
+    elif run.job == "finetune":
+        found += _of_finetuning(run)
+    elif run.job == "evaluate":
+        found += _of_evaluation(run)
+    return found
+
+
+def _of_process(run: History) -> list[Symptom]:
+    found = []
+    for part in (run, *run.cells):
+        where = f"{part.name}: " if part is not run else ""
+        if part.status.get("state") == "failed":
+            why = part.status.get("why", "see train.log")
+            at = f" at step {part.status['step']:,}" if "step" in part.status else ""
+            advice = "A lower optim.base_lr, more warm-up, optim.clip_grad_norm: 1, or precision: fp32."
+            unreadable = "unreadable" in str(why)
+            found.append(
+                Symptom(
+                    "failed",
+                    f"{where}It ended{at}: {why}.",
+                    "train.log names the images." if unreadable else advice,
+                )
+            )
+        if part.alive() is False:
+            found.append(
+                Symptom(
+                    "dead",
+                    f"{where}status.json says running, but process {part.status.get('pid')} is gone.",
+                    "The same command with --resume auto goes on from the last checkpoint.",
+                )
+            )
+    return found
+
+
+def _of_pretraining(run: History) -> list[Symptom]:
+    found = []
+    moving = any(key.startswith("target_share_") for m in run.metrics for key in m)
+    diverged = _diverged(run, moving)
+    if diverged:
+        found.append(diverged)
+    elif flat := _flat(run, moving):
+        found.append(flat)
+    skill = run.last("skill")
+    if skill is not None and skill <= 0 and not moving:
+        found.append(
+            Symptom(
+                "below_trivial",
+                f"The skill is {skill:.3f}: a prediction that knows nothing of the image does as well.",
+                "Train longer, try another optim.base_lr, or hide less (mask.ratio).",
+            )
+        )
+    found += _collapsed(run)
+    if (wait := _data_wait(run)) is not None and wait > DATA_BOUND:
+        found.append(
+            Symptom(
+                "data_bound",
+                f"{wait:.0%} of the time went by waiting for images: the loader is the bottleneck.",
+                "More data.workers, smaller images in the shards, or shards on a faster disk.",
+            )
+        )
+    bad, seen = run.last("skipped_images"), run.last("seen")
+    if bad and seen and bad >= LEAST_BAD and bad > BAD_FRACTION * seen:
+        found.append(
+            Symptom(
+                "bad_images",
+                f"{bad:,.0f} of {seen:,.0f} images could not be read ({bad / seen:.2%}); neighbours took their place.",
+                "train.log names them; `mpp index` checks the shards.",
+            )
+        )
+    return found
+
+
+def _medians(values: Sequence[float], width: int = 5) -> list[float]:
+    return [statistics.median(values[i : i + width]) for i in range(len(values) - width + 1)]
+
+
+def _diverged(run: History, moving: bool) -> Symptom | None:
+    losses = run.series("loss")[1]
+    skills = [] if moving else run.series("skill")[1]
+    text = ""
+    if len(losses) >= LEAST_RECORDS and not moving:
+        smooth = _medians(losses)
+        if smooth[-1] > DIVERGED_LOSS * min(smooth) > 0:
+            text = f"The loss rose again, from {min(smooth):.3g} to {smooth[-1]:.3g}"
+    if skills and skills[-1] < max(skills) - DIVERGED_SKILL:
+        text = text or f"The skill fell again, from {max(skills):.3f} to {skills[-1]:.3f}"
+    if not text:
+        return None
+    return Symptom("diverged", f"{text}: training diverged.", "A lower optim.base_lr, more warm-up, or clip_grad_norm.")
+
+
+def _flat(run: History, moving: bool) -> Symptom | None:
+    steps, losses = run.series("loss")
+    total = run.status.get("steps") or (steps[-1] if steps else 0)
+    advice = "Another optim.base_lr; a probe (key `probe`) tells whether features still get better."
+    history = _measured(run)
+    risen = len(history) > 1 and max(m.skill for m in history) > history[0].skill + RISE
+    if len(losses) >= LEAST_RECORDS and not moving and not risen and steps[-1] >= total / 2:
+        n = len(losses)
+        early, late = statistics.median(losses[n // 8 : n // 4 + 1]), statistics.median(losses[-(n // 4) :])
+        if late > FLAT * early:
+            return Symptom("flat", f"The loss hardly falls: {early:.4g} early on, {late:.4g} at last.", advice)
+    since = flat_since(history)
+    if since is not None and since < total / 2:
+        return Symptom("flat", f"Neither skill nor probe has risen since step {since:,} of {total:,}.", advice)
+    return None
+
+
+def _measured(run: History) -> list[Measured]:
+    """Each measurement of the skill once: the lines of the metrics repeat the last one."""
+    found: list[Measured] = []
+    for m in run.metrics:
+        skill = m.get("skill")
+        if skill is not None and (not found or skill != found[-1].skill):
+            found.append(Measured(m["step"], skill, m.get("probe_accuracy")))
+    return found
+
+
+def _collapsed(run: History) -> list[Symptom]:
+    found = []
+    last = run.metrics[-1] if run.metrics else {}
+    names = [key.removeprefix("target_share_") for key in last if key.startswith("target_share_")]
+    for name, key, least in [
+        *((f"target {n}", f"target_{{}}_{n}", COLLAPSED_TARGET_SHARE) for n in names),
+        ("the encoder's features", "feature_{}", COLLAPSED_FEATURE_SHARE),
+    ]:
+        rank, share = run.last(key.format("rank")), run.last(key.format("share"))
+        if rank is None or share is None or (rank >= COLLAPSED_RANK and share >= least):
+            continue
+        found.append(
+            Symptom(
+                "collapse",
+                f"Collapse of {name}: effective rank {rank:.1f}, and {share:.2%} of it depends on the image.",
+                "A higher decay of the teacher, a lower optim.base_lr, more warm-up, or a target of pixels.",
+            )
+        )
+    return found
+
+
+def _data_wait(run: History) -> float | None:
+    """The part of the time that was waited: the median of all lines but the first, in which the loader starts."""
+    found = run.series("data_wait")[1][1:]
+    return statistics.median(found) if found else None
+
+
+def _of_finetuning(run: History) -> list[Symptom]:
+    found = []
+    for key, where in (("val_in_train", "data.train"), ("val_in_pretraining", "the pretraining images")):
+        leaked = run.data.get(key) or {}
+        if leaked.get("shared"):
+            name = (leaked.get("examples") or [["?"]])[0][0]
+            text = (
+                f"{leaked['shared']} of {leaked['checked']} validation images are among {where}, byte by byte: {name} …"
+            )
+            found.append(
+                Symptom("leak", text, "Split again so that no image is on both sides; the figures are too high.")
+            )
+    for verdict in run.result.get("verdicts", []):
+        gain = verdict.get("gain")
+        if gain and not _helped(gain):
+            labels = f" at {verdict['labels_per_class']} labels a class" if verdict.get("labels_per_class") else ""
+            text = f"{NO_HELP[0].upper()}{NO_HELP[1:]}{labels}: the gain, {100 * gain['mean']:+.1f} points, "
+            text += "is within its interval." if _interval(gain) else "is of one seed."
+            found.append(
+                Symptom(
+                    "no_help", text, "Pretrain longer, on more like images; or more seeds, for a narrower interval."
+                )
+            )
+    return found
+
+
+def _interval(gain: dict[str, Any]) -> float | None:
+    width = gain.get("half_width")
+    return float(width) if isinstance(width, int | float) and width == width else None
+
+
+def _helped(gain: dict[str, Any]) -> bool:
+    """One seed without an interval is not held against it, unless there is no gain."""
+    return float(gain["mean"]) > (_interval(gain) or 0.0)
+
+
+def _of_evaluation(run: History) -> list[Symptom]:
+    found = []
+    best = run.result.get("best", {})
+    for probe, own in best.get("encoder", {}).items():
+        for arm, what in (("random", "the same architecture at random initialisation"), ("pixels", "raw pixels")):
+            control = best.get(arm, {}).get(probe)
+            if control and own["accuracy"] <= control["accuracy"]:
+                text = f"The {probe} probe reads {100 * own['accuracy']:.1f} %, no more than of {what}, "
+                text += f"{100 * control['accuracy']:.1f} %."
+                found.append(
+                    Symptom("control", text, "Probes are poor at short schedules; fine-tuning is the better judge.")
+                )
+    return found

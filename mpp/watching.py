@@ -1,0 +1,115 @@
+"""Where a run stands, from its files: for a terminal that did not start it, or another machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from mpp.history import History, read_run
+from mpp.symptoms import symptoms
+
+QUIET = 10
+"""A run that has written nothing for so many times as long as it last took between two lines is said to be silent."""
+RECENT_LINES = 5
+"""Of the metrics, from which the pace is taken."""
+
+
+def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
+    """(lines for people, whether it is still going on). now: seconds since 1970. UserError where there is no run."""
+    run = read_run(folder)
+    now = time.time() if now is None else now
+    if run.job == "finetune":
+        lines, going = _finetune(run, now)
+    else:
+        lines, going = _trained(run, now)
+    lines += [f"  warning: {s.text} {s.advice}" for s in symptoms(run)]
+    return "\n".join(lines), going
+
+
+def _trained(run: History, now: float) -> tuple[list[str], bool]:
+    """A pretraining run, a cell of a fine-tune, or an evaluation."""
+    state = str(run.status.get("state", "not begun"))
+    running = state == "running" and run.alive() is not False
+    steps = run.status.get("steps")
+    step = run.metrics[-1]["step"] if run.metrics else run.status.get("step")
+    if state == "failed":
+        step = run.status.get("step", step)
+    head = f"{run.folder}: {state}"
+    if step is not None and steps:
+        head += f", step {step:,} of {steps:,} ({step / steps:.0%})"
+    if running and (left := _seconds_left(run, now)) is not None:
+        head += f", about {_span(left)} left"
+    lines = [head]
+    shown = [
+        f"{word} {value:.4g}"
+        for word, key in (
+            ("loss", "loss"),
+            ("skill", "skill"),
+            ("probe", "probe_accuracy"),
+            ("images/s", "images_per_s"),
+        )
+        if (value := run.last(key)) is not None
+    ]
+    if (wait := run.last("data_wait")) is not None:
+        shown.append(f"data wait {wait:.0%}")
+    if shown:
+        lines.append("  " + "  ".join(shown))
+    if found := run.checkpoint():
+        age = _span(max(now - found.stat().st_mtime, 0))
+        lines.append(f"  last checkpoint: step {int(found.name.removeprefix('step-')):,}, {age} ago")
+    if running and (quiet := _silent_for(run, now)) is not None:
+        lines.append(f"  nothing written for {_span(quiet)}: it may hang, or be gone")
+    return lines, running
+
+
+def _finetune(run: History, now: float) -> tuple[list[str], bool]:
+    state = str(run.status.get("state", "running"))
+    counts = run.setting("data.labels_per_class") or [None]
+    arms = 2 if run.recipe.get("encoder") != "scratch" and run.recipe.get("beside_scratch", True) else 1
+    wanted = len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * arms
+    done = sum(bool(cell.result) for cell in run.cells)
+    lines = [f"{run.folder}: {state}, {done} of {wanted} cells done"]
+    going = False
+    for cell in run.cells:
+        if not cell.result:
+            found, running = _trained(cell, now)
+            going = going or running
+            lines += ["  " + line for line in found]
+    return lines, going
+
+
+def _pace(run: History) -> tuple[float, float] | None:
+    """(seconds of a step, seconds between the last two lines)"""
+    recent = [m for m in run.metrics[-RECENT_LINES:] if m.get("images_per_s") and m["step"] > 0]
+    if not recent:
+        return None
+    images_per_s = sum(m["images_per_s"] for m in recent) / len(recent)
+    last = run.metrics[-1]
+    before = run.metrics[-2]["seen"] if len(run.metrics) > 1 else 0
+    return last["seen"] / last["step"] / images_per_s, (last["seen"] - before) / images_per_s
+
+
+def _seconds_left(run: History, now: float) -> float | None:
+    pace = _pace(run)
+    if pace is None or not run.status.get("steps"):
+        return None
+    since = max(now - (run.folder / "metrics.jsonl").stat().st_mtime, 0)
+    return max((run.status["steps"] - run.metrics[-1]["step"]) * pace[0] - since, 0)
+
+
+def _silent_for(run: History, now: float) -> float | None:
+    pace = _pace(run)
+    if pace is None:
+        return None
+    since = now - (run.folder / "metrics.jsonl").stat().st_mtime
+    return since if since > max(QUIET * pace[1], 60) else None
+
+
+def _span(seconds: float) -> str:
+    """1:02:03, 12:34 or 56 s."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}"
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

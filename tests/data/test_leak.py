@@ -1,0 +1,85 @@
+"""Validation images among training images, by their bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mpp.data import leak as leaking
+from mpp.data.images import ShardImages, holds_shards, sample
+from mpp.data.labeled import FileReader, PackedReader
+from mpp.data.leak import leak
+from mpp.errors import UserError
+from tests.conftest import drawn_image, encoded
+
+
+def written(folder: Path, numbers: list[int]) -> FileReader:
+    folder.mkdir(parents=True)
+    for i in numbers:
+        (folder / f"{i}.png").write_bytes(encoded(drawn_image(i)))
+    return FileReader([str(folder / f"{i}.png") for i in numbers])
+
+
+def test_what_is_shared_is_found_with_its_names(tmp_path: Path) -> None:
+    val, train = written(tmp_path / "val", [1, 2, 3, 40]), written(tmp_path / "train", [3, 5, 1, 7])
+    found = leak(val, train)
+    assert (found.shared, found.checked) == (2, 4)
+    assert found.examples == [(str(tmp_path / f"val/{i}.png"), str(tmp_path / f"train/{i}.png")) for i in (1, 3)]
+    assert leak(val, written(tmp_path / "other", [11, 12])).shared == 0
+
+
+def test_images_in_shards_are_found_too(image_folder: Path, shards: Path) -> None:
+    packed = PackedReader(ShardImages(str(shards), key="x"))
+    files = FileReader(sorted(map(str, image_folder.rglob("*.*g"))))
+    found = leak(files, packed)
+    assert (found.shared, found.checked) == (60, 60)
+
+
+def test_images_of_one_colour_do_not_count(tmp_path: Path) -> None:
+    for part in ("val", "train"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "black.png").write_bytes(encoded(Image.new("L", (8, 8))))
+    found = leak(*(FileReader([str(tmp_path / part / "black.png")]) for part in ("val", "train")))
+    assert found.shared == 0
+
+
+def test_unreadable_files_and_twins(tmp_path: Path) -> None:
+    val, train = written(tmp_path / "val", [1, 2]), written(tmp_path / "train", [1])
+    (tmp_path / "val" / "twin.png").write_bytes((tmp_path / "val" / "1.png").read_bytes())
+    paths = [*val.paths, str(tmp_path / "val" / "twin.png"), str(tmp_path / "gone.png")]
+    assert leak(FileReader(paths), train).shared == 2
+
+
+def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    val, train = written(tmp_path / "val", list(range(32))), written(tmp_path / "train", list(range(100, 132)))
+    monkeypatch.setattr(leaking, "MOST_CHECKED", 16)
+    assert leak(val, train).checked == 16
+    reads = []
+    monkeypatch.setattr(leaking, "MOST_READ", 4)
+    monkeypatch.setattr(train, "read", lambda i: reads.append(i) or b"")
+    assert leak(val, train).checked <= 16
+    assert len(reads) <= 4
+
+
+def test_sample_takes_images_from_everywhere(image_folder: Path, shards: Path) -> None:
+    one = str(image_folder / "disc" / "000.png")
+    names = [name for name, _ in sample([str(shards), str(image_folder), one], 121, "IMAGES")]
+    assert len(set(names[:-1])) == 120
+    assert names[-1] == one
+    few = list(sample([str(shards), str(image_folder)], 5, "IMAGES"))
+    assert [".tar" in name for name, _ in few] == [True, True, False, False, False]
+    for _, read in few:
+        assert read()[:2] in (b"\x89P", b"\xff\xd8")
+    with pytest.raises(UserError, match="no such file or folder"):
+        list(sample(["/none"], 3, "IMAGES"))
+    with pytest.raises(UserError, match="IMAGES: no images given"):
+        list(sample([], 3, "IMAGES"))
+
+
+def test_places_of_shards(shards: Path, image_folder: Path) -> None:
+    assert holds_shards(str(shards))
+    assert holds_shards("https://host/{000..009}.tar")
+    assert not holds_shards(str(image_folder))
+    assert not holds_shards("photo.jpg")
