@@ -18,9 +18,10 @@ LAYERS = [
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
         "features",
     },
-    {"diagnostics", "monitor", "distillation", "supervised", "lora"},
-    {"predicting_dense"},
-    {"pretraining", "finetuning", "evaluating", "predicting"},
+    {"diagnostics", "monitor", "distillation", "supervised", "lora", "history"},
+    {"predicting_dense", "symptoms"},
+    {"pretraining", "finetuning", "evaluating", "predicting", "watching"},
+    {"reporting"},
     {"cli", "__init__", "__main__"},
 ]  # fmt: skip
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}
@@ -37,6 +38,8 @@ ONLY_IN = {
     "accelerate": {"distributed", "pretraining", "finetuning"},
     "click": {"cli"},
     "peft": {"lora"},
+    "jinja2": {"reporting"},
+    "matplotlib": {"diagnostics"},
     "pickle": set(),
 }
 

@@ -99,7 +99,7 @@ def mean_attention_distance(attention: Tensor, queries: Tensor, keys: Tensor) ->
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
-    """(B, heads, Nq, Nk) -> (heads,) in [0, 1]: entropy of the rows, scaled to a sum of 1, over that of even attention."""
+    """(B, heads, Nq, Nk) -> (heads,) in [0, 1]: entropy of the rows, made to sum to 1, over that of even attention."""
     weights = attention.double()
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
     entropy = -(weights * weights.clamp_min(1e-300).log()).sum(-1).mean((0, 2))
