@@ -19,6 +19,7 @@ SMALLER = {
         "data.image_size=32", "data.workers=0", "data.held_out=8",
         "optim.steps=3", "optim.epochs=null", "head.dim=32",
     ],
+    "mpp inspect": ["--count=8"],
     "mpp evaluate": ["data.workers=0", "attentive.epochs=1", "linear.weight_decay=[0.1]"],
     "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0]"],
 }  # fmt: skip
@@ -53,10 +54,11 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ran.append(line.split()[1])
-    jobs = {"pretrain", "finetune", "evaluate", "predict"}
+    jobs = {"pretrain", "finetune", "evaluate", "predict", "inspect", "report", "watch"}
     others = {"pack", "export", "verify", "reconstruct", "recipe", "models", "tools/draw_shapes.py"}
     assert set(ran) == jobs | others
-    assert (tmp_path / "reconstructions.png").exists()
+    for made in ("reconstructions.png", "training.png", "runs/photos/report.html", "comparison.html"):
+        assert (tmp_path / made).exists()
     snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert snippet
     code = snippet[1] + "\nassert model.num_classes == 0"
