@@ -162,3 +162,26 @@ def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, image
     with pytest.raises(UserError, match=message):
         mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **probe_keys(shards, **changes)))
     assert not (tmp_path / "run").exists()
+
+
+class Fixed(torch.nn.Module):
+    """Features that are given."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward_intermediates(self, images: torch.Tensor, **asked: Any) -> list[torch.Tensor]:
+        assert asked == {"indices": 1, "norm": False, "output_fmt": "NCHW", "intermediates_only": True}
+        return [self.features[:, :, None, None].expand(-1, -1, 2, 2)]
+
+
+def test_the_spread_is_that_of_what_images_do_not_share() -> None:
+    four = torch.cat([torch.eye(4), -torch.eye(4)])  # four directions of one length
+    images = torch.zeros(8, 3, 4, 4)
+    found = monitor.spread(Fixed(four), images)
+    assert found == pytest.approx((4.0, 1.0))
+    common = monitor.spread(Fixed(four + torch.tensor([0.0, 0.0, 0.0, 2.0])), images)
+    assert common == pytest.approx((4.0, 1 / 5)), "of an energy of 5 the common part has 4"
+    assert monitor.spread(Fixed(torch.ones(8, 4)), images).share == pytest.approx(0)
+    assert monitor.spread(Fixed(torch.arange(8.0)[:, None] * torch.ones(8, 4)), images).rank == pytest.approx(1)

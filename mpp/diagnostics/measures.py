@@ -129,7 +129,11 @@ def cosine_map(tokens: Tensor) -> Tensor:
 
 def token_similarity(tokens: Tensor) -> float:
     """Mean cosine between different tokens of one image, (B, N, D). Near 1: all places say the same (collapse)."""
-    similar = cosine_map(tokens)
+    return off_diagonal(cosine_map(tokens))
+
+
+def off_diagonal(similar: Tensor) -> float:
+    """(N, N) -> the mean of all pairs of different places."""
     n = len(similar)
     return float((similar.sum() - similar.diagonal().sum()) / max(n * (n - 1), 1))
 

@@ -282,7 +282,7 @@ def spectrum(seen: Seen) -> View:
     rank = [effective_rank(p) for p in pooled]
     centred = [effective_rank(p - p.mean(0)) for p in pooled]
     similar = [float(np.mean(layer.raw_similarity)) for layer in seen.layers]
-    without_mean = [_off_diagonal(torch.stack(layer.cosines).mean(0)) for layer in seen.layers]
+    without_mean = [measures.off_diagonal(torch.stack(layer.cosines).mean(0)) for layer in seen.layers]
     x = list(range(1, len(pooled) + 1))
     curves = []
     for i in _some(len(pooled), SHOWN_LAYERS):
@@ -351,11 +351,6 @@ def colours(seen: Seen) -> View:
 
 def _cells_share(maps: Tensor) -> list[float]:
     return measures.components(maps.permute(0, 2, 3, 1).flatten(0, 2), 3).share.tolist()
-
-
-def _off_diagonal(similar: Tensor) -> float:
-    n = len(similar)
-    return float((similar.sum() - similar.diagonal().sum()) / max(n * (n - 1), 1))
 
 
 def layer_word(seen: Seen) -> str:

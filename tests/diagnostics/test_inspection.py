@@ -105,6 +105,22 @@ def test_blocks_that_add_nothing_leave_one_representation() -> None:
     assert min(skips.numbers["skip_over_branch"][1:]) > 1e6, "everything is carried on"
 
 
+class GrowingBlock(torch.nn.Module):
+    """Adds a quarter of its input."""
+
+    def forward(self, x: torch.Tensor, **ignored: Any) -> torch.Tensor:
+        return 1.25 * x
+
+
+def test_what_is_carried_on_over_what_is_added() -> None:
+    model = vit()
+    for i in range(3):
+        model.blocks[i] = GrowingBlock()
+    skips = views.skips(see_all([subject_of(model, (16, 16))], [drawn(8, (16, 16))], 2))
+    assert isinstance(skips, views.View)
+    assert skips.numbers["skip_over_branch"] == pytest.approx([4.0] * 3)
+
+
 def test_an_encoder_and_itself_are_the_same_to_cka() -> None:
     model, images = vit(), drawn(16, (16, 16))
     both = [subject_of(model, (16, 16)), subject_of(model, (16, 16), "again")]

@@ -26,9 +26,10 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230)}
 
 
 def quarters(number: int) -> tuple[Image.Image, list[str]]:
-    """A grey of its own, with a square of each of some colours in a corner of its own."""
+    """Grey, with a square of each of some colours in a corner of its own, and one pixel unlike any other image's."""
     rng = np.random.default_rng(number)
-    image, found = Image.new("RGB", (16, 16), (78 + number,) * 3), []
+    image, found = Image.new("RGB", (16, 16), (128, 128, 128)), []
+    image.putpixel((15, 15), (number, number, number))
     for i, (name, colour) in enumerate(COLOURS.items()):
         if rng.random() < 0.5:
             image.paste(colour, (8 * (i % 2), 8 * (i // 2), 8 * (i % 2) + 8, 8 * (i // 2) + 8))
