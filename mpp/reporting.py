@@ -50,6 +50,7 @@ CURVES = (
     ("images_per_s", "Images a second"),
     ("data_wait", "Part of the time spent waiting for images"),
 )
+METRICS = {"accuracy": "accuracy", "map": "mAP", "miou": "mIoU"}
 FROM_ZERO = ("probe_accuracy", "feature_rank", "images_per_s", "data_wait")
 
 
@@ -197,6 +198,14 @@ def _curves(run: History, pictures: Pictures) -> Part:
         part.pictures.append(
             pictures.plot(plots.lines({title: lines}, xlabel="step", limits=limits, width=3.6, height=2.4), alt)
         )
+    for key in sorted({k for m in run.metrics for k in m if k.startswith(("target_rank_", "target_share_"))}):
+        steps, values = run.series(key)
+        if len(values) > 1:
+            what, name = key.removeprefix("target_").split("_", 1)
+            title = f"{'Effective rank of' if what == 'rank' else 'Part that depends on the image:'} target {name}"
+            alt = f"{title} over steps: {_short(values[0])} at first, {_short(values[-1])} at last."
+            figure = plots.lines({title: [Line("", steps, values)]}, xlabel="step", width=3.6, height=2.4)
+            part.pictures.append(pictures.plot(figure, alt))
     targets = sorted({k.removeprefix("skill_") for m in run.metrics for k in m if k.startswith("skill_")})
     for what in ("loss", "skill"):
         lines = [Line(name, *run.series(f"{what}_{name}")) for name in targets if run.series(f"{what}_{name}")[1]]
@@ -281,7 +290,7 @@ def _finetune(run: History, pictures: Pictures) -> Part:
     for v in verdicts:
         labels = str(v["labels_per_class"]) if v.get("labels_per_class") else "all"
         rows.append([labels, *(_estimate(v["score"].get(a)) for a in arms), _estimate(v.get("gain"), points=True)])
-    metric = run.result.get("metric", "accuracy")
+    metric = METRICS.get(str(run.result.get("metric")), "accuracy")
     part.tables.append(Table(["labels a class", *(f"{a}, {metric}" for a in arms), "gain"], rows))
     if len(verdicts) > 1:
         lines = []
@@ -405,7 +414,7 @@ def _loading(run: History) -> Part | None:
         "# normalise with model.pretrained_cfg['mean'] and ['std']; the features of an image:\n"
         "features = model.forward_features(images)\n"
     )
-    text = f"A plain timm folder; `mpp export {run.folder} OUT` copies and verifies it."
+    text = f"A plain timm folder; mpp export {run.folder} OUT copies and verifies it."
     return Part("load", "Load the encoder", [text], code=code)
 
 
@@ -481,8 +490,8 @@ def _headline(run: History) -> list[tuple[str, str]]:
 
 
 def _names(runs: Sequence[History]) -> list[str]:
-    """Folder names, with as many of their parents as tell them apart."""
-    for depth in range(1, 6):
+    """Folder names with their parents', as many as tell them apart."""
+    for depth in range(2, 6):
         names = ["/".join(run.folder.absolute().parts[-depth:]) for run in runs]
         if len(set(names)) == len(names):
             return names
@@ -544,9 +553,14 @@ def _page(runs: list[History], pictures: Pictures) -> str:
         if found := _loading(pretrained[0]):
             parts.append(found)
         parts.append(_what_was_run(pretrained[0]))
-    seen: list[tuple[str, Symptom]] = [(run.name if len(runs) > 1 else "", s) for run in runs for s in symptoms(run)]
+    names = _names(runs)
+    seen: list[tuple[str, Symptom]] = [
+        (name if len(runs) > 1 else "", s) for run, name in zip(runs, names, strict=True) for s in symptoms(run)
+    ]
     subject = pretrained[0] if len(pretrained) == 1 else None
-    title = f"{runs[0].name}" if len(pretrained) <= 1 else "Comparison of " + ", ".join(_names(pretrained))
+    title = ", ".join(_names(pretrained or runs))
+    if len(pretrained) > 1:
+        title = f"Comparison of {title}"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("mpp").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
@@ -555,7 +569,7 @@ def _page(runs: list[History], pictures: Pictures) -> str:
         numbers=_key_numbers(subject) if subject else [],
         symptoms=seen,
         parts=parts,
-        others=[(_what_was_run(r, f"run-{i}"), r.name) for i, r in enumerate(runs) if r is not subject],
+        others=[(_what_was_run(r, f"run-{i}"), names[i]) for i, r in enumerate(runs) if r is not subject],
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
 
