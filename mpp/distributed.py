@@ -28,12 +28,16 @@ TIMEOUT = timedelta(minutes=30)
 """A collective that waits longer ends the run; saving a checkpoint on slow storage must fit in it (a guess)."""
 
 
-def start(precision: str) -> Accelerator:
+def start(precision: str, trackers: Sequence[str] = ()) -> Accelerator:
     """An Accelerator for the processes that torchrun or `accelerate launch` made, or for this one alone.
 
     precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it. fp32 on CPUs: bf16 is 3.2 times
-    slower there without AMX. UserError where bf16 is asked of a device that has none.
+    slower there without AMX. trackers: those that the run will want. UserError where bf16 is asked of a device that has
+    none, or a tracker is not installed.
     """
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"trackers: {name} is not installed; pip install 'mpp[{name}]'")
     cuda = torch.cuda.is_available()
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; allowed: auto, fp32")
@@ -54,16 +58,12 @@ class Trackers:
     """TensorBoard, Weights & Biases or Trackio, through Accelerate; on the main process alone.
 
     names: of recipes. out: the run folder, in which their files lie. settings: the recipe's values by dotted key.
-    resumed_at: TensorBoard forgets what it had of later steps. UserError where one is not installed or cannot begin.
+    resumed_at: TensorBoard forgets what it had of later steps. UserError where one cannot begin.
     """
 
     def __init__(
         self, accelerator: Accelerator, names: Sequence[str], out: Path, settings: dict[str, Any], resumed_at: int
     ) -> None:
-        for name in names:
-            if importlib.util.find_spec(name) is None:
-                raise UserError(f"trackers: {name} is not installed; pip install 'mpp[{name}]'")
-        self.accelerator = accelerator
         self._found: list[Any] = []
         if not names or not accelerator.is_main_process:
             return

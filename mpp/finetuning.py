@@ -115,7 +115,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     """
     if resume not in ("never", "auto"):
         raise UserError(f"--resume {resume}: fine-tuning has a checkpoint for each cell; allowed: auto, never")
-    accelerator = distributed.start(recipe.precision)
+    accelerator = distributed.start(recipe.precision, recipe.trackers)
     train = _open(recipe, "train", None)
     val = _open(recipe, "val", train.classes)
     arms = _arms(recipe)

@@ -75,7 +75,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
 
     UserError for everything the user can correct.
     """
-    accelerator = distributed.start(recipe.precision)
+    accelerator = distributed.start(recipe.precision, recipe.trackers)
     rank, world = accelerator.process_index, accelerator.num_processes
     data, optim = recipe.data, recipe.optim
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
@@ -174,7 +174,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
     pictures_every = kept_every(total_steps, recipe.skill_every_steps)
     if step == 0 and accelerator.is_main_process:
-        _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, run.out, step)
+        _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
     prepared.train()
     log.status("running", step=step)
     window = _Window()
@@ -255,7 +255,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
                 if since is not None and already is None and step < total_steps:
                     log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
             if accelerator.is_main_process and (step % pictures_every == 0 or step == total_steps):
-                _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, run.out, step)
+                _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
             if step % recipe.log_every_steps == 0 or ending or step == 1:
                 log.metrics(
                     {
@@ -384,15 +384,24 @@ def _skills(
     return skills, collapse, features
 
 
-def _draw(accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch, count: int, out: Path, step: int) -> None:
-    """Keep pictures of the first held-out images, in eval mode; nothing where no target has any."""
+def _draw(
+    accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch, count: int, log: RunLog, step: int
+) -> None:
+    """Keep pictures of the first held-out images, in eval mode; nothing where no target has any.
+
+    A disk that is full is no reason to end a run here: it is said.
+    """
     if count == 0:
         return
     model.eval()
     images, mask, noise = (t[:count].to(accelerator.device) for t in (held_out.images, held_out.mask, held_out.noise))
     with accelerator.autocast():
-        keep(out, step, model.reconstruct(images, mask, noise, held_out.hidden_units))
+        found = model.reconstruct(images, mask, noise, held_out.hidden_units)
     model.train()
+    try:
+        keep(log.out, step, found)
+    except OSError as error:
+        log.say(f"warning: the pictures of step {step} are not kept: {error.strerror or error}")
 
 
 def _count_bad(before: int, new: int, lines: list[str], seen: int, max_fraction: float, log: RunLog) -> int:

@@ -72,3 +72,4 @@ def test_one_that_is_not_installed_is_said(shards: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"trackers: wandb is not installed; pip install 'mpp\[wandb\]'"):
         mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", trackers=["wandb"]))
+    assert not (tmp_path / "run").exists(), "refused before anything is written"

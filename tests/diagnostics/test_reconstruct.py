@@ -182,6 +182,22 @@ def test_keeping_pictures_changes_nothing_in_training(run: Path, shards: Path, t
     assert losses[0] == losses[1]
 
 
+def test_a_run_goes_on_where_pictures_cannot_be_kept(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpp import pretraining
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pretraining, "keep", full)
+    result = mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 2}))
+    assert result.state == "finished"
+    assert (
+        "the pictures of step 2 are not kept: No space left on device" in (tmp_path / "run" / "train.log").read_text()
+    )
+
+
 def test_strip_and_animation(run: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["reconstruct", str(run), "--out", str(tmp_path / "strip.png")])
     assert done.exit_code == 0, done.output
