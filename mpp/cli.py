@@ -282,7 +282,7 @@ def report(runs: tuple[str, ...], out: str | None) -> None:
 @click.option("--compare", default=None, metavar="ENCODER", help="Another encoder, for the similarity of layers.")
 @click.option("--count", default=128, show_default=True, type=click.IntRange(min=4), help="Images that are measured.")
 @click.option("--shown", default=4, show_default=True, type=click.IntRange(1, 16), help="Images that are drawn.")
-@click.option("--random", is_flag=True, help="With random weights, as a control.")
+@click.option("--random", is_flag=True, help="With random weights, as a control; --compare, too.")
 def inspect(
     encoder: str, images: tuple[str, ...], out: str | None, compare: str | None, count: int, shown: int, random: bool
 ) -> None:

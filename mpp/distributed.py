@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import InitProcessGroupKwargs
 
-from mpp.errors import UserError, one_line
+from mpp.errors import MppWarning, UserError, one_line
 
 PROJECT = "mpp"
 """Of runs, in trackers."""
@@ -70,7 +71,12 @@ class Trackers:
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
         options: dict[str, dict[str, Any]] = {
             "tensorboard": {"purge_step": resumed_at + 1},
-            "wandb": {"dir": str(out), "name": out.name, "id": _tracked_as(out), "resume": "allow"},
+            "wandb": {
+                "dir": str(out),
+                "name": f"{out.parent.name}/{out.name}",
+                "id": _tracked_as(out),
+                "resume": "allow",
+            },
             "trackio": {"name": f"{out.name}-{_tracked_as(out)}", "resume": "allow"},
         }
         try:
@@ -87,8 +93,12 @@ class Trackers:
     def log(self, record: dict[str, Any]) -> None:
         """Numbers of one line of the metrics; `step` is in it."""
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
-        for tracker in self._found:
-            tracker.log(numbers, step=record["step"])
+        for tracker in list(self._found):
+            try:
+                tracker.log(numbers, step=record["step"])
+            except Exception as error:  # theirs; a run does not end for it
+                self._found.remove(tracker)
+                warnings.warn(f"trackers: {tracker.name} gets no more: {one_line(error)}", MppWarning, stacklevel=2)
 
     def close(self) -> None:
         for tracker in self._found:

@@ -46,7 +46,7 @@ from mpp.diagnostics.overlays import LEAST_SCORE, over_boxes, over_pixels, show
 from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError, one_line
-from mpp.metrics import RunLog, environment, write_json
+from mpp.metrics import RunLog, environment, write_json, write_status
 from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, steps_of, unfreeze
 from mpp.recipe import FinetuneRecipe, PretrainRecipe, flat_keys, load_recipe
 from mpp.rng import Purpose, torch_seed
@@ -129,6 +129,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     if accelerator.is_main_process:
         create_run(recipe)
         write_json(out / "env.json", environment())
+        write_status(out, "running")
         _record_data(recipe, train, val, fingerprint)
         for images in (train, val):
             if isinstance(images, Detected) and images.left_out:
@@ -142,12 +143,18 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
         for number, cell in enumerate(cells):
             metrics = _finished(cell.folder, fingerprint)
             if metrics is None:
-                metrics = _run_cell(recipe, accelerator, cell, train, val, fingerprint, stop_request)
+                if accelerator.is_main_process:
+                    write_status(out, "running", cell=cell.folder.name)
+                try:
+                    metrics = _run_cell(recipe, accelerator, cell, train, val, fingerprint, stop_request)
+                except UserError as error:
+                    if accelerator.is_main_process:
+                        write_status(out, "failed", cell=cell.folder.name, why=one_line(error))
+                    raise
                 (stopping,) = distributed.total(accelerator, [bool(stop_request)])
                 if metrics is None or (stopping and number < len(cells) - 1):
                     if accelerator.is_main_process:
-                        stopped = {"state": "stopped", "cell": cell.folder.name, "time": time.time()}
-                        write_json(out / "status.json", stopped)
+                        write_status(out, "stopped", cell=cell.folder.name)
                     return FinetuneResult(out, "stopped", (), None)
             measured[cell] = metrics
 
@@ -173,7 +180,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
                 "encoder": str(result.encoder),
             },
         )
-        write_json(out / "status.json", {"state": "finished", "time": time.time()})
+        write_status(out, "finished")
     return result
 
 

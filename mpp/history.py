@@ -17,6 +17,9 @@ from mpp.metrics import read_metrics
 from mpp.recipe import differing, flat_keys
 from mpp.runfolder import RECIPE
 
+COUNTS = ("step", "steps", "pid")
+"""Of status.json: whole numbers, or nothing is made of them."""
+
 
 @dataclass
 class History:
@@ -75,7 +78,10 @@ class History:
         if self.job == "pretrain" or not isinstance(source, str) or source == "scratch":
             return None
         path = Path(source)
-        return path.parent if path.name == "encoder" else path
+        path = path.parent if path.name == "encoder" else path
+        # written relative to where the job was started, most often a parent of its run folder
+        places = (path, *(parent / path for parent in self.folder.absolute().parents))
+        return next((place for place in places if place.exists()), path)
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint; its checksums are not compared."""
@@ -101,6 +107,8 @@ def read_run(folder: str | Path) -> History:
     try:
         recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
         job = str(recipe["job"])
+        if not isinstance(recipe, dict) or job not in ("pretrain", "finetune", "evaluate"):
+            raise TypeError
     except FileNotFoundError as error:
         if (path / "metrics.jsonl").exists() and (path.parent / RECIPE).exists():
             raise UserError(f"{path}: a cell of the fine-tune {path.parent}; give that") from error
@@ -119,7 +127,17 @@ def read_run(folder: str | Path) -> History:
 
 def _history(path: Path, job: str, recipe: dict[str, Any]) -> History:
     files = {name: _json(path / f"{name}.json") for name in ("env", "status", "result", "data")}
-    return History(path, job, recipe, files["env"], files["status"], read_metrics(path), files["result"], files["data"])
+    status = {k: v for k, v in files["status"].items() if k not in COUNTS or _whole(v)}
+    metrics = [
+        {k: v for k, v in m.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
+        for m in read_metrics(path)
+        if _whole(m.get("step")) and _whole(m.get("seen"))
+    ]
+    return History(path, job, recipe, files["env"], status, metrics, files["result"], files["data"])
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def _json(path: Path) -> dict[str, Any]:

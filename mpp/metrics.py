@@ -38,6 +38,12 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def write_status(out: Path, state: str, **more: Any) -> None:
+    """status.json of a run or a cell; while it is running with whose process that is."""
+    who = {"host": platform.node(), "pid": os.getpid()} if state == "running" else {}
+    write_json(out / "status.json", {"state": state, "time": time.time(), **who, **more})
+
+
 def environment() -> dict[str, Any]:
     """What the run ran on."""
     versions = {}
@@ -164,9 +170,7 @@ class RunLog:
     def status(self, state: str, **more: Any) -> None:
         """status.json: running, finished, stopped or failed, and where."""
         if self.active:
-            who = {"host": platform.node(), "pid": os.getpid()} if state == "running" else {}
-            status = {"state": state, "steps": self.steps, "time": time.time(), **who, **more}
-            write_json(self.out / "status.json", status)
+            write_status(self.out, state, steps=self.steps, **more)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -182,7 +186,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; [] where there are none. One that was never written to its end is left out."""
     path = out / "metrics.jsonl"
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:

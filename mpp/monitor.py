@@ -110,6 +110,11 @@ class Spread(NamedTuple):
     """Part of its energy that depends on the image."""
 
 
+def collapsed(rank: float, share: float, least_share: float) -> bool:
+    """Whether a target, or the features, say hardly anything of an image; nan says nothing."""
+    return rank < COLLAPSED_RANK or share < least_share
+
+
 @torch.no_grad()
 def spread(model: nn.Module, images: Tensor) -> Spread:
     """Of a timm encoder in eval mode, over (B, C, H, W) normalised images, whole.

@@ -185,9 +185,11 @@ def image_share(values: Tensor) -> float:
 def effective_rank(values: Tensor) -> float:
     """exp of the entropy of the normalised singular values of (M, D) (Roy & Vetterli 2007; RankMe, Garrido 2023).
 
-    Not centred: values that are all the same have rank 1.
+    Not centred: values that are all the same have rank 1. nan where a value is not finite.
     """
     x = values.double()
+    if not bool(x.isfinite().all()):
+        return math.nan
     singular = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()  # of (D, D), however many rows there are
     share = singular / singular.sum()
     share = share[share > 0]

@@ -26,12 +26,12 @@ from mpp.metrics import RunLog, environment, write_json
 from mpp.model import MaskedPatchModel
 from mpp.monitor import (
     COLLAPSED_FEATURE_SHARE,
-    COLLAPSED_RANK,
     COLLAPSED_TARGET_SHARE,
     Measured,
     OnlineProbe,
     Probed,
     Spread,
+    collapsed,
     flat_since,
     probe_images,
     spread,
@@ -237,13 +237,13 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
             if step % recipe.skill_every_steps == 0 or step == total_steps:
                 skills, collapse, features = _skills(accelerator, model, held_out_batch)
                 skill = skills[0]
-                if features and (features.share < COLLAPSED_FEATURE_SHARE or features.rank < COLLAPSED_RANK):
+                if features and collapsed(*features, COLLAPSED_FEATURE_SHARE):
                     log.say(
                         f"warning: the encoder's features collapse: {features.share:.2%} of them depends on the image, "
                         f"effective rank {features.rank:.1f}. Try a lower optim.base_lr, or more warm-up"
                     )
                 for name, (rank_of_target, share) in collapse.items():
-                    if share < COLLAPSED_TARGET_SHARE or rank_of_target < COLLAPSED_RANK:
+                    if collapsed(rank_of_target, share, COLLAPSED_TARGET_SHARE):
                         log.say(
                             f"warning: target {name} collapses: {share:.1%} of it depends on the image, effective rank "
                             f"{rank_of_target:.1f}. Try a higher decay, a lower optim.base_lr, or more warm-up"

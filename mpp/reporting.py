@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,10 +25,10 @@ from PIL import Image
 from mpp.diagnostics import inspection, plots, reconstruct
 from mpp.diagnostics.plots import Level, Line
 from mpp.encoders.timm_encoder import timm_folder
-from mpp.errors import UserError
+from mpp.errors import UserError, one_line
 from mpp.evaluating import ARMS
 from mpp.history import History, read_run, settings_that_differ
-from mpp.symptoms import Symptom, symptoms
+from mpp.symptoms import DAMAGED, Symptom, helped, symptoms
 from mpp.verdict import NO_HELP
 
 FILE = "report.html"
@@ -249,9 +250,10 @@ def _inspection(run: History, pictures: Pictures) -> Part | None:
     index = inspection.read_index(run.folder)
     if not index:
         return None
-    part = Part(
-        "inspect", "What the encoder learned", [f"Seen through {index.get('images', '?')} images (mpp inspect)."]
-    )
+    seen = f"Seen through {index.get('images', '?')} images (mpp inspect)."
+    if index.get("random_weights"):
+        seen += " With random weights: this is a control, not what it learned."
+    part = Part("inspect", "What the encoder learned", [seen])
     for view in index.get("views", []):
         name = str(view["name"])
         if not name.isidentifier():
@@ -421,7 +423,7 @@ def _loading(run: History) -> Part | None:
 # ---- several runs ----------------------------------------------------------------------------------------------------
 
 
-def _comparison(runs: list[History], parts_of: dict[Path, list[History]], pictures: Pictures) -> list[Part]:
+def _side_by_side(runs: list[History], parts_of: dict[Path, list[History]]) -> Part:
     names = _names(runs)
     table = Part("compare", "Side by side")
     rows = [["state", *(_state(r) for r in runs)]]
@@ -445,18 +447,28 @@ def _comparison(runs: list[History], parts_of: dict[Path, list[History]], pictur
                 metrics.setdefault(key, ["–"] * len(runs))[i] = shown
     rows += [[key, *cells] for key, cells in metrics.items()]
     table.tables.append(Table(["", *names], rows))
+    return table
+
+
+def _keys_that_differ(runs: list[History]) -> Part:
+    names = _names(runs)
     changed = settings_that_differ(runs)
     keys = Part("keys", "Recipe keys that differ")
     if changed:
         keys.tables.append(Table(["key", *names], [[key, *values] for key, values in changed]))
     else:
         keys.text.append("None: the recipes are the same.")
+    return keys
+
+
+def _curves_of_all(runs: list[History], pictures: Pictures) -> Part:
+    names = _names(runs)
     curves = Part(
         "curves", "Curves", ["Over steps, images and hours of training: which is fair depends on what costs."]
     )
     for key, title in (("loss", "Loss"), ("skill", "Skill"), ("probe_accuracy", "Linear probe, accuracy")):
         for axis in ("step", "images", "hours"):
-            lines = []
+            lines: list[Line] = []
             for name, run in zip(names, runs, strict=True):
                 points = [
                     (_along(axis, m, h), m[key])
@@ -464,12 +476,13 @@ def _comparison(runs: list[History], parts_of: dict[Path, list[History]], pictur
                     if _number(m.get(key))
                 ]
                 if points:
-                    lines.append(Line(name, [x for x, _ in points], [y for _, y in points]))
+                    later = len(lines) >= len(plots.COLOURS)  # the colours come again, dashed
+                    lines.append(Line(name, [x for x, _ in points], [y for _, y in points], dashed=later))
             if len(lines) > 1:
                 alt = "; ".join(f"{line.name} {_short(line.y[-1])} at last" for line in lines)
                 figure = plots.lines({f"{title} over {axis}": lines}, xlabel=axis, width=3.6, height=2.5)
                 curves.pictures.append(pictures.plot(figure, f"{title} over {axis}: {alt}."))
-    return [table, keys, curves]
+    return curves
 
 
 def _along(axis: str, m: dict[str, Any], hours: float) -> float:
@@ -508,7 +521,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     are compared. An evaluation inside a run's folder comes with it. out: default report.html in the first run.
     UserError where a folder is no run, or `out` cannot be written.
     """
-    runs = [read_run(f) for f in dict.fromkeys(map(str, folders))]
+    runs = [read_run(f) for f in {Path(f).resolve(): str(f) for f in reversed(folders)}.values()][::-1]
     given = {r.folder.resolve() for r in runs}
     for run in list(runs):
         inner = run.folder / "evaluation"
@@ -531,33 +544,53 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     return path
 
 
+def _attempted(make: Callable[..., Part | None], *given: Any) -> Part | None:
+    """A part that damaged records make impossible says so; the others stand."""
+    try:
+        return make(*given)
+    except DAMAGED as error:
+        name = make.__name__.strip("_")
+        text = f"The records cannot be read: {type(error).__name__}: {one_line(error)}"
+        which = "-".join(str(g) if isinstance(g, str) else g.name for g in given if isinstance(g, str | History))
+        return Part(f"{name}-{which}", f"{name.replace('_', ' ').capitalize()}: damaged records", [text])
+
+
 def _page(runs: list[History], pictures: Pictures) -> str:
     pretrained = [r for r in runs if r.job == "pretrain"]
     others = [r for r in runs if r.job != "pretrain"]
     parts: list[Part] = []
+
+    def add(make: Callable[..., Part | None], *given: Any, **renamed: str) -> None:
+        found = _attempted(make, *given)
+        if found is not None:
+            for key, value in renamed.items():
+                setattr(found, key, value)
+            parts.append(found)
+
+    subject = pretrained[0] if len(pretrained) == 1 else None
     if len(pretrained) > 1:
-        parts += _comparison(pretrained, {r.folder: [o for o in others if _reads(o, r)] for r in pretrained}, pictures)
+        of_run = {r.folder: [o for o in others if _reads(o, r)] for r in pretrained}
+        add(_side_by_side, pretrained, of_run)
+        add(_keys_that_differ, pretrained)
+        add(_curves_of_all, pretrained, pictures)
         for run, name in zip(pretrained, _names(pretrained), strict=True):
-            if found := _reconstructions(run, pictures):
-                found.id, found.title = f"reconstructions-{name}", f"{found.title}: {name}"
-                parts.append(found)
-    elif pretrained:
-        parts.append(_curves(pretrained[0], pictures))
-        if found := _reconstructions(pretrained[0], pictures):
-            parts.append(found)
+            title = f"Reconstructions through training: {name}"
+            add(_reconstructions, run, pictures, id=f"reconstructions-{name}", title=title)
+    elif subject:
+        add(_curves, subject, pictures)
+        add(_reconstructions, subject, pictures)
     for run in others:
-        parts.append(_finetune(run, pictures) if run.job == "finetune" else _evaluation(run, pictures))
-    if len(pretrained) == 1 and (found := _inspection(pretrained[0], pictures)):
-        parts.append(found)
-    if len(pretrained) == 1:
-        if found := _loading(pretrained[0]):
-            parts.append(found)
-        parts.append(_what_was_run(pretrained[0]))
+        add(_finetune if run.job == "finetune" else _evaluation, run, pictures)
+        if subject and not _reads(run, subject):
+            parts[-1].text.insert(0, f"Of another encoder than this run's: {run.recipe.get('encoder')}.")
+    if subject:
+        add(_inspection, subject, pictures)
+        add(_loading, subject)
+        add(_what_was_run, subject)
     names = _names(runs)
     seen: list[tuple[str, Symptom]] = [
         (name if len(runs) > 1 else "", s) for run, name in zip(runs, names, strict=True) for s in symptoms(run)
     ]
-    subject = pretrained[0] if len(pretrained) == 1 else None
     title = ", ".join(_names(pretrained or runs))
     if len(pretrained) > 1:
         title = f"Comparison of {title}"
@@ -565,18 +598,50 @@ def _page(runs: list[History], pictures: Pictures) -> str:
     template = environment.from_string(files("mpp").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         title=title,
-        lead=_lead(subject, others),
+        lead=_lead(subject, [o for o in others if subject and _reads(o, subject)]),
         numbers=_key_numbers(subject) if subject else [],
+        looked_for=_looked_for(runs),
         symptoms=seen,
         parts=parts,
-        others=[(_what_was_run(r, f"run-{i}"), names[i]) for i, r in enumerate(runs) if r is not subject],
+        others=[(_attempted(_what_was_run, r, f"run-{i}"), names[i]) for i, r in enumerate(runs) if r is not subject],
         written=time.strftime("%Y-%m-%d %H:%M"),
     )
 
 
 def _reads(other: History, run: History) -> bool:
+    """Whether a fine-tune or an evaluation is of this run's encoder, in its folder or as an export with its weights."""
     made_with = other.made_with()
-    return made_with is not None and made_with.resolve() == run.folder.resolve()
+    if made_with is None:
+        return False
+    weights = _weights(run.folder)
+    return made_with.resolve() == run.folder.resolve() or (weights is not None and _weights(made_with) == weights)
+
+
+def _weights(source: Path) -> str | None:
+    """Checksum of a run's or an export's encoder, as its export states it."""
+    folder = timm_folder(source)
+    try:
+        return str(json.loads((folder / "export.json").read_text())["weights_sha256"]) if folder else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _looked_for(runs: Sequence[History]) -> list[str]:
+    """What the records allowed to look for."""
+    found = []
+    if any(r.series("loss")[1] for r in runs if r.job == "pretrain"):
+        found += ["a loss that does not fall or rises again", "waiting for images", "unreadable images"]
+    if any(r.series("skill")[1] for r in runs):
+        found.append("a skill below the trivial prediction")
+    if any(k.startswith(("feature_rank", "target_rank")) for r in runs for m in r.metrics[-1:] for k in m):
+        found.append("collapse of features or targets")
+    if any(r.data.get("val_in_train") for r in runs):
+        found.append("validation images among training images")
+    if any(r.result.get("verdicts") for r in runs):
+        found.append("pretraining that did not help")
+    if any(r.job == "evaluate" and r.result.get("best") for r in runs):
+        found.append("features no better than their controls")
+    return found
 
 
 def _lead(run: History | None, others: list[History]) -> str:
@@ -587,10 +652,19 @@ def _lead(run: History | None, others: list[History]) -> str:
     hidden = f"{mask:.0%} of each image hidden" if _number(mask) else "parts of each image hidden"
     text = f"{run.setting('encoder.name', '?')}, pretrained with {hidden} and {target} as the target: {_state(run)}."
     for other in others:
-        for v in other.result.get("verdicts", [])[-1:]:
-            if v.get("gain"):
-                text += f" Fine-tuned, {_estimate(v['score'].get('pretrained'))}; from scratch "
-                text += f"{_estimate(v['score'].get('scratch'))}; gain {_estimate(v['gain'], points=True)}"
-                helped = v["gain"]["mean"] > (v["gain"]["half_width"] if _number(v["gain"]["half_width"]) else 0)
-                text += "." if helped else f": {NO_HELP}."
+        try:
+            text += _gained(other)
+        except DAMAGED:
+            continue  # its own part says so
+    return text
+
+
+def _gained(other: History) -> str:
+    """What a fine-tune says of pretraining, in a sentence; "" for other jobs."""
+    text = ""
+    for v in other.result.get("verdicts", [])[-1:]:
+        if v.get("gain"):
+            text += f" Fine-tuned, {_estimate(v['score'].get('pretrained'))}; from scratch "
+            text += f"{_estimate(v['score'].get('scratch'))}; gain {_estimate(v['gain'], points=True)}"
+            text += "." if helped(v["gain"]) else f": {NO_HELP}."
     return text

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpp.errors import one_line
 from mpp.history import History
-from mpp.monitor import COLLAPSED_FEATURE_SHARE, COLLAPSED_RANK, COLLAPSED_TARGET_SHARE, RISE, Measured, flat_since
+from mpp.monitor import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, RISE, Measured, collapsed, flat_since
 from mpp.verdict import NO_HELP
 
 FLAT = 0.98
@@ -20,13 +21,18 @@ FLAT = 0.98
 LEAST_RECORDS = 8
 """Of metrics, before anything is said of a curve."""
 DIVERGED_LOSS = 1.25
-"""Of the lowest median of five neighbouring losses, what the last such median must not reach…"""
+"""Of the lowest median of neighbouring losses, an eighth of the run and five at least, what the last such median must
+not reach while the skill falls, too…"""
 DIVERGED_SKILL = 0.1
-"""… nor the skill fall below its best by."""
+"""… nor the skill alone fall below its best by."""
 DATA_BOUND = 0.25
 """Part of the time spent waiting for batches."""
 BAD_FRACTION, LEAST_BAD = 1e-4, 10
 """Of the images seen, those that could not be read; and how many they must be. Far fewer than what stops a run."""
+
+
+DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+"""What records of another shape than they were written in make of a reader."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Symptom:
     """One thing that deserves a second look."""
 
     kind: str
-    """failed, diverged, flat, below_trivial, collapse, data_bound, bad_images, leak, no_help, control, dead"""
+    """failed, diverged, flat, below_trivial, collapse, data_bound, bad_images, leak, no_help, control, dead, damaged"""
     text: str
     """What was seen, in a sentence."""
     advice: str
@@ -43,19 +49,19 @@ class Symptom:
 
 def symptoms(run: History) -> list[Symptom]:
     """Of a run of any job, the gravest first; [] where nothing is wrong."""
+    rules = {"pretrain": _of_pretraining, "finetune": _of_finetuning, "evaluate": _of_evaluation}
     found = _of_process(run)
-    if run.job == "pretrain":
-        found += _of_pretraining(run)
-    elif run.job == "finetune":
-        found += _of_finetuning(run)
-    elif run.job == "evaluate":
-        found += _of_evaluation(run)
+    try:
+        found += rules[run.job](run)
+    except DAMAGED as error:
+        text = f"Its records cannot all be read ({type(error).__name__}: {one_line(error)})."
+        found.append(Symptom("damaged", text, "See result.json and data.json."))
     return found
 
 
 def _of_process(run: History) -> list[Symptom]:
     found = []
-    for part in (run, *run.cells):
+    for part in run.cells or [run]:
         where = f"{part.name}: " if part is not run else ""
         if part.status.get("state") == "failed":
             why = part.status.get("why", "see train.log")
@@ -89,7 +95,8 @@ def _of_pretraining(run: History) -> list[Symptom]:
     elif flat := _flat(run, moving):
         found.append(flat)
     skill = run.last("skill")
-    if skill is not None and skill <= 0 and not moving:
+    early = run.status.get("state") == "running" and len(_measured(run)) < 2  # still warming up
+    if skill is not None and skill <= 0 and not moving and not early:
         found.append(
             Symptom(
                 "below_trivial",
@@ -118,7 +125,7 @@ def _of_pretraining(run: History) -> list[Symptom]:
     return found
 
 
-def _medians(values: Sequence[float], width: int = 5) -> list[float]:
+def _medians(values: Sequence[float], width: int) -> list[float]:
     return [statistics.median(values[i : i + width]) for i in range(len(values) - width + 1)]
 
 
@@ -127,8 +134,9 @@ def _diverged(run: History, moving: bool) -> Symptom | None:
     skills = [] if moving else run.series("skill")[1]
     text = ""
     if len(losses) >= LEAST_RECORDS and not moving:
-        smooth = _medians(losses)
-        if smooth[-1] > DIVERGED_LOSS * min(smooth) > 0:
+        smooth = _medians(losses, max(5, len(losses) // 8))
+        fallen = len(skills) < 2 or skills[-1] < max(skills) - RISE  # single batches are noisy, held-out images are not
+        if fallen and smooth[-1] > DIVERGED_LOSS * min(smooth) > 0:
             text = f"The loss rose again, from {min(smooth):.3g} to {smooth[-1]:.3g}"
     if skills and skills[-1] < max(skills) - DIVERGED_SKILL:
         text = text or f"The skill fell again, from {max(skills):.3f} to {skills[-1]:.3f}"
@@ -142,6 +150,8 @@ def _flat(run: History, moving: bool) -> Symptom | None:
     total = run.status.get("steps") or (steps[-1] if steps else 0)
     advice = "Another optim.base_lr; a probe (key `probe`) tells whether features still get better."
     history = _measured(run)
+    if moving:  # the skill need not rise against a target that gets richer
+        history = [m._replace(skill=0.0) for m in history if m.probe is not None]
     risen = len(history) > 1 and max(m.skill for m in history) > history[0].skill + RISE
     if len(losses) >= LEAST_RECORDS and not moving and not risen and steps[-1] >= total / 2:
         n = len(losses)
@@ -150,7 +160,9 @@ def _flat(run: History, moving: bool) -> Symptom | None:
             return Symptom("flat", f"The loss hardly falls: {early:.4g} early on, {late:.4g} at last.", advice)
     since = flat_since(history)
     if since is not None and since < total / 2:
-        return Symptom("flat", f"Neither skill nor probe has risen since step {since:,} of {total:,}.", advice)
+        probed = any(m.probe is not None for m in history)
+        what = "The probe has not" if moving else "Neither skill nor probe has" if probed else "The skill has not"
+        return Symptom("flat", f"{what} risen since step {since:,} of {total:,}.", advice)
     return None
 
 
@@ -173,7 +185,7 @@ def _collapsed(run: History) -> list[Symptom]:
         ("the encoder's features", "feature_{}", COLLAPSED_FEATURE_SHARE),
     ]:
         rank, share = run.last(key.format("rank")), run.last(key.format("share"))
-        if rank is None or share is None or (rank >= COLLAPSED_RANK and share >= least):
+        if rank is None or share is None or not collapsed(rank, share, least):
             continue
         found.append(
             Symptom(
@@ -205,7 +217,7 @@ def _of_finetuning(run: History) -> list[Symptom]:
             )
     for verdict in run.result.get("verdicts", []):
         gain = verdict.get("gain")
-        if gain and not _helped(gain):
+        if gain and not helped(gain):
             labels = f" at {verdict['labels_per_class']} labels a class" if verdict.get("labels_per_class") else ""
             text = f"{NO_HELP[0].upper()}{NO_HELP[1:]}{labels}: the gain, {100 * gain['mean']:+.1f} points, "
             text += "is within its interval." if _interval(gain) else "is of one seed."
@@ -222,7 +234,7 @@ def _interval(gain: dict[str, Any]) -> float | None:
     return float(width) if isinstance(width, int | float) and width == width else None
 
 
-def _helped(gain: dict[str, Any]) -> bool:
+def helped(gain: dict[str, Any]) -> bool:
     """One seed without an interval is not held against it, unless there is no gain."""
     return float(gain["mean"]) > (_interval(gain) or 0.0)
 

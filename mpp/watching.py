@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from pathlib import Path
 
 from mpp.history import History, read_run
+from mpp.runfolder import RECIPE
 from mpp.symptoms import symptoms
 
 QUIET = 10
-"""A run that has written nothing for so many times as long as it last took between two lines is said to be silent."""
+"""A run that has written nothing for so many times as long as it takes between two lines is said to be silent."""
+YOUNG_S = 600
+"""A run folder without a status is taken for one that begins, for so long (a guess)."""
 RECENT_LINES = 5
 """Of the metrics, from which the pace is taken."""
 
@@ -29,7 +34,7 @@ def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
 def _trained(run: History, now: float) -> tuple[list[str], bool]:
     """A pretraining run, a cell of a fine-tune, or an evaluation."""
     state = str(run.status.get("state", "not begun"))
-    running = state == "running" and run.alive() is not False
+    running = (state == "running" and run.alive() is not False) or (not run.status and _young(run, now))
     steps = run.status.get("steps")
     step = run.metrics[-1]["step"] if run.metrics else run.status.get("step")
     if state == "failed":
@@ -63,46 +68,55 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
 
 
 def _finetune(run: History, now: float) -> tuple[list[str], bool]:
-    state = str(run.status.get("state", "running"))
+    state = str(run.status.get("state", "not begun"))
     counts = run.setting("data.labels_per_class") or [None]
     arms = 2 if run.recipe.get("encoder") != "scratch" and run.recipe.get("beside_scratch", True) else 1
     wanted = len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * arms
     done = sum(bool(cell.result) for cell in run.cells)
     lines = [f"{run.folder}: {state}, {done} of {wanted} cells done"]
-    going = False
+    going = (state == "running" and run.alive() is not False) or (not run.status and _young(run, now))
     for cell in run.cells:
         if not cell.result:
-            found, running = _trained(cell, now)
-            going = going or running
-            lines += ["  " + line for line in found]
+            lines += ["  " + line for line in _trained(cell, now)[0]]
     return lines, going
 
 
-def _pace(run: History) -> tuple[float, float] | None:
-    """(seconds of a step, seconds between the last two lines)"""
-    recent = [m for m in run.metrics[-RECENT_LINES:] if m.get("images_per_s") and m["step"] > 0]
-    if not recent:
-        return None
-    images_per_s = sum(m["images_per_s"] for m in recent) / len(recent)
-    last = run.metrics[-1]
-    before = run.metrics[-2]["seen"] if len(run.metrics) > 1 else 0
-    return last["seen"] / last["step"] / images_per_s, (last["seen"] - before) / images_per_s
+def _young(run: History, now: float) -> bool:
+    """Whether it was begun just now, and has not said so yet."""
+    return now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S
+
+
+def _pace(run: History) -> float | None:
+    """Seconds of a step, over the last few lines."""
+    lines = run.metrics[-RECENT_LINES - 1 :]
+    if len(lines) == 1:  # it began at nothing
+        lines = [{"step": 0, "seen": 0}, *lines]
+    seconds = steps = 0.0
+    for before, line in itertools.pairwise(lines):
+        if line.get("images_per_s"):
+            seconds += (line["seen"] - before["seen"]) / line["images_per_s"]
+            steps += line["step"] - before["step"]
+    return seconds / steps if steps > 0 else None
+
+
+def _since_last_line(run: History, now: float) -> float:
+    return max(now - (run.folder / "metrics.jsonl").stat().st_mtime, 0)
 
 
 def _seconds_left(run: History, now: float) -> float | None:
     pace = _pace(run)
     if pace is None or not run.status.get("steps"):
         return None
-    since = max(now - (run.folder / "metrics.jsonl").stat().st_mtime, 0)
-    return max((run.status["steps"] - run.metrics[-1]["step"]) * pace[0] - since, 0)
+    return max((run.status["steps"] - run.metrics[-1]["step"]) * pace - _since_last_line(run, now), 0)
 
 
 def _silent_for(run: History, now: float) -> float | None:
-    pace = _pace(run)
-    if pace is None:
+    """Seconds without a line, where that is much longer than from one to the next; None after the last step."""
+    pace, every = _pace(run), run.setting("log_every_steps", 50)
+    if pace is None or not isinstance(every, int) or run.metrics[-1]["step"] >= run.status.get("steps", math.inf):
         return None
-    since = now - (run.folder / "metrics.jsonl").stat().st_mtime
-    return since if since > max(QUIET * pace[1], 60) else None
+    since = _since_last_line(run, now)
+    return since if since > max(QUIET * every * pace, 60) else None
 
 
 def _span(seconds: float) -> str:

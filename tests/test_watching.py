@@ -99,8 +99,11 @@ def test_a_fine_tune_is_told_by_its_cells(shards: Path, tmp_path: Path) -> None:
         mpp.finetune(check_recipe(values, FinetuneRecipe))
     assert "finished, 2 of 2 cells done" in standing(tmp_path / "ft")[0]
     (tmp_path / "ft" / "scratch-seed1" / "result.json").unlink()
-    (tmp_path / "ft" / "status.json").unlink()
-    text, _ = standing(tmp_path / "ft")
+    status = json.loads((tmp_path / "ft" / "status.json").read_text())
+    running = {**status, "state": "running", "host": platform.node(), "pid": os.getpid()}
+    (tmp_path / "ft" / "status.json").write_text(json.dumps(running))
+    text, going = standing(tmp_path / "ft")
+    assert going
     assert "running, 1 of 2 cells done" in text
     assert "scratch-seed1: finished, step 2 of 2" in text
 
@@ -137,7 +140,11 @@ def test_keys_that_differ(shards: Path, tmp_path: Path) -> None:
 
 
 def test_the_run_whose_encoder_was_read(tmp_path: Path) -> None:
-    for source, wanted in (("runs/a", Path("runs/a")), ("runs/a/encoder", Path("runs/a")), ("scratch", None)):
+    for source, wanted in (
+        ("no-such/a", Path("no-such/a")),
+        ("no-such/a/encoder", Path("no-such/a")),
+        ("scratch", None),
+    ):
         folder = tmp_path / source.replace("/", "-")
         folder.mkdir()
         (folder / "recipe.yaml").write_text(f"job: finetune\nencoder: {source}\n")
@@ -146,3 +153,43 @@ def test_the_run_whose_encoder_was_read(tmp_path: Path) -> None:
     (tmp_path / "odd" / "recipe.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="not the recipe of a run"):
         read_run(tmp_path / "odd")
+
+
+def test_the_pace_is_images_over_time(tmp_path: Path) -> None:
+    lines = [{"step": s, "seen": 1000 * s, "images_per_s": r} for s, r in ((1, 1000.0), (2, 1000.0), (3, 10.0))]
+    run = run_of(tmp_path / "run", metrics=lines, status={"steps": 5})
+    text, _ = standing(run, (run / "metrics.jsonl").stat().st_mtime)
+    assert "about 1:41 left" in text, "two steps of 101 s for two"
+    one = run_of(tmp_path / "one", metrics=LINES[:1])
+    (one / "recipe.yaml").write_text("job: pretrain\nlog_every_steps: 500\n")
+    assert "nothing written" not in standing(one, (one / "metrics.jsonl").stat().st_mtime + 90)[0]
+
+
+DAMAGES: dict[str, Any] = {
+    "metrics.jsonl": [b"\xff\xfe", b'{"step": "a", "seen": 3}', b'{"step": 1}', b"[1]", b'{"step": 1, "seen": 2, "skill": "x"}'],
+    "status.json": [b"[]", b'{"state": "running", "pid": null}', b'{"state": "failed", "step": "x", "steps": []}', b"{"],
+    "result.json": [b'{"verdicts": null}', b'{"verdicts": [1]}', b'{"best": [], "scores": 3}', b'{"verdicts": [{"gain": 1}]}'],
+    "env.json": [b"3", b'{"devices": 3, "processes": "x", "packages": 4}'],
+    "data.json": [b'{"val_in_train": 3, "images": "x"}', b'{"val_in_train": {"shared": 2}}', b'{"images": 3}'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("job", ["pretrain", "finetune", "evaluate"])
+@pytest.mark.parametrize(("name", "content"), [(n, c) for n, found in DAMAGES.items() for c in found])
+def test_damaged_records_are_no_traceback(job: str, name: str, content: bytes, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", metrics=LINES)
+    (run / "recipe.yaml").write_text(f"job: {job}\nencoder: vit\nseeds: [0]\n")
+    (run / "result.json").write_text('{"verdicts": [], "best": {}}')
+    (run / name).write_bytes(content)
+    for words in (["watch", str(run)], ["report", str(run)]):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert "What was run" in (run / "report.html").read_text() or "damaged" in (run / "report.html").read_text()
+
+
+def test_a_recipe_that_is_none(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run")
+    for text in ("3", "job: [1]", "job: cook", "- job: pretrain"):
+        (run / "recipe.yaml").write_text(text)
+        with pytest.raises(UserError, match="not the recipe of a run"):
+            read_run(run)

@@ -139,6 +139,8 @@ def holds_shards(place: str) -> bool:
     """Whether a place is one of shards: a tar file, a pattern, an URL, or a folder with tar files in it."""
     if os.path.isdir(place):
         return any(name.endswith(".tar") for name in os.listdir(place))
+    if os.path.isfile(place):
+        return place.endswith(".tar")
     return place.endswith(".tar") or "://" in place or any(c in place for c in "*?{[")
 
 

@@ -15,7 +15,7 @@ from mpp.errors import BadImage
 MOST_CHECKED = 2000
 """Validation images that are looked for, spread evenly."""
 MOST_READ, MOST_BYTES = 100_000, 1_000_000_000
-"""Training images of their sizes that are read, at most; fewer validation images are looked for then."""
+"""Training images of their sizes that are read, at most, spread evenly; what is shared is a lower bound then."""
 MOST_NAMED = 5
 FORMATS, MOST_PIXELS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"), 64_000_000
 
@@ -43,11 +43,10 @@ def leak(val: Reader, train: Reader) -> Leak:
     own, theirs = val.sizes(), train.sizes()
     there = np.flatnonzero(own > 0)
     chosen = np.unique(there[np.linspace(0, len(there) - 1, min(MOST_CHECKED, len(there))).astype(int)])
-    while True:
-        alike = np.flatnonzero(np.isin(theirs, own[chosen]))
-        if len(chosen) <= 1 or (len(alike) <= MOST_READ and int(theirs[alike].sum()) <= MOST_BYTES):
-            break
-        chosen = chosen[::2]
+    alike = np.flatnonzero(np.isin(theirs, own[chosen]))
+    most = min(MOST_READ, int(MOST_BYTES / max(theirs[alike].mean(), 1))) if len(alike) else 0
+    if len(alike) > most:  # files of one size, most likely: a part of them tells, too
+        alike = alike[np.linspace(0, len(alike) - 1, max(most, 1)).astype(int)]
     wanted: dict[bytes, list[int]] = {}
     for i in chosen.tolist():
         if (digest := _digest(val, i)) is not None:

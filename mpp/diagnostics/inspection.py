@@ -105,11 +105,12 @@ def inspect_encoder(
     """Look at an encoder through images: PNG, SVG and JSON of each view, and `index.json`, in a folder.
 
     encoder, compare: a run, an export, or a name of timm's. places: shards, image files, folders of images.
-    images: how many are measured; shown: how many are drawn. random: with random weights, as a control.
-    out: default RUN/inspect, or inspect/NAME. UserError for everything the user can correct.
+    images: how many are measured; shown: how many are drawn. random: both with random weights, as a control.
+    out: default RUN/inspect, or inspect/NAME, with random weights inspect/NAME-random.
+    UserError for everything the user can correct.
     """
     source = str(encoder)
-    folder = Path(out) if out is not None else _own_folder(source)
+    folder = Path(out) if out is not None else _own_folder(source, random)
     if images < LEAST_IMAGES:
         raise UserError(f"images: at least {LEAST_IMAGES}; got {images}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,9 +141,10 @@ def inspect_encoder(
     return Inspection(folder, source, len(read[0]), drawn, absent)
 
 
-def _own_folder(source: str) -> Path:
+def _own_folder(source: str, random: bool) -> Path:
+    """What random weights show is no part of a run."""
     run = Path(source)
-    return run / FOLDER if (run / "encoder").is_dir() else Path(FOLDER) / run.name
+    return run / FOLDER if (run / "encoder").is_dir() and not random else Path(FOLDER) / (run.name + "-random" * random)
 
 
 def _write(folder: Path, source: str, images: int, drawn: list[View], absent: dict[str, str], random: bool) -> None:

@@ -93,17 +93,21 @@ def mean_attention_distance(attention: Tensor, queries: Tensor, keys: Tensor) ->
     appendix D.7). Class and register tokens are to be left out before; rows are scaled to a sum of 1 here.
     """
     distance = torch.cdist(queries.double(), keys.double()).to(attention.device)
-    weights = attention.double()
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
-    return (weights * distance).sum(-1).mean((0, 2))
+    found = []
+    for weights in attention.unbind(1):  # one head at a time: they are large
+        rows = weights.double()
+        found.append(((rows * distance).sum(-1) / rows.sum(-1).clamp_min(1e-300)).mean())
+    return torch.stack(found)
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
     """(B, heads, Nq, Nk) -> (heads,) in [0, 1]: entropy of the rows, made to sum to 1, over that of even attention."""
-    weights = attention.double()
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-300)
-    entropy = -(weights * weights.clamp_min(1e-300).log()).sum(-1).mean((0, 2))
-    return entropy / math.log(attention.shape[-1]) if attention.shape[-1] > 1 else torch.zeros_like(entropy)
+    found = []
+    for weights in attention.unbind(1):
+        rows = weights.double()
+        rows = rows / rows.sum(-1, keepdim=True).clamp_min(1e-300)
+        found.append(torch.special.entr(rows).sum(-1).mean() / math.log(max(attention.shape[-1], 2)))
+    return torch.stack(found)
 
 
 def rollout(attention: Sequence[Tensor]) -> Tensor:
@@ -188,10 +192,10 @@ def components(x: Tensor, k: int) -> Components:
     return Components((vectors * largest.sign()).unflatten(1, x.shape[1:]), share)
 
 
-def colour_maps(features: Tensor) -> Tensor:
-    """The first three principal components of all cells of all images as red, green, blue.
+def colour_maps(features: Tensor) -> tuple[Tensor, list[float]]:
+    """The first three principal components of all cells of all images as red, green, blue, and their shares.
 
-    (B, D, h, w) -> (B, 3, h, w) in [0, 1]; the middle 98 % of each component fill the range.
+    (B, D, h, w) -> (B, 3, h, w) in [0, 1], shares of the variance; the middle 98 % of each component fill the range.
     """
     cells = features.permute(0, 2, 3, 1).flatten(0, 2).double()
     found = components(cells, 3)
@@ -201,7 +205,7 @@ def colour_maps(features: Tensor) -> Tensor:
     if scaled.shape[1] < 3:
         scaled = F.pad(scaled, (0, 3 - scaled.shape[1]), value=0.5)
     b, _, h, w = features.shape
-    return scaled.float().view(b, h, w, 3).permute(0, 3, 1, 2)
+    return scaled.float().view(b, h, w, 3).permute(0, 3, 1, 2), found.share.tolist()
 
 
 def spectrum(features: Tensor) -> Tensor:

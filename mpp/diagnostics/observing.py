@@ -19,6 +19,8 @@ BATCH = 32
 """Images of a minibatch of CKA."""
 ATTENTION_BATCH = 4
 """Attention is large: few images at a time."""
+NOTHING = 1e-6
+"""Of a block's input: what is added by less is rounding."""
 MOST_CELLS = 16
 """Maps with more cells along a side are averaged down where pairs of places are compared."""
 
@@ -129,8 +131,9 @@ def see_all(subjects: Sequence[Subject], images: Sequence[Tensor], shown: int) -
                     branch = passed.after - passed.before
                     b[i] = measures.gram(branch)
                     if own:
-                        norms = [x.float().flatten(1).norm(dim=1) for x in (passed.before, branch)]
-                        seen.skip_over_branch[i].append(float((norms[0] / norms[1].clamp_min(1e-12)).mean()))
+                        skip, added = (x.float().flatten(1).norm(dim=1) for x in (passed.before, branch))
+                        there = added > NOTHING * skip
+                        seen.skip_over_branch[i] += (skip[there] / added[there]).tolist()
 
             with watched([module for _, module in watched_blocks[number]], see):
                 maps = s.maps(raw)

@@ -92,6 +92,8 @@ def layout_of(model: Any, weights: tuple[int, ...], images: int, size: tuple[int
     """Of attention weights of this shape, from so many images of (H, W) px; or why it is not known."""
     if len(weights) != 4:
         return f"attention of {len(weights)} dimensions, over units whose places are not known"
+    if hasattr(model, "reroll"):
+        return f"{type(model).__name__} keeps its tokens in an order of its own"
     batch, _, queries, keys = weights
     prefix = getattr(model, "num_prefix_tokens", 0)
     info = getattr(model, "feature_info", None) or []
@@ -168,7 +170,8 @@ def position_table(model: Any, size: tuple[int, int]) -> tuple[Tensor, tuple[int
     """The learned position of each cell, (N, D), and the grid; or why there is none."""
     table = getattr(model, "pos_embed", None)
     if not isinstance(table, Tensor) or table.ndim != 3:
-        return f"{type(model).__name__} adds no table of positions (relative ones, rotary ones, or none)"
+        name = type(model).__name__
+        return f"{name} has no table of positions that is read here (relative ones, rotary ones, several, or none)"
     for stride in sorted({stage["reduction"] for stage in model.feature_info}):
         grid = (size[0] // stride, size[1] // stride)
         extra = table.shape[1] - grid[0] * grid[1]

@@ -129,7 +129,9 @@ def read_kept(run: Path) -> list[Kept]:
         try:
             with Image.open(path) as grid:
                 about = json.loads(grid.text[KEY])  # type: ignore[attr-defined]  # PNG files have it
-                w, h = about["tile_px"]
+                w, h = map(int, about["tile_px"])
+                if min(w, h) < 1 or not {"original", "masked", "pasted"} <= set(about["titles"]):
+                    continue
                 grid.load()
                 panels = {
                     title: [grid.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(grid.height // h)]
@@ -138,7 +140,16 @@ def read_kept(run: Path) -> list[Kept]:
             found.append(Kept(int(about["step"]), str(about["target"]), panels))
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             continue
-    return sorted(found, key=lambda k: k.step)
+    return _alike(sorted(found, key=lambda k: k.step))
+
+
+def _alike(found: list[Kept]) -> list[Kept]:
+    """With as many images, and the panels, that all of them have: a resumed run may keep fewer than before."""
+    if not found:
+        return []
+    titles = [t for t in found[-1].panels if all(t in k.panels for k in found)]
+    rows = min(len(k.panels["original"]) for k in found)
+    return [k._replace(panels={t: k.panels[t][:rows] for t in titles}) for k in found if rows]
 
 
 def pasted(kept: Sequence[Kept]) -> list[str]:
@@ -181,6 +192,7 @@ def frames(kept: Sequence[Kept]) -> list[Image.Image]:
 
 def through_training(run: str | Path, out: str | Path) -> Path:
     """A strip of steps (.png), or an animation (.gif, .webp). UserError where the run kept none."""
+    load_recipe(Path(run) / "recipe.yaml", PretrainRecipe)  # says what it is otherwise
     kept = read_kept(Path(run))
     if not kept:
         raise UserError(
@@ -277,10 +289,13 @@ def _stacked(blocks: Sequence[Image.Image]) -> Image.Image:
 
 
 def _png(out: str | Path) -> None:
-    if Path(out).suffix.lower() in ANIMATIONS:
+    suffix = Path(out).suffix.lower()
+    if suffix in ANIMATIONS:
         raise UserError(
             f"--out {out}: an animation is of a run's own images through training; give no IMAGE, or a .png"
         )
+    if suffix != ".png":
+        raise UserError(f"--out {out}: allowed are .png, and of a run's own images .gif and .webp")
 
 
 def _save(picture: Image.Image, out: Path) -> Path:

@@ -44,6 +44,8 @@ def positions(subject: Subject) -> View | str:
     if isinstance(found, str):
         return found
     table, (gh, gw) = found
+    if gh * gw == 1:
+        return "the image is one cell"
     similar = measures.cosine_map(table).cpu()
     where = measures.places((gh, gw), subject.size[0] / gh)
     curve = measures.by_distance(similar, where, subject.size[0] / gh)
@@ -225,14 +227,18 @@ def similarity(seen: Seen, other: Subject | None) -> View:
 def skips(seen: Seen) -> View | str:
     if not seen.updates:
         return "it has no blocks around which an input is carried on unchanged"
-    x = [i + 1 for i in seen.updates]
-    ratio = [float(np.mean(seen.skip_over_branch[i])) for i in seen.updates]
+    adding = [i for i in seen.updates if seen.skip_over_branch[i]]
+    if not adding:
+        return "its blocks add nothing to what they are given: their last layers are zero, or as good as"
+    x = [i + 1 for i in adding]
+    ratio = [float(np.mean(seen.skip_over_branch[i])) for i in adding]
     return View(
         "skips",
         "Skip connections",
-        "Norm of what a block's skip connection carries on over the norm of what the block adds. Above 1: the block "
+        "Norm of what a block's skip connection carries on over the norm of what the block adds (its output less its "
+        "input, with whatever activation follows the sum; blocks that add nothing are left out). Above 1: the block "
         "changes little of what comes in. A peak marks where a representation is handed on rather than made.",
-        {"block": x, "blocks": [seen.block_names[i] for i in seen.updates], "skip_over_branch": ratio},
+        {"block": x, "blocks": [seen.block_names[i] for i in adding], "skip_over_branch": ratio},
         plots.lines(
             {"carried on / added": [Line("", x, ratio), Level("as much", 1.0)]},
             xlabel="block",
@@ -326,31 +332,26 @@ def spectrum(seen: Seen) -> View:
 def colours(seen: Seen) -> View:
     layers = _some(len(seen.shown_maps), SHOWN_LAYERS)
     moved = {i: seen.shown_maps[i].float() - seen.layers[i].mean_map for i in layers}
-    maps = {i: measures.colour_maps(moved[i]).cpu() for i in layers}
-    shares = {i: _cells_share(moved[i]) for i in layers}
+    coloured = {i: measures.colour_maps(moved[i]) for i in layers}
     rows = []
     for r, image in enumerate(seen.shown):
         row = [Picture(_pixels(image), "image" if r == 0 else "")]
         row += [
-            Picture(maps[i][r].permute(1, 2, 0).numpy(), f"{layer_word(seen)} {i + 1}" if r == 0 else "")
+            Picture(coloured[i][0][r].permute(1, 2, 0).cpu().numpy(), f"{layer_word(seen)} {i + 1}" if r == 0 else "")
             for i in layers
         ]
         rows.append(row)
-    last = shares[layers[-1]]
+    last = coloured[layers[-1]][1]
     return View(
         "colours",
         "Features as colours",
         "The first three principal components of the patch features of all these images as red, green and blue, "
         "without what every image has at that place (its position, above all). Parts that mean the same to the encoder "
         "have the same colour, in all images of a column.",
-        {"layers": [i + 1 for i in layers], "share_of_variance": [shares[i] for i in layers]},
+        {"layers": [i + 1 for i in layers], "share_of_variance": [coloured[i][1] for i in layers]},
         plots.pictures(rows, title="principal components of patch features as colours"),
         f"three components hold {sum(last):.0%} of the variance of the last {layer_word(seen)}",
     )
-
-
-def _cells_share(maps: Tensor) -> list[float]:
-    return measures.components(maps.permute(0, 2, 3, 1).flatten(0, 2), 3).share.tolist()
 
 
 def layer_word(seen: Seen) -> str:

@@ -187,7 +187,8 @@ def test_colour_maps_find_the_three_maps_that_features_are_made_of() -> None:
     flat = maps.permute(0, 2, 3, 1).flatten(0, 2)
     flat = torch.linalg.qr(flat - flat.mean(0)).Q * torch.tensor([4.0, 2.0, 1.0])
     features = (flat @ rotation(8)[:3]).view(2, 6, 6, 8).permute(0, 3, 1, 2)
-    found = measures.colour_maps(features)
+    found, share = measures.colour_maps(features)
+    assert share == pytest.approx([16 / 21, 4 / 21, 1 / 21], abs=1e-5)
     assert found.shape == (2, 3, 6, 6)
     assert float(found.min()) == 0
     assert float(found.max()) == 1
@@ -196,7 +197,7 @@ def test_colour_maps_find_the_three_maps_that_features_are_made_of() -> None:
         middle = (shown > 0) & (shown < 1)
         both = torch.stack([shown[middle], true[middle].float()])
         assert abs(float(torch.corrcoef(both)[0, 1])) == pytest.approx(1, abs=1e-4)
-    assert measures.colour_maps(noise(1, 2, 3, 3)).shape == (1, 3, 3, 3)
+    assert measures.colour_maps(noise(1, 2, 3, 3))[0].shape == (1, 3, 3, 3)
 
 
 def test_spectrum_and_rank_of_equal_directions() -> None:

@@ -138,7 +138,9 @@ def test_filters_and_positions() -> None:
     table, grid = position_table(model, (16, 16))
     assert grid == (4, 4)
     assert torch.equal(table, model.pos_embed[0, 1:])
-    assert "no table of positions" in str(position_table(toy(next(f for f in FAMILIES if f.title == "Swin")), (12, 20)))
+    assert "has no table of positions" in str(
+        position_table(toy(next(f for f in FAMILIES if f.title == "Swin")), (12, 20))
+    )
     odd = vit()
     odd.pos_embed = torch.nn.Parameter(torch.zeros(1, 9, 24))
     assert "is not that of the cells" in str(position_table(odd, (16, 16)))
