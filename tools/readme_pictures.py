@@ -20,8 +20,6 @@ from mpp.diagnostics.reconstruct import Kept, pasted, read_kept, strip
 
 ROWS = 3
 STEPS = 5
-COLOURS = 128
-"""Of the palette: a quarter of the bytes, and no eye sees it."""
 
 
 def most_contrast(kept: list[Kept]) -> list[Kept]:
@@ -33,7 +31,7 @@ def most_contrast(kept: list[Kept]) -> list[Kept]:
 
 def save(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.convert("RGB").save(path, optimize=True)
     print(f"{path}: {picture.width}×{picture.height}, {path.stat().st_size // 1000} kB")
 
 
