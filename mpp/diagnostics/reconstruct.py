@@ -98,11 +98,11 @@ def keep(run: Path, step: int, found: Sequence[Reconstruction]) -> None:
         return
     drawn = found[0]
     panels = [[_image(p.images[i]) for p in drawn.panels] for i in range(len(drawn.panels[0].images))]
-    w, h = panels[0][0].size
+    w, h = max(image.size for image in panels[0])  # glyphs are larger than the image they are of
     grid = Image.new("RGB", (w * len(panels[0]), h * len(panels)))
     for r, row in enumerate(panels):
         for c, image in enumerate(row):
-            grid.paste(image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BOX), (c * w, r * h))
+            grid.paste(image.resize((w, h), Image.Resampling.NEAREST), (c * w, r * h))
     about = {"step": step, "target": drawn.target, "titles": [p.title for p in drawn.panels], "tile_px": [w, h]}
     text = PngImagePlugin.PngInfo()
     text.add_text(KEY, json.dumps(about))

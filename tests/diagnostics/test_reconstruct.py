@@ -17,7 +17,7 @@ import mpp
 from mpp.build import build_mask, build_model
 from mpp.cli import main
 from mpp.data.loader import draw_masks
-from mpp.diagnostics.reconstruct import MOST_KEPT, Kept, kept_every, pasted, read_kept, sheet, spread, strip
+from mpp.diagnostics.reconstruct import MOST_KEPT, Kept, keep, kept_every, pasted, read_kept, sheet, spread, strip
 from mpp.errors import UserError
 from mpp.metrics import read_metrics
 from mpp.model import BORROWED, GREY, Reconstruction
@@ -210,6 +210,18 @@ def test_strip_and_animation(run: Path, tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         with Image.open(tmp_path / name) as picture:
             assert picture.n_frames == frames  # type: ignore[attr-defined]
+
+
+def test_glyphs_are_kept_as_large_as_they_are(shards: Path, tmp_path: Path) -> None:
+    found, *_ = pictures(shards, tmp_path, target="hog")
+    keep(tmp_path, 7, found)
+    (kept,) = read_kept(tmp_path)
+    for panel in found[0].panels:
+        scale = 64 // panel.images.shape[-1]
+        wanted = (255 * panel.images[1]).round().byte().expand(3, -1, -1).permute(1, 2, 0)
+        wanted = wanted.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+        assert np.array_equal(np.asarray(kept.panels[panel.title][1]), wanted.numpy()), panel.title
+    assert len(found[0].panels) == 5
 
 
 def test_a_file_that_is_not_its_own_is_passed_over(run: Path, tmp_path: Path) -> None:
