@@ -184,6 +184,7 @@ def test_a_drawing_that_is_more_than_a_drawing(inside: str) -> None:
     assert not plots.is_own_svg(svg.format(inside))
 
 
+@pytest.mark.slow
 def test_a_page_is_never_too_large(
     runs: tuple[Path, Path], page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_job_whose_process_is_gone(tmp_path: Path) -> None:
     assert "status.json says running, but process" in text
 
 
+@pytest.mark.slow
 def test_a_real_job_is_watched_to_its_end(shards: Path, tmp_path: Path) -> None:
     import yaml
 
@@ -174,6 +175,7 @@ DAMAGES: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["pretrain", "finetune", "evaluate"])
 @pytest.mark.parametrize(("name", "content"), [(n, c) for n, found in DAMAGES.items() for c in found])
 def test_damaged_records_are_no_traceback(job: str, name: str, content: bytes, tmp_path: Path) -> None:
