@@ -295,21 +295,21 @@ def open_encoder(
     *,
     architecture: Architecture | None,
     image_size: tuple[int, int] | None,
-    channels: int,
+    channels: int | None,
     pretrained: bool,
     **timm_args: Any,
 ) -> Any:
     """A timm model without classifier from a run, an export or a name of timm's.
 
     architecture: its name and arguments where `source` is "scratch", its arguments where it is a name of timm's.
-    image_size: (H, W); None: its own. pretrained: with weights. UserError where it cannot be had so.
+    image_size: (H, W), channels; None: its own. pretrained: with weights. UserError where it cannot be had so.
     """
     if source == "scratch" or is_timm_name(source):
         given = architecture or Architecture(name=source)
         return create_timm_model(
             given.name if source == "scratch" else source,
             image_size=image_size,
-            in_chans=channels,
+            in_chans=channels or 3,
             pretrained=pretrained,
             args={**timm_args, **given.args},
             key="architecture.name" if source == "scratch" else "encoder",
@@ -317,15 +317,9 @@ def open_encoder(
         )
     if architecture is not None:
         raise UserError("architecture: only for encoder: scratch or a name of timm's; a run or export has its own")
-    size = {"img_size": image_size} if image_size else {}
-    return load_encoder(source, pretrained=pretrained, num_classes=0, in_chans=channels, **size, **timm_args)
-
-
-def open_any(source: str, *, pretrained: bool) -> Any:
-    """A timm model without classifier at its own size and channels. UserError where it cannot be had."""
-    if not is_timm_name(source):
-        return load_encoder(source, pretrained=pretrained, num_classes=0)
-    return create_timm_model(source, image_size=None, in_chans=3, pretrained=pretrained, args={}, key="encoder")
+    asked: Any = {"img_size": image_size, "in_chans": channels}
+    asked = {key: value for key, value in asked.items() if value}
+    return load_encoder(source, pretrained=pretrained, num_classes=0, **asked, **timm_args)
 
 
 def export(run: str | Path, out: str | Path) -> Verified:

@@ -19,11 +19,9 @@ from mpp.data.images import images_of
 from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
 from mpp.predicting_dense import BOX_COLUMNS, predict_dense
-from mpp.recipe import ImageData
+from mpp.recipe import DECODING
 from mpp.supervised import over_views
 
-DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max_image_pixels")}
-"""As recipes have it where they do not say."""
 BATCH = 64
 WORST = 24
 """Mistakes that are drawn."""

@@ -179,6 +179,10 @@ class ImageData(Section):
         return list(self.mean or [0.5] * self.channels), list(self.std or [0.5] * self.channels)
 
 
+DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max_image_pixels")}
+"""For images that no recipe speaks of: as recipes have it where they do not say."""
+
+
 class PretrainData(ImageData):
     """Unlabeled shards."""
 

@@ -34,7 +34,7 @@ def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
 def _trained(run: History, now: float) -> tuple[list[str], bool]:
     """A pretraining run, a cell of a fine-tune, or an evaluation."""
     state = str(run.status.get("state", "not begun"))
-    running = (state == "running" and run.alive() is not False) or (not run.status and _young(run, now))
+    running = _going_on(run, now)
     steps = run.status.get("steps")
     step = run.metrics[-1]["step"] if run.metrics else run.status.get("step")
     if state == "failed":
@@ -74,16 +74,17 @@ def _finetune(run: History, now: float) -> tuple[list[str], bool]:
     wanted = len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * arms
     done = sum(bool(cell.result) for cell in run.cells)
     lines = [f"{run.folder}: {state}, {done} of {wanted} cells done"]
-    going = (state == "running" and run.alive() is not False) or (not run.status and _young(run, now))
     for cell in run.cells:
         if not cell.result:
             lines += ["  " + line for line in _trained(cell, now)[0]]
-    return lines, going
+    return lines, _going_on(run, now)
 
 
-def _young(run: History, now: float) -> bool:
-    """Whether it was begun just now, and has not said so yet."""
-    return now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S
+def _going_on(run: History, now: float) -> bool:
+    """Whether it runs, or was begun just now and has not said so yet."""
+    if not run.status:
+        return now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S
+    return run.status.get("state") == "running" and run.alive() is not False
 
 
 def _pace(run: History) -> float | None:

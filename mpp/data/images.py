@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -144,24 +142,6 @@ def holds_shards(place: str) -> bool:
     return place.endswith(".tar") or "://" in place or any(c in place for c in "*?{[")
 
 
-def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(name, reader of its bytes) of `count` images, or as many as there are, evenly spread over all of them.
-
-    places: shards, see `holds_shards`; image files; folders of images, however deep. UserError where there is nothing.
-    """
-    of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
-    shards = ShardImages(of_shards, key=key) if of_shards else None
-    files = images_of(of_files)
-    ends = np.cumsum(shards.counts) if shards else np.zeros(1, dtype=np.int64)
-    packed = int(ends[-1])
-    total = packed + len(files)
-    if total == 0:
-        raise UserError(f"{key}: no images given")
-    for at in np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist():
-        if shards is None or at >= packed:
-            path = files[at - packed]
-            yield path, Path(path).read_bytes
-            continue
-        shard = int(np.searchsorted(ends, at, side="right"))
-        row = at - int(ends[shard] - shards.counts[shard])
-        yield shards.name(shard, row), partial(shards.read, shard, row)
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of `count` numbers, spread evenly, the first and the last among them; ascending."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()

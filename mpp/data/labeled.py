@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mpp.data.decode import decode_crop, decode_pillow, view_boxes
-from mpp.data.images import ShardImages
+from mpp.data.images import ShardImages, evenly, holds_shards, images_of
 from mpp.data.index import class_names, images_below
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream, torch_seed
@@ -86,6 +87,22 @@ class PackedReader:
 
     def fingerprint(self) -> str:
         return self.images.fingerprint
+
+
+def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[Reader, int]]:
+    """`count` images, or as many as there are, evenly spread over all of them: whence, and their number there.
+
+    places: shards, see `holds_shards`; image files; folders of images, however deep. UserError where there is nothing.
+    """
+    of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
+    packed = PackedReader(ShardImages(of_shards, key=key)) if of_shards else None
+    files = FileReader(images_of(of_files))
+    first = sum(packed.images.counts) if packed else 0
+    total = first + len(files.paths)
+    if total == 0:
+        raise UserError(f"{key}: no images given")
+    for at in evenly(total, count):
+        yield (packed, at) if packed and at < first else (files, at - first)
 
 
 @dataclass(frozen=True)

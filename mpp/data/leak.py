@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpp.data.decode import decode_pillow
+from mpp.data.images import evenly
 from mpp.data.labeled import Reader
 from mpp.errors import BadImage
 
@@ -42,11 +43,11 @@ def leak(val: Reader, train: Reader) -> Leak:
     """
     own, theirs = val.sizes(), train.sizes()
     there = np.flatnonzero(own > 0)
-    chosen = np.unique(there[np.linspace(0, len(there) - 1, min(MOST_CHECKED, len(there))).astype(int)])
+    chosen = there[evenly(len(there), MOST_CHECKED)]
     alike = np.flatnonzero(np.isin(theirs, own[chosen]))
     most = min(MOST_READ, int(MOST_BYTES / max(theirs[alike].mean(), 1))) if len(alike) else 0
     if len(alike) > most:  # files of one size, most likely: a part of them tells, too
-        alike = alike[np.linspace(0, len(alike) - 1, max(most, 1)).astype(int)]
+        alike = alike[evenly(len(alike), max(most, 1))]
     wanted: dict[bytes, list[int]] = {}
     for i in chosen.tolist():
         if (digest := _digest(val, i)) is not None:

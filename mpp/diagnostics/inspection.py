@@ -9,27 +9,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mpp import exporting
 from mpp.data.decode import centre_box, decode_crop
-from mpp.data.images import sample
+from mpp.data.images import evenly
+from mpp.data.labeled import sample
 from mpp.diagnostics import plots, views
 from mpp.diagnostics.measures import LEAST_IMAGES
 from mpp.diagnostics.observing import Subject, attend, see_all
 from mpp.diagnostics.views import View
 from mpp.errors import BadImage, UserError, one_line
 from mpp.metrics import write_json
-from mpp.recipe import ImageData
+from mpp.recipe import DECODING
 
 FOLDER = "inspect"
 """Of a run: where its views lie."""
 INDEX = "index.json"
 ATTENTION_IMAGES = 16
 """Of which attention is read."""
-DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max_image_pixels")}
 
 
 @dataclass
@@ -53,7 +52,8 @@ def _open(source: str, *, random: bool, device: torch.device, key: str) -> Subje
     """UserError where there is no such encoder, or it gives no maps."""
     exporting.check_source(source, key=key)
     torch.manual_seed(0)
-    model = exporting.open_any(source, pretrained=not random).eval().to(device)
+    model = exporting.open_encoder(source, architecture=None, image_size=None, channels=None, pretrained=not random)
+    model = model.eval().to(device)
     if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
         raise UserError(f"{key}: timm's {type(model).__name__} has no forward_intermediates: no layers to look at")
     channels, *size = model.pretrained_cfg["input_size"]
@@ -77,17 +77,17 @@ def _read(subjects: Sequence[Subject], places: Sequence[str], count: int, shown:
     """
     found: list[list[Tensor]] = []
     first_fault = ""
-    for name, read in sample(places, count, "IMAGES"):
+    for reader, number in sample(places, count, "IMAGES"):
         try:
-            data = read()
+            data = reader.read(number)
             found.append(
                 [decode_crop(data, partial(_centre, s.size), s.size, channels=s.channels, **DECODING) for s in subjects]
             )
-        except (OSError, BadImage) as error:
-            first_fault = first_fault or f"; unreadable: {name}: {getattr(error, 'strerror', None) or error}"
+        except BadImage as error:
+            first_fault = first_fault or f"; unreadable: {reader.name(number)}: {error}"
     if len(found) < LEAST_IMAGES:
         raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are wanted; got {len(found)}{first_fault}")
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(shown, len(found))).round().astype(int)).tolist()
+    chosen = evenly(len(found), shown)
     order = chosen + [i for i in range(len(found)) if i not in chosen]
     return [torch.stack([images[i] for i in order]) for images in zip(*found, strict=True)]
 

@@ -144,14 +144,16 @@ def see_all(subjects: Sequence[Subject], images: Sequence[Tensor], shown: int) -
                 updates.append(torch.stack([of_update[i] for i in sorted(of_update)]))
             if number == 0:
                 seen.updates = sorted(of_update)
+                pixels: dict[tuple[int, int], Tensor] = {}  # of each grid: plain encoders have one for all layers
                 for layer, grid, found in zip(seen.layers, seen.grids, maps, strict=True):
                     tokens = _smaller(found.float()).flatten(2).transpose(1, 2)
                     layer.mean_map.add_(found.float().sum(0) / n)
                     layer.pooled.append(found.float().mean((2, 3)).cpu())
                     layer.raw_similarity.append(measures.token_similarity(tokens))
                     layer.cosines.append(measures.cosine_map(tokens - tokens.mean((0, 1))))
-                    patches = _patches(raw.to(tokens.device), grid)
-                    layer.origin.add(measures.grams(tokens), measures.grams(patches))
+                    if grid not in pixels:
+                        pixels[grid] = measures.grams(_patches(raw.to(tokens.device), grid))
+                    layer.origin.add(measures.grams(tokens), pixels[grid])
         seen.own.add(grams[0], grams[0])
         if seen.updates:
             seen.own_updates.add(updates[0], updates[0])
@@ -168,8 +170,9 @@ class Attention:
     """What was read of one attention."""
 
     layout: Layout | str
-    distance: list[Tensor] = field(default_factory=list)
-    entropy: list[Tensor] = field(default_factory=list)
+    distance: Tensor | None = None
+    """(heads,) px, mean over the images; None where the places are not known"""
+    entropy: Tensor | None = None
     whole: list[Tensor] = field(default_factory=list)
     """(B, T, T) mean of the heads, of the shown images, where every place looks at every place"""
 
@@ -198,11 +201,9 @@ def attend(subject: Subject, raw: Tensor, shown: int) -> list[Attention]:
         for attention, (layout, distance, entropy, whole) in zip(found, recorder.found, strict=True):
             attention.layout = layout
             if distance is not None:
-                attention.distance.append(distance * len(images))
-                attention.entropy.append(entropy * len(images))
+                part = len(images) / len(raw)
+                attention.distance = distance * part + (0 if attention.distance is None else attention.distance)
+                attention.entropy = entropy * part + (0 if attention.entropy is None else attention.entropy)
             if whole is not None:
                 attention.whole.append(whole.cpu())
-    for attention in found:
-        attention.distance = [torch.stack(attention.distance).sum(0) / len(raw)] if attention.distance else []
-        attention.entropy = [torch.stack(attention.entropy).sum(0) / len(raw)] if attention.entropy else []
     return found

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpp.data.images import evenly
 from mpp.diagnostics import measures, plots
 from mpp.diagnostics.observing import Attention, Seen, Subject
 from mpp.diagnostics.plots import Dots, Heat, Level, Line, Picture
@@ -49,7 +50,7 @@ def positions(subject: Subject) -> View | str:
     similar = measures.cosine_map(table).cpu()
     where = measures.places((gh, gw), subject.size[0] / gh)
     curve = measures.by_distance(similar, where, subject.size[0] / gh)
-    rows, cols = (np.unique(np.linspace(0, n - 1, min(n, SHOWN_PLACES)).round().astype(int)) for n in (gh, gw))
+    rows, cols = (evenly(n, SHOWN_PLACES) for n in (gh, gw))
     grid = [[Picture(similar[r * gw + c].view(gh, gw).numpy()) for c in cols] for r in rows]
     near, far = curve.value[0], curve.value[-1]
     return View(
@@ -92,36 +93,35 @@ def filters(subject: Subject) -> View | str:
 def attention_distance(subject: Subject, found: list[Attention]) -> View | str:
     if not found:
         return f"{type(subject.model).__name__} computes no attention between places"
-    known = [(i + 1, a) for i, a in enumerate(found) if a.distance]
-    if not known:
+    of_block, distance, entropy, uniform = [], [], [], []
+    for i, a in enumerate(found):
+        if isinstance(a.layout, Layout) and a.distance is not None and a.entropy is not None:
+            of_block.append(i + 1)
+            distance.append(a.distance.tolist())
+            entropy.append(a.entropy.tolist())
+            even = torch.full((1, 1, len(a.layout.queries), len(a.layout.keys)), 1.0)
+            uniform.append(float(measures.mean_attention_distance(even, a.layout.queries, a.layout.keys)))
+    if not of_block:
         return str(found[0].layout)
-    x = [i for i, a in known for _ in a.distance[0]]
-    distance = [d for _, a in known for d in a.distance[0].tolist()]
-    entropy = [e for _, a in known for e in a.entropy[0].tolist()]
-    mean = [float(a.distance[0].mean()) for _, a in known]
-    uniform = []
-    for _, a in known:
-        assert isinstance(a.layout, Layout)
-        even = torch.full((1, 1, len(a.layout.queries), len(a.layout.keys)), 1.0)
-        uniform.append(float(measures.mean_attention_distance(even, a.layout.queries, a.layout.keys)))
-    of_block = [float(i) for i, _ in known]
+    x = [i for i, heads in zip(of_block, distance, strict=True) for _ in heads]
+    mean = [float(np.mean(heads)) for heads in distance]
     numbers: dict[str, Any] = {
-        "block": [i for i, _ in known],
-        "distance_px": [a.distance[0].tolist() for _, a in known],
+        "block": of_block,
+        "distance_px": distance,
         "uniform_distance_px": uniform,
-        "entropy": [a.entropy[0].tolist() for _, a in known],
+        "entropy": entropy,
     }
-    left_out = len(found) - len(known)
+    left_out = len(found) - len(of_block)
     if left_out:
         numbers["left_out"] = left_out
     figure = plots.lines(
         {
             "how far a head looks, px": [
-                Dots("a head", x, distance),
+                Dots("a head", x, [d for heads in distance for d in heads]),
                 Line("mean", of_block, mean),
                 Line("even attention", of_block, uniform, dashed=True),
             ],
-            "entropy of its attention, 1: even": [Dots("a head", x, entropy)],
+            "entropy of its attention, 1: even": [Dots("a head", x, [e for heads in entropy for e in heads])],
         },
         xlabel="block",
         limits={"how far a head looks, px": (0, None), "entropy of its attention, 1: even": (0, 1.05)},
@@ -143,13 +143,12 @@ def attention_distance(subject: Subject, found: list[Attention]) -> View | str:
 def attention_maps(subject: Subject, found: list[Attention], shown: Tensor) -> View | str:
     if not found:
         return f"{type(subject.model).__name__} computes no attention between places"
-    everywhere = [a for a in found if isinstance(a.layout, Layout) and a.layout.everywhere]
-    if len(everywhere) < len(found) or len({a.layout for a in map(_grid_of, everywhere)}) > 1:
+    layouts = [a.layout for a in found if isinstance(a.layout, Layout) and a.layout.everywhere]
+    if len(layouts) < len(found) or len({(layout.grid, layout.prefix) for layout in layouts}) > 1:
         return f"{type(subject.model).__name__} has blocks in which not every place looks at every place"
-    layout = everywhere[0].layout
-    assert isinstance(layout, Layout)
+    layout = layouts[0]
     gh, gw = layout.grid
-    layers = _some(len(found), 3)
+    layers = evenly(len(found), 3)
     whole = [torch.cat(a.whole) for a in found]  # (shown, T, T)
     through = measures.rollout([w.unsqueeze(1) for w in whole])
     query = (gh // 2) * gw + gw // 2
@@ -185,12 +184,6 @@ def attention_maps(subject: Subject, found: list[Attention], shown: Tensor) -> V
         plots.pictures(rows, title="where the patch at the cross looks"),
         f"through all blocks the patch keeps {own:.0%} of its attention on itself",
     )
-
-
-def _grid_of(attention: Attention) -> Any:
-    """Comparable: the layout without its tensors."""
-    assert isinstance(attention.layout, Layout)
-    return Attention(f"{attention.layout.grid} {attention.layout.prefix}")
 
 
 def similarity(seen: Seen, other: Subject | None) -> View:
@@ -250,7 +243,7 @@ def skips(seen: Seen) -> View | str:
 
 
 def space(seen: Seen) -> View:
-    layers = _some(len(seen.layers), SHOWN_LAYERS)
+    layers = evenly(len(seen.layers), SHOWN_LAYERS)
     origin = [layer.origin.values().nan_to_num(0.0).cpu() for layer in seen.layers]
     local = [measures.localised(o) for o in origin]
     curves: list[Line] = []
@@ -291,7 +284,7 @@ def spectrum(seen: Seen) -> View:
     without_mean = [measures.off_diagonal(torch.stack(layer.cosines).mean(0)) for layer in seen.layers]
     x = list(range(1, len(pooled) + 1))
     curves = []
-    for i in _some(len(pooled), SHOWN_LAYERS):
+    for i in evenly(len(pooled), SHOWN_LAYERS):
         kept = [v for v in spectra[i].tolist() if v > 1e-9]
         curves.append(Line(f"{layer_word(seen)} {i + 1}", list(range(1, len(kept) + 1)), kept))
     return View(
@@ -330,7 +323,7 @@ def spectrum(seen: Seen) -> View:
 
 
 def colours(seen: Seen) -> View:
-    layers = _some(len(seen.shown_maps), SHOWN_LAYERS)
+    layers = evenly(len(seen.shown_maps), SHOWN_LAYERS)
     moved = {i: seen.shown_maps[i].float() - seen.layers[i].mean_map for i in layers}
     coloured = {i: measures.colour_maps(moved[i]) for i in layers}
     rows = []
@@ -358,11 +351,6 @@ def layer_word(seen: Seen) -> str:
     """What its maps are the output of."""
     plain = len({tuple(m.shape[-2:]) for m in seen.shown_maps}) == 1
     return "block" if plain else "stage"
-
-
-def _some(count: int, most: int) -> list[int]:
-    """At most so many of `count` numbers, spread evenly, the first and the last among them."""
-    return sorted(set(np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()))
 
 
 def _pixels(raw: Tensor) -> np.ndarray:

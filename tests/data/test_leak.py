@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mpp.data import leak as leaking
-from mpp.data.images import ShardImages, holds_shards, sample
-from mpp.data.labeled import FileReader, PackedReader
+from mpp.data.images import ShardImages, holds_shards
+from mpp.data.labeled import FileReader, PackedReader, sample
 from mpp.data.leak import leak
 from mpp.errors import UserError
 from tests.conftest import drawn_image, encoded
@@ -69,13 +69,13 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_sample_takes_images_from_everywhere(image_folder: Path, shards: Path) -> None:
     one = str(image_folder / "disc" / "000.png")
-    names = [name for name, _ in sample([str(shards), str(image_folder), one], 121, "IMAGES")]
+    names = [reader.name(i) for reader, i in sample([str(shards), str(image_folder), one], 121, "IMAGES")]
     assert len(set(names[:-1])) == 120
     assert names[-1] == one
     few = list(sample([str(shards), str(image_folder)], 5, "IMAGES"))
-    assert [".tar" in name for name, _ in few] == [True, True, False, False, False]
-    for _, read in few:
-        assert read()[:2] in (b"\x89P", b"\xff\xd8")
+    assert [".tar" in reader.name(i) for reader, i in few] == [True, True, False, False, False]
+    for reader, i in few:
+        assert reader.read(i)[:2] in (b"\x89P", b"\xff\xd8")
     with pytest.raises(UserError, match="no such file or folder"):
         list(sample(["/none"], 3, "IMAGES"))
     with pytest.raises(UserError, match="IMAGES: no images given"):
