@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mpp.predicting import Report
     from mpp.pretraining import PretrainResult
     from mpp.recipe import EvaluateRecipe, FinetuneRecipe, Job, PretrainRecipe
+    from mpp.replaying import Replayed
 
 __version__ = "0.1.0"
 
@@ -138,6 +139,13 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     return reporting.report([runs] if isinstance(runs, str | Path) else runs, out)
 
 
+def replay(run: str | Path, step: int | None = None) -> Replayed:
+    """Run a step of a run again whose loss or gradient was not finite. step: which; default: the last that was kept."""
+    from mpp import replaying
+
+    return replaying.replay(run, step)
+
+
 def export(run: str | Path, out: str | Path) -> Verified:
     """Copy the encoder of a run into a new folder and verify it there. UserError where it does not hold."""
     from mpp import exporting
@@ -178,6 +186,7 @@ __all__ = [
     "load_recipe",
     "predict",
     "pretrain",
+    "replay",
     "report",
     "verify",
 ]

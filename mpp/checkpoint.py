@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpp import faults
 from mpp.errors import MppWarning, UserError
 
 FORMAT = 2
@@ -47,26 +48,36 @@ def save(
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.tmp"
     try:
+        faults.point("save.begins")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
+        faults.point("save.folder_made")
         save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
+        faults.point("save.model_written", aside / "model.safetensors")
         if averaged is not None:
             save_file(_on_cpu(averaged.state_dict()), aside / "averaged.safetensors")
+            faults.point("save.averaged_written", aside / "averaged.safetensors")
         if optimizer is not None:
             save_file(_on_cpu(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
+            faults.point("save.optimizer_written", aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        faults.point("save.state_written", aside / "state.json")
         files = sorted(p for p in aside.iterdir())
         for path in files:  # safetensors writes for the owner alone
             shutil.copymode(aside / "state.json", path)
         for path in files:
             _sync(path)
+        faults.point("save.files_synced")
         manifest = {p.name: _sha256(p) for p in files}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        faults.point("save.manifest_written", aside / MANIFEST)
         _sync(aside / MANIFEST)
         _sync(aside)
         if final.exists():  # saved before an interruption that came after; the same step, the same content
             shutil.rmtree(final)
+        faults.point("save.before_rename")
         os.replace(aside, final)
+        faults.point("save.renamed")
         _sync(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         shutil.rmtree(aside, ignore_errors=True)
@@ -76,7 +87,8 @@ def save(
     # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
     earlier = [p for p in steps(folder) if p.name <= final.name]
     for old in (*(earlier[keep:] if keep else ()), *(p for p in steps(folder) if p.name > final.name)):
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+    faults.point("save.ends")
     return final
 
 
@@ -84,7 +96,16 @@ def keep_only(folder: Path, step: int) -> None:
     """Delete every checkpoint of a folder but that of `step`. Call it on one process."""
     for path in steps(folder):
         if path.name != f"step-{step:08d}":
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Its manifest first, so that what was removed by half does not hold."""
+    faults.point("prune.before")
+    (path / MANIFEST).unlink(missing_ok=True)
+    faults.point("prune.inside")
+    shutil.rmtree(path, ignore_errors=True)
+    faults.point("prune.after")
 
 
 def steps(folder: Path) -> list[Path]:
@@ -147,14 +168,24 @@ def load(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     averaged: nn.Module | None = None,
+    *,
+    checked: bool = False,
 ) -> None:
-    """Put a checkpoint's tensors into model and optimizer, strictly. UserError where they do not fit."""
+    """Put a checkpoint's tensors into model and optimizer, strictly. UserError where they do not fit.
+
+    checked: compare its files with the manifest first, as `newest` does. UserError where they differ.
+    """
+    if checked and (fault := broken(path)):
+        raise UserError(f"{path}: {fault}")
+    faults.point("load.begins")
     try:
         model.load_state_dict(load_file(path / "model.safetensors"))
+        faults.point("load.model_read")
         if averaged is not None:
             averaged.load_state_dict(load_file(path / "averaged.safetensors"))
         if optimizer is not None:
             _load_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
+        faults.point("load.ends")
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: does not fit this recipe: {str(error).splitlines()[0]}") from error
 

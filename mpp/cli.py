@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 import mpp
-from mpp.errors import MppWarning, UserError
+from mpp.errors import MppWarning, ToldElsewhere, UserError
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
 RANK = os.environ.get("RANK", "0")
 
 
@@ -38,6 +39,8 @@ class Commands(click.Group):
             result = super().invoke(ctx)
             _part()
             return result
+        except ToldElsewhere:
+            sys.exit(2)
         except UserError as error:
             who = "" if RANK == "0" else f"process {RANK}: "
             for line in str(error).splitlines():
@@ -235,6 +238,16 @@ def _say_verified(verified: Any) -> None:
         f"{verified.folder}: {verified.parameters} parameters load through plain timm; "
         f"features differ by {verified.difference:.1e}"
     )
+
+
+@main.command()
+@click.argument("run")
+@click.option("--step", default=None, type=click.IntRange(min=0), help="Default: the last one that was kept.")
+def replay(run: str, step: int | None) -> None:
+    """Run a step of RUN again whose loss or gradient was not finite, and say where that began."""
+    found = mpp.replay(run, step)
+    click.echo("\n".join(found.lines))
+    click.echo(f"{found.folder}: " + ("as in the run" if found.same else "not as in the run: other losses"))
 
 
 @main.command()

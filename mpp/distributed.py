@@ -6,36 +6,44 @@ import importlib.util
 import math
 import signal
 import sys
+import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator as Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from mpp.errors import MppWarning, UserError, one_line
+from mpp import faults
+from mpp.errors import MppWarning, ToldElsewhere, UserError, one_line
 
 PROJECT = "mpp"
 """Of runs, in trackers."""
-TIMEOUT = timedelta(minutes=30)
-"""A collective that waits longer ends the run; saving a checkpoint on slow storage must fit in it (a guess)."""
+HANG_TIMEOUT_S = 1800
+"""What processes wait for each other at most, where a recipe does not say (a guess)."""
+SAME_PRESS_S = 1.0
+"""A second SIGINT within so many seconds is the same Ctrl-C: torchrun passes on what the terminal sent to all."""
+
+T = TypeVar("T")
 
 
-def start(precision: str, trackers: Sequence[str] = ()) -> Accelerator:
+def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = HANG_TIMEOUT_S) -> Accelerator:
     """An Accelerator for the processes that torchrun or `accelerate launch` made, or for this one alone.
 
     precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it. fp32 on CPUs: bf16 is 3.2 times
-    slower there without AMX. trackers: those that the run will want. UserError where bf16 is asked of a device that has
+    slower there without AMX. trackers: those that the run will want. hang_timeout_s: an exchange that waits longer
+    fails; a little more, so that `liveness` is the first to say so. UserError where bf16 is asked of a device that has
     none, or a tracker is not installed.
     """
+    faults.announce()
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; pip install 'mpp[{name}]'")
@@ -48,7 +56,7 @@ def start(precision: str, trackers: Sequence[str] = ()) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=not cuda,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=hang_timeout_s + 60))],
     )
     if accelerator.distributed_type.value == "FSDP" and not cuda:
         raise UserError("FSDP on CPUs would run as plain data parallelism; use torchrun there")
@@ -133,6 +141,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.by: str | None = None
+        self.at = -math.inf
 
     def __bool__(self) -> bool:
         return self.by is not None
@@ -147,9 +156,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if number == signal.SIGINT and request.by == "SIGINT":
+            if now - request.at < SAME_PRESS_S:
+                return
             raise KeyboardInterrupt
-        request.by = signal.Signals(number).name
+        request.by, request.at = signal.Signals(number).name, now
         print(f"{request.by}: finishing the step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -163,6 +175,36 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+
+
+def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """What `act` returns on the main process, on every process: the others wait for it.
+
+    UserError on every process where it raises one there, told by the main process alone.
+    """
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = act()
+        except UserError as error:
+            if accelerator.num_processes == 1:
+                raise
+            found[1] = error
+    if accelerator.num_processes > 1:
+        failed = found[1]
+        broadcast_object_list(found)
+        if failed is not None:
+            raise failed
+        if found[1] is not None:
+            raise ToldElsewhere(str(found[1]))
+    result: T = found[0]
+    return result
+
+
+def gathered(accelerator: Accelerator, values: list[T]) -> list[T]:
+    """Of every process, in their order, on every process."""
+    found: list[T] = gather_object(values) if accelerator.num_processes > 1 else values
+    return found
 
 
 def total(accelerator: Accelerator, values: list[float]) -> list[float]:

@@ -5,6 +5,10 @@ class UserError(Exception):
     """An input the user can correct. The command line prints each line of it and exits with code 2."""
 
 
+class ToldElsewhere(UserError):
+    """One that another process of the run tells its user; this one ends in silence."""
+
+
 class BadImage(Exception):
     """An image that cannot be decoded as asked; the loader replaces it, counts it and goes on."""
 

@@ -30,7 +30,7 @@ from mpp.metrics import environment, write_json
 from mpp.probes import attentive, knn, linear
 from mpp.recipe import EvaluateRecipe
 from mpp.rng import Purpose, stream, torch_seed
-from mpp.runfolder import create_run, find_run
+from mpp.runfolder import opened
 from mpp.verdict import aligned
 
 RESULT = "result.json"
@@ -127,18 +127,27 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
     readers = {arm: None if arm == "pixels" else _reader(recipe, arm) for arm in _arms(recipe)}  # refuses before work
     sizes = {arm: reader.size for arm, reader in readers.items() if reader is not None}
     fingerprint = _fingerprint(recipe, data)
-    find_run(recipe, resume, fingerprint=fingerprint)
-    out = Path(recipe.out)
-    create_run(recipe)
-    write_json(out / "env.json", environment())
+    with opened(accelerator, recipe, resume, fingerprint=fingerprint):
+        return _evaluate(recipe, accelerator, data, readers, sizes, fingerprint)
 
+
+def _evaluate(
+    recipe: EvaluateRecipe,
+    accelerator: distributed.Accelerator,
+    data: _Data,
+    readers: dict[str, Any],
+    sizes: dict[str, Any],
+    fingerprint: str,
+) -> EvaluateResult:
+    out = Path(recipe.out)
+    write_json(out / "env.json", environment())
     scores: dict[str, list[Score]] = {}
-    for arm, opened in readers.items():
+    for arm, found in readers.items():
         folder = out / "arms" / arm
         done = _finished(folder, fingerprint)
         if done is None:
-            size = opened.size if opened else sizes["encoder"]
-            reader = opened.reader if opened else PixelReader()
+            size = found.size if found else sizes["encoder"]
+            reader = found.reader if found else PixelReader()
             done = _run_arm(recipe, accelerator, reader.to(accelerator.device), data, size, folder)
             reader.cpu()
             write_json(folder / RESULT, {"fingerprint": fingerprint, "scores": [asdict(s) for s in done]})

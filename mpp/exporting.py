@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mpp import faults
 from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
 from mpp.errors import UserError, one_line
 from mpp.metrics import environment, write_json
@@ -157,8 +158,11 @@ def save_encoder(
             },
         )
         (aside / "README.md").write_text(_card(config, recipe, metrics, sum(p.numel() for p in model.parameters())))
+        faults.point("export.written", aside / "model.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
+        faults.point("export.before_rename")
         os.replace(aside, folder)
+        faults.point("export.renamed")
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error

@@ -12,20 +12,22 @@ import math
 import random
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object, send_to_device
+from accelerate.utils import broadcast, send_to_device
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import nn
 
-from mpp import checkpoint, distributed, exporting, lora, registry
+from mpp import checkpoint, distributed, exporting, lora, nonfinite, registry
 from mpp.data.dense import (
     DenseDataset,
     Detected,
@@ -46,16 +48,16 @@ from mpp.diagnostics.overlays import LEAST_SCORE, over_boxes, over_pixels, show
 from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError, one_line
+from mpp.liveness import Watch
 from mpp.metrics import RunLog, environment, write_json, write_status
 from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, steps_of, unfreeze
 from mpp.recipe import FinetuneRecipe, PretrainRecipe, flat_keys, load_recipe
 from mpp.rng import Purpose, torch_seed
-from mpp.runfolder import create_run, find_run
+from mpp.runfolder import DATA, opened
 from mpp.supervised import Dense, Supervised, build, over_views, save
 from mpp.verdict import Estimate, Verdict, table
 
 RESULT = "result.json"
-DATA = "data.json"
 PLOT = "label_efficiency.png"
 PICTURES = "predictions.png"
 SHOWN = 8
@@ -108,6 +110,17 @@ class Cell:
     labels_per_class: int | None
 
 
+@dataclass(frozen=True)
+class _Control:
+    """What the cells of a run share."""
+
+    stop_request: distributed.StopRequest
+    watch: Watch
+    status: Callable[..., None]
+    """Writes the run's status.json; a cell has one of its own, too."""
+    until_the_end: ExitStack
+
+
 def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     """Run a recipe. resume: "never" (the run folder must be new) or "auto".
 
@@ -115,7 +128,14 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     """
     if resume not in ("never", "auto"):
         raise UserError(f"--resume {resume}: fine-tuning has a checkpoint for each cell; allowed: auto, never")
-    accelerator = distributed.start(recipe.precision, recipe.trackers)
+    with ExitStack() as until_the_end:
+        return _finetune(recipe, resume, until_the_end)
+
+
+def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> FinetuneResult:
+    accelerator = distributed.start(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
+    rank, world, out = accelerator.process_index, accelerator.num_processes, Path(recipe.out)
+    watch = until_the_end.enter_context(Watch(rank, world, out, hang_timeout_s=recipe.hang_timeout_s))
     train = _open(recipe, "train", None)
     val = _open(recipe, "val", train.classes)
     arms = _arms(recipe)
@@ -123,11 +143,15 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     recipe = _normalised_as_pretrained(recipe, warn=accelerator.is_main_process)
     _check(recipe, accelerator, arms, train, val)
     fingerprint = _fingerprint(recipe, train, val)
-    find_run(recipe, resume, fingerprint=fingerprint)
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    out = Path(recipe.out)
+    until_the_end.enter_context(opened(accelerator, recipe, resume, fingerprint=fingerprint))
+
+    def status(state: str, **more: Any) -> None:
+        if accelerator.is_main_process:
+            write_status(out, state, **more)
+
+    watch.status = status
+    watch.at(0, "loading")
     if accelerator.is_main_process:
-        create_run(recipe)
         write_json(out / "env.json", environment())
         write_status(out, "running")
         _record_data(recipe, train, val, fingerprint)
@@ -139,24 +163,20 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
 
     cells = _cells(recipe, arms)
     measured: dict[Cell, dict[str, float]] = {}
-    with distributed.stop_on_signals() as stop_request:
-        for number, cell in enumerate(cells):
-            metrics = _finished(cell.folder, fingerprint)
-            if metrics is None:
-                if accelerator.is_main_process:
-                    write_status(out, "running", cell=cell.folder.name)
-                try:
-                    metrics = _run_cell(recipe, accelerator, cell, train, val, fingerprint, stop_request)
-                except UserError as error:
-                    if accelerator.is_main_process:
-                        write_status(out, "failed", cell=cell.folder.name, why=one_line(error))
-                    raise
-                (stopping,) = distributed.total(accelerator, [bool(stop_request)])
-                if metrics is None or (stopping and number < len(cells) - 1):
-                    if accelerator.is_main_process:
-                        write_status(out, "stopped", cell=cell.folder.name)
-                    return FinetuneResult(out, "stopped", (), None)
-            measured[cell] = metrics
+    stop_request = until_the_end.enter_context(distributed.stop_on_signals())
+    control = _Control(stop_request, watch, status, until_the_end)
+    for number, cell in enumerate(cells):
+        metrics = distributed.on_main(accelerator, partial(_finished, cell.folder, fingerprint))
+        if metrics is None:
+            status("running", cell=cell.folder.name)
+            metrics = _run_cell(recipe, accelerator, cell, train, val, fingerprint, control)
+            watch.status = status
+            (stopping,) = distributed.total(accelerator, [bool(stop_request)])
+            if metrics is None or (stopping and number < len(cells) - 1):
+                why = stop_request.by or "a signal to another process"
+                status("stopped", cell=cell.folder.name, why=why)
+                return FinetuneResult(out, "stopped", (), None)
+        measured[cell] = metrics
 
     verdicts = []
     for count in recipe.data.label_counts():
@@ -180,7 +200,8 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
                 "encoder": str(result.encoder),
             },
         )
-        write_status(out, "finished")
+    status("finished")
+    watch.at(0, "done")
     return result
 
 
@@ -385,10 +406,10 @@ def _run_cell(
     train: Images,
     val: Images,
     fingerprint: str,
-    stop_request: distributed.StopRequest,
+    control: _Control,
 ) -> dict[str, float] | None:
     """Fine-tune one cell; its metrics, or None where a signal stopped it (with a checkpoint)."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world, watch = accelerator.process_index, accelerator.num_processes, control.watch
     data, optim, seed, folder, task = recipe.data, recipe.optim, cell.seed, cell.folder, _task(recipe)
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
     # ---- model, data, optimizer
@@ -428,14 +449,11 @@ def _run_cell(
     thaws_at = min((g["starts_at_step"] for g in groups if "starts_at_step" in g), default=total_steps)
     optimizer: Any = adamw(groups, optim.betas)
     averaged = copy.deepcopy(model).requires_grad_(False).to(accelerator.device) if recipe.ema_decay else None
-    mixing = recipe.mixup > 0 or recipe.cutmix > 0
-    mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=len(train.classes)) if mixing else None
-    erase = RandomErasing(data.erase, mode="pixel", device=accelerator.device) if data.erase else None
 
     # ---- resume
     checkpoints, best_of = folder / "checkpoints", folder / "best"
-    state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "given_up": False}
-    path = checkpoint.newest(checkpoints)
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "given_up": False, "skipped": 0}
+    path = distributed.on_main(accelerator, partial(checkpoint.newest, checkpoints))
     start_step = 0
     model.to(accelerator.device)
     if path is not None:
@@ -444,7 +462,7 @@ def _run_cell(
             raise UserError(f"{path}: the training data or the encoder changed since; start a new run")
         checkpoint.load(path, model, optimizer, averaged)
         start_step = state["step"]
-    distillation = _distillation(recipe, accelerator, model, train.classes) if recipe.distill else None
+    micro_loss = MicroLoss(recipe, accelerator, model, train.classes, seed)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -459,6 +477,13 @@ def _run_cell(
             accelerator, recipe.trackers, folder, flat_keys(recipe.model_dump(mode="json")), start_step
         ),
     )
+    control.until_the_end.callback(log.close)
+
+    def ended(state: str, **more: Any) -> None:
+        log.status(state, **more)
+        control.status(state, cell=folder.name, **more)
+
+    watch.status = ended
     log.say(
         f"{len(subset)} labeled images of {len(train.classes)} classes, {len(val)} to validate; "
         f"{total_steps} steps"
@@ -478,61 +503,73 @@ def _run_cell(
     pin = accelerator.device.type == "cuda"
     stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=pin)
     log.status("running", step=start_step)
-    best, best_step, worse = state["best"], state["best_step"], state["worse"]
+    best, best_step, worse, skipped = state["best"], state["best_step"], state["worse"], state["skipped"]
+    statistics = nonfinite.running_statistics(model) if recipe.max_skipped_steps else []
     given_up = state["given_up"]
     step, began, steps_since = start_step, time.monotonic(), 0
     while step < total_steps and not given_up:
         prepared.train()  # also after a measurement
         model.encoder.train(step >= thaws_at)  # a frozen one keeps its batch norms' statistics, too
-        micro_losses, bad_lines = [], []
+        micro_losses, bad_lines, micro_batches = [], [], []
+        before = [value.clone() for value in statistics]
         for m in range(accumulate):
+            watch.at(step, "reading images")
             batch = next(stream_of_batches)
             bad_lines += batch.bad
-            # after the batch, since a loader that starts draws, too
-            position = int(batch.positions[0])
-            seed_of_batch = torch_seed(seed, Purpose.STEP, position)
-            torch.manual_seed(seed_of_batch)  # dropout, drop path
-            random.seed(seed_of_batch)  # random erasing
-            np.random.seed(torch_seed(seed, Purpose.MIX, position) % 2**32)  # mixup, cutmix
-            x = model.normalise(batch.images.to(accelerator.device, non_blocking=True))
-            labels: Any = send_to_device(batch.labels, accelerator.device, non_blocking=True)
-            if erase is not None:
-                x = erase(x)
-            if mix is not None:
-                x, labels = mix(x, labels)
+            micro_batches.append(batch)
+            watch.at(step, "computing")
             with nullcontext() if m == accumulate - 1 else accelerator.no_sync(prepared):
-                outputs, own_loss = prepared(x, labels), model.task.loss
-                if distillation is None:
-                    micro_loss = own_loss(outputs, labels) / accumulate
-                else:
-                    micro_loss = distillation.loss(outputs, x, labels, own_loss) / accumulate
-                accelerator.backward(micro_loss)
-            micro_losses.append(micro_loss.detach())
+                own_loss = micro_loss(prepared, batch.images, batch.labels, int(batch.positions[0])) / accumulate
+                accelerator.backward(own_loss)
+            micro_losses.append(own_loss.detach())
         trained = learning(optimizer.param_groups, step)
         grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
+        watch.at(step, "exchanging losses")
         loss, new_bad, stopping = distributed.total(
-            accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(stop_request)]
+            accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(control.stop_request)]
         )
         if new_bad:
-            for line in gather_object(bad_lines):  # each process knows of its own alone
+            for line in distributed.gathered(accelerator, bad_lines):  # each process knows of its own alone
                 log.say(f"unreadable, replaced by its neighbour: {line}")
-        if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
-            log.status("failed", step=step, why="non-finite loss or gradient")
-            raise UserError(
-                f"{folder.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}: stopped before the "
-                "update. Try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
-            )
+        finite = math.isfinite(float(grad_norm)) and math.isfinite(loss)
+        if not finite:
+            skipped += 1
+            for value, earlier in zip(statistics, before, strict=True):
+                value.copy_(earlier)
+            what = f"{folder.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}"
+            weights = getattr(model.task, "class_weights", None)
+            positions = [b.positions.tolist() for b in micro_batches]
+            batch_size = optim.global_batch_size
+            places = [[order.at(p // batch_size * batch_size, p % batch_size, 1)[0][2] for p in ps] for ps in positions]
+            record = {
+                "arm": cell.arm,
+                "seed": seed,
+                "classes": train.classes,
+                "class_weights": None if weights is None else weights.tolist(),
+                "seeds": [ps[0] for ps in positions],
+                "losses": [[str(float(v) * accumulate)] for v in micro_losses],
+                "samples": [[train.reader.name(int(subset[i])) for i in ps] for ps in places],
+            }
+            tensors = [vars(b) for b in micro_batches]
+            kept_at = nonfinite.keep(accelerator, folder, step, model, tensors, record)
+            advice = f"`mpp replay {folder}` runs the step again" if kept_at else "the step could not be kept"
+            advice += "; try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
+            if skipped > recipe.max_skipped_steps:
+                raise UserError(f"{what}: stopped before the update. {advice}")
+            log.say(f"warning: {what}: skipped, {skipped} of at most {recipe.max_skipped_steps}. {advice}")
         lr = (optim.global_batch_size / 256) * scheduled_lr(
             step, total_steps=total_steps, warmup_steps=warmup_steps, lr=base_lr, min_lr=optim.min_lr
         )
-        set_lr(optimizer, lr)
-        optimizer.step()
+        if finite:
+            set_lr(optimizer, lr)
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, steps_since = step + 1, steps_since + 1
-        if averaged is not None and recipe.ema_decay:
+        if finite and averaged is not None and recipe.ema_decay:
             _average(averaged, model, min(recipe.ema_decay, (1 + step) / (10 + step)))
         log.step()
 
+        watch.at(step, "measuring, logging, saving")
         tuned = {}
         if recipe.early_stop and (step % recipe.early_stop.every_steps == 0 or step == total_steps):
             judged = averaged or model
@@ -543,8 +580,8 @@ def _run_cell(
             worse += 1
             if score > best:
                 best, best_step, worse = score, step, 0
-                if accelerator.is_main_process:
-                    checkpoint.save(best_of, step, model, None, {}, keep=None, averaged=averaged)
+                best_save = partial(checkpoint.save, best_of, step, model, None, {}, keep=None, averaged=averaged)
+                distributed.on_main(accelerator, best_save)
             given_up = worse >= recipe.early_stop.patience
         ending = bool(stopping) or step == total_steps or given_up
         if step % recipe.log_every_steps == 0 or tuned or ending:
@@ -553,32 +590,34 @@ def _run_cell(
             record = {"step": step, "seen": step * optim.global_batch_size, "loss": loss, "lr": lr}
             log.metrics({**record, **tuned, "grad_norm": float(grad_norm), "images_per_s": rate})
         if step % recipe.checkpoint_every_steps == 0 or ending:
-            if accelerator.is_main_process:
-                state = {
-                    "seen": step * optim.global_batch_size,
-                    "data_fingerprint": fingerprint,
-                    "best": best,
-                    "best_step": best_step,
-                    "worse": worse,
-                    "given_up": given_up,
-                }
-                checkpoint.save(
-                    checkpoints, step, model, optimizer, state, keep=recipe.keep_checkpoints, averaged=averaged
-                )
-                checkpoint.keep_only(best_of, best_step)  # no checkpoint to go on from names another any more
-            accelerator.wait_for_everyone()
+            state = {
+                "seen": step * optim.global_batch_size,
+                "data_fingerprint": fingerprint,
+                "best": best,
+                "best_step": best_step,
+                "worse": worse,
+                "given_up": given_up,
+                "skipped": skipped,
+            }
+            save_it = partial(checkpoint.save, checkpoints, keep=recipe.keep_checkpoints, averaged=averaged)
+            try:
+                distributed.on_main(accelerator, partial(save_it, step, model, optimizer, state))
+                if accelerator.is_main_process:
+                    checkpoint.keep_only(best_of, best_step)  # no checkpoint to go on from names another any more
+            except UserError as error:
+                if ending or recipe.if_unsaved == "stop":
+                    raise
+                log.say(f"warning: {error}; going on, as if_unsaved says")
         if stopping and step < total_steps and not given_up:
             log.say(f"stopped at step {step}; go on with --resume auto")
             log.status("stopped", step=step)
-            log.close()
             return None
 
     # ---- the verdict, after the last step or the one that was best on training images held out: none is chosen by
     # looking at the validation images
     judged = averaged or model
     if recipe.early_stop:
-        accelerator.wait_for_everyone()
-        checkpoint.load(best_of / f"step-{best_step:08d}", model, averaged=averaged)
+        checkpoint.load(best_of / f"step-{best_step:08d}", model, averaged=averaged, checked=True)
         log.say(f"step {best_step} of {step}: best on {len(tune)} training images held out, {100 * best:.2f} %")
     if adapted:  # before it is judged: what is told is what is exported
         lora.merge(judged.encoder)
@@ -606,6 +645,46 @@ def _run_cell(
     log.close()
     accelerator.wait_for_everyone()
     return found.metrics
+
+
+class MicroLoss:
+    """The loss of a micro-batch, with all that is drawn for it: a pure function of (weights, images, seed, position).
+
+    model: on its device already, with adapters if it has any. classes: of the training images. UserError where the
+    teacher of `distill` cannot teach them.
+    """
+
+    def __init__(
+        self, recipe: FinetuneRecipe, accelerator: Accelerator, model: Supervised, classes: list[str], seed: int
+    ) -> None:
+        self.accelerator, self.model, self.seed = accelerator, model, seed
+        mixing = recipe.mixup > 0 or recipe.cutmix > 0
+        self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=len(classes)) if mixing else None
+        erase = recipe.data.erase
+        self.erase = RandomErasing(erase, mode="pixel", device=accelerator.device) if erase else None
+        self.distillation = _distillation(recipe, accelerator, model, classes) if recipe.distill else None
+
+    def __call__(self, prepared: Any, images: torch.Tensor, labels: Any, position: int) -> torch.Tensor:
+        """prepared: the model, wrapped. images: (B, C, H, W) uint8. labels: as `LabeledBatch` has them.
+
+        position: of the first sample in the run's sequence.
+        """
+        # after the batch was read, since a loader that starts draws, too
+        seed_of_batch = torch_seed(self.seed, Purpose.STEP, position)
+        torch.manual_seed(seed_of_batch)  # dropout, drop path
+        random.seed(seed_of_batch)  # random erasing
+        np.random.seed(torch_seed(self.seed, Purpose.MIX, position) % 2**32)  # mixup, cutmix
+        x = self.model.normalise(images.to(self.accelerator.device, non_blocking=True))
+        labels = send_to_device(labels, self.accelerator.device, non_blocking=True)
+        if self.erase is not None:
+            x = self.erase(x)
+        if self.mix is not None:
+            x, labels = self.mix(x, labels)
+        outputs, own_loss = prepared(x, labels), self.model.task.loss
+        if self.distillation is None:
+            found: torch.Tensor = own_loss(outputs, labels)
+            return found
+        return self.distillation.loss(outputs, x, labels, own_loss)
 
 
 @torch.no_grad()
@@ -703,7 +782,7 @@ def _judge(
                 x, labels = x[there], labels[there]
             own.append(model.task.judge(run, x, labels, recipe.data.image_size))
     if accelerator.num_processes > 1:
-        own, readable = gather_object(own), sum(gather_object([readable]))
+        own, readable = distributed.gathered(accelerator, own), sum(distributed.gathered(accelerator, [readable]))
     if not own:
         raise UserError(f"{key}: not one image can be read")
     metrics = model.task.metrics(own, headline_only=headline_only)

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from mpp.errors import UserError
+from mpp import faults
+from mpp.errors import MppWarning, UserError
 
 PACKAGES = (
     "mpp",
@@ -29,6 +31,10 @@ PACKAGES = (
     "simplejpeg",
     "pillow",
 )
+
+
+MOST_WAITING_BYTES = 64 << 20
+"""Of lines that a full disk does not take; the oldest are dropped beyond."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,6 +77,37 @@ class Trackers(Protocol):
     def close(self) -> None: ...
 
 
+class Lines:
+    """A file that gets lines. Where it cannot be written, they wait for the next one that can, and a warning says so.
+
+    path: appended to; a last line that was never finished is finished. OSError where it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._waiting, self._told = path, b"", False
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        size = self._file.tell()
+        if size:
+            with open(path, "rb") as before:
+                before.seek(size - 1)
+                self._waiting = b"" if before.read(1) == b"\n" else b"\n"
+
+    def write(self, line: str) -> None:
+        self._waiting += line.encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._told = False
+        except OSError as error:
+            self._waiting = self._waiting[-MOST_WAITING_BYTES:]
+            if not self._told:
+                self._told = True
+                warnings.warn(f"{self.path}: {error.strerror}; its lines wait", MppWarning, stacklevel=3)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class RunLog:
     """Writes a run's records. On all but the main process (`active=False`) it writes nothing.
 
@@ -96,8 +133,7 @@ class RunLog:
             return
         try:
             self._rewind(resumed_at)
-            self._metrics = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed by close())
-            self._log = open(out / "train.log", "a", buffering=1)  # noqa: SIM115
+            self._metrics, self._log = Lines(out / "metrics.jsonl"), Lines(out / "train.log")
         except OSError as error:
             raise UserError(f"{out}: {error.strerror}") from error
         if sys.stderr.isatty():
@@ -116,7 +152,9 @@ class RunLog:
                 continue  # the line that was being written when the run died
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
+        faults.point("load.metrics_kept", temporary)
         os.replace(temporary, path)
+        faults.point("load.metrics_rewound")
 
     def metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; `step` is in it. On a terminal the bar shows it, elsewhere a plain line."""
@@ -124,7 +162,7 @@ class RunLog:
             return
         # JSON has no NaN or infinity: readers in other languages stumble over Python's
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
-        self._metrics.write(json.dumps(clean) + "\n")
+        self._metrics.write(json.dumps(clean))
         if self.trackers is not None:
             self.trackers.log(record)
         tuned = [k for k in record if k.startswith("tune_")]
@@ -155,7 +193,7 @@ class RunLog:
     def note(self, text: str) -> None:
         """A line of train.log alone."""
         if self.active:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def say(self, text: str) -> None:
         """A line for people: train.log and the terminal."""
@@ -170,7 +208,10 @@ class RunLog:
     def status(self, state: str, **more: Any) -> None:
         """status.json: running, finished, stopped or failed, and where."""
         if self.active:
-            write_status(self.out, state, steps=self.steps, **more)
+            try:
+                write_status(self.out, state, steps=self.steps, **more)
+            except OSError as error:
+                warnings.warn(f"{self.out}/status.json: {error.strerror}", MppWarning, stacklevel=2)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
-from mpp import checkpoint, distributed, exporting
+from mpp import checkpoint, distributed, exporting, nonfinite
 from mpp.build import build_mask, build_model
 from mpp.data.images import ShardImages, held_out_rows
 from mpp.data.labeled import open_labeled
@@ -22,6 +22,7 @@ from mpp.data.loader import Crop, PretrainDataset, batches
 from mpp.data.order import MicroBatches, Order
 from mpp.diagnostics.reconstruct import keep, kept_every
 from mpp.errors import UserError
+from mpp.liveness import Watch
 from mpp.metrics import RunLog, environment, write_json
 from mpp.model import MaskedPatchModel
 from mpp.monitor import (
@@ -39,7 +40,7 @@ from mpp.monitor import (
 from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of
 from mpp.recipe import PretrainRecipe, flat_keys
 from mpp.rng import Purpose, torch_seed
-from mpp.runfolder import create_run, find_run
+from mpp.runfolder import DATA, opened
 from mpp.types import Batch
 
 LEAST_BAD_IMAGES = 100
@@ -75,8 +76,14 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
 
     UserError for everything the user can correct.
     """
-    accelerator = distributed.start(recipe.precision, recipe.trackers)
+    with ExitStack() as until_the_end:
+        return _pretrain(recipe, resume, until_the_end)
+
+
+def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> PretrainResult:
+    accelerator = distributed.start(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
     rank, world = accelerator.process_index, accelerator.num_processes
+    watch = until_the_end.enter_context(Watch(rank, world, Path(recipe.out), hang_timeout_s=recipe.hang_timeout_s))
     data, optim = recipe.data, recipe.optim
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
 
@@ -107,11 +114,9 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     probe = _probe(recipe, model) if recipe.probe else None
 
     # ---- run folder and resume
-    run = find_run(recipe, resume, fingerprint=images.fingerprint)
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    if accelerator.is_main_process:
-        create_run(recipe)
-    state: dict[str, Any] = {"seen": 0, "bad": 0, "loss": None, "skills": [None] * len(objectives)}
+    run = until_the_end.enter_context(opened(accelerator, recipe, resume, fingerprint=images.fingerprint))
+    watch.at(0, "loading")
+    state: dict[str, Any] = {"seen": 0, "bad": 0, "skipped": 0, "loss": None, "skills": [None] * len(objectives)}
     state |= {"collapse": {}, "features": None, "history": [], "probed": None}
     start_step = 0
     model.to(accelerator.device)
@@ -128,10 +133,12 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
         active=accelerator.is_main_process,
         trackers=distributed.Trackers(accelerator, recipe.trackers, run.out, settings, start_step),
     )
+    until_the_end.callback(log.close)
+    watch.status = log.status
     if accelerator.is_main_process:
         write_json(run.out / "env.json", environment())
         write_json(
-            run.out / "data.json",
+            run.out / DATA,
             {
                 "fingerprint": images.fingerprint,
                 "shards": len(images.paths),
@@ -155,7 +162,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
         log.say(f"warning: {line}")
 
     # ---- the loop
-    step, bad = start_step, int(state["bad"])
+    step, bad, skipped = start_step, int(state["bad"]), int(state["skipped"])
     loss = math.nan if state["loss"] is None else float(state["loss"])
     skills = [math.nan if value is None else float(value) for value in state["skills"]]
     skill, collapse = skills[0], state["collapse"]
@@ -178,136 +185,157 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     prepared.train()
     log.status("running", step=step)
     window = _Window()
-    with distributed.stop_on_signals() as stop_request:
-        while step < total_steps:
-            seen = step * optim.global_batch_size
-            micro_losses, bad_lines, samples, replaced = [], [], [], 0
-            for m in range(accumulate):
-                waited = time.monotonic()
-                batch = next(stream_of_batches)
-                window.waited_s += time.monotonic() - waited
-                bad_lines += batch.bad
-                replaced += batch.replaced
-                samples.append(batch.samples)
-                # dropout and drop path draw from here; after the batch, since a loader that starts draws, too
-                torch.manual_seed(torch_seed(recipe.seed, Purpose.STEP, int(batch.positions[0])))
-                last = m == accumulate - 1
-                with nullcontext() if last else accelerator.no_sync(prepared):
-                    losses = prepared(*_to(batch, accelerator), batch.hidden_units) / accumulate
-                    accelerator.backward((losses * model.weights).sum())
-                micro_losses.append(losses.detach())
-            grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
+    stop_request = until_the_end.enter_context(distributed.stop_on_signals())
+    statistics = nonfinite.running_statistics(model) if recipe.max_skipped_steps else []
+    while step < total_steps:
+        seen = step * optim.global_batch_size
+        micro_losses, bad_lines, micro_batches, replaced = [], [], [], 0
+        before = [value.clone() for value in statistics]
+        for m in range(accumulate):
+            watch.at(step, "reading images")
+            waited = time.monotonic()
+            batch = next(stream_of_batches)
+            window.waited_s += time.monotonic() - waited
+            bad_lines += batch.bad
+            replaced += batch.replaced
+            micro_batches.append(batch)
+            watch.at(step, "computing")
+            # dropout and drop path draw from here; after the batch, since a loader that starts draws, too
+            torch.manual_seed(torch_seed(recipe.seed, Purpose.STEP, int(batch.positions[0])))
+            last = m == accumulate - 1
+            with nullcontext() if last else accelerator.no_sync(prepared):
+                losses = prepared(*_to(batch, accelerator), batch.hidden_units) / accumulate
+                accelerator.backward((losses * model.weights).sum())
+            micro_losses.append(losses.detach())
+        grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
 
-            # One exchange a step: the mean loss, unreadable images, whether anyone was asked to stop. The gradient
-            # norm is the same everywhere, since gradients are: every process stops before the update, or none.
-            own_losses = (torch.stack(micro_losses).sum(0) / world).tolist()
-            *each_loss, new_bad, stopping = distributed.total(accelerator, [*own_losses, replaced, bool(stop_request)])
-            loss = sum(o.weight * value for o, value in zip(objectives, each_loss, strict=True))
-            if not math.isfinite(float(grad_norm)) or not math.isfinite(loss):
-                _report_non_finite(run.out, rank, step, seen, loss, float(grad_norm), torch.cat(samples), images)
-                log.status("failed", step=step, why="non-finite loss or gradient")
-                raise UserError(
-                    f"step {step}: loss {loss}, gradient norm {float(grad_norm)}: stopped before the update; "
-                    f"the batch is named in {run.out}/non-finite-rank*.json. Try a lower optim.base_lr, "
-                    "optim.clip_grad_norm, or precision: fp32"
-                )
-            lr = lr_scale * scheduled_lr(
-                step,
-                total_steps=total_steps,
-                warmup_steps=warmup_steps,
-                lr=optim.base_lr,
-                min_lr=optim.min_lr,
-            )
+        # One exchange a step: the mean loss, unreadable images, whether anyone was asked to stop. The gradient
+        # norm is the same everywhere, since gradients are: every process makes the update, or none does.
+        watch.at(step, "exchanging losses")
+        own_losses = (torch.stack(micro_losses).sum(0) / world).tolist()
+        *each_loss, new_bad, stopping = distributed.total(accelerator, [*own_losses, replaced, bool(stop_request)])
+        loss = sum(o.weight * value for o, value in zip(objectives, each_loss, strict=True))
+        finite = math.isfinite(float(grad_norm)) and math.isfinite(loss)
+        if not finite:
+            skipped += 1
+            for value, earlier in zip(statistics, before, strict=True):
+                value.copy_(earlier)
+            what = f"step {step}: loss {loss}, gradient norm {float(grad_norm)}"
+            record = {
+                "seeds": [torch_seed(recipe.seed, Purpose.STEP, int(b.positions[0])) for b in micro_batches],
+                "losses": [[str(v * accumulate) for v in micro.tolist()] for micro in micro_losses],
+                "hidden_units": [b.hidden_units for b in micro_batches],
+                "samples": [[images.name(s, r) for s, r in b.samples.tolist()] for b in micro_batches],
+            }
+            tensors = [vars(b) for b in micro_batches]
+            kept_at = nonfinite.keep(accelerator, run.out, step, model, tensors, record)
+            advice = f"`mpp replay {run.out}` runs the step again" if kept_at else "the step could not be kept"
+            advice += "; try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
+            if skipped > recipe.max_skipped_steps:
+                raise UserError(f"{what}: stopped before the update. {advice}")
+            log.say(f"warning: {what}: skipped, {skipped} of at most {recipe.max_skipped_steps}. {advice}")
+        lr = lr_scale * scheduled_lr(
+            step,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            lr=optim.base_lr,
+            min_lr=optim.min_lr,
+        )
+        if finite:
             set_lr(optimizer, lr)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if finite:
             model.after_step(step, total_steps)
-            window.steps += 1
-            log.step()
+        window.steps += 1
+        log.step()
 
-            if new_bad:
-                bad_lines = gather_object(bad_lines)  # each process knows of its own alone
-            bad = _count_bad(bad, int(new_bad), bad_lines, seen + optim.global_batch_size, data.max_bad_fraction, log)
-            ending = bool(stopping) or step == total_steps
-            if recipe.probe and probe and (step % recipe.probe.every_steps == 0 or step == total_steps):
-                model.eval()
-                probed = probe(model.encoder.model, accelerator.device)
-                model.train()
-            if step % recipe.skill_every_steps == 0 or step == total_steps:
-                skills, collapse, features = _skills(accelerator, model, held_out_batch)
-                skill = skills[0]
-                if features and collapsed(*features, COLLAPSED_FEATURE_SHARE):
-                    log.say(
-                        f"warning: the encoder's features collapse: {features.share:.2%} of them depends on the image, "
-                        f"effective rank {features.rank:.1f}. Try a lower optim.base_lr, or more warm-up"
-                    )
-                for name, (rank_of_target, share) in collapse.items():
-                    if collapsed(rank_of_target, share, COLLAPSED_TARGET_SHARE):
-                        log.say(
-                            f"warning: target {name} collapses: {share:.1%} of it depends on the image, effective rank "
-                            f"{rank_of_target:.1f}. Try a higher decay, a lower optim.base_lr, or more warm-up"
-                        )
-                already = flat_since(history)
-                if math.isfinite(skill):
-                    history.append(Measured(step, skill, probed.accuracy if probed else None))
-                since = flat_since(history)
-                if since is not None and already is None and step < total_steps:
-                    log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
-            if accelerator.is_main_process and (step % pictures_every == 0 or step == total_steps):
-                _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
-            if step % recipe.log_every_steps == 0 or ending or step == 1:
-                log.metrics(
-                    {
-                        "step": step,
-                        "seen": step * optim.global_batch_size,
-                        "loss": loss,
-                        "skill": skill,
-                        **{f"loss_{o.name}": v for o, v in zip(objectives, each_loss, strict=True) if len(skills) > 1},
-                        **{f"skill_{o.name}": v for o, v in zip(objectives, skills, strict=True) if len(skills) > 1},
-                        **({f"probe_{k}": v for k, v in probed._asdict().items()} if probed else {}),
-                        **{f"target_rank_{name}": v for name, (v, _) in collapse.items()},
-                        **{f"target_share_{name}": v for name, (_, v) in collapse.items()},
-                        **({f"feature_{k}": v for k, v in features._asdict().items()} if features else {}),
-                        "lr": lr,
-                        "grad_norm": float(grad_norm),
-                        **window.rates(optim.global_batch_size),
-                        "skipped_images": bad,
-                    }
+        if new_bad:
+            bad_lines = distributed.gathered(accelerator, bad_lines)  # each process knows of its own alone
+        bad = _count_bad(bad, int(new_bad), bad_lines, seen + optim.global_batch_size, data.max_bad_fraction, log)
+        ending = bool(stopping) or step == total_steps
+        watch.at(step, "measuring, logging, saving")
+        if recipe.probe and probe and (step % recipe.probe.every_steps == 0 or step == total_steps):
+            model.eval()
+            probed = probe(model.encoder.model, accelerator.device)
+            model.train()
+        if step % recipe.skill_every_steps == 0 or step == total_steps:
+            skills, collapse, features = _skills(accelerator, model, held_out_batch)
+            skill = skills[0]
+            if features and collapsed(*features, COLLAPSED_FEATURE_SHARE):
+                log.say(
+                    f"warning: the encoder's features collapse: {features.share:.2%} of them depends on the image, "
+                    f"effective rank {features.rank:.1f}. Try a lower optim.base_lr, or more warm-up"
                 )
-            if step % recipe.checkpoint_every_steps == 0 or ending:
-                if accelerator.is_main_process:
-                    state = {
-                        "seen": step * optim.global_batch_size,
-                        "bad": bad,
-                        "loss": loss,
-                        "skills": [None if math.isnan(value) else value for value in skills],
-                        "collapse": collapse,
-                        "features": [*features] if features else None,
-                        "history": [[*m] for m in history],
-                        "probed": [*probed] if probed else None,
-                        "data_fingerprint": images.fingerprint,
-                    }
-                    checkpoint.save(
-                        run.out / "checkpoints", step, model, optimizer, state, keep=recipe.keep_checkpoints
+            for name, (rank_of_target, share) in collapse.items():
+                if collapsed(rank_of_target, share, COLLAPSED_TARGET_SHARE):
+                    log.say(
+                        f"warning: target {name} collapses: {share:.1%} of it depends on the image, effective rank "
+                        f"{rank_of_target:.1f}. Try a higher decay, a lower optim.base_lr, or more warm-up"
                     )
-                    log.status("running", step=step)
-                accelerator.wait_for_everyone()
-            if stopping and step < total_steps:
-                why = stop_request.by or "a signal to another process"
-                log.say(f"stopped at step {step} by {why}; go on with --resume auto")
-                log.status("stopped", step=step, why=why)
-                log.close()
-                return PretrainResult(run.out, "stopped", step, loss, skill, None)
+            already = flat_since(history)
+            if math.isfinite(skill):
+                history.append(Measured(step, skill, probed.accuracy if probed else None))
+            since = flat_since(history)
+            if since is not None and already is None and step < total_steps:
+                log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
+        if accelerator.is_main_process and (step % pictures_every == 0 or step == total_steps):
+            _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
+        if step % recipe.log_every_steps == 0 or ending or step == 1:
+            log.metrics(
+                {
+                    "step": step,
+                    "seen": step * optim.global_batch_size,
+                    "loss": loss,
+                    "skill": skill,
+                    **{f"loss_{o.name}": v for o, v in zip(objectives, each_loss, strict=True) if len(skills) > 1},
+                    **{f"skill_{o.name}": v for o, v in zip(objectives, skills, strict=True) if len(skills) > 1},
+                    **({f"probe_{k}": v for k, v in probed._asdict().items()} if probed else {}),
+                    **{f"target_rank_{name}": v for name, (v, _) in collapse.items()},
+                    **{f"target_share_{name}": v for name, (_, v) in collapse.items()},
+                    **({f"feature_{k}": v for k, v in features._asdict().items()} if features else {}),
+                    "lr": lr,
+                    "grad_norm": float(grad_norm),
+                    **window.rates(optim.global_batch_size),
+                    "skipped_images": bad,
+                    **({"skipped_steps": skipped} if skipped else {}),
+                }
+            )
+        if step % recipe.checkpoint_every_steps == 0 or ending:
+            state = {
+                "seen": step * optim.global_batch_size,
+                "bad": bad,
+                "skipped": skipped,
+                "loss": loss if math.isfinite(loss) else None,
+                "skills": [None if math.isnan(value) else value for value in skills],
+                "collapse": collapse,
+                "features": [*features] if features else None,
+                "history": [[*m] for m in history],
+                "probed": [*probed] if probed else None,
+                "data_fingerprint": images.fingerprint,
+            }
+            save = partial(checkpoint.save, run.out / "checkpoints", keep=recipe.keep_checkpoints)
+            try:
+                distributed.on_main(accelerator, partial(save, step, model, optimizer, state))
+                log.status("running", step=step)
+            except UserError as error:
+                if ending or recipe.if_unsaved == "stop":
+                    raise
+                log.say(f"warning: {error}; going on, as if_unsaved says")
+        if stopping and step < total_steps:
+            why = stop_request.by or "a signal to another process"
+            log.say(f"stopped at step {step} by {why}; go on with --resume auto")
+            log.status("stopped", step=step, why=why)
+            return PretrainResult(run.out, "stopped", step, loss, skill, None)
 
     # ---- the encoder, as a timm folder
     encoder = run.out / "encoder"
-    if accelerator.is_main_process:
-        exporting.save_encoder(model.encoder.model, encoder, recipe, {"step": step, "loss": loss, "skill": skill})
-        log.say(f"encoder: {encoder}")
+    said = {"step": step, "loss": loss, "skill": skill}
+    distributed.on_main(accelerator, partial(exporting.save_encoder, model.encoder.model, encoder, recipe, said))
+    log.say(f"encoder: {encoder}")
     log.status("finished", step=step)
-    log.close()
-    accelerator.wait_for_everyone()
+    watch.at(step, "done")
     return PretrainResult(run.out, "finished", step, loss, skill, encoder)
 
 
@@ -412,31 +440,8 @@ def _count_bad(before: int, new: int, lines: list[str], seen: int, max_fraction:
     if new and (before == 0 or math.floor(math.log10(bad)) > math.floor(math.log10(before))):
         log.say(f"{bad} unreadable images so far, replaced by their neighbours; last: {lines[-1]}")
     if bad >= LEAST_BAD_IMAGES and bad > max_fraction * seen:
-        log.status("failed", why=f"{bad} unreadable images")
         raise UserError(
             f"data.max_bad_fraction: {bad} of {seen} images could not be read, allowed are {max_fraction:.2%}; "
             f"they are named in {log.out}/train.log"
         )
     return bad
-
-
-def _report_non_finite(
-    out: Path,
-    rank: int,
-    step: int,
-    seen: int,
-    loss: float,
-    grad_norm: float,
-    samples: torch.Tensor,
-    images: ShardImages,
-) -> None:
-    write_json(
-        out / f"non-finite-rank{rank}.json",
-        {
-            "step": step,
-            "seen": seen,
-            "loss": str(loss),
-            "grad_norm": str(grad_norm),
-            "samples": [images.name(s, r) for s, r in samples.tolist()],
-        },
-    )

@@ -301,6 +301,14 @@ class Run(Job):
     checkpoint_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept, newest first."""
+    if_unsaved: Literal["stop", "go_on"] = "stop"
+    """Where a checkpoint cannot be written, for want of space, say; the last one of a run always stops it. Those before
+    it stay in either case."""
+    max_skipped_steps: NonNegativeInt = 0
+    """Steps whose loss or gradient is not finite that are left out, before one stops the run."""
+    hang_timeout_s: Annotated[PositiveFloat, Field(ge=5)] = 1800.0
+    """A process that makes no progress for so long ends the run, which names it; on slow storage reading a batch and
+    saving must fit in it (a guess)."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)] = ()
     """Where else the metrics go, as they are written: each wants its package (pip install 'mpp[tensorboard]')."""
 
@@ -621,7 +629,7 @@ MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
-    "trackers",
+    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
 decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpp import checkpoint
+from mpp import checkpoint, distributed
+from mpp.distributed import Accelerator
 from mpp.errors import UserError
 from mpp.recipe import Job, differences, dump_recipe, load_recipe
 
 RECIPE = "recipe.yaml"
+DATA = "data.json"
+LOCK = ".lock"
+_held: set[Path] = set()
+"""Folders this process writes into: the system's locks keep out other processes alone."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +32,74 @@ class OpenRun:
     """Where to go on from; None: from the start."""
 
 
+@contextmanager
+def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: str) -> Iterator[OpenRun]:
+    """The run folder of `recipe`, made and locked by the main process until this ends; all processes learn of it.
+
+    resume: "never", "auto" or a checkpoint's folder. UserError, on every process, where the folder holds another run,
+    where recipe or data changed since, and where another process writes into it.
+    """
+    lock: Lock | None = None
+
+    def open_it() -> OpenRun:
+        nonlocal lock
+        find_run(recipe, resume, fingerprint=fingerprint)  # before anything is written
+        lock = Lock(Path(recipe.out))
+        found = find_run(recipe, resume, fingerprint=fingerprint)  # another may have come first
+        create_run(recipe)
+        return found
+
+    try:
+        yield distributed.on_main(accelerator, open_it)
+    finally:
+        if lock:
+            lock.release()
+
+
+class Lock:
+    """A run folder that this process writes into. The system lets go of it when the process ends, in whatever way.
+
+    UserError where another process holds it, or it cannot be made. A record lock: the loader's workers, which may
+    outlive the process for some seconds, do not have it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out.absolute()
+        if self.out in _held:  # to open the file again, and close it, would give the lock away
+            raise UserError(f"out: {out}: this process writes into it already; give another folder")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"out: {out}: {error.strerror}") from error
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 1000, 0)
+            os.close(self._fd)
+            raise UserError(f"out: {out}: {_said(holder)} writes into it; wait, or give another folder") from None
+        except OSError as error:
+            os.close(self._fd)
+            raise UserError(f"out: {out}: its file system has no locks: {error.strerror}") from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps({"host": platform.node(), "pid": os.getpid()}).encode(), 0)
+        _held.add(self.out)
+
+    def release(self) -> None:
+        _held.discard(self.out)
+        os.close(self._fd)
+
+
+def _said(holder: bytes) -> str:
+    try:
+        found = json.loads(holder)
+        return f"process {found['pid']} on {found['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
 def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
-    """Check the run folder of `recipe`; nothing is written, so every process may ask at once.
+    """Check the run folder of `recipe`; nothing is written.
 
     resume: "never", "auto" or a checkpoint's folder. UserError where the folder holds another run, or where
     recipe or data changed since.
@@ -32,7 +108,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         raise UserError(f"resume: {resume!r}; allowed: auto, never, or the folder of a checkpoint")
     out = Path(recipe.out)
     try:
-        others = sorted(p.name for p in out.iterdir()) if out.exists() else []
+        others = sorted(p.name for p in out.iterdir() if p.name != LOCK) if out.exists() else []
     except OSError as error:
         raise UserError(f"out: {out}: {error.strerror}") from error
     if others and resume == "never":
@@ -42,6 +118,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
     path = None if resume in ("never", "auto") else Path(resume)
     if others:
         _same_recipe(out, recipe)
+        _same_data(out, fingerprint)
         path = path or checkpoint.newest(out / "checkpoints")
         if path is None and (out / "encoder").exists():
             raise UserError(f"out: {out} has its encoder but no checkpoint to go on from; give another folder")
@@ -66,6 +143,16 @@ def _same_recipe(run: Path, recipe: Job) -> None:
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise UserError(f"out: {run} was made by another recipe; give another folder, or set back:\n{lines}")
+
+
+def _same_data(run: Path, fingerprint: str) -> None:
+    """By what the run noted of its data, before its first checkpoint, too."""
+    try:
+        before = json.loads((run / DATA).read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != fingerprint:
+        raise UserError(f"{run}: the data changed since (images, labels or a trained encoder); start a new run")
 
 
 def create_run(recipe: Job) -> None:

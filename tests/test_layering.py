@@ -9,24 +9,25 @@ import mpp
 
 PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "faults"},
     {"rng", "types", "verdict"},
     {"patches", "pyramid"},
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders"},
     {"recipe", "data"},
     {
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
-        "features",
+        "features", "liveness", "nonfinite",
     },
     {"diagnostics", "monitor", "distillation", "supervised", "lora", "history"},
     {"predicting_dense", "symptoms"},
     {"pretraining", "finetuning", "evaluating", "predicting", "watching"},
-    {"reporting"},
+    {"reporting", "replaying"},
     {"cli", "__init__", "__main__"},
 ]  # fmt: skip
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}
 WITHIN_LAYER = {
-    "runfolder": {"checkpoint"},
+    "runfolder": {"checkpoint", "distributed"},
+    "nonfinite": {"checkpoint", "distributed", "metrics"},
     "contract": {"model"},
     "build": {"model", "contract"},
     "exporting": {"metrics"},

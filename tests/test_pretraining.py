@@ -84,7 +84,7 @@ def test_what_a_run_leaves(shards: Path, tmp_path: Path) -> None:
     assert (result.state, result.step) == ("finished", 20)
     assert {p.name for p in out.iterdir()} == {
         "recipe.yaml", "env.json", "metrics.jsonl", "train.log", "checkpoints", "encoder", "status.json",
-        "reconstructions", "data.json",
+        "reconstructions", "data.json", ".lock",
     }  # fmt: skip
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
     last = read_metrics(out)[-1]
@@ -324,11 +324,11 @@ def test_data_that_changed_are_refused(tmp_path: Path) -> None:
 
 def test_a_diverging_run_stops_before_the_update_and_names_the_batch(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(UserError, match=r"step \d+: loss .*stopped before the update.*non-finite-rank"):
+    with pytest.raises(UserError, match=r"step \d+: loss .*stopped before the update. `mpp replay"):
         mpp.pretrain(pretrain_recipe(shards, out, **{"optim.base_lr": 1e20, "optim.warmup_steps": 0}))
-    named = json.loads((out / "non-finite-rank0.json").read_text())
-    assert len(named["samples"]) == 16
-    assert "shard-00000" in named["samples"][0]
+    named = json.loads(next(out.glob("non-finite/step-*/rank0.json")).read_text())
+    assert len(named["samples"][0]) == 16
+    assert "shard-00000" in named["samples"][0][0]
     assert json.loads((out / "status.json").read_text())["state"] == "failed"
 
 

@@ -222,6 +222,8 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
                 matches = sorted(glob.glob(name))
             else:
                 matches = [name] if os.path.exists(name) else []
+            if not matches and "://" not in name and not glob.has_magic(name):
+                _may_look(name, key)
             if not matches:
                 raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
             found += matches
@@ -234,6 +236,18 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
             raise UserError(f"{key}: '{name}' is named twice{also}")
         seen[same] = name
     return found
+
+
+def _may_look(name: str, key: str) -> None:
+    """UserError where a place is not found because the way to it, or the place, may not be read."""
+    try:
+        os.stat(name)
+        if os.path.isdir(name):
+            os.listdir(name)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{key}: '{name}': {error.strerror}") from error
 
 
 def member_name(shard: str, image_offset: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mpp.data.children import end_with
 from mpp.data.decode import centre_box, decode_crop, random_box
 from mpp.data.images import ShardImages
 from mpp.errors import UserError
@@ -130,13 +132,14 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _serve_the_parent_alone(worker: int) -> None:
     """A scheduler may signal every process of a job; the loop still needs batches to finish its step.
 
-    Workers end when the loop closes the loader, or when they find it gone.
+    Workers end when the loop closes the loader, or with its process.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    end_with(os.getppid())
 
 
 def batches(
@@ -153,7 +156,7 @@ def batches(
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_serve_the_parent_alone,
     )
     try:
         for batch in loader:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +14,7 @@ from pathlib import Path
 import webdataset
 from PIL import Image, UnidentifiedImageError
 
+from mpp.data.children import end_with
 from mpp.data.index import IMAGE, cannot_list, index_shard
 from mpp.errors import UserError
 from mpp.rng import Purpose, stream
@@ -99,9 +98,7 @@ def pack(
                 if on_shard:
                     on_shard(shards - len(pending) + done, shards)
         else:
-            with ProcessPoolExecutor(
-                min(workers, len(pending)), initializer=_end_with, initargs=(os.getpid(),)
-            ) as pool:
+            with ProcessPoolExecutor(min(workers, len(pending)), initializer=end_with, initargs=(os.getpid(),)) as pool:
                 futures = [pool.submit(_write_shard, *job) for job in pending]
                 for done, future in enumerate(as_completed(futures), 1):
                     future.result()
@@ -171,17 +168,6 @@ def _claim(out: Path, description: dict[str, object]) -> None:
     changed = [k for k, v in description.items() if before.get(k) != v]
     if changed:
         raise UserError(f"{out}: holds shards of another call ({', '.join(changed)} differ); give a new folder")
-
-
-def _end_with(parent: int) -> None:
-    """In a packing process: end soon after the process that started it, however that ended."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_shard(source: str, shard: str, entries: list[tuple[str, str, int]]) -> None:

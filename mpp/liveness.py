@@ -1,0 +1,211 @@
+"""Whether the other processes of a run go on. Who is gone or hangs is named, and nobody waits for ever.
+
+Each process has a thread that writes a beat and its main thread's progress into the store of the process group, every
+second. An exchange that breaks is then explained: by what another process left as its last word, by whose beat has
+stopped, or by who is behind. A process whose main thread has made no progress for `hang_timeout_s` ends, with the
+stacks of its threads in `hang-rankN.txt` of the run folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mpp.errors import UserError, one_line
+
+BEAT_S = 1.0
+SILENT_S = 5.0
+"""Without a beat for so long, while another process looks, one is gone or stopped (a guess)."""
+STORE_TIMEOUT_S = 5.0
+GO_ON = "Go on with --resume auto"
+
+
+class Watch:
+    """Of a run's processes; a context. What ends the run leaves it as one line for the user.
+
+    UserError for what broke in the loader or between processes.
+    rank, world: of this process, and how many there are. out: the run folder.
+    """
+
+    def __init__(self, rank: int, world: int, out: Path, *, hang_timeout_s: float) -> None:
+        self.rank, self.world, self.out, self.hang_timeout_s = rank, world, out, hang_timeout_s
+        self.status: Callable[..., None] | None = None
+        """How to write status.json, once there is one: `metrics.RunLog.status`."""
+        self._marks, self._step, self._doing, self._moved = 0, 0, "setting up", math.inf
+        self._beats = 0
+        self._known: dict[int, Any] = {}
+        """Where each process runs, should the store go down with one of them."""
+        self._ended = threading.Event()
+        self._store: Any = None
+
+    def at(self, step: int, doing: str) -> None:
+        """The main thread has come so far: every process, in the same order. From the first call on a hang is one."""
+        if not self._known and self._store is not None:
+            self._known = self._states()  # by now every process has written once
+        self._marks, self._step, self._doing, self._moved = self._marks + 1, step, doing, time.monotonic()
+
+    def __enter__(self) -> Watch:
+        if self.world > 1:
+            self._store = torch.distributed.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=STORE_TIMEOUT_S),
+            )
+            self._write()
+            threading.Thread(target=self._beat, name="liveness", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        if error is None:
+            return
+        told = error
+        if isinstance(error, KeyboardInterrupt):
+            why, state = "interrupted, without saving", "stopped"
+        else:
+            state = "failed"
+            told = self._explained(error)
+            why = one_line(told)
+        self._write(word=why)
+        self._say_status(state, why)
+        if told is not error:
+            raise told from error
+
+    def _say_status(self, state: str, why: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk may be what ended the run
+            if self.status is not None:
+                self.status(state, step=self._step, why=why)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """A line for the user where it is about the loader or the other processes; else the error as it is."""
+        if isinstance(error, UserError) or not isinstance(error, RuntimeError):
+            return error
+        if "DataLoader worker" in str(error):  # raised wherever the main thread is when the worker dies
+            said = str(error).splitlines()[0]
+            return UserError(f"data.workers: step {self._step}: {said} Out of memory? {GO_ON}")
+        if self.world > 1 and (isinstance(error, torch.distributed.DistError) or _of_exchange(error)):
+            return UserError(f"step {self._step}: {self._who(error)}. {GO_ON}")
+        return error
+
+    def _who(self, error: BaseException) -> str:
+        """Which process broke an exchange, by its last word, else by its silence, else by how far it came."""
+        before = self._states()
+        deadline = time.monotonic() + SILENT_S
+        while time.monotonic() < deadline:
+            now = self._states()
+            words = {r: s["word"] for r, s in now.items() if s and s.get("word")}
+            if words:
+                rank, word = min(words.items())
+                return f"{self._named(rank, now)} ended: {word}"
+            if gone := [r for r in now if _gone(now[r] or self._known.get(r))]:
+                return f"{', '.join(self._named(r, now) for r in gone)} is gone"
+            time.sleep(BEAT_S / 4)
+        silent = self._silent(before, now)
+        if silent:
+            return f"{', '.join(self._named(r, now) for r in silent)} is gone or stopped"
+        return f"the exchange between processes broke, though all of them run: {one_line(error)}"
+
+    def _silent(self, before: dict[int, Any], now: dict[int, Any]) -> list[int]:
+        """Other processes without a beat since. Where the store is gone, the one that holds it: process 0."""
+        if not any(now.values()):
+            return [0]
+        others = [r for r in range(self.world) if r != self.rank]
+        return [r for r in others if not now[r] or (before[r] and before[r]["beats"] == now[r]["beats"])]
+
+    def _states(self) -> dict[int, Any]:
+        """What each process wrote last; None of one that wrote nothing, or cannot be asked for."""
+        found: dict[int, Any] = dict.fromkeys(range(self.world))
+        try:
+            for rank in range(self.world if self._store is not None else 0):
+                key = self._key(rank)
+                found[rank] = json.loads(self._store.get(key)) if self._store.check([key]) else None
+        except RuntimeError:  # it went down with the process that held it
+            self._store = None
+        return found
+
+    def _named(self, rank: int, states: dict[int, Any]) -> str:
+        state = states[rank] or self._known.get(rank)
+        if not state:
+            return f"process {rank}"
+        return f"process {rank} (pid {state['pid']} on {state['host']})"
+
+    def _key(self, rank: int) -> str:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return f"mpp/{self.out}/{attempt}/{rank}"
+
+    def _write(self, word: str | None = None) -> None:
+        self._beats += 1
+        state = {"beats": self._beats, "marks": self._marks, "step": self._step, "doing": self._doing, "word": word}
+        try:
+            if self._store is not None:
+                own = json.dumps({**state, "host": platform.node(), "pid": os.getpid()})
+                self._store.set(self._key(self.rank), own)
+        except RuntimeError:  # an exchange that breaks says so
+            self._store = None
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            self._write()
+            if time.monotonic() - self._moved > self.hang_timeout_s:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """End this process, from beside a main thread that hangs."""
+        before = self._states()
+        time.sleep(SILENT_S)
+        now = self._states()
+        if self._ended.is_set() or time.monotonic() - self._moved < SILENT_S:
+            return  # it has moved meanwhile
+        silent = self._silent(before, now)
+        least = min((s["marks"] for s in now.values() if s), default=self._marks)
+        behind = silent or [r for r, s in now.items() if s and s["marks"] == least]
+        if len(behind) < self.world:
+            doing = sorted({(now[r] or self._known.get(r) or {}).get("doing", "") for r in behind})
+            who = f"{', '.join(self._named(r, now) for r in behind)}, {' and '.join(doing)},"
+        else:
+            who = f"every process, {self._doing},"
+        why = f"step {self._step}: no progress for hang_timeout_s, {self.hang_timeout_s:g} s: {who} hangs"
+        stacks = self.out / f"hang-rank{self.rank}.txt"
+        with contextlib.suppress(OSError), open(stacks, "w") as file:
+            faulthandler.dump_traceback(file)
+        self._write(word=why)
+        self._say_status("failed", why)
+        print(f"process {self.rank}: {why}; its stacks are in {stacks}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def _of_exchange(error: BaseException) -> bool:
+    """gloo raises plain RuntimeErrors."""
+    text = str(error)
+    return "gloo" in text or "Connection closed by peer" in text or "Connection reset by peer" in text
+
+
+def _gone(state: dict[str, Any] | None) -> bool:
+    """Whether a process of this machine has ended; False where that cannot be told."""
+    if not state or state["host"] != platform.node():
+        return False
+    try:
+        with open(f"/proc/{state['pid']}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return sys.platform == "linux"
+    except OSError:
+        return False

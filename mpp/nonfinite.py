@@ -1,0 +1,111 @@
+"""A step whose loss or gradient is not finite, kept so that `mpp replay` can run it again.
+
+non-finite/step-00000012/   model.safetensors state.json manifest.json   the weights before the update
+                            rank0.safetensors rank0.json …               each process's micro-batches, and what
+                                                                         it measured
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpp import checkpoint, distributed
+from mpp.distributed import Accelerator
+from mpp.errors import MppWarning, UserError, one_line
+from mpp.metrics import write_json
+
+FOLDER = "non-finite"
+KEPT = 3
+"""Steps of a run that are kept: those before are deleted, since each holds the weights (a guess)."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process did in the step."""
+
+    rank: int
+    record: dict[str, Any]
+    """step, world, seeds and losses of each micro-batch, samples by name, and what the job adds."""
+    micro_batches: list[dict[str, Any]]
+    """Tensors by name; what came in lists and dictionaries is in them again."""
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """What a forward pass changes in the model: it is put back where a step is left out."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [value for m in norms for value in m.buffers(recurse=False)]
+
+
+def keep(
+    accelerator: Accelerator,
+    out: Path,
+    step: int,
+    model: nn.Module,
+    micro_batches: Sequence[dict[str, Any]],
+    record: dict[str, Any],
+) -> Path | None:
+    """Write the step of every process; its folder, or None where that cannot be done, and a warning says why."""
+    own = {"step": step, "world": accelerator.num_processes, **record}
+    fault = None
+    try:
+        save = partial(checkpoint.save, out / FOLDER, step, model, None, {}, keep=KEPT)
+        folder = distributed.on_main(accelerator, save)
+        tensors = {name: t for i, b in enumerate(micro_batches) for name, t in _flat(b, str(i)).items()}
+        save_file(
+            {n: t.cpu().contiguous().clone() for n, t in tensors.items()}, _name(folder, accelerator, "safetensors")
+        )
+        write_json(_name(folder, accelerator, "json"), own)
+    except (UserError, OSError, SafetensorError) as error:
+        fault = one_line(error)
+    faults = [f for f in distributed.gathered(accelerator, [fault]) if f]
+    if faults and accelerator.is_main_process:
+        warnings.warn(f"the step is not kept: {faults[0]}", MppWarning, stacklevel=2)
+    return None if faults else folder
+
+
+def read(folder: Path) -> list[Share]:
+    """What each process did. UserError where that is not all there."""
+    found = []
+    try:
+        for path in sorted(folder.glob("rank*.json"), key=lambda p: int(p.stem.removeprefix("rank"))):
+            record = json.loads(path.read_text())
+            tensors = load_file(path.with_suffix(".safetensors"))
+            batches = [_nested(tensors, str(i)) for i in range(len(record["seeds"]))]
+            found.append(Share(int(path.stem.removeprefix("rank")), record, batches))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a kept step: {one_line(error)}") from error
+    if not found or len(found) != found[0].record["world"]:
+        raise UserError(f"{folder}: not a kept step: {len(found)} processes' shares are there")
+    return found
+
+
+def _name(folder: Path, accelerator: Accelerator, suffix: str) -> Path:
+    return folder / f"rank{accelerator.process_index}.{suffix}"
+
+
+def _flat(value: Any, prefix: str) -> dict[str, Tensor]:
+    """Tensors in dictionaries and lists -> by their paths; other values are not kept."""
+    if isinstance(value, Tensor):
+        return {prefix: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {name: t for k, v in items for name, t in _flat(v, f"{prefix}.{k}").items()}
+
+
+def _nested(tensors: dict[str, Tensor], prefix: str) -> Any:
+    """The reverse; lists are those whose keys are numbers."""
+    if prefix in tensors:
+        return tensors[prefix]
+    keys = sorted({n.removeprefix(f"{prefix}.").split(".")[0] for n in tensors if n.startswith(f"{prefix}.")})
+    if keys and all(k.isdecimal() for k in keys):
+        return [_nested(tensors, f"{prefix}.{k}") for k in sorted(keys, key=int)]
+    return {k: _nested(tensors, f"{prefix}.{k}") for k in keys}

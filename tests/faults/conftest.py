@@ -1,0 +1,110 @@
+"""Real processes for these tests, and the table of what they hold: `make faults` writes docs/promises.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.processes import Left, Nursery, finetuning, left, pretraining
+
+SHM = Path("/dev/shm")
+_promised: dict[str, dict[str, Any]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--promises", default=None, metavar="FILE", help="Write the table of what was held, and how often."
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _promise(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    marker = request.node.get_closest_marker("promise")
+    assert marker, "each test here says what it promises"
+    record_property("promise", marker.args[0])
+    record_property("test", f"{Path(request.node.path).name}::{request.node.originalname}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    found = dict(report.user_properties)
+    if report.when != "call" or "promise" not in found:
+        return
+    row = _promised.setdefault(found["promise"], {"tests": set(), "passed": 0, "other": 0, "counts": Counter()})
+    row["tests"].add(found["test"])
+    row["passed" if report.passed else "other"] += 1
+    for name, value in report.user_properties:
+        if name not in ("promise", "test"):
+            row["counts"][name] += int(str(value))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--promises", None)
+    if path is None or hasattr(session.config, "workerinput"):
+        return
+    lines = [
+        "# What we promise, and how it is tested",
+        "",
+        "Written by `make faults`, which runs `tests/faults/`: real processes, over gloo where there are several, that are",
+        "killed, stopped, starved and lied to. Every row is held by the tests it names; `make check` runs them, too.",
+        "",
+        "| promise | tried | tests |",
+        "|---|---|---|",
+    ]
+    for promise, row in _promised.items():
+        counts = [f"{n:,} {what}" for what, n in row["counts"].items()]
+        tried = "; ".join([f"{row['passed']} cases" if row["passed"] != 1 else "1 case", *counts])
+        failed = f", **{row['other']} did not hold**" if row["other"] else ""
+        lines.append(f"| {promise} | {tried}{failed} | {', '.join(f'`{t}`' for t in sorted(row['tests']))} |")
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    found = Nursery()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Of this test alone, in memory where there is such a place: checkpoints are synced, disks are slow at it."""
+    import shutil
+    import tempfile
+
+    if not SHM.is_dir():
+        yield tmp_path
+        return
+    found = Path(tempfile.mkdtemp(prefix="mpp-", dir=SHM))
+    yield found
+    shutil.rmtree(found, ignore_errors=True)
+
+
+RECIPES = {"pretrain": pretraining, "finetune": finetuning}
+
+
+@pytest.fixture(scope="session")
+def reference(nursery: Nursery, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Left]:
+    """What a run leaves that nothing happens to; each is run once."""
+    known: dict[str, Left] = {}
+
+    def of(job: str, world: int, **changes: Any) -> Left:
+        key = repr((job, world, sorted(changes.items())))
+        if key not in known:
+            base = tmp_path_factory.mktemp("reference")
+            path = RECIPES[job](shards, base / "recipe.yaml", base / "run", **changes)
+            nursery.start(job, path, log=base / "log", world=world).ends_well()
+            known[key] = left(base / "run")
+        return known[key]
+
+    return of

@@ -1,0 +1,233 @@
+"""Runs of `mpp` as real processes, several ranks over gloo, that a test may kill; and what they leave, to compare."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpp.metrics import read_metrics
+from tests.conftest import ROOT, pretrain_values
+
+WAIT_S = 120.0
+
+
+class Nursery:
+    """See nursery.py."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.nursery"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        assert line, "the nursery ended"
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def start(
+        self,
+        *words: str | Path,
+        log: Path,
+        world: int = 1,
+        env: dict[str, str] | None = None,
+        fault: dict[str, Any] | None = None,
+        bound_by_modes: bool = False,
+        file_bytes: int | None = None,
+    ) -> Job:
+        """`mpp WORDS` on so many ranks; its output goes to `log`. fault: see mpp/faults.py."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        shared = dict(env or {})
+        if fault:
+            pids = log.with_name(log.name + ".pids")
+            pids.mkdir(exist_ok=True)
+            shared |= {"MPP_FAULT": json.dumps(fault), "MPP_FAULT_PIDS": str(pids)}
+        if world > 1:
+            shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        pids_of = []
+        for rank in range(world):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+            answer = self.ask(
+                words=[str(w) for w in words],
+                env={**shared, **own},
+                log=str(log),
+                bound_by_modes=bound_by_modes,
+                file_bytes=file_bytes,
+            )
+            pids_of.append(answer["pid"])
+        return Job(self, pids_of, log)
+
+
+@dataclass
+class Job:
+    """Ranks that run."""
+
+    nursery: Nursery
+    pids: list[int]
+    log: Path
+
+    def codes(self) -> list[int | None]:
+        """Exit status of each rank, negative for a signal; None while it runs."""
+        return [self.nursery.ask(pid=pid)["code"] for pid in self.pids]
+
+    def wait(self, seconds: float = WAIT_S) -> list[int]:
+        """Until all have ended. AssertionError, after killing them, where that takes longer."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = self.codes()
+            if None not in found:
+                return [code for code in found if code is not None]
+            time.sleep(0.02)
+        codes = self.codes()
+        for pid, code in zip(self.pids, codes, strict=True):
+            if code is None:
+                os.kill(pid, signal.SIGUSR2)
+        time.sleep(0.5)
+        self.kill()
+        raise AssertionError(f"still running after {seconds:g} s: {codes}\n{self.said()}")
+
+    def end_with_the_first(self, grace_s: float = 15.0) -> list[int]:
+        """As a launcher does: where one has failed, the others are killed if they do not end by themselves."""
+        while not any(self.codes()) and None in self.codes():
+            time.sleep(0.01)
+        deadline = time.monotonic() + grace_s
+        while None in self.codes() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.kill()
+        return self.wait()
+
+    def kill(self) -> None:
+        for pid, code in zip(self.pids, self.codes(), strict=True):
+            if code is None:
+                os.kill(pid, signal.SIGKILL)
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def until(self, true: Callable[[], bool], seconds: float = WAIT_S) -> None:
+        """Wait while it runs. AssertionError where it ends first."""
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert None in self.codes(), f"ended first: {self.codes()}\n{self.said()}"
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+
+    def ends_well(self) -> None:
+        codes = self.wait()
+        assert set(codes) == {0}, f"{codes}\n{self.said()}"
+
+
+_ports = itertools.count(20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
+
+
+def free_port() -> int:
+    """One that nobody listens at: of this worker's own thousand, below those that the system hands out."""
+    for port in _ports:
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise AssertionError
+
+
+def steps_logged(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run leaves that must be the same, killed or not."""
+
+    losses: dict[str, list[tuple[int, str]]]
+    """(step, float.hex) of each metrics.jsonl."""
+    weights: dict[str, str]
+    """sha256 of each exported model."""
+
+
+def left(out: Path) -> Left:
+    records = sorted(out.rglob("metrics.jsonl"))
+    models = [p for p in sorted(out.rglob("encoder/*.safetensors")) if p.name != "reference.safetensors"]
+    return Left(
+        {
+            str(p.relative_to(out)): [(m["step"], float(m["loss"]).hex()) for m in read_metrics(p.parent)]
+            for p in records
+        },
+        {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in models},
+    )
+
+
+def pretraining(shards: Path, path: Path, out: Path, **changes: Any) -> Path:
+    """A recipe with accumulation, a moving teacher beside pixels, and drop path; 12 steps."""
+    rich: dict[str, Any] = {
+        "target": {"name": "ema_teacher", "layers": 2, "decay": 0.9},
+        "extra_targets": [{"target": "pixels", "head": "mlp"}],
+        "encoder.args.drop_path_rate": 0.2,
+        "optim.steps": 12,
+        "optim.max_batch_per_device": 4,
+        "checkpoint_every_steps": 3,
+        "skill_every_steps": 6,
+        "reconstruct_images": 0,
+    }
+    return written(path, pretrain_values(shards, out, **{**rich, **changes}))
+
+
+def finetuning(shards: Path, path: Path, out: Path, **changes: Any) -> Path:
+    """A recipe with accumulation, an average of the weights, early stopping, mixup, erasing and drop path."""
+    from mpp.recipe import apply_overrides
+
+    values: dict[str, Any] = {
+        "job": "finetune",
+        "out": str(out),
+        "encoder": "scratch",
+        "architecture": {
+            "name": "vit_tiny_patch16_224",
+            "args": {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        },
+        "seeds": [0],
+        "data": {
+            "train": [str(shards / f"shard-{i:06d}.tar") for i in (1, 2)], "val": str(shards / "shard-000000.tar"),
+            "image_size": 16, "workers": 0, "erase": 0.3,
+        },
+        "optim": {"base_lr": 3e-2, "steps": 12, "global_batch_size": 16, "max_batch_per_device": 4, "warmup_steps": 3},
+        "mixup": 0.8,
+        "drop_path_rate": 0.2,
+        "ema_decay": 0.9,
+        "early_stop": {"fraction": 0.3, "every_steps": 4, "patience": 9},
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 3,
+    }  # fmt: skip
+    apply_overrides(values, {}, changes)
+    return written(path, values)
+
+
+def written(path: Path, values: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path

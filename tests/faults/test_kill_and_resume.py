@@ -1,0 +1,211 @@
+"""Killed anywhere, a run goes on to the losses and weights of the one that nothing happened to, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpp import checkpoint
+from mpp.metrics import read_metrics
+from tests.faults.conftest import RECIPES
+from tests.faults.processes import Left, Nursery, left, steps_logged
+
+JOBS = ["pretrain", "finetune"]
+SAVING = [
+    "save.begins", "save.folder_made", "save.model_written", "save.averaged_written", "save.optimizer_written",
+    "save.state_written", "save.files_synced", "save.manifest_written", "save.before_rename", "save.renamed",
+    "prune.before", "prune.inside", "prune.after", "save.ends", "export.written", "export.before_rename",
+    "export.renamed",
+]  # fmt: skip
+WRITTEN = [p for p in SAVING if p.endswith("_written")]
+LOADING = ["load.begins", "load.model_read", "load.ends", "load.metrics_kept", "load.metrics_rewound"]
+ONCE = ("export.written", "export.before_rename", "export.renamed")
+NOT_IN = {"pretrain": {"save.averaged_written"}, "finetune": set()}
+AT_POINTS = [(job, p) for job in JOBS for p in SAVING if p not in NOT_IN[job]]
+
+
+@pytest.mark.promise("Every place where a run is broken on purpose is one that runs come by")
+@pytest.mark.parametrize("job", JOBS)
+def test_the_points_are_those_that_are_reached(job: str, nursery: Nursery, shards: Path, folder: Path) -> None:
+    path, trace = RECIPES[job](shards, folder / "r.yaml", folder / "run"), folder / "trace"
+    env = {"MPP_FAULT_TRACE": str(trace)}
+    fault = {"point": "save.ends", "nth": 2, "do": "kill"}
+    assert nursery.start(job, path, log=folder / "log", env=env, fault=fault).wait() == [-9]
+    nursery.start(job, path, "--resume", "auto", log=folder / "log", env=env).ends_well()
+    reached = {line.split()[1] for line in trace.read_text().splitlines()}
+    assert reached == {*SAVING, *LOADING} - NOT_IN[job]
+
+
+def goes_on(nursery: Nursery, job: str, path: Path, folder: Path, world: int, expected: Left) -> None:
+    nursery.start(job, path, "--resume", "auto", log=folder / "log", world=world).ends_well()
+    assert left(folder / "run") == expected
+
+
+@pytest.mark.promise("kill -9 of either rank at any named point of saving: losses and weights bit-equal after resuming")
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("job", "point"), AT_POINTS)
+def test_killed_while_saving(
+    job: str,
+    point: str,
+    victim: int,
+    nursery: Nursery,
+    shards: Path,
+    folder: Path,
+    reference: Callable[..., Left],
+    record_property: Callable[[str, object], None],
+) -> None:
+    path = RECIPES[job](shards, folder / "r.yaml", folder / "run")
+    fault = {"point": point, "nth": 1 if point in ONCE else 2, "do": "kill", "victim": victim}
+    killed = nursery.start(job, path, log=folder / "log", world=2, fault=fault)
+    codes = killed.wait()
+    assert codes[victim] == -9, killed.said()
+    if point != "export.renamed":  # nothing is exchanged after
+        assert codes[1 - victim] == 2, killed.said()
+        assert f"process {victim} (pid" in killed.said()
+        assert "Traceback" not in killed.said()
+    record_property("kills", 1)
+    goes_on(nursery, job, path, folder, 2, reference(job, 2))
+
+
+@pytest.mark.promise("kill -9 in the middle of writing a file: losses and weights bit-equal after resuming")
+@pytest.mark.parametrize("nth", [1, 3])
+@pytest.mark.parametrize(("job", "point"), [(job, p) for job, p in AT_POINTS if p in WRITTEN])
+def test_killed_inside_a_file(
+    job: str,
+    point: str,
+    nth: int,
+    nursery: Nursery,
+    shards: Path,
+    folder: Path,
+    reference: Callable[..., Left],
+    record_property: Callable[[str, object], None],
+) -> None:
+    path = RECIPES[job](shards, folder / "r.yaml", folder / "run")
+    fault = {"point": point, "nth": nth, "do": "halve"}
+    assert nursery.start(job, path, log=folder / "log", world=2, fault=fault).wait()[0] == -9
+    record_property("kills", 1)
+    goes_on(nursery, job, path, folder, 2, reference(job, 2))
+
+
+@pytest.mark.promise("kill -9 while resuming, and again: losses and weights bit-equal after the third start")
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("point", LOADING)
+@pytest.mark.parametrize("job", JOBS)
+def test_killed_while_loading(
+    job: str,
+    point: str,
+    victim: int,
+    nursery: Nursery,
+    shards: Path,
+    folder: Path,
+    reference: Callable[..., Left],
+    record_property: Callable[[str, object], None],
+) -> None:
+    path = RECIPES[job](shards, folder / "r.yaml", folder / "run")
+    first = {"point": "save.manifest_written", "nth": 3, "do": "halve"}
+    assert nursery.start(job, path, log=folder / "log", world=2, fault=first).wait()[0] == -9
+    fault = {"point": point, "do": "kill", "victim": victim}
+    again = nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2, fault=fault)
+    assert again.wait()[victim] == -9, again.said()
+    record_property("kills", 2)
+    goes_on(nursery, job, path, folder, 2, reference(job, 2))
+
+
+@pytest.mark.promise("kill -9 at random moments, of random ranks, one after another: losses and weights bit-equal")
+@pytest.mark.parametrize("job", JOBS)
+def test_killed_at_random(
+    job: str,
+    nursery: Nursery,
+    shards: Path,
+    folder: Path,
+    reference: Callable[..., Left],
+    record_property: Callable[[str, object], None],
+) -> None:
+    changes = {"optim.steps": 400, "checkpoint_every_steps": 5, "data.workers": 1}
+    if job == "finetune":
+        changes["early_stop.every_steps"] = 200
+    path, out = RECIPES[job](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
+    rng, kills = random.Random(7), 0
+    records = out if job == "pretrain" else out / "scratch-seed0"
+    while kills < 20:
+        run = nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2)
+        # it gets a little further each time, and some are killed before they train
+        goal = steps_logged(records) + rng.randint(1, 15) if rng.random() < 0.8 else 0
+        run.until(lambda goal=goal: steps_logged(records) >= goal)
+        time.sleep(rng.random() * 0.1)
+        os.kill(run.pids[rng.randrange(2)], signal.SIGKILL)
+        assert -9 in run.end_with_the_first(), run.said()
+        kills += 1
+    record_property("kills", kills)
+    assert steps_logged(records) < 400, "it was killed before it ended"
+    goes_on(nursery, job, path, folder, 2, reference(job, 2, **changes))
+
+
+@pytest.mark.promise("Resumed on 1, 2 or 3 processes with 0 or 2 workers: the same losses to 1e-5")
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0), (3, 2)])
+def test_resumed_on_other_processes(
+    world: int, workers: int, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]
+) -> None:
+    # draws of drop path are made for each micro-batch, of which there are others then
+    changes: dict[str, Any] = {"encoder.args.drop_path_rate": 0.0, "optim.global_batch_size": 12}
+    path = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **changes, **{"data.workers": workers})
+    fault = {"point": "save.ends", "nth": 2, "do": "kill"}
+    assert nursery.start("pretrain", path, log=folder / "log", world=2, fault=fault).wait()[0] == -9
+    nursery.start("pretrain", path, "--resume", "auto", log=folder / "log", world=world).ends_well()
+    assert "resumed at step 6" in (folder / "log").read_text()
+    expected = reference("pretrain", 1, **changes).losses["metrics.jsonl"]
+    found = [m["loss"] for m in read_metrics(folder / "run")]
+    np.testing.assert_allclose(found, [float.fromhex(v) for _, v in expected], rtol=1e-5)
+
+
+def damaged(path: Path, how: str) -> str:
+    """Do it, and what the warning must say."""
+    if how == "missing":
+        import shutil
+
+        shutil.rmtree(path)
+        return ""
+    name = {"manifest": checkpoint.MANIFEST}.get(how, "model.safetensors")
+    file = path / name
+    data = bytearray(file.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    elif how == "truncated":
+        data = data[: len(data) // 2]
+    elif how == "manifest":
+        data = data[:20]
+    else:
+        file.unlink()
+        return f"{path.name}: {name} is missing"
+    file.write_bytes(data)
+    return f"{path.name}: {name} " + (
+        "is missing or unreadable" if how == "manifest" else "does not match its checksum"
+    )
+
+
+@pytest.mark.promise("A truncated, bit-flipped or missing newest checkpoint: the one before is used, the file is named")
+@pytest.mark.parametrize("how", ["truncated", "flipped", "file removed", "manifest", "missing"])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_damaged_checkpoint(
+    job: str, how: str, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]
+) -> None:
+    path = RECIPES[job](shards, folder / "r.yaml", folder / "run")
+    fault = {"point": "save.ends", "nth": 3, "do": "kill"}
+    assert nursery.start(job, path, log=folder / "log", world=2, fault=fault).wait()[0] == -9
+    inner = folder / "run" / ("" if job == "pretrain" else "scratch-seed0") / "checkpoints"
+    newest, before = checkpoint.steps(inner)
+    warning = damaged(newest, how)
+    goes_on(nursery, job, path, folder, 2, reference(job, 2))
+    said = (folder / "log").read_text()
+    assert f"resumed at step {int(before.name[5:])}" in said
+    if warning:
+        assert f"{warning}; the checkpoint before it is used" in said
+        assert said.count(warning) == 1, "one process says so"

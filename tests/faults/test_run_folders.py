@@ -1,0 +1,238 @@
+"""Who may write into a run folder, what may change when a run goes on, and what a full disk leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mpp
+from mpp import checkpoint
+from mpp.errors import UserError
+from mpp.runfolder import Lock
+from tests.conftest import drawn_image, encoded, pretrain_recipe
+from tests.faults.conftest import RECIPES
+from tests.faults.processes import Job, Left, Nursery, left, steps_logged
+
+JOBS = ["pretrain", "finetune"]
+MOUNTS = shutil.which("mount") is not None and os.geteuid() == 0
+
+
+def records_of(job: str, out: Path) -> Path:
+    return out if job == "pretrain" else out / "scratch-seed0"
+
+
+def stopped(job: Job) -> None:
+    for pid in job.pids:
+        os.kill(pid, signal.SIGKILL)
+    job.wait()
+
+
+@pytest.mark.promise(
+    "Two runs into one folder: the second is refused, whoever holds it is named; a dead run holds nothing"
+)
+@pytest.mark.parametrize("job", JOBS)
+def test_two_runs_into_one_folder(job: str, nursery: Nursery, shards: Path, folder: Path) -> None:
+    path, out = (
+        RECIPES[job](shards, folder / "r.yaml", folder / "run", **{"optim.steps": 100000, "data.workers": 2}),
+        folder / "run",
+    )
+    first = nursery.start(job, path, log=folder / "log", world=2)
+    first.until(lambda: steps_logged(records_of(job, out)) > 2)
+    for words in (["--resume", "auto"], ["--resume", "never"]):
+        for world in (1, 2):
+            second = nursery.start(job, path, *words, log=folder / "second", world=world)
+            assert set(second.wait()) == {2}, second.said()
+            said = (folder / "second").read_text()
+            (folder / "second").unlink()
+            assert len(said.splitlines()) == 1, said
+            if words[1] == "auto":
+                assert f"out: {out}: process {first.pids[0]} on " in said
+    assert json.loads((out / "status.json").read_text())["state"] == "running", "the first is as it was"
+    assert None in first.codes()
+    stopped(first)  # its workers live on for a moment
+    again = nursery.start(job, path, "--resume", "auto", log=folder / "log")
+    again.until(
+        lambda: (folder / "log").read_text().count("steps; resumed") > 0 or steps_logged(records_of(job, out)) > 5
+    )
+    stopped(again)
+
+
+@pytest.mark.promise(
+    "Two runs into one folder: the second is refused, whoever holds it is named; a dead run holds nothing"
+)
+def test_two_that_begin_at_once(nursery: Nursery, shards: Path, folder: Path) -> None:
+    path = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **{"optim.steps": 300})
+    runs = [nursery.start("pretrain", path, log=folder / f"log{i}") for i in range(6)]
+    codes = [run.wait()[0] for run in runs]
+    assert sorted(codes) == [0, 2, 2, 2, 2, 2], [run.said() for run in runs]
+
+
+@pytest.mark.promise(
+    "Two runs into one folder: the second is refused, whoever holds it is named; a dead run holds nothing"
+)
+def test_one_process_does_not_lock_itself_out_nor_in(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    lock = Lock(out)
+    with pytest.raises(UserError, match="this process writes into it already"):
+        Lock(out)
+    lock.release()
+    with pytest.raises(UserError, match="stopped before the update"):
+        mpp.pretrain(pretrain_recipe(shards, out, **{"optim.base_lr": 1e20, "optim.warmup_steps": 0}))
+    Lock(out).release()  # given back when a run fails, too
+
+
+@pytest.mark.promise("A recipe or data that changed are refused with the difference, and the folder is left as it was")
+@pytest.mark.parametrize("job", JOBS)
+def test_what_changed_is_refused(job: str, nursery: Nursery, folder: Path) -> None:
+    (folder / "shards").mkdir()
+    for n in range(3):
+        images = {f"{i:03d}": (encoded(drawn_image(i), "PNG"), str(i % 2)) for i in range(20 * n, 20 * n + 20)}
+        labeled_shard(folder / "shards" / f"shard-{n:06d}.tar", images)
+    path, out = RECIPES[job](folder / "shards", folder / "r.yaml", folder / "run"), folder / "run"
+    nursery.start(job, path, log=folder / "log", world=2).ends_well()
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    def refused(*words: str) -> str:
+        run = nursery.start(job, path, "--resume", "auto", *words, log=folder / "refused", world=2)
+        assert set(run.wait()) == {2}
+        said = run.said()
+        (folder / "refused").unlink()
+        assert {p: p.read_bytes() for p in before} == before
+        assert "Traceback" not in said
+        return said
+
+    said = refused("optim.base_lr=0.5", "data.image_size=24")
+    assert "optim.base_lr: was 0.0" in said
+    assert "now 0.5" in said
+    assert "data.image_size: was [16, 16], now [24, 24]" in said
+    images = {f"{i:03d}": (encoded(drawn_image(90 + i), "PNG"), str(i % 2)) for i in range(21)}
+    labeled_shard(folder / "shards" / "shard-000001.tar", images)
+    assert "changed since" in refused()
+
+
+def labeled_shard(path: Path, images: dict[str, tuple[bytes, str]]) -> None:
+    import io
+    import tarfile
+
+    with tarfile.open(path, "w") as tar:
+        for name, (data, label) in images.items():
+            for suffix, content in (("png", data), ("cls", label.encode())):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.promise("A checkpoint of another format is refused with both numbers")
+def test_another_format(nursery: Nursery, shards: Path, folder: Path) -> None:
+    path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run"), folder / "run"
+    nursery.start("pretrain", path, log=folder / "log").ends_well()
+    for step in checkpoint.steps(out / "checkpoints"):
+        state = json.loads((step / "state.json").read_text())
+        (step / "state.json").write_text(json.dumps({**state, "format": 1}))
+        manifest = json.loads((step / checkpoint.MANIFEST).read_text())
+        manifest["state.json"] = checkpoint._sha256(step / "state.json")
+        (step / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    run = nursery.start("pretrain", path, "--resume", "auto", log=folder / "again", world=2)
+    assert set(run.wait()) == {2}
+    assert f"checkpoint format 1; this version reads {checkpoint.FORMAT}" in run.said()
+    assert len(run.said().splitlines()) == 1
+
+
+# ---- no space, no permission
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Path]:
+    """2 MB of it."""
+    if not MOUNTS:
+        pytest.skip("mounting a file system of 2 MB takes root")
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def unsaved_run(
+    job: str, way: str, policy: str, nursery: Nursery, shards: Path, folder: Path, place: Path
+) -> tuple[Job, Path, Callable[..., Job]]:
+    """A run that was stopped after two checkpoints, and goes on where no third can be written."""
+    changes: dict[str, Any] = {"if_unsaved": policy, "optim.steps": 14}
+    path, out = RECIPES[job](shards, folder / "r.yaml", place / "run", **changes), place / "run"
+    fault = {"point": "save.ends", "nth": 3, "do": "kill"}
+    assert nursery.start(job, path, log=folder / "log", world=2, fault=fault).wait()[0] == -9
+    options: dict[str, Any] = {}
+    if way == "full":
+        free = shutil.disk_usage(place).free
+        (place / "filler").write_bytes(bytes(free - 40_000))
+    elif way == "quota":
+        options["file_bytes"] = 40_000
+    else:
+        checkpoints = records_of(job, out) / "checkpoints"
+        checkpoints.chmod(0o555)
+        options["bound_by_modes"] = True
+
+    def go_on(**more: Any) -> Job:
+        return nursery.start(job, path, "--resume", "auto", log=folder / "again", world=2, **options, **more)
+
+    return go_on(), out, go_on
+
+
+@pytest.mark.promise(
+    "Full disk, quota or a read-only folder while saving: checkpoints stay, path and free space are named"
+)
+@pytest.mark.parametrize("policy", ["stop", "go_on"])
+@pytest.mark.parametrize("way", ["full", "quota", "read-only"])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_checkpoint_that_cannot_be_written(
+    job: str,
+    way: str,
+    policy: str,
+    nursery: Nursery,
+    shards: Path,
+    folder: Path,
+    small_disk: Path,
+    reference: Callable[..., Left],
+) -> None:
+    run, out, _ = unsaved_run(job, way, policy, nursery, shards, folder, small_disk)
+    codes, said = run.wait(), run.said()
+    assert set(codes) == {2}, said
+    assert "Traceback" not in said, said
+    saves = records_of(job, out) / "checkpoints"
+    if way == "read-only":
+        saves.chmod(0o755)
+    line = next(text for text in said.splitlines() if "cannot be saved" in text)
+    assert f"{saves}/step-000000" in line
+    assert "GB free there" in line
+    assert [checkpoint.broken(p) for p in checkpoint.steps(saves)] == [None, None], "those before are intact"
+    assert not list(saves.glob("*.tmp")), "nothing is left of the one that failed"
+    assert ("going on, as if_unsaved says" in said) == (policy == "go_on")
+    last = max(
+        json.loads(text)["step"]
+        for text in (records_of(job, out) / "metrics.jsonl").read_text().splitlines()
+        if text.endswith("}")
+    )
+    if way != "full":  # the lines of the metrics wait for space
+        assert last == (14 if policy == "go_on" else 12 if job == "pretrain" else 9)
+    (small_disk / "filler").unlink(missing_ok=True)
+    path = folder / "r.yaml"
+    nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2).ends_well()
+    assert left(out) == reference(job, 2, **{"optim.steps": 14})
+
+
+@pytest.mark.promise("A place where nothing can be written is refused before the first step, in one line")
+@pytest.mark.parametrize("job", JOBS)
+def test_a_place_that_cannot_be_written(job: str, nursery: Nursery, shards: Path, folder: Path) -> None:
+    (folder / "closed").mkdir(mode=0o555)
+    path = RECIPES[job](shards, folder / "r.yaml", folder / "closed" / "run")
+    run = nursery.start(job, path, log=folder / "log", world=2, bound_by_modes=True)
+    assert set(run.wait()) == {2}
+    assert run.said() == f"out: {folder}/closed/run: Permission denied\n"
