@@ -56,9 +56,7 @@ def _happen(fault: dict[str, Any], file: Path | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        case "hang":
-            time.sleep(3600)
-        case "raise":
-            raise RuntimeError("a fault, as asked for")
+        case "sleep":
+            time.sleep(fault["seconds"])
         case other:
             raise ValueError(f"MPP_FAULT: {other}: no such thing to do")

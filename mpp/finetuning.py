@@ -27,7 +27,7 @@ from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import nn
 
-from mpp import checkpoint, distributed, exporting, lora, nonfinite, registry
+from mpp import checkpoint, distributed, exporting, faults, lora, nonfinite, registry
 from mpp.data.dense import (
     DenseDataset,
     Detected,
@@ -508,6 +508,7 @@ def _run_cell(
     given_up = state["given_up"]
     step, began, steps_since = start_step, time.monotonic(), 0
     while step < total_steps and not given_up:
+        faults.point("train.step_begins")
         prepared.train()  # also after a measurement
         model.encoder.train(step >= thaws_at)  # a frozen one keeps its batch norms' statistics, too
         micro_losses, bad_lines, micro_batches = [], [], []
@@ -609,8 +610,9 @@ def _run_cell(
                     raise
                 log.say(f"warning: {error}; going on, as if_unsaved says")
         if stopping and step < total_steps and not given_up:
-            log.say(f"stopped at step {step}; go on with --resume auto")
-            log.status("stopped", step=step)
+            why = control.stop_request.by or "a signal to another process"
+            log.say(f"stopped at step {step} by {why}; go on with --resume auto")
+            log.status("stopped", step=step, why=why)
             return None
 
     # ---- the verdict, after the last step or the one that was best on training images held out: none is chosen by

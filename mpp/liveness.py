@@ -30,7 +30,7 @@ from mpp.errors import UserError, one_line
 BEAT_S = 1.0
 SILENT_S = 5.0
 """Without a beat for so long, while another process looks, one is gone or stopped (a guess)."""
-STORE_TIMEOUT_S = 5.0
+STORE_TIMEOUT_S = 2.0
 GO_ON = "Go on with --resume auto"
 
 
@@ -100,7 +100,7 @@ class Watch:
             return error
         if "DataLoader worker" in str(error):  # raised wherever the main thread is when the worker dies
             said = str(error).splitlines()[0]
-            return UserError(f"data.workers: step {self._step}: {said} Out of memory? {GO_ON}")
+            return UserError(f"data.workers: {said} Out of memory? {GO_ON}")
         if self.world > 1 and (isinstance(error, torch.distributed.DistError) or _of_exchange(error)):
             return UserError(f"step {self._step}: {self._who(error)}. {GO_ON}")
         return error
@@ -133,13 +133,23 @@ class Watch:
     def _states(self) -> dict[int, Any]:
         """What each process wrote last; None of one that wrote nothing, or cannot be asked for."""
         found: dict[int, Any] = dict.fromkeys(range(self.world))
+        if self._store is None:
+            return found
+        # beside this thread: of a store whose process is stopped an answer never comes, whatever its timeout
+        asking = threading.Thread(target=self._ask, args=(self._store, found), daemon=True)
+        asking.start()
+        asking.join(STORE_TIMEOUT_S)
+        if asking.is_alive():
+            self._store = None
+        return dict(found)
+
+    def _ask(self, store: Any, found: dict[int, Any]) -> None:
         try:
-            for rank in range(self.world if self._store is not None else 0):
+            for rank in range(self.world):
                 key = self._key(rank)
-                found[rank] = json.loads(self._store.get(key)) if self._store.check([key]) else None
+                found[rank] = json.loads(store.get(key)) if store.check([key]) else None
         except RuntimeError:  # it went down with the process that held it
             self._store = None
-        return found
 
     def _named(self, rank: int, states: dict[int, Any]) -> str:
         state = states[rank] or self._known.get(rank)

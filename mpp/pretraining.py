@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mpp import checkpoint, distributed, exporting, nonfinite
+from mpp import checkpoint, distributed, exporting, faults, nonfinite
 from mpp.build import build_mask, build_model
 from mpp.data.images import ShardImages, held_out_rows
 from mpp.data.labeled import open_labeled
@@ -188,6 +188,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     stop_request = until_the_end.enter_context(distributed.stop_on_signals())
     statistics = nonfinite.running_statistics(model) if recipe.max_skipped_steps else []
     while step < total_steps:
+        faults.point("train.step_begins")
         seen = step * optim.global_batch_size
         micro_losses, bad_lines, micro_batches, replaced = [], [], [], 0
         before = [value.clone() for value in statistics]

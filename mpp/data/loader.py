@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -128,6 +132,11 @@ class PretrainDataset(Dataset[Batch]):
         )
 
 
+QUIET_S = 0.05
+"""Before workers are forked. Just after an exchange threads of gloo's enter Python, and a CPython (3.11) that is forked
+then may leave the child waiting for ever for a lock that such a thread had: 3 of some 20,000 forks."""
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -158,12 +167,33 @@ def batches(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_serve_the_parent_alone,
     )
+    if workers and dist.is_available() and dist.is_initialized():
+        time.sleep(QUIET_S)
     try:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise UserError(f"data.workers: {str(error).splitlines()[0]} (out of memory?)") from error
-        raise
+    except (RuntimeError, EOFError, OSError) as error:
+        if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            raise
+        died: BaseException = error
+        if not isinstance(
+            error, RuntimeError
+        ):  # it died while it handed over a batch; the system says so a little later
+            try:
+                time.sleep(1)
+            except RuntimeError as told:
+                died = told
+        said = str(died).splitlines()[0] if str(died) else type(died).__name__
+        raise UserError(f"data.workers: {said} Out of memory? Go on with --resume auto") from error
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Workers ignore the SIGTERM with which multiprocessing ends them when an error ends their parent."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises
+    for child in workers:
+        child.kill()

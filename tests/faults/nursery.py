@@ -1,7 +1,7 @@
 """A process that has imported everything once and forks real processes that run `mpp …`: started in milliseconds.
 
 Requests come as lines of JSON on standard input, answers go to standard output:
-    {"words": [...], "env": {...}, "log": PATH, "bound_by_modes": bool, "file_bytes": N or null}  ->  {"pid": N}
+    {"words": [...], "env": {...}, "log": PATH, "bound_by_modes": bool, "record": PATH or null, "file_bytes": N or null}  ->  {"pid": N}
     {"pid": N}  ->  {"code": exit status, negative for a signal, or null while it runs}
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import hashlib
 import json
 import os
 import resource
 import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import accelerate.utils  # noqa: F401
@@ -25,7 +27,7 @@ import torchvision.transforms.v2  # noqa: F401
 import mpp.evaluating
 import mpp.finetuning
 import mpp.pretraining
-import mpp.replaying  # noqa: F401
+import mpp.replaying
 
 torch.set_num_threads(1)
 
@@ -45,6 +47,23 @@ def obey_modes() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
+def recording(batches: Callable[..., Iterator[Any]], path: str) -> Callable[..., Iterator[Any]]:
+    """Writes a line for each sample that is trained on: position, shard, row, and checksums of crop, mask and noise."""
+
+    def digest(t: torch.Tensor) -> str:
+        return hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+    def recorded(*args: Any, **options: Any) -> Iterator[Any]:
+        for batch in batches(*args, **options):
+            with open(path, "a") as lines:
+                for i, position in enumerate(batch.positions.tolist()):
+                    made = (digest(t[i]) for t in (batch.images, batch.mask, batch.noise))
+                    print(position, *batch.samples[i].tolist(), *made, file=lines)
+            yield batch
+
+    return recorded
+
+
 def child(request: dict[str, Any]) -> None:
     os.setsid()
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -57,6 +76,8 @@ def child(request: dict[str, Any]) -> None:
     if request.get("bound_by_modes"):
         obey_modes()
     faulthandler.register(signal.SIGUSR2)  # what a job that hangs was doing
+    if request.get("record"):
+        mpp.pretraining.batches = recording(mpp.pretraining.batches, request["record"])  # type: ignore[attr-defined]
     sys.argv = ["mpp", *request["words"]]
     from mpp.cli import main
 

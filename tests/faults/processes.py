@@ -59,9 +59,14 @@ class Nursery:
         env: dict[str, str] | None = None,
         fault: dict[str, Any] | None = None,
         bound_by_modes: bool = False,
+        record: Path | None = None,
         file_bytes: int | None = None,
     ) -> Job:
-        """`mpp WORDS` on so many ranks; its output goes to `log`. fault: see mpp/faults.py."""
+        """`mpp WORDS` on so many ranks; its output goes to `log`.
+
+        fault: see mpp/faults.py. bound_by_modes: as a user who is not root. file_bytes: of a file, at most. record:
+        a file that gets a line for each sample of pretraining.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         shared = dict(env or {})
         if fault:
@@ -80,6 +85,7 @@ class Nursery:
                 log=str(log),
                 bound_by_modes=bound_by_modes,
                 file_bytes=file_bytes,
+                record=str(record) if record else None,
             )
             pids_of.append(answer["pid"])
         return Job(self, pids_of, log)

@@ -149,17 +149,35 @@ def test_killed_at_random(
     goes_on(nursery, job, path, folder, 2, reference(job, 2, **changes))
 
 
-@pytest.mark.promise("Resumed on 1, 2 or 3 processes with 0 or 2 workers: the same losses to 1e-5")
+@pytest.mark.promise(
+    "Resumed on 1, 2 or 3 processes with 0 or 2 workers: the same samples, crops and masks; losses to 1e-5"
+)
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0), (3, 2)])
 def test_resumed_on_other_processes(
-    world: int, workers: int, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]
+    world: int,
+    workers: int,
+    nursery: Nursery,
+    shards: Path,
+    folder: Path,
+    reference: Callable[..., Left],
+    record_property: Callable[[str, object], None],
 ) -> None:
     # draws of drop path are made for each micro-batch, of which there are others then
     changes: dict[str, Any] = {"encoder.args.drop_path_rate": 0.0, "optim.global_batch_size": 12}
     path = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **changes, **{"data.workers": workers})
     fault = {"point": "save.ends", "nth": 2, "do": "kill"}
-    assert nursery.start("pretrain", path, log=folder / "log", world=2, fault=fault).wait()[0] == -9
-    nursery.start("pretrain", path, "--resume", "auto", log=folder / "log", world=world).ends_well()
+    record = folder / "samples"
+    assert nursery.start("pretrain", path, log=folder / "log", world=2, fault=fault, record=record).wait()[0] == -9
+    # those of the steps that are done again count once; kills do not fall between two steps
+    done = [line for line in record.read_text().splitlines() if int(line.split()[0]) < 6 * 12]
+    record.unlink()
+    again = nursery.start("pretrain", path, "--resume", "auto", log=folder / "log", world=world, record=record)
+    again.ends_well()
+    whole = folder / "whole"
+    one = RECIPES["pretrain"](shards, folder / "one.yaml", folder / "one", **changes)
+    nursery.start("pretrain", one, log=folder / "log", record=whole).ends_well()
+    assert sorted(done + record.read_text().splitlines()) == sorted(whole.read_text().splitlines())
+    record_property("samples compared", 12 * 12)
     assert "resumed at step 6" in (folder / "log").read_text()
     expected = reference("pretrain", 1, **changes).losses["metrics.jsonl"]
     found = [m["loss"] for m in read_metrics(folder / "run")]

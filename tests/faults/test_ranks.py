@@ -1,0 +1,230 @@
+"""One process of several dies, hangs or computes nonsense: the others end, and say which."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mpp.liveness import SILENT_S
+from mpp.metrics import read_metrics
+from tests.conftest import drawn_image, encoded
+from tests.data.test_loader import shard_of
+from tests.faults.conftest import RECIPES
+from tests.faults.processes import Left, Nursery, left, steps_logged
+
+JOBS = ["pretrain", "finetune"]
+HANG_TIMEOUT_S = 5
+
+
+def records_of(job: str, out: Path) -> Path:
+    return out if job == "pretrain" else out / "scratch-seed0"
+
+
+def status(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "status.json").read_text())
+    return found
+
+
+@pytest.mark.promise("A killed rank: the others end within 10 s and name it, with and without loader workers")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_rank(victim: int, workers: int, nursery: Nursery, shards: Path, folder: Path) -> None:
+    changes = {"optim.steps": 100000, "data.workers": workers, "optim.global_batch_size": 12}
+    path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
+    run = nursery.start("pretrain", path, log=folder / "log", world=3)
+    run.until(lambda: steps_logged(out) >= 5)
+    os.kill(run.pids[victim], signal.SIGKILL)
+    codes = run.wait(10)
+    assert codes == [-9 if rank == victim else 2 for rank in range(3)], run.said()
+    assert f"process {victim} (pid {run.pids[victim]} on " in run.said()
+    if victim:
+        assert status(out)["state"] == "failed"
+        assert f"process {victim} (pid" in status(out)["why"]
+
+
+@pytest.mark.promise(
+    "A rank that hangs, or is stopped: the others end within hang_timeout_s and 10 s, name it, and leave its stacks"
+)
+@pytest.mark.parametrize("how", ["sleep", "stop"])
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_hanging_rank(job: str, victim: int, how: str, nursery: Nursery, shards: Path, folder: Path) -> None:
+    path = RECIPES[job](shards, folder / "r.yaml", folder / "run", hang_timeout_s=HANG_TIMEOUT_S)
+    out, records = folder / "run", records_of(job, folder / "run")
+    fault = {"point": "train.step_begins", "nth": 6, "rank": victim, "do": how, "seconds": 600}
+    run = nursery.start(job, path, log=folder / "log", world=2, fault=fault)
+    run.until(lambda: steps_logged(records) >= 5)
+    began = time.monotonic()
+    run.until(lambda: run.codes()[1 - victim] is not None, HANG_TIMEOUT_S + SILENT_S + 5)
+    assert run.codes()[1 - victim] == 2, run.said()
+    assert time.monotonic() - began < HANG_TIMEOUT_S + 10
+    said = run.said()
+    run.kill()
+    run.wait()
+    assert f"process {victim} (pid {run.pids[victim]} on " in said, said
+    assert "Traceback" not in said
+    if victim == 1:
+        assert status(records)["state"] == "failed"
+        assert "process 1 (pid" in status(records)["why"]
+    stacks = [p.read_text() for p in out.glob("hang-rank*.txt")]
+    assert any("_run_cell" in s or "_pretrain" in s for s in stacks), stacks
+
+
+def workers_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.promise("A killed loader worker: one clear line, every rank ends, and the run goes on bit-equal")
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_killed_loader_worker(
+    job: str, rank: int, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]
+) -> None:
+    changes = {"optim.steps": 300, "data.workers": 2, "checkpoint_every_steps": 50}
+    if job == "finetune":
+        changes["early_stop.every_steps"] = 300
+    path, out = RECIPES[job](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
+    records = records_of(job, out)
+    run = nursery.start(job, path, log=folder / "log", world=2)
+    run.until(lambda: steps_logged(records) >= 60)
+    os.kill(workers_of(run.pids[rank])[0], signal.SIGKILL)
+    assert run.wait(30) == [2, 2], run.said()
+    lines = [text for text in run.said().splitlines() if "data.workers" in text]
+    assert any("DataLoader worker" in text and "--resume auto" in text for text in lines), run.said()
+    assert "Traceback" not in run.said(), run.said()
+    assert status(records)["state"] == "failed"
+    nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2).ends_well()
+    assert left(out) == reference(job, 2, **changes)
+
+
+# ---- a loss that is not finite
+
+
+BLINDING = {"data.mean": [0.0, 0.0, 0.0], "data.std": [1e-37, 1e-37, 1e-37], "optim.warmup_steps": 0}
+"""Under it a black image is zeros, and the square of any other is not finite."""
+
+
+@pytest.fixture
+def one_white(folder: Path) -> Path:
+    """47 black images and a white one."""
+    images = [encoded(Image.new("RGB", (24, 24), (255,) * 3 if i == 20 else (0,) * 3), "PNG") for i in range(48)]
+    return shard_of(folder / "black.tar", images)
+
+
+def blinded(job: str, shards: Path, one_white: Path, folder: Path, **changes: Any) -> Path:
+    from mpp.recipe import apply_overrides
+
+    if job == "pretrain":
+        plain = {"target": {"name": "pixels"}, "extra_targets": [], "data.held_out": 4, **BLINDING}
+        return RECIPES[job](one_white, folder / "r.yaml", folder / "run", **plain, **changes)
+    del apply_overrides
+    return RECIPES[job](shards, folder / "r.yaml", folder / "run", **changes)
+
+
+@pytest.mark.promise(
+    "A loss that is not finite on one rank: no rank makes the update; `mpp replay` runs the step again"
+)
+def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, shards: Path, folder: Path) -> None:
+    path, out = blinded("pretrain", shards, one_white, folder), folder / "run"
+    run = nursery.start("pretrain", path, log=folder / "log", world=2)
+    assert run.wait() == [2, 2], run.said()
+    assert "Traceback" not in run.said(), run.said()
+    assert "stopped before the update" in run.said()
+    assert status(out)["state"] == "failed"
+    (kept,) = (out / "non-finite").iterdir()
+    records = [json.loads((kept / f"rank{r}.json").read_text()) for r in range(2)]
+    finite = [all(np.isfinite(float(v)) for micro in r["losses"] for v in micro) for r in records]
+    assert sorted(finite) == [False, True], "one of them alone"
+    for file in kept.glob("model.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(file).values() if t.is_floating_point())
+    replayed = nursery.start("replay", out, log=folder / "replay")
+    replayed.ends_well()
+    said = replayed.said()
+    assert "as in the run" in said.splitlines()[-1]
+    assert f"process {finite.index(False)}, micro-batch" in said
+    assert "loss nan; in the run nan" in said, said
+    assert "alone, too: " in said
+    assert "image-20.jpg" in said
+    wrong = nursery.start("replay", out, "--step", "999", log=folder / "wrong")
+    assert wrong.wait() == [2]
+    assert wrong.said() == f"--step 999: not kept; allowed: {int(kept.name[5:])}\n"
+
+
+@pytest.mark.promise(
+    "max_skipped_steps: steps that are not finite are left out on every rank, and counted; then it stops"
+)
+def test_skipped_steps(nursery: Nursery, one_white: Path, shards: Path, folder: Path) -> None:
+    path, out = blinded("pretrain", shards, one_white, folder, max_skipped_steps=50), folder / "run"
+    nursery.start("pretrain", path, log=folder / "log", world=2).ends_well()
+    records = read_metrics(out)
+    skipped = [m["step"] for m in records if m["loss"] is None]
+    assert skipped
+    assert records[-1]["skipped_steps"] == len(skipped)
+    weights = load_file(out / "encoder" / "model.safetensors")
+    assert all(t.isfinite().all() for t in weights.values())
+    # on one process, and interrupted: the same steps are left out, the same are made
+    one = RECIPES["pretrain"](
+        one_white, folder / "one.yaml", folder / "one", target={"name": "pixels"}, extra_targets=[],
+        max_skipped_steps=50, **{"data.held_out": 4, **BLINDING},
+    )  # fmt: skip
+    fault = {"point": "save.ends", "nth": 3, "do": "kill"}
+    assert nursery.start("pretrain", one, log=folder / "log", world=2, fault=fault).wait()[0] == -9
+    nursery.start("pretrain", one, "--resume", "auto", log=folder / "log", world=2).ends_well()
+    again = load_file(folder / "one" / "encoder" / "model.safetensors")
+    assert all(torch.equal(weights[k], again[k]) for k in weights)
+    assert [m["loss"] is None for m in read_metrics(folder / "one")] == [m["loss"] is None for m in records]
+
+
+# ---- shares that do not come out even
+
+
+@pytest.mark.promise(
+    "Uneven and few shards, epochs that do not divide: no hang, no loss, each sample at most once an epoch"
+)
+@pytest.mark.parametrize("sizes", [[1, 7, 30], [3], [40, 1], [1] * 9, [2]])
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 2)])
+def test_shares(
+    sizes: list[int],
+    world: int,
+    workers: int,
+    nursery: Nursery,
+    folder: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    (folder / "shards").mkdir()
+    for n, size in enumerate(sizes):
+        shard_of(folder / "shards" / f"{n}.tar", [encoded(drawn_image(100 * n + i), "JPEG") for i in range(size)])
+    changes = {"data.held_out": 1, "data.workers": workers, "optim.global_batch_size": 12, "optim.steps": 7}
+    path = RECIPES["pretrain"](folder / "shards", folder / "r.yaml", folder / "run", **changes)
+    nursery.start("pretrain", path, log=folder / "log", world=world, record=folder / "samples").ends_well()
+    lines = [tuple(map(int, text.split()[:3])) for text in (folder / "samples").read_text().splitlines()]
+    assert sorted(p for p, _, _ in lines) == list(range(7 * 12)), "every position once"
+    samples = {p: (s, r) for p, s, r in lines}
+    trained = sum(sizes) - 1
+    for epoch in range(7 * 12 // trained):
+        of_epoch = [samples[p] for p in range(epoch * trained, (epoch + 1) * trained)]
+        assert len(set(of_epoch)) == trained, "every sample once an epoch"
+    record_property("samples", 7 * 12)
+
+
+@pytest.mark.promise("Too few images to hold any out are refused in one line on every rank")
+def test_one_sample(nursery: Nursery, folder: Path) -> None:
+    (folder / "shards").mkdir()
+    shard_of(folder / "shards" / "0.tar", [encoded(drawn_image(0), "JPEG")])
+    path = RECIPES["pretrain"](folder / "shards", folder / "r.yaml", folder / "run", **{"data.held_out": 1})
+    run = nursery.start("pretrain", path, log=folder / "log", world=2)
+    assert run.wait() == [2, 2]
+    assert "data.held_out: 1 of only 1 images" in run.said()

@@ -1,0 +1,129 @@
+"""Asked to stop, a run saves within a step and says so; asked twice, it stops at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpp import checkpoint
+from tests.conftest import ROOT
+from tests.faults.conftest import RECIPES
+from tests.faults.processes import Left, Nursery, free_port, left, steps_logged
+
+JOBS = ["pretrain", "finetune"]
+LONG = {"optim.steps": 400, "checkpoint_every_steps": 10000}
+SAVED = "SIGTERM or SIGINT, to one rank or to all: a checkpoint after the step, exit code 0, status.json says so"
+
+
+def records_of(job: str, out: Path) -> Path:
+    return out if job == "pretrain" else out / "scratch-seed0"
+
+
+def status(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "status.json").read_text())
+    return found
+
+
+@pytest.mark.promise(SAVED)
+@pytest.mark.parametrize("which", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_signal_saves(
+    job: str,
+    number: signal.Signals,
+    which: list[int],
+    nursery: Nursery,
+    shards: Path,
+    folder: Path,
+    reference: Callable[..., Left],
+) -> None:
+    changes = {**LONG, **({"early_stop.every_steps": 200} if job == "finetune" else {})}
+    path, out = RECIPES[job](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
+    records = records_of(job, out)
+    run = nursery.start(job, path, log=folder / "log", world=2)
+    run.until(lambda: steps_logged(records) >= 5)
+    at = steps_logged(records)
+    for rank in which:
+        os.kill(run.pids[rank], number)
+    assert run.wait(30) == [0, 0], run.said()
+    (saved,) = checkpoint.steps(records / "checkpoints")
+    step = int(saved.name[5:])
+    assert step == steps_logged(records) == status(records)["step"] < at + 100
+    why = number.name if 0 in which else "a signal to another process"
+    for place in {out, records}:
+        assert (status(place)["state"], status(place)["why"]) == ("stopped", why)
+    nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2).ends_well()
+    assert left(out) == reference(job, 2, **changes)
+
+
+@pytest.mark.promise(
+    "A second SIGINT stops at once, unsaved, with exit code 130; status.json says so, and the run goes on"
+)
+@pytest.mark.parametrize("job", JOBS)
+def test_a_second_sigint_stops_at_once(
+    job: str, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]
+) -> None:
+    path, out = RECIPES[job](shards, folder / "r.yaml", folder / "run"), folder / "run"
+    records = records_of(job, out)
+    fault = {"point": "train.step_begins", "nth": 9, "do": "sleep", "seconds": 60}
+    run = nursery.start(job, path, log=folder / "log", world=2, fault=fault)
+    run.until(lambda: steps_logged(records) >= 8)
+    began = time.monotonic()
+    for pid in run.pids:
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.3)
+    for pid in run.pids:  # the same Ctrl-C, passed on by a launcher
+        os.kill(pid, signal.SIGINT)
+    time.sleep(1.0)
+    assert run.codes() == [None, None], "still in the step that it was asked to finish"
+    for pid in run.pids:
+        os.kill(pid, signal.SIGINT)
+    codes = run.wait(20)
+    assert codes[0] == 130, run.said()
+    assert codes[1] in (130, 2), run.said()
+    assert time.monotonic() - began < 20
+    assert (status(records)["state"], status(records)["why"]) == ("stopped", "interrupted, without saving")
+    assert checkpoint.steps(records / "checkpoints")[0].name == "step-00000006"
+    nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2).ends_well()
+    assert left(out) == reference(job, 2)
+
+
+@pytest.mark.promise("Under torchrun: SIGTERM to it, or Ctrl-C to its whole group, saves; the run goes on bit-equal")
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGINT to the group"])
+def test_under_torchrun(how: str, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]) -> None:
+    path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **LONG), folder / "run"
+    with open(folder / "log", "w") as log:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+             "-m", "mpp", "pretrain", str(path)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 100
+        while steps_logged(out) < 5:
+            assert run.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        if how == "SIGTERM to torchrun":
+            run.terminate()
+        else:
+            os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(30) == 1, "torchrun's own code after a signal"
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert status(out)["state"] == "stopped", (folder / "log").read_text()
+    (saved,) = checkpoint.steps(out / "checkpoints")
+    assert status(out)["step"] == int(saved.name[5:])
+    nursery.start("pretrain", path, "--resume", "auto", log=folder / "log", world=2).ends_well()
+    assert left(out) == reference("pretrain", 2, **LONG)
