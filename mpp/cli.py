@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import mpp
-from mpp.errors import MppWarning, ToldElsewhere, UserError
+from mpp.errors import MppWarning, ToldElsewhere, UserError, without_secrets
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
 RANK = os.environ.get("RANK", "0")
@@ -19,6 +19,7 @@ RANK = os.environ.get("RANK", "0")
 
 def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
     """Ours are for the user, one line; other people's keep their place in the code."""
+    message = without_secrets(str(message))
     text = f"warning: {message}" if issubclass(category, MppWarning) else f"{filename}:{lineno}: {message}"
     click.echo(text, err=True)
 

@@ -1,8 +1,25 @@
-"""Errors and warnings that speak to the user: one clear line each (what, where, what is allowed)."""
+"""Errors and warnings that speak to the user: one clear line each (what, where, what is allowed), without secrets."""
+
+import re
+
+_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]*@")
+_PARAMETER = re.compile(
+    r"(?i)([?&](?:[^=&\s'\"]*(?:sign|token|key|secret|credential|password|auth|expires)[^=&\s'\"]*"
+    r"|x-amz-[^=&\s'\"]*|x-goog-[^=&\s'\"]*|sig|se|sp|sv|sr|st|spr|skoid|sktid|skt|ske|sks|skv)=)[^&\s'\"]+"
+)
+"""Of signed URLs: S3, Google and CloudFront by their names, Azure by its short ones."""
+
+
+def without_secrets(text: str) -> str:
+    """The text with the passwords, tokens and signatures of its URLs blotted out."""
+    return _PARAMETER.sub(r"\1***", _IN_URL.sub("***@", text))
 
 
 class UserError(Exception):
     """An input the user can correct. The command line prints each line of it and exits with code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class ToldElsewhere(UserError):
@@ -19,4 +36,4 @@ class MppWarning(UserWarning):
 
 def one_line(error: BaseException) -> str:
     """What somebody else's error says, for a line of ours: without its line breaks, and no more than fits."""
-    return " ".join(str(error).split())[:300]
+    return without_secrets(" ".join(str(error).split()))[:300]

@@ -176,6 +176,11 @@ def encoder_folder(source: str | Path) -> Path:
         return folder
     if cells := sorted(Path(source).glob("*-seed*/encoder")):
         raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {cells[0].parent}")
+    if Path(source).is_file() or any((Path(source) / n).exists() for n in ("pytorch_model.bin", "model.bin")):
+        raise UserError(
+            f"{source}: not a folder with config.json and model.safetensors; pickled weights are never opened, "
+            "since a pickle may run any code"
+        )
     if (Path(source) / "recipe.yaml").exists():
         raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
     raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")

@@ -51,7 +51,7 @@ from mpp.errors import MppWarning, UserError, one_line
 from mpp.liveness import Watch
 from mpp.metrics import RunLog, environment, write_json, write_status
 from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, steps_of, unfreeze
-from mpp.recipe import FinetuneRecipe, PretrainRecipe, flat_keys, load_recipe
+from mpp.recipe import FinetuneRecipe, PretrainRecipe, load_recipe, settings_of
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import DATA, opened
 from mpp.supervised import Dense, Supervised, build, over_views, save
@@ -473,9 +473,7 @@ def _run_cell(
         resumed_at=start_step,
         active=accelerator.is_main_process,
         label=f"{folder.name}  ",
-        trackers=distributed.Trackers(
-            accelerator, recipe.trackers, folder, flat_keys(recipe.model_dump(mode="json")), start_step
-        ),
+        trackers=distributed.Trackers(accelerator, recipe.trackers, folder, settings_of(recipe), start_step),
     )
     control.until_the_end.callback(log.close)
 

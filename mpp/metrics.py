@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mpp import faults
-from mpp.errors import MppWarning, UserError
+from mpp.errors import MppWarning, UserError, without_secrets
 
 PACKAGES = (
     "mpp",
@@ -66,7 +66,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "command": sys.argv,
+        "command": [without_secrets(word) for word in sys.argv],
     }
 
 
@@ -193,13 +193,14 @@ class RunLog:
     def note(self, text: str) -> None:
         """A line of train.log alone."""
         if self.active:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {without_secrets(text)}")
 
     def say(self, text: str) -> None:
         """A line for people: train.log and the terminal."""
         if not self.active:
             return
         self.note(text)
+        text = without_secrets(text)
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         else:

@@ -38,7 +38,7 @@ from mpp.monitor import (
     spread,
 )
 from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of
-from mpp.recipe import PretrainRecipe, flat_keys
+from mpp.recipe import PretrainRecipe, settings_of
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import DATA, opened
 from mpp.types import Batch
@@ -125,7 +125,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         state |= checkpoint.read_state(run.checkpoint)
         start_step = state["step"]
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    settings = flat_keys(recipe.model_dump(mode="json"))
+    settings = settings_of(recipe)
     log = RunLog(
         run.out,
         steps=total_steps,

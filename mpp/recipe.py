@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from mpp import registry
-from mpp.errors import UserError
+from mpp.errors import UserError, without_secrets
 from mpp.types import (
     BelowOne,
     Bool,
@@ -1002,13 +1002,26 @@ def _bounds(key: Key, job: type[BaseModel]) -> str:
 
 
 def dump_recipe(recipe: Job) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back to the same."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved recipe as YAML that `load_recipe` reads back to the same, but for secrets in its URLs."""
+    return yaml.safe_dump(_blotted(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _blotted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _blotted(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_blotted(v) for v in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+def settings_of(recipe: Job) -> dict[str, Any]:
+    """Values by their dotted keys, for trackers: without the secrets of URLs."""
+    return flat_keys(_blotted(recipe.model_dump(mode="json")))
 
 
 def differences(old: Job, new: Job) -> list[str]:
-    """One line for each key that differs and may not change when a run is resumed."""
-    a, b = (flat_keys(r.model_dump(mode="json")) for r in (old, new))
+    """One line for each key that differs and may not change when a run is resumed. A new signature of an URL may."""
+    a, b = (settings_of(r) for r in (old, new))
     return [
         f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
         for key in differing([a, b])

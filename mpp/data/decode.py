@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -153,6 +154,19 @@ def _check_size(width: int, height: int, max_image_pixels: int) -> None:
         raise BadImage(f"{width}×{height} pixels, over max_image_pixels {max_image_pixels}")
 
 
+@contextmanager
+def _ours_is_the_limit() -> Iterator[None]:
+    """Of pixels: Pillow has one of its own, above which it refuses, whatever a recipe allows. Its warnings of damaged
+    metadata are for nobody who has a million images."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
 def decode_pillow(data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int) -> Image.Image:
     """The whole image, upright, in the mode of `channels`. BadImage as in `decode_crop`.
 
@@ -162,8 +176,7 @@ def decode_pillow(data: bytes, *, channels: int, formats: tuple[str, ...], max_i
     if not data:
         raise BadImage("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning; ours is the limit
+        with _ours_is_the_limit():
             image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
             _check_size(image.width, image.height, max_image_pixels)
             image.load()

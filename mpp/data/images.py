@@ -18,6 +18,17 @@ OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit
 REPLACEMENTS = 64  # good neighbours looked for, before a grey image stands in
 
 
+MOST_IMAGE_BYTES = 1 << 30
+"""Of a file that is read at once: 64 megapixels of 16-bit RGBA, uncompressed, are half of it."""
+MOST_LABEL_BYTES = 1 << 20
+
+
+def check_bytes(size: int) -> None:
+    """BadImage for a file that is too large to be read into memory."""
+    if size > MOST_IMAGE_BYTES:
+        raise BadImage(f"a file of {size} bytes; allowed are {MOST_IMAGE_BYTES}")
+
+
 class ShardImages:
     """Indexed local shards. UserError where they cannot be read or hold no image."""
 
@@ -67,13 +78,16 @@ class ShardImages:
         return fd
 
     def read(self, shard: int, row: int) -> bytes:
-        """The bytes of an image."""
+        """The bytes of an image. BadImage where they are too many to be one."""
         offset, size = self.indexes[shard].table[row, :2].tolist()
+        check_bytes(size)
         return os.pread(self._descriptor(shard), size, offset)
 
     def read_label(self, shard: int, row: int) -> tuple[bytes, bool] | None:
         """The bytes of an image's label and whether they are JSON; None where it has none."""
         offset, size, is_json = self.indexes[shard].table[row, 2:].tolist()
+        if size > MOST_LABEL_BYTES:
+            raise UserError(f"{self.name(shard, row)}: a label of {size} bytes; allowed are {MOST_LABEL_BYTES}")
         return (os.pread(self._descriptor(shard), size, offset), bool(is_json)) if size >= 0 else None
 
     def name(self, shard: int, row: int) -> str:

@@ -17,13 +17,14 @@ import stat
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from braceexpand import braceexpand
 
-from mpp.errors import UserError
+from mpp.errors import UserError, without_secrets
 
 IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", re.IGNORECASE)
 LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
@@ -140,14 +141,30 @@ def index_path(shard: str, cache_dir: str | None = None) -> Path:
     return Path(cache_dir) / "indexes" / (hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32] + ".npz")
 
 
-def _read(path: Path) -> ShardIndex | None:
+def _read(path: Path, size_bytes: int) -> ShardIndex | None:
+    """A stored index of a shard of so many bytes; None where it is none, or cannot be of that shard."""
     try:
+        with zipfile.ZipFile(path) as packed:  # what it says of its size, before anything is unpacked
+            if sum(part.file_size for part in packed.infolist()) > size_bytes * 8 * len(COLUMNS) // BLOCK + 10_000:
+                return None
         with np.load(path, allow_pickle=False) as z:
-            if int(z["format"]) == FORMAT and z["table"].shape[1:] == (len(COLUMNS),):
-                return ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            if int(z["format"]) != FORMAT or z["table"].dtype != np.int64 or z["table"].shape[1:] != (len(COLUMNS),):
+                return None
+            found = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]))
+    except (OSError, ValueError, KeyError, EOFError, OverflowError, TypeError, zlib.error, zipfile.BadZipFile):
         return None
-    return None
+    except (NotImplementedError, RuntimeError):  # a zip of another kind, or encrypted
+        return None
+    return found if _plausible(found) else None
+
+
+def _plausible(index: ShardIndex) -> bool:
+    """Whether everything it names lies inside its shard: shards from elsewhere come with indexes from elsewhere."""
+    table, size = index.table, index.size_bytes
+    inside = (table[:, 0] >= BLOCK) & (table[:, 1] >= 0) & (table[:, 1] <= size) & (table[:, 0] <= size - table[:, 1])
+    labeled = table[:, 3] >= 0
+    labels = (table[:, 2] >= BLOCK) & (table[:, 3] <= size) & (table[:, 2] <= size - table[:, 3])
+    return bool(inside.all() and (labels | ~labeled).all())
 
 
 def _write(path: Path, index: ShardIndex) -> bool:
@@ -183,7 +200,7 @@ def index_shard(shard: str, cache_dir: str, *, fresh: bool = False) -> ShardInde
     found = _regular_file(shard)
     candidates = [index_path(shard), index_path(shard, cache_dir)]
     for path in [] if fresh else candidates:
-        stored = _read(path)
+        stored = _read(path, found.st_size)
         if stored and (stored.size_bytes, stored.mtime_ns) == (found.st_size, found.st_mtime_ns):
             return stored
     index = scan(shard)
@@ -195,7 +212,9 @@ def fingerprint(shards: list[str], indexes: list[ShardIndex]) -> str:
     """What a run's data was: names, sizes and tables of all shards in order, not where they lie."""
     digest = hashlib.sha256()
     for shard, index in zip(shards, indexes, strict=True):
-        digest.update(os.path.basename(shard).encode() + b"\0" + str(index.size_bytes).encode() + b"\0")
+        digest.update(
+            os.path.basename(without_secrets(shard)).encode() + b"\0" + str(index.size_bytes).encode() + b"\0"
+        )
         digest.update(np.ascontiguousarray(index.table).tobytes())
     return digest.hexdigest()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mpp.data.decode import decode_crop, decode_pillow, view_boxes
-from mpp.data.images import ShardImages, evenly, holds_shards, images_of
+from mpp.data.images import ShardImages, check_bytes, evenly, holds_shards, images_of
 from mpp.data.index import class_names, images_below
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream, torch_seed
@@ -42,6 +42,7 @@ class FileReader:
 
     def read(self, i: int) -> bytes:
         try:
+            check_bytes(os.stat(self.paths[i]).st_size)
             return Path(self.paths[i]).read_bytes()
         except OSError as error:
             raise BadImage(error.strerror or str(error)) from error

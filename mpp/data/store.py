@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mpp.data.index import scan
-from mpp.errors import UserError
+from mpp.errors import UserError, without_secrets
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 """What may stand before ://. Nothing else is opened: no pipes, no fsspec chains, no file: tricks."""
@@ -64,7 +64,12 @@ class Store:
             base = os.path.basename(urllib.parse.urlsplit(url).path)
         except ValueError as error:
             raise UserError(f"{url}: {error}") from error
-        name = hashlib.sha256(url.encode()).hexdigest()[:16] + "-" + base.removesuffix(".tar") + ".tar"
+        name = (
+            hashlib.sha256(without_secrets(url).encode()).hexdigest()[:16]
+            + "-"
+            + base.removesuffix(".tar")[-100:]
+            + ".tar"
+        )
         target = self.folder / name
         with open(f"{target}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one copy per machine
