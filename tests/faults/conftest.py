@@ -56,7 +56,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "# What we promise, and how it is tested",
         "",
         "Written by `make faults`, which runs `tests/faults/`: real processes, over gloo where there are several, that are",
-        "killed, stopped, starved and lied to. Every row is held by the tests it names; `make check` runs them, too.",
+        "killed, stopped, starved and lied to. Every row is held by the tests it names; `make check` runs most cases, too.",
         "",
         "| promise | tried | tests |",
         "|---|---|---|",

@@ -29,7 +29,14 @@ WRITTEN = [p for p in SAVING if p.endswith("_written")]
 LOADING = ["load.begins", "load.model_read", "load.ends", "load.metrics_kept", "load.metrics_rewound"]
 ONCE = ("export.written", "export.before_rename", "export.renamed")
 NOT_IN = {"pretrain": {"save.averaged_written"}, "finetune": set()}
-AT_POINTS = [(job, p) for job in JOBS for p in SAVING if p not in NOT_IN[job]]
+FEW = {"save.model_written", "save.before_rename", "prune.inside"}
+"""Of fine-tuning these are enough for every change; `make faults` tries all."""
+AT_POINTS = [
+    pytest.param(job, p, marks=() if job == "pretrain" or p in FEW else pytest.mark.exhaustive)
+    for job in JOBS
+    for p in SAVING
+    if p not in NOT_IN[job]
+]
 
 
 @pytest.mark.promise("Every place where a run is broken on purpose is one that runs come by")
@@ -41,7 +48,7 @@ def test_the_points_are_those_that_are_reached(job: str, nursery: Nursery, shard
     assert nursery.start(job, path, log=folder / "log", env=env, fault=fault).wait() == [-9]
     nursery.start(job, path, "--resume", "auto", log=folder / "log", env=env).ends_well()
     reached = {line.split()[1] for line in trace.read_text().splitlines()}
-    assert reached == {*SAVING, *LOADING} - NOT_IN[job]
+    assert reached == {*SAVING, *LOADING, "train.step_begins"} - NOT_IN[job]
 
 
 def goes_on(nursery: Nursery, job: str, path: Path, folder: Path, world: int, expected: Left) -> None:
@@ -77,7 +84,7 @@ def test_killed_while_saving(
 
 @pytest.mark.promise("kill -9 in the middle of writing a file: losses and weights bit-equal after resuming")
 @pytest.mark.parametrize("nth", [1, 3])
-@pytest.mark.parametrize(("job", "point"), [(job, p) for job, p in AT_POINTS if p in WRITTEN])
+@pytest.mark.parametrize(("job", "point"), [p for p in AT_POINTS if p.values[1] in WRITTEN])
 def test_killed_inside_a_file(
     job: str,
     point: str,
@@ -98,7 +105,7 @@ def test_killed_inside_a_file(
 @pytest.mark.promise("kill -9 while resuming, and again: losses and weights bit-equal after the third start")
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("point", LOADING)
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.exhaustive)])
 def test_killed_while_loading(
     job: str,
     point: str,
@@ -120,22 +127,24 @@ def test_killed_while_loading(
 
 
 @pytest.mark.promise("kill -9 at random moments, of random ranks, one after another: losses and weights bit-equal")
+@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("job", JOBS)
 def test_killed_at_random(
     job: str,
+    times: int,
     nursery: Nursery,
     shards: Path,
     folder: Path,
     reference: Callable[..., Left],
     record_property: Callable[[str, object], None],
 ) -> None:
-    changes = {"optim.steps": 400, "checkpoint_every_steps": 5, "data.workers": 1}
+    changes = {"optim.steps": 20 * times, "checkpoint_every_steps": 5, "data.workers": 1}
     if job == "finetune":
-        changes["early_stop.every_steps"] = 200
+        changes["early_stop.every_steps"] = 10 * times
     path, out = RECIPES[job](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
     rng, kills = random.Random(7), 0
     records = out if job == "pretrain" else out / "scratch-seed0"
-    while kills < 20:
+    while kills < times:
         run = nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2)
         # it gets a little further each time, and some are killed before they train
         goal = steps_logged(records) + rng.randint(1, 15) if rng.random() < 0.8 else 0
@@ -145,7 +154,7 @@ def test_killed_at_random(
         assert -9 in run.end_with_the_first(), run.said()
         kills += 1
     record_property("kills", kills)
-    assert steps_logged(records) < 400, "it was killed before it ended"
+    assert steps_logged(records) < 20 * times, "it was killed before it ended"
     goes_on(nursery, job, path, folder, 2, reference(job, 2, **changes))
 
 

@@ -191,7 +191,7 @@ def unsaved_run(
 )
 @pytest.mark.parametrize("policy", ["stop", "go_on"])
 @pytest.mark.parametrize("way", ["full", "quota", "read-only"])
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.exhaustive)])
 def test_a_checkpoint_that_cannot_be_written(
     job: str,
     way: str,

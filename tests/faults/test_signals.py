@@ -20,7 +20,7 @@ from tests.faults.conftest import RECIPES
 from tests.faults.processes import Left, Nursery, free_port, left, steps_logged
 
 JOBS = ["pretrain", "finetune"]
-LONG = {"optim.steps": 400, "checkpoint_every_steps": 10000}
+LONG = {"optim.steps": 150, "checkpoint_every_steps": 10000}
 SAVED = "SIGTERM or SIGINT, to one rank or to all: a checkpoint after the step, exit code 0, status.json says so"
 
 
@@ -35,7 +35,7 @@ def status(out: Path) -> dict[str, Any]:
 
 @pytest.mark.promise(SAVED)
 @pytest.mark.parametrize("which", [[0], [1], [0, 1]])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("job", JOBS)
 def test_a_signal_saves(
     job: str,
@@ -46,7 +46,7 @@ def test_a_signal_saves(
     folder: Path,
     reference: Callable[..., Left],
 ) -> None:
-    changes = {**LONG, **({"early_stop.every_steps": 200} if job == "finetune" else {})}
+    changes = {**LONG, **({"early_stop.every_steps": 150} if job == "finetune" else {})}
     path, out = RECIPES[job](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
     records = records_of(job, out)
     run = nursery.start(job, path, log=folder / "log", world=2)
