@@ -59,7 +59,7 @@ class Watch:
         self._marks, self._step, self._doing, self._moved = self._marks + 1, step, doing, time.monotonic()
 
     def __enter__(self) -> Watch:
-        if self.world > 1:
+        if self.world > 1 and "MASTER_ADDR" in os.environ:  # as every launcher sets it
             self._store = torch.distributed.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
@@ -68,14 +68,16 @@ class Watch:
                 timeout=timedelta(seconds=STORE_TIMEOUT_S),
             )
             self._write()
+        if self.world > 1:
             threading.Thread(target=self._beat, name="liveness", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
+        self._moved = math.inf  # it beats on while it asks who else does
         if error is None:
+            self._ended.set()
             return
         told = error
         if isinstance(error, KeyboardInterrupt):
@@ -84,6 +86,7 @@ class Watch:
             state = "failed"
             told = self._explained(error)
             why = one_line(told)
+        self._ended.set()
         self._write(word=why)
         self._say_status(state, why)
         if told is not error:

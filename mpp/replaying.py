@@ -70,7 +70,10 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
                 alone = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["images"]))]
                 with torch.no_grad():
                     culprits = [i for i, b in enumerate(alone) if not loss_of(share, m, b).isfinite().all()]
-                lines += [f"  alone, too: {share.record['samples'][m][i]}" for i in culprits]
+                if len(culprits) == len(alone) > 1:
+                    lines.append("  every image alone, too: it is the weights")
+                else:
+                    lines += [f"  alone, too: {share.record['samples'][m][i]}" for i in culprits]
     gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     if gradients:
         lines.append(f"{len(gradients)} parameters have gradients that are not finite, such as {gradients[0]}")

@@ -159,6 +159,24 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
 
 
 @pytest.mark.promise(
+    "A loss that is not finite on one rank: no rank makes the update; `mpp replay` runs the step again"
+)
+def test_not_finite_while_finetuning(nursery: Nursery, shards: Path, folder: Path) -> None:
+    changes = {"optim.base_lr": 1e25, "optim.warmup_steps": 0, "optim.clip_grad_norm": None}
+    path, out = RECIPES["finetune"](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
+    run = nursery.start("finetune", path, log=folder / "log", world=2)
+    assert run.wait() == [2, 2], run.said()
+    assert "step 1: loss nan" in run.said()
+    assert status(out)["state"] == status(out / "scratch-seed0")["state"] == "failed"
+    replayed = nursery.start("replay", out, log=folder / "replay")
+    replayed.ends_well()
+    said = replayed.said().splitlines()
+    assert "as in the run" in said[-1]
+    assert sum("loss nan; in the run nan" in text for text in said) == 4, "two processes, two micro-batches"
+    assert any("every image alone, too: it is the weights" in text for text in said)
+
+
+@pytest.mark.promise(
     "max_skipped_steps: steps that are not finite are left out on every rank, and counted; then it stops"
 )
 def test_skipped_steps(nursery: Nursery, one_white: Path, folder: Path) -> None:
