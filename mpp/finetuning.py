@@ -542,6 +542,7 @@ def _run_cell(
             places = [[order.at(p // batch_size * batch_size, p % batch_size, 1)[0][2] for p in ps] for ps in positions]
             record = {
                 "arm": cell.arm,
+                "encoder_learns": step >= thaws_at,
                 "seed": seed,
                 "classes": train.classes,
                 "class_weights": None if weights is None else weights.tolist(),

@@ -56,6 +56,8 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     model, loss_of = _pretraining(folder) if (folder / RECIPE).exists() else _finetuning(folder, shares[0])
     checkpoint.load(at, model)
     model.train()
+    if not shares[0].record.get("encoder_learns", True):  # frozen still, and in eval mode then
+        model.encoder.eval()  # type: ignore[union-attr]
     lines, same = [], True
     for share in shares:
         for m, batch in enumerate(share.micro_batches):
@@ -71,7 +73,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
                 with torch.no_grad():
                     culprits = [i for i, b in enumerate(alone) if not loss_of(share, m, b).isfinite().all()]
                 if len(culprits) == len(alone) > 1:
-                    lines.append("  every image alone, too: it is the weights")
+                    lines.append("  every image alone, too: the weights, most likely")
                 else:
                     lines += [f"  alone, too: {share.record['samples'][m][i]}" for i in culprits]
     gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

@@ -43,9 +43,11 @@ def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: s
 
     def open_it() -> OpenRun:
         nonlocal lock
-        find_run(recipe, resume, fingerprint=fingerprint)  # before anything is written
-        lock = Lock(Path(recipe.out))
-        found = find_run(recipe, resume, fingerprint=fingerprint)  # another may have come first
+        out = Path(recipe.out)
+        if not (out / RECIPE).exists():  # what is no run folder is refused before anything is written there
+            find_run(recipe, resume, fingerprint=fingerprint)
+        lock = Lock(out)
+        found = find_run(recipe, resume, fingerprint=fingerprint)  # another process may have come first
         create_run(recipe)
         return found
 
