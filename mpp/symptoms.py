@@ -64,17 +64,15 @@ def _of_process(run: History) -> list[Symptom]:
     for part in run.cells or [run]:
         where = f"{part.name}: " if part is not run else ""
         if part.status.get("state") == "failed":
-            why = part.status.get("why", "see train.log")
+            why = str(part.status.get("why", "see train.log")).removeprefix(f"step {part.status.get('step')}: ")
             at = f" at step {part.status['step']:,}" if "step" in part.status else ""
-            advice = "A lower optim.base_lr, more warm-up, optim.clip_grad_norm: 1, or precision: fp32."
-            unreadable = "unreadable" in str(why)
-            found.append(
-                Symptom(
-                    "failed",
-                    f"{where}It ended{at}: {why}.",
-                    "train.log names the images." if unreadable else advice,
-                )
-            )
+            if "max_bad_fraction" in why:
+                advice = "train.log names the images."
+            elif "gradient norm" in why:
+                advice = "A lower optim.base_lr, more warm-up, optim.clip_grad_norm: 1, or precision: fp32."
+            else:
+                advice = "The same command with --resume auto goes on from the last checkpoint."
+            found.append(Symptom("failed", f"{where}It ended{at}: {why}.", advice))
         if part.alive() is False:
             found.append(
                 Symptom(

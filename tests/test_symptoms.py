@@ -86,7 +86,24 @@ def test_a_run_that_ends_in_infinity(many: Path, tmp_path: Path) -> None:
         trained(many, tmp_path / "run", **{"optim.base_lr": 1e8, "log_every_steps": 1})
     found = symptoms(read_run(tmp_path / "run"))
     assert found[0].kind == "failed"
-    assert "non-finite loss or gradient" in found[0].text
+    assert "It ended at step 1: loss nan, gradient norm nan: stopped before the update" in found[0].text
+    assert "A lower optim.base_lr" in found[0].advice
+
+
+@pytest.mark.parametrize(
+    ("why", "advice"),
+    [
+        ("data.max_bad_fraction: 200 of 1000 images could not be read", "train.log names the images."),
+        ("process 1 (pid 7 on here) is gone", "--resume auto"),
+    ],
+)
+def test_what_a_run_that_failed_is_advised(why: str, advice: str, many: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained(many, run, **{"optim.steps": 2})
+    (run / "status.json").write_text(json.dumps({"state": "failed", "step": 1, "why": why}))
+    found = symptoms(read_run(run))[0]
+    assert (found.kind, found.text) == ("failed", f"It ended at step 1: {why}.")
+    assert advice in found.advice
 
 
 def test_a_diverging_run(many: Path, tmp_path: Path) -> None:
