@@ -54,6 +54,11 @@ def _happen(fault: dict[str, Any], file: Path | None) -> None:
             assert file is not None
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
+        case "kill_leaving_a_child":  # which holds its connections: nobody is told that they ended
+            if os.fork() == 0:
+                time.sleep(fault["seconds"])
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "sleep":

@@ -48,7 +48,7 @@ from mpp.diagnostics.overlays import LEAST_SCORE, over_boxes, over_pixels, show
 from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError, one_line
-from mpp.liveness import Watch
+from mpp.liveness import SAVING, Watch
 from mpp.metrics import RunLog, environment, write_json, write_status
 from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, steps_of, unfreeze
 from mpp.recipe import FinetuneRecipe, PretrainRecipe, load_recipe, settings_of
@@ -201,7 +201,6 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
             },
         )
     status("finished")
-    watch.at(0, "done")
     return result
 
 
@@ -502,20 +501,19 @@ def _run_cell(
     stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=pin)
     log.status("running", step=start_step)
     best, best_step, worse, skipped = state["best"], state["best_step"], state["worse"], state["skipped"]
-    statistics = nonfinite.running_statistics(model) if recipe.max_skipped_steps else []
+    statistics = nonfinite.Statistics(model, needed=recipe.max_skipped_steps > 0)
     given_up = state["given_up"]
     step, began, steps_since = start_step, time.monotonic(), 0
     while step < total_steps and not given_up:
         faults.point("train.step_begins")
         prepared.train()  # also after a measurement
         model.encoder.train(step >= thaws_at)  # a frozen one keeps its batch norms' statistics, too
-        micro_losses, bad_lines, micro_batches = [], [], []
-        before = [value.clone() for value in statistics]
+        micro_losses, bad_lines = [], []
+        statistics.remember()
         for m in range(accumulate):
             watch.at(step, "reading images")
             batch = next(stream_of_batches)
             bad_lines += batch.bad
-            micro_batches.append(batch)
             watch.at(step, "computing")
             with nullcontext() if m == accumulate - 1 else accelerator.no_sync(prepared):
                 own_loss = micro_loss(prepared, batch.images, batch.labels, int(batch.positions[0])) / accumulate
@@ -533,30 +531,21 @@ def _run_cell(
         finite = math.isfinite(float(grad_norm)) and math.isfinite(loss)
         if not finite:
             skipped += 1
-            for value, earlier in zip(statistics, before, strict=True):
-                value.copy_(earlier)
-            what = f"{folder.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}"
-            weights = getattr(model.task, "class_weights", None)
-            positions = [b.positions.tolist() for b in micro_batches]
-            batch_size = optim.global_batch_size
-            places = [[order.at(p // batch_size * batch_size, p % batch_size, 1)[0][2] for p in ps] for ps in positions]
+            statistics.put_back()
+            weights, keys = getattr(model.task, "class_weights", None), sampler.keys(step * optim.global_batch_size)
             record = {
                 "arm": cell.arm,
                 "encoder_learns": step >= thaws_at,
                 "seed": seed,
                 "classes": train.classes,
                 "class_weights": None if weights is None else weights.tolist(),
-                "seeds": [ps[0] for ps in positions],
+                "seeds": [of_batch[0][0] for of_batch in keys],
                 "losses": [[str(float(v) * accumulate)] for v in micro_losses],
-                "samples": [[train.reader.name(int(subset[i])) for i in ps] for ps in places],
+                "samples": [[train.reader.name(int(subset[place])) for *_, place in of_batch] for of_batch in keys],
             }
-            tensors = [vars(b) for b in micro_batches]
-            kept_at = nonfinite.keep(accelerator, folder, step, model, tensors, record)
-            advice = f"`mpp replay {folder}` runs the step again" if kept_at else "the step could not be kept"
-            advice += "; try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
-            if skipped > recipe.max_skipped_steps:
-                raise UserError(f"{what}: stopped before the update. {advice}")
-            log.say(f"warning: {what}: skipped, {skipped} of at most {recipe.max_skipped_steps}. {advice}")
+            what = f"{folder.name} step {step}: loss {loss}, gradient norm {float(grad_norm)}"
+            allowed = {"skipped": skipped, "allowed": recipe.max_skipped_steps}
+            log.say(nonfinite.left_out(accelerator, folder, step, model, dataset, keys, record, what=what, **allowed))
         lr = (optim.global_batch_size / 256) * scheduled_lr(
             step, total_steps=total_steps, warmup_steps=warmup_steps, lr=base_lr, min_lr=optim.min_lr
         )
@@ -569,7 +558,7 @@ def _run_cell(
             _average(averaged, model, min(recipe.ema_decay, (1 + step) / (10 + step)))
         log.step()
 
-        watch.at(step, "measuring, logging, saving")
+        watch.at(step, SAVING)
         tuned = {}
         if recipe.early_stop and (step % recipe.early_stop.every_steps == 0 or step == total_steps):
             judged = averaged or model
@@ -782,8 +771,7 @@ def _judge(
             if isinstance(images, Labeled):  # crops have zeros where whole images leave out what cannot be read
                 x, labels = x[there], labels[there]
             own.append(model.task.judge(run, x, labels, recipe.data.image_size))
-    if accelerator.num_processes > 1:
-        own, readable = distributed.gathered(accelerator, own), sum(distributed.gathered(accelerator, [readable]))
+    own, readable = distributed.gathered(accelerator, own), sum(distributed.gathered(accelerator, [readable]))
     if not own:
         raise UserError(f"{key}: not one image can be read")
     metrics = model.task.metrics(own, headline_only=headline_only)

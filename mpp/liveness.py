@@ -3,7 +3,8 @@
 Each process has a thread that writes a beat and its main thread's progress into the store of the process group, every
 second. An exchange that breaks is then explained: by what another process left as its last word, by whose beat has
 stopped, or by who is behind. A process whose main thread has made no progress for `hang_timeout_s` ends, with the
-stacks of its threads in `hang-rankN.txt` of the run folder.
+stacks of its threads in `hang-rankN.txt` of the run folder. So does one that waits for a process of its machine that
+has died: NCCL does not say, and gloo not always; it cannot where a child of the dead one holds its connections.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from typing import Any
 
 import torch
 
+from mpp.data.loader import of_a_worker, worker_died
 from mpp.errors import UserError, one_line
 
 BEAT_S = 1.0
 SILENT_S = 5.0
 """Without a beat for so long, while another process looks, one is gone or stopped (a guess)."""
 STORE_TIMEOUT_S = 2.0
-GO_ON = "Go on with --resume auto"
+SAVING = "measuring, logging, saving"
 
 
 class Watch:
@@ -46,7 +48,7 @@ class Watch:
         self.status: Callable[..., None] | None = None
         """How to write status.json, once there is one: `metrics.RunLog.status`."""
         self._marks, self._step, self._doing, self._moved = 0, 0, "setting up", math.inf
-        self._beats = 0
+        self._beats, self._alone_since = 0, math.inf
         self._known: dict[int, Any] = {}
         """Where each process runs, should the store go down with one of them."""
         self._ended = threading.Event()
@@ -78,6 +80,7 @@ class Watch:
         self._moved = math.inf  # it beats on while it asks who else does
         if error is None:
             self._ended.set()
+            self._write(done=True)
             return
         told = error
         if isinstance(error, KeyboardInterrupt):
@@ -99,13 +102,12 @@ class Watch:
 
     def _explained(self, error: BaseException) -> BaseException:
         """A line for the user where it is about the loader or the other processes; else the error as it is."""
-        if isinstance(error, UserError) or not isinstance(error, RuntimeError):
+        if not isinstance(error, RuntimeError):  # a UserError is none
             return error
-        if "DataLoader worker" in str(error):  # raised wherever the main thread is when the worker dies
-            said = str(error).splitlines()[0]
-            return UserError(f"data.workers: {said} Out of memory? {GO_ON}")
+        if of_a_worker(error):
+            return worker_died(error)
         if self.world > 1 and (isinstance(error, torch.distributed.DistError) or _of_exchange(error)):
-            return UserError(f"step {self._step}: {self._who(error)}. {GO_ON}")
+            return UserError(f"step {self._step}: {self._who(error)}. Go on with --resume auto")
         return error
 
     def _who(self, error: BaseException) -> str:
@@ -114,17 +116,22 @@ class Watch:
         deadline = time.monotonic() + SILENT_S
         while time.monotonic() < deadline:
             now = self._states()
-            words = {r: s["word"] for r, s in now.items() if s and s.get("word")}
-            if words:
-                rank, word = min(words.items())
-                return f"{self._named(rank, now)} ended: {word}"
-            if gone := [r for r in now if _gone(now[r] or self._known.get(r))]:
-                return f"{', '.join(self._named(r, now) for r in gone)} is gone"
+            if died := self._dead(now):
+                return died
             time.sleep(BEAT_S / 4)
         silent = self._silent(before, now)
         if silent:
             return f"{', '.join(self._named(r, now) for r in silent)} is gone or stopped"
         return f"the exchange between processes broke, though all of them run: {one_line(error)}"
+
+    def _dead(self, now: dict[int, Any]) -> str | None:
+        """Who ended before its time, by its last word or because its process is no more."""
+        words = {r: s["word"] for r, s in now.items() if s and s["word"]}
+        if words:
+            rank, word = min(words.items())
+            return f"{self._named(rank, now)} ended: {word}"
+        gone = [r for r in now if _gone(now[r] or self._known.get(r)) and not (now[r] or {}).get("done")]
+        return f"{', '.join(self._named(r, now) for r in gone)} is gone" if gone else None
 
     def _silent(self, before: dict[int, Any], now: dict[int, Any]) -> list[int]:
         """Other processes without a beat since. Where the store is gone, the one that holds it: process 0."""
@@ -164,21 +171,43 @@ class Watch:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return f"mpp/{self.out}/{attempt}/{rank}"
 
-    def _write(self, word: str | None = None) -> None:
+    def _write(self, word: str | None = None, done: bool = False) -> None:
         self._beats += 1
-        state = {"beats": self._beats, "marks": self._marks, "step": self._step, "doing": self._doing, "word": word}
+        state = {"beats": self._beats, "marks": self._marks, "doing": self._doing, "word": word, "done": done}
         try:
             if self._store is not None:
-                own = json.dumps({**state, "host": platform.node(), "pid": os.getpid()})
-                self._store.set(self._key(self.rank), own)
+                self._store.set(self._key(self.rank), json.dumps({**state, **_here()}))
         except RuntimeError:  # an exchange that breaks says so
             self._store = None
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
             self._write()
+            if died := self._unnoticed():
+                self._end(f"step {self._step}: {died}. Go on with --resume auto")
             if time.monotonic() - self._moved > self.hang_timeout_s:
                 self._give_up()
+
+    def _unnoticed(self) -> str | None:
+        """Who died a while ago without this process's main thread having come to know."""
+        if self._moved == math.inf or not any(map(_gone, self._known.values())):
+            self._alone_since = math.inf
+            return None
+        self._alone_since = min(self._alone_since, time.monotonic())
+        if time.monotonic() - self._alone_since < SILENT_S or self._busy():
+            return None
+        return self._dead(self._states())
+
+    def _busy(self) -> bool:
+        """Whether the main thread does what no other process is needed for, and what would be lost: it may save."""
+        if self._doing != SAVING:
+            return False
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None:
+            if frame.f_globals.get("__name__", "").startswith("torch.distributed"):
+                return False
+            frame = frame.f_back
+        return True
 
     def _give_up(self) -> None:
         """End this process, from beside a main thread that hangs."""
@@ -195,7 +224,10 @@ class Watch:
             who = f"{', '.join(self._named(r, now) for r in behind)}, {' and '.join(doing)},"
         else:
             who = f"every process, {self._doing},"
-        why = f"step {self._step}: no progress for hang_timeout_s, {self.hang_timeout_s:g} s: {who} hangs"
+        self._end(f"step {self._step}: no progress for hang_timeout_s, {self.hang_timeout_s:g} s: {who} hangs")
+
+    def _end(self, why: str) -> None:
+        """Of this process, at once: its main thread answers nobody."""
         stacks = self.out / f"hang-rank{self.rank}.txt"
         with contextlib.suppress(OSError), open(stacks, "w") as file:
             faulthandler.dump_traceback(file)
@@ -213,7 +245,7 @@ def _of_exchange(error: BaseException) -> bool:
 
 def _gone(state: dict[str, Any] | None) -> bool:
     """Whether a process of this machine has ended; False where that cannot be told."""
-    if not state or state["host"] != platform.node():
+    if not state or (state["host"], state["pids"]) != (_here()["host"], _here()["pids"]):
         return False
     try:
         with open(f"/proc/{state['pid']}/stat") as file:
@@ -222,3 +254,12 @@ def _gone(state: dict[str, Any] | None) -> bool:
         return sys.platform == "linux"
     except OSError:
         return False
+
+
+def _here() -> dict[str, Any]:
+    """Of this process: its number is one of `pids`, as containers have each their own."""
+    try:
+        pids = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        pids = ""
+    return {"host": platform.node(), "pids": pids, "pid": os.getpid()}

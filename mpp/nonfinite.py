@@ -40,37 +40,81 @@ class Share:
     """Tensors by name; what came in lists and dictionaries is in them again."""
 
 
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """What a forward pass changes in the model: it is put back where a step is left out."""
-    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return [value for m in norms for value in m.buffers(recurse=False)]
+class Statistics:
+    """What a forward pass changes in the model, the statistics of batch norms: put back where the step is left out.
+
+    needed: whether one may be; nothing is copied otherwise.
+    """
+
+    def __init__(self, model: nn.Module, *, needed: bool) -> None:
+        norms = (m for m in model.modules() if needed and isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self._values = [value for m in norms for value in m.buffers(recurse=False)]
+        self._before: list[Tensor] = []
+
+    def remember(self) -> None:
+        self._before = [value.clone() for value in self._values]
+
+    def put_back(self) -> None:
+        for value, before in zip(self._values, self._before, strict=True):
+            value.copy_(before)
 
 
-def keep(
+def left_out(
     accelerator: Accelerator,
     out: Path,
     step: int,
     model: nn.Module,
-    micro_batches: Sequence[dict[str, Any]],
+    dataset: Any,
+    keys: Sequence[Sequence[tuple[int, int, int]]],
     record: dict[str, Any],
-) -> Path | None:
-    """Write the step of every process; its folder, or None where that cannot be done, and a warning says why."""
-    own = {"step": step, "world": accelerator.num_processes, **record}
+    *,
+    what: str,
+    skipped: int,
+    allowed: int,
+) -> str:
+    """Keep the step, and what to say of it, since it is left out. Every process calls this.
+
+    dataset, keys: what gives this process's micro-batches again, as they were. record: see `Share`. what: of the loss.
+    skipped: steps left out so far, with this one. UserError where these are more than `allowed`.
+    """
+    kept = _keep(accelerator, out, step, model, dataset, keys, record)
+    advice = f"`mpp replay {out}` runs the step again" if kept else "the step could not be kept"
+    advice += "; try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
+    if skipped > allowed:
+        raise UserError(f"{what}: stopped before the update. {advice}")
+    return f"warning: {what}: skipped, {skipped} of at most {allowed}. {advice}"
+
+
+def _keep(
+    accelerator: Accelerator,
+    out: Path,
+    step: int,
+    model: nn.Module,
+    dataset: Any,
+    keys: Sequence[Sequence[tuple[int, int, int]]],
+    record: dict[str, Any],
+) -> bool:
+    """Write the step of every process; whether that could be done: a warning says why not."""
     fault = None
     try:
-        save = partial(checkpoint.save, out / FOLDER, step, model, None, {}, keep=KEPT)
-        folder = distributed.on_main(accelerator, save)
-        tensors = {name: t for i, b in enumerate(micro_batches) for name, t in _flat(b, str(i)).items()}
-        save_file(
-            {n: t.cpu().contiguous().clone() for n, t in tensors.items()}, _name(folder, accelerator, "safetensors")
+        folder = distributed.on_main(
+            accelerator, partial(checkpoint.save, out / FOLDER, step, model, None, {}, keep=KEPT)
         )
+        batches = [dataset.__getitems__(list(of_batch)) for of_batch in keys]  # pure: as they were
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+        tensors = {name: t for i, b in enumerate(batches) for name, t in _flat(vars(b), str(i)).items()}
+        save_file({n: t.contiguous().clone() for n, t in tensors.items()}, _name(folder, accelerator, "safetensors"))
+        counts = [getattr(batch, "hidden_units", None) for batch in batches]
+        own = {"step": step, "world": accelerator.num_processes, "hidden_units": counts, **record}
         write_json(_name(folder, accelerator, "json"), own)
     except (UserError, OSError, SafetensorError) as error:
         fault = one_line(error)
     faults = [f for f in distributed.gathered(accelerator, [fault]) if f]
     if faults and accelerator.is_main_process:
-        warnings.warn(f"the step is not kept: {faults[0]}", MppWarning, stacklevel=2)
-    return None if faults else folder
+        warnings.warn(f"the step is not kept: {faults[0]}", MppWarning, stacklevel=3)
+    return not faults
 
 
 def read(folder: Path) -> list[Share]:

@@ -22,7 +22,7 @@ from mpp.data.loader import Crop, PretrainDataset, batches
 from mpp.data.order import MicroBatches, Order
 from mpp.diagnostics.reconstruct import keep, kept_every
 from mpp.errors import UserError
-from mpp.liveness import Watch
+from mpp.liveness import SAVING, Watch
 from mpp.metrics import RunLog, environment, write_json
 from mpp.model import MaskedPatchModel
 from mpp.monitor import (
@@ -186,12 +186,12 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     log.status("running", step=step)
     window = _Window()
     stop_request = until_the_end.enter_context(distributed.stop_on_signals())
-    statistics = nonfinite.running_statistics(model) if recipe.max_skipped_steps else []
+    statistics = nonfinite.Statistics(model, needed=recipe.max_skipped_steps > 0)
     while step < total_steps:
         faults.point("train.step_begins")
         seen = step * optim.global_batch_size
-        micro_losses, bad_lines, micro_batches, replaced = [], [], [], 0
-        before = [value.clone() for value in statistics]
+        micro_losses, bad_lines, replaced = [], [], 0
+        statistics.remember()
         for m in range(accumulate):
             watch.at(step, "reading images")
             waited = time.monotonic()
@@ -199,7 +199,6 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             window.waited_s += time.monotonic() - waited
             bad_lines += batch.bad
             replaced += batch.replaced
-            micro_batches.append(batch)
             watch.at(step, "computing")
             # dropout and drop path draw from here; after the batch, since a loader that starts draws, too
             torch.manual_seed(torch_seed(recipe.seed, Purpose.STEP, int(batch.positions[0])))
@@ -219,22 +218,16 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         finite = math.isfinite(float(grad_norm)) and math.isfinite(loss)
         if not finite:
             skipped += 1
-            for value, earlier in zip(statistics, before, strict=True):
-                value.copy_(earlier)
-            what = f"step {step}: loss {loss}, gradient norm {float(grad_norm)}"
+            statistics.put_back()
+            keys = sampler.keys(seen)
             record = {
-                "seeds": [torch_seed(recipe.seed, Purpose.STEP, int(b.positions[0])) for b in micro_batches],
+                "seeds": [torch_seed(recipe.seed, Purpose.STEP, of_batch[0][0]) for of_batch in keys],
                 "losses": [[str(v * accumulate) for v in micro.tolist()] for micro in micro_losses],
-                "hidden_units": [b.hidden_units for b in micro_batches],
-                "samples": [[images.name(s, r) for s, r in b.samples.tolist()] for b in micro_batches],
+                "samples": [[images.name(s, r) for _, s, r in of_batch] for of_batch in keys],
             }
-            tensors = [vars(b) for b in micro_batches]
-            kept_at = nonfinite.keep(accelerator, run.out, step, model, tensors, record)
-            advice = f"`mpp replay {run.out}` runs the step again" if kept_at else "the step could not be kept"
-            advice += "; try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
-            if skipped > recipe.max_skipped_steps:
-                raise UserError(f"{what}: stopped before the update. {advice}")
-            log.say(f"warning: {what}: skipped, {skipped} of at most {recipe.max_skipped_steps}. {advice}")
+            what = f"step {step}: loss {loss}, gradient norm {float(grad_norm)}"
+            allowed = {"skipped": skipped, "allowed": recipe.max_skipped_steps}
+            log.say(nonfinite.left_out(accelerator, run.out, step, model, dataset, keys, record, what=what, **allowed))
         lr = lr_scale * scheduled_lr(
             step,
             total_steps=total_steps,
@@ -256,7 +249,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             bad_lines = distributed.gathered(accelerator, bad_lines)  # each process knows of its own alone
         bad = _count_bad(bad, int(new_bad), bad_lines, seen + optim.global_batch_size, data.max_bad_fraction, log)
         ending = bool(stopping) or step == total_steps
-        watch.at(step, "measuring, logging, saving")
+        watch.at(step, SAVING)
         if recipe.probe and probe and (step % recipe.probe.every_steps == 0 or step == total_steps):
             model.eval()
             probed = probe(model.encoder.model, accelerator.device)
@@ -336,7 +329,6 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     distributed.on_main(accelerator, partial(exporting.save_encoder, model.encoder.model, encoder, recipe, said))
     log.say(f"encoder: {encoder}")
     log.status("finished", step=step)
-    watch.at(step, "done")
     return PretrainResult(run.out, "finished", step, loss, skill, encoder)
 
 

@@ -50,11 +50,9 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     at = next((p for p in kept if step is None or p.name == f"step-{step:08d}"), None)
     if at is None:
         raise UserError(f"--step {step}: not kept; allowed: {', '.join(str(_step(p)) for p in kept)}")
-    if fault := checkpoint.broken(at):
-        raise UserError(f"{at}: {fault}")
     shares = nonfinite.read(at)
     model, loss_of = _pretraining(folder) if (folder / RECIPE).exists() else _finetuning(folder, shares[0])
-    checkpoint.load(at, model)
+    checkpoint.load(at, model, checked=True)
     model.train()
     if not shares[0].record.get("encoder_learns", True):  # frozen still, and in eval mode then
         model.encoder.eval()  # type: ignore[union-attr]

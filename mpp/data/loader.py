@@ -175,18 +175,25 @@ def batches(
                 raise batch
             yield batch
     except (RuntimeError, EOFError, OSError) as error:
-        if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+        if not workers or (isinstance(error, RuntimeError) and not of_a_worker(error)):
             raise
-        died: BaseException = error
-        if not isinstance(
-            error, RuntimeError
-        ):  # it died while it handed over a batch; the system says so a little later
-            try:
-                time.sleep(1)
-            except RuntimeError as told:
-                died = told
-        said = str(died).splitlines()[0] if str(died) else type(died).__name__
-        raise UserError(f"data.workers: {said} Out of memory? Go on with --resume auto") from error
+        if isinstance(error, RuntimeError):
+            raise worker_died(error) from error
+        try:
+            time.sleep(1)  # it died while it handed over a batch; the system says so a little later
+        except RuntimeError as told:
+            raise worker_died(told) from error
+        raise worker_died(error) from error
+
+
+def of_a_worker(error: BaseException) -> bool:
+    """Whether it is torch's word that a worker died: raised wherever the main thread is at that moment."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def worker_died(error: BaseException) -> UserError:
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"data.workers: {said} Out of memory? Go on with --resume auto")
 
 
 @atexit.register

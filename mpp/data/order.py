@@ -95,8 +95,11 @@ class MicroBatches:
     def __len__(self) -> int:
         return self.steps * self.accumulate
 
+    def keys(self, seen: int) -> list[list[tuple[int, int, int]]]:
+        """(position, shard, row) of this process's micro-batches of the step that follows `seen` samples."""
+        starts = [(m * self.world + self.rank) * self.size for m in range(self.accumulate)]
+        return [self.order.at(seen, start, self.size) for start in starts]
+
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for step in range(self.steps):
-            seen = self.seen + step * self.order.global_batch
-            for m in range(self.accumulate):
-                yield self.order.at(seen, (m * self.world + self.rank) * self.size, self.size)
+            yield from self.keys(self.seen + step * self.order.global_batch)

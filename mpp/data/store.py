@@ -64,12 +64,8 @@ class Store:
             base = os.path.basename(urllib.parse.urlsplit(url).path)
         except ValueError as error:
             raise UserError(f"{url}: {error}") from error
-        name = (
-            hashlib.sha256(without_secrets(url).encode()).hexdigest()[:16]
-            + "-"
-            + base.removesuffix(".tar")[-100:]
-            + ".tar"
-        )
+        digest = hashlib.sha256(without_secrets(url).encode()).hexdigest()[:16]
+        name = f"{digest}-{base.removesuffix('.tar')[-100:]}.tar"
         target = self.folder / name
         with open(f"{target}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one copy per machine

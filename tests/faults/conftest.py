@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.processes import Left, Nursery, finetuning, left, pretraining
+from tests.faults.processes import Job, Left, Nursery, finetuning, left, pretraining
 
 SHM = Path("/dev/shm")
 _promised: dict[str, dict[str, Any]] = {}
@@ -91,6 +92,43 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 RECIPES = {"pretrain": pretraining, "finetune": finetuning}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder of its own with a run in it, and what the run would leave if nothing happened."""
+
+    nursery: Nursery
+    shards: Path
+    folder: Path
+    reference: Callable[..., Left]
+    count: Callable[[str, object], None]
+    """What the table says was tried, and how often."""
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def recipe(self, job: str, **changes: Any) -> Path:
+        return RECIPES[job](self.shards, self.folder / "r.yaml", self.folder / "run", **changes)
+
+    def start(self, job: str, path: Path, *words: str, world: int = 2, **options: Any) -> Job:
+        return self.nursery.start(job, path, *words, log=self.log, world=world, **options)
+
+    def goes_on(self, job: str, path: Path, **changes: Any) -> None:
+        self.start(job, path, "--resume", "auto").ends_well()
+        assert left(self.folder / "run") == self.reference(job, 2, **changes)
+
+
+@pytest.fixture
+def bench(
+    nursery: Nursery,
+    shards: Path,
+    folder: Path,
+    reference: Callable[..., Left],
+    record_property: Callable[[str, object], None],
+) -> Bench:
+    return Bench(nursery, shards, folder, reference, record_property)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from mpp.metrics import read_metrics
 from tests.conftest import ROOT, pretrain_values
 
 WAIT_S = 120.0
+JOBS = ["pretrain", "finetune"]
 
 
 class Nursery:
@@ -160,6 +161,16 @@ def free_port() -> int:
             if s.connect_ex(("127.0.0.1", port)) != 0:
                 return port
     raise AssertionError
+
+
+def records_of(job: str, out: Path) -> Path:
+    """The folder that has metrics.jsonl and checkpoints: the run's, or its one cell's."""
+    return out if job == "pretrain" else out / "scratch-seed0"
+
+
+def status(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "status.json").read_text())
+    return found
 
 
 def steps_logged(out: Path) -> int:

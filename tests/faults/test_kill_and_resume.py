@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import pytest
 
 from mpp import checkpoint
 from mpp.metrics import read_metrics
-from tests.faults.conftest import RECIPES
-from tests.faults.processes import Left, Nursery, left, steps_logged
+from tests.faults.conftest import RECIPES, Bench
+from tests.faults.processes import JOBS, records_of, steps_logged
 
-JOBS = ["pretrain", "finetune"]
 SAVING = [
     "save.begins", "save.folder_made", "save.model_written", "save.averaged_written", "save.optimizer_written",
     "save.state_written", "save.files_synced", "save.manifest_written", "save.before_rename", "save.renamed",
@@ -41,111 +39,71 @@ AT_POINTS = [
 
 @pytest.mark.promise("Every place where a run is broken on purpose is one that runs come by")
 @pytest.mark.parametrize("job", JOBS)
-def test_the_points_are_those_that_are_reached(job: str, nursery: Nursery, shards: Path, folder: Path) -> None:
-    path, trace = RECIPES[job](shards, folder / "r.yaml", folder / "run"), folder / "trace"
+def test_the_points_are_those_that_are_reached(job: str, bench: Bench) -> None:
+    path, trace = bench.recipe(job), bench.folder / "trace"
     env = {"MPP_FAULT_TRACE": str(trace)}
     fault = {"point": "save.ends", "nth": 2, "do": "kill"}
-    assert nursery.start(job, path, log=folder / "log", env=env, fault=fault).wait() == [-9]
-    nursery.start(job, path, "--resume", "auto", log=folder / "log", env=env).ends_well()
+    assert bench.start(job, path, world=1, env=env, fault=fault).wait() == [-9]
+    bench.start(job, path, "--resume", "auto", world=1, env=env).ends_well()
     reached = {line.split()[1] for line in trace.read_text().splitlines()}
     assert reached == {*SAVING, *LOADING, "train.step_begins"} - NOT_IN[job]
-
-
-def goes_on(nursery: Nursery, job: str, path: Path, folder: Path, world: int, expected: Left) -> None:
-    nursery.start(job, path, "--resume", "auto", log=folder / "log", world=world).ends_well()
-    assert left(folder / "run") == expected
 
 
 @pytest.mark.promise("kill -9 of either rank at any named point of saving: losses and weights bit-equal after resuming")
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(("job", "point"), AT_POINTS)
-def test_killed_while_saving(
-    job: str,
-    point: str,
-    victim: int,
-    nursery: Nursery,
-    shards: Path,
-    folder: Path,
-    reference: Callable[..., Left],
-    record_property: Callable[[str, object], None],
-) -> None:
-    path = RECIPES[job](shards, folder / "r.yaml", folder / "run")
+def test_killed_while_saving(job: str, point: str, victim: int, bench: Bench) -> None:
+    path = bench.recipe(job)
     fault = {"point": point, "nth": 1 if point in ONCE else 2, "do": "kill", "victim": victim}
-    killed = nursery.start(job, path, log=folder / "log", world=2, fault=fault)
+    killed = bench.start(job, path, fault=fault)
     codes = killed.wait()
     assert codes[victim] == -9, killed.said()
     if point != "export.renamed":  # nothing is exchanged after
         assert codes[1 - victim] == 2, killed.said()
         assert f"process {victim} (pid" in killed.said()
         assert "Traceback" not in killed.said()
-    record_property("kills", 1)
-    goes_on(nursery, job, path, folder, 2, reference(job, 2))
+    bench.count("kills", 1)
+    bench.goes_on(job, path)
 
 
 @pytest.mark.promise("kill -9 in the middle of writing a file: losses and weights bit-equal after resuming")
 @pytest.mark.parametrize("nth", [1, 3])
 @pytest.mark.parametrize(("job", "point"), [p for p in AT_POINTS if p.values[1] in WRITTEN])
-def test_killed_inside_a_file(
-    job: str,
-    point: str,
-    nth: int,
-    nursery: Nursery,
-    shards: Path,
-    folder: Path,
-    reference: Callable[..., Left],
-    record_property: Callable[[str, object], None],
-) -> None:
-    path = RECIPES[job](shards, folder / "r.yaml", folder / "run")
+def test_killed_inside_a_file(job: str, point: str, nth: int, bench: Bench) -> None:
+    path = bench.recipe(job)
     fault = {"point": point, "nth": nth, "do": "halve"}
-    assert nursery.start(job, path, log=folder / "log", world=2, fault=fault).wait()[0] == -9
-    record_property("kills", 1)
-    goes_on(nursery, job, path, folder, 2, reference(job, 2))
+    assert bench.start(job, path, fault=fault).wait()[0] == -9
+    bench.count("kills", 1)
+    bench.goes_on(job, path)
 
 
 @pytest.mark.promise("kill -9 while resuming, and again: losses and weights bit-equal after the third start")
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("point", LOADING)
 @pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.exhaustive)])
-def test_killed_while_loading(
-    job: str,
-    point: str,
-    victim: int,
-    nursery: Nursery,
-    shards: Path,
-    folder: Path,
-    reference: Callable[..., Left],
-    record_property: Callable[[str, object], None],
-) -> None:
-    path = RECIPES[job](shards, folder / "r.yaml", folder / "run")
+def test_killed_while_loading(job: str, point: str, victim: int, bench: Bench) -> None:
+    path = bench.recipe(job)
     first = {"point": "save.manifest_written", "nth": 3, "do": "halve"}
-    assert nursery.start(job, path, log=folder / "log", world=2, fault=first).wait()[0] == -9
+    assert bench.start(job, path, fault=first).wait()[0] == -9
     fault = {"point": point, "do": "kill", "victim": victim}
-    again = nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2, fault=fault)
+    again = bench.start(job, path, "--resume", "auto", fault=fault)
     assert again.wait()[victim] == -9, again.said()
-    record_property("kills", 2)
-    goes_on(nursery, job, path, folder, 2, reference(job, 2))
+    bench.count("kills", 2)
+    bench.goes_on(job, path)
 
 
 @pytest.mark.promise("kill -9 at random moments, of random ranks, one after another: losses and weights bit-equal")
 @pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("job", JOBS)
-def test_killed_at_random(
-    job: str,
-    times: int,
-    nursery: Nursery,
-    shards: Path,
-    folder: Path,
-    reference: Callable[..., Left],
-    record_property: Callable[[str, object], None],
-) -> None:
+def test_killed_at_random(job: str, times: int, bench: Bench) -> None:
     changes = {"optim.steps": 20 * times, "checkpoint_every_steps": 5, "data.workers": 1}
     if job == "finetune":
         changes["early_stop.every_steps"] = 10 * times
-    path, out = RECIPES[job](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
+    path, out = bench.recipe(job, **changes), bench.folder / "run"
     rng, kills = random.Random(7), 0
-    records = out if job == "pretrain" else out / "scratch-seed0"
+    records = records_of(job, out)
     while kills < times:
-        run = nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2)
+        run = bench.start(job, path, "--resume", "auto")
         # it gets a little further each time, and some are killed before they train
         goal = steps_logged(records) + rng.randint(1, 15) if rng.random() < 0.8 else 0
         run.until(lambda goal=goal: steps_logged(records) >= goal)
@@ -153,43 +111,35 @@ def test_killed_at_random(
         os.kill(run.pids[rng.randrange(2)], signal.SIGKILL)
         assert -9 in run.end_with_the_first(), run.said()
         kills += 1
-    record_property("kills", kills)
+    bench.count("kills", kills)
     assert steps_logged(records) < 20 * times, "it was killed before it ended"
-    goes_on(nursery, job, path, folder, 2, reference(job, 2, **changes))
+    bench.goes_on(job, path, **changes)
 
 
 @pytest.mark.promise(
     "Resumed on 1, 2 or 3 processes with 0 or 2 workers: the same samples, crops and masks; losses to 1e-5"
 )
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0), (3, 2)])
-def test_resumed_on_other_processes(
-    world: int,
-    workers: int,
-    nursery: Nursery,
-    shards: Path,
-    folder: Path,
-    reference: Callable[..., Left],
-    record_property: Callable[[str, object], None],
-) -> None:
+def test_resumed_on_other_processes(world: int, workers: int, bench: Bench) -> None:
     # draws of drop path are made for each micro-batch, of which there are others then
     changes: dict[str, Any] = {"encoder.args.drop_path_rate": 0.0, "optim.global_batch_size": 12}
-    path = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **changes, **{"data.workers": workers})
+    path = bench.recipe("pretrain", **changes, **{"data.workers": workers})
     fault = {"point": "save.ends", "nth": 2, "do": "kill"}
-    record = folder / "samples"
-    assert nursery.start("pretrain", path, log=folder / "log", world=2, fault=fault, record=record).wait()[0] == -9
+    record = bench.folder / "samples"
+    assert bench.start("pretrain", path, fault=fault, record=record).wait()[0] == -9
     # those of the steps that are done again count once; kills do not fall between two steps
     done = [line for line in record.read_text().splitlines() if int(line.split()[0]) < 6 * 12]
     record.unlink()
-    again = nursery.start("pretrain", path, "--resume", "auto", log=folder / "log", world=world, record=record)
+    again = bench.start("pretrain", path, "--resume", "auto", world=world, record=record)
     again.ends_well()
-    whole = folder / "whole"
-    one = RECIPES["pretrain"](shards, folder / "one.yaml", folder / "one", **changes)
-    nursery.start("pretrain", one, log=folder / "log", record=whole).ends_well()
+    whole = bench.folder / "whole"
+    one = RECIPES["pretrain"](bench.shards, bench.folder / "one.yaml", bench.folder / "one", **changes)
+    bench.start("pretrain", one, world=1, record=whole).ends_well()
     assert sorted(done + record.read_text().splitlines()) == sorted(whole.read_text().splitlines())
-    record_property("samples compared", 12 * 12)
-    assert "resumed at step 6" in (folder / "log").read_text()
-    expected = reference("pretrain", 1, **changes).losses["metrics.jsonl"]
-    found = [m["loss"] for m in read_metrics(folder / "run")]
+    bench.count("samples compared", 12 * 12)
+    assert "resumed at step 6" in bench.log.read_text()
+    expected = bench.reference("pretrain", 1, **changes).losses["metrics.jsonl"]
+    found = [m["loss"] for m in read_metrics(bench.folder / "run")]
     np.testing.assert_allclose(found, [float.fromhex(v) for _, v in expected], rtol=1e-5)
 
 
@@ -221,17 +171,15 @@ def damaged(path: Path, how: str) -> str:
 @pytest.mark.promise("A truncated, bit-flipped or missing newest checkpoint: the one before is used, the file is named")
 @pytest.mark.parametrize("how", ["truncated", "flipped", "file removed", "manifest", "missing"])
 @pytest.mark.parametrize("job", JOBS)
-def test_a_damaged_checkpoint(
-    job: str, how: str, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]
-) -> None:
-    path = RECIPES[job](shards, folder / "r.yaml", folder / "run")
+def test_a_damaged_checkpoint(job: str, how: str, bench: Bench) -> None:
+    path = bench.recipe(job)
     fault = {"point": "save.ends", "nth": 3, "do": "kill"}
-    assert nursery.start(job, path, log=folder / "log", world=2, fault=fault).wait()[0] == -9
-    inner = folder / "run" / ("" if job == "pretrain" else "scratch-seed0") / "checkpoints"
+    assert bench.start(job, path, fault=fault).wait()[0] == -9
+    inner = records_of(job, bench.folder / "run") / "checkpoints"
     newest, before = checkpoint.steps(inner)
     warning = damaged(newest, how)
-    goes_on(nursery, job, path, folder, 2, reference(job, 2))
-    said = (folder / "log").read_text()
+    bench.goes_on(job, path)
+    said = bench.log.read_text()
     assert f"resumed at step {int(before.name[5:])}" in said
     if warning:
         assert f"{warning}; the checkpoint before it is used" in said

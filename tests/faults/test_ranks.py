@@ -21,20 +21,10 @@ from mpp.liveness import SILENT_S
 from mpp.metrics import read_metrics
 from tests.conftest import drawn_image, encoded
 from tests.data.test_loader import shard_of
-from tests.faults.conftest import RECIPES
-from tests.faults.processes import Left, Nursery, left, steps_logged
+from tests.faults.conftest import RECIPES, Bench
+from tests.faults.processes import JOBS, Left, Nursery, left, records_of, status, steps_logged
 
-JOBS = ["pretrain", "finetune"]
 HANG_TIMEOUT_S = 5
-
-
-def records_of(job: str, out: Path) -> Path:
-    return out if job == "pretrain" else out / "scratch-seed0"
-
-
-def status(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "status.json").read_text())
-    return found
 
 
 @pytest.mark.promise("A killed rank: the others end within 10 s and name it, with and without loader workers")
@@ -52,6 +42,25 @@ def test_a_killed_rank(victim: int, workers: int, nursery: Nursery, shards: Path
     if victim:
         assert status(out)["state"] == "failed"
         assert f"process {victim} (pid" in status(out)["why"]
+
+
+@pytest.mark.promise(
+    "A killed rank whose child holds its connections: the others end within 15 s all the same, and name it"
+)
+@pytest.mark.parametrize(("point", "victim"), [("train.step_begins", 0), ("train.step_begins", 1), ("save.ends", 0)])
+def test_a_killed_rank_that_nobody_is_told_of(point: str, victim: int, bench: Bench) -> None:
+    path = bench.recipe("pretrain")
+    fault = {"point": point, "nth": 3, "rank": victim, "do": "kill_leaving_a_child", "seconds": 60}
+    run = bench.start("pretrain", path, fault=fault)
+    run.until(lambda: run.codes()[victim] == -9)
+    began = time.monotonic()
+    run.until(lambda: run.codes()[1 - victim] is not None, 15)
+    assert time.monotonic() - began > SILENT_S - 2, "somebody was told"
+    assert run.codes()[1 - victim] == 2, run.said()
+    assert f"process {victim} (pid {run.pids[victim]} on " in run.said()
+    assert "is gone. Go on with --resume auto" in run.said()
+    run.kill()
+    bench.goes_on("pretrain", path)
 
 
 @pytest.mark.promise(

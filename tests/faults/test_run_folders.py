@@ -19,14 +19,9 @@ from mpp.errors import UserError
 from mpp.runfolder import Lock
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 from tests.faults.conftest import RECIPES
-from tests.faults.processes import Job, Left, Nursery, left, steps_logged
+from tests.faults.processes import JOBS, Job, Left, Nursery, left, records_of, steps_logged
 
-JOBS = ["pretrain", "finetune"]
 MOUNTS = shutil.which("mount") is not None and os.geteuid() == 0
-
-
-def records_of(job: str, out: Path) -> Path:
-    return out if job == "pretrain" else out / "scratch-seed0"
 
 
 def stopped(job: Job) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,27 +9,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mpp import checkpoint
 from tests.conftest import ROOT
 from tests.faults.conftest import RECIPES
-from tests.faults.processes import Left, Nursery, free_port, left, steps_logged
+from tests.faults.processes import JOBS, Left, Nursery, free_port, left, records_of, status, steps_logged
 
-JOBS = ["pretrain", "finetune"]
 LONG = {"optim.steps": 150, "checkpoint_every_steps": 10000}
 SAVED = "SIGTERM or SIGINT, to one rank or to all: a checkpoint after the step, exit code 0, status.json says so"
-
-
-def records_of(job: str, out: Path) -> Path:
-    return out if job == "pretrain" else out / "scratch-seed0"
-
-
-def status(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / "status.json").read_text())
-    return found
 
 
 @pytest.mark.promise(SAVED)
