@@ -111,14 +111,16 @@ def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed
 def index(shards: tuple[str, ...], cache_dir: str | None) -> None:
     """Check tar shards made elsewhere and write their indexes: folders, files, patterns or URLs."""
     from mpp.data.index import expand, index_shard
-    from mpp.data.store import Store, default_cache_dir
+    from mpp.data.remote import is_remote
+    from mpp.data.store import Store
 
     store, faults = Store(cache_dir), []
     images = labeled = 0
     names = expand(shards, "SHARDS")
     for name in names:
         try:
-            table = index_shard(store.path(name), cache_dir or default_cache_dir(), fresh=True).table
+            local = str(store.fetch(name)) if is_remote(name) else name
+            table = index_shard(local, store.cache_dir, fresh=True).table
         except UserError as error:
             faults.append(str(error))
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import signal
 import sys
 import time
@@ -199,6 +200,12 @@ def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
             raise ToldElsewhere(str(found[1]))
     result: T = found[0]
     return result
+
+
+def ranks_here(rank: int, world: int) -> range:
+    """Of the processes of this machine, as launchers number them; of all where the launcher does not say."""
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return range(rank // count * count, min((rank // count + 1) * count, world))
 
 
 def gathered(accelerator: Accelerator, values: list[T]) -> list[T]:

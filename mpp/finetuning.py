@@ -242,7 +242,7 @@ def _in_pretraining(recipe: FinetuneRecipe, val: Images) -> Leak | None:
         data = load_recipe(Path(recipe.encoder) / "recipe.yaml", PretrainRecipe).data
         if any("://" in place for place in data.shards):
             return None  # not fetched for this
-        return leak(val.reader, PackedReader(ShardImages(data.shards, key="data.shards", **data.caching())))
+        return leak(val.reader, PackedReader(ShardImages(data.shards, key="data.shards", **data.caching()), few=True))
     except UserError:
         return None
 

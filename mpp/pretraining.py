@@ -16,10 +16,11 @@ from accelerate import Accelerator
 
 from mpp import checkpoint, distributed, exporting, faults, nonfinite
 from mpp.build import build_mask, build_model
+from mpp.data.ahead import Ahead
 from mpp.data.images import ShardImages, held_out_rows
 from mpp.data.labeled import open_labeled
 from mpp.data.loader import Crop, PretrainDataset, batches
-from mpp.data.order import MicroBatches, Order
+from mpp.data.order import MicroBatches, Order, lanes_read_by
 from mpp.diagnostics.reconstruct import keep, kept_every
 from mpp.errors import UserError
 from mpp.liveness import SAVING, Watch
@@ -102,7 +103,10 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         data.formats,
         data.max_image_pixels,
     )
-    dataset = PretrainDataset(images, crop, build_mask(recipe), mask_grid, recipe.seed, counts, optim.global_batch_size)
+    mask = build_mask(recipe)
+    here = distributed.ranks_here(rank, world)
+    ahead = Ahead(images, order, lanes_read_by(here, order, accumulate=accumulate, world=world))
+    dataset = PretrainDataset(images, crop, mask, mask_grid, recipe.seed, counts, optim.global_batch_size, ahead)
     total_steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, order.epoch_len, optim.global_batch_size, least=0)
     lr_scale = optim.global_batch_size / 256
@@ -141,13 +145,13 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             run.out / DATA,
             {
                 "fingerprint": images.fingerprint,
-                "shards": len(images.paths),
+                "shards": len(images.names),
                 "images": int(sum(counts)),
                 "held_out": int(held_out.sum()),
             },
         )
     log.say(
-        f"{sum(counts)} images in {len(images.paths)} shards, {int(held_out.sum())} more held out; "
+        f"{sum(counts)} images in {len(images.names)} shards, {int(held_out.sum())} more held out; "
         f"{total_steps} steps of {optim.global_batch_size} "
         f"({world} × {accumulate} × {optim.global_batch_size // world // accumulate}), "
         f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained"

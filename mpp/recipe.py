@@ -157,7 +157,7 @@ class ImageData(Section):
     """Folder for copies of remote shards and for indexes that cannot lie beside their shards; default
     $MPP_CACHE or ~/.cache/mpp."""
     cache_limit_gb: PositiveFloat = 200.0
-    """Copies of remote shards are evicted, oldest first, above this."""
+    """Copies of remote shards take no more: those used least recently leave, and come again when they are needed."""
 
     @model_validator(mode="after")
     def _channels(self) -> ImageData:
@@ -197,7 +197,7 @@ class PretrainData(ImageData):
     max_bad_fraction: Fraction = 0.001
     """The run stops when more images than this fraction, and at least 100, could not be read."""
     lanes: PositiveInt = 256
-    """Most runs of shards that are read side by side; see `data/order.py`."""
+    """Most runs of shards that are read side by side; see `data/order.py`. Fewer need less of `cache_limit_gb`."""
     window: PositiveInt = 4096
     """Samples shuffled at a time within a lane."""
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpp.data.index import ShardIndex, expand, fingerprint, images_below, index_shard, member_name
-from mpp.data.store import Store, default_cache_dir
+from mpp.data.remote import is_remote
+from mpp.data.store import Store
 from mpp.errors import BadImage, UserError
 
+INDEXES_AT_A_TIME = 8  # small files of a server far away, most likely
 OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit of 1024
 REPLACEMENTS = 64  # good neighbours looked for, before a grey image stands in
 
@@ -30,7 +33,10 @@ def check_bytes(size: int) -> None:
 
 
 class ShardImages:
-    """Indexed local shards. UserError where they cannot be read or hold no image."""
+    """Indexed shards. UserError where they cannot be read or hold no image.
+
+    Remote ones are fetched when they are read: `require` says at once whether the cache can hold what that takes.
+    """
 
     def __init__(
         self,
@@ -41,9 +47,9 @@ class ShardImages:
         cache_limit_bytes: float = 200e9,
     ) -> None:
         self.names = expand(spec, key)
-        store = Store(cache_dir, cache_limit_bytes)
-        self.paths = [store.path(name) for name in self.names]
-        self.indexes: list[ShardIndex] = [index_shard(p, cache_dir or default_cache_dir()) for p in self.paths]
+        self.store = Store(cache_dir, cache_limit_bytes)
+        with ThreadPoolExecutor(INDEXES_AT_A_TIME) as threads:
+            self.indexes: list[ShardIndex] = list(threads.map(self._index, self.names))
         self.counts = [len(index.table) for index in self.indexes]
         if sum(self.counts) == 0:
             raise UserError(f"{key}: no images in {self.names[0]}" + (" …" if len(self.names) > 1 else ""))
@@ -52,6 +58,22 @@ class ShardImages:
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": OrderedDict()}
+
+    def _index(self, name: str) -> ShardIndex:
+        return self.store.index(name) if is_remote(name) else index_shard(name, self.store.cache_dir)
+
+    def remote(self, shards: Iterable[int]) -> dict[int, int]:
+        """Bytes of each of these shards that is remote."""
+        return {i: self.indexes[i].size_bytes for i in shards if is_remote(self.names[i])}
+
+    def require(self, shards: Iterable[int], what: str, advice: str = "") -> None:
+        """UserError where the cache cannot hold these at a time. what: needs them. advice: beside a larger cache."""
+        needed = sum(self.remote(shards).values())
+        if needed > self.store.limit_bytes:
+            raise UserError(
+                f"data.cache_limit_gb: {what} {needed / 1e9:.6g} GB of remote shards at a time; "
+                f"allowed are {self.store.limit_bytes / 1e9:.6g}{advice}"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -62,7 +84,7 @@ class ShardImages:
             self._open, self._pid = OrderedDict(), os.getpid()
         fd = self._open.get(shard)
         if fd is None:
-            path, index = self.paths[shard], self.indexes[shard]
+            path, index = self.names[shard], self.indexes[shard]
             try:
                 fd = os.open(path, os.O_RDONLY)
             except OSError as error:
@@ -77,22 +99,32 @@ class ShardImages:
         self._open.move_to_end(shard)
         return fd
 
-    def read(self, shard: int, row: int) -> bytes:
-        """The bytes of an image. BadImage where they are too many to be one."""
+    def _bytes(self, shard: int, offset: int, size: int, few: bool = False) -> bytes:
+        if is_remote(self.names[shard]):
+            return self.store.read(self.names[shard], self.indexes[shard], offset, size, few=few)
+        return os.pread(self._descriptor(shard), size, offset)
+
+    def read(self, shard: int, row: int, *, few: bool = False) -> bytes:
+        """The bytes of an image. BadImage where they are too many to be one.
+
+        few: no more than a few of its shard will be read, for which a remote one is not fetched.
+        """
         offset, size = self.indexes[shard].table[row, :2].tolist()
         check_bytes(size)
-        return os.pread(self._descriptor(shard), size, offset)
+        return self._bytes(shard, offset, size, few)
 
     def read_label(self, shard: int, row: int) -> tuple[bytes, bool] | None:
         """The bytes of an image's label and whether they are JSON; None where it has none."""
         offset, size, is_json = self.indexes[shard].table[row, 2:].tolist()
         if size > MOST_LABEL_BYTES:
             raise UserError(f"{self.name(shard, row)}: a label of {size} bytes; allowed are {MOST_LABEL_BYTES}")
-        return (os.pread(self._descriptor(shard), size, offset), bool(is_json)) if size >= 0 else None
+        return (self._bytes(shard, offset, size), bool(is_json)) if size >= 0 else None
 
     def name(self, shard: int, row: int) -> str:
         """`shard: member`, for messages."""
-        return f"{self.names[shard]}: {member_name(self.paths[shard], int(self.indexes[shard].table[row, 0]))}"
+        name = self.names[shard]
+        path = str(self.store.target(name)) if is_remote(name) else name
+        return f"{name}: {member_name(path, int(self.indexes[shard].table[row, 0]))}"
 
     def load(
         self,
@@ -101,17 +133,19 @@ class ShardImages:
         rows: range,
         decode: Callable[[bytes], Tensor],
         blank: tuple[int, int, int],
+        *,
+        few: bool = False,
     ) -> tuple[Tensor, list[str]]:
         """(the decoded image, a line for each bad one that was passed over).
 
         A bad image is replaced by the next good one among `rows` of its shard; after REPLACEMENTS bad ones in a row
-        a grey image of shape `blank` stands in, so that every process always gets full batches.
+        a grey image of shape `blank` stands in, so that every process always gets full batches. few: as in `read`.
         """
         bad: list[str] = []
         for step in range(min(REPLACEMENTS, len(rows))):
             at = rows[(row - rows.start + step) % len(rows)]
             try:
-                return decode(self.read(shard, at)), bad
+                return decode(self.read(shard, at, few=few)), bad
             except BadImage as error:
                 bad.append(f"{self.name(shard, at)}: {error}")
         return torch.full(blank, 128, dtype=torch.uint8), bad

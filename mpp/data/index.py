@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
@@ -30,6 +31,8 @@ IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", re.IGNORECASE)
 LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
 FORMAT = 1
 BLOCK = 512
+MOST_INDEX_BYTES = 256 << 20
+"""Of the index of a shard that is not at hand: 6 million images (a guess)."""
 COLUMNS = ("image_offset", "image_size", "label_offset", "label_size", "label_is_json")
 _PLAIN, _SKIPPED = b"0\0" + b"7", b"123456"
 
@@ -141,13 +144,16 @@ def index_path(shard: str, cache_dir: str | None = None) -> Path:
     return Path(cache_dir) / "indexes" / (hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32] + ".npz")
 
 
-def _read(path: Path, size_bytes: int) -> ShardIndex | None:
-    """A stored index of a shard of so many bytes; None where it is none, or cannot be of that shard."""
+def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardIndex | None:
+    """A stored index of a shard, of so many bytes if known; None where it is none, or cannot be of that shard."""
+    most_bytes = MOST_INDEX_BYTES if size_bytes is None else size_bytes * 8 * len(COLUMNS) // BLOCK + 10_000
     try:
-        with zipfile.ZipFile(path) as packed:  # what it says of its size, before anything is unpacked
-            if sum(part.file_size for part in packed.infolist()) > size_bytes * 8 * len(COLUMNS) // BLOCK + 10_000:
+        with zipfile.ZipFile(file) as packed:  # what it says of its size, before anything is unpacked
+            if sum(part.file_size for part in packed.infolist()) > most_bytes:
                 return None
-        with np.load(path, allow_pickle=False) as z:
+        if not isinstance(file, Path):
+            file.seek(0)
+        with np.load(file, allow_pickle=False) as z:
             if int(z["format"]) != FORMAT or z["table"].dtype != np.int64 or z["table"].shape[1:] != (len(COLUMNS),):
                 return None
             found = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]))
@@ -167,7 +173,8 @@ def _plausible(index: ShardIndex) -> bool:
     return bool(inside.all() and (labels | ~labeled).all())
 
 
-def _write(path: Path, index: ShardIndex) -> bool:
+def write_index(path: Path, index: ShardIndex) -> bool:
+    """Whether it could be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -200,11 +207,11 @@ def index_shard(shard: str, cache_dir: str, *, fresh: bool = False) -> ShardInde
     found = _regular_file(shard)
     candidates = [index_path(shard), index_path(shard, cache_dir)]
     for path in [] if fresh else candidates:
-        stored = _read(path, found.st_size)
+        stored = read_index(path, found.st_size)
         if stored and (stored.size_bytes, stored.mtime_ns) == (found.st_size, found.st_mtime_ns):
             return stored
     index = scan(shard)
-    any(_write(path, index) for path in candidates)
+    any(write_index(path, index) for path in candidates)
     return index
 
 

@@ -67,10 +67,10 @@ def file_size(path: str) -> int:
 
 
 class PackedReader:
-    """Images in shards."""
+    """Images in shards. few: no more than a few of each shard will be read, for which remote ones are not fetched."""
 
-    def __init__(self, images: ShardImages) -> None:
-        self.images = images
+    def __init__(self, images: ShardImages, *, few: bool = False) -> None:
+        self.images, self.few = images, few
         self.first = np.concatenate([[0], np.cumsum(images.counts)])
 
     def at(self, i: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ class PackedReader:
         return shard, i - int(self.first[shard])
 
     def read(self, i: int) -> bytes:
-        return self.images.read(*self.at(i))
+        return self.images.read(*self.at(i), few=self.few)
 
     def name(self, i: int) -> str:
         return self.images.name(*self.at(i))
@@ -96,7 +96,7 @@ def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[Reader
     places: shards, see `holds_shards`; image files; folders of images, however deep. UserError where there is nothing.
     """
     of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
-    packed = PackedReader(ShardImages(of_shards, key=key)) if of_shards else None
+    packed = PackedReader(ShardImages(of_shards, key=key), few=True) if of_shards else None
     files = FileReader(images_of(of_files))
     first = sum(packed.images.counts) if packed else 0
     total = first + len(files.paths)
@@ -211,6 +211,7 @@ def open_labeled(
             return Labeled(found.reader, np.eye(len(found.classes), dtype=bool)[found.labels], found.classes)
         return found
     images = ShardImages(spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes)
+    images.require(range(len(images.names)), "labeled images are read in no order: that takes")
     reader = PackedReader(images)
     if several:
         rows = [(shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
@@ -218,7 +219,7 @@ def open_labeled(
         return _named(reader, [_labels(images, *at) for at in rows], places, key, classes, several)
     values = [_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
     # what `mpp pack` left in each folder: the numbers in the shards of a folder count in its own list
-    folders = [os.path.dirname(path) for path in images.paths]
+    folders = [os.path.dirname(name) for name in images.names]
     listed = {folder: class_names(folder) for folder in dict.fromkeys(folders)}
     named = [names for names in listed.values() if names is not None]
     known = classes

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mpp.data.ahead import Ahead
 from mpp.data.children import end_with
 from mpp.data.decode import centre_box, decode_crop, random_box
 from mpp.data.images import ShardImages
@@ -79,7 +80,7 @@ class PretrainDataset(Dataset[Batch]):
     """Keys are (position, shard, row); a list of keys makes a `Batch`.
 
     train_counts: rows of each shard that are trained on; those after are held out. A bad image is replaced by
-    one of its own kind. global_batch: samples of one step, which all hide as many units.
+    one of its own kind. global_batch: samples of one step, which all hide as many units. ahead: fetches remote shards.
     """
 
     def __init__(
@@ -91,12 +92,15 @@ class PretrainDataset(Dataset[Batch]):
         seed: int,
         train_counts: Sequence[int] | np.ndarray,
         global_batch: int,
+        ahead: Ahead | None = None,
     ) -> None:
         self.images, self.crop, self.mask, self.mask_grid, self.seed = images, crop, mask, mask_grid, seed
-        self.train_counts, self.global_batch = train_counts, global_batch
+        self.train_counts, self.global_batch, self.ahead = train_counts, global_batch, ahead
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> Batch | UserError:
         try:
+            if self.ahead:
+                self.ahead.come_to(keys[0][0])
             return self.batch(keys)
         except UserError as error:
             return error  # raised by `batches`, without the worker's traceback
@@ -117,7 +121,7 @@ class PretrainDataset(Dataset[Batch]):
 
             last = int(self.train_counts[shard])
             rows = range(last) if row < last else range(last, self.images.counts[shard])
-            images[i], passed_over = self.images.load(shard, row, rows, decode, size)
+            images[i], passed_over = self.images.load(shard, row, rows, decode, size, few=centre)
             bad += passed_over
             replaced += bool(passed_over)
         return Batch(

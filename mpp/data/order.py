@@ -9,7 +9,7 @@ number of samples seen: a run can stop anywhere and go on with any number of pro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -66,6 +66,28 @@ class Order:
         k = np.searchsorted(starts, places, side="right") - 1
         return permuted[k], places - starts[k]
 
+    def window_at(self, seen: int) -> tuple[int, int]:
+        """(epoch, number) of the window that every lane is in after `seen` samples."""
+        epoch, offset = divmod(seen // self.lanes, self.lane_len)
+        return epoch, offset // self.window
+
+    def window_after(self, epoch: int, number: int) -> tuple[int, int]:
+        return (epoch, number + 1) if (number + 1) * self.window < self.lane_len else (epoch + 1, 0)
+
+    def shards_in(self, epoch: int, number: int, lanes: Iterable[int]) -> list[int]:
+        """The shards that hold samples of a window of these lanes, in the order of the epoch."""
+        permuted, starts, first = self._shards(epoch)
+        low, high = number * self.window, min((number + 1) * self.window, self.lane_len)
+        found: set[int] = set()
+        for lane in lanes:
+            begin = (lane * self.lane_len + low + first) % self.total
+            end = begin + high - low
+            for a, b in ((begin, min(end, self.total)), (0, end - self.total)):  # it may go on from the start
+                if b > a:
+                    inside = slice(np.searchsorted(starts, a, "right") - 1, np.searchsorted(starts, b, "left"))
+                    found.update(range(len(permuted))[inside])
+        return [int(permuted[k]) for k in sorted(found) if self.counts[permuted[k]]]
+
     def at(self, seen: int, start: int, count: int) -> list[tuple[int, int, int]]:
         """(position, shard, row) of slots start … start + count of the global batch that follows `seen` samples."""
         per_lane = self.global_batch // self.lanes
@@ -78,6 +100,13 @@ class Order:
             shards, rows = self._window(epoch, lane, number)
             found.append((seen + slot, int(shards[place]), int(rows[place])))
         return found
+
+
+def lanes_read_by(ranks: Iterable[int], order: Order, *, accumulate: int, world: int) -> list[int]:
+    """The lanes from which these processes of `world` take samples."""
+    size, per_lane = order.global_batch // (accumulate * world), order.global_batch // order.lanes
+    starts = [(m * world + rank) * size for rank in ranks for m in range(accumulate)]
+    return sorted({slot // per_lane for start in starts for slot in range(start, start + size)})
 
 
 class MicroBatches:

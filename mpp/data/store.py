@@ -1,122 +1,255 @@
-"""Shards as local files: a local path is itself, a remote one is copied once per machine into a bounded cache."""
+"""Remote shards: copied when they are needed, once for all processes of a machine, into a bounded cache."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
-import http.client
+import io
 import os
 import time
 import urllib.parse
-import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-from mpp.data.index import scan
+import numpy as np
+
+from mpp.data import remote
+from mpp.data.index import MOST_INDEX_BYTES, ShardIndex, index_path, index_shard, read_index, scan, write_index
 from mpp.errors import UserError, without_secrets
 
-SCHEMES = ("http", "https", "s3", "gs", "hf")
-"""What may stand before ://. Nothing else is opened: no pipes, no fsspec chains, no file: tricks."""
-TIMEOUT_S = 60
-TRIES = 5
+TRIES = 8
+"""In a row that bring no further byte."""
+PAUSE_S, MOST_PAUSE_S = 0.1, 60.0
+"""Doubled with each try: 8 tries take half a minute (a guess)."""
 CHUNK_BYTES = 1 << 20
+WHOLE_ABOVE = 0.25
+"""Where more than this share of a shard has been read in parts, it is fetched whole (a guess)."""
 
 
 def default_cache_dir() -> str:
     return os.environ.get("MPP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "mpp")
 
 
-def open_remote(url: str) -> tuple[BinaryIO, int | None]:
-    """(stream, bytes it should give if the server says). UserError for a scheme not in SCHEMES."""
-    scheme = urllib.parse.urlsplit(url).scheme
-    if scheme not in SCHEMES or "::" in url:
-        raise UserError(f"{url}: scheme '{scheme}' is not read; allowed are local files and {', '.join(SCHEMES)}")
-    if scheme in ("http", "https"):
-        response = urllib.request.urlopen(url, timeout=TIMEOUT_S)
-        length = response.headers.get("Content-Length")
-        return response, int(length) if length else None
-    try:
-        import fsspec
-
-        opened = fsspec.open(url, "rb").open()
-    except ImportError as error:
-        raise UserError(f"{url}: {error}") from error
-    return opened, getattr(opened, "size", None)
-
-
 class Store:
-    """A cache folder of remote shards, at most `limit_bytes` large, shared by every process of the machine."""
+    """A cache folder of remote shards, at most `limit_bytes` large, shared by every process of the machine.
+
+    What was used least recently leaves it first, and is fetched again when it is needed again. A shard that is there
+    is never asked for again: it is what its server had when it was fetched.
+    """
 
     def __init__(self, cache_dir: str | None = None, limit_bytes: float = 200e9) -> None:
-        self.folder = Path(cache_dir or default_cache_dir()) / "shards"
+        self.cache_dir = cache_dir or default_cache_dir()
+        self.folder = Path(self.cache_dir) / "shards"
         self.limit_bytes = limit_bytes
-        self._in_use: set[Path] = set()
+        self._known: dict[str, tuple[int, int, int]] = {}
+        """Which file of a shard was found to fit its index, as this process last saw it: inode, size, mtime."""
+        self._in_parts: dict[str, int] = {}
 
-    def path(self, url: str) -> str:
-        """The local file of a shard. UserError where it cannot be had after TRIES tries."""
-        if "://" not in url:
-            return url
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache_dir: {self.folder}: {error.strerror}") from error
+    def target(self, url: str) -> Path:
+        """Where a shard's copy lies, if it is there."""
         try:
             base = os.path.basename(urllib.parse.urlsplit(url).path)
         except ValueError as error:
             raise UserError(f"{url}: {error}") from error
         digest = hashlib.sha256(without_secrets(url).encode()).hexdigest()[:16]
-        name = f"{digest}-{base.removesuffix('.tar')[-100:]}.tar"
-        target = self.folder / name
-        with open(f"{target}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one copy per machine
+        return self.folder / f"{digest}-{base.removesuffix('.tar')[-100:]}.tar"
+
+    def fetch(self, url: str, *, wait: bool = True) -> Path | None:
+        """The local copy of a shard, made or used now. UserError where it cannot be had after TRIES tries.
+
+        wait: where another process fetches it; else None then.
+        """
+        target = self.target(url)
+        with self._locked(target.with_name(target.name + ".lock"), wait=wait) as locked:
+            if not locked:
+                return None
             if not target.exists():
                 self._copy(url, target)
-            self._in_use.add(target)
-            self._evict()
-            os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))  # last use; the index keys on mtime
-        return str(target)
+            _use(target)
+        return target
+
+    def index(self, url: str) -> ShardIndex:
+        """Of a shard: as it was once fetched, else as it lies beside it (see `mpp index`), else it is fetched."""
+        target = self.target(url)
+        stored = index_path(str(target))
+        index = read_index(stored)
+        if index is None:
+            index = self._index_elsewhere(url)
+            if index is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_index(stored, index)
+        for _ in range(TRIES):
+            if index is not None:
+                return index
+            self.fetch(url)
+            index = read_index(stored) or self._index_of(target)
+        raise UserError(f"{url}: left {self.folder} each time before it was read: something empties it")
+
+    def read(self, url: str, index: ShardIndex, offset: int, size: int, *, few: bool = False) -> bytes:
+        """Bytes of a shard. UserError where it is another one than its index says, or cannot be had.
+
+        few: no more than a little of it will be read, for which it is not fetched.
+        """
+        if few and not self.target(url).exists():
+            self._in_parts[url] = self._in_parts.get(url, 0) + size
+            if self._in_parts[url] <= WHOLE_ABOVE * index.size_bytes:
+                with contextlib.suppress(*remote.FAULTS):  # fetching says what is wrong
+                    found = remote.read_part(url, offset, size, index.size_bytes)
+                    if found is not None:
+                        return found
+        fd = self._open(url, index)
+        try:
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)  # one that stays open takes its place on the disk though it has left the cache
+
+    def _open(self, url: str, index: ShardIndex) -> int:
+        target = self.target(url)
+        while True:
+            try:
+                fd = os.open(target, os.O_RDONLY)
+            except FileNotFoundError:
+                self.fetch(url)
+                continue
+            found = os.fstat(fd)
+            file = (found.st_ino, found.st_size, found.st_mtime_ns)
+            if self._known.get(url) == file:
+                if time.time_ns() - found.st_atime_ns > 1_000_000_000:
+                    _use(target)
+                return fd
+            os.close(fd)
+            now = self._index_of(target)
+            if now is None:
+                continue
+            if now.size_bytes != index.size_bytes or not np.array_equal(now.table, index.table):
+                raise UserError(f"{url}: changed since it was indexed; start again")
+            self._known[url] = file
+
+    def _index_of(self, target: Path) -> ShardIndex | None:
+        """None where it has left the cache."""
+        try:
+            return index_shard(str(target), self.cache_dir)
+        except UserError:
+            if target.exists():
+                raise
+            return None
+
+    def _index_elsewhere(self, url: str) -> ShardIndex | None:
+        """The index that lies beside a remote shard; None where there is none that could be of a shard."""
+        try:
+            with remote.opened(remote.next_to(url, ".index.npz")) as answer:
+                return read_index(io.BytesIO(answer.stream.read(MOST_INDEX_BYTES)))
+        except remote.FAULTS:  # servers say in many ways that they have no such file
+            return None
 
     def _copy(self, url: str, target: Path) -> None:
-        part = Path(f"{target}.part")
-        for attempt in range(1, TRIES + 1):
-            try:
-                stream, expected = open_remote(url)
-                with stream, open(part, "wb") as out:
-                    copied = 0
-                    while chunk := stream.read(CHUNK_BYTES):
-                        out.write(chunk)
-                        copied += len(chunk)
-                if expected is not None and copied != expected:
-                    raise OSError(f"{copied} of {expected} bytes arrived")
-                try:
-                    scan(str(part))
-                except UserError as error:  # a login page with status 200, say: never let it into the cache
-                    part.unlink()
-                    raise UserError(
-                        f"{url}: what arrived is no shard: {str(error).removeprefix(f'{part}: ')}"
-                    ) from error
-                os.replace(part, target)
-                return
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                # a 404 will not get better; everything else may
-                if attempt == TRIES or getattr(error, "code", None) in (401, 403, 404, 410):
-                    words = str(error) or type(error).__name__
-                    raise UserError(f"{url}: {words} (tried {attempt} times)") from error
-                time.sleep(0.1 * 2**attempt)
+        part = target.with_name(target.name + ".part")
+        try:
+            index = self._download(url, part)
+        except UserError:
+            part.unlink(missing_ok=True)
+            raise
+        with self._room():  # whoever counts sees it by the one name or the other
+            os.replace(part, target)
+        write_index(index_path(str(target)), index)
 
-    def _evict(self) -> None:
-        """Least recently used first; never a shard of this run. UserError where these alone are over the limit."""
-        shards = [p for p in self.folder.iterdir() if p.suffix == ".tar" and p not in self._in_use]
-        shards.sort(key=lambda p: p.stat().st_atime_ns)
-        own = sum(p.stat().st_size for p in self._in_use)
-        if own > self.limit_bytes:
-            raise UserError(
-                f"data.cache_limit_gb: {len(self._in_use)} shards of this run take {own / 1e9:.3f} GB already; "
-                f"allowed are {self.limit_bytes / 1e9:.3f}"
-            )
-        total = own + sum(p.stat().st_size for p in shards)
-        for path in shards:
-            if total <= self.limit_bytes:
+    def _download(self, url: str, part: Path) -> ShardIndex:
+        have, furthest, tries, version = 0, 0, 0, None
+        while True:
+            try:
+                with (
+                    remote.opened(url, start=have, version=version) as answer,
+                    open(part, "r+b" if have else "wb") as out,
+                ):
+                    have, version, total = answer.start, answer.version, answer.total
+                    if total is not None:
+                        self._make_room(url, part, total)
+                    out.seek(have)
+                    while chunk := answer.stream.read(CHUNK_BYTES):
+                        out.write(chunk)
+                        have += len(chunk)
+                if total is not None and have != total:
+                    raise OSError(f"{have} of {total} bytes arrived")
                 break
-            total -= path.stat().st_size
-            path.unlink()  # open readers keep their file descriptor
+            except remote.FAULTS as error:
+                tries, furthest = (1, have) if have > furthest else (tries + 1, furthest)
+                if version is None or isinstance(error, remote.Changed):
+                    have = 0
+                if tries == TRIES or remote.is_final(error) or getattr(error, "errno", None) == errno.ENOSPC:
+                    words = str(error) or type(error).__name__
+                    raise UserError(f"{url}: {words} (tried {tries} times)") from error
+                time.sleep(min(max(PAUSE_S * 2**tries, remote.wished_pause_s(error)), MOST_PAUSE_S))
+        if total is None:
+            self._make_room(url, part, have)
+        try:
+            return scan(str(part))
+        except UserError as error:  # a login page with status 200, say: never let it into the cache
+            raise UserError(f"{url}: what arrived is no shard: {str(error).removeprefix(f'{part}: ')}") from error
+
+    def _make_room(self, url: str, part: Path, size: int) -> None:
+        """Give `part` its full size on the disk, once there is room for it: what is oldest leaves.
+
+        UserError where it alone is too large.
+        """
+        while True:
+            with self._room():
+                sizes, oldest = self._files(but=part)
+                total = sum(sizes.values())
+                for path in oldest:
+                    if total + size <= self.limit_bytes:
+                        break
+                    path.unlink(missing_ok=True)
+                    total -= sizes[path]
+                if total + size <= self.limit_bytes:
+                    os.truncate(part, size)
+                    return
+            if total == 0:
+                raise UserError(
+                    f"data.cache_limit_gb: {url} takes {size / 1e9:.6g} GB; allowed are {self.limit_bytes / 1e9:.6g}"
+                )
+            time.sleep(0.05)  # others are being fetched, and may leave after
+
+    def _files(self, *, but: Path) -> tuple[dict[Path, int], list[Path]]:
+        """Bytes of what takes space here, and which of it may leave, the least recently used first."""
+        sizes, used = {}, {}
+        for path in self.folder.iterdir():
+            if path == but or not path.name.endswith((".tar", ".tar.part")):
+                continue
+            if path.suffix == ".part":
+                with self._locked(path.with_suffix(".lock"), wait=False) as abandoned:
+                    if abandoned:  # by a process that died
+                        path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                sizes[path] = found.st_size
+                if path.suffix == ".tar":
+                    used[path] = found.st_atime_ns
+        return sizes, sorted(used, key=lambda path: used[path])
+
+    def _room(self) -> contextlib.AbstractContextManager[bool]:
+        """In which nothing else comes, leaves or is counted."""
+        return self._locked(self.folder / "room.lock")
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
+        """Held by one process, and one thread of it, at a time; False where it is held and not waited for."""
+        with contextlib.ExitStack() as until_the_end:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = until_the_end.enter_context(open(path, "w"))
+            except OSError as error:
+                raise UserError(f"data.cache_dir: {path.parent}: {error.strerror}") from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def _use(path: Path) -> None:
+    """Mark it as used now. Its mtime stays: its index is known by it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpp.data.order import MicroBatches, Order
+from mpp.data.order import MicroBatches, Order, lanes_read_by
 
 
 def run(order: Order, seen: int, steps: int, world: int = 1, accumulate: int = 1) -> list[list[tuple[int, int, int]]]:
@@ -88,3 +88,52 @@ def test_no_sample_is_left_out_of_every_epoch() -> None:
 def test_no_samples() -> None:
     with pytest.raises(ValueError, match="no samples"):
         Order([0, 0], global_batch=4, seed=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(sum),
+    global_batch=st.integers(1, 16),
+    lanes=st.integers(1, 8),
+    window=st.integers(1, 20),
+    seed=st.integers(0, 5),
+    seen_batches=st.integers(0, 40),
+)
+def test_the_shards_of_a_window_are_those_that_are_read(
+    counts: list[int], global_batch: int, lanes: int, window: int, seed: int, seen_batches: int
+) -> None:
+    order = Order(counts, global_batch=global_batch, seed=seed, lanes=lanes, window=window)
+    read: dict[tuple[int, int, int], set[int]] = {}
+    for epoch in range(2):
+        for lane in range(order.lanes):
+            for number in range(-(-order.lane_len // window)):
+                read[epoch, number, lane] = set(order._window(epoch, lane, number)[0].tolist())
+    for (epoch, number, lane), shards in read.items():
+        assert set(order.shards_in(epoch, number, [lane])) == shards
+    windows = sorted({(epoch, number) for epoch, number, _ in read})
+    for now, after in zip(windows, windows[1:], strict=False):
+        assert order.window_after(*now) == after
+        everything = order.shards_in(*now, range(order.lanes))
+        assert len(everything) == len(set(everything))
+    # a sample's own shard is one of the window that its position is in, or of the next where a batch straddles them
+    seen = seen_batches * global_batch
+    near = [order.window_at(seen), order.window_after(*order.window_at(seen))]
+    assert order.window_at(seen + order.epoch_len) == (near[0][0] + 1, near[0][1])
+    if global_batch // order.lanes <= min(window, order.lane_len % window or window):
+        allowed = {s for w in near for s in order.shards_in(*w, range(order.lanes))}
+        assert {s for _, s, _ in order.at(seen, 0, global_batch)} <= allowed
+
+
+@given(st.sampled_from([(12, 1, 1), (12, 2, 1), (12, 3, 2), (16, 4, 2), (12, 1, 3)]), st.integers(1, 6))
+def test_the_lanes_of_some_processes_are_those_that_they_read(layout: tuple[int, int, int], lanes: int) -> None:
+    global_batch, world, accumulate = layout
+    order = Order([50, 50], global_batch=global_batch, seed=0, lanes=lanes, window=5)
+    per_lane = global_batch // order.lanes
+    for ranks in ([0], [world - 1], list(range(world))):
+        slots = {
+            position % global_batch
+            for rank in ranks
+            for keys in MicroBatches(order, seen=0, steps=1, accumulate=accumulate, rank=rank, world=world)
+            for position, _, _ in keys
+        }
+        assert lanes_read_by(ranks, order, accumulate=accumulate, world=world) == sorted({s // per_lane for s in slots})

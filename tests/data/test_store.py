@@ -2,116 +2,341 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from mpp.data import remote
 from mpp.data import store as store_module
 from mpp.data.images import ShardImages
+from mpp.data.index import index_path
 from mpp.data.store import Store
 from mpp.errors import UserError
+from tests.data.test_loader import shard_of
+from tests.http_server import Served, serve
 
-
-class Server(SimpleHTTPRequestHandler):
-    """Serves a folder; counts requests; cuts the first `cuts` answers short."""
-
-    requests = 0
-    cuts = 0
-
-    def do_GET(self) -> None:
-        type(self).requests += 1
-        if type(self).cuts > 0:
-            type(self).cuts -= 1
-            self.send_response(200)
-            self.send_header("Content-Length", "100000")
-            self.end_headers()
-            self.wfile.write(b"x" * 1000)
-            return
-        super().do_GET()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+SPEC = "/shard-{000000..000002}.tar"
 
 
 @pytest.fixture
-def url(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    Server.requests = Server.cuts = 0
-    monkeypatch.setattr(store_module.time, "sleep", lambda s: None)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(shards)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+def served(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setattr(store_module, "PAUSE_S", 0.001)
+    shutil.copytree(shards, tmp_path / "served")
+    found, server = serve(tmp_path / "served")
+    yield found
     server.shutdown()
 
 
-def test_remote_shards_are_copied_once(url: str, shards: Path, tmp_path: Path) -> None:
-    spec = url + "/shard-{000000..000002}.tar"
-    for _ in range(2):
-        images = ShardImages(spec, key="data.shards", cache_dir=str(tmp_path))
-        assert images.counts == [25, 25, 10]
-    assert Server.requests == 3
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def cached_bytes(folder: Path) -> int:
+    """Of the shards that are in a cache, and on their way into it, at one moment."""
+    if not folder.exists():
+        return 0
+    with open(folder / "room.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nothing comes or leaves
+        files: dict[int, int] = {}  # by inode: one that is renamed meanwhile is still one
+        for path in folder.iterdir():
+            if path.name.endswith((".tar", ".tar.part")):
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    files[found.st_ino] = found.st_size
+        return sum(files.values())
+
+
+def kept(cache: Path) -> list[str]:
+    """What a cache holds beside its locks and indexes."""
+    return sorted(p.name for p in (cache / "shards").iterdir() if p.suffix not in (".lock", ".npz"))
+
+
+def test_remote_shards_are_as_local_ones_and_copied_once(served: Served, shards: Path, cache: Path) -> None:
     local = ShardImages(str(shards), key="data.shards")
-    assert images.read(1, 3) == local.read(1, 3)
-    assert images.fingerprint == local.fingerprint
+    for _ in range(2):
+        images = ShardImages(served.url + SPEC, key="data.shards", cache_dir=str(cache))
+        assert images.counts == [25, 25, 10]
+        assert images.fingerprint == local.fingerprint
+        assert [images.read(*at) for at in [(1, 3), (0, 0), (2, 9)]] == [
+            local.read(*at) for at in [(1, 3), (0, 0), (2, 9)]
+        ]
+        assert images.name(1, 3).rpartition("/")[2] == local.name(1, 3).rpartition("/")[2]
+        assert images.read_label(1, 3) == local.read_label(1, 3)
+    assert served.whole() == 3
 
 
-def test_an_answer_cut_short_is_asked_for_again(url: str, shards: Path, tmp_path: Path) -> None:
-    Server.cuts = 2
-    path = Store(str(tmp_path)).path(url + "/shard-000002.tar")
-    assert Path(path).read_bytes() == (shards / "shard-000002.tar").read_bytes()
-    assert Server.requests == 3
+def test_with_indexes_beside_them_shards_are_fetched_when_they_are_read(served: Served, cache: Path) -> None:
+    images = ShardImages(served.url + SPEC, key="data.shards", cache_dir=str(cache))
+    assert images.counts == [25, 25, 10]
+    assert (served.whole(".npz"), served.whole(".tar")) == (3, 0)
+    images.read(1, 3)
+    assert served.whole() == 1
 
 
-def test_what_cannot_be_had_is_one_line_and_leaves_nothing(url: str, tmp_path: Path) -> None:
+def test_without_indexes_beside_them_each_shard_is_fetched_once_to_be_indexed(served: Served, cache: Path) -> None:
+    served.indexes = False
+    limit = 1.5 * max(p.stat().st_size for p in served.folder.glob("*.tar"))
+    for _ in range(2):
+        images = ShardImages(served.url + SPEC, key="data.shards", cache_dir=str(cache), cache_limit_bytes=limit)
+        assert images.counts == [25, 25, 10]
+    assert served.whole() == 3
+    assert sum((cache / "shards" / name).stat().st_size for name in kept(cache)) <= limit
+
+
+def test_a_few_images_are_read_without_their_shards(served: Served, shards: Path, cache: Path) -> None:
+    images, local = (ShardImages(s, key="k", cache_dir=str(cache)) for s in (served.url + SPEC, str(shards)))
+    assert images.read(1, 3, few=True) == local.read(1, 3)
+    assert served.log[-1][1:] == (206, local.indexes[1].table[3, 0], local.indexes[1].table[3, 1])
+    assert kept(cache) == []
+    assert [images.read(1, row, few=True) for row in range(25)] == [local.read(1, row) for row in range(25)]
+    assert served.whole() == 1, "more than a few: it is fetched"
+    served.ranges = False
+    assert images.read(0, 3, few=True) == local.read(0, 3)
+    assert served.whole() == 3, "of a server that sends no parts it is fetched, too"
+
+
+def test_an_answer_cut_short_goes_on_where_it_ended(served: Served, shards: Path, cache: Path) -> None:
+    served.faults += [{"cut": 1000}, {"cut": 3000}]
+    path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    size = (shards / "shard-000002.tar").stat().st_size
+    assert path is not None
+    assert path.read_bytes() == (shards / "shard-000002.tar").read_bytes()
+    assert [entry[1:] for entry in served.log] == [(200, 0, 1000), (206, 1000, 3000), (206, 4000, size - 4000)]
+
+
+@pytest.mark.parametrize("without", ["ranges", "tags"])
+def test_without_parts_or_versions_it_starts_again(without: str, served: Served, shards: Path, cache: Path) -> None:
+    setattr(served, without, False)
+    served.faults += [{"cut": 1000}, {"cut": 5000}]
+    path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    assert path is not None
+    assert path.read_bytes() == (shards / "shard-000002.tar").read_bytes()
+    assert served.whole() == 1
+
+
+@pytest.mark.parametrize("longer", [0, 20 * 512])
+def test_a_shard_that_changes_while_it_is_copied_is_copied_anew(longer: int, served: Served, cache: Path) -> None:
+    file = served.folder / "shard-000002.tar"
+    other = file.read_bytes()[: -1024 - longer] + bytes(1024 + 2 * longer)
+
+    def change() -> None:
+        file.write_bytes(other)
+
+    served.faults.append({"cut": 5000, "then": change})
+    path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    assert path is not None
+    assert path.read_bytes() == other
+
+
+def test_a_server_that_sends_a_part_of_another_file_is_not_believed(
+    served: Served, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = served.folder / "shard-000002.tar"
+    real = remote.urllib.request.Request.add_header
+    monkeypatch.setattr(  # as if it did not know If-Range
+        remote.urllib.request.Request, "add_header", lambda self, k, v: None if k == "If-Range" else real(self, k, v)
+    )
+    other = bytes(512) * 40 + file.read_bytes()
+    served.faults.append({"cut": 5000, "then": lambda: file.write_bytes(other[512 * 40 :] + bytes(1024))})
+    path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    assert path is not None
+    assert path.read_bytes() == file.read_bytes()
+    assert [status for _, status, _, _ in served.log] == [200, 206, 200]
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 429])
+def test_a_server_in_trouble_is_asked_again(status: int, served: Served, cache: Path) -> None:
+    served.faults += [{"status": status}] * 6
+    assert Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    assert len(served.log) == 7
+
+
+def test_a_server_is_left_alone_as_long_as_it_asks(served: Served, cache: Path) -> None:
+    served.faults.append({"status": 503, "retry_after_s": 1})
+    began = time.monotonic()
+    assert Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    assert time.monotonic() - began >= 1
+
+
+def test_what_cannot_be_had_is_one_line_and_leaves_nothing(served: Served, cache: Path) -> None:
     with pytest.raises(UserError, match=r"none\.tar: .*404.* \(tried 1 times\)"):
-        Store(str(tmp_path)).path(url + "/none.tar")
-    Server.cuts = 99
-    with pytest.raises(UserError, match=r"1000 of 100000 bytes arrived \(tried 5 times\)"):
-        Store(str(tmp_path)).path(url + "/shard-000000.tar")
-    assert not [p for p in (tmp_path / "shards").iterdir() if p.suffix not in (".lock", ".part")]
+        Store(str(cache)).fetch(served.url + "/none.tar")
+    served.faults += [{"status": 403}] + [{"status": 500}] * 99
+    with pytest.raises(UserError, match=r"000\.tar: .*403.* \(tried 1 times\)"):
+        Store(str(cache)).fetch(served.url + "/shard-000000.tar")
+    with pytest.raises(UserError, match=r"000\.tar: .*500.* \(tried 8 times\)"):
+        Store(str(cache)).fetch(served.url + "/shard-000000.tar")
+    served.faults.clear()
+    served.faults += [{"cut": 1000}] * 99
+    served.tags = False
+    with pytest.raises(UserError, match=r"1000 of \d+ bytes arrived \(tried 8 times\)"):
+        Store(str(cache)).fetch(served.url + "/shard-000000.tar")
+    assert kept(cache) == []
 
 
-def test_the_cache_is_bounded(url: str, shards: Path, tmp_path: Path) -> None:
+def test_a_wrong_length_is_not_believed(served: Served, cache: Path) -> None:
+    served.faults += [{"length": 1000}, {"length": 10_000_000}]
+    with pytest.raises(UserError, match=r"000\.tar: what arrived is no shard: cut off"):
+        Store(str(cache)).fetch(served.url + "/shard-000000.tar")
+    path = Store(str(cache)).fetch(served.url + "/shard-000000.tar")
+    assert path is not None
+    assert path.read_bytes() == (served.folder / "shard-000000.tar").read_bytes()
+    assert [status for name, status, *_ in served.log if name.endswith(".tar")] == [200, 200, 206]
+
+
+def test_the_cache_is_bounded_and_the_oldest_leaves(served: Served, shards: Path, cache: Path) -> None:
     size = (shards / "shard-000000.tar").stat().st_size
-    before = Store(str(tmp_path), limit_bytes=10 * size)
-    paths = [Path(before.path(f"{url}/shard-00000{i}.tar")) for i in (0, 1)]
-    before.path(f"{url}/shard-000000.tar")  # used again: the other one is older now
-    last = Path(Store(str(tmp_path), limit_bytes=1.9 * size).path(f"{url}/shard-000002.tar"))
-    assert (paths[0].exists(), paths[1].exists(), last.exists()) == (True, False, True)
+    before = Store(str(cache), limit_bytes=10 * size)
+    paths = [before.fetch(f"{served.url}/shard-00000{i}.tar") for i in (0, 1)]
+    before.fetch(f"{served.url}/shard-000000.tar")  # used again: the other one is older now
+    last = Store(str(cache), limit_bytes=1.9 * size).fetch(f"{served.url}/shard-000002.tar")
+    assert [path is not None and path.exists() for path in (*paths, last)] == [True, False, True]
 
 
-def test_more_shards_than_the_cache_holds_are_refused(url: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.cache_limit_gb: [12] shards of this run take .* allowed are 0\.000"):
-        ShardImages(url + "/shard-{000000..000002}.tar", key="k", cache_dir=str(tmp_path), cache_limit_bytes=30_000)
+def test_the_bound_holds_at_every_moment(served: Served, shards: Path, cache: Path) -> None:
+    """Four readers at a time, of three shards, in a cache for two: nothing is over the bound, and all is read right."""
+    local = ShardImages(str(shards), key="k")
+    sizes = sorted(i.size_bytes for i in local.indexes)
+    limit, wrong, most, ended = sizes[1] + sizes[2] + 100, [], 0, threading.Event()
+    served.bytes_per_s = 2e6
+
+    def read(reader: int) -> None:
+        images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache), cache_limit_bytes=limit)
+        for n in range(40):
+            at = ((n + reader) // 4 % 3, n % 10)
+            if images.read(*at) != local.read(*at):
+                wrong.append(at)
+
+    def measured() -> None:
+        nonlocal most
+        while not ended.is_set():
+            most = max(most, cached_bytes(cache / "shards"))
+
+    watching = threading.Thread(target=measured)
+    watching.start()
+    readers = [threading.Thread(target=read, args=(i,)) for i in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    ended.set()
+    watching.join()
+    assert not wrong
+    assert 0 < most <= limit
+    assert served.whole() > 3, "some left, and were fetched again"
 
 
-def test_an_answer_that_is_no_shard_never_enters_the_cache(url: str, tmp_path: Path) -> None:
+def test_four_processes_fetch_a_shard_once(served: Served, cache: Path) -> None:
+    served.bytes_per_s = 500_000
+    code = (
+        "import sys; from mpp.data.images import ShardImages\n"
+        "images = ShardImages(sys.argv[1], key='k', cache_dir=sys.argv[2])\n"
+        "print([len(images.read(i, 5)) for i in range(3)])"
+    )
+    command = [sys.executable, "-c", code, served.url + SPEC, str(cache)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert len({process.communicate()[0] for process in running}) == 1
+    assert [process.returncode for process in running] == [0] * 4
+    assert served.whole() == 3
+
+
+def test_what_a_dead_process_left_goes_when_room_is_needed(served: Served, shards: Path, cache: Path) -> None:
+    store = Store(str(cache), limit_bytes=1.2 * (shards / "shard-000000.tar").stat().st_size)
+    half = store.target(served.url + "/shard-000001.tar")
+    half.parent.mkdir(parents=True)
+    half.with_name(half.name + ".part").write_bytes(bytes(30_000))
+    half.with_name(half.name + ".lock").touch()
+    assert store.fetch(served.url + "/shard-000000.tar")
+    assert [name.endswith(".tar") for name in kept(cache)] == [True]
+
+
+def test_a_shard_larger_than_the_cache_is_refused(served: Served, cache: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.cache_limit_gb: .*000\.tar takes 6.*e-05 GB; allowed are 3e-05"):
+        Store(str(cache), limit_bytes=30_000).fetch(served.url + "/shard-000000.tar")
+    assert kept(cache) == []
+
+
+def test_more_than_the_cache_holds_is_refused_where_all_is_needed(served: Served, cache: Path) -> None:
+    images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache), cache_limit_bytes=100_000)
+    with pytest.raises(UserError, match=r"data\.cache_limit_gb: all take 0\.000\d+ GB .* allowed are 0\.0001, or"):
+        images.require(range(3), "all take", ", or else")
+    images.require([0], "one takes")
+    local = ShardImages(str(served.folder), key="k", cache_limit_bytes=1)
+    local.require(range(3), "local ones take no room")
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_a_shard_that_is_another_than_its_index_says(fetched: bool, served: Served, cache: Path) -> None:
+    images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache))
+    if fetched:
+        images.read(0, 0)
+        images.store.target(images.names[0]).unlink()  # it left the cache
+    shutil.copy(served.folder / "shard-000001.tar", served.folder / "shard-000000.tar")
+    with pytest.raises(UserError, match=r"000\.tar: changed since it was indexed; start again"):
+        images.read(0, 0)
+    again = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache))
+    assert again.read(0, 0) == again.read(1, 0)
+
+
+def test_an_index_from_elsewhere_is_not_believed(served: Served, tmp_path: Path, cache: Path) -> None:
+    shard = shard_of(tmp_path / "other.tar", [b"x" * 600, b"y"])
+    ShardImages(str(shard), key="k")
+    shutil.copy(index_path(str(shard)), index_path(str(served.folder / "shard-000002.tar")))
+    index_path(str(served.folder / "shard-000001.tar")).write_bytes(b"<html>")
+    images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache))
+    assert images.counts == [25, 25, 2], "plausible, but another shard's"
+    assert served.whole() == 1, "no index at all: the shard was fetched"
+    with pytest.raises(UserError, match=r"002\.tar: changed since it was indexed"):
+        images.read(2, 0, few=True)
+
+
+def test_an_answer_that_is_no_shard_never_enters_the_cache(served: Served, cache: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.json: what arrived is no shard: "):
-        Store(str(tmp_path)).path(url + "/dataset.json")
-    assert not [p for p in (tmp_path / "shards").iterdir() if p.suffix != ".lock"]
+        Store(str(cache)).fetch(served.url + "/dataset.json")
+    assert kept(cache) == []
 
 
 @pytest.mark.parametrize(
     "bad", ["http://[bad/a.tar", "http://127.0.0.1:bad/a.tar", "http://127.0.0.1:1/a b.tar", "hf://x"]
 )
-def test_urls_that_cannot_be_opened(bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module.time, "sleep", lambda s: None)
+def test_urls_that_cannot_be_opened(bad: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "PAUSE_S", 0.001)
     with pytest.raises(UserError) as error:
-        Store(str(tmp_path)).path(bad)
+        Store(str(cache)).fetch(bad)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "bad", ["ftp://h/a.tar", "file:///etc/a.tar", "zip://x::http://h/a.tar", "simplecache::s3://b/a.tar"]
 )
-def test_other_schemes_are_refused(bad: str, tmp_path: Path) -> None:
+def test_other_schemes_are_refused(bad: str, cache: Path) -> None:
     with pytest.raises(UserError, match="is not read; allowed are local files and http"):
-        Store(str(tmp_path)).path(bad)
+        Store(str(cache)).fetch(bad)
+    with pytest.raises(UserError, match="is not read; allowed are local files and http"):
+        Store(str(cache)).index(bad)
 
 
-def test_a_local_path_is_itself(tmp_path: Path) -> None:
-    assert Store(str(tmp_path)).path("/data/a.tar") == "/data/a.tar"
-    assert not list(tmp_path.iterdir())
+def test_a_library_that_is_missing_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"gs://bucket/a\.tar: .*gcsfs.*; pip install 'mpp\[gs\]'"):
+        Store(str(cache)).fetch("gs://bucket/a.tar")
+
+
+def test_a_server_may_name_another_place_but_none_of_another_kind(served: Served, cache: Path) -> None:
+    served.faults.append({"status": 302, "location": served.url + "/shard-000002.tar"})
+    assert Store(str(cache)).fetch(served.url + "/moved.tar")
+    for location in ("ftp://127.0.0.1/a.tar", "file:///etc/passwd"):
+        served.faults.append({"status": 302, "location": location})
+        with pytest.raises(
+            UserError, match=r"000\.tar: its server names (ftp|file):.* instead; allowed are http and https"
+        ):
+            Store(str(cache)).fetch(served.url + "/shard-000000.tar")

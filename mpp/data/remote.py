@@ -1,0 +1,145 @@
+"""Bytes of files elsewhere: http and https by urllib, s3, gs and hf through fsspec. Nothing else is opened."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from mpp.errors import UserError, one_line
+
+SCHEMES = ("http", "https", "s3", "gs", "hf")
+"""What may stand before ://. No pipes, no fsspec chains, no file: tricks."""
+EXTRAS = ("s3", "gs")
+"""Whose libraries come with an extra of that name."""
+READ_AHEAD_BYTES = 16 << 20
+TIMEOUT_S = 60
+"""Without a single byte (a guess)."""
+FOR_A_WHILE = (408, 425, 429)
+"""Answers of the kind 4xx that may be others later."""
+FAULTS = (OSError, ValueError, EOFError, http.client.HTTPException)
+"""What a server, a network or a client library may raise."""
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """A server may name another one, of the same kind."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise UserError(f"{req.full_url}: its server names {newurl} instead; allowed are http and https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+_opener = urllib.request.build_opener(_Redirects)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sends of a file."""
+
+    stream: BinaryIO
+    start: int
+    """Byte of the file with which the stream begins."""
+    total: int | None
+    """Bytes of the whole file, if the server says."""
+    version: str | None
+    """By which the server knows the file as it is now; None where it has nothing to know it by."""
+
+
+class Changed(OSError):
+    """A file is another one than a moment ago."""
+
+
+def is_remote(place: str) -> bool:
+    return "://" in place
+
+
+def next_to(url: str, ending: str) -> str:
+    """The URL of the file that has this ending added to its name."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(path=parts.path + ending).geturl()
+
+
+@contextmanager
+def opened(url: str, *, start: int = 0, stop: int | None = None, version: str | None = None) -> Iterator[Answer]:
+    """The file from byte `start` to before `stop`, or all of it where the server does not do that or it has changed.
+
+    version: of an earlier answer, without which a part of the file cannot be told from a part of another one.
+    UserError for a scheme not in SCHEMES; Changed, or one of FAULTS, where it cannot be had.
+    """
+    scheme = urllib.parse.urlsplit(url).scheme
+    if scheme not in SCHEMES or "::" in url:
+        raise UserError(f"{url}: scheme '{scheme}' is not read; allowed are local files and {', '.join(SCHEMES)}")
+    if scheme not in ("http", "https"):
+        with _through_fsspec(url, start, stop, version) as answer:
+            yield answer
+        return
+    request = urllib.request.Request(url)
+    if start or stop is not None:
+        request.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
+        if version is not None:
+            request.add_header("If-Range", version)
+    with _opener.open(request, timeout=TIMEOUT_S) as response:
+        found = response.headers.get("ETag") or ""
+        if not found or found.startswith("W/"):  # a weak one does not say that bytes are the same
+            found = response.headers.get("Last-Modified") or ""
+        begins, total = 0, response.headers.get("Content-Length")
+        if response.status == 206:
+            told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
+            if not told or int(told[1]) != start or (version is not None and found != version):
+                raise Changed("the server sent another part, or a part of another file")
+            begins, total = start, None if told[2] == "*" else told[2]
+        yield Answer(response, begins, int(total) if total else None, found or None)
+
+
+@contextmanager
+def _through_fsspec(url: str, start: int, stop: int | None, version: str | None) -> Iterator[Answer]:
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(url)
+        system.invalidate_cache()
+        facts: dict[str, Any] = system.info(path)
+        found = str(facts.get("ETag") or facts.get("etag") or facts.get("generation") or "") or None
+        block_bytes = READ_AHEAD_BYTES if stop is None else stop - start
+        stream = system.open(path, "rb", block_size=block_bytes, cache_type="readahead")
+    except FAULTS:
+        raise
+    except ImportError as error:
+        scheme = url.partition("://")[0]
+        advice = f"; pip install 'mpp[{scheme}]'" if scheme in EXTRAS else ""
+        raise UserError(f"{url}: {error}{advice}") from error
+    except Exception as error:  # each library has its own
+        raise UserError(f"{url}: {type(error).__name__}: {one_line(error)}") from error
+    with stream:
+        begins = start if version in (None, found) else 0
+        stream.seek(begins)
+        yield Answer(stream, begins, facts.get("size"), found)
+
+
+def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
+    """`size` bytes from `start` of a file of `total` bytes; None where that is not what can be had of it."""
+    with opened(url, start=start, stop=start + size) as answer:
+        if answer.total != total or answer.start != start:
+            return None
+        found = answer.stream.read(size)
+    return found if len(found) == size else None
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether to ask again will not help."""
+    if isinstance(error, urllib.error.HTTPError):
+        return 400 <= error.code < 500 and error.code not in FOR_A_WHILE
+    return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError, http.client.InvalidURL))
+
+
+def wished_pause_s(error: BaseException) -> float:
+    """How long the server asks to be left alone; 0 where it does not say."""
+    wished = error.headers.get("Retry-After") if isinstance(error, urllib.error.HTTPError) else None
+    return float(wished) if wished and wished.isdecimal() else 0.0
