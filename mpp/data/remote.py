@@ -135,7 +135,7 @@ def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
 def is_final(error: BaseException) -> bool:
     """Whether to ask again will not help."""
     if isinstance(error, urllib.error.HTTPError):
-        return 400 <= error.code < 500 and error.code not in FOR_A_WHILE
+        return 300 <= error.code < 500 and error.code not in FOR_A_WHILE
     return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError, http.client.InvalidURL))
 
 
