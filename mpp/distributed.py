@@ -42,7 +42,7 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it. fp32 on CPUs: bf16 is 3.2 times
     slower there without AMX. trackers: those that the run will want. hang_timeout_s: an exchange that waits longer
     fails; a little more, so that `liveness` is the first to say so. UserError where bf16 is asked of a device that has
-    none, or a tracker is not installed.
+    none, a tracker is not installed, or the other processes do not come.
     """
     faults.announce()
     for name in trackers:
@@ -54,11 +54,16 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
     # An earlier run of this process may have had another precision; the process group stays.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
-        cpu=not cuda,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=hang_timeout_s + 60))],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if bf16 else "no",
+            cpu=not cuda,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=hang_timeout_s + 60))],
+        )
+    except torch.distributed.DistError as error:
+        rank, world, host, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        said = f"process {rank} of {world} did not find the others at {host}:{port}: {one_line(error)}"
+        raise UserError(said) from error
     if accelerator.distributed_type.value == "FSDP" and not cuda:
         raise UserError("FSDP on CPUs would run as plain data parallelism; use torchrun there")
     return accelerator

@@ -44,6 +44,19 @@ def test_a_killed_rank(victim: int, workers: int, nursery: Nursery, shards: Path
         assert f"process {victim} (pid" in status(out)["why"]
 
 
+@pytest.mark.promise("A rank that never comes: the others end within twice hang_timeout_s and a minute, in one line")
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_never_comes(missing: int, bench: Bench) -> None:
+    path = bench.recipe("pretrain", hang_timeout_s=HANG_TIMEOUT_S)
+    run = bench.start("pretrain", path)
+    os.kill(run.pids[missing], signal.SIGKILL)
+    run.until(lambda: run.codes()[1 - missing] is not None, 2 * (HANG_TIMEOUT_S + 60) + 20)
+    assert run.codes()[1 - missing] == 2, run.said()
+    assert f"process {1 - missing} of 2 did not find the others at 127.0.0.1:" in run.said()
+    assert "Traceback" not in run.said()
+
+
 @pytest.mark.promise(
     "A killed rank whose child holds its connections: the others end within 15 s all the same, and name it"
 )
