@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all faults check lint clean
+.PHONY: demo test test-all faults soak check lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -33,6 +33,12 @@ lint: $(VENV)/.installed
 # What is promised of killed runs, bad data and hostile input, held by tests; writes the table of it.
 faults: $(VENV)/.installed
 	$(PYTEST) tests/faults --promises docs/promises.md
+
+# Twenty minutes undisturbed, then the same with faults all along: about an hour on 2 cores.
+SOAK := $(or $(TMPDIR),/tmp)/mpp-soak
+soak: $(VENV)/.installed
+	rm -rf $(SOAK)
+	$(BIN)/python -m tests.faults.soak $(SOAK)
 
 check: lint test-all
 

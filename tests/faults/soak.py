@@ -1,6 +1,6 @@
 """A long run that is killed, stopped, starved and lied to all along ends as the one that nothing happens to.
 
-    python -m tests.faults.soak OUT [--minutes 20] [--seed 0] [--every-s 20]
+    python -m tests.faults.soak OUT [--minutes 20] [--seed 0] [--every-s 30]
 
 Two processes with a loader worker each pretrain a tiny encoder on remote shards, in a cache smaller than these. First
 undisturbed, while the memory of every process is measured; then the same again with a fault every so many seconds, gone on
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every-s", type=float, default=20.0, help="mean time between two faults")
+    parser.add_argument("--every-s", type=float, default=30.0, help="mean time between two faults")
     given = parser.parse_args()
     if given.out.exists():
         raise SystemExit(f"{given.out}: is there already")
