@@ -20,11 +20,15 @@ class Served:
     ranges: bool = True
     """Whether it answers a wish for a part with that part."""
     tags: bool = True
+    """Whether it says by which version of a file its answer is."""
+    weak: bool = False
+    """Whether these versions stand for what a file means, not for its bytes."""
+    lengths: bool = True
     indexes: bool = True
     """Whether it gives out the indexes beside the shards."""
     bytes_per_s: float = 0.0
     faults: deque[dict[str, Any]] = field(default_factory=deque)
-    """status, retry_after_s, location; or cut: bytes that are sent; with length: that is claimed; then: done afterwards"""
+    """status, retry_after_s, location; or shift: by which a part begins later than it was asked for; cut: bytes that are sent; with length: that is claimed; then: done meanwhile"""
     log: list[tuple[str, int, int, int]] = field(default_factory=list)
     """(path, status, first byte, bytes sent) of each request"""
     url: str = ""
@@ -53,24 +57,25 @@ class Handler(BaseHTTPRequestHandler):
             served.log.append((path, fault.get("status", 404), 0, 0))
             return
         data = file.read_bytes()
-        tag = '"' + hashlib.md5(data).hexdigest() + '"'
+        tag = ("W/" if served.weak else "") + '"' + hashlib.md5(data).hexdigest() + '"'
         start, stop, status = 0, len(data), 200
         wish = self.headers.get("Range")
         if wish and served.ranges and self.headers.get("If-Range", tag) == tag:
             first, last = wish.removeprefix("bytes=").split("-")
-            start, stop, status = int(first), min(int(last) + 1 if last else stop, stop), 206
+            start, stop, status = int(first) + fault.get("shift", 0), min(int(last) + 1 if last else stop, stop), 206
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
         if served.tags:
             self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(fault.get("length", stop - start)))
+        if served.lengths:
+            self.send_header("Content-Length", str(fault.get("length", stop - start)))
         self.end_headers()
         data = data[start:stop][: fault.get("cut", stop)]
         served.log.append((path, status, start, len(data)))
-        self._send(data)
         if "then" in fault:
             fault["then"]()
+        self._send(data)
 
     def _send(self, data: bytes) -> None:
         piece = int(self.served.bytes_per_s / 20) or len(data) or 1

@@ -177,7 +177,10 @@ class Store:
                 tries, furthest = (1, have) if have > furthest else (tries + 1, furthest)
                 if version is None or isinstance(error, remote.Changed):
                     have = 0
-                if tries == TRIES or remote.is_final(error) or getattr(error, "errno", None) == errno.ENOSPC:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    advice = "lower data.cache_limit_gb, or give another data.cache_dir"
+                    raise UserError(f"{url}: no space left in {self.folder}: {advice}") from error
+                if tries == TRIES or remote.is_final(error):
                     words = str(error) or type(error).__name__
                     raise UserError(f"{url}: {words} (tried {tries} times)") from error
                 time.sleep(min(max(PAUSE_S * 2**tries, remote.wished_pause_s(error)), MOST_PAUSE_S))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -113,9 +114,11 @@ def test_an_answer_cut_short_goes_on_where_it_ended(served: Served, shards: Path
     assert [entry[1:] for entry in served.log] == [(200, 0, 1000), (206, 1000, 3000), (206, 4000, size - 4000)]
 
 
-@pytest.mark.parametrize("without", ["ranges", "tags"])
-def test_without_parts_or_versions_it_starts_again(without: str, served: Served, shards: Path, cache: Path) -> None:
-    setattr(served, without, False)
+@pytest.mark.parametrize(("how", "value"), [("ranges", False), ("tags", False), ("weak", True)])
+def test_without_parts_or_versions_it_starts_again(
+    how: str, value: bool, served: Served, shards: Path, cache: Path
+) -> None:
+    setattr(served, how, value)
     served.faults += [{"cut": 1000}, {"cut": 5000}]
     path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")
     assert path is not None
@@ -126,7 +129,7 @@ def test_without_parts_or_versions_it_starts_again(without: str, served: Served,
 @pytest.mark.parametrize("longer", [0, 20 * 512])
 def test_a_shard_that_changes_while_it_is_copied_is_copied_anew(longer: int, served: Served, cache: Path) -> None:
     file = served.folder / "shard-000002.tar"
-    other = file.read_bytes()[: -1024 - longer] + bytes(1024 + 2 * longer)
+    other = shard_of(file.with_suffix(".other"), [b"x" * 600] * 10).read_bytes() + bytes(longer)
 
     def change() -> None:
         file.write_bytes(other)
@@ -135,6 +138,26 @@ def test_a_shard_that_changes_while_it_is_copied_is_copied_anew(longer: int, ser
     path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")
     assert path is not None
     assert path.read_bytes() == other
+    assert [status for _, status, _, _ in served.log] == [200, 200], "it was asked for a part of that version alone"
+
+
+def test_another_part_than_was_asked_for_is_not_believed(served: Served, cache: Path) -> None:
+    served.faults += [{"cut": 5000}, {"shift": 512}]
+    path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    assert path is not None
+    assert path.read_bytes() == (served.folder / "shard-000002.tar").read_bytes()
+    assert [status for _, status, _, _ in served.log] == [200, 206, 200]
+
+
+def test_a_library_goes_on_in_no_other_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    monkeypatch.setattr(remote, "SCHEMES", ("memory",))
+    fsspec.filesystem("memory").pipe("/a.bin", b"0123456789")
+    with remote.opened("memory://a.bin", start=4) as answer:  # a part, of whichever version
+        assert (answer.start, answer.stream.read()) == (4, b"456789")
+    with remote.opened("memory://a.bin", start=4, version="older") as answer:
+        assert (answer.start, answer.stream.read()) == (0, b"0123456789")
 
 
 def test_a_server_that_sends_a_part_of_another_file_is_not_believed(
@@ -200,6 +223,30 @@ def test_the_cache_is_bounded_and_the_oldest_leaves(served: Served, shards: Path
     before.fetch(f"{served.url}/shard-000000.tar")  # used again: the other one is older now
     last = Store(str(cache), limit_bytes=1.9 * size).fetch(f"{served.url}/shard-000002.tar")
     assert [path is not None and path.exists() for path in (*paths, last)] == [True, False, True]
+
+
+def test_what_is_read_stays(served: Served, shards: Path, cache: Path) -> None:
+    size = (shards / "shard-000000.tar").stat().st_size
+    images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache), cache_limit_bytes=2.1 * size)
+    for shard in (0, 1):
+        images.read(shard, 0)
+        path = images.store.target(images.names[shard])
+        os.utime(path, ns=(time.time_ns() - (10 - shard) * 10**9, path.stat().st_mtime_ns))  # a while ago
+    images.read(0, 1)
+    images.read(2, 0)
+    there = [images.store.target(name).exists() for name in images.names]
+    assert there == [True, False, True], "the second was used least recently"
+
+
+def test_a_server_that_says_no_length(served: Served, shards: Path, cache: Path) -> None:
+    served.lengths = False
+    size = (shards / "shard-000000.tar").stat().st_size
+    images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache), cache_limit_bytes=1.9 * size)
+    for shard in range(3):
+        images.read(shard, 0)
+    assert cached_bytes(cache / "shards") <= 1.9 * size
+    with pytest.raises(UserError, match=r"data\.cache_limit_gb: .*takes"):
+        Store(str(cache / "other"), limit_bytes=30_000).fetch(served.url + "/shard-000000.tar")
 
 
 def test_the_bound_holds_at_every_moment(served: Served, shards: Path, cache: Path) -> None:

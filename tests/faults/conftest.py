@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ import pytest
 from tests.faults.processes import Job, Left, Nursery, finetuning, left, pretraining
 
 SHM = Path("/dev/shm")
+MOUNTS = shutil.which("mount") is not None and os.geteuid() == 0
 _promised: dict[str, dict[str, Any]] = {}
 
 
@@ -89,6 +93,18 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     found = Path(tempfile.mkdtemp(prefix="mpp-", dir=SHM))
     yield found
     shutil.rmtree(found, ignore_errors=True)
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Path]:
+    """2 MB of it."""
+    if not MOUNTS:
+        pytest.skip("mounting a file system of 2 MB takes root")
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
+    yield disk
+    subprocess.run(["umount", disk], check=True)
 
 
 RECIPES = {"pretrain": pretraining, "finetune": finetuning}

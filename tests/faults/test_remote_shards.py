@@ -57,7 +57,7 @@ def remote_recipe(bench: Bench, url: str, *, cache_shards: float = SHARDS, **cha
     size = max(p.stat().st_size for p in (bench.folder / "served").glob("*.tar"))
     places = {"data.shards": f"{url}/s{{0..{SHARDS - 1}}}.tar", "data.cache_dir": str(bench.folder / "cache")}
     limit = {"data.cache_limit_gb": cache_shards * size / 1e9}
-    return bench.recipe("pretrain", **places, **limit, **NEARLY_IN_ORDER, **changes)
+    return bench.recipe("pretrain", **{**places, **limit, **NEARLY_IN_ORDER, **changes})
 
 
 @pytest.mark.promise("Shards from a server that breaks off, refuses and is slow: losses and weights of local files")
@@ -102,6 +102,16 @@ def test_a_cache_that_is_too_small(bench: Bench, served: Served) -> None:
     assert "data.cache_limit_gb: 2 lanes with windows of 10 samples take" in run.said()
     assert "or lower data.lanes or data.window" in run.said()
     assert served.whole() == 0
+
+
+@pytest.mark.promise("A full disk under the cache: refused at once, with what is full")
+def test_a_full_disk_under_the_cache(bench: Bench, served: Served, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 50_000))
+    path = remote_recipe(bench, served.url, **{"data.cache_dir": str(small_disk / "cache")})
+    run = bench.start("pretrain", path)
+    assert run.wait() == [2, 2]
+    assert f"no space left in {small_disk}/cache/shards: lower data.cache_limit_gb, or give another data" in run.said()
+    assert "Traceback" not in run.said()
 
 
 @pytest.mark.promise("kill -9 while shards are fetched: goes on to the losses and weights of local files")

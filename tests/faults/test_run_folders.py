@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from mpp.runfolder import Lock
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import JOBS, Job, Left, Nursery, left, records_of, steps_logged
-
-MOUNTS = shutil.which("mount") is not None and os.geteuid() == 0
 
 
 def stopped(job: Job) -> None:
@@ -142,18 +139,6 @@ def test_another_format(nursery: Nursery, shards: Path, folder: Path) -> None:
 
 
 # ---- no space, no permission
-
-
-@pytest.fixture
-def small_disk(folder: Path) -> Iterator[Path]:
-    """2 MB of it."""
-    if not MOUNTS:
-        pytest.skip("mounting a file system of 2 MB takes root")
-    disk = folder / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=True)
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 def unsaved_run(
