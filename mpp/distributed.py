@@ -10,8 +10,8 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -148,39 +148,38 @@ class StopRequest:
     def __init__(self) -> None:
         self.by: str | None = None
         self.at = -math.inf
+        self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
         return self.by is not None
 
+    def listen(self) -> None:
+        """From now on SIGTERM, SIGINT and SIGUSR1 set the request; a second SIGINT stops at once.
 
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """SIGTERM, SIGINT and SIGUSR1 set the request; a second SIGINT stops at once.
+        Outside the main thread (a notebook's, a server's) signals are left as they are.
+        """
+        with suppress(ValueError):  # not the main thread
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._handle)
 
-    Outside the main thread (a notebook's, a server's) signals are left as they are.
-    """
-    request = StopRequest()
-
-    def handle(number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and request.by == "SIGINT":
-            if now - request.at < SAME_PRESS_S:
+        if number == signal.SIGINT and self.by == "SIGINT":
+            if now - self.at < SAME_PRESS_S:
                 return
             raise KeyboardInterrupt
-        request.by, request.at = signal.Signals(number).name, now
-        print(f"{request.by}: finishing the step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
+        self.by, self.at = signal.Signals(number).name, now
+        print(f"{self.by}: finishing the step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    try:
-        before = {n: signal.signal(n, handle) for n in numbers}
-    except ValueError:  # not the main thread
-        yield request
-        return
-    try:
-        yield request
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Signals are what they were. It is the last to leave: a launcher that ends the processes of a run in which one
+        has died must not end them before they have said so.
+        """
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:

@@ -135,6 +135,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
 def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> FinetuneResult:
     accelerator = distributed.start(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
     rank, world, out = accelerator.process_index, accelerator.num_processes, Path(recipe.out)
+    stop_request = until_the_end.enter_context(distributed.StopRequest())
     watch = until_the_end.enter_context(Watch(rank, world, out, hang_timeout_s=recipe.hang_timeout_s))
     train = _open(recipe, "train", None)
     val = _open(recipe, "val", train.classes)
@@ -163,7 +164,7 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
 
     cells = _cells(recipe, arms)
     measured: dict[Cell, dict[str, float]] = {}
-    stop_request = until_the_end.enter_context(distributed.stop_on_signals())
+    stop_request.listen()
     control = _Control(stop_request, watch, status, until_the_end)
     for number, cell in enumerate(cells):
         metrics = distributed.on_main(accelerator, partial(_finished, cell.folder, fingerprint))

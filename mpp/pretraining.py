@@ -84,6 +84,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
 def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> PretrainResult:
     accelerator = distributed.start(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
     rank, world = accelerator.process_index, accelerator.num_processes
+    stop_request = until_the_end.enter_context(distributed.StopRequest())
     watch = until_the_end.enter_context(Watch(rank, world, Path(recipe.out), hang_timeout_s=recipe.hang_timeout_s))
     data, optim = recipe.data, recipe.optim
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
@@ -189,7 +190,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     prepared.train()
     log.status("running", step=step)
     window = _Window()
-    stop_request = until_the_end.enter_context(distributed.stop_on_signals())
+    stop_request.listen()
     statistics = nonfinite.Statistics(model, needed=recipe.max_skipped_steps > 0)
     while step < total_steps:
         faults.point("train.step_begins")

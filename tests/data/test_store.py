@@ -105,6 +105,30 @@ def test_a_few_images_are_read_without_their_shards(served: Served, shards: Path
     assert served.whole() == 3, "of a server that sends no parts it is fetched, too"
 
 
+def test_a_part_cut_short_is_not_believed(served: Served, shards: Path, cache: Path) -> None:
+    images, local = (ShardImages(s, key="k", cache_dir=str(cache)) for s in (served.url + SPEC, str(shards)))
+    served.faults.append({"cut": 10})
+    assert images.read(1, 3, few=True) == local.read(1, 3)
+
+
+def test_a_copy_that_leaves_while_it_is_looked_at_comes_again(
+    served: Served, shards: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, local = (ShardImages(s, key="k", cache_dir=str(cache)) for s in (served.url + SPEC, str(shards)))
+    real, times = store_module.index_shard, 0
+
+    def leaves(path: str, cache_dir: str) -> object:
+        nonlocal times
+        times += 1
+        if times == 1:
+            os.unlink(path)
+        return real(path, cache_dir)
+
+    monkeypatch.setattr(store_module, "index_shard", leaves)
+    assert images.read(1, 3) == local.read(1, 3)
+    assert times == 2
+
+
 def test_an_answer_cut_short_goes_on_where_it_ended(served: Served, shards: Path, cache: Path) -> None:
     served.faults += [{"cut": 1000}, {"cut": 3000}]
     path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")

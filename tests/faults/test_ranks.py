@@ -148,7 +148,7 @@ def one_white(folder: Path) -> Path:
 
 def blinded(one_white: Path, folder: Path, name: str, **changes: Any) -> Path:
     plain = {"target": {"name": "pixels"}, "extra_targets": [], "data.held_out": 4, **BLINDING}
-    return RECIPES["pretrain"](one_white, folder / f"{name}.yaml", folder / name, **plain, **changes)
+    return RECIPES["pretrain"](one_white, folder / f"{name}.yaml", folder / name, **{**plain, **changes})
 
 
 @pytest.mark.promise(
@@ -196,6 +196,23 @@ def test_not_finite_while_finetuning(nursery: Nursery, shards: Path, folder: Pat
     assert "as in the run" in said[-1]
     assert sum("loss nan; in the run nan" in text for text in said) == 4, "two processes, two micro-batches"
     assert any("every image alone, too: the weights, most likely" in text for text in said)
+
+
+@pytest.mark.promise(
+    "A gradient that is not finite under a finite loss: no rank makes the update, and the step is kept"
+)
+def test_a_gradient_that_is_not_finite(bench: Bench) -> None:
+    steep = {"extra_targets": [{"target": "pixels", "head": "mlp", "weight": 1e36}]}
+    path, out = bench.recipe("pretrain", **steep), bench.folder / "run"
+    run = bench.start("pretrain", path)
+    assert run.wait() == [2, 2], run.said()
+    assert "Traceback" not in run.said(), run.said()
+    (kept,) = (out / "non-finite").iterdir()
+    losses = [float(v) for r in range(2) for m in json.loads((kept / f"rank{r}.json").read_text())["losses"] for v in m]
+    assert all(np.isfinite(losses))
+    assert "gradient norm inf: stopped before the update" in run.said()
+    bench.start("replay", out, world=1).ends_well()
+    assert "as in the run" in bench.log.read_text().splitlines()[-1]
 
 
 @pytest.mark.promise(

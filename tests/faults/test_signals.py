@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mpp import checkpoint
 from tests.conftest import ROOT
-from tests.faults.conftest import RECIPES
+from tests.faults.conftest import RECIPES, Bench
 from tests.faults.processes import JOBS, Left, Nursery, free_port, left, records_of, status, steps_logged
 
 LONG = {"optim.steps": 150, "checkpoint_every_steps": 10000}
@@ -85,33 +86,59 @@ def test_a_second_sigint_stops_at_once(
     assert left(out) == reference(job, 2)
 
 
-@pytest.mark.promise("Under torchrun: SIGTERM to it, or Ctrl-C to its whole group, saves; the run goes on bit-equal")
-@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGINT to the group"])
-def test_under_torchrun(how: str, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]) -> None:
-    path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **LONG), folder / "run"
-    with open(folder / "log", "w") as log:
+@contextlib.contextmanager
+def under_torchrun(path: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """torchrun with two processes that have trained for some steps; killed afterwards where it still runs."""
+    log = out.with_name("log")
+    with open(log, "w") as lines:
         run = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
              "-m", "mpp", "pretrain", str(path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdout=log, stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdout=lines, stderr=lines,
             start_new_session=True,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 100
         while steps_logged(out) < 5:
-            assert run.poll() is None, (folder / "log").read_text()
+            assert run.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        yield run
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+@pytest.mark.promise("Under torchrun: SIGTERM to it, or Ctrl-C to its whole group, saves; the run goes on bit-equal")
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGINT to the group"])
+def test_under_torchrun(how: str, bench: Bench) -> None:
+    path, out = bench.recipe("pretrain", **LONG), bench.folder / "run"
+    with under_torchrun(path, out) as run:
         if how == "SIGTERM to torchrun":
             run.terminate()
         else:
             os.killpg(run.pid, signal.SIGINT)
         assert run.wait(30) == 1, "torchrun's own code after a signal"
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
-    assert status(out)["state"] == "stopped", (folder / "log").read_text()
+    assert status(out)["state"] == "stopped", bench.log.read_text()
     (saved,) = checkpoint.steps(out / "checkpoints")
     assert status(out)["step"] == int(saved.name[5:])
-    nursery.start("pretrain", path, "--resume", "auto", log=folder / "log", world=2).ends_well()
-    assert left(out) == reference("pretrain", 2, **LONG)
+    bench.goes_on("pretrain", path, **LONG)
+
+
+@pytest.mark.promise("Under torchrun: kill -9 of either rank is named by the other, and the run goes on bit-equal")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_under_torchrun(victim: int, bench: Bench) -> None:
+    path, out = bench.recipe("pretrain", **{"optim.steps": 150}), bench.folder / "run"
+    with under_torchrun(path, out) as run:
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=True)
+        killed = next(
+            pid
+            for pid in map(int, found.stdout.split())
+            if f"\0RANK={victim}\0" in Path(f"/proc/{pid}/environ").read_text()
+        )
+        os.kill(killed, signal.SIGKILL)
+        assert run.wait(60) == 1
+    bench.count("kills", 1)
+    assert f"process {victim} (pid {killed} on " in bench.log.read_text(), bench.log.read_text()
+    assert status(out)["state"] == ("failed" if victim else "running"), "process 0 writes it"
+    bench.goes_on("pretrain", path, **{"optim.steps": 150})
