@@ -59,6 +59,8 @@ def _happen(fault: dict[str, Any], file: Path | None) -> None:
                 time.sleep(fault["seconds"])
                 os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise RuntimeError("as MPP_FAULT says")
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "sleep":

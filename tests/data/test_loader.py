@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,22 @@ def test_a_worker_that_dies_stops_with_one_line(shards: Path) -> None:
     with pytest.raises(UserError, match=r"data\.workers: DataLoader worker .*pid") as error:
         list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))
     assert "\n" not in str(error.value)
+
+
+def test_an_error_beside_living_workers_ends_the_process() -> None:
+    """They ignore the signal with which multiprocessing would end them, and wait for it."""
+    code = (
+        "import torch\n"
+        "from mpp.data.loader import batches\n"
+        "class Numbers(torch.utils.data.Dataset):\n"
+        "    def __getitems__(self, keys): return keys\n"
+        "for _ in batches(Numbers(), [[0]] * 1000, workers=1, pin_memory=False):\n"
+        "    held = _\n"
+        "    raise ValueError('on purpose')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().endswith("ValueError: on purpose")
 
 
 def test_no_images(tmp_path: Path) -> None:

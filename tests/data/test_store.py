@@ -330,6 +330,34 @@ def test_what_a_dead_process_left_goes_when_room_is_needed(served: Served, shard
     assert [name.endswith(".tar") for name in kept(cache)] == [True]
 
 
+def test_what_a_living_process_fetches_stays(served: Served, shards: Path, cache: Path) -> None:
+    size = (shards / "shard-000000.tar").stat().st_size
+    store = Store(str(cache), limit_bytes=2.2 * size)
+    other = store.target(served.url + "/shard-000001.tar")
+    other.parent.mkdir(parents=True)
+    half = other.with_name(other.name + ".part")
+    half.write_bytes(bytes(30_000))
+    with open(other.with_name(other.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for shard in (0, 2):
+            assert store.fetch(f"{served.url}/shard-00000{shard}.tar")
+        assert half.exists()
+    assert store.fetch(served.url + "/shard-000001.tar")
+
+
+def test_a_copy_that_left_takes_no_space(served: Served, cache: Path) -> None:
+    """Nor would one that is still open somewhere give its space back."""
+    images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache))
+    for shard in range(3):
+        images.read(shard, 0)
+    held = [
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}")
+    ]
+    assert not [place for place in held if str(cache) in place]
+
+
 def test_a_shard_larger_than_the_cache_is_refused(served: Served, cache: Path) -> None:
     with pytest.raises(UserError, match=r"data\.cache_limit_gb: .*000\.tar takes 6.*e-05 GB; allowed are 3e-05"):
         Store(str(cache), limit_bytes=30_000).fetch(served.url + "/shard-000000.tar")

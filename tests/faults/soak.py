@@ -243,7 +243,9 @@ def disturbed(
         state = json.loads((base / "disturbed" / "run" / "status.json").read_text())["state"] if codes == [0, 0] else ""
         if state == "finished":
             return faults.counts, wrong
-        allowed_to_stay = name == "SIGSTOP of a process" or not run.trained()  # they wait for one that never came
+        allowed_to_stay = (
+            name == "SIGSTOP of a process" if run.trained() else WORLD
+        )  # they wait for one that never came
         if codes.count(None) > allowed_to_stay or any(code not in (0, 2, -signal.SIGKILL, None) for code in codes):
             wrong.append(f"{name or at_point}: ended with {codes}")
             print(wrong[-1], flush=True)

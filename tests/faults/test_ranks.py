@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mpp import checkpoint
 from mpp.liveness import SILENT_S
 from mpp.metrics import read_metrics
 from tests.conftest import drawn_image, encoded
@@ -35,6 +36,8 @@ def test_a_killed_rank(victim: int, workers: int, nursery: Nursery, shards: Path
     path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
     run = nursery.start("pretrain", path, log=folder / "log", world=3)
     run.until(lambda: steps_logged(out) >= 5)
+    orphans = workers_of(run.pids[victim])
+    assert len(orphans) == workers
     os.kill(run.pids[victim], signal.SIGKILL)
     codes = run.wait(10)
     assert codes == [-9 if rank == victim else 2 for rank in range(3)], run.said()
@@ -42,6 +45,9 @@ def test_a_killed_rank(victim: int, workers: int, nursery: Nursery, shards: Path
     if victim:
         assert status(out)["state"] == "failed"
         assert f"process {victim} (pid" in status(out)["why"]
+    assert not [
+        pid for pid in orphans if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text()
+    ]
 
 
 @pytest.mark.promise("A rank that never comes: the others end within twice hang_timeout_s and a minute, in one line")
@@ -73,6 +79,33 @@ def test_a_killed_rank_that_nobody_is_told_of(point: str, victim: int, bench: Be
     assert f"process {victim} (pid {run.pids[victim]} on " in run.said()
     assert "is gone. Go on with --resume auto" in run.said()
     run.kill()
+    bench.goes_on("pretrain", path)
+
+
+@pytest.mark.promise("A rank that raises: the others end with its words")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_raises(rank: int, bench: Bench) -> None:
+    path = bench.recipe("pretrain")
+    run = bench.start("pretrain", path, fault={"point": "train.step_begins", "nth": 4, "rank": rank, "do": "raise"})
+    codes = run.wait(20)
+    assert (codes[rank], codes[1 - rank]) == (1, 2), run.said()
+    assert f"process {rank} (pid {run.pids[rank]} on " in run.said()
+    said = (
+        "ended: as MPP_FAULT says" if rank else "is gone"
+    )  # where no launcher holds the store, it goes with process 0
+    assert said in run.said()
+    bench.goes_on("pretrain", path)
+
+
+@pytest.mark.promise("A rank that dies while another saves: the checkpoint is finished first")
+def test_a_killed_rank_beside_one_that_saves(bench: Bench) -> None:
+    path, saves = bench.recipe("pretrain"), bench.folder / "run" / "checkpoints"
+    slow = {"point": "save.model_written", "nth": 2, "do": "sleep", "seconds": SILENT_S + 5}
+    run = bench.start("pretrain", path, fault=slow)
+    run.until(lambda: (saves / "step-00000006.tmp").exists())
+    os.kill(run.pids[1], signal.SIGKILL)
+    assert run.wait(30) == [2, -9], run.said()
+    assert checkpoint.broken(saves / "step-00000006") is None
     bench.goes_on("pretrain", path)
 
 
@@ -175,6 +208,10 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
     assert "loss nan; in the run nan" in said, said
     assert "alone, too: " in said
     assert "image-20.jpg" in said
+    (kept / "model.safetensors").write_bytes((kept / "model.safetensors").read_bytes()[:-1])
+    damaged = nursery.start("replay", out, log=folder / "damaged")
+    assert damaged.wait() == [2]
+    assert "model.safetensors does not match its checksum" in damaged.said()
     wrong = nursery.start("replay", out, "--step", "999", log=folder / "wrong")
     assert wrong.wait() == [2]
     assert wrong.said() == f"--step 999: not kept; allowed: {int(kept.name[5:])}\n"
