@@ -30,7 +30,7 @@ from torch import nn
 
 from mpp import faults
 from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
-from mpp.errors import UserError, one_line
+from mpp.errors import UserError, one_line, without_secrets
 from mpp.metrics import environment, write_json
 from mpp.recipe import Architecture, FinetuneRecipe, PretrainRecipe, dump_recipe
 
@@ -157,7 +157,9 @@ def save_encoder(
                 "environment": environment()["packages"],
             },
         )
-        (aside / "README.md").write_text(_card(config, recipe, metrics, sum(p.numel() for p in model.parameters())))
+        (aside / "README.md").write_text(
+            without_secrets(_card(config, recipe, metrics, sum(p.numel() for p in model.parameters())))
+        )
         faults.point("export.written", aside / "model.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
         faults.point("export.before_rename")

@@ -32,6 +32,8 @@ class Served:
     log: list[tuple[str, int, int, int]] = field(default_factory=list)
     """(path, status, first byte, bytes sent) of each request"""
     url: str = ""
+    login: str | None = None
+    """What it wants to see as Authorization."""
 
     def whole(self, name: str = ".tar") -> int:
         """How often a file whose name ends so was sent from its first byte to its last."""
@@ -46,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         served, path = self.served, self.path.split("?")[0]
         fault = served.faults.popleft() if served.faults and path.endswith(".tar") else {}
         file = served.folder / path.lstrip("/")
+        if served.login and self.headers.get("Authorization") != served.login:
+            fault = {"status": 401}
         if fault.get("status") or not file.is_file() or (not served.indexes and path.endswith(".npz")):
             self.send_response(fault.get("status", 404))
             if "location" in fault:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import re
 import urllib.error
@@ -81,6 +82,11 @@ def opened(url: str, *, start: int = 0, stop: int | None = None, version: str | 
             yield answer
         return
     request = urllib.request.Request(url)
+    parts = urllib.parse.urlsplit(url)
+    if parts.username is not None:
+        request = urllib.request.Request(parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl())
+        user = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(user.encode()).decode())
     if start or stop is not None:
         request.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
         if version is not None:

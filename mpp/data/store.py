@@ -10,6 +10,7 @@ import io
 import os
 import time
 import urllib.parse
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from mpp.data import remote
 from mpp.data.index import MOST_INDEX_BYTES, ShardIndex, index_path, index_shard, read_index, scan, write_index
-from mpp.errors import UserError, without_secrets
+from mpp.errors import MppWarning, UserError, without_secrets
 
 TRIES = 8
 """In a row that bring no further byte."""
@@ -183,6 +184,10 @@ class Store:
                 if tries == TRIES or remote.is_final(error):
                     words = str(error) or type(error).__name__
                     raise UserError(f"{url}: {words} (tried {tries} times)") from error
+                if tries == 2:  # once may happen to anybody
+                    warnings.warn(
+                        f"{url}: {str(error) or type(error).__name__}; asking again", MppWarning, stacklevel=2
+                    )
                 time.sleep(min(max(PAUSE_S * 2**tries, remote.wished_pause_s(error)), MOST_PAUSE_S))
         if total is None:
             self._make_room(url, part, have)

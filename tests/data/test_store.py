@@ -20,10 +20,11 @@ from mpp.data import store as store_module
 from mpp.data.images import ShardImages
 from mpp.data.index import index_path
 from mpp.data.store import Store
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from tests.data.test_loader import shard_of
 from tests.http_server import Served, serve
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*asking again:mpp.errors.MppWarning")
 SPEC = "/shard-{000000..000002}.tar"
 
 
@@ -439,3 +440,20 @@ def test_a_server_may_name_another_place_but_none_of_another_kind(served: Served
             UserError, match=r"000\.tar: .*(names ftp:.* instead; allowed are|'file:.*' is not allowed)"
         ):
             Store(str(cache)).fetch(served.url + "/shard-000000.tar")
+
+
+def test_it_says_that_it_asks_again(served: Served, cache: Path) -> None:
+    served.faults += [{"status": 503}] * 3
+    with pytest.warns(MppWarning, match=r"002\.tar: HTTP Error 503.*; asking again") as told:
+        assert Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    assert len(told) == 1
+
+
+def test_a_password_in_the_url_is_told_to_the_server_and_to_nobody_else(served: Served, cache: Path) -> None:
+    served.login = "Basic dXNlcjpwQHNz"  # user:p@ss
+    with pytest.raises(UserError, match="401"):
+        Store(str(cache)).fetch(served.url + "/shard-000002.tar")
+    with_password = served.url.replace("://", "://user:p%40ss@")
+    assert Store(str(cache)).fetch(with_password + "/shard-000002.tar")
+    with pytest.raises(UserError, match=r"://\*\*\*@127\.0\.0\.1:\d+/none\.tar: .*404"):
+        Store(str(cache)).fetch(with_password + "/none.tar")

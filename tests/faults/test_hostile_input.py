@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -15,15 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpp.data.images import MOST_IMAGE_BYTES, ShardImages
+from mpp.data.images import MOST_IMAGE_BYTES, MOST_LABEL_BYTES, ShardImages
 from mpp.data.index import COLUMNS, FORMAT, index_path, index_shard
+from mpp.data.labeled import FileReader
 from mpp.errors import BadImage, UserError, without_secrets
+from mpp.metrics import RunLog
 from mpp.recipe import PretrainRecipe, load_recipe
 from tests.conftest import drawn_image, encoded
 from tests.data.test_loader import shard_of
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import Nursery
 from tests.faults.test_bad_data import tar_of
+from tests.http_server import serve
+from tests.test_reporting import Page
 
 
 class Runs:
@@ -162,7 +167,7 @@ def test_an_index_that_points_elsewhere(
 
 @pytest.mark.promise(BOMBS)
 def test_a_zip_bomb_for_an_index(tmp_path: Path) -> None:
-    """10 GB of zeros in 10 MB, and one of another compression."""
+    """1 GB of zeros in 1 MB."""
     shard = shard_of(tmp_path / "a.tar", [encoded(drawn_image(i), "JPEG") for i in range(4)])
     with (
         zipfile.ZipFile(index_path(str(shard)), "w", zipfile.ZIP_DEFLATED) as z,
@@ -175,6 +180,8 @@ def test_a_zip_bomb_for_an_index(tmp_path: Path) -> None:
         f.write(header.getvalue())
         for _ in range(1000):
             f.write(bytes(1_000_000))
+    with zipfile.ZipFile(index_path(str(shard)), "a") as z, z.open("format.npy", "w") as f:
+        np.save(f, np.int64(FORMAT))
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -194,17 +201,34 @@ def test_a_member_of_many_gigabytes(tmp_path: Path) -> None:
     images = ShardImages(str(path), key="data.shards", cache_dir=str(tmp_path))
     with pytest.raises(BadImage, match=f"a file of {3 << 30} bytes; allowed are {MOST_IMAGE_BYTES}"):
         images.read(0, 0)
+    with open(tmp_path / "huge.jpg", "wb") as f:
+        f.truncate(3 << 30)
+    with pytest.raises(BadImage, match=f"a file of {3 << 30} bytes; allowed are {MOST_IMAGE_BYTES}"):
+        FileReader([str(tmp_path / "huge.jpg")]).read(0)
+
+
+@pytest.mark.promise(BOMBS)
+def test_a_label_of_many_megabytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in (("a.jpg", encoded(drawn_image(1), "JPEG")), ("a.cls", b"1" * (MOST_LABEL_BYTES + 1))):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    images = ShardImages(str(path), key="data.train", cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match=f"a label of {MOST_LABEL_BYTES + 1} bytes; allowed are {MOST_LABEL_BYTES}"):
+        images.read_label(0, 0)
 
 
 # ---- secrets
 
 SECRET = "s3cr3tS1gn4tur3"
 URLS = [
-    f"https://user:{SECRET}@127.0.0.1:9/a.tar",
-    f"https://127.0.0.1:9/a.tar?X-Amz-Signature={SECRET}&X-Amz-Expires=60",
-    f"https://127.0.0.1:9/a.tar?sv=2024&sig={SECRET}",
-    f"https://127.0.0.1:9/a.tar?token={SECRET}",
-    f"https://127.0.0.1:9/a.tar?part=1&api_key={SECRET}",
+    f"http://user:{SECRET}@HOST/none.tar",
+    f"http://HOST/none.tar?X-Amz-Signature={SECRET}&X-Amz-Expires=60",
+    f"http://HOST/none.tar?sv=2024&sig={SECRET}",
+    f"http://HOST/none.tar?token={SECRET}",
+    f"http://HOST/none.tar?part=1&api_key={SECRET}",
 ]
 KEPT = "Passwords, tokens and signatures of URLs appear in no message, no log and no record of a run"
 
@@ -213,40 +237,91 @@ KEPT = "Passwords, tokens and signatures of URLs appear in no message, no log an
 @pytest.mark.parametrize("url", URLS)
 def test_messages(url: str, nursery: Nursery, folder: Path, shards: Path) -> None:
     assert SECRET not in without_secrets(f"{url}: not there; see '{url}'")
+    served, server = serve(shards)
+    url = url.replace("HOST", served.url.removeprefix("http://"))
     path = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run")
     run = nursery.start(
         "pretrain", path, f"data.shards={url}", "data.cache_dir=" + str(folder / "cache"), log=folder / "log"
     )
     assert run.wait() == [2]
-    assert "127.0.0.1:9/a.tar" in run.said()
+    server.shutdown()
+    assert "/none.tar" in run.said()
     assert SECRET not in run.said()
     assert not [p for p in folder.rglob("*") if SECRET in p.name]
+
+
+def told_nowhere(folder: Path) -> None:
+    for p in folder.rglob("*"):
+        assert SECRET not in p.name
+        if p.is_file() and p.name != "r.yaml":
+            assert SECRET.encode() not in p.read_bytes(), p
 
 
 @pytest.mark.promise(KEPT)
 def test_records(nursery: Nursery, folder: Path, shards: Path) -> None:
     """Of a run that reads remote shards under a signature, and goes on under another."""
-    import threading
-    from functools import partial
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *words: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    signed = f"http://127.0.0.1:{server.server_port}/shard-00000{{0..2}}.tar?X-Amz-Expires=9&X-Amz-Signature="
+    served, server = serve(shards)
+    signed = f"{served.url}/shard-00000{{0..2}}.tar?X-Amz-Expires=9&X-Amz-Signature="
     path = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run")
     words = ["data.cache_dir=" + str(folder / "cache")]
     nursery.start("pretrain", path, f"data.shards={signed}{SECRET}", *words, log=folder / "log", world=2).ends_well()
+    told_nowhere(folder)
     again = nursery.start(
         "pretrain", path, f"data.shards={signed}another", *words, "--resume", "auto", log=folder / "log", world=2
     )
     again.ends_well()
     server.shutdown()
-    for p in folder.rglob("*"):
-        assert SECRET not in p.name
-        if p.is_file() and p.name != "r.yaml":
-            assert SECRET.encode() not in p.read_bytes(), p
+    told_nowhere(folder)
+    assert served.whole(".tar") == 3, "another signature is not another shard"
     assert "X-Amz-Signature=***" in (folder / "run" / "recipe.yaml").read_text()
+
+
+@pytest.mark.promise(KEPT)
+def test_lines_of_the_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, steps=1, resumed_at=0, active=True)
+    log.say(f"unreadable: https://h/a.tar?X-Amz-Signature={SECRET}: b.jpg: trunc")
+    log.note(f"unreadable: https://user:{SECRET}@h/a.tar: b.jpg: trunc")
+    log.close()
+    text = (tmp_path / "train.log").read_text()
+    assert SECRET not in text
+    assert text.count("***") == 2
+
+
+# ---- other people's runs
+
+
+@pytest.mark.promise(NOT_RUN)
+def test_a_run_folder_from_elsewhere(nursery: Nursery, shards: Path, folder: Path) -> None:
+    path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **{"optim.steps": 3}), folder / "run"
+    nursery.start("pretrain", path, log=folder / "log").ends_well()
+    recipe, mark = out / "recipe.yaml", folder / "mark"
+    recipe.write_text(recipe.read_text() + f"\nextra: !!python/object/apply:os.system ['touch {mark}']\n")
+    for words in (
+        ["report", out, "--out", folder / "page.html"],
+        ["watch", out],
+        ["reconstruct", out],
+        ["replay", out],
+    ):
+        run = nursery.start(*words, log=folder / "log")
+        assert run.wait() == [2], (words, run.said())
+        assert "Traceback" not in run.said(), run.said()
+    assert not mark.exists()
+
+
+@pytest.mark.promise("Names of classes, folders and recipes are text in the report, whatever they are made of")
+def test_html_in_names(nursery: Nursery, image_folder: Path, folder: Path) -> None:
+    hostile = ["<img src=x onerror=alert(1)>", "b&b<script>alert(2)<∕script>"]
+    for name, source in zip(hostile, sorted(p for p in image_folder.iterdir() if p.is_dir()), strict=False):
+        shutil.copytree(source, folder / "images" / name)
+    changes = {"data.train": str(folder / "images"), "data.val": str(folder / "images"), "optim.steps": 4}
+    path, out = folder / "r.yaml", folder / "<script>alert(3)<∕script>"
+    RECIPES["finetune"](folder, path, out, **changes)
+    path.write_text(path.read_text() + "\n# <script>alert(4)</script>\n")
+    nursery.start("finetune", path, log=folder / "log").ends_well()
+    nursery.start("report", out, "--out", folder / "page.html", log=folder / "log").ends_well()
+    text = (folder / "page.html").read_text()
+    page = Page(text)
+    assert not {"script", "object", "iframe"} & {tag for tag, _ in page.tags}
+    assert not [attributes for _, attributes in page.tags if any(key.startswith("on") for key in attributes)]
+    assert not [a for tag, a in page.tags if tag == "img" and not (a.get("src") or "").startswith("data:image/")]
+    assert "&lt;script&gt;alert(3)" in text

@@ -208,6 +208,13 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
     assert "loss nan; in the run nan" in said, said
     assert "alone, too: " in said
     assert "image-20.jpg" in said
+    assert "  first in " in said, "the module is named"
+    other = json.loads((kept / "rank0.json").read_text())
+    (kept / "rank0.json").write_text(json.dumps({**other, "losses": [["0.125"] for _ in other["losses"]]}))
+    another = nursery.start("replay", out, log=folder / "another")
+    another.wait()
+    assert another.said().splitlines()[-1].endswith("not as in the run: other losses")
+    (kept / "rank0.json").write_text(json.dumps(other))
     (kept / "model.safetensors").write_bytes((kept / "model.safetensors").read_bytes()[:-1])
     damaged = nursery.start("replay", out, log=folder / "damaged")
     assert damaged.wait() == [2]
