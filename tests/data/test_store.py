@@ -416,7 +416,14 @@ def test_urls_that_cannot_be_opened(bad: str, cache: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "bad", ["ftp://h/a.tar", "file:///etc/a.tar", "zip://x::http://h/a.tar", "simplecache::s3://b/a.tar"]
+    "bad",
+    [
+        "ftp://h/a.tar",
+        "file:///etc/a.tar",
+        "zip://x::http://h/a.tar",
+        "simplecache::s3://b/a.tar",
+        "s3://b/a.zip::memory://x",
+    ],
 )
 def test_other_schemes_are_refused(bad: str, cache: Path) -> None:
     with pytest.raises(UserError, match="is not read; allowed are local files and http"):

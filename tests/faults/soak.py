@@ -272,6 +272,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.out.exists():
         raise SystemExit(f"{given.out}: is there already")
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # in the background a shell has it ignored, by children, too
     (given.out / "served").mkdir(parents=True)
     for i in range(SHARDS):
         images = [encoded(drawn_image(IMAGES * i + j), "PNG") for j in range(IMAGES)]
