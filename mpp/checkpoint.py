@@ -140,12 +140,14 @@ def newest(folder: Path) -> Path | None:
 def broken(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest: dict[str, str] = json.loads((path / MANIFEST).read_text())
+        manifest: Any = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"model.safetensors", "state.json"}:
+        return f"{MANIFEST} is not one"
     for name, digest in manifest.items():
-        file = path / name
-        if not file.exists():
+        file = path / Path(name).name
+        if not file.is_file():
             return f"{name} is missing"
         if _sha256(file) != digest:
             return f"{name} does not match its checksum"
@@ -155,12 +157,15 @@ def broken(path: Path) -> str | None:
 def read_state(path: Path) -> dict[str, Any]:
     """The counters of a checkpoint. UserError for a folder that holds none, or of another format."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state: Any = json.loads((path / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise ValueError("state.json holds no counters")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a checkpoint: {error}") from error
     if state.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {state.get('format')}; this version reads {FORMAT}")
-    return state
+    found: dict[str, Any] = state
+    return found
 
 
 def load(

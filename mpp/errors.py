@@ -2,10 +2,10 @@
 
 import re
 
-_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]*@")
+_IN_URL = re.compile(r"(?<=://)[^/\s'\"]*@")
 _PARAMETER = re.compile(
-    r"(?i)([?&](?:[^=&\s'\"]*(?:sign|token|key|secret|credential|password|auth|expires)[^=&\s'\"]*"
-    r"|x-amz-[^=&\s'\"]*|x-goog-[^=&\s'\"]*|sig|se|sp|sv|sr|st|spr|skoid|sktid|skt|ske|sks|skv)=)[^&\s'\"]+"
+    r"(?i)([?&;#](?:[^=&\s'\"]*(?:sign|token|key|secret|credential|passw|pwd|auth|expires|jwt|policy)[^=&\s'\"]*"
+    r"|x-amz-[^=&\s'\"]*|x-goog-[^=&\s'\"]*|sig|sas|se|sp|sv|sr|st|spr|skoid|sktid|skt|ske|sks|skv)=)[^&\s'\"]+"
 )
 """Of signed URLs: S3, Google and CloudFront by their names, Azure by its short ones."""
 

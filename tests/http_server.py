@@ -57,8 +57,8 @@ class Handler(BaseHTTPRequestHandler):
             if "retry_after_s" in fault:
                 self.send_header("Retry-After", str(fault["retry_after_s"]))
             self.send_header("Content-Length", "0")
-            self.end_headers()
             served.log.append((path, fault.get("status", 404), 0, 0))
+            self.end_headers()
             return
         data = file.read_bytes()
         tag = ("W/" if served.weak else "") + '"' + hashlib.md5(data).hexdigest() + '"'
@@ -74,9 +74,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", tag)
         if served.lengths:
             self.send_header("Content-Length", str(fault.get("length", stop - start)))
-        self.end_headers()
         data = data[start:stop][: fault.get("cut", stop)]
         served.log.append((path, status, start, len(data)))
+        self.end_headers()
         if "then" in fault:
             fault["then"]()
         self._send(data)

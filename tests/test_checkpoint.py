@@ -104,3 +104,16 @@ def test_other_formats_and_other_models_are_refused(tmp_path: Path) -> None:
         checkpoint.read_state(path)
     with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.read_state(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "3", "{}", '{"..": "0"}', '{"model.safetensors": "0"}'])
+def test_a_manifest_that_is_none_is_a_damaged_checkpoint(tmp_path: Path, text: str) -> None:
+    (tmp_path / checkpoint.MANIFEST).write_text(text)
+    assert checkpoint.broken(tmp_path) is not None
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3"])
+def test_counters_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UserError, match="not a checkpoint: state.json holds no counters"):
+        checkpoint.read_state(tmp_path)

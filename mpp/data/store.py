@@ -169,6 +169,8 @@ class Store:
                         self._make_room(url, part, total)
                     out.seek(have)
                     while chunk := answer.stream.read(CHUNK_BYTES):
+                        if total is None:
+                            self._make_room(url, part, have + len(chunk))
                         out.write(chunk)
                         have += len(chunk)
                 if total is not None and have != total:
@@ -189,8 +191,7 @@ class Store:
                         f"{url}: {str(error) or type(error).__name__}; asking again", MppWarning, stacklevel=2
                     )
                 time.sleep(min(max(PAUSE_S * 2**tries, remote.wished_pause_s(error)), MOST_PAUSE_S))
-        if total is None:
-            self._make_room(url, part, have)
+        os.truncate(part, have)
         try:
             return scan(str(part))
         except UserError as error:  # a login page with status 200, say: never let it into the cache

@@ -272,6 +272,10 @@ def test_a_server_that_says_no_length(served: Served, shards: Path, cache: Path)
     assert cached_bytes(cache / "shards") <= 1.9 * size
     with pytest.raises(UserError, match=r"data\.cache_limit_gb: .*takes"):
         Store(str(cache / "other"), limit_bytes=30_000).fetch(served.url + "/shard-000000.tar")
+    (served.folder / "endless.tar").write_bytes(bytes(30 << 20))
+    served.log.clear()
+    with pytest.raises(UserError, match=r"data\.cache_limit_gb: .*takes"):
+        Store(str(cache / "third"), limit_bytes=3 << 20).fetch(served.url + "/endless.tar")
 
 
 def test_the_bound_holds_at_every_moment(served: Served, shards: Path, cache: Path) -> None:
@@ -308,7 +312,7 @@ def test_the_bound_holds_at_every_moment(served: Served, shards: Path, cache: Pa
 
 
 def test_four_processes_fetch_a_shard_once(served: Served, cache: Path) -> None:
-    served.bytes_per_s = 500_000
+    served.bytes_per_s = 100_000
     code = (
         "import sys; from mpp.data.images import ShardImages\n"
         "images = ShardImages(sys.argv[1], key='k', cache_dir=sys.argv[2])\n"

@@ -225,6 +225,9 @@ def test_a_label_of_many_megabytes(tmp_path: Path) -> None:
 SECRET = "s3cr3tS1gn4tur3"
 URLS = [
     f"http://user:{SECRET}@HOST/none.tar",
+    f"http://user:a@b{SECRET}@HOST/none.tar",
+    f"http://HOST/none.tar?jwt={SECRET}#access_token={SECRET}",
+    f"http://HOST/none.tar?pwd={SECRET};sas={SECRET}&Policy={SECRET}",
     f"http://HOST/none.tar?X-Amz-Signature={SECRET}&X-Amz-Expires=60",
     f"http://HOST/none.tar?sv=2024&sig={SECRET}",
     f"http://HOST/none.tar?token={SECRET}",
