@@ -79,7 +79,6 @@ class Store:
         if index is None:
             index = self._index_elsewhere(url)
             if index is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 write_index(stored, index)
         for _ in range(TRIES):
             if index is not None:
@@ -111,9 +110,11 @@ class Store:
         while True:
             try:
                 fd = os.open(target, os.O_RDONLY)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 self.fetch(url)
                 continue
+            except OSError as error:
+                raise UserError(f"{target}: {error.strerror}") from error
             found = os.fstat(fd)
             file = (found.st_ino, found.st_size, found.st_mtime_ns)
             if self._known.get(url) == file:

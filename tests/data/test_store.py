@@ -468,3 +468,10 @@ def test_a_password_in_the_url_is_told_to_the_server_and_to_nobody_else(served: 
     assert Store(str(cache)).fetch(with_password + "/shard-000002.tar")
     with pytest.raises(UserError, match=r"://\*\*\*@127\.0\.0\.1:\d+/none\.tar: .*404"):
         Store(str(cache)).fetch(with_password + "/none.tar")
+
+
+def test_a_cache_that_cannot_be_made(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    images = ShardImages(served.url + SPEC, key="k", cache_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*file/cache/shards: Not a directory"):
+        images.read(0, 0)
