@@ -43,6 +43,28 @@ def png(width: int, height: int, colour_type: int = 2, bits: int = 8) -> bytes:
     )
 
 
+def whole_png(side: int) -> bytes:
+    """All of its pixels are there: of one bit each, black."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(side * (1 + -(-side // 8))), 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def deep_tiff(bits: int, side: int = 24) -> bytes:
+    """Three channels of so many bits."""
+    pixels = (np.arange(side * side * 3) % 251).astype(f"<u{bits // 8}").tobytes()
+    tags = [
+        (256, 4, 1, side), (257, 4, 1, side), (258, 3, 3, 8 + 2 + 9 * 12 + 4), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, 8 + 2 + 9 * 12 + 4 + 6), (277, 3, 1, 3), (278, 4, 1, side), (279, 4, 1, len(pixels)),
+    ]  # fmt: skip
+    table = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + table + bytes(4) + struct.pack("<3H", *[bits] * 3) + pixels
+
+
 def jpeg_of(width: int, height: int) -> bytes:
     """A real JPEG whose header says it is as large as that."""
     data = bytearray(encoded(drawn_image(3), "JPEG"))
@@ -76,6 +98,8 @@ GOOD: dict[str, bytes] = {
     "alpha": of("RGBA", "PNG"),
     "grey with alpha": of("LA", "PNG"),
     "16-bit grey PNG": encoded(Image.fromarray(GREY16), "PNG"),
+    "TIFF of 8 bits a channel": deep_tiff(8),
+    "deep-colour TIFF, 16 bits": deep_tiff(16),
     "16-bit grey TIFF": encoded(Image.fromarray(GREY16), "TIFF"),
     "EXIF-rotated": rotated(),
     "animated": animated(),
@@ -93,6 +117,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "text": (b"hello", "not an image"),
     "400 megapixels, PNG": (png(20000, 20000), "20000×20000 pixels, over max_image_pixels"),
     "400 megapixels, JPEG": (jpeg_of(20000, 20000), "20000×20000 pixels, over max_image_pixels"),
+    "400 megapixels, all there": (whole_png(20000), "20000×20000 pixels, over max_image_pixels"),
+    "deep-colour TIFF, 32 bits": (deep_tiff(32), "not an image"),
     "4 gigapixels": (png(65000, 65000), "pixels, over max_image_pixels"),
     "no width": (png(0, 10), "not an image|SyntaxError|pixels"),
     "floating-point TIFF": (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "floating-point"),
