@@ -104,12 +104,14 @@ def children(pid: int) -> list[int]:
 
 
 def memory_kib(pid: int) -> int | None:
-    """Of a process alone, with its part of what it shares."""
+    """What a process holds that is no file. Its proportional set would grow without it: what a forked worker shares
+    with its parent is counted by halves, until one of them writes to it.
+    """
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), None)
+    return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
 
 
 def recipe_of(base: Path, name: str, served: Served, steps: int) -> Path:
