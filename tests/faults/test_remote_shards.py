@@ -75,7 +75,7 @@ def test_a_bad_server(indexes: bool, bench: Bench, served: Served, local: Any) -
 
 
 @pytest.mark.promise("A cache smaller than the data: never above its limit, and the losses and weights of local files")
-@pytest.mark.parametrize("cache_shards", [4.1, 6])
+@pytest.mark.parametrize("cache_shards", [4.1, pytest.param(6, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("indexes", [True, False])
 def test_a_small_cache(indexes: bool, cache_shards: float, bench: Bench, served: Served, local: Any) -> None:
     served.indexes = indexes
@@ -161,7 +161,7 @@ def test_a_server_that_is_gone_for_a_while(bench: Bench, served: Served, local: 
 
 
 @pytest.mark.promise("Shards in an S3 bucket (moto's server): losses and weights of local files, one copy a machine")
-@pytest.mark.parametrize("indexes", [True, False])
+@pytest.mark.parametrize("indexes", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_a_bucket(indexes: bool, bench: Bench, many: Path, served: Served, bucket: str, local: Any) -> None:
     import boto3
 

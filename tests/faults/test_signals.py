@@ -126,7 +126,7 @@ def test_under_torchrun(how: str, bench: Bench) -> None:
 
 
 @pytest.mark.promise("Under torchrun: kill -9 of either rank is named by the other, and the run goes on bit-equal")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_killed_under_torchrun(victim: int, bench: Bench) -> None:
     path, out = bench.recipe("pretrain", **{"optim.steps": 150}), bench.folder / "run"
     with under_torchrun(path, out) as run:
