@@ -44,6 +44,7 @@ from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, PackedReade
 from mpp.data.leak import Leak, leak
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
+from mpp.data.remote import is_remote
 from mpp.diagnostics.overlays import LEAST_SCORE, over_boxes, over_pixels, show
 from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
@@ -241,9 +242,9 @@ def _in_pretraining(recipe: FinetuneRecipe, val: Images) -> Leak | None:
     """Validation images that the encoder saw without labels, where that was a run here whose shards are still there."""
     try:
         data = load_recipe(Path(recipe.encoder) / "recipe.yaml", PretrainRecipe).data
-        if any("://" in place for place in data.shards):
+        if any(map(is_remote, data.shards)):
             return None  # not fetched for this
-        return leak(val.reader, PackedReader(ShardImages(data.shards, key="data.shards", **data.caching()), few=True))
+        return leak(val.reader, PackedReader(ShardImages(data.shards, key="data.shards", **data.caching())))
     except UserError:
         return None
 

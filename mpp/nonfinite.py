@@ -77,44 +77,34 @@ def left_out(
     dataset, keys: what gives this process's micro-batches again, as they were. record: see `Share`. what: of the loss.
     skipped: steps left out so far, with this one. UserError where these are more than `allowed`.
     """
-    kept = _keep(accelerator, out, step, model, dataset, keys, record)
-    advice = f"`mpp replay {out}` runs the step again" if kept else "the step could not be kept"
+    fault = None
+    try:
+        save = partial(checkpoint.save, out / FOLDER, step, model, None, {}, keep=KEPT)
+        folder = distributed.on_main(accelerator, save)
+        own = {"step": step, "world": accelerator.num_processes, **record}
+        _write(folder / f"rank{accelerator.process_index}", dataset, keys, own)
+    except (UserError, OSError, SafetensorError) as error:
+        fault = one_line(error)
+    faults = [f for f in distributed.gathered(accelerator, [fault]) if f]
+    if faults and accelerator.is_main_process:
+        warnings.warn(f"the step is not kept: {faults[0]}", MppWarning, stacklevel=2)
+    advice = "the step could not be kept" if faults else f"`mpp replay {out}` runs the step again"
     advice += "; try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
     if skipped > allowed:
         raise UserError(f"{what}: stopped before the update. {advice}")
     return f"warning: {what}: skipped, {skipped} of at most {allowed}. {advice}"
 
 
-def _keep(
-    accelerator: Accelerator,
-    out: Path,
-    step: int,
-    model: nn.Module,
-    dataset: Any,
-    keys: Sequence[Sequence[tuple[int, int, int]]],
-    record: dict[str, Any],
-) -> bool:
-    """Write the step of every process; whether that could be done: a warning says why not."""
-    fault = None
-    try:
-        folder = distributed.on_main(
-            accelerator, partial(checkpoint.save, out / FOLDER, step, model, None, {}, keep=KEPT)
-        )
-        batches = [dataset.__getitems__(list(of_batch)) for of_batch in keys]  # pure: as they were
-        for batch in batches:
-            if isinstance(batch, UserError):
-                raise batch
-        tensors = {name: t for i, b in enumerate(batches) for name, t in _flat(vars(b), str(i)).items()}
-        save_file({n: t.contiguous().clone() for n, t in tensors.items()}, _name(folder, accelerator, "safetensors"))
-        counts = [getattr(batch, "hidden_units", None) for batch in batches]
-        own = {"step": step, "world": accelerator.num_processes, "hidden_units": counts, **record}
-        write_json(_name(folder, accelerator, "json"), own)
-    except (UserError, OSError, SafetensorError) as error:
-        fault = one_line(error)
-    faults = [f for f in distributed.gathered(accelerator, [fault]) if f]
-    if faults and accelerator.is_main_process:
-        warnings.warn(f"the step is not kept: {faults[0]}", MppWarning, stacklevel=3)
-    return not faults
+def _write(name: Path, dataset: Any, keys: Sequence[Sequence[tuple[int, int, int]]], record: dict[str, Any]) -> None:
+    """One process's share: NAME.safetensors and NAME.json. name: without an ending."""
+    batches = [dataset.__getitems__(list(of_batch)) for of_batch in keys]  # pure: as they were
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+    tensors = {at: t for i, b in enumerate(batches) for at, t in _flat(vars(b), str(i)).items()}
+    save_file({at: t.contiguous().clone() for at, t in tensors.items()}, name.with_suffix(".safetensors"))
+    counts = [getattr(batch, "hidden_units", None) for batch in batches]
+    write_json(name.with_suffix(".json"), {**record, "hidden_units": counts})
 
 
 def read(folder: Path) -> list[Share]:
@@ -131,10 +121,6 @@ def read(folder: Path) -> list[Share]:
     if not found or len(found) != found[0].record["world"]:
         raise UserError(f"{folder}: not a kept step: {len(found)} processes' shares are there")
     return found
-
-
-def _name(folder: Path, accelerator: Accelerator, suffix: str) -> Path:
-    return folder / f"rank{accelerator.process_index}.{suffix}"
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Tensor]:

@@ -187,7 +187,7 @@ def holds_shards(place: str) -> bool:
         return any(name.endswith(".tar") for name in os.listdir(place))
     if os.path.isfile(place):
         return place.endswith(".tar")
-    return place.endswith(".tar") or "://" in place or any(c in place for c in "*?{[")
+    return place.endswith(".tar") or is_remote(place) or any(c in place for c in "*?{[")
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -25,6 +25,7 @@ from typing import BinaryIO
 import numpy as np
 from braceexpand import braceexpand
 
+from mpp.data.remote import is_remote
 from mpp.errors import UserError, without_secrets
 
 IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", re.IGNORECASE)
@@ -240,7 +241,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
         except ValueError as error:
             raise UserError(f"{key}: '{item}': unbalanced braces") from error
         for name in names:
-            if "://" in name:
+            if is_remote(name):
                 matches = [name]
             elif os.path.isdir(name):
                 matches = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
@@ -248,7 +249,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
                 matches = sorted(glob.glob(name))
             else:
                 matches = [name] if os.path.exists(name) else []
-            if not matches and "://" not in name and not glob.has_magic(name):
+            if not matches and not is_remote(name) and not glob.has_magic(name):
                 _may_look(name, key)
             if not matches:
                 raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
@@ -256,7 +257,9 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
     # the same file by another path is the same shard; a file that is a link may be meant as another one
     seen: dict[str, str] = {}
     for name in found:
-        same = name if "://" in name else os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        same = (
+            name if is_remote(name) else os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
+        )
         if same in seen:
             also = "" if seen[same] == name else f", also as '{seen[same]}'"
             raise UserError(f"{key}: '{name}' is named twice{also}")

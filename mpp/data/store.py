@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -50,12 +51,7 @@ class Store:
 
     def target(self, url: str) -> Path:
         """Where a shard's copy lies, if it is there."""
-        try:
-            base = os.path.basename(urllib.parse.urlsplit(url).path)
-        except ValueError as error:
-            raise UserError(f"{url}: {error}") from error
-        digest = hashlib.sha256(without_secrets(url).encode()).hexdigest()[:16]
-        return self.folder / f"{digest}-{base.removesuffix('.tar')[-100:]}.tar"
+        return self.folder / _name_of(url)
 
     def fetch(self, url: str, *, wait: bool = True) -> Path | None:
         """The local copy of a shard, made or used now. UserError where it cannot be had after TRIES tries.
@@ -184,13 +180,11 @@ class Store:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     advice = "lower data.cache_limit_gb, or give another data.cache_dir"
                     raise UserError(f"{url}: no space left in {self.folder}: {advice}") from error
+                words = str(error) or type(error).__name__
                 if tries == TRIES or remote.is_final(error):
-                    words = str(error) or type(error).__name__
                     raise UserError(f"{url}: {words} (tried {tries} times)") from error
                 if tries == 2:  # once may happen to anybody
-                    warnings.warn(
-                        f"{url}: {str(error) or type(error).__name__}; asking again", MppWarning, stacklevel=2
-                    )
+                    warnings.warn(f"{url}: {words}; asking again", MppWarning, stacklevel=2)
                 time.sleep(min(max(PAUSE_S * 2**tries, remote.wished_pause_s(error)), MOST_PAUSE_S))
         os.truncate(part, have)
         try:
@@ -257,6 +251,17 @@ class Store:
                 yield False
                 return
             yield True
+
+
+@functools.cache
+def _name_of(url: str) -> str:
+    """Of a shard's copy; another signature is not another shard. Remembered: it is asked for with each image."""
+    try:
+        base = os.path.basename(urllib.parse.urlsplit(url).path)
+    except ValueError as error:
+        raise UserError(f"{url}: {error}") from error
+    digest = hashlib.sha256(without_secrets(url).encode()).hexdigest()[:16]
+    return f"{digest}-{base.removesuffix('.tar')[-100:]}.tar"
 
 
 def _use(path: Path) -> None:

@@ -74,12 +74,8 @@ class Nursery:
             pids = log.with_name(log.name + ".pids")
             pids.mkdir(exist_ok=True)
             shared |= {"MPP_FAULT": json.dumps(fault), "MPP_FAULT_PIDS": str(pids)}
-        if world > 1:
-            shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-            shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         pids_of = []
-        for rank in range(world):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        for own in launched(world):
             answer = self.ask(
                 words=[str(w) for w in words],
                 env={**shared, **own},
@@ -161,6 +157,21 @@ def free_port() -> int:
             if s.connect_ex(("127.0.0.1", port)) != 0:
                 return port
     raise AssertionError
+
+
+def launched(world: int) -> list[dict[str, str]]:
+    """What a launcher tells each of so many processes."""
+    if world == 1:
+        return [{}]
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that it started and that are there still."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
 
 
 def records_of(job: str, out: Path) -> Path:

@@ -31,7 +31,7 @@ import numpy as np
 from mpp.metrics import read_metrics
 from tests.conftest import ROOT, drawn_image, encoded
 from tests.data.test_loader import shard_of
-from tests.faults.processes import free_port, left, pretraining
+from tests.faults.processes import children, launched, left, pretraining
 from tests.http_server import Served, serve
 
 SHARDS, IMAGES = 8, 250
@@ -55,8 +55,7 @@ class Run:
     """The processes of one start."""
 
     def __init__(self, recipe: Path, log: Path, fault: dict[str, Any] | None = None) -> None:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": str(WORLD)}
-        env |= {"LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if fault:
             env["MPP_FAULT"] = json.dumps(fault)
         words = ["-m", "mpp", "pretrain", str(recipe), "--resume", "auto"]
@@ -64,10 +63,10 @@ class Run:
         with open(log, "a") as lines:
             self.ranks = [
                 subprocess.Popen(
-                    [sys.executable, *words], cwd=ROOT, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    [sys.executable, *words], cwd=ROOT, env={**env, **own},
                     stdout=lines, stderr=lines, stdin=subprocess.DEVNULL, start_new_session=True,
                 )
-                for rank in range(WORLD)
+                for own in launched(WORLD)
             ]  # fmt: skip
 
     def codes(self) -> list[int | None]:
@@ -94,13 +93,6 @@ class Run:
 
     def workers(self) -> list[int]:
         return [pid for rank in self.ranks for pid in children(rank.pid)]
-
-
-def children(pid: int) -> list[int]:
-    try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
 
 
 def memory_kib(pid: int) -> int | None:

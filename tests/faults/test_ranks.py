@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from mpp.metrics import read_metrics
 from tests.conftest import drawn_image, encoded
 from tests.data.test_loader import shard_of
 from tests.faults.conftest import RECIPES, Bench
-from tests.faults.processes import JOBS, Left, Nursery, left, records_of, status, steps_logged
+from tests.faults.processes import JOBS, Left, Nursery, children, left, records_of, status, steps_logged
 
 HANG_TIMEOUT_S = 5
 
@@ -36,7 +35,7 @@ def test_a_killed_rank(victim: int, workers: int, nursery: Nursery, shards: Path
     path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
     run = nursery.start("pretrain", path, log=folder / "log", world=3)
     run.until(lambda: steps_logged(out) >= 5)
-    orphans = workers_of(run.pids[victim])
+    orphans = children(run.pids[victim])
     assert len(orphans) == workers
     os.kill(run.pids[victim], signal.SIGKILL)
     codes = run.wait(10)
@@ -137,11 +136,6 @@ def test_a_hanging_rank(job: str, victim: int, how: str, nursery: Nursery, shard
     assert any("_run_cell" in s or "_pretrain" in s for s in stacks), stacks
 
 
-def workers_of(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
-
-
 @pytest.mark.promise("A killed loader worker: one clear line, every rank ends, and the run goes on bit-equal")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("job", JOBS)
@@ -155,7 +149,7 @@ def test_a_killed_loader_worker(
     records = records_of(job, out)
     run = nursery.start(job, path, log=folder / "log", world=2)
     run.until(lambda: steps_logged(records) >= 40)
-    os.kill(workers_of(run.pids[rank])[0], signal.SIGKILL)
+    os.kill(children(run.pids[rank])[0], signal.SIGKILL)
     assert run.wait(30) == [2, 2], run.said()
     lines = [text for text in run.said().splitlines() if "data.workers" in text]
     assert any("DataLoader worker" in text and "--resume auto" in text for text in lines), run.said()

@@ -16,7 +16,7 @@ import pytest
 from mpp import checkpoint
 from tests.conftest import ROOT
 from tests.faults.conftest import RECIPES, Bench
-from tests.faults.processes import JOBS, Left, Nursery, free_port, left, records_of, status, steps_logged
+from tests.faults.processes import JOBS, Left, Nursery, children, free_port, left, records_of, status, steps_logged
 
 LONG = {"optim.steps": 150, "checkpoint_every_steps": 10000}
 SAVED = "SIGTERM or SIGINT, to one rank or to all: a checkpoint after the step, exit code 0, status.json says so"
@@ -130,11 +130,8 @@ def test_under_torchrun(how: str, bench: Bench) -> None:
 def test_killed_under_torchrun(victim: int, bench: Bench) -> None:
     path, out = bench.recipe("pretrain", **{"optim.steps": 150}), bench.folder / "run"
     with under_torchrun(path, out) as run:
-        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=True)
         killed = next(
-            pid
-            for pid in map(int, found.stdout.split())
-            if f"\0RANK={victim}\0" in Path(f"/proc/{pid}/environ").read_text()
+            pid for pid in children(run.pid) if f"\0RANK={victim}\0" in Path(f"/proc/{pid}/environ").read_text()
         )
         os.kill(killed, signal.SIGKILL)
         assert run.wait(60) == 1
