@@ -334,6 +334,7 @@ def test_a_damaged_encoder_is_not_trained_on(shards: Path, run: Path, tmp_path: 
     assert not (tmp_path / "ft").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*are among data.train:mpp.errors.MppWarning")
 def test_finished_cells_are_not_mixed_with_other_data(
     image_folder: Path, shards: Path, run: Path, tmp_path: Path
 ) -> None:
@@ -344,8 +345,16 @@ def test_finished_cells_are_not_mixed_with_other_data(
     with leaking:
         mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
     (val / "disc" / "002.jpg").unlink()
-    with pytest.raises(UserError, match=f"{tmp_path}/ft: the data changed since"):
-        mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes), resume="auto")
+    cell = tmp_path / "ft" / "pretrained-seed0"
+    for lost, refused in (
+        (None, f"{tmp_path}/ft: the data changed since"),
+        (tmp_path / "ft" / "data.json", f"{cell}: the data or the encoder changed since"),
+        (cell / "result.json", f"{cell}/checkpoints/step-00000002: the training data or the encoder changed since"),
+    ):
+        if lost:
+            lost.unlink()  # the next that knows of the data refuses
+        with pytest.raises(UserError, match=refused):
+            mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes), resume="auto")
 
 
 def test_the_export_says_how_it_was_evaluated(shards: Path, run: Path, tmp_path: Path) -> None:

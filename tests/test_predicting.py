@@ -131,6 +131,17 @@ def test_wrong_inputs(cell: Path, shards: Path, image_folder: Path, tmp_path: Pa
     assert config["label_names"] == ["disc", "square"]
 
 
+def test_a_recipe_from_elsewhere_runs_nothing(cell: Path, tmp_path: Path) -> None:
+    shutil.copytree(cell / "encoder", tmp_path / "theirs")
+    recipe = tmp_path / "theirs" / "recipe.yaml"
+    recipe.write_text(f"task: !!python/object/apply:os.mkdir ['{tmp_path / 'mark'}']\n")
+    image = tmp_path / "a.png"
+    image.write_bytes(encoded(drawn_image(1)))
+    predictions, *_ = mpp.predict(tmp_path / "theirs", [str(image)])
+    assert len(predictions) == 1
+    assert not (tmp_path / "mark").exists()
+
+
 def test_odd_names(cell: Path, tmp_path: Path) -> None:
     """Dollars are no formulas, bytes that are no text are kept, and what cannot be written is said at once."""
     odd = shutil.copytree(cell, tmp_path / "odd")

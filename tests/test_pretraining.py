@@ -318,7 +318,10 @@ def test_data_that_changed_are_refused(tmp_path: Path) -> None:
     recipe = pretrain_recipe(path, tmp_path / "run")
     mpp.pretrain(recipe)
     shard_of(path, [encoded(drawn_image(i), "JPEG") for i in range(41)])
-    with pytest.raises(UserError, match="the data changed since"):
+    with pytest.raises(UserError, match=f"{tmp_path}/run: the data changed since"):
+        mpp.pretrain(recipe, resume="auto")
+    (tmp_path / "run" / "data.json").unlink()  # each checkpoint knows it, too
+    with pytest.raises(UserError, match=r"step-00000020: the data changed since \(shards, their sizes"):
         mpp.pretrain(recipe, resume="auto")
 
 
@@ -337,6 +340,9 @@ def test_unreadable_images_are_counted_and_stop_the_run_above_the_limit(tmp_path
     path = shard_of(tmp_path / "s.tar", images)
     result = mpp.pretrain(pretrain_recipe(path, tmp_path / "few"))
     assert 10 < read_metrics(result.out)[-1]["skipped_images"] < 20 * 16
+    at_15 = result.out / "checkpoints" / "step-00000015"
+    resumed = mpp.pretrain(pretrain_recipe(path, tmp_path / "few"), out=str(tmp_path / "resumed"), resume=str(at_15))
+    assert read_metrics(resumed.out)[-1]["skipped_images"] == read_metrics(result.out)[-1]["skipped_images"]
     log = (result.out / "train.log").read_text()
     assert "1 unreadable images so far" in log or "unreadable images so far, replaced" in log
     assert "s.tar: image-5.jpg: not an image" in log

@@ -86,6 +86,15 @@ def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, 
     return members, at
 
 
+def begins_member(header: bytes, size: int) -> bool:
+    """Whether a tar's member of so many bytes begins with these."""
+    try:
+        found = tarfile.TarInfo.frombuf(header[:BLOCK], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return found.isreg() and found.size == size
+
+
 def _members_by_tarfile(path: str) -> tuple[list[tuple[str, int, int]], int]:
     members = []
     try:

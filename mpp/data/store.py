@@ -18,7 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from mpp.data import remote
-from mpp.data.index import MOST_INDEX_BYTES, ShardIndex, index_path, index_shard, read_index, scan, write_index
+from mpp.data.index import (
+    BLOCK,
+    MOST_INDEX_BYTES,
+    ShardIndex,
+    begins_member,
+    index_path,
+    index_shard,
+    read_index,
+    scan,
+    write_index,
+)
 from mpp.errors import MppWarning, UserError, without_secrets
 
 TRIES = 8
@@ -92,9 +102,9 @@ class Store:
             self._in_parts[url] = self._in_parts.get(url, 0) + size
             if self._in_parts[url] <= WHOLE_ABOVE * index.size_bytes:
                 with contextlib.suppress(*remote.FAULTS):  # fetching says what is wrong
-                    found = remote.read_part(url, offset, size, index.size_bytes)
-                    if found is not None:
-                        return found
+                    found = remote.read_part(url, offset - BLOCK, BLOCK + size, index.size_bytes)
+                    if found is not None and begins_member(found, size):
+                        return found[BLOCK:]
         fd = self._open(url, index)
         try:
             return os.pread(fd, size, offset)

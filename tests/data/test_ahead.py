@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,36 @@ def test_what_is_needed_now_is_not_pushed_out_by_what_comes_next(served: Served,
         until(lambda now=now: now <= there(images))
         time.sleep(0.03)
         assert now <= there(images)
+
+
+def test_what_another_process_fetches_is_left_to_it(served: Served, tmp_path: Path) -> None:
+    images, order, ahead = reader(served, tmp_path / "cache", shards=4.5)
+    now = order.window_at(0)
+    first, *others = dict.fromkeys([*order.shards_in(*now, [0]), *order.shards_in(*order.window_after(*now), [0])])
+    target = images.store.target(images.names[first])
+    with open(target.with_name(target.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ahead.come_to(0)
+        until(lambda: set(others) <= there(images))
+        assert first not in there(images)
+
+
+def test_a_window_that_is_over_is_fetched_no_further(served: Served, tmp_path: Path) -> None:
+    images, order, ahead = reader(served, tmp_path / "cache", shards=7.5)
+    windows = [order.window_at(0)]
+    while len(windows) < 5:
+        windows.append(order.window_after(*windows[-1]))
+    in_window = [set(order.shards_in(*w, [0])) for w in windows]
+    old, new = in_window[0] | in_window[1], in_window[3] | in_window[4]
+    first, *_ = order.shards_in(*windows[0], [0])
+    assert old - new - {first}
+    served.bytes_per_s = 2 * (served.folder / "s0.tar").stat().st_size  # half a second each
+    ahead.come_to(0)
+    until(lambda: len(served.log) > SHARDS)  # the first is on its way: the indexes came before
+    ahead.come_to(next(n for n in range(10_000) if order.window_at(n) == windows[3]))
+    until(lambda: new <= there(images))
+    time.sleep(1)
+    assert there(images) - new <= {first}, "what was on its way came, and nothing after it"
 
 
 def test_local_shards_need_nothing(served: Served, tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ def test_agrees_with_tarfile(
     assert [tuple(row[:2]) for row in scan(str(path)).table.tolist()] == expected
 
 
+def test_the_longest_names_there_are(tmp_path: Path) -> None:
+    """No index fits beside such a shard: its name would be longer than a file system takes."""
+    path = write_tar(tmp_path / ("x" * 251 + ".tar"), {f"{i}.jpg": b"data" for i in range(3)})
+    for _ in range(2):
+        assert len(index_shard(str(path), str(tmp_path / "cache")).table) == 3
+    assert os.listdir(tmp_path / "cache" / "indexes") == [index_path(str(path), str(tmp_path / "cache")).name]
+    assert sorted(os.listdir(tmp_path)) == ["cache", path.name]
+
+
 def test_reads_what_webdataset_writes(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "w.tar")) as writer:
         for i in range(5):

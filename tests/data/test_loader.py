@@ -6,13 +6,15 @@ import io
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mpp.data.images import ShardImages, held_out_rows
+from mpp.data import loader
+from mpp.data.images import REPLACEMENTS, ShardImages, held_out_rows
 from mpp.data.loader import Crop, PretrainDataset, batches
 from mpp.data.order import MicroBatches, Order
 from mpp.errors import UserError
@@ -120,6 +122,13 @@ def test_a_shard_of_bad_images_still_gives_full_batches(tmp_path: Path) -> None:
     assert len(batch.bad) == 10
 
 
+def test_so_many_bad_images_in_a_row_are_passed_over_and_no_more(tmp_path: Path) -> None:
+    path = shard_of(tmp_path / "a.tar", [b"nothing"] * REPLACEMENTS + [encoded(drawn_image(0), "JPEG")] * 2)
+    grey, found = dataset_of(path).batch([(0, 0, 0), (1, 0, 1)]).images
+    assert (grey == 128).all()
+    assert (found != 128).any()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_changed_stops_with_one_line(tmp_path: Path, workers: int) -> None:
     path = shard_of(tmp_path / "a.tar", [encoded(drawn_image(i), "JPEG") for i in range(4)])
@@ -145,6 +154,24 @@ def test_a_worker_that_dies_stops_with_one_line(shards: Path) -> None:
     with pytest.raises(UserError, match=r"data\.workers: DataLoader worker .*pid") as error:
         list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_a_worker_that_dies_while_it_hands_over_a_batch(
+    error: Exception, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which comes first, this or torch's word of it, is chance."""
+
+    class Breaks(torch.utils.data.DataLoader):
+        def __iter__(self) -> Iterator[Any]:
+            raise error
+
+    monkeypatch.setattr(loader, "DataLoader", Breaks)
+    dataset = PretrainDataset(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0, [25, 25, 10], 12)
+    with pytest.raises(UserError, match=r"data\.workers: .*EOFError|Connection reset.* Go on with --resume auto"):
+        list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))
+    with pytest.raises(type(error)):
+        list(batches(dataset, [[(0, 0, 0)]], workers=0, pin_memory=False))
 
 
 def test_an_error_beside_living_workers_ends_the_process() -> None:

@@ -97,13 +97,29 @@ def test_without_indexes_beside_them_each_shard_is_fetched_once_to_be_indexed(se
 def test_a_few_images_are_read_without_their_shards(served: Served, shards: Path, cache: Path) -> None:
     images, local = (ShardImages(s, key="k", cache_dir=str(cache)) for s in (served.url + SPEC, str(shards)))
     assert images.read(1, 3, few=True) == local.read(1, 3)
-    assert served.log[-1][1:] == (206, local.indexes[1].table[3, 0], local.indexes[1].table[3, 1])
+    offset, size = local.indexes[1].table[3, :2]
+    assert served.log[-1][1:] == (206, offset - 512, 512 + size), "with its header, by which it is known"
     assert kept(cache) == []
     assert [images.read(1, row, few=True) for row in range(25)] == [local.read(1, row) for row in range(25)]
     assert served.whole() == 1, "more than a few: it is fetched"
     served.ranges = False
     assert images.read(0, 3, few=True) == local.read(0, 3)
     assert served.whole() == 3, "of a server that sends no parts it is fetched, too"
+
+
+def test_a_part_of_another_shard_of_the_same_size_is_not_believed(served: Served, cache: Path, tmp_path: Path) -> None:
+    """Each image of it would be read from the middle of one, or of two."""
+    (tmp_path / "others").mkdir()
+    for name, sizes in (("a", (3000, 2000, 9000)), ("b", (9000, 2000, 3000))):
+        shard = shard_of(tmp_path / "others" / f"{name}.tar", [bytes([n % 7]) * n for n in sizes])
+        os.replace(shard, served.folder / f"{name}.tar")
+    assert (served.folder / "a.tar").stat().st_size == (served.folder / "b.tar").stat().st_size
+    images = ShardImages(f"{served.url}/a.tar", key="k", cache_dir=str(cache))
+    images.store.target(images.names[0]).unlink()
+    assert images.read(0, 1, few=True) == bytes([2000 % 7]) * 2000
+    os.replace(served.folder / "b.tar", served.folder / "a.tar")
+    with pytest.raises(UserError, match=r"a\.tar: changed since it was indexed"):
+        images.read(0, 1, few=True)
 
 
 def test_a_part_cut_short_is_not_believed(served: Served, shards: Path, cache: Path) -> None:
