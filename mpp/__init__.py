@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mpp.evaluating import EvaluateResult
     from mpp.exporting import Verified
     from mpp.finetuning import FinetuneResult
+    from mpp.importing import Imported
     from mpp.predicting import Report
     from mpp.pretraining import PretrainResult
     from mpp.recipe import EvaluateRecipe, FinetuneRecipe, Job, PretrainRecipe
@@ -153,6 +154,29 @@ def export(run: str | Path, out: str | Path) -> Verified:
     return exporting.export(run, out)
 
 
+def import_weights(
+    file: str | Path,
+    out: str | Path,
+    *,
+    model: str,
+    args: Mapping[str, Any] | None = None,
+    image_size: tuple[int, int] | None = None,
+    channels: int = 3,
+    trust: bool = False,
+) -> Imported:
+    """Weights from elsewhere, named as timm names them, as a verified folder of a model of timm's.
+
+    They may be nested and have a prefix. args: of the model. image_size: (H, W); None: the model's own. trust: open a
+    pickle, as tensors and plain containers alone. UserError where any of the encoder's weights is not there as it
+    should be.
+    """
+    from mpp import importing
+
+    return importing.import_weights(
+        file, out, model=model, args=args, image_size=image_size, channels=channels, trust=trust
+    )
+
+
 def verify(folder: str | Path) -> Verified:
     """Load an export through plain timm in a clean process and compare. UserError where anything differs."""
     from mpp import exporting
@@ -181,6 +205,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "import_weights",
     "inspect",
     "load_encoder",
     "load_recipe",

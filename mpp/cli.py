@@ -229,6 +229,40 @@ def export(run: str, out: str) -> None:
     _say_verified(mpp.export(run, out))
 
 
+@main.command("import")
+@click.argument("file")
+@click.argument("out")
+@click.argument("args", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--model", required=True, help="Of timm's: whose weights these are.")
+@click.option("--image-size", "side_px", default=None, type=click.IntRange(min=1), help="In px; default: the model's.")
+@click.option("--channels", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--trust", is_flag=True, help="Open a pickle, as tensors and plain containers alone.")
+def import_(
+    file: str, out: str, model: str, args: tuple[str, ...], side_px: int | None, channels: int, trust: bool
+) -> None:
+    """Weights from elsewhere in FILE -> the new folder OUT, a timm folder, verified there. All fit, or none.
+
+    Named as timm names them, perhaps nested and with a prefix. KEY=VALUE: arguments of the model (patch_size=8).
+    """
+    from mpp.recipe import apply_overrides, parse_overrides
+
+    values: dict[str, Any] = {}
+    apply_overrides(values, {}, parse_overrides(args))
+
+    found = mpp.import_weights(
+        file,
+        out,
+        model=model,
+        args=values,
+        image_size=(side_px, side_px) if side_px else None,
+        channels=channels,
+        trust=trust,
+    )
+    _say_verified(found.verified)
+    if found.left_out:
+        click.echo(f"left out: {len(found.left_out)} of its tensors, such as {', '.join(found.left_out[:5])}")
+
+
 @main.command()
 @click.argument("folder")
 def verify(folder: str) -> None:

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,54 @@ class Verified:
     parameters: int
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What an encoder is made for, and how it came to be."""
+
+    mean: Sequence[float]
+    """Of pixels in [0, 1], by channel; with std what its images are normalised with."""
+    std: Sequence[float]
+    input_size: tuple[int, int, int]
+    """(channels, H, W), in pixels."""
+    made: str
+    """A sentence of its model card; limits: another."""
+    limits: str
+    crop_fraction: float = 1.0
+    """Of the image's shorter side that is read."""
+    recipe: str | None = None
+    """The file recipe.yaml; None where there was none."""
+
+
+def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
+    """Of what this recipe trained."""
+    if isinstance(recipe, PretrainRecipe):
+        made = (
+            f"Masked-patch pretraining without labels: mask {recipe.mask.name}, corruption {recipe.corruption.name}, "
+            f"target {recipe.target.name}, head {recipe.head.name}, data `{', '.join(recipe.data.shards)}`."
+        )
+        limits = (
+            "The final norm, and a class token's own output, were not trained: fine-tune, or read the mean of the "
+            "patch tokens. How good the features are is for `mpp finetune`, beside the same from scratch, to tell."
+        )
+    else:
+        made = f"Fine-tuned on `{', '.join(recipe.data.train)}` from `{recipe.encoder}`."
+        limits = "Judged on the validation data named in recipe.yaml alone."
+    mean, std = recipe.data.mean_std()
+    return Origin(
+        mean=mean,
+        std=std,
+        input_size=(recipe.data.channels, *recipe.data.image_size),
+        made=f"{made} The whole recipe is in `recipe.yaml`.",
+        limits=limits,
+        crop_fraction=getattr(recipe.data, "val_crop_fraction", 1.0),
+        recipe=dump_recipe(recipe),
+    )
+
+
 def save_encoder(
     model: nn.Module,
     folder: Path,
-    recipe: PretrainRecipe | FinetuneRecipe,
+    origin: Origin,
     metrics: dict[str, Any],
     classes: list[str] | None = None,
     head: tuple[dict[str, torch.Tensor], list[str]] | None = None,
@@ -100,8 +144,6 @@ def save_encoder(
     classes: of the model's own classifier. head: weights and classes of a head that timm does not know, for
     `load_head`. UserError where it cannot be written.
     """
-    mean, std = recipe.data.mean_std()
-    size = (recipe.data.channels, *recipe.data.image_size)
     aside = folder.with_name(folder.name + ".tmp")
     training = model.training
     model.eval()
@@ -113,10 +155,10 @@ def save_encoder(
             model_config={"label_names": classes} if classes else None,
             safe_serialization=True,
             data_config={
-                "mean": mean,
-                "std": std,
-                "input_size": size,
-                "crop_pct": getattr(recipe.data, "val_crop_fraction", 1.0),
+                "mean": list(origin.mean),
+                "std": list(origin.std),
+                "input_size": origin.input_size,
+                "crop_pct": origin.crop_fraction,
                 "interpolation": "bicubic",
             },
         )
@@ -128,7 +170,7 @@ def save_encoder(
         config["pretrained_cfg"] |= {"tag": "mpp", "license": "unknown"}
         write_json(aside / "config.json", config)
         device = next(model.parameters()).device
-        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(2, *origin.input_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             features = model.forward_features(images.to(device))  # type: ignore[operator]
             reference = {"features": features, "embedding": model.forward_head(features, pre_logits=True)}  # type: ignore[operator]
@@ -146,7 +188,8 @@ def save_encoder(
             written.append(HEAD)
         for tensors in written:  # safetensors writes for the owner alone
             shutil.copymode(aside / "config.json", aside / tensors)
-        (aside / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        if origin.recipe is not None:
+            (aside / "recipe.yaml").write_text(origin.recipe, encoding="utf-8")
         write_json(
             aside / "export.json",
             {
@@ -158,7 +201,7 @@ def save_encoder(
             },
         )
         (aside / "README.md").write_text(
-            without_secrets(_card(config, recipe, metrics, sum(p.numel() for p in model.parameters())))
+            without_secrets(_card(config, origin, metrics, sum(p.numel() for p in model.parameters())))
         )
         faults.point("export.written", aside / "model.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,8 +223,8 @@ def encoder_folder(source: str | Path) -> Path:
         raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {cells[0].parent}")
     if Path(source).is_file() or any((Path(source) / n).exists() for n in ("pytorch_model.bin", "model.bin")):
         raise UserError(
-            f"{source}: not a folder with config.json and model.safetensors; pickled weights are never opened, "
-            "since a pickle may run any code"
+            f"{source}: not a folder with config.json and model.safetensors; pickled weights are never opened "
+            "here, since a pickle may run any code; see `mpp import`"
         )
     if (Path(source) / "recipe.yaml").exists():
         raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
@@ -335,17 +378,31 @@ def open_encoder(
 
 def export(run: str | Path, out: str | Path) -> Verified:
     """Copy a run's encoder to `out` and verify it there. UserError where `out` is not new or empty."""
-    source, target = encoder_folder(run), Path(out)
+    source = encoder_folder(run)
+
+    def copied(folder: Path) -> None:
+        _tolerance(source)  # what is wrong with the source is said with its name, not that of the copy
+        weights_sha256(source)
+        shutil.copytree(source, folder)
+
+    return _verified_at(Path(out), copied)
+
+
+def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
+    """Write a timm model to `out` and verify it there. UserError where `out` is not new or empty."""
+    return _verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}))
+
+
+def _verified_at(target: Path, make: Callable[[Path], None]) -> Verified:
+    """A new folder that comes into being once what is made for it was verified."""
     try:
         if target.exists() and any(target.iterdir()):
             raise UserError(f"{target}: not empty; give a new folder")
-        _tolerance(source)  # what is wrong with the source is said with its name, not that of the copy
-        weights_sha256(source)
         parent = target.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as aside:
             copy = Path(aside) / "encoder"
-            shutil.copytree(source, copy)
+            make(copy)
             verified = verify(copy)
             if target.exists():  # an empty folder, perhaps somebody's working folder
                 for file in copy.iterdir():
@@ -397,30 +454,17 @@ def _sha256(path: Path) -> str:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def _card(
-    config: dict[str, Any], recipe: PretrainRecipe | FinetuneRecipe, metrics: dict[str, Any], parameters: int
-) -> str:
+def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int) -> str:
     cfg = config["pretrained_cfg"]
-    if isinstance(recipe, PretrainRecipe):
-        made = (
-            f"Masked-patch pretraining without labels: mask {recipe.mask.name}, corruption {recipe.corruption.name}, "
-            f"target {recipe.target.name}, head {recipe.head.name}, data `{', '.join(recipe.data.shards)}`."
-        )
-        limits = (
-            "The final norm, and a class token's own output, were not trained: fine-tune, or read the mean of the "
-            "patch tokens. How good the features are is for `mpp finetune`, beside the same from scratch, to tell."
-        )
-    else:
-        made = f"Fine-tuned on `{', '.join(recipe.data.train)}` from `{recipe.encoder}`."
-        limits = "Judged on the validation data named in recipe.yaml alone."
-    values = "\n".join(f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items())
+    rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
+    values = "\n".join(["| | |", "|---|---|", *rows]) + "\n\n" if rows else ""
     return f"""---
 library_name: timm
 tags: [image-feature-extraction]
 ---
 # {config["architecture"]}, {parameters / 1e6:.2f} M parameters
 
-{made} The whole recipe is in `recipe.yaml`.
+{origin.made}
 
 ```python
 import timm
@@ -430,11 +474,7 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True)
 Input: {cfg["input_size"]} (channels, height, width), mean {cfg["mean"]}, std {cfg["std"]} of pixels in [0, 1].
 Pooling: {config.get("global_pool", "none")}.
 
-| | |
-|---|---|
-{values}
-
-{limits}
+{values}{origin.limits}
 
 `mpp verify FOLDER` loads it through plain timm in a clean process and compares features with
 `reference.safetensors`.

@@ -329,9 +329,9 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             return PretrainResult(run.out, "stopped", step, loss, skill, None)
 
     # ---- the encoder, as a timm folder
-    encoder = run.out / "encoder"
+    encoder, origin = run.out / "encoder", exporting.trained_by(recipe)
     said = {"step": step, "loss": loss, "skill": skill}
-    distributed.on_main(accelerator, partial(exporting.save_encoder, model.encoder.model, encoder, recipe, said))
+    distributed.on_main(accelerator, partial(exporting.save_encoder, model.encoder.model, encoder, origin, said))
     log.say(f"encoder: {encoder}")
     log.status("finished", step=step)
     return PretrainResult(run.out, "finished", step, loss, skill, encoder)

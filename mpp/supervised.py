@@ -168,9 +168,9 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] |
 def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
     """The fine-tuned model as a timm folder: with its classifier where timm's is the same linear layers, with a file
     for the head of a task that predicts at every place."""
-    encoder, folder = model.encoder, cell / "encoder"
+    encoder, folder, origin = model.encoder, cell / "encoder", exporting.trained_by(recipe)
     if isinstance(model, Dense):
-        exporting.save_encoder(encoder, folder, recipe, metrics, head=(model.task.state_dict(), classes))
+        exporting.save_encoder(encoder, folder, origin, metrics, head=(model.task.state_dict(), classes))
         return
     tasks: list[Any] = [task for task in (model.task, model.distilled) if task is not None]
     if tasks[0].hidden is None and hasattr(encoder, "reset_classifier"):
@@ -183,10 +183,10 @@ def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[st
             for layer, task in zip(theirs, tasks, strict=True):
                 layer.load_state_dict(task.out.state_dict())
             encoder.to(tasks[0].out.weight.device)
-            exporting.save_encoder(encoder, folder, recipe, metrics, classes)
+            exporting.save_encoder(encoder, folder, origin, metrics, classes)
             return
         encoder.reset_classifier(0)
-    exporting.save_encoder(encoder, folder, recipe, metrics)
+    exporting.save_encoder(encoder, folder, origin, metrics)
 
 
 def load_dense(source: str | Path) -> tuple[Dense, FinetuneRecipe, list[str]]:

@@ -18,7 +18,7 @@ LAYERS = [
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
         "features", "liveness", "nonfinite",
     },
-    {"diagnostics", "monitor", "distillation", "supervised", "lora", "history"},
+    {"diagnostics", "importing", "monitor", "distillation", "supervised", "lora", "history"},
     {"predicting_dense", "symptoms"},
     {"pretraining", "finetuning", "evaluating", "predicting", "watching"},
     {"reporting", "replaying"},

@@ -16,6 +16,7 @@ import re
 import stat
 import tarfile
 import tempfile
+import threading
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -154,6 +155,11 @@ def index_path(shard: str, cache_dir: str | None = None) -> Path:
     return Path(cache_dir) / "indexes" / (hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32] + ".npz")
 
 
+_PARSING = threading.Lock()
+"""numpy parses headers by Python's ast, in which CPython 3.11 now and then raises a SystemError where two threads are
+(python/cpython issue 106905)."""
+
+
 def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardIndex | None:
     """A stored index of a shard, of so many bytes if known; None where it is none, or cannot be of that shard."""
     most_bytes = MOST_INDEX_BYTES if size_bytes is None else size_bytes * 8 * len(COLUMNS) // BLOCK + 10_000
@@ -163,7 +169,7 @@ def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardInd
                 return None
         if not isinstance(file, Path):
             file.seek(0)
-        with np.load(file, allow_pickle=False) as z:
+        with _PARSING, np.load(file, allow_pickle=False) as z:
             if int(z["format"]) != FORMAT or z["table"].dtype != np.int64 or z["table"].shape[1:] != (len(COLUMNS),):
                 return None
             found = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]))

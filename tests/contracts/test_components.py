@@ -441,11 +441,11 @@ class TestTeachers:
         assert target(images_of(raw_of(3))).shape == (4, 15, 24)
 
     def test_an_export_teaches_with_its_weights(self, tmp_path: Path) -> None:
-        from mpp.exporting import save_encoder
+        from mpp.exporting import save_encoder, trained_by
 
         recipe = pretrain_recipe("none", "none", **{"data.image_size": (12, 20), "data.mean": [0.2, 0.3, 0.4]})
         model = build_model(recipe)[0].eval()
-        save_encoder(model.encoder.model, tmp_path / "run" / "encoder", recipe, {})
+        save_encoder(model.encoder.model, tmp_path / "run" / "encoder", trained_by(recipe), {})
         images = images_of(raw_of(3))
         normalised = (images.raw.float() / 255 - torch.tensor([0.2, 0.3, 0.4]).view(-1, 1, 1)) / 0.5
         with torch.no_grad():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,26 @@ def test_the_longest_names_there_are(tmp_path: Path) -> None:
         assert len(index_shard(str(path), str(tmp_path / "cache")).table) == 3
     assert os.listdir(tmp_path / "cache" / "indexes") == [index_path(str(path), str(tmp_path / "cache")).name]
     assert sorted(os.listdir(tmp_path)) == ["cache", path.name]
+
+
+def test_no_two_threads_parse_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are indexed by threads; CPython 3.11's parser is not for several."""
+    path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": b"data" for i in range(3)})
+    index_shard(str(path), str(tmp_path / "cache"))
+    parse, inside, most = ast.literal_eval, 0, 0
+
+    def watched(text: str) -> object:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.005)
+        inside -= 1
+        return parse(text)
+
+    monkeypatch.setattr(ast, "literal_eval", watched)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: index_shard(str(path), str(tmp_path / "cache")), range(8)))
+    assert most == 1
 
 
 def test_reads_what_webdataset_writes(tmp_path: Path) -> None:
