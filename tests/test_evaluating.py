@@ -219,6 +219,7 @@ def test_only_the_encoder_runs_in_bf16(shards: Path, run: Path, tmp_path: Path, 
     assert np.abs(half - full).max() > 1e-4, "so it did run in bf16"
 
 
+@pytest.mark.slow
 def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
     words = [f"{k}={json.dumps(v)}" for k, v in keys(shards, controls=False, probes="linear").items()]
     copy = tmp_path / "run"

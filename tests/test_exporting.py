@@ -128,6 +128,7 @@ def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> N
         mpp.verify(exported)
 
 
+@pytest.mark.slow
 def test_only_new_or_empty_folders_are_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keep.tmp").mkdir()
     (tmp_path / "keep.tmp" / "mine").touch()

@@ -242,6 +242,7 @@ def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
         mpp.finetune(recipe(shards, tmp_path / "d", run, **{"mixup": 0.5, "optim.global_batch_size": 9}))
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path) -> None:
     changes = {"drop_path_rate": 0.2, "mixup": 0.8, "data.erase": 0.3, "seeds": [0], "optim.steps": 60}
     path = tmp_path / "r.yaml"

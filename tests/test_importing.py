@@ -72,6 +72,7 @@ def test_safetensors_need_no_trust_whatever_the_name(state: dict[str, Tensor], t
     assert imported(tmp_path / "w.pth", tmp_path / "e").left_out == ["head.bias", "head.weight"]
 
 
+@pytest.mark.slow
 def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     words = ["--model", NAME, "--image-size", "16", *(f"{k}={v}" for k, v in ARGS.items())]

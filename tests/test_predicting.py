@@ -93,6 +93,7 @@ def test_the_report(cell: Path, image_folder: Path, tmp_path: Path) -> None:
             assert picture.width > 300
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_named(cell: Path, tmp_path: Path) -> None:
     good, bad = tmp_path / "a.png", tmp_path / "b.png"
     good.write_bytes(encoded(drawn_image(1)))
@@ -142,6 +143,7 @@ def test_a_recipe_from_elsewhere_runs_nothing(cell: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.slow
 def test_odd_names(cell: Path, tmp_path: Path) -> None:
     """Dollars are no formulas, bytes that are no text are kept, and what cannot be written is said at once."""
     odd = shutil.copytree(cell, tmp_path / "odd")

@@ -87,6 +87,7 @@ def test_boxes(detector: Path, photos: Path, tmp_path: Path, monkeypatch: pytest
     assert {p.name for p in (tmp_path / "out" / "overlays").rglob("*.png")} == set(sizes)
 
 
+@pytest.mark.slow
 def test_the_command(detector: Path, segmenter: Path, photos: Path, tmp_path: Path) -> None:
     done = command("predict", segmenter, photos, "--report", tmp_path / "out")
     assert done.returncode == 0, done.stderr

@@ -199,6 +199,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
 SLOW = {"optim.steps": 120, "checkpoint_every_steps": 7, "encoder.args.drop_path_rate": 0.2}
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_is_bit_equal(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe_file(**SLOW)
     whole = command("pretrain", path, f"out={tmp_path / 'whole'}")

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from tests.conftest import ROOT, drawn_image, encoded
 
@@ -42,6 +44,8 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
             folder = tmp_path / "labeled" / part / ("disc" if i % 2 == 0 else "square")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{i}.jpg").write_bytes(encoded(drawn_image(i + 100 * (part == "val")), "JPEG"))
+    theirs = timm.create_model("vit_small_patch16_224").state_dict()
+    save_file({f"module.{name}": value for name, value in theirs.items()}, tmp_path / "theirs.safetensors")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = []
     for line in commands():
@@ -55,7 +59,7 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         ran.append(line.split()[1])
     jobs = {"pretrain", "finetune", "evaluate", "predict", "inspect", "report", "watch"}
-    others = {"pack", "export", "verify", "reconstruct", "recipe", "models", "tools/draw_shapes.py"}
+    others = {"pack", "export", "verify", "import", "reconstruct", "recipe", "models", "tools/draw_shapes.py"}
     assert set(ran) == jobs | others
     for made in ("reconstructions.png", "training.png", "runs/photos/report.html", "comparison.html"):
         assert (tmp_path / made).exists()

@@ -47,6 +47,7 @@ def test_a_healthy_run_has_none(many: Path, tmp_path: Path) -> None:
     assert (run.last("feature_rank") or 0) > 2
 
 
+@pytest.mark.slow
 def test_a_collapsed_teacher(many: Path, tmp_path: Path) -> None:
     target = {"name": "ema_teacher", "decay": 0.0, "decay_end": 0.0}
     run = trained(many, tmp_path / "run", target=target, corruption="token", **{"optim.base_lr": 1.0})

@@ -327,6 +327,7 @@ def test_the_bound_holds_at_every_moment(served: Served, shards: Path, cache: Pa
     assert served.whole() > 3, "some left, and were fetched again"
 
 
+@pytest.mark.slow
 def test_four_processes_fetch_a_shard_once(served: Served, cache: Path) -> None:
     served.bytes_per_s = 100_000
     code = (

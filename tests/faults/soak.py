@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,7 @@ class Run:
     def trained(self) -> bool:
         with open(self.log) as lines:
             lines.seek(self.said_before)
-            return "step " in lines.read()
+            return re.search(r"^step \d+/", lines.read(), re.MULTILINE) is not None
 
     def kill(self) -> None:
         for rank in self.ranks:
@@ -240,10 +241,11 @@ def disturbed(
         state = json.loads((base / "disturbed" / "run" / "status.json").read_text())["state"] if codes == [0, 0] else ""
         if state == "finished":
             return faults.counts, wrong
-        allowed_to_stay = (
-            name == "SIGSTOP of a process" if run.trained() else WORLD
-        )  # they wait for one that never came
-        if codes.count(None) > allowed_to_stay or any(code not in (0, 2, -signal.SIGKILL, None) for code in codes):
+        # one that is signalled before it listens just ends, and the others wait for one that never came
+        trained = run.trained()
+        may_stay = name == "SIGSTOP of a process" if trained else WORLD
+        allowed = {0, 2, -signal.SIGKILL, None} | (set() if trained else {-signal.SIGTERM, 130})
+        if codes.count(None) > may_stay or set(codes) - allowed:
             wrong.append(f"{name or at_point}: ended with {codes}")
             print(wrong[-1], flush=True)
 
