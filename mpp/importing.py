@@ -146,7 +146,6 @@ def _tensors(loaded: Any, file: str | Path) -> dict[str, Tensor]:
 def _prefix(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """What stands before most of the model's names: `module.`, `backbone.`, …"""
     counts = Counter(name[: -len(own)] for own in wanted for name in found if name.endswith(own))
-    counts = Counter({prefix: n for prefix, n in counts.items() if not prefix or prefix.endswith(".")})
     return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
 
 

@@ -128,6 +128,14 @@ def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> N
         mpp.verify(exported)
 
 
+def test_what_does_not_hold_is_not_handed_out(exported: Path, tmp_path: Path) -> None:
+    reference = load_file(exported / "reference.safetensors")
+    save_file(reference | {"embedding": reference["embedding"] + 1}, exported / "reference.safetensors")
+    with pytest.raises(UserError, match=r"encoder: features differ by .*, allowed is 1e-04"):
+        mpp.export(exported, tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
 @pytest.mark.slow
 def test_only_new_or_empty_folders_are_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keep.tmp").mkdir()

@@ -46,12 +46,15 @@ def test_only_after_a_while_and_not_while_something_is_saved(
     dead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch = Watch(0, 2, tmp_path, hang_timeout_s=60)
-    other = {**_here(), "pid": dead, "word": None, "done": False}
-    watch._known = {0: _here(), 1: other}
+    own = {**_here(), "word": None, "done": False}
+    other = {**own, "pid": dead}
+    watch._known = {0: own, 1: other}
     monkeypatch.setattr(watch, "_states", lambda: watch._known)
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    assert watch._unnoticed() is None, "nothing has begun"
+    for _ in range(2):
+        assert watch._unnoticed() is None, "nothing has begun"
+        now += 6
     watch.at(3, "computing")
     assert watch._unnoticed() is None, "it may become known yet"
     now += 6
