@@ -244,7 +244,7 @@ def disturbed(
         # one that is signalled before it listens just ends, and the others wait for one that never came
         trained = run.trained()
         may_stay = name == "SIGSTOP of a process" if trained else WORLD
-        allowed = {0, 2, -signal.SIGKILL, None} | (set() if trained else {-signal.SIGTERM, 130})
+        allowed = {0, 2, -signal.SIGKILL, None} | (set() if trained else {-signal.SIGTERM, -signal.SIGINT, 130})
         if codes.count(None) > may_stay or set(codes) - allowed:
             wrong.append(f"{name or at_point}: ended with {codes}")
             print(wrong[-1], flush=True)
