@@ -162,18 +162,19 @@ def import_weights(
     args: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
     channels: int = 3,
+    prefix: str | None = None,
     trust: bool = False,
 ) -> Imported:
     """Weights from elsewhere, named as timm names them, as a verified folder of a model of timm's.
 
-    They may be nested and have a prefix. args: of the model. image_size: (H, W); None: the model's own. trust: open a
-    pickle, as tensors and plain containers alone. UserError where any of the encoder's weights is not there as it
-    should be.
+    They may be nested and have a prefix; prefix: which, where there are several encoders. args: of the model.
+    image_size: (H, W); None: the model's own. trust: open a pickle, as tensors and plain containers alone. UserError
+    where any of the encoder's weights is not there as it should be.
     """
     from mpp import importing
 
     return importing.import_weights(
-        file, out, model=model, args=args, image_size=image_size, channels=channels, trust=trust
+        file, out, model=model, args=args, image_size=image_size, channels=channels, prefix=prefix, trust=trust
     )
 
 

@@ -233,12 +233,24 @@ def export(run: str, out: str) -> None:
 @click.argument("file")
 @click.argument("out")
 @click.argument("args", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--model", required=True, help="Of timm's: whose weights these are.")
+@click.option(
+    "--model",
+    required=True,
+    help="Of timm's, perhaps with a tag (vit_small_patch16_224.dino), whose mean and std are taken then.",
+)
 @click.option("--image-size", "side_px", default=None, type=click.IntRange(min=1), help="In px; default: the model's.")
 @click.option("--channels", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--prefix", default=None, help="Of the weights that are meant, where there are several encoders.")
 @click.option("--trust", is_flag=True, help="Open a pickle, as tensors and plain containers alone.")
 def import_(
-    file: str, out: str, model: str, args: tuple[str, ...], side_px: int | None, channels: int, trust: bool
+    file: str,
+    out: str,
+    args: tuple[str, ...],
+    model: str,
+    side_px: int | None,
+    channels: int,
+    prefix: str | None,
+    trust: bool,
 ) -> None:
     """Weights from elsewhere in FILE -> the new folder OUT, a timm folder, verified there. All fit, or none.
 
@@ -256,11 +268,11 @@ def import_(
         args=values,
         image_size=(side_px, side_px) if side_px else None,
         channels=channels,
+        prefix=prefix,
         trust=trust,
     )
     _say_verified(found.verified)
-    if found.left_out:
-        click.echo(f"left out: {len(found.left_out)} of its tensors, such as {', '.join(found.left_out[:5])}")
+    click.echo(found)
 
 
 @main.command()

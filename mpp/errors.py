@@ -10,16 +10,24 @@ _PARAMETER = re.compile(
 """Of signed URLs: S3, Google and CloudFront by their names, Azure by its short ones."""
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
 def without_secrets(text: str) -> str:
     """The text with the passwords, tokens and signatures of its URLs blotted out."""
     return _PARAMETER.sub(r"\1***", _IN_URL.sub("***@", text))
+
+
+def _printable(text: str) -> str:
+    """With what a terminal would obey, escape sequences above all, written out: names in files may hold it."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
     """An input the user can correct. The command line prints each line of it and exits with code 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+        super().__init__(_printable(without_secrets(message)))
 
 
 class ToldElsewhere(UserError):

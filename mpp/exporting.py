@@ -296,13 +296,12 @@ def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
     raise UserError(f"{key}: '{source}': no such folder, and no such model of timm {timm.__version__}{hint}")
 
 
-def check_size(model: Any, size: tuple[int, int], what: str = "the encoder") -> None:
+def check_size(model: Any, size: tuple[int, int], what: str = "the encoder", *, key: str = "data.image_size") -> None:
     """UserError where cells of the model do not tile (H, W): timm would leave out the border in silence."""
     stride = model.feature_info[-1]["reduction"]
     if size[0] % stride or size[1] % stride:
         raise UserError(
-            f"data.image_size: {what} has a stride of {stride} px; got {size[0]}×{size[1]}, "
-            f"allowed are multiples of {stride}"
+            f"{key}: {what} has a stride of {stride} px; got {size[0]}×{size[1]}, allowed are multiples of {stride}"
         )
 
 
@@ -393,17 +392,28 @@ def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
     return _verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}))
 
 
+def check_new(folder: Path) -> None:
+    """UserError where a folder is there already, with something in it."""
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: not empty; give a new folder")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
 def _verified_at(target: Path, make: Callable[[Path], None]) -> Verified:
     """A new folder that comes into being once what is made for it was verified."""
+    check_new(target)
     try:
-        if target.exists() and any(target.iterdir()):
-            raise UserError(f"{target}: not empty; give a new folder")
         parent = target.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as aside:
             copy = Path(aside) / "encoder"
             make(copy)
-            verified = verify(copy)
+            try:
+                verified = verify(copy)
+            except UserError as error:
+                raise UserError(str(error).replace(str(copy), str(target))) from error
             if target.exists():  # an empty folder, perhaps somebody's working folder
                 for file in copy.iterdir():
                     os.replace(file, target / file.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -42,7 +43,8 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "under state_dict, of a wrapped module": lambda s: {"state_dict": OrderedDict(prefixed(s, "module."))},
     "plain": lambda s: s,
     "under model": lambda s: {"model": s, "epoch": 3},
-    "of a teacher beside a student": lambda s: {"teacher": prefixed(s, "backbone."), "student": prefixed(s, "x.")},
+    "of a teacher beside a head": lambda s: {"teacher": prefixed(s, "backbone.") | {"head.last.weight": torch.ones(3)}},
+    "beside a step": lambda s: {"model": s, "step": torch.tensor(3)},
     "in a state_dict of a model": lambda s: {"model": {"state_dict": s}},
     "beside arguments": lambda s: {"model": s, "args": argparse.Namespace(lr=1)},
     "half precision": lambda s: {k: v.half() for k, v in s.items()},
@@ -81,7 +83,8 @@ def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first.endswith("load through plain timm; features differ by 0.0e+00")
-    assert second == "left out: 2 of its tensors, such as head.bias, head.weight"
+    half = "[0.5, 0.5, 0.5]"
+    assert second == f"2 tensors left out (head.bias, head.weight); mean {half} and std {half} are timm's for this name"
     mpp.export(tmp_path / "e", tmp_path / "again")
     data = {"data.train": str(shards), "data.val": str(shards / "shard-000000.tar"), "data.image_size": 16}
     options: dict[str, Any] = {"optim.steps": 1, "optim.epochs": None, "seeds": [0], "data.workers": 0}
@@ -101,8 +104,6 @@ class Runs:
         self.mark = mark
 
     def __reduce__(self) -> Any:
-        import os
-
         return os.mkdir, (str(self.mark),)
 
 
@@ -121,8 +122,48 @@ def test_pickles(by_torch: bool, state: dict[str, Tensor], tmp_path: Path) -> No
     assert {p.name for p in tmp_path.iterdir()} == {"w.safetensors"}
 
 
+def test_one_of_two_encoders(state: dict[str, Tensor], tmp_path: Path) -> None:
+    other = {name: value + 1 for name, value in state.items()}
+    torch.save({"student": state, "teacher": prefixed(other, "module.")}, tmp_path / "w")
+    found = imported(tmp_path / "w", tmp_path / "e", trust=True, prefix="teacher.module.")
+    assert str(found).startswith("from teacher.module.*; ")
+    model = timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True)
+    assert torch.equal(model.state_dict()["norm.bias"], state["norm.bias"] + 1)
+
+
+def test_a_byte_that_changed(state: dict[str, Tensor], tmp_path: Path) -> None:
+    """torch does not compare the checksums of its files."""
+    torch.save(state, tmp_path / "w")
+    data = bytearray((tmp_path / "w").read_bytes())
+    data[data.index(state["blocks.0.mlp.fc1.weight"].numpy().tobytes()) + 3] ^= 0x80
+    (tmp_path / "w").write_bytes(data)
+    assert torch.load(tmp_path / "w", weights_only=True).keys() == state.keys()
+    with pytest.raises(UserError, match="w: damaged, or not of torch.save: BadZipFile"):
+        imported(tmp_path / "w", tmp_path / "e", trust=True)
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match=": not a file"):
+            imported(place, tmp_path / "e", trust=True)
+
+
 def without(name: str) -> Callable[[dict[str, Tensor]], Any]:
     return lambda s: {k: v for k, v in s.items() if k != name}
+
+
+def looped(state: dict[str, Tensor]) -> Any:
+    found: dict[str, Any] = {}
+    found["model"] = found
+    return found
+
+
+class Odd(OrderedDict[str, Tensor]):
+    """Opened, it is an OrderedDict whose `items` is a number."""
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), {"items": 5}
 
 
 WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
@@ -133,11 +174,30 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
         {"image_size": (32, 32)},
         r"have other shapes: pos_embed \(1, 17, 16\), wanted \(1, 65, 16\); is the",
     ),
+    (lambda s: s, {"image_size": (17, 17)}, "image_size: vit_tiny_patch16_224 has a stride of 4 px; got 17×17"),
     (lambda s: s | {"norm.bias": torch.full((16,), torch.nan)}, {}, r"weights that are not finite: norm\.bias"),
-    (lambda s: {"epoch": 3, "args": {"lr": 1}}, {}, r"no weights: it holds epoch, args; known are model, state_dict"),
-    (lambda s: [1, 2], {}, "no weights by name: a list"),
+    (lambda s: s | {"norm.bias": torch.full((16,), 1e300, dtype=torch.float64)}, {}, r"not finite: norm\.bias"),
+    (lambda s: {"epoch": 3, "args": {"lr": 1}}, {}, "missing: cls_token, .*; it holds no weights by name"),
+    (lambda s: [1, 2], {}, "it holds no weights by name"),
+    (lambda s: {}, {}, "it holds no weights by name"),
+    (looped, {}, "it holds no weights by name"),
+    (lambda s: Odd(s), {}, "it holds no weights by name"),
+    (
+        lambda s: {"student": s, "teacher": s},
+        {},
+        r"holds 2 whole encoders; say which by --prefix: student\., teacher\.",
+    ),
+    (lambda s: s | {"norm.bias": s["norm.bias"].to(torch.int8)}, {}, r"of their kind: norm\.bias \(torch\.int8\)"),
+    (lambda s: s | {"norm.bias": s["norm.bias"] + 1j}, {}, r"of their kind: norm\.bias \(torch\.complex64\)"),
+    (lambda s: s | {"norm.bias": s["norm.bias"].to_sparse()}, {}, r"of their kind: norm\.bias"),
+    (lambda s: s | {"norm.bias": s["norm.bias"].to("meta")}, {}, r"of their kind: norm\.bias"),
+    (lambda s: {"\x1b[31m" + "n" * 999: torch.ones(1)}, {}, r"it holds \\u001b\[31mn{50,80}…$"),
     (lambda s: s, {"model": "vit_tinny_patch16_224"}, "model: timm .* has no model .* Did you mean"),
+    (lambda s: s, {"model": "vit_tiny_*"}, r"model: 'vit_tiny_\*': allowed is a name of timm's"),
+    (lambda s: s, {"model": "hf-hub:a/b"}, "model: 'hf-hub:a/b': allowed is a name of timm's"),
     (lambda s: s, {"args": {"dept": 1}}, "args: vit_tiny_patch16_224 does not take this"),
+    (lambda s: s, {"args": {"img_size": 1}}, "args.img_size: is what --image-size says"),
+    (lambda s: s, {"args": {"checkpoint_path": "a.pth"}}, "args.checkpoint_path: weights from elsewhere come by"),
     (
         lambda s: {"model": s, "out": Path("/runs")},
         {},
@@ -163,6 +223,8 @@ def test_what_does_not_fit(number: int, state: dict[str, Tensor], tmp_path: Path
         (b"<html>", "neither a safetensors file nor one of torch's"),
         ((100).to_bytes(8, "little") + b'{"a": 1' + bytes(200), "no whole safetensors file"),
         (b"\x80\x04", "damaged, or not of torch"),
+        ((1 << 40).to_bytes(8, "little") + b'{"a": 1', "no whole safetensors file"),
+        (b"PK\x03\x04", "damaged, or not of torch"),
         (b"PK\x05\x06" + bytes(18), "damaged, or not of torch"),
         (None, "No such file"),
     ],

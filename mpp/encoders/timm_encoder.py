@@ -92,6 +92,9 @@ def create_timm_model(
     for own in ("num_classes", "in_chans", "img_size", "pretrained", "features_only"):
         if own in args:
             raise UserError(f"{args_key}.{own}: is not for a recipe to set here; see data.image_size, data.channels")
+    for loading in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir"):
+        if loading in args:  # which may open pickles
+            raise UserError(f"{args_key}.{loading}: weights from elsewhere come by `mpp import`")
     for argument, value in args.items():
         if value is None:  # timm would pass over it in silence; most likely a blank is missing after a colon
             raise UserError(f"{args_key}.{argument}: has no value")
@@ -101,7 +104,7 @@ def create_timm_model(
     try:
         return create_at_size(name, image_size, pretrained=pretrained, num_classes=0, in_chans=in_chans, **args)
     except TypeError as error:
-        raise UserError(f"{args_key}: {name} does not take this: {error}") from error
+        raise UserError(f"{args_key}: {name} does not take this: {one_line(error)}") from error
     except Exception as error:  # timm, torch or the hub: ZeroDivisionError, KeyError, … by whatever argument is off
         if pretrained and _of_the_hub(error):
             raise UserError(

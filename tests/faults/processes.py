@@ -138,7 +138,7 @@ class Job:
         """Wait while it runs. AssertionError where it ends first."""
         deadline = time.monotonic() + seconds
         while not true():
-            assert None in self.codes(), f"ended first: {self.codes()}\n{self.said()}"
+            assert None in self.codes() or true(), f"ended first: {self.codes()}\n{self.said()}"
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.01)
 
