@@ -260,7 +260,6 @@ def import_(
 
     values: dict[str, Any] = {}
     apply_overrides(values, {}, parse_overrides(args))
-
     found = mpp.import_weights(
         file,
         out,

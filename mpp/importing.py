@@ -71,12 +71,12 @@ def import_weights(
     for key, instead in (("img_size", "--image-size"), ("in_chans", "--channels")):
         if key in (args or {}):
             raise UserError(f"args.{key}: is what {instead} says")
-    name = model.split(".")[0]
-    if ":" in model or name not in timm_names(name, "model"):
+    architecture = model.split(".")[0]
+    if ":" in model or architecture not in timm_names(architecture, "model"):
         raise UserError(
             f"model: '{model}': allowed is a name of timm's, such as vit_small_patch16_224, with or without a tag"
         )
-    found = dict(_tensors(_opened(Path(file), trust)))
+    found = dict(_tensors(_opened(Path(file), trust), set()))
     encoder: Any = create_timm_model(
         model,
         image_size=image_size,
@@ -91,7 +91,7 @@ def import_weights(
     exporting.check_size(encoder, size, model, key="image_size")
     wanted: dict[str, Tensor] = encoder.state_dict()
     prefix = _prefix(found, wanted, file) if prefix is None else prefix
-    own = {own: found[prefix + own] for own in wanted if prefix + own in found}
+    own = {name: found[prefix + name] for name in wanted if prefix + name in found}
     if missing := [name for name in wanted if name not in own]:
         holds = f"it holds {_some(list(found))}" if found else "it holds no weights by name"
         raise UserError(
@@ -174,15 +174,16 @@ def _compare_checksums(file: Path) -> None:
                         pass
 
 
-def _tensors(loaded: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Weights of nested dictionaries by name, the keys before them."""
-    if isinstance(loaded, dict) and depth < DEEPEST:
+def _tensors(loaded: Any, seen: set[int], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Weights of nested dictionaries by name, the keys before them. seen: dictionaries that were looked into."""
+    if isinstance(loaded, dict) and depth < DEEPEST and id(loaded) not in seen:
+        seen.add(id(loaded))  # one that holds itself under many names would take for ever
         for key, value in dict.items(loaded):  # whatever a pickle says that its `items` are
             if isinstance(value, Tensor):
                 plain = type(value) is Tensor  # a Parameter may have attributes of a pickle's making
                 yield prefix + str(key), value if plain else torch.Tensor.as_subclass(value, Tensor)
             else:
-                yield from _tensors(value, f"{prefix}{key}.", depth + 1)
+                yield from _tensors(value, seen, f"{prefix}{key}.", depth + 1)
 
 
 def _prefix(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: str | Path) -> str:

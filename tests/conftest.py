@@ -20,6 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # bit-equal on any machine, and the processes under test get the other cores
 
 
+class Runs:
+    """Pickled, it leaves a folder behind where it is opened."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
 def drawn_image(number: int, size: int = 24, channels: int = 3) -> Image.Image:
     """A gradient with a shape on it, different for each number; even numbers have discs, odd ones squares."""
     rng = np.random.default_rng(number)

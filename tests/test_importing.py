@@ -18,7 +18,7 @@ from torch import Tensor
 
 import mpp
 from mpp.errors import UserError
-from tests.conftest import command
+from tests.conftest import Runs, command
 
 ARGS = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
@@ -97,16 +97,6 @@ def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards
     assert tuned.state == "finished"
 
 
-class Runs:
-    """Leaves a folder behind where it is opened."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
-
-
 @pytest.mark.parametrize("by_torch", [True, False])
 def test_pickles(by_torch: bool, state: dict[str, Tensor], tmp_path: Path) -> None:
     """Not opened unless trusted; nothing of theirs runs even then."""
@@ -155,7 +145,7 @@ def without(name: str) -> Callable[[dict[str, Tensor]], Any]:
 
 def looped(state: dict[str, Tensor]) -> Any:
     found: dict[str, Any] = {}
-    found["model"] = found
+    found |= {f"model{i}": found for i in range(20)}
     return found
 
 
@@ -183,7 +173,7 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
     (looped, {}, "it holds no weights by name"),
     (lambda s: Odd(s), {}, "it holds no weights by name"),
     (
-        lambda s: {"student": s, "teacher": s},
+        lambda s: {"student": s, "teacher": dict(s)},
         {},
         r"holds 2 whole encoders; say which by --prefix: student\., teacher\.",
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import shutil
 import tarfile
@@ -22,24 +21,13 @@ from mpp.data.labeled import FileReader
 from mpp.errors import BadImage, UserError, without_secrets
 from mpp.metrics import RunLog
 from mpp.recipe import PretrainRecipe, load_recipe
-from tests.conftest import drawn_image, encoded
+from tests.conftest import Runs, drawn_image, encoded
 from tests.data.test_loader import shard_of
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import Nursery
 from tests.faults.test_bad_data import tar_of
 from tests.http_server import serve
 from tests.test_reporting import Page
-
-
-class Runs:
-    """A pickle that leaves a file behind when it is opened."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.mark}",)
-
 
 NOT_RUN = "Nothing a recipe, a shard, an index or a checkpoint holds is ever run: no pipes, no YAML tags, no pickles"
 
