@@ -118,6 +118,7 @@ class MaskedPatchModel(nn.Module):
         self.encoder, self.corruption, self.guide = encoder, corruption, guide
         self.objectives: Any = nn.ModuleList(objectives)
         self.unit_px, self.predict_fraction = unit_px, predict_fraction
+        self.only_predicted = not any(o.head.reads_visible for o in objectives)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.register_buffer("weights", torch.tensor([o.weight for o in objectives]), persistent=False)
@@ -153,7 +154,7 @@ class MaskedPatchModel(nn.Module):
     def predict(self, images: Images, layout: Layout) -> list[Tensor]:
         """-> (B, P, target.dim) for each objective."""
         corrupted: Corrupted = self.corruption(images, layout.units)
-        features = self.encoder(corrupted, layout.encoder_cells)
+        features = self.encoder(corrupted, layout.encoder_cells, only_predicted=self.only_predicted)
         predictions = [o.head(features) for o in self.objectives]
         parts = self.encoder.stride // self.cell_px
         if parts == 1:

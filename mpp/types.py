@@ -131,6 +131,11 @@ class Cells:
     def grid(self) -> tuple[int, int]:
         return self.hidden.shape[1], self.hidden.shape[2]
 
+    @property
+    def some_predicted(self) -> bool:
+        """Whether there are cells that are not."""
+        return self.predicted.shape[1] < self.hidden[0].numel()
+
 
 @dataclass
 class Units:
@@ -163,17 +168,19 @@ class EncoderOutput:
     """Tokens of the encoder's last block, before its final norm, without class or register tokens.
 
     layout "raster": N tokens, all cells in raster order.
-    layout "visible": V tokens. layout "visible+predicted": V tokens, then P.
+    layout "visible": V tokens. layout "visible+predicted": V tokens, then P. layout "predicted": P tokens, which is
+    all that is there for heads that read no others.
     """
 
     tokens: Tensor
     cells: Cells
-    layout: Literal["raster", "visible", "visible+predicted"]
+    layout: Literal["raster", "visible", "visible+predicted", "predicted"]
 
     def visible(self) -> Tensor:
         """(B, V, D)"""
         if self.layout == "raster":
             return gather_cells(self.tokens, self.cells.visible)
+        assert self.layout != "predicted", "a head that reads visible cells has reads_visible = True"
         return self.tokens[:, : self.cells.visible.shape[1]]
 
     def predicted(self) -> Tensor | None:
@@ -182,6 +189,8 @@ class EncoderOutput:
             return gather_cells(self.tokens, self.cells.predicted)
         if self.layout == "visible":
             return None
+        if self.layout == "predicted":
+            return self.tokens
         return self.tokens[:, self.cells.visible.shape[1] :]
 
 
@@ -346,6 +355,8 @@ class Head(Protocol):
 
     needs_hidden_tokens: bool
     """Whether it reads the encoder's tokens at hidden cells, which not every corruption makes."""
+    reads_visible: bool
+    """Whether it reads tokens of visible cells; where no head does, the last block leaves them out."""
 
     def __call__(self, features: EncoderOutput) -> Tensor:
         """-> (B, P, out_dim) for the predicted cells, in their order."""

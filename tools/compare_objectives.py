@@ -1,6 +1,6 @@
 """Objectives and encoder families at equal CPU time on CIFAR-10: the table of recipes/LOG.md.
 
-    python tools/compare_objectives.py OUT [--only NAME …] [--minutes 6] [--seeds 0 …] [--processes 2]
+    python tools/compare_objectives.py OUT [--only NAME …] [--minutes 6] [--seeds 0 …] [--each-pretrained]
 
 Wants shards/cifar10/train and test, as recipes/pretrain/cifar10.yaml says how to pack. Each row is timed for some
 steps, then pretrained for as many as fit into the minutes of one CPU core, and fine-tuned on 100 labels a class, beside
@@ -27,6 +27,8 @@ TEACHER_ROW = "late joining"
 OWN_TEACHER = {"target": {"name": "teacher", "teacher": TEACHER_ROW, "layers": 4}, "loss": "smooth_l1"}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "late joining": {},
+    "late joining, a third": {"predict_fraction": 0.34},
+    "late joining by 2 blocks, a third": {"corruption.enter": 4, "predict_fraction": 0.34},
     "mae": {"corruption": "drop", "head": {"name": "transformer", "dim": 64}, "predict_fraction": 1.0},
     "crossmae": {"corruption": "drop", "head": {"name": "cross_attention", "dim": 64}, "predict_fraction": 0.34},
     "simmim": SIMMIM,
@@ -106,7 +108,10 @@ def folder_of(out: Path, row: str) -> Path:
     return out / row.replace(", ", "-").replace(" ", "-")
 
 
-def do(name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[int]) -> dict[str, Any]:
+def do(
+    name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[int], each_pretrained: bool
+) -> dict[str, Any]:
+    """each_pretrained: every seed has a pretraining of its own; else they share that of the recipe's seed."""
     pretraining, finetuning = rows()[name]
     folder = folder_of(out, name)
     target = pretraining.get("target")
@@ -120,19 +125,24 @@ def do(name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[in
     last = json.loads((folder / "timed" / "metrics.jsonl").read_text().splitlines()[-1])
     # of a core to itself: others may have had a part of it
     steps = int(minutes * 60 * last["images_per_s"] * spent["wall"] / spent["cpu"] / 32)
-    cost = run(
-        "pretrain",
-        "cifar10.yaml",
-        {**pretraining, "optim.steps": steps, "optim.warmup_steps": steps // 20, "out": str(folder / "pretrain")},
-    )["cpu"]
-    last = json.loads((folder / "pretrain" / "metrics.jsonl").read_text().splitlines()[-1])
+    runs: dict[int | None, Path] = {s: folder / f"pretrain-{s}" for s in seeds}
+    if not each_pretrained:
+        runs = {None: folder / "pretrain"}
+    costs, skills = [], []
+    for pretraining_seed, pretrained in runs.items():
+        changes = {**pretraining, "optim.steps": steps, "optim.warmup_steps": steps // 20, "out": str(pretrained)}
+        if pretraining_seed is not None:
+            changes["seed"] = pretraining_seed
+        costs.append(round(run("pretrain", "cifar10.yaml", changes)["cpu"], 1))
+        last = json.loads((pretrained / "metrics.jsonl").read_text().splitlines()[-1])
+        skills.append(last["skill"])
     beside = bool(finetuning) or name == TEACHER_ROW  # the ViT's arm from scratch is the same in every row
     accuracies: dict[str, list[float]] = {"pretrained": [], "scratch": []}
     tuning_cost = 0.0
     for seed in seeds:
         run_folder = folder / f"finetune-{seed}"
         tuning = {
-            **finetuning, "encoder": str(folder / "pretrain"), "seeds": [seed], "optim.steps": finetune_steps,
+            **finetuning, "encoder": str(runs.get(seed) or runs[None]), "seeds": [seed], "optim.steps": finetune_steps,
             "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3, "beside_scratch": beside,
             "out": str(run_folder),
         }  # fmt: skip
@@ -143,8 +153,8 @@ def do(name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[in
         "row": name,
         "steps": steps,
         "images": 32 * steps,
-        "cpu_minutes": round(cost, 1),
-        "skill": last["skill"],
+        "cpu_minutes": costs,
+        "skill": skills,
         "target_rank": last.get("target_rank_ema_teacher"),
         "seeds": seeds,
         "accuracy": {arm: values for arm, values in accuracies.items() if values},
@@ -158,6 +168,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(rows()), choices=list(rows()))
     parser.add_argument("--minutes", type=float, default=6.0, help="CPU-minutes of pretraining")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="of the fine-tuning")
+    parser.add_argument("--each-pretrained", action="store_true", help="a pretraining of its own for each seed")
     parser.add_argument("--finetune-steps", type=int, default=400)
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args()
@@ -165,7 +176,8 @@ def main() -> None:
     record = given.out / "rows.jsonl"
     with ThreadPoolExecutor(given.processes) as pool:
         jobs = [
-            pool.submit(do, name, given.out, given.minutes, given.finetune_steps, given.seeds) for name in given.only
+            pool.submit(do, name, given.out, given.minutes, given.finetune_steps, given.seeds, given.each_pretrained)
+            for name in given.only
         ]
         for job in as_completed(jobs):
             line = json.dumps(job.result())

@@ -5,6 +5,7 @@ the state as it is. Hooks do the rest:
 
     stem    a forward hook replaces the embedding of hidden cells by the mask token   (tokens present from the stem)
     blocks  forward pre-hooks keep visible tokens only and let mask tokens join later (dropping, late joining)
+    last    where hidden cells alone are read, its forward leaves out what nothing reads (`last_block.py`)
 
 Where the stem is, its layout and stride, the output's stride and which parameters the output depends on are
 probed on the model itself, so that a family nobody thought of needs no entry here.
@@ -20,12 +21,13 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from mpp.encoders.last_block import run_for, runs_for
 from mpp.encoders.maps import freeze_unread
 from mpp.encoders.support import FAMILIES_THAT_DROP
 from mpp.errors import UserError, one_line
@@ -139,6 +141,14 @@ class Stem:
     dim: int
 
 
+class _Call(NamedTuple):
+    """What `forward` was called with."""
+
+    x: Corrupted
+    cells: Cells
+    pruning: bool
+
+
 class TimmEncoder(nn.Module):
     """A timm model that takes `Corrupted` images and gives `EncoderOutput`.
 
@@ -175,13 +185,17 @@ class TimmEncoder(nn.Module):
         # forward() sets `_next`, the stem consumes it: a direct call of the timm model stays plain. `_now`
         # outlives forward(), so that blocks recomputed by activation checkpointing see the same mask.
         # Bound methods and partials, no lambdas: deepcopy and pickle then follow the copy.
-        self._next: tuple[Corrupted, Cells] | None = None
-        self._now: tuple[Corrupted, Cells] | None = None
+        self._next: _Call | None = None
+        self._now: _Call | None = None
         if self.stem is not None:
             model.get_submodule(self.stem.path).register_forward_hook(self._at_stem)
-        if self.drops:
-            for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
-                block.register_forward_pre_hook(partial(self._at_block, i), with_kwargs=True)
+        blocks: Any = model.blocks if self.drops else []
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self._at_block, i), with_kwargs=True)
+        self.prunes = self.drops and self.stem is not None and runs_for(blocks[-1])
+        """Whether the last block can be run for a part of its tokens alone."""
+        if self.prunes:  # in its forward, so that whatever is hooked to the block (FSDP, checkpointing) still runs
+            blocks[-1].forward = self._last_block
 
     @torch.no_grad()
     def _probe_stem(self, path: str) -> Stem | None:
@@ -259,15 +273,17 @@ class TimmEncoder(nn.Module):
         """(gh, gw) of an image of (H, W) px."""
         return image_size[0] // self.stride, image_size[1] // self.stride
 
-    def forward(self, x: Corrupted, cells: Cells) -> EncoderOutput:
+    def forward(self, x: Corrupted, cells: Cells, *, only_predicted: bool = False) -> EncoderOutput:
         """Images with hidden cells -> tokens of the last block, see `EncoderOutput`.
 
+        only_predicted: no others will be read, which are then left out where that is possible.
         ValueError where tokens would have to be dropped and this family cannot.
         """
         dropping = x.enter is None or x.enter > 0
         if dropping and not self.drops:
             raise ValueError(f"{self.family} cannot run on a part of its tokens")
-        self._next = (x, cells)
+        pruning = only_predicted and self.prunes and x.enter is not None and cells.some_predicted
+        self._next = _Call(x, cells, pruning)
         output_format = "NLC" if self.drops else "NCHW"
         tokens = self.model.forward_intermediates(
             x.images, indices=1, norm=False, output_fmt=output_format, intermediates_only=True
@@ -275,8 +291,10 @@ class TimmEncoder(nn.Module):
         self._next = None  # a model without a stem has not consumed it
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
-        layout: Literal["raster", "visible", "visible+predicted"] = "raster"
-        if dropping:
+        layout: Literal["raster", "visible", "visible+predicted", "predicted"] = "raster"
+        if pruning:
+            layout = "predicted"
+        elif dropping:
             layout = "visible" if x.mask_token is None else "visible+predicted"
         return EncoderOutput(tokens, cells, layout)
 
@@ -286,7 +304,7 @@ class TimmEncoder(nn.Module):
         self._now, self._next = self._next, None
         if self._now is None:
             return None
-        x, _ = self._now
+        x = self._now.x
         if x.mask_token is None or x.replaced is None or x.enter != 0:
             return None
         assert self.stem is not None
@@ -303,9 +321,9 @@ class TimmEncoder(nn.Module):
     def _at_block(
         self, i: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        if self._now is None or self._now[0].enter == 0:
+        if self._now is None or self._now.x.enter == 0:
             return None
-        x, cells = self._now
+        x, cells, _ = self._now
         tokens, rest = args[0], args[1:]
         if i == 0:
             prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
@@ -320,6 +338,18 @@ class TimmEncoder(nn.Module):
             rope = rope[rows].unsqueeze(1) if rope.ndim == 2 else rope[:, rows].transpose(0, 1)
             kwargs = {**kwargs, "rope": rope}
         return (tokens, *rest), kwargs
+
+    def _last_block(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """In place of the last block's forward."""
+        block = self.model.blocks[-1]
+        if self._now is None or not self._now.pruning:
+            whole: Tensor = type(block).forward(block, tokens, *args, **kwargs)
+            return whole
+        x, cells, _ = self._now
+        prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+        joined = bool(x.enter)  # then the predicted ones stand last
+        read = patches[:, -cells.predicted.shape[1] :] if joined else gather_cells(patches, cells.predicted)
+        return run_for(block, tokens, torch.cat([prefix, read], 1))
 
     def _joining(self, x: Corrupted, cells: Cells) -> Tensor:
         """(B, P, D): mask tokens as they would have looked at the input of block 0."""

@@ -32,6 +32,7 @@ class CrossAttentionHead(nn.Module):
     """
 
     needs_hidden_tokens = False
+    reads_visible = True
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ class LinearHead(nn.Module):
     """LayerNorm, then a linear layer on the encoder's tokens at predicted cells."""
 
     needs_hidden_tokens = True
+    reads_visible = False
 
     def __init__(self, encoder_dim: int, out_dim: int, hidden_enter: bool) -> None:
         super().__init__()

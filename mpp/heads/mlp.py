@@ -11,6 +11,7 @@ class MlpHead(nn.Module):
     """`hidden_dim`: width of the hidden layer (None: the encoder's width)."""
 
     needs_hidden_tokens = True
+    reads_visible = False
 
     def __init__(
         self, encoder_dim: int, out_dim: int, hidden_enter: bool, *, hidden_dim: PositiveInt | None = None

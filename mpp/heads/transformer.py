@@ -18,6 +18,7 @@ class TransformerHead(nn.Module):
     """
 
     needs_hidden_tokens = False
+    reads_visible = True
 
     def __init__(
         self,

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
 from mpp import contract
 from mpp.build import build_model
 from mpp.contract import MECHANISMS, Subject, batch_of, shaken
+from mpp.encoders.last_block import runs_for
 from mpp.encoders.support import FAMILIES, TRIED, Family, table
 from mpp.encoders.timm_encoder import TimmEncoder
 from mpp.errors import MppWarning, UserError
@@ -75,7 +78,10 @@ class TestTheContractNotices:
         assert "a hidden pixel reaches a prediction" in contract.check(hybrid, "drop", ("no leak",))["no leak"]
 
     def test_a_mask_token_that_is_not_put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(TimmEncoder, "_at_stem", lambda self, module, args, out: None)
+        def forgets(self: TimmEncoder, module: Any, args: Any, out: Any) -> None:
+            self._now, self._next = self._next, None
+
+        monkeypatch.setattr(TimmEncoder, "_at_stem", forgets)
         assert "no gradient reaches corruption.mask_token" in self.check("gradients")
 
     def test_mask_tokens_without_positions(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +119,50 @@ class TestTheContractNotices:
     def test_a_model_that_does_not_learn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
         assert "the loss does not fall" in self.check("learns")
+
+
+@pytest.mark.parametrize("way", ["token", "joining"])
+@pytest.mark.parametrize("family", [f for f in DROPPING if f.title not in SLOW], ids=lambda f: f.title)
+def test_a_last_block_that_runs_for_what_is_read_gives_what_the_whole_gives(family: Family, way: str) -> None:
+    model = shaken(Subject.of(family).model(way)).train()
+    plain = family.family != "Eva"  # whose blocks are given rotary positions
+    assert model.encoder.prunes == plain
+    images, mask, noise, count = batch_of(model)
+    seen, gradients = [], []
+    for only_predicted in (True, False):
+        model.only_predicted = only_predicted
+        model.zero_grad()
+        loss = model(images, mask, noise, count).sum()
+        loss.backward()
+        seen.append(loss.item())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5)
+
+
+class TestBlocksThatDoMore:
+    """Such a block is run whole."""
+
+    def block(self, **args: Any) -> torch.nn.Module:
+        return timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=2, **args).blocks[0]
+
+    def test_known_ones(self) -> None:
+        assert runs_for(self.block())
+        assert runs_for(self.block(qk_norm=True, init_values=1e-5, qkv_bias=False))
+        block, before = self.block(), torch.random.get_rng_state()
+        runs_for(block)
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    def test_another_kind_of_block(self) -> None:
+        for kind in (ResPostBlock, ParallelScalingBlock):
+            assert not runs_for(kind(24, 2))
+
+    def test_a_gate_that_is_not_known_here(self) -> None:
+        block: Any = self.block()
+        block.attn = Attention(24, 2, gated=True)
+        assert not runs_for(block)
 
 
 def _keeps_next(self: TimmEncoder, name: str, value: Any) -> None:

@@ -136,7 +136,7 @@ def test_every_prediction_lands_on_its_cell(encoder: str, unit_px: int) -> None:
     assert layout.cells.predicted.shape[1] == round(0.5 * count) * max(unit_px // 4, 1) ** 2
 
     class Knows(torch.nn.Module):
-        needs_hidden_tokens = True
+        needs_hidden_tokens, reads_visible = True, True
 
         def forward(self, features: EncoderOutput) -> torch.Tensor:
             fine = unpatchify(model.objectives[0].target(images), 1, layout.cells.grid)
