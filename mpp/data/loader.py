@@ -22,7 +22,7 @@ from mpp.data.children import end_with
 from mpp.data.decode import centre_box, decode_crop, random_box
 from mpp.data.images import ShardImages
 from mpp.errors import UserError
-from mpp.rng import Purpose, stream
+from mpp.rng import Purpose, Streams, stream
 from mpp.types import NOISE, Batch, MaskSampler, Units
 
 
@@ -39,9 +39,8 @@ class Crop:
     formats: tuple[str, ...]
     max_image_pixels: int
 
-    def random(self, data: bytes, seed: int, position: int) -> Tensor:
-        """(C, H, W) uint8: crop and flip of the sample at `position`."""
-        rng = stream(seed, Purpose.CROP, position)
+    def random(self, data: bytes, rng: np.random.Generator) -> Tensor:
+        """(C, H, W) uint8: crop and flip of the sample that this generator belongs to."""
         flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
         image = self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio))
         return image.flip(-1) if flip else image
@@ -64,7 +63,8 @@ class Crop:
 def draw_masks(sampler: MaskSampler, grid: tuple[int, int], draw: float, seed: int, positions: Sequence[int]) -> Units:
     """The masks and noise of the samples at these positions; `draw` as in `MaskSampler.count`."""
     count = sampler.count(grid, draw)
-    hidden = np.stack([sampler(grid, count, stream(seed, Purpose.MASK, p)) for p in positions])
+    masks, noises = Streams(seed, Purpose.MASK), Streams(seed, Purpose.NOISE)
+    hidden = np.stack([sampler(grid, count, masks.at(p)) for p in positions])
     if (hidden.sum((1, 2)) != count).any():
         found = sorted({int(n) for n in hidden.sum((1, 2))})
         raise UserError(
@@ -72,7 +72,7 @@ def draw_masks(sampler: MaskSampler, grid: tuple[int, int], draw: float, seed: i
             f"{' or '.join(map(str, found))}; it must hide as many in every image"
         )
     size = (len(NOISE), *grid)
-    noise = np.stack([stream(seed, Purpose.NOISE, p).random(size, dtype=np.float32) for p in positions])
+    noise = np.stack([noises.at(p).random(size, dtype=np.float32) for p in positions])
     return Units(torch.from_numpy(hidden), count, torch.from_numpy(noise))
 
 
@@ -113,11 +113,11 @@ class PretrainDataset(Dataset[Batch]):
         draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
         masks = draw_masks(self.mask, self.mask_grid, draw, self.seed, [position for position, _, _ in keys])
         bad: list[str] = []
-        replaced = 0
+        replaced, crops = 0, Streams(self.seed, Purpose.CROP)
         for i, (position, shard, row) in enumerate(keys):
 
             def decode(data: bytes, position: int = position) -> Tensor:
-                return self.crop.centre(data) if centre else self.crop.random(data, self.seed, position)
+                return self.crop.centre(data) if centre else self.crop.random(data, crops.at(position))
 
             last = int(self.train_counts[shard])
             rows = range(last) if row < last else range(last, self.images.counts[shard])

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as theirs
 
 from mpp.data.decode import centre_box, decode_crop, random_box
 from mpp.errors import BadImage
@@ -146,3 +148,17 @@ def test_random_boxes_have_the_area_they_are_asked_for() -> None:
     ]
     assert min(areas) > 0.19
     assert 0.5 < np.mean(areas) < 0.65  # a little below 0.6: wide large boxes miss
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_crops_are_torchvisions_to_the_bit(mode: str) -> None:
+    image = drawn_image(3, 90).convert(mode)
+    pixels = torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1)
+    for box in ((0, 0, 90, 90), (7, 3, 80, 33), (60, 2, 16, 24), (5, 5, 24, 16), (89, 89, 1, 1)):
+        left, top, w, h = box
+        found = decode_crop(
+            encoded(image, "PNG"), lambda *_, box=box: box, (16, 24), channels=len(pixels), formats=("PNG",),
+            max_image_pixels=10**6,
+        )  # fmt: skip
+        bicubic = InterpolationMode.BICUBIC
+        assert torch.equal(found, theirs.resized_crop(pixels, top, left, h, w, [16, 24], bicubic, antialias=True))
