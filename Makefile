@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all faults soak check lint clean
+.PHONY: bench demo test test-all faults soak check lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -40,7 +40,17 @@ soak: $(VENV)/.installed
 	rm -rf $(SOAK)
 	$(BIN)/python -m tests.faults.soak $(SOAK)
 
+# mpp beside what a user would pick instead: about 25 minutes on 2 cores, on which nothing else should run.
+BENCH := .venv-bench
+$(BENCH)/.installed: tools/bench/requirements.txt
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tools/bench/requirements.txt
+	touch $@
+
+bench: $(VENV)/.installed $(BENCH)/.installed
+	$(BIN)/python tools/bench/bench.py --peers $(BENCH)/bin/python --write
+
 check: lint test-all
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

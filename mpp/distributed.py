@@ -39,10 +39,11 @@ T = TypeVar("T")
 def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = HANG_TIMEOUT_S) -> Accelerator:
     """An Accelerator for the processes that torchrun or `accelerate launch` made, or for this one alone.
 
-    precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it. fp32 on CPUs: bf16 is 3.2 times
-    slower there without AMX. trackers: those that the run will want. hang_timeout_s: an exchange that waits longer
-    fails; a little more, so that `liveness` is the first to say so. UserError where bf16 is asked of a device that has
-    none, a tracker is not installed, or the other processes do not come.
+    precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it, fp32 on CPUs: bf16 is 3.2 times slower on
+    those without instructions for it; on the others (`cpu_has_bf16`) it depends on the encoder's width. trackers: those
+    that the run will want. hang_timeout_s: an exchange that waits longer fails; a little more, so that `liveness` is the
+    first to say so. UserError where bf16 is asked of a device that has none, a tracker is not installed, or the other
+    processes do not come.
     """
     faults.announce()
     for name in trackers:
@@ -67,6 +68,17 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     if accelerator.distributed_type.value == "FSDP" and not cuda:
         raise UserError("FSDP on CPUs would run as plain data parallelism; use torchrun there")
     return accelerator
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies matrices faster in bf16 than in fp32: AVX512-BF16 or AMX, where torch says so.
+
+    A step of ViT-S then takes half the time, one of a ViT 128 wide as long as before (recipes/LOG.md).
+    """
+    found = (
+        getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+    return any(ask() for ask in found)
 
 
 class Trackers:

@@ -46,6 +46,8 @@ from mpp.types import Batch
 
 LEAST_BAD_IMAGES = 100
 """A run never stops for fewer unreadable images than this."""
+FAST_IN_BF16 = 5_000_000
+"""Parameters from which bf16 is faster on CPUs that have it: 192 × 12 gained 1.5, 128 × 6 nothing."""
 RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
 SPREAD_IMAGES = 256
@@ -159,6 +161,9 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         + ("; the warm-up lasts longer: the full learning rate is never reached" if warmup_steps > total_steps else "")
         + (f"; resumed at step {start_step}" if run.checkpoint else "")
     )
+    wide = sum(p.numel() for p in trained) >= FAST_IN_BF16
+    if recipe.precision == "auto" and accelerator.device.type == "cpu" and wide and distributed.cpu_has_bf16():
+        log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.encoder.modules()) and world > 1:

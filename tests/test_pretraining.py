@@ -98,6 +98,17 @@ def test_what_a_run_leaves(shards: Path, tmp_path: Path) -> None:
     assert mpp.load_encoder(out)(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
 
 
+def test_a_cpu_with_bf16_is_pointed_out(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, (has, least, precision) in enumerate(
+        [(True, 0, "auto"), (True, 10**9, "auto"), (False, 0, "auto"), (True, 0, "fp32")]
+    ):
+        monkeypatch.setattr("mpp.distributed.cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr("mpp.pretraining.FAST_IN_BF16", least)
+        out = tmp_path / str(number)
+        mpp.pretrain(pretrain_recipe(shards, out, precision=precision, **{"optim.steps": 1}))
+        assert ("precision=bf16" in (out / "train.log").read_text()) == (number == 0)
+
+
 def test_what_a_run_of_several_targets_logs(shards: Path, tmp_path: Path) -> None:
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **OBJECTIVES["bert, three targets"]))
     last = read_metrics(tmp_path / "run")[-1]

@@ -1,0 +1,370 @@
+"""mpp beside what a user would pick instead, interleaved in one run: `make bench`.
+
+    python tools/bench/bench.py [--only step input whole keep growth] [--rounds 9] [--peers PYTHON] [--write]
+
+step    one step of training, at the sizes of sizes.py: images/s, GFLOP an image, part of the machine's own GEMM peak,
+        peak memory; in heats of a few processes, in each of which ours and the GEMM run, too
+input   reading, cropping and normalising JPEGs: images a second of one core
+whole   training commands from their start: time to the end of the first step, images/s after it, peak memory
+
+keep    saving a checkpoint, resuming from it, exporting an encoder; ours synced, checksummed and verified
+growth  what ours costs with more images, patches, blocks, processes
+
+--write puts the figures into recipes/RESULTS.csv (rows `bench-…`), the tables into docs/benchmarks.md, a summary into
+README.md and the plot into docs/bench.png.
+A contestant that cannot run is named with its last words, and the exit code is 1. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import growth
+import pictures
+import whole
+from sizes import SIZES
+from timing import Contestant, Failed, Spread, core_rates, interleave, rates, ratio
+
+ROOT = Path(__file__).resolve().parents[2]
+README, RESULTS = ROOT / "README.md", ROOT / "recipes" / "RESULTS.csv"
+PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "bench.png"
+MARKS = ("<!-- benchmark: made by `make bench` -->", "<!-- end of benchmark -->")
+OURS = "mpp late, 1 block, a third"
+"""Mask tokens of a third of the hidden cells join for the last block: what the README recommends."""
+HEATS = (
+    ("transformers MAE", "lightly MAE", "stable-pretraining MAE", "vit-pytorch MAE"),
+    ("vit-pytorch SimMIM", "transformers SimMIM", "stable-pretraining SimMIM", "vit-pytorch MPP"),
+    ("stable-pretraining CrossMAE", "mpp CrossMAE", "mpp MAE", "mpp SimMIM"),
+    ("mpp late, 2 blocks, a third", "mpp late, 1 block"),
+)
+"""Few at a time: a process of each lies in memory."""
+LIKE = {"MAE": "MAE", "SimMIM": "SimMIM", "MPP": "SimMIM", "CrossMAE": "CrossMAE"}
+"""Last word of a contestant's name -> its kind."""
+STEPS = (("32px", "small", "fp32"), ("vit_s", "small", "fp32"), ("vit_s", "mae", "fp32"), ("vit_s", "small", "bf16"))
+"""Size, decoder of the MAE-like, precision."""
+INPUT_BATCH = {"32px": 64, "375x500": 32, "3000px": 4}
+BENCHES = ("step", "input", "whole", "keep", "growth")
+TURN_S = 0.7
+WHOLE_STEPS = 24
+WHOLE_RUNS = 3
+
+
+class Row(NamedTuple):
+    """One figure of recipes/RESULTS.csv."""
+
+    run: str
+    contestant: str
+    metric: str
+    value: float
+
+
+class Heat(NamedTuple):
+    """Contestants that took turns, ours first, and what failed."""
+
+    contestants: list[Contestant]
+    failed: list[str]
+
+
+def started(names: Sequence[str], bench: str, settings: dict[str, Any], peers: str | None) -> Heat:
+    """peers: the Python that has them; None: those are left out."""
+    up: list[Contestant] = []
+    failed: list[str] = []
+    for name in names:
+        own = name.startswith("mpp") or name == "GEMM"
+        if own or peers:
+            try:
+                python = sys.executable if own else str(peers)
+                up.append(Contestant(name, python, "ours" if own else "peers", bench, settings))
+            except Failed as error:
+                failed.append(str(error))
+    return Heat(up, failed)
+
+
+def _spread(run: str, name: str, metric: str, spread: Spread) -> Iterator[Row]:
+    for suffix, value in zip(("", "_q1", "_q3"), (spread.median, spread.low, spread.high), strict=True):
+        yield Row(run, name, metric + suffix, value)
+
+
+def steps(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
+    for size, decoder, precision in given.steps:
+        run = f"bench-step-{size}-{decoder}-{precision}"
+        for number, names in enumerate(HEATS):
+            if decoder != "small":  # what has no decoder was measured with the other one
+                names = tuple(n for n in names if n.endswith("MAE"))
+            if given.peers is None:
+                names = tuple(n for n in names if n.startswith("mpp"))
+            settings = {"size": size, "decoder": decoder, "precision": precision}
+            heat = started(("GEMM", OURS, *names), "STEP", settings, given.peers)
+            failed += heat.failed
+            try:
+                gemm, first, *others = heat.contestants
+                interleave(heat.contestants, rounds=given.rounds, turn_s=given.turn_s)
+                peak = rates(gemm).median * gemm.facts["gflop_per_image"]
+                if number == 0:
+                    yield Row(run, "GEMM", "gflop_per_s", peak)
+                for c in [first] * (number == 0) + others:
+                    yield from _spread(run, c.name, "images_per_s", rates(c))
+                    yield from _spread(run, c.name, "mpp_is_times_as_fast", ratio(first, c))
+                    yield Row(run, c.name, "gflop_per_image", c.facts["gflop_per_image"])
+                    reached = rates(c).median * c.facts["gflop_per_image"] / peak
+                    yield Row(run, c.name, "part_of_gemm_peak", reached)
+                    yield Row(run, c.name, "peak_mib", c.turns[-1].peak_mib)
+            finally:
+                for c in heat.contestants:
+                    c.end()
+
+
+def inputs(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
+    for size, batch in INPUT_BATCH.items():
+        settings = {"pictures": f"{given.pictures}/{size}", "side_px": 32 if size == "32px" else 224, "batch": batch}
+        names = ("mpp", "torchvision ImageFolder", "webdataset + torchvision", "lightly")
+        heat = started(names, "INPUT", settings, given.peers)
+        failed += heat.failed
+        interleave(heat.contestants, rounds=given.rounds, turn_s=given.turn_s, warm_up=1)
+        for c in heat.contestants:
+            yield from _spread(f"bench-input-{size}", c.name, "images_per_core_s", core_rates(c))
+            of_ours = ratio(heat.contestants[0], c, per_core=True)
+            yield from _spread(f"bench-input-{size}", c.name, "mpp_is_times_as_fast", of_ours)
+            c.end()
+
+
+def wholes(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
+    place, size = f"{given.pictures}/375x500", SIZES["vit_s"]
+    late = {
+        "corruption": "token", "corruption.enter": size.depth - 1, "head": "linear", "predict_fraction": 0.34,
+        "optim.global_batch_size": size.batch,
+    }  # fmt: skip
+    commands = [whole.ours(place, 1, **late)]
+    for model, loader in (
+        ("transformers MAE", "torchvision ImageFolder"),
+        ("lightly MAE", "lightly"),
+        ("vit-pytorch SimMIM", "webdataset + torchvision"),
+    ):
+        if given.peers:
+            commands.append(whole.peer(given.peers, model, loader, "vit_s", place, 1))
+    found: dict[str, list[whole.Whole]] = {c.name: [] for c in commands}
+    for _ in range(given.whole_runs):
+        for command in commands:
+            try:
+                done = whole.run(command, steps=given.whole_steps, batch=size.batch, out=Path(given.pictures) / "run")
+                found[command.name].append(done)
+            except Failed as error:
+                failed.append(str(error))
+    for name, runs in found.items():
+        for metric in whole.Whole._fields:
+            if runs:
+                yield from _spread("bench-whole-vit_s", name, metric, Spread.of([getattr(r, metric) for r in runs]))
+
+
+def kept(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
+    names = ("mpp: save", "torch.save", "mpp: resume", "torch.load", "mpp: export", "transformers save_pretrained")
+    heat = started(names, "KEEP", {"size": "vit_s", "folder": given.pictures}, given.peers)
+    failed += heat.failed
+    interleave(heat.contestants, rounds=given.rounds, turn_s=given.turn_s, warm_up=1)
+    for c in heat.contestants:
+        seconds = Spread.of([turn.wall_s / turn.images for turn in c.turns])
+        yield from _spread("bench-keep-vit_s", c.name, "s", seconds)
+        c.end()
+
+
+def grown(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
+    try:
+        yield from (Row(*figure) for figure in growth.figures(Path(given.pictures)))
+    except Failed as error:
+        failed.append(str(error))
+
+
+def read(results: Path) -> list[Row]:
+    """The rows that were written."""
+    with open(results, newline="") as file:
+        found = [r for r in csv.DictReader(file) if r["task"] == "bench"]
+    return [Row(r["run"], r["arm"], r["metric"], float(r["value"])) for r in found]
+
+
+def written(rows: Sequence[Row], results: Path) -> None:
+    """Into the table of results; rows of the same runs are replaced."""
+    with open(results, newline="") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        runs = {row.run for row in rows}
+        kept = [row for row in reader if row["run"] not in runs]
+    new = [
+        {"run": r.run, "task": "bench", "arm": r.contestant, "metric": r.metric, "value": f"{r.value:.4g}"}
+        for r in rows
+    ]
+    with open(results, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept + new)
+
+
+def _values(rows: Sequence[Row], run: str) -> dict[str, dict[str, float]]:
+    """Contestant -> metric -> value."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.run == run:
+            found.setdefault(row.contestant, {})[row.metric] = row.value
+    return found
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Markdown, a table for each run."""
+    lines: list[str] = []
+    for run in dict.fromkeys(row.run for row in rows):
+        values = _values(rows, run)
+        _, kind, *what = run.split("-", 2)
+        if kind == "step":
+            peak = values.pop("GEMM")["gflop_per_s"]
+            lines += [
+                "", f"{', '.join(what[0].split('-'))}; GEMM {peak:.0f} GFLOP/s:", "",
+                "| | images/s (quartiles) | mpp is … times as fast | GFLOP an image | of the GEMM peak | peak MiB |",
+                "|---|---|---|---|---|---|",
+            ]  # fmt: skip
+            for name, v in sorted(values.items(), key=lambda item: -item[1]["images_per_s"]):
+                lines.append(
+                    f"| {name} | {v['images_per_s']:.3g} ({v['images_per_s_q1']:.3g} – {v['images_per_s_q3']:.3g}) "
+                    f"| {v['mpp_is_times_as_fast']:.2f} | {v['gflop_per_image']:.3g} | {v['part_of_gemm_peak']:.2f} "
+                    f"| {v['peak_mib']:.0f} |"
+                )
+        elif kind == "input":
+            lines += ["", f"JPEGs of {what[0]}:", "", "| | images a core-second | mpp is … times as fast |"]
+            lines += ["|---|---|---|"]
+            for name, v in values.items():
+                low, high = v["images_per_core_s_q1"], v["images_per_core_s_q3"]
+                rate = f"{v['images_per_core_s']:.3g} ({low:.3g} – {high:.3g})"
+                lines.append(f"| {name} | {rate} | {v['mpp_is_times_as_fast']:.2f} |")
+        elif kind == "keep":
+            lines += ["", f"Checkpoints and exports, {what[0]}:", "", "| | s (quartiles) |", "|---|---|"]
+            lines += [f"| {name} | {v['s']:.3g} ({v['s_q1']:.3g} – {v['s_q3']:.3g}) |" for name, v in values.items()]
+        elif kind == "growth":
+            metrics = list(next(iter(values.values())))
+            lines += [
+                "",
+                f"With more {what[0]}:",
+                "",
+                f"| | {' | '.join(metrics)} |",
+                "|---" * (1 + len(metrics)) + "|",
+            ]
+            lines += [f"| {name} | {' | '.join(f'{v[m]:.3g}' for m in metrics)} |" for name, v in values.items()]
+        else:
+            lines += ["", f"Commands, {what[0]}:", "", "| | s to the first step | images/s after it | peak MiB |"]
+            lines += ["|---|---|---|---|"]
+            for name, v in values.items():
+                lines.append(f"| {name} | {v['first_step_s']:.1f} | {v['images_per_s']:.3g} | {v['peak_mib']:.0f} |")
+    return "\n".join(lines).strip()
+
+
+def _nearest(values: dict[str, dict[str, float]], kind: str | None = None) -> str:
+    """The peer (of a kind) that comes nearest to ours, and how many times as fast ours is."""
+    peers = {n: v for n, v in values.items() if not n.startswith("mpp") and n != "GEMM"}
+    if kind:
+        peers = {n: v for n, v in peers.items() if LIKE[n.split()[-1]] == kind}
+    if not peers:
+        return ""
+    name = min(peers, key=lambda n: peers[n]["mpp_is_times_as_fast"])
+    return f"{peers[name]['mpp_is_times_as_fast']:.2f} × ({name})"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Markdown: ours beside the fastest peer of each kind."""
+    steps_, inputs_, wholes_ = [], [], []
+    for run in dict.fromkeys(row.run for row in rows):
+        values = _values(rows, run)
+        _, kind, what = run.split("-", 2)
+        if kind == "step":
+            v = values[OURS]
+            cells = [_nearest(values, like) for like in ("MAE", "SimMIM", "CrossMAE")]
+            steps_.append(f"| {what.replace('-', ', ')} | {v['images_per_s']:.3g} images/s | {' | '.join(cells)} |")
+        elif kind == "input":
+            rate = values["mpp"]["images_per_core_s"]
+            inputs_.append(f"| JPEGs of {what} | {rate:.3g} images a core-second | {_nearest(values)} |")
+        elif kind == "whole":
+            for name, v in values.items():
+                wholes_.append(f"| {name} | {v['first_step_s']:.1f} | {v['images_per_s']:.3g} | {v['peak_mib']:.0f} |")
+    found: list[str] = []
+    if steps_:
+        found += [
+            "| training step | mpp, joining late | as fast as MAE | as SimMIM | as CrossMAE |",
+            "|---|---|---|---|---|",
+        ]
+        found += [*steps_, ""]
+    if inputs_:
+        found += ["| input | mpp | as fast as |", "|---|---|---|", *inputs_, ""]
+    if wholes_:
+        found += ["| command | s to the first step | images/s after it | peak MiB |", "|---|---|---|---|", *wholes_]
+    return "\n".join(found).strip()
+
+
+def put_between_marks(text: str, made: str) -> str:
+    """ValueError where the marks are not there."""
+    before, mark, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise ValueError(f"{MARKS[0]} … {MARKS[1]} is missing")
+    return f"{before}{mark}\n{made}\n{end}{after}"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the images a second of a step, a panel for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [run for run in dict.fromkeys(r.run for r in rows) if "-step-" in run]
+    figure, axes = plt.subplots(len(runs), 1, figsize=(8, 0.28 * len(rows) / 9 + 1.2 * len(runs)), squeeze=False)
+    for axis, run in zip(axes[:, 0], runs, strict=True):
+        values = {n: v for n, v in _values(rows, run).items() if n != "GEMM"}
+        names = sorted(values, key=lambda n: values[n]["images_per_s"])
+        middle = [values[n]["images_per_s"] for n in names]
+        low = [m - values[n]["images_per_s_q1"] for m, n in zip(middle, names, strict=True)]
+        high = [values[n]["images_per_s_q3"] - m for m, n in zip(middle, names, strict=True)]
+        colours = ["#c44e52" if n.startswith("mpp") else "#8c8c8c" for n in names]
+        axis.barh(names, middle, xerr=[low, high], color=colours, ecolor="#333333")
+        axis.set_title(run.removeprefix("bench-step-").replace("-", ", "), fontsize=9)
+        axis.set_xlabel("images/s of one training step", fontsize=8)
+        axis.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--turn-s", type=float, default=TURN_S)
+    parser.add_argument("--size", choices=SIZES, help="of steps, in fp32; else those of the README")
+    parser.add_argument("--peers", metavar="PYTHON", help="that has requirements.txt; else only ours run")
+    parser.add_argument("--write", action="store_true", help="into README.md, docs/ and recipes/RESULTS.csv")
+    given = parser.parse_args(words)
+    given.steps = [(given.size, "small", "fp32")] if given.size else STEPS
+    given.whole_steps, given.whole_runs = WHOLE_STEPS, WHOLE_RUNS
+    failed: list[str] = []
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        given.pictures = folder
+        if set(given.only) != {"step"}:
+            pictures.main(Path(folder))
+        for name, bench in zip(BENCHES, (steps, inputs, wholes, kept, grown), strict=True):
+            if name in given.only:
+                rows += [row._replace(value=float(f"{row.value:.4g}")) for row in bench(given, failed)]
+    print(tables(rows))
+    if given.write:
+        written(rows, RESULTS)
+        for path, made in ((README, summary(rows)), (PAGE, tables(rows))):
+            path.write_text(put_between_marks(path.read_text(), made))
+        plot(rows, PLOT)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

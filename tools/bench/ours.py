@@ -1,0 +1,175 @@
+"""mpp on the work of `sizes`, through the code that runs a recipe."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sizes import CROP_SCALE, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
+from torch import Tensor
+from training import Gemm, TrainStep, photographs
+
+from mpp import checkpoint
+from mpp.build import build_mask, build_model
+from mpp.data.images import ShardImages
+from mpp.data.loader import Crop, PretrainDataset, batches, draw_masks
+from mpp.data.order import MicroBatches, Order
+from mpp.exporting import export_model, trained_by
+from mpp.masks.uniform import UniformMask
+from mpp.recipe import PretrainRecipe
+
+PREDICT_FRACTION = 1 / 3
+"""CrossMAE, Fu et al. 2024, table 2c: a third of the hidden cells is as good as all."""
+
+
+def recipe(size: Size, **more: Any) -> PretrainRecipe:
+    values: dict[str, Any] = {
+        "job": "pretrain",
+        "out": "unused",
+        "data": {"shards": "unused", "image_size": size.image_px},
+        "encoder": {
+            "name": "vit_tiny_patch16_224",
+            "args": {
+                "patch_size": size.patch_px,
+                "embed_dim": size.dim,
+                "depth": size.depth,
+                "num_heads": size.heads,
+            },
+        },
+        "mask": {"name": "uniform", "ratio": MASK_RATIO},
+        "target": {"name": "norm_pixels"},
+        "head": {"name": "linear"},
+        "optim": {"steps": 1, "global_batch_size": size.batch},
+    }
+    return PretrainRecipe.model_validate(values | more)
+
+
+def _head(name: str, size: Size, decoder: str) -> dict[str, Any]:
+    d = decoder_of(size, decoder)
+    return {"name": name, "dim": d.dim, "depth": d.depth, "num_heads": d.heads}
+
+
+OBJECTIVES: dict[str, Callable[[Size, str], dict[str, Any]]] = {
+    "mpp late, 1 block, a third": lambda size, decoder: {
+        "corruption": {"name": "token", "enter": size.depth - 1},
+        "predict_fraction": PREDICT_FRACTION,
+    },
+    "mpp late, 2 blocks, a third": lambda size, decoder: {
+        "corruption": {"name": "token", "enter": max(size.depth - 2, 1)},
+        "predict_fraction": PREDICT_FRACTION,
+    },
+    "mpp late, 1 block": lambda size, decoder: {"corruption": {"name": "token", "enter": size.depth - 1}},
+    "mpp CrossMAE": lambda size, decoder: {
+        "corruption": {"name": "drop"},
+        "head": _head("cross_attention", size, decoder),
+        "predict_fraction": PREDICT_FRACTION,
+    },
+    "mpp MAE": lambda size, decoder: {
+        "corruption": {"name": "drop"},
+        "head": _head("transformer", size, decoder),
+    },
+    "mpp SimMIM": lambda size, decoder: {"corruption": {"name": "token", "enter": 0}},
+}
+
+
+def _step(name: str) -> Callable[..., TrainStep]:
+    def build(size: str, decoder: str, precision: str) -> TrainStep:
+        s = SIZES[size]
+        made = recipe(s, **OBJECTIVES[name](s, decoder))
+        model, grid = build_model(made)
+        mask = build_mask(made)
+        images = photographs(s.batch, s.image_px)
+        position = 0
+
+        def loss() -> Tensor:
+            nonlocal position
+            position += s.batch  # the masks, too: peers draw theirs in the step
+            units = draw_masks(mask, grid, 0.5, 0, range(position, position + s.batch))
+            return model(images, units.hidden, units.noise, units.count).sum()
+
+        return TrainStep(model, loss, s.batch, precision)
+
+    return build
+
+
+STEP: dict[str, Callable[..., Any]] = {name: _step(name) for name in OBJECTIVES}
+STEP["GEMM"] = lambda size, decoder, precision: Gemm(precision)
+
+
+class Input:
+    """A unit of work is a batch, read in this process, masks and all, and normalised as the model does it."""
+
+    def __init__(self, pictures: str, side_px: int, batch: int) -> None:
+        images = ShardImages(f"{pictures}-shards", key="data.shards")
+        order = Order(images.counts, global_batch=batch, seed=0)
+        crop = Crop((side_px, side_px), 3, CROP_SCALE, (3 / 4, 4 / 3), 0.5, ("JPEG",), 64_000_000)
+        grid = (side_px // (4 if side_px < 224 else 16),) * 2
+        dataset = PretrainDataset(images, crop, UniformMask(ratio=MASK_RATIO), grid, 0, images.counts, batch)
+        self.batches = batches(
+            dataset, MicroBatches(order, seen=0, steps=10**9, accumulate=1), workers=0, pin_memory=False
+        )
+        self.mean, self.std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+        self.facts: dict[str, Any] = {}
+
+    def run(self, count: int) -> int:
+        images = 0
+        for _ in range(count):
+            raw = next(self.batches).images
+            images += len((raw.float() - 255 * self.mean) / (255 * self.std))
+        return images
+
+
+INPUT = {"mpp": Input}
+
+
+class Kept:
+    """A unit of work is a save, a resume or an export of a model of `sizes` and its optimizer. No images."""
+
+    def __init__(self, size: str, folder: str) -> None:
+        self.step = _step("mpp late, 1 block, a third")(size, "small", "fp32")
+        self.origin = trained_by(recipe(SIZES[size]))
+        self.folder = Path(folder) / "mpp"
+        self.facts: dict[str, Any] = {}
+
+
+class Save(Kept):
+    """Atomic, synced and checksummed, as a run does it."""
+
+    def run(self, times: int) -> int:
+        for number in range(times):
+            checkpoint.save(self.folder, number, self.step.model, self.step.optimizer, {}, keep=1)
+        return times
+
+
+class Resume(Kept):
+    """Its checksums compared."""
+
+    def run(self, times: int) -> int:
+        if not checkpoint.steps(self.folder):
+            checkpoint.save(self.folder, 0, self.step.model, self.step.optimizer, {}, keep=1)
+        for _ in range(times):
+            found = checkpoint.newest(self.folder)
+            assert found is not None
+            checkpoint.load(found, self.step.model, self.step.optimizer)
+        return times
+
+
+class Export(Kept):
+    """Loaded by plain timm in a clean process and compared."""
+
+    def run(self, times: int) -> int:
+        for _ in range(times):
+            out = self.folder / "encoder"
+            shutil.rmtree(out, ignore_errors=True)
+            export_model(self.step.model.encoder.model, out, self.origin)
+        return times
+
+
+KEEP: dict[str, Callable[..., Kept]] = {
+    "mpp: save": Save,
+    "mpp: resume": Resume,
+    "mpp: export": Export,
+}

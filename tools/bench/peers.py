@@ -1,0 +1,322 @@
+"""What a user would pick instead, as its documentation uses it, on the work of `sizes`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sizes import CROP_SCALE, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
+from torch import Tensor, nn
+from training import TrainStep, photographs
+
+
+def _normalised(size: Size) -> Tensor:
+    images = photographs(size.batch, size.image_px).float() / 255
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def _timm(size: Size) -> Any:
+    import timm
+
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=size.image_px, patch_size=size.patch_px, embed_dim=size.dim, depth=size.depth,
+        num_heads=size.heads, num_classes=0,
+    )  # fmt: skip
+
+
+def _lucidrains(size: Size) -> Any:
+    """vit-pytorch 1.26 keeps positions and class token without the batch axis that its MAE, SimMIM and MPP expect."""
+    from vit_pytorch import ViT
+
+    model = ViT(
+        image_size=size.image_px, patch_size=size.patch_px, num_classes=1, dim=size.dim, depth=size.depth,
+        heads=size.heads, dim_head=size.dim // size.heads, mlp_dim=4 * size.dim,
+    )  # fmt: skip
+    for name in ("pos_embedding", "cls_token"):
+        parameter = getattr(model, name)
+        if parameter.ndim == 2:
+            setattr(model, name, nn.Parameter(parameter.data[None]))
+    return model
+
+
+Build = Callable[[Size, str], tuple[nn.Module, Callable[[Tensor], Tensor]]]
+"""(size, decoder) -> the model, and its loss of normalised images."""
+
+
+def vit_pytorch_mae(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from vit_pytorch.mae import MAE
+
+    d = decoder_of(size, decoder)
+    model = MAE(
+        encoder=_lucidrains(size), masking_ratio=MASK_RATIO, decoder_dim=d.dim, decoder_depth=d.depth,
+        decoder_heads=d.heads, decoder_dim_head=d.dim // d.heads,
+    )  # fmt: skip
+    return model, model
+
+
+def vit_pytorch_simmim(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from vit_pytorch.simmim import SimMIM
+
+    model = SimMIM(encoder=_lucidrains(size), masking_ratio=MASK_RATIO)
+    return model, model
+
+
+def vit_pytorch_mpp(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from vit_pytorch.mpp import MPP
+
+    model = MPP(
+        transformer=_lucidrains(size), patch_size=size.patch_px, dim=size.dim, mask_prob=MASK_RATIO,
+        random_patch_prob=0.1, replace_prob=0.8,
+    )  # fmt: skip
+    return model, lambda images: model(images.clamp(0, 1))
+
+
+def _hugging_face(size: Size, **more: Any) -> dict[str, Any]:
+    return {
+        "image_size": size.image_px, "patch_size": size.patch_px, "hidden_size": size.dim,
+        "num_hidden_layers": size.depth, "num_attention_heads": size.heads, "intermediate_size": 4 * size.dim, **more,
+    }  # fmt: skip
+
+
+def transformers_mae(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    d = decoder_of(size, decoder)
+    config = ViTMAEConfig(
+        **_hugging_face(
+            size, mask_ratio=MASK_RATIO, norm_pix_loss=True, decoder_hidden_size=d.dim,
+            decoder_num_hidden_layers=d.depth, decoder_num_attention_heads=d.heads, decoder_intermediate_size=4 * d.dim,
+        )
+    )  # fmt: skip
+    model = ViTMAEForPreTraining(config)
+    return model, lambda images: model(pixel_values=images).loss
+
+
+def transformers_simmim(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from transformers import ViTConfig, ViTForMaskedImageModeling
+
+    model = ViTForMaskedImageModeling(ViTConfig(**_hugging_face(size, encoder_stride=size.patch_px)))
+    hidden = round(MASK_RATIO * size.cells)
+
+    def loss(images: Tensor) -> Tensor:
+        places = torch.rand(len(images), size.cells).argsort(1)[:, :hidden]
+        mask = torch.zeros(len(images), size.cells).scatter_(1, places, 1.0).bool()
+        found: Tensor = model(pixel_values=images, bool_masked_pos=mask).loss
+        return found
+
+    return model, loss
+
+
+def lightly_mae(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from lightly.models import utils
+    from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+
+    d = decoder_of(size, decoder)
+
+    class Mae(nn.Module):
+        """After examples/pytorch/mae.py of lightly 1.6."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = MaskedVisionTransformerTIMM(vit=_timm(size))
+            self.decoder = MAEDecoderTIMM(
+                num_patches=size.cells, patch_size=size.patch_px, embed_dim=size.dim, decoder_embed_dim=d.dim,
+                decoder_depth=d.depth, decoder_num_heads=d.heads,
+            )  # fmt: skip
+
+        def forward(self, images: Tensor) -> Tensor:
+            keep, mask = utils.random_token_mask(size=(len(images), size.cells + 1), mask_ratio=MASK_RATIO)
+            encoded = self.decoder.embed(self.backbone.encode(images=images, idx_keep=keep))
+            masked = utils.repeat_token(self.decoder.mask_token, (len(images), size.cells + 1))
+            masked = utils.set_at_index(masked, keep, encoded.type_as(masked))
+            decoded = self.decoder.decode(masked)
+            predicted = self.decoder.predict(utils.get_at_index(decoded, mask))
+            target = utils.get_at_index(utils.patchify(images, size.patch_px), mask - 1)
+            return nn.functional.mse_loss(predicted, utils.normalize_mean_var(target))
+
+    model = Mae()
+    return model, model
+
+
+def stable_mae(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from stable_pretraining.methods import MAE
+
+    d = decoder_of(size, decoder)
+    model = MAE(_timm(size), d.dim, d.depth, d.heads, mask_ratio=MASK_RATIO)
+    return model, lambda images: model(images).loss
+
+
+def stable_crossmae(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from stable_pretraining.methods import CrossMAE
+
+    d = decoder_of(size, decoder)
+    model = CrossMAE(
+        _timm(size), d.dim, d.depth, d.heads, mask_ratio=MASK_RATIO, kept_mask_ratio=0.25, image_size=size.image_px
+    )
+    return model, lambda images: model(images).loss
+
+
+def stable_simmim(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    from stable_pretraining.methods import SimMIM
+
+    model = SimMIM(_timm(size), size.patch_px, MASK_RATIO, image_size=size.image_px)
+    return model, lambda images: model(images).loss
+
+
+MODELS: dict[str, Build] = {
+    "vit-pytorch MAE": vit_pytorch_mae,
+    "transformers MAE": transformers_mae,
+    "lightly MAE": lightly_mae,
+    "stable-pretraining MAE": stable_mae,
+    "stable-pretraining CrossMAE": stable_crossmae,
+    "vit-pytorch SimMIM": vit_pytorch_simmim,
+    "transformers SimMIM": transformers_simmim,
+    "stable-pretraining SimMIM": stable_simmim,
+    "vit-pytorch MPP": vit_pytorch_mpp,
+}
+
+
+def _step(name: str) -> Callable[..., TrainStep]:
+    def build(size: str, decoder: str, precision: str) -> TrainStep:
+        torch.manual_seed(0)
+        images = _normalised(SIZES[size])
+        model, loss = MODELS[name](SIZES[size], decoder)
+        return TrainStep(model, lambda: loss(images), len(images), precision)
+
+    return build
+
+
+STEP = {name: _step(name) for name in MODELS}
+
+
+class Input:
+    """A unit of work is a batch of a loader, which begins again at its end."""
+
+    def __init__(self, make: Callable[[], Any], batch: int) -> None:
+        self.make, self.batch = make, batch
+        self.iterator = iter(make())
+        self.facts: dict[str, Any] = {}
+
+    def batch_of_images(self) -> Tensor:
+        found = next(self.iterator, None)
+        if found is None:
+            self.iterator = iter(self.make())
+            found = next(self.iterator)
+        return found
+
+    def run(self, batches: int) -> int:
+        return sum(len(self.batch_of_images()) for _ in range(batches))
+
+
+def _transform(side_px: int) -> Any:
+    """MAE, He et al. 2022, appendix A.1, as its published code, lightly and the papers after it have it."""
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(side_px, CROP_SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def image_folder(pictures: str, side_px: int, batch: int, workers: int = 0) -> Input:
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    loader = DataLoader(
+        ImageFolder(pictures, _transform(side_px)), batch, shuffle=True, drop_last=True, num_workers=workers
+    )
+    return Input(lambda: (images for images, _ in loader), batch)
+
+
+def plain_webdataset(pictures: str, side_px: int, batch: int, workers: int = 0) -> Input:
+    import webdataset as wds
+
+    shards = sorted(str(p) for p in Path(f"{pictures}-shards").glob("*.tar"))
+    data = (
+        wds.WebDataset(shards, shardshuffle=len(shards), seed=0, empty_check=False)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg")
+        .map_tuple(_transform(side_px))
+        .batched(batch, partial=False)
+    )
+    return Input(lambda: (images for (images,) in wds.WebLoader(data, batch_size=None, num_workers=workers)), batch)
+
+
+def lightly_dataset(pictures: str, side_px: int, batch: int, workers: int = 0) -> Input:
+    from lightly.data import LightlyDataset
+    from lightly.transforms import MAETransform
+    from torch.utils.data import DataLoader
+
+    data = LightlyDataset(pictures, transform=MAETransform(input_size=side_px))
+    loader = DataLoader(data, batch, shuffle=True, drop_last=True, num_workers=workers)
+    return Input(lambda: (views[0] for views, *_ in loader), batch)
+
+
+INPUT: dict[str, Callable[..., Input]] = {
+    "torchvision ImageFolder": image_folder,
+    "webdataset + torchvision": plain_webdataset,
+    "lightly": lightly_dataset,
+}
+
+
+class Kept:
+    """A unit of work is a save, a resume or an export. No images."""
+
+    def __init__(self, size: str, folder: str, operation: str) -> None:
+        model, loss = MODELS["transformers MAE"](SIZES[size], "small")
+        images = _normalised(SIZES[size])
+        self.step = TrainStep(model, lambda: loss(images), len(images), "fp32")
+        self.file, self.operation = Path(folder) / "peer.pt", operation
+        self.facts: dict[str, Any] = {}
+        self._save()
+
+    def _save(self) -> None:
+        torch.save({"model": self.step.model.state_dict(), "optimizer": self.step.optimizer.state_dict()}, self.file)
+
+    def run(self, times: int) -> int:
+        for _ in range(times):
+            if self.operation == "save":
+                self._save()
+            elif self.operation == "export":
+                self.step.model.vit.save_pretrained(self.file.with_suffix(""))
+            else:
+                state = torch.load(self.file, weights_only=True)
+                self.step.model.load_state_dict(state["model"])
+                self.step.optimizer.load_state_dict(state["optimizer"])
+        return times
+
+
+KEEP: dict[str, Callable[..., Kept]] = {
+    "torch.save": lambda **given: Kept(**given, operation="save"),
+    "torch.load": lambda **given: Kept(**given, operation="resume"),
+    "transformers save_pretrained": lambda **given: Kept(**given, operation="export"),
+}
+
+
+def train(model_name: str, loader_name: str, size_name: str, pictures: str, steps: int, workers: int) -> None:
+    """A training script as a user would write it. A line for each step."""
+    size = SIZES[size_name]
+    torch.manual_seed(0)
+    model, loss_of = MODELS[model_name](size, "small")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    source = INPUT[loader_name](pictures, size.image_px, size.batch, workers)
+    for step in range(steps):
+        loss = loss_of(source.batch_of_images())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        print(f"step {step + 1} loss {loss.item():.4f}", flush=True)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{pictures}-checkpoint.pt")
+
+
+if __name__ == "__main__":
+    train(*sys.argv[1:5], steps=int(sys.argv[5]), workers=int(sys.argv[6]))

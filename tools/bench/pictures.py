@@ -1,0 +1,53 @@
+"""JPEGs of the sizes that the input benchmarks read, from photographs that come inside scikit-image.
+
+    python tools/bench/pictures.py OUT
+
+writes OUT/<size>/photographs/*.jpg and OUT/<size>-shards/*.tar. Crops of the photographs in colour, scaled, with some
+sensor noise, so that what is enlarged does not compress better than a camera's pictures do.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from skimage import data
+
+import mpp.data.pack
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
+"""In colour, CC0 or public domain (tools/demo_images.py has the sources)."""
+SIZES = {"32px": (32, 32, 2000), "375x500": (500, 375, 200), "3000px": (4000, 3000, 12)}
+"""Name -> width, height, number."""
+QUALITY = 90
+NOISE = 3.0
+"""Standard deviation of a pixel's (a guess)."""
+
+
+def picture(photograph: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
+    """A random crop of the right aspect, at least half as wide as the photograph allows, scaled."""
+    most = min(photograph.width, photograph.height * width / height)
+    w = float(rng.uniform(0.5, 1.0)) * most
+    h = w * height / width
+    left, top = rng.uniform(0, photograph.width - w), rng.uniform(0, photograph.height - h)
+    scaled = photograph.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    noisy = np.asarray(scaled, np.float32) + rng.normal(0, NOISE, (height, width, 3)).astype(np.float32)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def main(out: Path) -> None:
+    rng = np.random.default_rng(0)
+    photographs = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOGRAPHS]
+    for size, (width, height, count) in SIZES.items():
+        folder = out / size / "photographs"
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            made = picture(photographs[i % len(photographs)], width, height, rng)
+            made.save(folder / f"{i:05d}.jpg", quality=QUALITY)
+        mpp.data.pack.pack(str(out / size), str(out / f"{size}-shards"), images_per_shard=max(count // 4, 1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,53 @@
+"""Models and images that the benchmarks use, the same for every contestant."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Decoder(NamedTuple):
+    """Of MAE-like contestants."""
+
+    dim: int
+    depth: int
+    heads: int
+
+
+class Size(NamedTuple):
+    """A ViT and its batch."""
+
+    image_px: int
+    patch_px: int
+    dim: int
+    depth: int
+    heads: int
+    batch: int
+    small: Decoder
+    """Four blocks: as good as eight when fine-tuned (MAE, He et al. 2022, table 1a)."""
+
+    @property
+    def cells(self) -> int:
+        return (self.image_px // self.patch_px) ** 2
+
+
+MASK_RATIO = 0.75
+MAE_DECODER = Decoder(512, 8, 16)
+"""MAE, He et al. 2022, section 3 and appendix A.1: whatever the encoder."""
+SIZES = {
+    "tiny": Size(16, 4, 32, 2, 2, 4, Decoder(32, 1, 2)),
+    "32px": Size(32, 4, 192, 12, 3, 64, Decoder(192, 4, 3)),
+    "vit_s": Size(224, 16, 384, 12, 6, 8, Decoder(256, 4, 8)),
+    "vit_b": Size(224, 16, 768, 12, 12, 4, Decoder(384, 4, 12)),
+}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def decoder_of(size: Size, name: str) -> Decoder:
+    """name: "small", "mae", or "least": one block of half the encoder's width."""
+    if name == "mae":
+        return MAE_DECODER
+    return size.small if name == "small" else Decoder(size.dim // 2, 1, size.heads)
+
+
+CROP_SCALE = (0.2, 1.0)
+"""MAE, He et al. 2022, appendix A.1."""

@@ -1,0 +1,59 @@
+"""One step of training, the same for every contestant: forward, backward, clipping, fused AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class TrainStep:
+    """A unit of work is a step. `loss` makes the mask, too, where a contestant's model does not."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], batch: int, precision: str) -> None:
+        self.model, self.loss, self.batch = model.train(), loss, batch
+        self.bf16 = precision == "bf16"
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.05, fused=True)
+        with FlopCounterMode(display=False) as counter:
+            self.run(1)
+        self.facts: dict[str, Any] = {
+            "gflop_per_image": counter.get_total_flops() / batch / 1e9,
+            "parameters": sum(p.numel() for p in self.parameters),
+        }
+
+    def run(self, steps: int) -> int:
+        for _ in range(steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                loss = self.loss()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return steps * self.batch
+
+
+class Gemm:
+    """The machine's own peak: a product of large matrices. A unit of work is one of them; facts: its GFLOP."""
+
+    side = 3072
+
+    def __init__(self, precision: str = "fp32") -> None:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.a, self.b = (torch.randn(self.side, self.side, dtype=dtype) for _ in range(2))
+        self.facts = {"gflop_per_image": 2 * self.side**3 / 1e9, "parameters": 0}
+
+    def run(self, products: int) -> int:
+        for _ in range(products):
+            torch.nn.functional.linear(self.a, self.b)
+        return products
+
+
+def photographs(count: int, side_px: int) -> Tensor:
+    """(count, 3, side, side) uint8: smooth colours and some noise. What is in them costs no contestant time."""
+    noise = torch.randn(count, 3, side_px, side_px, generator=torch.Generator().manual_seed(0))
+    smooth = nn.functional.avg_pool2d(noise, 3, 1, 1) * 96 + noise * 16 + 128
+    return smooth.clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,50 @@
+"""One contestant in a process of its own: built once, then run when the parent says so.
+
+    python tools/bench/worker.py MODULE BENCH NAME SETTINGS
+
+MODULE: `ours` or `peers`; its dictionary BENCH holds what builds contestant NAME from SETTINGS, JSON. The process
+answers lines of numbers (of units of work) with lines of JSON; the end of its input ends it. Standard output carries
+the answers alone: what libraries print there goes to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    began = time.perf_counter()
+    module, bench, name, settings = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**values: object) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    with contextlib.redirect_stdout(sys.stderr):
+        contestant = getattr(importlib.import_module(module), bench)[name](**json.loads(settings))
+        answer(built_s=time.perf_counter() - began, built_mib=peak_mib(), **contestant.facts)
+        for line in sys.stdin:
+            wall, cpu = time.perf_counter(), time.process_time()
+            images = contestant.run(int(line))
+            answer(
+                wall_s=time.perf_counter() - wall,
+                cpu_s=time.process_time() - cpu,
+                images=images,
+                peak_mib=peak_mib(),
+            )
+
+
+if __name__ == "__main__":
+    main()
