@@ -1,9 +1,10 @@
 """mpp beside what a user would pick instead, interleaved in one run: `make bench`.
 
-    python tools/bench/bench.py [--only step input whole keep growth] [--rounds 9] [--peers PYTHON] [--write]
+    python tools/bench/bench.py [--only step memory input whole keep growth] [--rounds 7] [--peers PYTHON] [--write]
 
-step    one step of training, at the sizes of sizes.py: images/s, GFLOP an image, part of the machine's own GEMM peak,
-        peak memory; in heats of a few processes, in each of which ours and the GEMM run, too
+step    one step of training, at the sizes of sizes.py: images/s, GFLOP an image, part of the machine's own GEMM peak;
+        in heats of a few processes, in each of which ours and the GEMM run, too
+memory  peak memory of three of these steps, one process at a time
 input   reading, cropping and normalising JPEGs: images a second of one core
 whole   training commands from their start: time to the end of the first step, images/s after it, peak memory
 
@@ -46,10 +47,15 @@ HEATS = (
 """Few at a time: a process of each lies in memory."""
 LIKE = {"MAE": "MAE", "SimMIM": "SimMIM", "MPP": "SimMIM", "CrossMAE": "CrossMAE"}
 """Last word of a contestant's name -> its kind."""
-STEPS = (("32px", "small", "fp32"), ("vit_s", "small", "fp32"), ("vit_s", "mae", "fp32"), ("vit_s", "small", "bf16"))
-"""Size, decoder of the MAE-like, precision."""
+STEPS = (
+    ("32px", "small", "fp32", HEATS),
+    ("vit_s", "small", "fp32", HEATS),
+    ("vit_s", "mae", "fp32", HEATS[:1]),
+    ("vit_s", "small", "bf16", HEATS[:2]),
+)
+"""Size, decoder of the MAE-like, precision, who takes part."""
 INPUT_BATCH = {"32px": 64, "375x500": 32, "3000px": 4}
-BENCHES = ("step", "input", "whole", "keep", "growth")
+BENCHES = ("step", "memory", "input", "whole", "keep", "growth")
 TURN_S = 0.7
 WHOLE_STEPS = 24
 WHOLE_RUNS = 3
@@ -92,11 +98,9 @@ def _spread(run: str, name: str, metric: str, spread: Spread) -> Iterator[Row]:
 
 
 def steps(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
-    for size, decoder, precision in given.steps:
+    for size, decoder, precision, heats in given.steps:
         run = f"bench-step-{size}-{decoder}-{precision}"
-        for number, names in enumerate(HEATS):
-            if decoder != "small":  # what has no decoder was measured with the other one
-                names = tuple(n for n in names if n.endswith("MAE"))
+        for number, names in enumerate(heats):
             if given.peers is None:
                 names = tuple(n for n in names if n.startswith("mpp"))
             settings = {"size": size, "decoder": decoder, "precision": precision}
@@ -114,10 +118,22 @@ def steps(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
                     yield Row(run, c.name, "gflop_per_image", c.facts["gflop_per_image"])
                     reached = rates(c).median * c.facts["gflop_per_image"] / peak
                     yield Row(run, c.name, "part_of_gemm_peak", reached)
-                    yield Row(run, c.name, "peak_mib", c.turns[-1].peak_mib)
             finally:
                 for c in heat.contestants:
                     c.end()
+
+
+def memory(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
+    """One contestant at a time, three steps each."""
+    for size, decoder, precision, heats in given.steps[:2]:
+        names = [OURS, *(name for heat in heats for name in heat)]
+        for name in names:
+            heat = started([name], "STEP", {"size": size, "decoder": decoder, "precision": precision}, given.peers)
+            failed += heat.failed
+            for c in heat.contestants:
+                peak = c.turn(3).peak_mib
+                c.end()
+                yield Row(f"bench-memory-{size}-{decoder}-{precision}", name, "peak_mib", peak)
 
 
 def inputs(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
@@ -194,6 +210,8 @@ def written(rows: Sequence[Row], results: Path) -> None:
         columns = list(reader.fieldnames or [])
         runs = {row.run for row in rows}
         kept = [row for row in reader if row["run"] not in runs]
+    others = [row for row in kept if row["task"] != "bench"]
+    kept = [row for row in kept if row["task"] == "bench"]
     new = [
         {"run": r.run, "task": "bench", "arm": r.contestant, "metric": r.metric, "value": f"{r.value:.4g}"}
         for r in rows
@@ -201,7 +219,7 @@ def written(rows: Sequence[Row], results: Path) -> None:
     with open(results, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept + new)
+        writer.writerows(others + sorted(kept + new, key=lambda row: BENCHES.index(row["run"].split("-")[1])))
 
 
 def _values(rows: Sequence[Row], run: str) -> dict[str, dict[str, float]]:
@@ -223,14 +241,13 @@ def tables(rows: Sequence[Row]) -> str:
             peak = values.pop("GEMM")["gflop_per_s"]
             lines += [
                 "", f"{', '.join(what[0].split('-'))}; GEMM {peak:.0f} GFLOP/s:", "",
-                "| | images/s (quartiles) | mpp is … times as fast | GFLOP an image | of the GEMM peak | peak MiB |",
-                "|---|---|---|---|---|---|",
+                "| | images/s (quartiles) | mpp is … times as fast | GFLOP an image | of the GEMM peak |",
+                "|---|---|---|---|---|",
             ]  # fmt: skip
             for name, v in sorted(values.items(), key=lambda item: -item[1]["images_per_s"]):
                 lines.append(
                     f"| {name} | {v['images_per_s']:.3g} ({v['images_per_s_q1']:.3g} – {v['images_per_s_q3']:.3g}) "
-                    f"| {v['mpp_is_times_as_fast']:.2f} | {v['gflop_per_image']:.3g} | {v['part_of_gemm_peak']:.2f} "
-                    f"| {v['peak_mib']:.0f} |"
+                    f"| {v['mpp_is_times_as_fast']:.2f} | {v['gflop_per_image']:.3g} | {v['part_of_gemm_peak']:.2f} |"
                 )
         elif kind == "input":
             lines += ["", f"JPEGs of {what[0]}:", "", "| | images a core-second | mpp is … times as fast |"]
@@ -239,6 +256,17 @@ def tables(rows: Sequence[Row]) -> str:
                 low, high = v["images_per_core_s_q1"], v["images_per_core_s_q3"]
                 rate = f"{v['images_per_core_s']:.3g} ({low:.3g} – {high:.3g})"
                 lines.append(f"| {name} | {rate} | {v['mpp_is_times_as_fast']:.2f} |")
+        elif kind == "memory":
+            lines += [
+                "",
+                f"Peak memory of a training step, {', '.join(what[0].split('-'))}:",
+                "",
+                "| | MiB |",
+                "|---|---|",
+            ]
+            lines += [
+                f"| {n} | {v['peak_mib']:.0f} |" for n, v in sorted(values.items(), key=lambda i: i[1]["peak_mib"])
+            ]
         elif kind == "keep":
             lines += ["", f"Checkpoints and exports, {what[0]}:", "", "| | s (quartiles) |", "|---|---|"]
             lines += [f"| {name} | {v['s']:.3g} ({v['s_q1']:.3g} – {v['s_q3']:.3g}) |" for name, v in values.items()]
@@ -338,13 +366,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=BENCHES)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--turn-s", type=float, default=TURN_S)
     parser.add_argument("--size", choices=SIZES, help="of steps, in fp32; else those of the README")
     parser.add_argument("--peers", metavar="PYTHON", help="that has requirements.txt; else only ours run")
     parser.add_argument("--write", action="store_true", help="into README.md, docs/ and recipes/RESULTS.csv")
     given = parser.parse_args(words)
-    given.steps = [(given.size, "small", "fp32")] if given.size else STEPS
+    given.steps = [(given.size, "small", "fp32", HEATS)] if given.size else STEPS
     given.whole_steps, given.whole_runs = WHOLE_STEPS, WHOLE_RUNS
     failed: list[str] = []
     rows: list[Row] = []
@@ -352,12 +380,13 @@ def main(words: Sequence[str] | None = None) -> None:
         given.pictures = folder
         if set(given.only) != {"step"}:
             pictures.main(Path(folder))
-        for name, bench in zip(BENCHES, (steps, inputs, wholes, kept, grown), strict=True):
+        for name, bench in zip(BENCHES, (steps, memory, inputs, wholes, kept, grown), strict=True):
             if name in given.only:
                 rows += [row._replace(value=float(f"{row.value:.4g}")) for row in bench(given, failed)]
     print(tables(rows))
     if given.write:
         written(rows, RESULTS)
+        rows = read(RESULTS)  # those of other benchmarks stay as they were measured
         for path, made in ((README, summary(rows)), (PAGE, tables(rows))):
             path.write_text(put_between_marks(path.read_text(), made))
         plot(rows, PLOT)

@@ -104,11 +104,11 @@ def step(image_px: int, depth: int) -> dict[str, float]:
 
 
 def processes(count: int, pictures: Path) -> dict[str, float]:
-    """Images/s of a whole command on `32px`, each process with a thread of its own."""
+    """Images/s of a whole command on `32px` under torchrun."""
     size = SIZES["32px"]
     command = whole.ours(
         str(pictures / "32px"), 0, processes=count, **{
-            "data.image_size": 32, "encoder": "vit_tiny_patch16_224",
+            "data.image_size": 32, "encoder.name": "vit_tiny_patch16_224",
             "encoder.args": f"{{patch_size: 4, embed_dim: {size.dim}, depth: {size.depth}, num_heads: {size.heads}}}",
             "corruption": "token", "corruption.enter": size.depth - 1, "head": "linear",
             "optim.global_batch_size": size.batch,
@@ -129,7 +129,7 @@ def figures(pictures: Path) -> Iterator[tuple[str, str, str, float]]:
             ("bench-growth-patches", f"{(image_px // 4) ** 2} patches", k, v) for k, v in step(image_px, 12).items()
         )
     for count in (1, 2):
-        what = f"{count} process" + "es" * (count > 1)
+        what = "1 process, 2 threads" if count == 1 else f"{count} processes, 1 thread each"  # as torchrun has it
         yield from (("bench-growth-processes", what, k, v) for k, v in processes(count, pictures).items())
     for depth in (3, 6, 12, 24):
         yield from (("bench-growth-depth", f"{depth} blocks", k, v) for k, v in step(32, depth).items())

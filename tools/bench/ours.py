@@ -103,6 +103,7 @@ class Input:
     """A unit of work is a batch, read in this process, masks and all, and normalised as the model does it."""
 
     def __init__(self, pictures: str, side_px: int, batch: int) -> None:
+        torch.set_num_threads(1)  # as in a loader's worker
         images = ShardImages(f"{pictures}-shards", key="data.shards")
         order = Order(images.counts, global_batch=batch, seed=0)
         crop = Crop((side_px, side_px), 3, CROP_SCALE, (3 / 4, 4 / 3), 0.5, ("JPEG",), 64_000_000)

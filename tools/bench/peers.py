@@ -260,11 +260,22 @@ def lightly_dataset(pictures: str, side_px: int, batch: int, workers: int = 0) -
     return Input(lambda: (views[0] for views, *_ in loader), batch)
 
 
-INPUT: dict[str, Callable[..., Input]] = {
+LOADERS: dict[str, Callable[..., Input]] = {
     "torchvision ImageFolder": image_folder,
     "webdataset + torchvision": plain_webdataset,
     "lightly": lightly_dataset,
 }
+
+
+def _in_one_thread(make: Callable[..., Input]) -> Callable[..., Input]:
+    def build(**settings: Any) -> Input:
+        torch.set_num_threads(1)  # as in a loader's worker
+        return make(**settings)
+
+    return build
+
+
+INPUT = {name: _in_one_thread(make) for name, make in LOADERS.items()}
 
 
 class Kept:
@@ -307,7 +318,7 @@ def train(model_name: str, loader_name: str, size_name: str, pictures: str, step
     torch.manual_seed(0)
     model, loss_of = MODELS[model_name](size, "small")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    source = INPUT[loader_name](pictures, size.image_px, size.batch, workers)
+    source = LOADERS[loader_name](pictures, size.image_px, size.batch, workers)
     for step in range(steps):
         loss = loss_of(source.batch_of_images())
         loss.backward()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from memory import peak_mib
 from timing import Failed
 
 PYTHONPATH = str(Path(__file__).resolve().parents[2])
@@ -57,23 +58,25 @@ def run(command: Command, *, steps: int, batch: int, out: Path) -> Whole:
     listener = threading.Thread(target=listen)
     listener.start()
     metrics = out / "metrics.jsonl"
-    while command.metrics and listener.is_alive() and len(ends) < steps:
-        lines = metrics.read_text().count("\n") if metrics.exists() else 0
-        ends += [time.monotonic()] * (lines - len(ends))
+    peak = 0.0
+    while listener.is_alive():
+        if command.metrics and len(ends) < steps:
+            lines = metrics.read_text().count("\n") if metrics.exists() else 0
+            ends += [time.monotonic()] * (lines - len(ends))
+        peak = max(peak, peak_mib(process.pid))
         time.sleep(0.02)
-    listener.join()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    process.wait()
     if process.returncode or len(ends) != steps:
-        raise Failed(f"{command.name}: {(said or ['no word'])[-1]}")
+        own = [line for line in said if line.startswith(("mpp:", "process "))]  # torchrun says more after them
+        raise Failed(f"{command.name}: {(own or said or ['no word'])[-1]}")
     rate = (steps - 1) * batch / (ends[-1] - ends[0])
-    return Whole(ends[0] - began, rate, usage.ru_maxrss / 1024)
+    return Whole(ends[0] - began, rate, peak)
 
 
 def ours(pictures: str, workers: int, *, processes: int = 0, **changes: object) -> Command:
     """`mpp pretrain`, with the checkpoint and the verified export at its end.
 
-    processes: started by torchrun, each with one thread; 0: without it.
+    processes: started by torchrun, several of them with one thread each; 0: without it.
     """
 
     def words(steps: int, out: Path) -> list[str]:

@@ -13,13 +13,10 @@ import contextlib
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from memory import peak_mib
 
 
 def main() -> None:
