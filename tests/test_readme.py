@@ -72,7 +72,7 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
 def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = [line.split()[1] for line in commands() if line.startswith("make ")]
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "bench"]
     for target in targets:
         assert f"\n{target}:" in makefile
 

@@ -346,7 +346,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     runs = [run for run in dict.fromkeys(r.run for r in rows) if "-step-" in run]
-    figure, axes = plt.subplots(len(runs), 1, figsize=(8, 0.28 * len(rows) / 9 + 1.2 * len(runs)), squeeze=False)
+    bars = [len(_values(rows, run)) for run in runs]
+    size = (8, 0.17 * sum(bars) + 0.7 * len(runs))
+    figure, axes = plt.subplots(len(runs), 1, figsize=size, squeeze=False, gridspec_kw={"height_ratios": bars})
     for axis, run in zip(axes[:, 0], runs, strict=True):
         values = {n: v for n, v in _values(rows, run).items() if n != "GEMM"}
         names = sorted(values, key=lambda n: values[n]["images_per_s"])
@@ -357,7 +359,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.barh(names, middle, xerr=[low, high], color=colours, ecolor="#333333")
         axis.set_title(run.removeprefix("bench-step-").replace("-", ", "), fontsize=9)
         axis.set_xlabel("images/s of one training step", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
