@@ -222,6 +222,10 @@ def written(rows: Sequence[Row], results: Path) -> None:
         writer.writerows(others + sorted(kept + new, key=lambda row: BENCHES.index(row["run"].split("-")[1])))
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _values(rows: Sequence[Row], run: str) -> dict[str, dict[str, float]]:
     """Contestant -> metric -> value."""
     found: dict[str, dict[str, float]] = {}
@@ -246,15 +250,15 @@ def tables(rows: Sequence[Row]) -> str:
             ]  # fmt: skip
             for name, v in sorted(values.items(), key=lambda item: -item[1]["images_per_s"]):
                 lines.append(
-                    f"| {name} | {v['images_per_s']:.3g} ({v['images_per_s_q1']:.3g} – {v['images_per_s_q3']:.3g}) "
-                    f"| {v['mpp_is_times_as_fast']:.2f} | {v['gflop_per_image']:.3g} | {v['part_of_gemm_peak']:.2f} |"
+                    f"| {name} | {_number(v['images_per_s'])} ({_number(v['images_per_s_q1'])} – {_number(v['images_per_s_q3'])}) "
+                    f"| {v['mpp_is_times_as_fast']:.2f} | {_number(v['gflop_per_image'])} | {v['part_of_gemm_peak']:.2f} |"
                 )
         elif kind == "input":
             lines += ["", f"JPEGs of {what[0]}:", "", "| | images a core-second | mpp is … times as fast |"]
             lines += ["|---|---|---|"]
             for name, v in values.items():
                 low, high = v["images_per_core_s_q1"], v["images_per_core_s_q3"]
-                rate = f"{v['images_per_core_s']:.3g} ({low:.3g} – {high:.3g})"
+                rate = f"{_number(v['images_per_core_s'])} ({_number(low)} – {_number(high)})"
                 lines.append(f"| {name} | {rate} | {v['mpp_is_times_as_fast']:.2f} |")
         elif kind == "memory":
             lines += [
@@ -284,7 +288,9 @@ def tables(rows: Sequence[Row]) -> str:
             lines += ["", f"Commands, {what[0]}:", "", "| | s to the first step | images/s after it | peak MiB |"]
             lines += ["|---|---|---|---|"]
             for name, v in values.items():
-                lines.append(f"| {name} | {v['first_step_s']:.1f} | {v['images_per_s']:.3g} | {v['peak_mib']:.0f} |")
+                lines.append(
+                    f"| {name} | {v['first_step_s']:.1f} | {_number(v['images_per_s'])} | {v['peak_mib']:.0f} |"
+                )
     return "\n".join(lines).strip()
 
 
@@ -308,13 +314,17 @@ def summary(rows: Sequence[Row]) -> str:
         if kind == "step":
             v = values[OURS]
             cells = [_nearest(values, like) for like in ("MAE", "SimMIM", "CrossMAE")]
-            steps_.append(f"| {what.replace('-', ', ')} | {v['images_per_s']:.3g} images/s | {' | '.join(cells)} |")
+            steps_.append(
+                f"| {what.replace('-', ', ')} | {_number(v['images_per_s'])} images/s | {' | '.join(cells)} |"
+            )
         elif kind == "input":
             rate = values["mpp"]["images_per_core_s"]
-            inputs_.append(f"| JPEGs of {what} | {rate:.3g} images a core-second | {_nearest(values)} |")
+            inputs_.append(f"| JPEGs of {what} | {_number(rate)} images a core-second | {_nearest(values)} |")
         elif kind == "whole":
             for name, v in values.items():
-                wholes_.append(f"| {name} | {v['first_step_s']:.1f} | {v['images_per_s']:.3g} | {v['peak_mib']:.0f} |")
+                wholes_.append(
+                    f"| {name} | {v['first_step_s']:.1f} | {_number(v['images_per_s'])} | {v['peak_mib']:.0f} |"
+                )
     found: list[str] = []
     if steps_:
         found += [
