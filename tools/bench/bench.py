@@ -249,9 +249,10 @@ def tables(rows: Sequence[Row]) -> str:
                 "|---|---|---|---|---|",
             ]  # fmt: skip
             for name, v in sorted(values.items(), key=lambda item: -item[1]["images_per_s"]):
+                rate, low, high = (_number(v[f"images_per_s{suffix}"]) for suffix in ("", "_q1", "_q3"))
                 lines.append(
-                    f"| {name} | {_number(v['images_per_s'])} ({_number(v['images_per_s_q1'])} – {_number(v['images_per_s_q3'])}) "
-                    f"| {v['mpp_is_times_as_fast']:.2f} | {_number(v['gflop_per_image'])} | {v['part_of_gemm_peak']:.2f} |"
+                    f"| {name} | {rate} ({low} – {high}) | {v['mpp_is_times_as_fast']:.2f} "
+                    f"| {v['gflop_per_image']:.3g} | {v['part_of_gemm_peak']:.2f} |"
                 )
         elif kind == "input":
             lines += ["", f"JPEGs of {what[0]}:", "", "| | images a core-second | mpp is … times as fast |"]
