@@ -43,7 +43,7 @@ def test_rows_of_a_run_replace_those_before(tmp_path: Path) -> None:
 
 def test_the_file_has_both_arms_of_every_seed() -> None:
     with open(ROOT / "recipes" / "RESULTS.csv") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["task"] != "bench"]
     cells = {(r["run"], r["labels_per_class"], r["arm"], r["seed"]): float(r["value"]) for r in rows}
     assert len(cells) == len(rows), "each once"
     assert all(0 <= value <= 1 for value in cells.values())

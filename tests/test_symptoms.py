@@ -50,7 +50,7 @@ def test_a_healthy_run_has_none(many: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_collapsed_teacher(many: Path, tmp_path: Path) -> None:
     target = {"name": "ema_teacher", "decay": 0.0, "decay_end": 0.0}
-    run = trained(many, tmp_path / "run", target=target, corruption="token", **{"optim.base_lr": 1.0})
+    run = trained(many, tmp_path / "run", target=target, corruption="token", **{"optim.base_lr": 3.0})
     assert "collapse" in kinds(run)
     assert "Collapse of target ema_teacher: effective rank" in symptoms(read_run(run))[0].text
 
