@@ -34,7 +34,12 @@ class Purpose(IntEnum):
 
 def stream(seed: int, purpose: Purpose, position: int = 0) -> np.random.Generator:
     """The generator of `purpose` at `position`, both >= 0; `seed` below 2**56."""
-    return np.random.Generator(np.random.Philox(key=[(seed << 8) | purpose, position]))
+    return np.random.Generator(_philox(seed, purpose, position))
+
+
+def _philox(seed: int, purpose: Purpose, position: int) -> np.random.Philox:
+    # typed here: of a list with numbers on both sides of 2**63 numpy makes floats, and rounds
+    return np.random.Philox(key=np.array([(seed << 8) | purpose, position], np.uint64))
 
 
 class Streams:
@@ -45,7 +50,7 @@ class Streams:
     """
 
     def __init__(self, seed: int, purpose: Purpose) -> None:
-        self._philox = np.random.Philox(key=[(seed << 8) | purpose, 0])
+        self._philox = _philox(seed, purpose, 0)
         self._generator = np.random.Generator(self._philox)
         self._state: Any = self._philox.state  # as it is before the first draw
 

@@ -125,16 +125,13 @@ def do(
     last = json.loads((folder / "timed" / "metrics.jsonl").read_text().splitlines()[-1])
     # of a core to itself: others may have had a part of it
     steps = int(minutes * 60 * last["images_per_s"] * spent["wall"] / spent["cpu"] / 32)
-    runs: dict[int | None, Path] = {s: folder / f"pretrain-{s}" for s in seeds}
-    if not each_pretrained:
-        runs = {None: folder / "pretrain"}
+    pretrained = {seed: folder / (f"pretrain-{seed}" if each_pretrained else "pretrain") for seed in seeds}
     costs, skills = [], []
-    for pretraining_seed, pretrained in runs.items():
-        changes = {**pretraining, "optim.steps": steps, "optim.warmup_steps": steps // 20, "out": str(pretrained)}
-        if pretraining_seed is not None:
-            changes["seed"] = pretraining_seed
-        costs.append(round(run("pretrain", "cifar10.yaml", changes)["cpu"], 1))
-        last = json.loads((pretrained / "metrics.jsonl").read_text().splitlines()[-1])
+    for run_folder in dict.fromkeys(pretrained.values()):
+        own_seed = {"seed": int(run_folder.name.split("-")[1])} if each_pretrained else {}
+        changes = {"optim.steps": steps, "optim.warmup_steps": steps // 20, "out": str(run_folder), **own_seed}
+        costs.append(round(run("pretrain", "cifar10.yaml", {**pretraining, **changes})["cpu"], 1))
+        last = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
         skills.append(last["skill"])
     beside = bool(finetuning) or name == TEACHER_ROW  # the ViT's arm from scratch is the same in every row
     accuracies: dict[str, list[float]] = {"pretrained": [], "scratch": []}
@@ -142,7 +139,7 @@ def do(
     for seed in seeds:
         run_folder = folder / f"finetune-{seed}"
         tuning = {
-            **finetuning, "encoder": str(runs.get(seed) or runs[None]), "seeds": [seed], "optim.steps": finetune_steps,
+            **finetuning, "encoder": str(pretrained[seed]), "seeds": [seed], "optim.steps": finetune_steps,
             "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3, "beside_scratch": beside,
             "out": str(run_folder),
         }  # fmt: skip

@@ -11,7 +11,7 @@ import argparse
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
@@ -40,17 +40,22 @@ def rows_of(name: str, run: Path) -> list[dict[str, str]]:
     return sorted(rows, key=lambda r: (int(r["labels_per_class"].replace("all", "0")), r["arm"], int(r["seed"])))
 
 
-def write(runs: Sequence[tuple[str, Path]], results: Path = RESULTS) -> int:
-    """Number of rows of these runs."""
+def replace(names: Collection[str], new: list[dict[str, str]], results: Path = RESULTS) -> None:
+    """Put rows in place of those of the runs of these names."""
     kept: list[dict[str, str]] = []
     if results.exists():
         with open(results, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["run"] not in dict(runs)]
-    new = [row for name, run in runs for row in rows_of(name, run)]
+            kept = [row for row in csv.DictReader(file) if row["run"] not in names]
     with open(results, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept + new)
+
+
+def write(runs: Sequence[tuple[str, Path]], results: Path = RESULTS) -> int:
+    """Number of rows of these runs."""
+    new = [row for name, run in runs for row in rows_of(name, run)]
+    replace(dict(runs), new, results)
     return len(new)
 
 

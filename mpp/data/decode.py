@@ -105,7 +105,7 @@ def decode_crop(
 
 
 def _resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """As torchvision's, to the bit, without what it does around it: a third of the time where images are small."""
+    """As torchvision's, to the bit, without what it does around it: in a third less time where images are small."""
     left, top, w, h = box
     cut = image[:, top : top + h, left : left + w]
     return F.interpolate(cut[None], size, mode="bicubic", antialias=True)[0]

@@ -23,6 +23,7 @@ import csv
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ from sizes import SIZES
 from timing import Contestant, Failed, Spread, core_rates, interleave, rates, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))
+import results  # noqa: E402  the table has one writer
+
 README, RESULTS = ROOT / "README.md", ROOT / "recipes" / "RESULTS.csv"
 PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "bench.png"
 MARKS = ("<!-- benchmark: made by `make bench` -->", "<!-- end of benchmark -->")
@@ -70,26 +74,25 @@ class Row(NamedTuple):
     value: float
 
 
-class Heat(NamedTuple):
-    """Contestants that took turns, ours first, and what failed."""
-
-    contestants: list[Contestant]
-    failed: list[str]
-
-
-def started(names: Sequence[str], bench: str, settings: dict[str, Any], peers: str | None) -> Heat:
-    """peers: the Python that has them; None: those are left out."""
+@contextmanager
+def contest(
+    names: Sequence[str], bench: str, settings: dict[str, Any], given: argparse.Namespace, failed: list[str]
+) -> Iterator[list[Contestant]]:
+    """Contestants that are up; what is not is named in `failed`. Peers only where there is a Python that has them."""
     up: list[Contestant] = []
-    failed: list[str] = []
-    for name in names:
-        own = name.startswith("mpp") or name == "GEMM"
-        if own or peers:
-            try:
-                python = sys.executable if own else str(peers)
-                up.append(Contestant(name, python, "ours" if own else "peers", bench, settings))
-            except Failed as error:
-                failed.append(str(error))
-    return Heat(up, failed)
+    try:
+        for name in names:
+            own = name.startswith("mpp") or name == "GEMM"
+            if own or given.peers:
+                python = sys.executable if own else given.peers
+                try:
+                    up.append(Contestant(name, python, "ours" if own else "peers", bench, settings))
+                except Failed as error:
+                    failed.append(str(error))
+        yield up
+    finally:
+        for c in up:
+            c.end()
 
 
 def _spread(run: str, name: str, metric: str, spread: Spread) -> Iterator[Row]:
@@ -101,14 +104,9 @@ def steps(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
     for size, decoder, precision, heats in given.steps:
         run = f"bench-step-{size}-{decoder}-{precision}"
         for number, names in enumerate(heats):
-            if given.peers is None:
-                names = tuple(n for n in names if n.startswith("mpp"))
             settings = {"size": size, "decoder": decoder, "precision": precision}
-            heat = started(("GEMM", OURS, *names), "STEP", settings, given.peers)
-            failed += heat.failed
-            try:
-                gemm, first, *others = heat.contestants
-                interleave(heat.contestants, rounds=given.rounds, turn_s=given.turn_s)
+            with contest(("GEMM", OURS, *names), "STEP", settings, given, failed) as (gemm, first, *others):
+                interleave((gemm, first, *others), rounds=given.rounds, turn_s=given.turn_s)
                 peak = rates(gemm).median * gemm.facts["gflop_per_image"]
                 if number == 0:
                     yield Row(run, "GEMM", "gflop_per_s", peak)
@@ -118,36 +116,29 @@ def steps(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
                     yield Row(run, c.name, "gflop_per_image", c.facts["gflop_per_image"])
                     reached = rates(c).median * c.facts["gflop_per_image"] / peak
                     yield Row(run, c.name, "part_of_gemm_peak", reached)
-            finally:
-                for c in heat.contestants:
-                    c.end()
 
 
 def memory(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
     """One contestant at a time, three steps each."""
     for size, decoder, precision, heats in given.steps[:2]:
         names = [OURS, *(name for heat in heats for name in heat)]
+        settings = {"size": size, "decoder": decoder, "precision": precision}
         for name in names:
-            heat = started([name], "STEP", {"size": size, "decoder": decoder, "precision": precision}, given.peers)
-            failed += heat.failed
-            for c in heat.contestants:
-                peak = c.turn(3).peak_mib
-                c.end()
-                yield Row(f"bench-memory-{size}-{decoder}-{precision}", name, "peak_mib", peak)
+            with contest([name], "STEP", settings, given, failed) as alone:
+                for c in alone:
+                    yield Row(f"bench-memory-{size}-{decoder}-{precision}", name, "peak_mib", c.turn(3).peak_mib)
 
 
 def inputs(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
     for size, batch in INPUT_BATCH.items():
         settings = {"pictures": f"{given.pictures}/{size}", "side_px": 32 if size == "32px" else 224, "batch": batch}
         names = ("mpp", "torchvision ImageFolder", "webdataset + torchvision", "lightly")
-        heat = started(names, "INPUT", settings, given.peers)
-        failed += heat.failed
-        interleave(heat.contestants, rounds=given.rounds, turn_s=given.turn_s, warm_up=1)
-        for c in heat.contestants:
-            yield from _spread(f"bench-input-{size}", c.name, "images_per_core_s", core_rates(c))
-            of_ours = ratio(heat.contestants[0], c, per_core=True)
-            yield from _spread(f"bench-input-{size}", c.name, "mpp_is_times_as_fast", of_ours)
-            c.end()
+        with contest(names, "INPUT", settings, given, failed) as all_of_them:
+            interleave(all_of_them, rounds=given.rounds, turn_s=given.turn_s, warm_up=1)
+            for c in all_of_them:
+                yield from _spread(f"bench-input-{size}", c.name, "images_per_core_s", core_rates(c))
+                of_ours = ratio(all_of_them[0], c, per_core=True)
+                yield from _spread(f"bench-input-{size}", c.name, "mpp_is_times_as_fast", of_ours)
 
 
 def wholes(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
@@ -180,13 +171,10 @@ def wholes(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
 
 def kept(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
     names = ("mpp: save", "torch.save", "mpp: resume", "torch.load", "mpp: export", "transformers save_pretrained")
-    heat = started(names, "KEEP", {"size": "vit_s", "folder": given.pictures}, given.peers)
-    failed += heat.failed
-    interleave(heat.contestants, rounds=given.rounds, turn_s=given.turn_s, warm_up=1)
-    for c in heat.contestants:
-        seconds = Spread.of([turn.wall_s / turn.images for turn in c.turns])
-        yield from _spread("bench-keep-vit_s", c.name, "s", seconds)
-        c.end()
+    with contest(names, "KEEP", {"size": "vit_s", "folder": given.pictures}, given, failed) as all_of_them:
+        interleave(all_of_them, rounds=given.rounds, turn_s=given.turn_s, warm_up=1)
+        for c in all_of_them:
+            yield from _spread("bench-keep-vit_s", c.name, "s", Spread.of([t.wall_s / t.images for t in c.turns]))
 
 
 def grown(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
@@ -196,30 +184,24 @@ def grown(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
         failed.append(str(error))
 
 
-def read(results: Path) -> list[Row]:
-    """The rows that were written."""
-    with open(results, newline="") as file:
-        found = [r for r in csv.DictReader(file) if r["task"] == "bench"]
-    return [Row(r["run"], r["arm"], r["metric"], float(r["value"])) for r in found]
+def read(table: Path) -> list[Row]:
+    """The rows that were written, in the order of `BENCHES`."""
+    with open(table, newline="") as file:
+        found = [
+            Row(r["run"], r["arm"], r["metric"], float(r["value"]))
+            for r in csv.DictReader(file)
+            if r["task"] == "bench"
+        ]
+    return sorted(found, key=lambda row: BENCHES.index(row.run.split("-")[1]))
 
 
-def written(rows: Sequence[Row], results: Path) -> None:
-    """Into the table of results; rows of the same runs are replaced."""
-    with open(results, newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        runs = {row.run for row in rows}
-        kept = [row for row in reader if row["run"] not in runs]
-    others = [row for row in kept if row["task"] != "bench"]
-    kept = [row for row in kept if row["task"] == "bench"]
+def written(rows: Sequence[Row], table: Path) -> None:
+    """Into the table of results, in place of those of the same runs."""
     new = [
         {"run": r.run, "task": "bench", "arm": r.contestant, "metric": r.metric, "value": f"{r.value:.4g}"}
         for r in rows
     ]
-    with open(results, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(others + sorted(kept + new, key=lambda row: BENCHES.index(row["run"].split("-")[1])))
+    results.replace({row.run for row in rows}, new, table)
 
 
 def _number(value: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sizes import CROP_SCALE, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
 from torch import Tensor, nn
-from training import TrainStep, photographs
+from training import TrainStep, adamw, photographs, update
 
 
 def _normalised(size: Size) -> Tensor:
@@ -317,14 +317,12 @@ def train(model_name: str, loader_name: str, size_name: str, pictures: str, step
     size = SIZES[size_name]
     torch.manual_seed(0)
     model, loss_of = MODELS[model_name](size, "small")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(parameters)
     source = LOADERS[loader_name](pictures, size.image_px, size.batch, workers)
     for step in range(steps):
         loss = loss_of(source.batch_of_images())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(loss, parameters, optimizer)
         print(f"step {step + 1} loss {loss.item():.4f}", flush=True)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, f"{pictures}-checkpoint.pt")
 

@@ -43,10 +43,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def decoder_of(size: Size, name: str) -> Decoder:
-    """name: "small", "mae", or "least": one block of half the encoder's width."""
-    if name == "mae":
-        return MAE_DECODER
-    return size.small if name == "small" else Decoder(size.dim // 2, 1, size.heads)
+    """name: "small" or "mae"."""
+    return {"small": size.small, "mae": MAE_DECODER}[name]
 
 
 CROP_SCALE = (0.2, 1.0)

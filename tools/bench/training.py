@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+
+def update(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """What follows the forward pass."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05, fused=True)
 
 
 class TrainStep:
@@ -17,22 +29,16 @@ class TrainStep:
         self.model, self.loss, self.batch = model.train(), loss, batch
         self.bf16 = precision == "bf16"
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.05, fused=True)
+        self.optimizer = adamw(self.parameters)
         with FlopCounterMode(display=False) as counter:
             self.run(1)
-        self.facts: dict[str, Any] = {
-            "gflop_per_image": counter.get_total_flops() / batch / 1e9,
-            "parameters": sum(p.numel() for p in self.parameters),
-        }
+        self.facts: dict[str, Any] = {"gflop_per_image": counter.get_total_flops() / batch / 1e9}
 
     def run(self, steps: int) -> int:
         for _ in range(steps):
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 loss = self.loss()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            update(loss, self.parameters, self.optimizer)
         return steps * self.batch
 
 
@@ -41,10 +47,10 @@ class Gemm:
 
     side = 3072
 
-    def __init__(self, precision: str = "fp32") -> None:
+    def __init__(self, precision: str) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.a, self.b = (torch.randn(self.side, self.side, dtype=dtype) for _ in range(2))
-        self.facts = {"gflop_per_image": 2 * self.side**3 / 1e9, "parameters": 0}
+        self.facts = {"gflop_per_image": 2 * self.side**3 / 1e9}
 
     def run(self, products: int) -> int:
         for _ in range(products):
