@@ -40,7 +40,7 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     """An Accelerator for the processes that torchrun or `accelerate launch` made, or for this one alone.
 
     precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it, fp32 on CPUs: bf16 is 3.2 times slower on
-    those without instructions for it; on the others (`cpu_has_bf16`) it depends on the encoder's width. trackers:
+    those without instructions for it; the others (`cpu_has_bf16`) would take half the time. trackers:
     those that the run will want. hang_timeout_s: an exchange that waits longer fails; a little more, so that
     `liveness` is the first to say so. UserError where bf16 is asked of a device that has none, a tracker is not
     installed, or the other processes do not come.
@@ -65,6 +65,7 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
         rank, world, host, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         said = f"process {rank} of {world} did not find the others at {host}:{port}: {one_line(error)}"
         raise UserError(said) from error
+    write_attention_out(bf16 and not cuda)
     if accelerator.distributed_type.value == "FSDP" and not cuda:
         raise UserError("FSDP on CPUs would run as plain data parallelism; use torchrun there")
     return accelerator
@@ -73,12 +74,22 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies matrices faster in bf16 than in fp32: AVX512-BF16 or AMX, where torch says so.
 
-    A step of ViT-S then takes half the time, one of a ViT 128 wide as long as before (recipes/LOG.md).
+    A step then takes half the time, from a ViT 192 wide on; 0.6 of it at 128 (recipes/LOG.md).
     """
     found = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
     return any(ask() for ask in found)
+
+
+def write_attention_out(written_out: bool) -> None:
+    """Attention by two products and a softmax, or by torch's fused kernel; of this process, from now on.
+
+    Written out for bf16 on CPUs, where the fused kernel is slow backwards: a step takes 0.65 to 0.8 of the time
+    (recipes/LOG.md), and keeps a matrix of tokens × tokens for each head.
+    """
+    torch.backends.cuda.enable_flash_sdp(not written_out)  # CUDA's by its name, but CPUs heed it
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(written_out)
 
 
 class Trackers:

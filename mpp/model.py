@@ -125,7 +125,7 @@ class MaskedPatchModel(nn.Module):
 
     def images(self, raw: Tensor) -> Images:
         """(B, C, H, W) uint8 -> the same, normalised beside it."""
-        return Images(raw, (raw.float() - 255 * self.mean) / (255 * self.std), self.mean, self.std)
+        return Images(raw, (raw - 255 * self.mean).div_(255 * self.std), self.mean, self.std)
 
     def layout(self, images: Images, mask: Tensor, noise: Tensor, count: int, *, everything: bool = False) -> Layout:
         """(B, uh, uw) bool, (B, 4, uh, uw), hidden units of each image -> which cells are hidden and predicted.
@@ -170,7 +170,11 @@ class MaskedPatchModel(nn.Module):
         return self._losses(self.predict(images, layout), self._targets(images, layout))
 
     def _targets(self, images: Images, layout: Layout) -> list[Tensor]:
-        return [gather_cells(o.target(images), layout.cells.predicted) for o in self.objectives]
+        cells = layout.cells.predicted
+        return [
+            o.target.at(images, cells) if hasattr(o.target, "at") else gather_cells(o.target(images), cells)
+            for o in self.objectives
+        ]
 
     def _losses(self, predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
         triples = zip(self.objectives, predictions, targets, strict=True)

@@ -22,6 +22,15 @@ def patchify(images: Tensor, size_px: int) -> Tensor:
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, gh * gw, c * size_px * size_px)
 
 
+def patches_at(images: Tensor, size_px: int, cells: Tensor) -> Tensor:
+    """Of what `patchify` gives only some cells, without making the others: (B, P) int64 -> (B, P, C·size_px²)."""
+    b, c, h, w = images.shape
+    gw = w // size_px
+    x = images.reshape(b, c, h // size_px, size_px, gw, size_px)
+    first = torch.arange(b, device=images.device).unsqueeze(1)
+    return x[first, :, cells // gw, :, cells % gw].flatten(2)
+
+
 def unpatchify(patches: Tensor, size_px: int, grid: tuple[int, int]) -> Tensor:
     """The inverse of `patchify`: (B, N, C·size_px²) -> (B, C, H, W)."""
     b, n, d = patches.shape

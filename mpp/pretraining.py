@@ -46,8 +46,6 @@ from mpp.types import Batch
 
 LEAST_BAD_IMAGES = 100
 """A run never stops for fewer unreadable images than this."""
-FAST_IN_BF16 = 5_000_000
-"""Parameters from which bf16 is faster on CPUs that have it: 192 × 12 gained 1.5, 128 × 6 nothing."""
 RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
 SPREAD_IMAGES = 256
@@ -116,7 +114,6 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     objectives: Any = model.objectives
     optimizer: Any = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
     trained = [p for p in model.parameters() if p.requires_grad]
-    trained_parameters = sum(p.numel() for p in trained)
 
     held_out_batch = _held_out_batch(dataset, counts, held_out)
     probe = _probe(recipe, model) if recipe.probe else None
@@ -158,12 +155,11 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         f"{sum(counts)} images in {len(images.names)} shards, {int(held_out.sum())} more held out; "
         f"{total_steps} steps of {optim.global_batch_size} "
         f"({world} × {accumulate} × {optim.global_batch_size // world // accumulate}), "
-        f"{trained_parameters / 1e6:.2f} M parameters trained"
+        f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained"
         + ("; the warm-up lasts longer: the full learning rate is never reached" if warmup_steps > total_steps else "")
         + (f"; resumed at step {start_step}" if run.checkpoint else "")
     )
-    wide = trained_parameters >= FAST_IN_BF16
-    if recipe.precision == "auto" and accelerator.device.type == "cpu" and wide and distributed.cpu_has_bf16():
+    if recipe.precision == "auto" and accelerator.device.type == "cpu" and distributed.cpu_has_bf16():
         log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpp.distributed import ranks_here
+from mpp.distributed import ranks_here, start
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,27 @@ def test_the_processes_of_a_machine(
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     assert list(ranks_here(rank, world)) == expected
+
+
+class Called(TorchDispatchMode):
+    """Names of torch's operations, as they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")
+def test_attention_is_written_out_for_bf16_on_cpus_alone() -> None:
+    q = torch.randn(2, 3, 7, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    for precision, fused in (("fp32", True), ("bf16", False), ("auto", True)):
+        accelerator = start(precision)
+        with Called() as called, accelerator.autocast():
+            found = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        assert any("flash_attention" in name for name in called.names) == fused, precision
+        torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)

@@ -5,7 +5,7 @@ the state as it is. Hooks do the rest:
 
     stem    a forward hook replaces the embedding of hidden cells by the mask token   (tokens present from the stem)
     blocks  forward pre-hooks keep visible tokens only and let mask tokens join later (dropping, late joining)
-    last    where hidden cells alone are read, its forward leaves out what nothing reads (`last_block.py`)
+    embedding, last block    their forwards leave out what nothing reads (`shortcuts.py`)
 
 Where the stem is, its layout and stride, the output's stride and which parameters the output depends on are
 probed on the model itself, so that a family nobody thought of needs no entry here.
@@ -27,8 +27,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mpp.encoders.last_block import run_for, runs_for
 from mpp.encoders.maps import freeze_unread
+from mpp.encoders.shortcuts import embed_at, embeds_at, run_for, runs_for
 from mpp.encoders.support import FAMILIES_THAT_DROP
 from mpp.errors import UserError, one_line
 from mpp.patches import repeat_cells
@@ -187,15 +187,22 @@ class TimmEncoder(nn.Module):
         # Bound methods and partials, no lambdas: deepcopy and pickle then follow the copy.
         self._next: _Call | None = None
         self._now: _Call | None = None
-        if self.stem is not None:
-            model.get_submodule(self.stem.path).register_forward_hook(self._at_stem)
         blocks: Any = model.blocks if self.drops else []
-        for i, block in enumerate(blocks):
-            block.register_forward_pre_hook(partial(self._at_block, i), with_kwargs=True)
+        # probed before there are hooks, which lead to the whole model: what is probed is copied
         self.prunes = self.drops and self.stem is not None and runs_for(blocks[-1])
         """Whether the last block can be run for a part of its tokens alone."""
-        if self.prunes:  # in its forward, so that whatever is hooked to the block (FSDP, checkpointing) still runs
+        embedding = model.get_submodule(self.stem.path) if self.stem is not None else nn.Identity()
+        self.embeds_visible = self.drops and embeds_at(embedding, model.in_chans, image_size)  # type: ignore[arg-type]
+        """Whether visible cells alone can be embedded."""
+        if self.stem is not None:
+            embedding.register_forward_hook(self._at_stem)
+        for i, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self._at_block, i), with_kwargs=True)
+        # in their forwards, so that whatever else is hooked to them (FSDP, checkpointing) still runs
+        if self.prunes:
             blocks[-1].forward = self._last_block
+        if self.embeds_visible:
+            embedding.forward = self._embedding
 
     @torch.no_grad()
     def _probe_stem(self, path: str) -> Stem | None:
@@ -338,6 +345,19 @@ class TimmEncoder(nn.Module):
             rope = rope[rows].unsqueeze(1) if rope.ndim == 2 else rope[:, rows].transpose(0, 1)
             kwargs = {**kwargs, "rope": rope}
         return (tokens, *rest), kwargs
+
+    def _embedding(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """In place of the stem's forward: nothing at hidden cells where their tokens are left out anyway."""
+        assert self.stem is not None
+        embedding = self.model.get_submodule(self.stem.path)
+        if self._next is None or self._next.x.enter == 0:
+            whole: Tensor = type(embedding).forward(embedding, images, *args, **kwargs)
+            return whole
+        cells = self._next.cells
+        visible = embed_at(embedding, images, cells.visible)
+        tokens = visible.new_zeros(len(images), cells.hidden[0].numel(), visible.shape[2])
+        tokens = tokens.scatter(1, cells.visible.unsqueeze(-1).expand_as(visible), visible)
+        return tokens.unflatten(1, cells.grid) if self.stem.layout == "NHWC" else tokens
 
     def _last_block(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """In place of the last block's forward."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mpp.patches import patchify, repeat_cells, unpatchify
+from mpp.patches import patches_at, patchify, repeat_cells, unpatchify
 from mpp.types import Images, TargetContext
 
 EPSILON = 1e-6  # added to the variance, as MAE's published code does
@@ -21,15 +21,11 @@ class NormPixelsTarget(nn.Module):
         self.cell_px = context.cell_px
         self.dim = context.channels * context.cell_px * context.cell_px
 
-    def _statistics(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        patches = patchify(images.normalised.float(), self.cell_px)
-        mean = patches.mean(-1, keepdim=True)
-        std = (patches.var(-1, keepdim=True) + EPSILON).sqrt()
-        return patches, mean, std
-
     def forward(self, images: Images) -> Tensor:
-        patches, mean, std = self._statistics(images)
-        return (patches - mean) / std
+        return _by_their_own(patchify(images.normalised.float(), self.cell_px))
+
+    def at(self, images: Images, cells: Tensor) -> Tensor:
+        return _by_their_own(patches_at(images.normalised.float(), self.cell_px, cells))
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
         """Zero: the mean of every normalised patch."""
@@ -38,7 +34,7 @@ class NormPixelsTarget(nn.Module):
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
         """borrow=True: each patch's own mean and std, which the model never saw; else the visible pixels'."""
         if borrow:
-            _, mean, std = self._statistics(images)
+            mean, std = _statistics(patchify(images.normalised.float(), self.cell_px))
         else:
             x = images.normalised.float()
             visible = repeat_cells(~hidden, self.cell_px).unsqueeze(1).expand_as(x)
@@ -47,3 +43,13 @@ class NormPixelsTarget(nn.Module):
             square = torch.where(visible, (x - centre[:, None, None, None]) ** 2, 0.0)
             mean, std = centre[:, None, None], (square.sum((1, 2, 3)) / count).sqrt()[:, None, None]
         return unpatchify(prediction * std + mean, self.cell_px, (hidden.shape[1], hidden.shape[2]))
+
+
+def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch."""
+    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + EPSILON).sqrt()
+
+
+def _by_their_own(patches: Tensor) -> Tensor:
+    mean, std = _statistics(patches)
+    return (patches - mean) / std

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mpp.patches import patchify, repeat_cells, unpatchify
+from mpp.patches import patches_at, patchify, repeat_cells, unpatchify
 from mpp.types import Images, TargetContext
 
 
@@ -20,6 +20,9 @@ class PixelsTarget(nn.Module):
 
     def forward(self, images: Images) -> Tensor:
         return patchify(images.normalised.float(), self.cell_px)
+
+    def at(self, images: Images, cells: Tensor) -> Tensor:
+        return patches_at(images.normalised.float(), self.cell_px, cells)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
         """Every hidden cell gets the mean visible colour of its image."""

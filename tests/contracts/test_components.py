@@ -20,7 +20,7 @@ from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
 from mpp.errors import UserError
 from mpp.patches import effective_rank, hidden_cells, image_share, patchify, repeat_cells, unpatchify, visible_cells
 from mpp.rng import Purpose, stream
-from mpp.types import NOISE, Cells, CorruptionContext, EncoderOutput, Images, TargetContext, Units
+from mpp.types import NOISE, Cells, CorruptionContext, EncoderOutput, Images, TargetContext, Units, gather_cells
 from tests.conftest import pretrain_recipe
 
 GRID, CELL_PX = (3, 5), 4
@@ -309,6 +309,13 @@ class TestTargets:
         else:
             assert values.shape == trivial.shape
             assert values.dtype == torch.float32
+
+    def test_some_cells_are_what_they_are_among_all(self, name: str, channels: int) -> None:
+        target, x = target_of(name, channels), images_of(raw_of(channels))
+        cells = hidden_cells(hidden_of(4), 6)
+        assert hasattr(target, "at") == (name in ("pixels", "norm_pixels"))
+        if hasattr(target, "at"):
+            assert torch.equal(target.at(x, cells), gather_cells(target(x), cells))
 
     def test_trivial_does_not_look_under_the_mask(self, name: str, channels: int) -> None:
         target, x, hidden = target_of(name, channels), images_of(raw_of(channels)), hidden_of(4)

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
 from mpp import contract
 from mpp.build import build_model
 from mpp.contract import MECHANISMS, Subject, batch_of, shaken
-from mpp.encoders.last_block import runs_for
+from mpp.encoders.shortcuts import embeds_at, runs_for
 from mpp.encoders.support import FAMILIES, TRIED, Family, table
 from mpp.encoders.timm_encoder import TimmEncoder
 from mpp.errors import MppWarning, UserError
@@ -127,23 +128,55 @@ def test_a_last_block_that_runs_for_what_is_read_gives_what_the_whole_gives(fami
     model = shaken(Subject.of(family).model(way)).train()
     plain = family.family != "Eva"  # whose blocks are given rotary positions
     assert model.encoder.prunes == plain
-    images, mask, noise, count = batch_of(model)
-    seen, gradients = [], []
-    for only_predicted in (True, False):
-        model.only_predicted = only_predicted
-        model.zero_grad()
-        loss = model(images, mask, noise, count).sum()
-        loss.backward()
-        seen.append(loss.item())
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5)
+    cut = loss_and_gradients(model)
+    model.only_predicted = False
+    the_same(cut, loss_and_gradients(model))
 
 
-class TestBlocksThatDoMore:
-    """Such a block is run whole."""
+@pytest.mark.parametrize("way", ["token", "joining", "drop"])
+@pytest.mark.parametrize("family", [f for f in DROPPING if f.title not in SLOW], ids=lambda f: f.title)
+def test_embedding_visible_cells_alone_gives_what_embedding_all_gives(family: Family, way: str) -> None:
+    model = shaken(Subject.of(family).model(way)).train()
+    encoder = model.encoder
+    assert encoder.embeds_visible == (type(encoder.model.patch_embed) is PatchEmbed)  # hybrids have stems of theirs
+    if encoder.embeds_visible:
+        cut = loss_and_gradients(model)
+        del encoder.model.get_submodule(encoder.stem.path).forward  # the class's own is there again
+        the_same(cut, loss_and_gradients(model))
+
+
+def loss_and_gradients(model: MaskedPatchModel) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    loss = model(*batch_of(model)).sum()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def the_same(cut: tuple[float, dict[str, torch.Tensor]], whole: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert cut[0] == pytest.approx(whole[0], rel=1e-5)
+    assert cut[1].keys() == whole[1].keys()
+    for name, gradient in cut[1].items():
+        torch.testing.assert_close(gradient, whole[1][name], rtol=1e-3, atol=1e-5)
+
+
+class TestLayersThatDoMore:
+    """Such a layer is run whole."""
+
+    def test_embeddings(self) -> None:
+        def of(name: str, **args: Any) -> bool:
+            size = (64, 96)
+            embedding = timm.create_model(name, img_size=size, depth=1, **args).patch_embed
+            return embeds_at(embedding, 3, size)
+
+        tiny = {"embed_dim": 24, "num_heads": 2}
+        assert of("vit_tiny_patch16_224", **tiny)
+        assert of("vit_tiny_patch16_224", **tiny, dynamic_img_size=True)  # gives a map, not a list
+        assert of("vit_tiny_patch16_224", **tiny, embed_norm_layer=torch.nn.LayerNorm)
+        assert not of("vit_tiny_r_s16_p8_224", **tiny)
+        overlapping = PatchEmbed((64, 96), 16, 3, 24)
+        overlapping.proj = torch.nn.Conv2d(3, 24, 16, 16, dilation=1, padding=8)
+        assert not embeds_at(overlapping, 3, (64, 96))
 
     def block(self, **args: Any) -> torch.nn.Module:
         return timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=1, num_heads=2, **args).blocks[0]

@@ -17,6 +17,7 @@ from mpp.build import build_mask, build_model
 from mpp.data.images import ShardImages
 from mpp.data.loader import Crop, PretrainDataset, batches, draw_masks
 from mpp.data.order import MicroBatches, Order
+from mpp.distributed import write_attention_out
 from mpp.exporting import export_model, trained_by
 from mpp.masks.uniform import UniformMask
 from mpp.recipe import PretrainRecipe
@@ -77,6 +78,7 @@ OBJECTIVES: dict[str, Callable[[Size, str], dict[str, Any]]] = {
 
 def _step(name: str) -> Callable[..., TrainStep]:
     def build(size: str, decoder: str, precision: str) -> TrainStep:
+        write_attention_out(precision == "bf16")
         s = SIZES[size]
         made = recipe(s, **OBJECTIVES[name](s, decoder))
         model, grid = build_model(made)
