@@ -260,8 +260,8 @@ class MaskedPatchModel(nn.Module):
         values = {o.name: o.target(images) for o in watched}
         return {name: (effective_rank(v.flatten(0, 1)), image_share(v)) for name, v in values.items()}
 
-    def after_step(self, step: int, total_steps: int) -> None:
-        """Let targets that follow the encoder do so; after every optimizer step."""
+    def after_step(self, step: int, total_steps: int, made: Tensor) -> None:
+        """Let targets that follow the encoder do so; after every optimizer step. made: see `Target`."""
         for o in self.objectives:
             if hasattr(o.target, "after_step"):
-                o.target.after_step(self.encoder, step, total_steps)
+                o.target.after_step(self.encoder, step, total_steps, made)

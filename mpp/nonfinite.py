@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -54,9 +55,10 @@ class Statistics:
     def remember(self) -> None:
         self._before = [value.clone() for value in self._values]
 
-    def put_back(self) -> None:
+    def put_back(self, unless: Tensor) -> None:
+        """unless: () bool, whether the step was made; the device is not asked."""
         for value, before in zip(self._values, self._before, strict=True):
-            value.copy_(before)
+            value.copy_(torch.where(unless, value, before))
 
 
 def left_out(

@@ -79,6 +79,15 @@ def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.opt
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
+def update_if(made: torch.Tensor, optimizer: Any) -> None:
+    """An optimizer step of `adamw`, or none where made, () bool, is False: the device decides, nobody asks it.
+
+    optimizer: Accelerate's, around it. A step that is left out changes neither weights nor moments nor their count.
+    """
+    optimizer.optimizer.found_inf = (~made).float()  # where torch's GradScaler leaves its word for fused optimizers
+    optimizer.step()
+
+
 def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
     """Linear warm-up to `lr`, then half a cosine down to `min_lr` (SGDR, Loshchilov & Hutter 2017).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from mpp.data.images import ShardImages, held_out_rows
 from mpp.data.labeled import open_labeled
 from mpp.data.loader import Crop, PretrainDataset, batches
 from mpp.data.order import MicroBatches, Order, lanes_read_by
+from mpp.data.transfer import on_device
 from mpp.diagnostics.reconstruct import keep, kept_every
 from mpp.errors import UserError
 from mpp.liveness import SAVING, Watch
@@ -38,7 +40,7 @@ from mpp.monitor import (
     probe_images,
     spread,
 )
-from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of
+from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of, update_if
 from mpp.recipe import PretrainRecipe, settings_of
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import DATA, opened
@@ -185,7 +187,8 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         world=world,
     )
     cuda = accelerator.device.type == "cuda"
-    stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
+    loaded = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
+    stream_of_batches = on_device(loaded, accelerator.device)
     pictures_every = kept_every(total_steps, recipe.skill_every_steps)
     if step == 0 and accelerator.is_main_process:
         _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
@@ -194,9 +197,10 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     window = _Window()
     stop_request.listen()
     statistics = nonfinite.Statistics(model, needed=recipe.max_skipped_steps > 0)
+    underway: deque[_Underway] = deque()
+    stopping = False
     while step < total_steps:
         faults.point("train.step_begins")
-        seen = step * optim.global_batch_size
         micro_losses, bad_lines, replaced = [], [], 0
         statistics.remember()
         for m in range(accumulate):
@@ -211,30 +215,55 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             torch.manual_seed(torch_seed(recipe.seed, Purpose.STEP, int(batch.positions[0])))
             last = m == accumulate - 1
             with nullcontext() if last else accelerator.no_sync(prepared):
-                losses = prepared(*_to(batch, accelerator), batch.hidden_units) / accumulate
+                losses = prepared(batch.images, batch.mask, batch.noise, batch.hidden_units) / accumulate
                 accelerator.backward((losses * model.weights).sum())
             micro_losses.append(losses.detach())
         grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
 
-        # One exchange a step: the mean loss, unreadable images, whether anyone was asked to stop. The gradient
-        # norm is the same everywhere, since gradients are: every process makes the update, or none does.
+        # One exchange a step: the mean losses, unreadable images, whether anyone was asked to stop. The device itself
+        # leaves out an update whose loss or gradient is not finite; the norm is the same everywhere, as gradients are.
         watch.at(step, "exchanging losses")
-        own_losses = (torch.stack(micro_losses).sum(0) / world).tolist()
-        *each_loss, new_bad, stopping = distributed.total(accelerator, [*own_losses, replaced, bool(stop_request)])
-        loss = sum(o.weight * value for o, value in zip(objectives, each_loss, strict=True))
-        finite = math.isfinite(float(grad_norm)) and math.isfinite(loss)
-        if not finite:
-            skipped += 1
-            statistics.put_back()
-            keys = sampler.keys(seen)
-            record = {
-                "seeds": [torch_seed(recipe.seed, Purpose.STEP, of_batch[0][0]) for of_batch in keys],
-                "losses": [[str(v * accumulate) for v in micro.tolist()] for micro in micro_losses],
-                "samples": [[images.name(s, r) for _, s, r in of_batch] for of_batch in keys],
-            }
-            what = f"step {step}: loss {loss}, gradient norm {float(grad_norm)}"
-            allowed = {"skipped": skipped, "allowed": recipe.max_skipped_steps}
-            log.say(nonfinite.left_out(accelerator, run.out, step, model, dataset, keys, record, what=what, **allowed))
+        own_losses = torch.stack(micro_losses).sum(0) / world
+        exchange = distributed.Exchange(accelerator, own_losses, [replaced, bool(stop_request)], grad_norm)
+        made = exchange.summed.isfinite().all() & grad_norm.isfinite()
+        statistics.put_back(unless=made)
+        underway.append(_Underway(step, exchange, micro_losses, bad_lines))
+
+        # What came of a step is read one step later, when the device has long done it and is busy with the next: nobody
+        # waits. At once where it is about to be logged or saved. Weights are then as they were before the step, if it
+        # was left out: it is kept as it was.
+        known_now = (
+            step + 1 in (1, total_steps)
+            or (step + 1) % recipe.log_every_steps == 0
+            or (step + 1) % recipe.checkpoint_every_steps == 0
+            or (world == 1 and bool(stop_request))
+        )
+        while len(underway) > (0 if known_now or stopping else 1):
+            past = underway.popleft()
+            *each_loss, new_bad, to_stop, norm = past.exchange.read()
+            stopping = stopping or bool(to_stop)
+            loss = sum(o.weight * value for o, value in zip(objectives, each_loss, strict=True))
+            seen = past.step * optim.global_batch_size
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                skipped += 1
+                keys = sampler.keys(seen)
+                record = {
+                    "seeds": [torch_seed(recipe.seed, Purpose.STEP, of_batch[0][0]) for of_batch in keys],
+                    "losses": [[str(v * accumulate) for v in micro.tolist()] for micro in past.micro_losses],
+                    "samples": [[images.name(s, r) for _, s, r in of_batch] for of_batch in keys],
+                }
+                what = f"step {past.step}: loss {loss}, gradient norm {norm}"
+                allowed = {"skipped": skipped, "allowed": recipe.max_skipped_steps}
+                log.say(
+                    nonfinite.left_out(
+                        accelerator, run.out, past.step, model, dataset, keys, record, what=what, **allowed
+                    )
+                )
+            if new_bad:
+                lines = distributed.gathered(accelerator, past.bad_lines)  # each process knows of its own alone
+                most = data.max_bad_fraction
+                bad = _count_bad(bad, int(new_bad), lines, seen + optim.global_batch_size, most, log)
+
         lr = lr_scale * scheduled_lr(
             step,
             total_steps=total_steps,
@@ -242,20 +271,15 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             lr=optim.base_lr,
             min_lr=optim.min_lr,
         )
-        if finite:
-            set_lr(optimizer, lr)
-            optimizer.step()
+        set_lr(optimizer, lr)
+        update_if(made, optimizer)
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        if finite:
-            model.after_step(step, total_steps)
+        model.after_step(step, total_steps, made)
         window.steps += 1
         log.step()
 
-        if new_bad:
-            bad_lines = distributed.gathered(accelerator, bad_lines)  # each process knows of its own alone
-        bad = _count_bad(bad, int(new_bad), bad_lines, seen + optim.global_batch_size, data.max_bad_fraction, log)
-        ending = bool(stopping) or step == total_steps
+        ending = stopping or step == total_steps
         watch.at(step, SAVING)
         if recipe.probe and probe and (step % recipe.probe.every_steps == 0 or step == total_steps):
             model.eval()
@@ -297,7 +321,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
                     **{f"target_share_{name}": v for name, (_, v) in collapse.items()},
                     **({f"feature_{k}": v for k, v in features._asdict().items()} if features else {}),
                     "lr": lr,
-                    "grad_norm": float(grad_norm),
+                    "grad_norm": norm,
                     **window.rates(optim.global_batch_size),
                     "skipped_images": bad,
                     **({"skipped_steps": skipped} if skipped else {}),
@@ -339,6 +363,17 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     return PretrainResult(run.out, "finished", step, loss, skill, encoder)
 
 
+@dataclass(frozen=True)
+class _Underway:
+    """A step of which nobody has asked yet what came of it."""
+
+    step: int
+    """Steps before it."""
+    exchange: distributed.Exchange
+    micro_losses: list[torch.Tensor]
+    bad_lines: list[str]
+
+
 @dataclass
 class _Window:
     """Time since the last logged line."""
@@ -355,10 +390,6 @@ class _Window:
         found = {"images_per_s": self.steps * global_batch / elapsed, "data_wait": self.waited_s / elapsed}
         self.began, self.waited_s, self.steps = time.monotonic(), 0.0, 0
         return found
-
-
-def _to(batch: Batch, accelerator: Accelerator) -> tuple[torch.Tensor, ...]:
-    return tuple(t.to(accelerator.device, non_blocking=True) for t in (batch.images, batch.mask, batch.noise))
 
 
 def _probe(recipe: PretrainRecipe, model: MaskedPatchModel) -> OnlineProbe:

@@ -269,9 +269,10 @@ class Target(Protocol):
     """`targets/*.py`: what is predicted at a cell. Built with a `TargetContext`; a module.
 
     Where `of` is "classes" it has `classes`, their number. It may have `at(images, cells)`, which gives what it gives,
-    (B, P, dim), for the cells (B, P) int64 alone; `after_step(encoder, step, total_steps)`, called after every
-    optimizer step; `may_collapse = True`, for which the rank of its values is logged; and, where its values are no
-    pixels, `glyphs(values, grid)`: (B, N, dim) -> (B, 1, k·H, k·W) in [0, 1], a drawing of them.
+    (B, P, dim), for the cells (B, P) int64 alone; `after_step(encoder, step, total_steps, made)`, called after every
+    optimizer step, where `made`, () bool, is False of one that was left out: it must then change nothing, and find that
+    out without asking the device; `may_collapse = True`, for which the rank of its values is logged; and, where its
+    values are no pixels, `glyphs(values, grid)`: (B, N, dim) -> (B, 1, k·H, k·W) in [0, 1], a drawing of them.
     """
 
     of: Literal["values", "classes"]

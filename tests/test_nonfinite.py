@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mpp
+from mpp.checkpoint import newest
 from mpp.metrics import read_metrics
 from mpp.nonfinite import KEPT, Statistics
 from tests.conftest import pretrain_recipe
@@ -25,7 +27,11 @@ def test_statistics_of_batch_norms_are_what_they_were() -> None:
     statistics.remember()
     model(torch.full((2, 3, 5, 5), torch.nan))
     assert not all(torch.equal(value, before[name]) for name, value in model.named_buffers())
-    statistics.put_back()
+    changed = {name: value.clone() for name, value in model.named_buffers()}
+    statistics.put_back(unless=torch.tensor(True))
+    for name, value in model.named_buffers():
+        torch.testing.assert_close(value, changed[name], rtol=0, atol=0, equal_nan=True)
+    statistics.put_back(unless=torch.tensor(False))
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
@@ -47,3 +53,21 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_last_few_are_kept(shards:
     for name, value in before.items():
         assert value.equal(first[name]), name
         assert value.equal(last[name]), name
+
+
+@pytest.mark.filterwarnings("ignore::mpp.errors.MppWarning")
+def test_it_makes_no_difference_when_a_run_learns_of_it(shards: Path, tmp_path: Path) -> None:
+    """At once, where every step is logged; else while the next step is on its way."""
+    found = []
+    for often in (1, 100):
+        changes = {"target.name": "ema_teacher", "log_every_steps": often, "skill_every_steps": 100, "optim.steps": 9}
+        out = mpp.pretrain(pretrain_recipe(shards, tmp_path / str(often), **DIVERGES, **changes)).out
+        kept = sorted((out / "non-finite").iterdir())
+        weights = [load_file(p / "model.safetensors") for p in (*kept, newest(out / "checkpoints"))]
+        losses = [json.loads((p / "rank0.json").read_text())["losses"] for p in kept]
+        found.append(([p.name for p in kept], losses, weights, read_metrics(out)[-1]["skipped_steps"]))
+    (names, losses, weights, skipped), later = found[0], found[1]
+    assert len(names) == KEPT < skipped
+    assert (names, losses, skipped) == (later[0], later[1], later[3])
+    for at_once, one_later in zip(weights, later[2], strict=True):
+        assert all(torch.equal(value, one_later[name]) for name, value in at_once.items())

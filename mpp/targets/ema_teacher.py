@@ -55,11 +55,12 @@ class EmaTeacherTarget(nn.Module):
         return None
 
     @torch.no_grad()
-    def after_step(self, encoder: nn.Module, step: int, total_steps: int) -> None:
+    def after_step(self, encoder: nn.Module, step: int, total_steps: int, made: Tensor) -> None:
         """Move the copy; `step` counts from 1. Buffers (batch statistics) are copied as they are."""
         decay = self.decay + (self.decay_end - self.decay) * (step - 1) / max(total_steps - 1, 1)
         theirs: nn.Module = encoder.model  # type: ignore[assignment]
         own = self.teacher.model
-        torch._foreach_lerp_(list(own.parameters()), list(theirs.parameters()), 1 - decay)
+        copies = list(own.parameters())
+        torch._foreach_lerp_(copies, list(theirs.parameters()), [(1 - decay) * made] * len(copies))
         for mine, other in zip(own.buffers(), theirs.buffers(), strict=True):
             mine.copy_(other)
