@@ -92,6 +92,17 @@ def write_attention_out(written_out: bool) -> None:
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(written_out)
 
 
+def compile_forward(model: torch.nn.Module, device: torch.device) -> None:
+    """`torch.compile`, in place: names and state stay as they are. UserError where this machine cannot."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, a Python that torch does not know yet
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said = f"torch cannot compile on this machine ({first.strip()}); allowed here: false"
+        raise UserError(f"compile: {said}") from error
+    model.compile()
+
+
 class Trackers:
     """TensorBoard, Weights & Biases or Trackio, through Accelerate; on the main process alone.
 

@@ -131,6 +131,8 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         checkpoint.load(run.checkpoint, model, optimizer)
         state |= checkpoint.read_state(run.checkpoint)
         start_step = state["step"]
+    if recipe.compile:
+        distributed.compile_forward(model, accelerator.device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     settings = settings_of(recipe)
     log = RunLog(
@@ -188,7 +190,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     )
     cuda = accelerator.device.type == "cuda"
     loaded = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
-    stream_of_batches = on_device(loaded, accelerator.device)
+    stream_of_batches = on_device(loaded, accelerator.device) if cuda else loaded
     pictures_every = kept_every(total_steps, recipe.skill_every_steps)
     if step == 0 and accelerator.is_main_process:
         _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
@@ -201,7 +203,9 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     stopping = False
     while step < total_steps:
         faults.point("train.step_begins")
-        micro_losses, bad_lines, replaced = [], [], 0
+        micro_losses: list[torch.Tensor] = []
+        bad_lines: list[str] = []
+        replaced = 0
         statistics.remember()
         for m in range(accumulate):
             watch.at(step, "reading images")

@@ -345,6 +345,9 @@ class PretrainRecipe(Run):
     predict_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Part of the hidden cells that is predicted."""
     optim: Optim
+    compile: Bool = False
+    """torch.compile of the forward and backward pass: a minute at the start, then 1.07 (fp32) to 1.2 times (bf16) as
+    fast on a CPU (recipes/LOG.md). It rounds otherwise. Wants a C++ compiler, on GPUs Triton."""
     skill_every_steps: PositiveInt = 500
     """Steps between measurements of the skill on held-out images."""
     reconstruct_images: NonNegativeInt = 6
@@ -629,7 +632,7 @@ MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
-    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps",
+    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
 decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""

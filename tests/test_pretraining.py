@@ -101,6 +101,30 @@ def test_what_a_run_leaves(shards: Path, tmp_path: Path) -> None:
     assert mpp.load_encoder(out)(torch.zeros(1, 3, 16, 16)).shape == (1, 32)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param("joining at 1, half predicted", marks=pytest.mark.slow),
+        pytest.param("drop, cross_attention", marks=pytest.mark.exhaustive),
+        pytest.param("bert, three targets", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_compiled_it_trains_the_same(objective: str, shards: Path, tmp_path: Path) -> None:
+    changes = {"compile": True, "skill_every_steps": 2, "checkpoint_every_steps": 3}
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **OBJECTIVES[objective], **changes))
+    np.testing.assert_allclose(losses(tmp_path / "run"), json.loads(GOLDEN.read_text())[objective], rtol=1e-4)
+
+
+def test_where_nothing_compiles_it_is_said(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match=r"^compile: torch cannot compile on this machine \(.+\); allowed here: false$"):
+        mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", compile=True))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_steady_step_asks_the_device_for_nothing(
     objective: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ from mpp.types import Batch
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches, their tensors on the device: copied one batch ahead, on a stream of their own.
 
-    The host waits for none of it where batches come from pinned memory.
+    Worth it where batches come from pinned memory: the host then waits for none of it. A CPU has nothing to gain.
     """
     module = torch.get_device_module(device)
     side = module.Stream()
