@@ -167,3 +167,31 @@ def test_a_whole_command_is_timed(shards: Path, tmp_path: Path) -> None:
     wrong = whole.ours(str(tmp_path / "x"), 0, **{**tiny, "data.image_size": 15})
     with pytest.raises(module("timing").Failed, match=r"data\.image_size"):
         whole.run(wrong, steps=3, batch=8, out=tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_the_command_for_gpus_runs_at_a_tiny_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = module("gpu")
+    monkeypatch.setattr(gpu, "CONTESTANTS", (gpu.OURS, "lightly MAE"))
+    monkeypatch.setattr(gpu, "TURN_S", 0.05)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--sizes", "tiny", "--peers", "no-such-python"])
+    out, said = capsys.readouterr()
+    assert f"| tiny | {gpu.OURS} | 4 | " in out
+    assert out.count("\n| mpp | ") == 1
+    assert ended.value.code == 1, "peers were asked for and did not come up"
+    assert "missing: tiny: lightly MAE" in said
+    with pytest.raises(SystemExit):
+        gpu.main(["--sizes", "tiny", "--minutes", "0"])
+    assert f"missing: {gpu.OURS}, tiny: no time was left" in capsys.readouterr().err
+
+
+def test_peaks_of_devices() -> None:
+    """The first part of a name that fits: PCIe cards are slower than the others of their kind."""
+    peaks = module("gpu").PEAK_TFLOPS
+    found = [
+        next(v for part, v in peaks.items() if part in name) for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3")
+    ]
+    assert found == [756.0, 989.4]

@@ -46,7 +46,7 @@ HEATS = (
     ("transformers MAE", "lightly MAE", "stable-pretraining MAE", "vit-pytorch MAE"),
     ("vit-pytorch SimMIM", "transformers SimMIM", "stable-pretraining SimMIM", "vit-pytorch MPP"),
     ("stable-pretraining CrossMAE", "mpp CrossMAE", "mpp MAE", "mpp SimMIM"),
-    ("mpp late, 2 blocks, a third", "mpp late, 1 block"),
+    ("mpp late, 2 blocks, a third", "mpp late, 1 block", f"{OURS}, compiled"),
 )
 """Few at a time: a process of each lies in memory."""
 LIKE = {"MAE": "MAE", "SimMIM": "SimMIM", "MPP": "SimMIM", "CrossMAE": "CrossMAE"}

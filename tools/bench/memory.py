@@ -1,8 +1,9 @@
-"""Peak memory of a process."""
+"""Peak memory of a process, and of what it has on its GPU."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 
@@ -13,3 +14,11 @@ def peak_mib(pid: int | str = "self") -> float:
     except OSError:
         return 0.0
     return int(found[1]) / 1024 if found else 0.0
+
+
+def device_peak_mib() -> float:
+    """Of tensors on this process's GPU; 0 where it has none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0
+    return float(torch.cuda.max_memory_allocated()) / 2**20

@@ -17,11 +17,12 @@ from mpp.build import build_mask, build_model
 from mpp.data.images import ShardImages
 from mpp.data.loader import Crop, PretrainDataset, batches, draw_masks
 from mpp.data.order import MicroBatches, Order
-from mpp.distributed import write_attention_out
+from mpp.distributed import compile_forward, write_attention_out
 from mpp.exporting import export_model, trained_by
 from mpp.masks.uniform import UniformMask
 from mpp.recipe import PretrainRecipe
 
+COMPILED = ", compiled"
 PREDICT_FRACTION = 1 / 3
 """CrossMAE, Fu et al. 2024, table 2c: a third of the hidden cells is as good as all."""
 
@@ -77,34 +78,43 @@ OBJECTIVES: dict[str, Callable[[Size, str], dict[str, Any]]] = {
 
 
 def _step(name: str) -> Callable[..., TrainStep]:
-    def build(size: str, decoder: str, precision: str) -> TrainStep:
-        write_attention_out(precision == "bf16")
-        s = SIZES[size]
-        made = recipe(s, **OBJECTIVES[name](s, decoder))
+    def build(size: str, decoder: str, precision: str, device: str = "cpu", batch: int = 0) -> TrainStep:
+        write_attention_out(precision == "bf16" and device == "cpu")
+        s = SIZES[size]._replace(batch=batch) if batch else SIZES[size]
+        made = recipe(s, **OBJECTIVES[name.removesuffix(COMPILED)](s, decoder))
         model, grid = build_model(made)
+        model.to(device)
+        if name.endswith(COMPILED):
+            compile_forward(model, torch.device(device))
         mask = build_mask(made)
-        images = photographs(s.batch, s.image_px)
-        position = 0
+        images = photographs(s.batch, s.image_px).to(device)
+        position, drawn = 0, None
 
         def loss() -> Tensor:
-            nonlocal position
-            position += s.batch  # the masks, too: peers draw theirs in the step
-            units = draw_masks(mask, grid, 0.5, 0, range(position, position + s.batch))
-            return model(images, units.hidden, units.noise, units.count).sum()
+            nonlocal position, drawn
+            if drawn is None or device == "cpu":  # the masks, too: peers draw theirs in the step
+                position += s.batch
+                units = draw_masks(mask, grid, 0.5, 0, range(position, position + s.batch))
+                drawn = units.hidden.to(device), units.noise.to(device), units.count  # for a GPU workers draw them
+            return model(images, *drawn).sum()
 
-        return TrainStep(model, loss, s.batch, precision)
+        return TrainStep(model, loss, s.batch, precision, device)
 
     return build
 
 
 STEP: dict[str, Callable[..., Any]] = {name: _step(name) for name in OBJECTIVES}
-STEP["GEMM"] = lambda size, decoder, precision: Gemm(precision)
+STEP |= {name + COMPILED: _step(name + COMPILED) for name in OBJECTIVES}
+STEP["GEMM"] = lambda size, decoder, precision, device="cpu", batch=0: Gemm(precision, device)
 
 
 class Input:
-    """A unit of work is a batch, read in this process, masks and all, and normalised as the model does it."""
+    """A unit of work is a batch, masks and all, normalised as the model does it.
 
-    def __init__(self, pictures: str, side_px: int, batch: int) -> None:
+    workers: that read; 0: this process, alone.
+    """
+
+    def __init__(self, pictures: str, side_px: int, batch: int, workers: int = 0) -> None:
         torch.set_num_threads(1)  # as in a loader's worker
         images = ShardImages(f"{pictures}-shards", key="data.shards")
         order = Order(images.counts, global_batch=batch, seed=0)
@@ -112,7 +122,7 @@ class Input:
         grid = (side_px // (4 if side_px < 224 else 16),) * 2
         dataset = PretrainDataset(images, crop, UniformMask(ratio=MASK_RATIO), grid, 0, images.counts, batch)
         self.batches = batches(
-            dataset, MicroBatches(order, seen=0, steps=10**9, accumulate=1), workers=0, pin_memory=False
+            dataset, MicroBatches(order, seen=0, steps=10**9, accumulate=1), workers=workers, pin_memory=False
         )
         self.mean, self.std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
         self.facts: dict[str, Any] = {}
@@ -121,7 +131,7 @@ class Input:
         images = 0
         for _ in range(count):
             raw = next(self.batches).images
-            images += len((raw.float() - 255 * self.mean) / (255 * self.std))
+            images += len((raw - 255 * self.mean).div_(255 * self.std))
         return images
 
 

@@ -14,6 +14,7 @@ from training import TrainStep, adamw, photographs, update
 
 
 def _normalised(size: Size) -> Tensor:
+    """(batch, 3, H, W) float32, as loaders give it."""
     images = photographs(size.batch, size.image_px).float() / 255
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -102,8 +103,8 @@ def transformers_simmim(size: Size, decoder: str) -> tuple[nn.Module, Callable[[
     hidden = round(MASK_RATIO * size.cells)
 
     def loss(images: Tensor) -> Tensor:
-        places = torch.rand(len(images), size.cells).argsort(1)[:, :hidden]
-        mask = torch.zeros(len(images), size.cells).scatter_(1, places, 1.0).bool()
+        places = torch.rand(len(images), size.cells, device=images.device).argsort(1)[:, :hidden]
+        mask = torch.zeros(len(images), size.cells, device=images.device).scatter_(1, places, 1.0).bool()
         found: Tensor = model(pixel_values=images, bool_masked_pos=mask).loss
         return found
 
@@ -180,11 +181,12 @@ MODELS: dict[str, Build] = {
 
 
 def _step(name: str) -> Callable[..., TrainStep]:
-    def build(size: str, decoder: str, precision: str) -> TrainStep:
+    def build(size: str, decoder: str, precision: str, device: str = "cpu", batch: int = 0) -> TrainStep:
         torch.manual_seed(0)
-        images = _normalised(SIZES[size])
-        model, loss = MODELS[name](SIZES[size], decoder)
-        return TrainStep(model, lambda: loss(images), len(images), precision)
+        s = SIZES[size]._replace(batch=batch) if batch else SIZES[size]
+        images = _normalised(s).to(device)
+        model, loss = MODELS[name](s, decoder)
+        return TrainStep(model.to(device), lambda: loss(images), len(images), precision, device)
 
     return build
 

@@ -8,7 +8,9 @@ sensor noise, so that what is enlarged does not compress better than a camera's 
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +39,20 @@ def picture(photograph: Image.Image, width: int, height: int, rng: np.random.Gen
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-def main(out: Path) -> None:
+def main(out: Path, only: Collection[str] = tuple(SIZES), copies: int = 1) -> None:
+    """copies: of each picture, of which there are then so many times more."""
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOGRAPHS]
-    for size, (width, height, count) in SIZES.items():
+    for size in only:
+        width, height, count = SIZES[size]
         folder = out / size / "photographs"
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(count):
             made = picture(photographs[i % len(photographs)], width, height, rng)
             made.save(folder / f"{i:05d}.jpg", quality=QUALITY)
-        mpp.data.pack.pack(str(out / size), str(out / f"{size}-shards"), images_per_shard=max(count // 4, 1))
+            for copy in range(1, copies):
+                shutil.copy(folder / f"{i:05d}.jpg", folder / f"{i:05d}-{copy}.jpg")
+        mpp.data.pack.pack(str(out / size), str(out / f"{size}-shards"), images_per_shard=max(count * copies // 4, 1))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Turn(NamedTuple):
     cpu_s: float
     images: int
     peak_mib: float
+    device_peak_mib: float = 0.0
 
 
 @dataclass
@@ -47,9 +48,12 @@ class Contestant:
     def __post_init__(self) -> None:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
         words = [self.python, str(HERE / "worker.py"), self.module, self.bench, self.name, json.dumps(self.settings)]
-        self._process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-        )
+        try:
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            )
+        except OSError as error:
+            raise Failed(f"{self.name}: {error}") from error
         self.facts = self._answer()
 
     def _answer(self) -> dict[str, Any]:

@@ -23,10 +23,15 @@ def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class TrainStep:
-    """A unit of work is a step. `loss` makes the mask, too, where a contestant's model does not."""
+    """A unit of work is a step. `loss` makes the mask, too, where a contestant's model does not.
 
-    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], batch: int, precision: str) -> None:
-        self.model, self.loss, self.batch = model.train(), loss, batch
+    device: where the model and what `loss` reads already are.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[], Tensor], batch: int, precision: str, device: str = "cpu"
+    ) -> None:
+        self.model, self.loss, self.batch, self.device = model.train(), loss, batch, device
         self.bf16 = precision == "bf16"
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = adamw(self.parameters)
@@ -36,25 +41,25 @@ class TrainStep:
 
     def run(self, steps: int) -> int:
         for _ in range(steps):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
                 loss = self.loss()
             update(loss, self.parameters, self.optimizer)
+        torch.get_device_module(self.device).synchronize()
         return steps * self.batch
 
 
 class Gemm:
     """The machine's own peak: a product of large matrices. A unit of work is one of them; facts: its GFLOP."""
 
-    side = 3072
-
-    def __init__(self, precision: str) -> None:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.a, self.b = (torch.randn(self.side, self.side, dtype=dtype) for _ in range(2))
-        self.facts = {"gflop_per_image": 2 * self.side**3 / 1e9}
+    def __init__(self, precision: str, device: str = "cpu") -> None:
+        dtype, side = torch.bfloat16 if precision == "bf16" else torch.float32, 3072 if device == "cpu" else 8192
+        self.a, self.b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+        self.device, self.facts = device, {"gflop_per_image": 2 * side**3 / 1e9}
 
     def run(self, products: int) -> int:
         for _ in range(products):
             torch.nn.functional.linear(self.a, self.b)
+        torch.get_device_module(self.device).synchronize()
         return products
 
 

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 
-from memory import peak_mib
+from memory import device_peak_mib, peak_mib
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
                 cpu_s=time.process_time() - cpu,
                 images=images,
                 peak_mib=peak_mib(),
+                device_peak_mib=device_peak_mib(),
             )
 
 
