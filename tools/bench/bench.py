@@ -55,7 +55,7 @@ STEPS = (
     ("32px", "small", "fp32", HEATS),
     ("vit_s", "small", "fp32", HEATS),
     ("vit_s", "mae", "fp32", HEATS[:1]),
-    ("vit_s", "small", "bf16", HEATS[:2]),
+    ("vit_s", "small", "bf16", (*HEATS[:2], HEATS[3])),
 )
 """Size, decoder of the MAE-like, precision, who takes part."""
 INPUT_BATCH = {"32px": 64, "375x500": 32, "3000px": 4}
