@@ -40,7 +40,7 @@ soak: $(VENV)/.installed
 	rm -rf $(SOAK)
 	$(BIN)/python -m tests.faults.soak $(SOAK)
 
-# mpp beside what a user would pick instead: about 30 minutes on 2 cores, on which nothing else should run.
+# mpp beside what a user would pick instead: about 45 minutes on 2 cores, on which nothing else should run.
 BENCH := .venv-bench
 $(BENCH)/.installed: tools/bench/requirements.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)

@@ -346,8 +346,8 @@ class PretrainRecipe(Run):
     """Part of the hidden cells that is predicted."""
     optim: Optim
     compile: Bool = False
-    """torch.compile of the forward and backward pass: a minute at the start, then 1.07 (fp32) to 1.2 times (bf16) as
-    fast on a CPU (recipes/LOG.md). It rounds otherwise. Wants a C++ compiler, on GPUs Triton."""
+    """torch.compile of the forward and backward pass: a minute at the start, then 1.03 to 1.2 times as fast on a CPU
+    (recipes/LOG.md). It rounds otherwise. Wants a C++ compiler, on GPUs Triton."""
     skill_every_steps: PositiveInt = 500
     """Steps between measurements of the skill on held-out images."""
     reconstruct_images: NonNegativeInt = 6

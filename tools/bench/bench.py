@@ -8,7 +8,8 @@ memory  peak memory of three of these steps, one process at a time
 input   reading, cropping and normalising JPEGs: images a second of one core
 whole   training commands from their start: time to the end of the first step, images/s after it, peak memory
 
-keep    saving a checkpoint, resuming from it, exporting an encoder; ours synced, checksummed and verified
+keep    saving a checkpoint, resuming from it, exporting an encoder; ours synced, checksummed and verified; the kNN
+        accuracy of an encoder on 16 images with 16 others as neighbours
 growth  what ours costs with more images, patches, blocks, processes
 
 --write puts the figures into recipes/RESULTS.csv (rows `bench-…`), the tables into docs/benchmarks.md, a summary into
@@ -170,7 +171,10 @@ def wholes(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
 
 
 def kept(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
-    names = ("mpp: save", "torch.save", "mpp: resume", "torch.load", "mpp: export", "transformers save_pretrained")
+    names = (
+        "mpp: save", "torch.save", "mpp: resume", "torch.load", "mpp: export", "transformers save_pretrained",
+        "mpp: evaluate", "timm, lightly knn_predict",
+    )  # fmt: skip
     with contest(names, "KEEP", {"size": "vit_s", "folder": given.pictures}, given, failed) as all_of_them:
         interleave(all_of_them, rounds=given.rounds, turn_s=given.turn_s, warm_up=1)
         for c in all_of_them:
@@ -255,7 +259,7 @@ def tables(rows: Sequence[Row]) -> str:
                 f"| {n} | {v['peak_mib']:.0f} |" for n, v in sorted(values.items(), key=lambda i: i[1]["peak_mib"])
             ]
         elif kind == "keep":
-            lines += ["", f"Checkpoints and exports, {what[0]}:", "", "| | s (quartiles) |", "|---|---|"]
+            lines += ["", f"Checkpoints, exports, evaluation, {what[0]}:", "", "| | s (quartiles) |", "|---|---|"]
             lines += [f"| {name} | {v['s']:.3g} ({v['s_q1']:.3g} – {v['s_q3']:.3g}) |" for name, v in values.items()]
         elif kind == "growth":
             metrics = list(next(iter(values.values())))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sizes import CROP_SCALE, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
+from pictures import labeled
+from sizes import CROP_SCALE, EVALUATION_BATCH, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
 from torch import Tensor
 from training import Gemm, TrainStep, photographs
 
@@ -18,9 +19,10 @@ from mpp.data.images import ShardImages
 from mpp.data.loader import Crop, PretrainDataset, batches, draw_masks
 from mpp.data.order import MicroBatches, Order
 from mpp.distributed import compile_forward, write_attention_out
+from mpp.evaluating import evaluate
 from mpp.exporting import export_model, trained_by
 from mpp.masks.uniform import UniformMask
-from mpp.recipe import PretrainRecipe
+from mpp.recipe import EvaluateRecipe, PretrainRecipe
 
 COMPILED = ", compiled"
 PREDICT_FRACTION = 1 / 3
@@ -181,8 +183,32 @@ class Export(Kept):
         return times
 
 
+class Evaluate(Kept):
+    """kNN of the last block's features, as `mpp evaluate` does it, results and all."""
+
+    def __init__(self, size: str, folder: str) -> None:
+        super().__init__(size, folder)
+        train, val = labeled(Path(folder))
+        shutil.rmtree(self.folder / "encoder", ignore_errors=True)
+        export_model(self.step.model.encoder.model, self.folder / "encoder", self.origin)
+        self.recipe = EvaluateRecipe.model_validate(
+            {
+                "job": "evaluate", "encoder": str(self.folder / "encoder"), "controls": False, "probes": ["knn"],
+                "layers": [SIZES[size].depth], "out": str(self.folder / "evaluation"),
+                "data": {"train": str(train), "val": str(val), "batch_size": EVALUATION_BATCH},
+            }
+        )  # fmt: skip
+
+    def run(self, times: int) -> int:
+        for _ in range(times):
+            shutil.rmtree(self.recipe.out, ignore_errors=True)
+            evaluate(self.recipe)
+        return times
+
+
 KEEP: dict[str, Callable[..., Kept]] = {
     "mpp: save": Save,
     "mpp: resume": Resume,
     "mpp: export": Export,
+    "mpp: evaluate": Evaluate,
 }

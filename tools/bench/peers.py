@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sizes import CROP_SCALE, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
+from sizes import CROP_SCALE, EVALUATION_BATCH, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
 from torch import Tensor, nn
 from training import TrainStep, adamw, photographs, update
 
@@ -307,10 +307,40 @@ class Kept:
         return times
 
 
-KEEP: dict[str, Callable[..., Kept]] = {
+class Evaluate:
+    """kNN of a ViT's pooled features of the folders that ours made: timm, torchvision and lightly's `knn_predict`."""
+
+    def __init__(self, size: str, folder: str) -> None:
+        self.model, self.folder, self.facts = _timm(SIZES[size]).eval(), Path(folder) / "labeled", dict[str, Any]()
+
+    @torch.no_grad()
+    def _features(self, part: str) -> tuple[Tensor, Tensor]:
+        from torch.utils.data import DataLoader
+        from torchvision import transforms
+        from torchvision.datasets import ImageFolder
+
+        steps = [transforms.Resize(224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224)]
+        transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+        loader = DataLoader(ImageFolder(self.folder / part, transform), EVALUATION_BATCH)
+        found = [(self.model(images), labels) for images, labels in loader]
+        return torch.cat([f for f, _ in found]), torch.cat([labels for _, labels in found])
+
+    def run(self, times: int) -> int:
+        from lightly.utils.benchmarking.knn import knn_predict
+
+        for _ in range(times):
+            (train, train_labels), (val, labels) = self._features("train"), self._features("val")
+            bank = nn.functional.normalize(train, dim=1).T.contiguous()
+            predicted = knn_predict(nn.functional.normalize(val, dim=1), bank, train_labels, 2, knn_k=10)
+            float((predicted[:, 0] == labels).float().mean())
+        return times
+
+
+KEEP: dict[str, Callable[..., Any]] = {
     "torch.save": lambda **given: Kept(**given, operation="save"),
     "torch.load": lambda **given: Kept(**given, operation="resume"),
     "transformers save_pretrained": lambda **given: Kept(**given, operation="export"),
+    "timm, lightly knn_predict": Evaluate,
 }
 
 

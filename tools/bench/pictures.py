@@ -39,6 +39,19 @@ def picture(photograph: Image.Image, width: int, height: int, rng: np.random.Gen
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
+def labeled(out: Path, per_class: int = 8) -> tuple[Path, Path]:
+    """Folders of labeled JPEGs of 375×500, to train and to judge on: two classes, links to what `main` made."""
+    made = sorted((out / "375x500" / "photographs").glob("*.jpg"))
+    folders = out / "labeled" / "train", out / "labeled" / "val"
+    for number, folder in enumerate(f / name for f in folders for name in ("a", "b")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in made[number * per_class : (number + 1) * per_class]:
+            link = folder / path.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.resolve())
+    return folders
+
+
 def main(out: Path, only: Collection[str] = tuple(SIZES), copies: int = 1) -> None:
     """copies: of each picture, of which there are then so many times more."""
     rng = np.random.default_rng(0)

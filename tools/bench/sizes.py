@@ -49,5 +49,6 @@ def decoder_of(size: Size, name: str) -> Decoder:
     return {"small": size.small, "mae": MAE_DECODER}[name]
 
 
+EVALUATION_BATCH = 16
 CROP_SCALE = (0.2, 1.0)
 """MAE, He et al. 2022, appendix A.1."""
