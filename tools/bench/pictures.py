@@ -40,7 +40,9 @@ def picture(photograph: Image.Image, width: int, height: int, rng: np.random.Gen
 
 
 def labeled(out: Path, per_class: int = 8) -> tuple[Path, Path]:
-    """Folders of labeled JPEGs of 375×500, to train and to judge on: two classes, links to what `main` made."""
+    """Folders of labeled JPEGs of 375×500, to train and to judge on: two classes, links to what `main` makes."""
+    if not (out / "375x500").exists():
+        main(out, only=("375x500",))
     made = sorted((out / "375x500" / "photographs").glob("*.jpg"))
     folders = out / "labeled" / "train", out / "labeled" / "val"
     for number, folder in enumerate(f / name for f in folders for name in ("a", "b")):
