@@ -32,6 +32,7 @@ def commands() -> list[str]:
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
+@pytest.mark.timeout(900)  # some thirty commands, each a process that imports torch
 @pytest.mark.slow
 def test_every_command_of_the_readme(tmp_path: Path) -> None:
     for folder in ("recipes", "tools"):
