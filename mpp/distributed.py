@@ -40,10 +40,10 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     """An Accelerator for the processes that torchrun or `accelerate launch` made, or for this one alone.
 
     precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it, fp32 on CPUs: bf16 is 3.2 times slower on
-    those without instructions for it; the others (`cpu_has_bf16`) would take half the time. trackers:
-    those that the run will want. hang_timeout_s: an exchange that waits longer fails; a little more, so that
-    `liveness` is the first to say so. UserError where bf16 is asked of a device that has none, a tracker is not
-    installed, or the other processes do not come.
+    those without instructions for it; the others (`cpu_has_bf16`) would take half the time. trackers: those that the
+    run will want. hang_timeout_s: an exchange that waits longer fails; a little more, so that `liveness` is the first
+    to say so. UserError where bf16 is asked of a device that has none, a tracker is not installed, or the other
+    processes do not come.
     """
     faults.announce()
     for name in trackers:
@@ -285,6 +285,6 @@ def total(accelerator: Accelerator, values: list[float]) -> list[float]:
     """Sums over all processes of a few numbers. float64: counts stay exact."""
     if accelerator.num_processes == 1:
         return values
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    summed: torch.Tensor = accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), "sum")
+    own = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    summed: torch.Tensor = accelerator.reduce(own, "sum")
     return summed.tolist()

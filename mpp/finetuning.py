@@ -533,7 +533,7 @@ def _run_cell(
         finite = math.isfinite(float(grad_norm)) and math.isfinite(loss)
         if not finite:
             skipped += 1
-            statistics.put_back(unless=torch.zeros((), dtype=torch.bool, device=accelerator.device))
+            statistics.put_back()
             weights, keys = getattr(model.task, "class_weights", None), sampler.keys(step * optim.global_batch_size)
             record = {
                 "arm": cell.arm,

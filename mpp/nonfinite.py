@@ -55,10 +55,10 @@ class Statistics:
     def remember(self) -> None:
         self._before = [value.clone() for value in self._values]
 
-    def put_back(self, unless: Tensor) -> None:
-        """unless: () bool, whether the step was made; the device is not asked."""
+    def put_back(self, unless: Tensor | bool = False) -> None:
+        """unless: whether the step was made; a device's () bool is not asked of it."""
         for value, before in zip(self._values, self._before, strict=True):
-            value.copy_(torch.where(unless, value, before))
+            value.copy_(torch.where(torch.as_tensor(unless, device=value.device), value, before))
 
 
 def left_out(

@@ -236,12 +236,10 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         # What came of a step is read one step later, when the device has long done it and is busy with the next: nobody
         # waits. At once where it is about to be logged or saved. Weights are then as they were before the step, if it
         # was left out: it is kept as it was.
-        known_now = (
-            step + 1 in (1, total_steps)
-            or (step + 1) % recipe.log_every_steps == 0
-            or (step + 1) % recipe.checkpoint_every_steps == 0
-            or (world == 1 and bool(stop_request))
-        )
+        is_last = step + 1 == total_steps
+        logged = is_last or step == 0 or (step + 1) % recipe.log_every_steps == 0
+        saved = is_last or (step + 1) % recipe.checkpoint_every_steps == 0
+        known_now = logged or saved or (world == 1 and bool(stop_request))
         while len(underway) > (0 if known_now or stopping else 1):
             past = underway.popleft()
             *each_loss, new_bad, to_stop, norm = past.exchange.read()
@@ -283,13 +281,12 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         window.steps += 1
         log.step()
 
-        ending = stopping or step == total_steps
         watch.at(step, SAVING)
-        if recipe.probe and probe and (step % recipe.probe.every_steps == 0 or step == total_steps):
+        if recipe.probe and probe and (step % recipe.probe.every_steps == 0 or is_last):
             model.eval()
             probed = probe(model.encoder.model, accelerator.device)
             model.train()
-        if step % recipe.skill_every_steps == 0 or step == total_steps:
+        if step % recipe.skill_every_steps == 0 or is_last:
             skills, collapse, features = _skills(accelerator, model, held_out_batch)
             skill = skills[0]
             if features and collapsed(*features, COLLAPSED_FEATURE_SHARE):
@@ -307,11 +304,11 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             if math.isfinite(skill):
                 history.append(Measured(step, skill, probed.accuracy if probed else None))
             since = flat_since(history)
-            if since is not None and already is None and step < total_steps:
+            if since is not None and already is None and not is_last:
                 log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
-        if accelerator.is_main_process and (step % pictures_every == 0 or step == total_steps):
+        if accelerator.is_main_process and (step % pictures_every == 0 or is_last):
             _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
-        if step % recipe.log_every_steps == 0 or ending or step == 1:
+        if logged or stopping:
             log.metrics(
                 {
                     "step": step,
@@ -331,7 +328,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
                     **({"skipped_steps": skipped} if skipped else {}),
                 }
             )
-        if step % recipe.checkpoint_every_steps == 0 or ending:
+        if saved or stopping:
             state = {
                 "seen": step * optim.global_batch_size,
                 "bad": bad,
@@ -349,10 +346,10 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
                 distributed.on_main(accelerator, partial(save, step, model, optimizer, state))
                 log.status("running", step=step)
             except UserError as error:
-                if ending or recipe.if_unsaved == "stop":
+                if is_last or stopping or recipe.if_unsaved == "stop":
                     raise
                 log.say(f"warning: {error}; going on, as if_unsaved says")
-        if stopping and step < total_steps:
+        if stopping and not is_last:
             why = stop_request.by or "a signal to another process"
             log.say(f"stopped at step {step} by {why}; go on with --resume auto")
             log.status("stopped", step=step, why=why)

@@ -92,10 +92,13 @@ class Batch:
     bad: list[str] = field(default_factory=list)
     """One line for each image that could not be read; a search for a neighbour may meet several."""
 
-    def pin_memory(self) -> Batch:
-        for name in ("images", "mask", "noise"):
-            setattr(self, name, getattr(self, name).pin_memory())
+    def tensors_by(self, act: Callable[[Tensor], Tensor]) -> Batch:
+        """What the model computes with, replaced by what `act` makes of it; the rest stays with the host."""
+        self.images, self.mask, self.noise = act(self.images), act(self.mask), act(self.noise)
         return self
+
+    def pin_memory(self) -> Batch:
+        return self.tensors_by(Tensor.pin_memory)
 
 
 NOISE = {"predict": 0, "kind": 1, "source": 2, "guide": 3}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 import torch
 
@@ -16,17 +19,14 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     """
     module = torch.get_device_module(device)
     side = module.Stream()
-    here: tuple[Batch, object] | None = None
-    for batch in batches:
-        side.wait_stream(module.current_stream())  # it takes memory again that the batch before last was read from
-        with module.stream(side):
-            for name in ("images", "mask", "noise"):
-                setattr(batch, name, getattr(batch, name).to(device, non_blocking=True))
-            copied = side.record_event()
-        if here is not None:
-            module.current_stream().wait_event(here[1])
-            yield here[0]
-        here = batch, copied
-    if here is not None:
-        module.current_stream().wait_event(here[1])
-        yield here[0]
+    underway: deque[tuple[Batch, Any]] = deque()
+    for batch in chain(batches, [None]):
+        if batch is not None:
+            side.wait_stream(module.current_stream())  # it takes memory again that the batch before last was read from
+            with module.stream(side):
+                batch.tensors_by(lambda t: t.to(device, non_blocking=True))
+                underway.append((batch, side.record_event()))
+        if len(underway) > (1 if batch is not None else 0):
+            here, copied = underway.popleft()
+            module.current_stream().wait_event(copied)
+            yield here

@@ -23,7 +23,7 @@ from typing import Any
 
 import pictures
 import torch
-from bench import OURS
+from bench import OURS, contest
 from timing import Contestant, Failed, Spread, interleave, rates
 
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0}
@@ -41,37 +41,28 @@ LONGEST_CONTESTANT_S = 75
 """What one may take (compiling ViT-H): none begins later than this before the end."""
 
 
-def started(name: str, bench: str, settings: dict[str, Any], peers: str | None) -> Contestant | None:
-    """None for a peer where there is no Python for it."""
-    own = name.startswith("mpp") or name == "GEMM"
-    if not own and not peers:
-        return None
-    return Contestant(name, sys.executable if own else str(peers), "ours" if own else "peers", bench, settings)
-
-
 def measured(
     names: Sequence[str],
     bench: str,
     settings: dict[str, Any],
-    peers: str | None,
+    given: argparse.Namespace,
     until: float,
     missing: list[str],
 ) -> Iterator[tuple[Contestant, Spread]]:
     """Contestants, each alone on the device, with their images a second; `missing` gets a line for each that is not."""
     for name in names:
+        failed: list[str] = []
         if time.monotonic() > until - LONGEST_CONTESTANT_S:
-            missing.append(f"{name}, {settings.get('size', 'input')}: no time was left")
-            continue
-        try:
-            contestant = started(name, bench, settings, peers)
-            if contestant is not None:
-                try:
-                    interleave([contestant], rounds=ROUNDS, turn_s=TURN_S)
-                    yield contestant, rates(contestant)
-                finally:
-                    contestant.end()
-        except Failed as error:
-            missing.append(f"{settings.get('size', 'input')}: {error}")
+            failed.append(f"{name}: no time was left")
+        else:
+            try:
+                with contest([name], bench, settings, given, failed) as alone:
+                    for contestant in alone:
+                        interleave([contestant], rounds=ROUNDS, turn_s=TURN_S)
+                        yield contestant, rates(contestant)
+            except Failed as error:
+                failed.append(str(error))
+        missing += [f"{settings.get('size', 'input')}: {line}" for line in failed]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -87,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> None:
     common = {"decoder": "small", "precision": "bf16", "device": device}
 
     peak, source = next((v for part, v in PEAK_TFLOPS.items() if part in name), 0.0), "data sheet"
-    for gemm, rate in measured(["GEMM"], "STEP", {"size": "tiny", **common}, None, until, missing):
+    for gemm, rate in measured(["GEMM"], "STEP", {"size": "tiny", **common}, given, until, missing):
         reached = rate.median * gemm.facts["gflop_per_image"] / 1e3
         if not peak:
             peak, source = reached, "measured"
@@ -95,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print("| size | | batch | images/s (quartiles) | GFLOP an image | MFU | MiB |\n|---|---|---|---|---|---|---|")
     for size in sizes:
         settings = {"size": size, "batch": BATCH[size], **common}
-        for c, rate in measured(CONTESTANTS, "STEP", settings, given.peers, until, missing):
+        for c, rate in measured(CONTESTANTS, "STEP", settings, given, until, missing):
             gflop = c.facts["gflop_per_image"]
             memory = max(t.device_peak_mib if cuda else t.peak_mib for t in c.turns)
             print(
@@ -108,7 +99,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pictures.main(Path(folder), only=("375x500",), copies=INPUT_COPIES if cuda else 1)
         settings = {"pictures": f"{folder}/375x500", "side_px": 224, "batch": 64 if cuda else 16, "workers": workers}
-        for c, rate in measured(INPUT, "INPUT", settings, given.peers, until, missing):
+        for c, rate in measured(INPUT, "INPUT", settings, given, until, missing):
             print(f"| {c.name} | {rate.median:,.0f} ({rate.low:,.0f} – {rate.high:,.0f}) |", flush=True)
     for line in missing:
         print(f"missing: {line}", file=sys.stderr)
