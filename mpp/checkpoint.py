@@ -2,6 +2,8 @@
 
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
                                 averaged.safetensors, where a moving average of the weights is kept
+                                model-rank0-of-2.safetensors …, where each process has a part (fsdp): its rows, the
+                                first of them and their number in the whole in the file's own metadata
 
 A folder that was not renamed (`.tmp`) does not count; one whose manifest does not hold is passed over, with a
 warning that names the file, and the one before is used.
@@ -15,20 +17,41 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpp import faults
-from mpp.errors import MppWarning, UserError
+from mpp import distributed, faults
+from mpp.errors import MppWarning, ToldElsewhere, UserError
+from mpp.sharding import like, own_part, own_rows
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
+
+T = TypeVar("T")
+
+
+class Team(NamedTuple):
+    """The processes that write one checkpoint, each its part."""
+
+    rank: int = 0
+    world: int = 1
+    gathered: Callable[[list[Any]], list[Any]] = list
+    """What every process gives it, in their order, on every process."""
+
+    def name(self, stem: str) -> str:
+        return f"{stem}.safetensors" if self.world == 1 else f"{stem}-rank{self.rank}-of-{self.world}.safetensors"
+
+
+ALONE = Team()
 
 
 def save(
@@ -40,37 +63,47 @@ def save(
     *,
     keep: int | None,
     averaged: nn.Module | None = None,
+    team: Team = ALONE,
 ) -> Path:
-    """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it, or all. Call it on one process.
+    """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it, or all.
 
-    UserError, with path and free space, where it cannot be written; earlier checkpoints are not touched then.
+    team: every process of it calls this, with its part of a sharded model; else call it on one process. UserError on
+    each, with path and free space, where it cannot be written; earlier checkpoints are not touched then.
     """
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.tmp"
-    try:
+    written = {"model": lambda: model.state_dict()}
+    if averaged is not None:
+        written["averaged"] = lambda: averaged.state_dict()
+    if optimizer is not None:
+        written["optimizer"] = lambda: optimizer_tensors(model, optimizer)
+
+    def begin() -> None:
         faults.point("save.begins")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         faults.point("save.folder_made")
-        save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
-        faults.point("save.model_written", aside / "model.safetensors")
-        if averaged is not None:
-            save_file(_on_cpu(averaged.state_dict()), aside / "averaged.safetensors")
-            faults.point("save.averaged_written", aside / "averaged.safetensors")
-        if optimizer is not None:
-            save_file(_on_cpu(optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
-            faults.point("save.optimizer_written", aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-        faults.point("save.state_written", aside / "state.json")
-        files = sorted(p for p in aside.iterdir())
-        for path in files:  # safetensors writes for the owner alone
-            shutil.copymode(aside / "state.json", path)
+
+    def write() -> dict[str, str]:
+        for stem, tensors in written.items():
+            path = aside / team.name(stem)
+            _save_part(tensors(), path, team)
+            faults.point(f"save.{stem}_written", path)
+        files = [aside / team.name(stem) for stem in written]
+        if team.rank == 0:
+            files.append(aside / "state.json")
+            files[-1].write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+            faults.point("save.state_written", files[-1])
         for path in files:
             _sync(path)
         faults.point("save.files_synced")
-        manifest = {p.name: _sha256(p) for p in files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        return {path.name: _sha256(path) for path in files}
+
+    def finish() -> None:
+        (aside / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True))
         faults.point("save.manifest_written", aside / MANIFEST)
+        for name in digests:  # safetensors writes for the owner alone
+            shutil.copymode(aside / MANIFEST, aside / name)
         _sync(aside / MANIFEST)
         _sync(aside)
         if final.exists():  # saved before an interruption that came after; the same step, the same content
@@ -79,17 +112,52 @@ def save(
         os.replace(aside, final)
         faults.point("save.renamed")
         _sync(folder)
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"{final}: cannot be saved: {getattr(error, 'strerror', None) or error} ({_free(folder)})"
-        ) from error
-    # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
-    earlier = [p for p in steps(folder) if p.name <= final.name]
-    for old in (*(earlier[keep:] if keep else ()), *(p for p in steps(folder) if p.name > final.name)):
-        _remove(old)
+
+    def together(act: Callable[[], T], *, on: int | None = None) -> list[T | None]:
+        """What `act` gives on each process, or on one; UserError on all where it fails on any."""
+        fault, result = None, None
+        try:
+            if on is None or team.rank == on:
+                result = act()
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+            fault = error
+        said = fault and f"{final}: cannot be saved: {getattr(fault, 'strerror', None) or fault} ({_free(folder)})"
+        found = team.gathered([(said, result)])
+        first = next((line for line, _ in found if line), None)
+        if first:
+            if team.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise UserError(first) from fault
+            raise ToldElsewhere(first) from fault
+        return [value for _, value in found]
+
+    together(begin, on=0)
+    digests = {name: digest for of_one in together(write) for name, digest in (of_one or {}).items()}
+    together(finish, on=0)
+    if team.rank == 0:
+        # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
+        earlier = [p for p in steps(folder) if p.name <= final.name]
+        for old in (*(earlier[keep:] if keep else ()), *(p for p in steps(folder) if p.name > final.name)):
+            _remove(old)
     faults.point("save.ends")
     return final
+
+
+def save_together(
+    accelerator: distributed.Accelerator,
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    **how: Any,
+) -> Path:
+    """`save`, by the main process alone, or by each where the model is sharded. Every process calls this."""
+    act = partial(save, folder, step, model, optimizer, state, **how)
+    if all(own_rows(p) is None for p in model.parameters()):
+        return distributed.on_main(accelerator, act)
+    gathered = partial(distributed.gathered, accelerator)
+    return act(team=Team(accelerator.process_index, accelerator.num_processes, gathered))
 
 
 def keep_only(folder: Path, step: int) -> None:
@@ -143,7 +211,7 @@ def broken(path: Path) -> str | None:
         manifest: Any = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
-    if not isinstance(manifest, dict) or not manifest.keys() >= {"model.safetensors", "state.json"}:
+    if not isinstance(manifest, dict) or not (manifest.keys() > {"state.json"} and any(map(_of_model, manifest))):
         return f"{MANIFEST} is not one"
     for name, digest in manifest.items():
         file = path / Path(name).name
@@ -184,12 +252,12 @@ def load(
         raise UserError(f"{path}: {fault}")
     faults.point("load.begins")
     try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
+        model.load_state_dict(_read(path, "model", model.state_dict()))
         faults.point("load.model_read")
         if averaged is not None:
-            averaged.load_state_dict(load_file(path / "averaged.safetensors"))
+            averaged.load_state_dict(_read(path, "averaged", averaged.state_dict()))
         if optimizer is not None:
-            _load_optimizer(load_file(path / "optimizer.safetensors"), model, optimizer)
+            _load_optimizer(path, model, optimizer)
         faults.point("load.ends")
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise UserError(f"{path}: does not fit this recipe: {str(error).splitlines()[0]}") from error
@@ -206,18 +274,81 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def _load_optimizer(tensors: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     parameters = dict(model.named_parameters())
     state: dict[Tensor, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
+    for name, value in _read(path, "optimizer", parameters, of=lambda name: name.rpartition("|")[0]).items():
         parameter, _, key = name.rpartition("|")
         p = parameters[parameter]
         state.setdefault(p, {})[key] = value.to(p.device)
     optimizer.state.update(state)
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+def _of_model(name: str) -> bool:
+    return name == "model.safetensors" or name.startswith("model-rank")
+
+
+def _save_part(tensors: dict[str, Tensor], path: Path, team: Team) -> None:
+    """This process's rows of what is sharded; what is whole the first process alone."""
+    mine: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+    for name, value in tensors.items():
+        rows = own_rows(value)
+        if rows is not None:
+            places[name] = f"{rows.start} of {value.shape[0]}"
+        if rows is not None or team.rank == 0:
+            mine[name] = own_part(value).detach().cpu().contiguous()
+    save_file(mine, path, places or None)
+
+
+def _read(path: Path, stem: str, wanted: Mapping[str, Tensor], of: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """Tensors by name, from one file or from each process's part; as shards where those of `wanted` are.
+
+    of: the name in `wanted` of what a tensor has the shape of, if it has.
+    """
+    whole = path / f"{stem}.safetensors"
+    if whole.exists() and all(own_rows(value) is None for value in wanted.values()):
+        return load_file(whole)
+    files = [whole] if whole.exists() else sorted(path.glob(f"{stem}-rank*.safetensors"))
+    with ExitStack() as opened:
+        parts: dict[str, list[_Part]] = {}
+        for file in files:
+            reading = opened.enter_context(safe_open(file, "pt"))
+            places = reading.metadata() or {}
+            for name in reading.keys():  # noqa: SIM118  it is no dictionary
+                first, _, rows = places.get(name, "").partition(" of ")
+                shape = reading.get_slice(name).get_shape()
+                parts.setdefault(name, []).append(
+                    _Part(reading, int(first or 0), [int(rows), *shape[1:]] if rows else shape)
+                )
+        return {name: _joined(name, found, wanted.get(of(name))) for name, found in parts.items()}
+
+
+class _Part(NamedTuple):
+    """Of a tensor, in one file."""
+
+    reading: Any
+    first_row: int
+    shape: list[int]
+    """Of the whole."""
+
+
+def _joined(name: str, parts: list[_Part], wanted: Tensor | None) -> Tensor:
+    """The whole, or the rows that this process has of `wanted`."""
+    rows = own_rows(wanted) if wanted is not None and list(wanted.shape) == parts[0].shape else None
+    parts = sorted(parts, key=lambda part: part.first_row)
+    if rows is None:
+        found = [part.reading.get_tensor(name) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+    assert wanted is not None
+    found = []
+    for part in parts:
+        stored = part.reading.get_slice(name)
+        here = range(part.first_row, part.first_row + stored.get_shape()[0])
+        first, last = max(rows.start, here.start), min(rows.stop, here.stop)
+        if first < last:
+            found.append(stored[first - here.start : last - here.start])
+    return like(torch.cat(found) if found else torch.empty(0, *wanted.shape[1:], dtype=wanted.dtype), wanted)
 
 
 def _sha256(path: Path) -> str:

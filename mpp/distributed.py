@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator as Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, parse_flag_from_env
 
 from mpp import faults
 from mpp.errors import MppWarning, ToldElsewhere, UserError, one_line
@@ -30,6 +30,8 @@ PROJECT = "mpp"
 """Of runs, in trackers."""
 HANG_TIMEOUT_S = 1800
 """What processes wait for each other at most, where a recipe does not say (a guess)."""
+TF32_FROM = (8, 0)
+"""Compute capability."""
 SAME_PRESS_S = 1.0
 """A second SIGINT within so many seconds is the same Ctrl-C: torchrun passes on what the terminal sent to all."""
 
@@ -39,19 +41,27 @@ T = TypeVar("T")
 def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = HANG_TIMEOUT_S) -> Accelerator:
     """An Accelerator for the processes that torchrun or `accelerate launch` made, or for this one alone.
 
-    precision: "fp32", "bf16", or "auto": bf16 where a CUDA device has it, fp32 on CPUs: bf16 is 3.2 times slower on
-    those without instructions for it; the others (`cpu_has_bf16`) would take half the time. trackers: those that the
-    run will want. hang_timeout_s: an exchange that waits longer fails; a little more, so that `liveness` is the first
-    to say so. UserError where bf16 is asked of a device that has none, a tracker is not installed, or the other
-    processes do not come.
+    precision: "fp32", "tf32", "bf16", or "auto": bf16 where a CUDA device has it, fp32 on CPUs: bf16 is 3.2 times
+    slower on those without instructions for it; the others (`cpu_has_bf16`) would take half the time. trackers: those
+    that the run will want. hang_timeout_s: an exchange that waits longer fails; a little more, so that `liveness` is
+    the first to say so. UserError where a precision is asked of a device that has none, a tracker is not installed, or
+    the other processes do not come.
     """
     faults.announce()
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; pip install 'mpp[{name}]'")
+    if parse_flag_from_env(
+        "ACCELERATE_USE_FSDP"
+    ):  # on CPUs it would do nothing, on GPUs write one process's part as all
+        raise UserError("accelerate's FSDP: allowed: fsdp=true in the recipe, and a launch without --use_fsdp")
     cuda = torch.cuda.is_available()
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; allowed: auto, fp32")
+    if precision == "tf32" and not (cuda and torch.cuda.get_device_capability() >= TF32_FROM):
+        raise UserError("precision: tf32 is for CUDA devices from Ampere on; allowed here: auto, fp32, bf16")
+    if cuda:
+        multiply_in_tf32(precision == "tf32")
     bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
     # An earlier run of this process may have had another precision; the process group stays.
     AcceleratorState._reset_state()
@@ -66,8 +76,6 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
         said = f"process {rank} of {world} did not find the others at {host}:{port}: {one_line(error)}"
         raise UserError(said) from error
     write_attention_out(bf16 and not cuda)
-    if accelerator.distributed_type.value == "FSDP":  # one process would write its own shards as if they were all
-        raise UserError("FSDP: sharded weights cannot be saved yet; allowed: torchrun, accelerate launch without FSDP")
     return accelerator
 
 
@@ -80,6 +88,15 @@ def cpu_has_bf16() -> bool:
         getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
     return any(ask() for ask in found)
+
+
+def multiply_in_tf32(rounded: bool) -> None:
+    """Products and convolutions of fp32 numbers on CUDA devices, of this process, from now on.
+
+    torch's own default has convolutions rounded and products not.
+    """
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    torch.backends.cudnn.allow_tf32 = rounded
 
 
 def write_attention_out(written_out: bool) -> None:

@@ -571,8 +571,8 @@ def _run_cell(
             worse += 1
             if score > best:
                 best, best_step, worse = score, step, 0
-                best_save = partial(checkpoint.save, best_of, step, model, None, {}, keep=None, averaged=averaged)
-                distributed.on_main(accelerator, best_save)
+                save_it = partial(checkpoint.save_together, accelerator, averaged=averaged)
+                save_it(best_of, step, model, None, {}, keep=None)
             given_up = worse >= recipe.early_stop.patience
         ending = bool(stopping) or step == total_steps or given_up
         if step % recipe.log_every_steps == 0 or tuned or ending:
@@ -590,9 +590,9 @@ def _run_cell(
                 "given_up": given_up,
                 "skipped": skipped,
             }
-            save_it = partial(checkpoint.save, checkpoints, keep=recipe.keep_checkpoints, averaged=averaged)
+            save_it = partial(checkpoint.save_together, accelerator, averaged=averaged)
             try:
-                distributed.on_main(accelerator, partial(save_it, step, model, optimizer, state))
+                save_it(checkpoints, step, model, optimizer, state, keep=recipe.keep_checkpoints)
                 if accelerator.is_main_process:
                     checkpoint.keep_only(best_of, best_step)  # no checkpoint to go on from names another any more
             except UserError as error:

@@ -11,7 +11,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,7 @@ def left_out(
     """
     fault = None
     try:
-        save = partial(checkpoint.save, out / FOLDER, step, model, None, {}, keep=KEPT)
-        folder = distributed.on_main(accelerator, save)
+        folder = checkpoint.save_together(accelerator, out / FOLDER, step, model, None, {}, keep=KEPT)
         own = {"step": step, "world": accelerator.num_processes, **record}
         _write(folder / f"rank{accelerator.process_index}", dataset, keys, own)
     except (UserError, OSError, SafetensorError) as error:

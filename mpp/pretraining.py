@@ -44,6 +44,7 @@ from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of, up
 from mpp.recipe import PretrainRecipe, settings_of
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import DATA, opened
+from mpp.sharding import Whole, shard, whole_value
 from mpp.types import Batch
 
 LEAST_BAD_IMAGES = 100
@@ -114,6 +115,11 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, order.epoch_len, optim.global_batch_size, least=0)
     lr_scale = optim.global_batch_size / 256
     objectives: Any = model.objectives
+    sharded = recipe.fsdp and world > 1
+    whole = Whole(model, sharded=sharded)
+    model.to(accelerator.device)
+    if sharded:
+        shard(model, accelerator.device, whole=(model.guide,) if model.guide is not None else ())
     optimizer: Any = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -126,14 +132,14 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     state: dict[str, Any] = {"seen": 0, "bad": 0, "skipped": 0, "loss": None, "skills": [None] * len(objectives)}
     state |= {"collapse": {}, "features": None, "history": [], "probed": None}
     start_step = 0
-    model.to(accelerator.device)
     if run.checkpoint is not None:
         checkpoint.load(run.checkpoint, model, optimizer)
         state |= checkpoint.read_state(run.checkpoint)
         start_step = state["step"]
     if recipe.compile:
         distributed.compile_forward(model, accelerator.device)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    prepared: Any = accelerator.prepare_model(model, evaluation_mode=sharded)  # which would wrap it once more
+    optimizer = accelerator.prepare_optimizer(optimizer)
     settings = settings_of(recipe)
     log = RunLog(
         run.out,
@@ -169,8 +175,11 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         log.say(f"unreadable, held out: {line}")
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.encoder.modules()) and world > 1:
         log.say("note: this encoder's batch norms see each process's share: another number of processes differs")
-    for line in model.doubts(held_out_batch.images[:256].to(accelerator.device)):
-        log.say(f"warning: {line}")
+    with whole.now(accelerator.device) as shown:
+        for line in shown.doubts(held_out_batch.images[:256].to(accelerator.device)):
+            log.say(f"warning: {line}")
+        if start_step == 0 and accelerator.is_main_process:
+            _draw(accelerator, shown, held_out_batch, recipe.reconstruct_images, log, start_step)
 
     # ---- the loop
     step, bad, skipped = start_step, int(state["bad"]), int(state["skipped"])
@@ -192,8 +201,6 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     loaded = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
     stream_of_batches = on_device(loaded, accelerator.device) if cuda else loaded
     pictures_every = kept_every(total_steps, recipe.skill_every_steps)
-    if step == 0 and accelerator.is_main_process:
-        _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
     prepared.train()
     log.status("running", step=step)
     window = _Window()
@@ -218,11 +225,12 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             # dropout and drop path draw from here; after the batch, since a loader that starts draws, too
             torch.manual_seed(torch_seed(recipe.seed, Purpose.STEP, int(batch.positions[0])))
             last = m == accumulate - 1
-            with nullcontext() if last else accelerator.no_sync(prepared):
+            # of a sharded model each micro-batch's gradients are exchanged: a process has no room for all of them
+            with nullcontext() if last or sharded else accelerator.no_sync(prepared):
                 losses = prepared(batch.images, batch.mask, batch.noise, batch.hidden_units) / accumulate
                 accelerator.backward((losses * model.weights).sum())
             micro_losses.append(losses.detach())
-        grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
+        grad_norm = whole_value(accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf))
 
         # One exchange a step: the mean losses, unreadable images, whether anyone was asked to stop. The device itself
         # leaves out an update whose loss or gradient is not finite; the norm is the same everywhere, as gradients are.
@@ -282,12 +290,22 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         log.step()
 
         watch.at(step, SAVING)
-        if recipe.probe and probe and (step % recipe.probe.every_steps == 0 or is_last):
-            model.eval()
-            probed = probe(model.encoder.model, accelerator.device)
-            model.train()
-        if step % recipe.skill_every_steps == 0 or is_last:
-            skills, collapse, features = _skills(accelerator, model, held_out_batch)
+        due = {
+            "probe": recipe.probe is not None and (is_last or step % recipe.probe.every_steps == 0),
+            "skill": is_last or step % recipe.skill_every_steps == 0,
+            "pictures": is_last or step % pictures_every == 0,
+        }
+        if any(due.values()):
+            with whole.now(accelerator.device) as shown:
+                if probe and due["probe"]:
+                    shown.eval()
+                    probed = probe(shown.encoder.model, accelerator.device)
+                    shown.train()
+                if due["skill"]:
+                    skills, collapse, features = _skills(accelerator, shown, held_out_batch)
+                if due["pictures"] and accelerator.is_main_process:
+                    _draw(accelerator, shown, held_out_batch, recipe.reconstruct_images, log, step)
+        if due["skill"]:
             skill = skills[0]
             if features and collapsed(*features, COLLAPSED_FEATURE_SHARE):
                 log.say(
@@ -306,8 +324,6 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             since = flat_since(history)
             if since is not None and already is None and not is_last:
                 log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
-        if accelerator.is_main_process and (step % pictures_every == 0 or is_last):
-            _draw(accelerator, model, held_out_batch, recipe.reconstruct_images, log, step)
         if logged or stopping:
             log.metrics(
                 {
@@ -341,9 +357,9 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
                 "probed": [*probed] if probed else None,
                 "data_fingerprint": images.fingerprint,
             }
-            save = partial(checkpoint.save, run.out / "checkpoints", keep=recipe.keep_checkpoints)
+            save = partial(checkpoint.save_together, accelerator, keep=recipe.keep_checkpoints)
             try:
-                distributed.on_main(accelerator, partial(save, step, model, optimizer, state))
+                save(run.out / "checkpoints", step, model, optimizer, state)
                 log.status("running", step=step)
             except UserError as error:
                 if is_last or stopping or recipe.if_unsaved == "stop":
@@ -358,7 +374,8 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     # ---- the encoder, as a timm folder
     encoder, origin = run.out / "encoder", exporting.trained_by(recipe)
     said = {"step": step, "loss": loss, "skill": skill}
-    distributed.on_main(accelerator, partial(exporting.save_encoder, model.encoder.model, encoder, origin, said))
+    with whole.now(accelerator.device) as shown:
+        distributed.on_main(accelerator, partial(exporting.save_encoder, shown.encoder.model, encoder, origin, said))
     log.say(f"encoder: {encoder}")
     log.status("finished", step=step)
     return PretrainResult(run.out, "finished", step, loss, skill, encoder)

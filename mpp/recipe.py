@@ -288,8 +288,9 @@ class Job(Section):
     job: str
     out: FilePath
     """Run folder; must be new or empty unless the run is resumed."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA devices that have it, else fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """auto: bf16 autocast on CUDA devices that have it, else fp32. tf32: fp32 whose products take numbers with
+    10 bits of mantissa, on CUDA devices that have it."""
     scales: dict[str, dict[str, Any]] = {}
     """Sets of overrides by name, `tiny: {optim.steps: 3}`, that `--scale tiny` applies. Reading a recipe empties it."""
 
@@ -348,6 +349,9 @@ class PretrainRecipe(Run):
     compile: Bool = False
     """torch.compile of the forward and backward pass: a minute at the start, then 1.03 to 1.2 times as fast on a CPU
     (recipes/LOG.md). It rounds otherwise. Wants a C++ compiler, on GPUs Triton."""
+    fsdp: Bool = False
+    """Share weights, gradients and moments out among the processes (FSDP2): for encoders too large for each. Then
+    checkpoints are written in parts; a whole copy, to evaluate and to export, waits in the host's memory."""
     skill_every_steps: PositiveInt = 500
     """Steps between measurements of the skill on held-out images."""
     reconstruct_images: NonNegativeInt = 6
@@ -357,6 +361,12 @@ class PretrainRecipe(Run):
 
     _default_loss = model_validator(mode="before")(_own_loss)
     _loss_fits = model_validator(mode="after")(_fitting_loss)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.compile and self.fsdp:
+            raise ValueError("compile: not together with fsdp: true, whose gathering it cannot follow")
+        return self
 
 
 class LabeledData(ImageData):
@@ -632,7 +642,7 @@ MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
-    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile",
+    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
 decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""

@@ -113,13 +113,15 @@ def recipe_file(tmp_path: Path, shards: Path) -> Callable[..., Path]:
     return write
 
 
-def command(*words: str | Path, processes: int = 1, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`mpp …` as a process of its own, or under torchrun on several."""
-    launcher = [sys.executable, "-m", "mpp"]
+def command(
+    *words: str | Path, processes: int = 1, module: str = "mpp", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """`mpp …`, or another module, as a process of its own, or under torchrun on several."""
+    launcher = [sys.executable, "-m", module]
     if processes > 1:
         launcher = [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-            "--master_port", str(29500 + os.getpid() % 1000), "-m", "mpp",
+            "--master_port", str(29500 + os.getpid() % 1000), "-m", module,
         ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(

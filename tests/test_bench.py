@@ -185,7 +185,7 @@ def test_the_command_for_gpus_runs_at_a_tiny_size(
     assert "missing: tiny: lightly MAE" in said
     with pytest.raises(SystemExit):
         gpu.main(["--sizes", "tiny", "--minutes", "0"])
-    assert f"missing: {gpu.OURS}, tiny: no time was left" in capsys.readouterr().err
+    assert f"missing: tiny: {gpu.OURS}: no time was left" in capsys.readouterr().err
 
 
 def test_peaks_of_devices() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mpp import checkpoint
-from mpp.errors import MppWarning, UserError
+from mpp.errors import MppWarning, ToldElsewhere, UserError
 
 
 def trained(steps: int = 2) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -117,3 +118,22 @@ def test_counters_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(UserError, match="not a checkpoint: state.json holds no counters"):
         checkpoint.read_state(tmp_path)
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, UserError), (1, ToldElsewhere)])
+def test_what_stops_one_process_stops_all(rank: int, told: type[UserError], tmp_path: Path) -> None:
+    """Each has its part to write; nothing is left of a checkpoint that one could not write, and one process says so."""
+    calls = 0
+
+    def gathered(own: list[Any]) -> list[Any]:
+        nonlocal calls
+        calls += 1
+        other = ("step-00000003: cannot be saved: no space", None) if calls == 2 else (None, None)
+        return [*own, other] if rank == 0 else [other, *own]
+
+    (tmp_path / "step-00000003.tmp").mkdir()  # by the first process
+    with pytest.raises(UserError, match=r"^step-00000003: cannot be saved: no space$") as raised:
+        checkpoint.save(tmp_path, 3, *trained(), {}, keep=2, team=checkpoint.Team(rank, 2, gathered))
+    assert raised.type is told
+    assert not checkpoint.steps(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if rank == 0 else ["step-00000003.tmp"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpp.distributed import ranks_here, start
+from mpp.distributed import multiply_in_tf32, ranks_here, start
+from mpp.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,30 @@ def test_attention_is_written_out_for_bf16_on_cpus_alone() -> None:
             found = torch.nn.functional.scaled_dot_product_attention(q, q, q)
         assert any("flash_attention" in name for name in called.names) == fused, precision
         torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device may have it")
+def test_tf32_is_for_cuda_devices() -> None:
+    with pytest.raises(
+        UserError, match="^precision: tf32 is for CUDA devices from Ampere on; allowed here: auto, fp32"
+    ):
+        start("tf32")
+
+
+def test_tf32_is_for_one_run() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        multiply_in_tf32(True)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+        multiply_in_tf32(False)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_sharding_is_for_the_recipe_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `accelerate launch --use_fsdp` asks for it."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="^accelerate's FSDP: allowed: fsdp=true in the recipe"):
+        start("fp32")

@@ -11,7 +11,7 @@ PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
     {"errors", "faults"},
     {"rng", "types", "verdict"},
-    {"patches", "pyramid"},
+    {"patches", "pyramid", "sharding"},
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders"},
     {"recipe", "data"},
     {
@@ -26,6 +26,7 @@ LAYERS = [
 ]  # fmt: skip
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}
 WITHIN_LAYER = {
+    "checkpoint": {"distributed"},
     "runfolder": {"checkpoint", "distributed"},
     "nonfinite": {"checkpoint", "distributed", "metrics"},
     "contract": {"model"},
@@ -74,7 +75,7 @@ def test_imports_point_down() -> None:
             if other == own and own not in COMPONENTS:
                 continue
             if own in COMPONENTS:
-                assert other in ("types", "patches", "pyramid"), f"{path}: a component imports {name}"
+                assert other in ("types", "patches", "pyramid", "sharding"), f"{path}: a component imports {name}"
             else:
                 lower = level[other] < level[own] or other in WITHIN_LAYER.get(own, ())
                 assert lower, f"{path}: {own} imports {name}, which is not below it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mpp.sharding import own_part
 from mpp.types import Fraction, Images, PositiveInt, TargetContext
 
 
@@ -60,7 +61,7 @@ class EmaTeacherTarget(nn.Module):
         decay = self.decay + (self.decay_end - self.decay) * (step - 1) / max(total_steps - 1, 1)
         theirs: nn.Module = encoder.model  # type: ignore[assignment]
         own = self.teacher.model
-        copies = list(own.parameters())
-        torch._foreach_lerp_(copies, list(theirs.parameters()), [(1 - decay) * made] * len(copies))
+        copies = [own_part(p) for p in own.parameters()]  # cut alike where the run is sharded
+        torch._foreach_lerp_(copies, [own_part(p) for p in theirs.parameters()], [(1 - decay) * made] * len(copies))
         for mine, other in zip(own.buffers(), theirs.buffers(), strict=True):
             mine.copy_(other)

@@ -1,0 +1,120 @@
+"""FSDP2: each process holds a part of every weight, its gradient and its moments; they meet block by block.
+
+PyTorch FSDP, Zhao et al. 2023; torch's `fully_shard` cuts along the first dimension into equal parts, the last ones
+shorter or empty. What this file adds: which modules are gathered at once, a whole copy to look at, and parts by rows,
+as checkpoints keep them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpp.errors import UserError
+
+
+def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] = ()) -> None:
+    """In place, over all processes; parameters are replaced, so make the optimizer afterwards.
+
+    Each block is gathered for its own passes, forward and backward; what is in no block for those of the whole model.
+    Weights are gathered in fp32, so that a step computes what it does without. whole: parts of it that stay whole on
+    each process, because something reads into their blocks. UserError for models with batch norms, whose statistics
+    would be each process's own, and for parameters that torch cannot cut.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        raise UserError(f"fsdp: {norms[0]} is a batch norm; allowed with this encoder: false")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    aside = {p for part in whole for p in part.parameters()}
+    try:
+        for block in _blocks(model):
+            if not aside.intersection(block.parameters()):
+                fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params=aside)
+    except ValueError as error:
+        raise UserError(f"fsdp: {error}; allowed with this encoder: false") from error
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """What timm and the heads keep in a list named `blocks`, in whichever stage."""
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "blocks" and isinstance(module, nn.ModuleList | nn.Sequential):
+            yield from module
+
+
+class Whole:
+    """A copy of a model that will be sharded, whole on each process: for evaluation, pictures, exports.
+
+    Its weights wait in the host's memory. Made before the model is sharded; without `sharded` it is the model itself.
+    """
+
+    def __init__(self, model: nn.Module, *, sharded: bool) -> None:
+        self._model: Any = model
+        self._copy: Any = copy.deepcopy(model).cpu() if sharded else model
+
+    @contextmanager
+    def now(self, device: torch.device) -> Iterator[Any]:
+        """With the weights as they are, on the device. Every process comes here, or none."""
+        if self._copy is self._model:
+            yield self._model
+            return
+        with torch.no_grad():
+            mine = dict(self._copy.state_dict(keep_vars=True))
+            for name, value in self._model.state_dict().items():  # one gathered weight at a time
+                mine[name].copy_(value.full_tensor() if _is_shard(value) else value)
+        self._copy.to(device)
+        try:
+            yield self._copy
+        finally:
+            self._copy.cpu()
+
+
+def whole_value(value: Tensor) -> Tensor:
+    """Of a sum that each process has a part of, such as a norm of gradients."""
+    found: Tensor = value.full_tensor() if _is_shard(value) else value  # type: ignore[attr-defined]
+    return found
+
+
+def own_part(value: Tensor) -> Tensor:
+    """This process's rows, sharing their memory; the tensor itself where it is whole."""
+    part: Tensor = value.to_local() if _is_shard(value) else value  # type: ignore[attr-defined]
+    return part
+
+
+def own_rows(value: Tensor) -> range | None:
+    """Which rows `own_part` are; None where it is whole."""
+    if not _is_shard(value):
+        return None
+    mesh: Any = value.device_mesh  # type: ignore[attr-defined]
+    each = -(-value.shape[0] // mesh.size())
+    first = min(mesh.get_local_rank() * each, value.shape[0])
+    return range(first, first + own_part(value).shape[0])
+
+
+def like(part: Tensor, value: Tensor) -> Tensor:
+    """A part as a shard of the same kind as `value`."""
+    from torch.distributed.tensor import DTensor
+
+    made: Any = DTensor
+    found: Tensor = made.from_local(
+        part.to(own_part(value).device),
+        value.device_mesh,  # type: ignore[attr-defined]
+        value.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
+    return found
+
+
+def _is_shard(value: Tensor) -> bool:
+    """By what a DTensor has, so that it is imported only where there are shards."""
+    return hasattr(value, "device_mesh")
