@@ -67,7 +67,8 @@ ENCODERS: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Row -> image size and mask unit in pixels, timm model, its arguments; SimMIM-like, images of 32 px enlarged."""
-TIMED_STEPS = 60
+TIMED_STEPS = 300
+"""Of 60 the last measurement of the skill is a sixth of the time (recipes/LOG.md)."""
 
 
 def rows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
