@@ -310,6 +310,8 @@ def _read(path: Path, stem: str, wanted: Mapping[str, Tensor], of: Callable[[str
     if whole.exists() and all(own_rows(value) is None for value in wanted.values()):
         return load_file(whole)
     files = [whole] if whole.exists() else sorted(path.glob(f"{stem}-rank*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{whole.name} is missing")
     with ExitStack() as opened:
         parts: dict[str, list[_Part]] = {}
         for file in files:

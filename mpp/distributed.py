@@ -54,7 +54,7 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     if parse_flag_from_env(
         "ACCELERATE_USE_FSDP"
     ):  # on CPUs it would do nothing, on GPUs write one process's part as all
-        raise UserError("accelerate's FSDP: allowed: fsdp=true in the recipe, and a launch without --use_fsdp")
+        raise UserError("accelerate's FSDP: allowed: a launch without --use_fsdp; `mpp pretrain` has fsdp=true")
     cuda = torch.cuda.is_available()
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; allowed: auto, fp32")

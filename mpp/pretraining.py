@@ -106,6 +106,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         data.flip,
         data.formats,
         data.max_image_pixels,
+        on_device=data.resize_on == "device",
     )
     mask = build_mask(recipe)
     here = distributed.ranks_here(rank, world)
@@ -117,9 +118,10 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     objectives: Any = model.objectives
     sharded = recipe.fsdp and world > 1
     whole = Whole(model, sharded=sharded)
-    model.to(accelerator.device)
     if sharded:
         shard(model, accelerator.device, whole=(model.guide,) if model.guide is not None else ())
+    else:
+        model.to(accelerator.device)
     optimizer: Any = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
     trained = [p for p in model.parameters() if p.requires_grad]
 
@@ -199,7 +201,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     )
     cuda = accelerator.device.type == "cuda"
     loaded = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
-    stream_of_batches = on_device(loaded, accelerator.device) if cuda else loaded
+    stream_of_batches = on_device(loaded, accelerator.device, crop.size) if cuda or crop.on_device else loaded
     pictures_every = kept_every(total_steps, recipe.skill_every_steps)
     prepared.train()
     log.status("running", step=step)

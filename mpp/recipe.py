@@ -192,6 +192,9 @@ class PretrainData(ImageData):
     """Random resized crop: range of the crop's area (MAE: 0.2 to 1; SimMIM: 0.67 to 1)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Random resized crop: range of the crop's aspect ratio."""
+    resize_on: Literal["cpu", "device"] = "cpu"
+    """device: the loader decodes and cuts, the model's device resizes and flips: with photographs of 375×500 a quarter
+    less for the loader to do, and more bytes to carry. For many images a second on a GPU. It rounds otherwise."""
     held_out: PositiveInt = 256
     """Images taken from the ends of the shards, never trained on, for the skill."""
     max_bad_fraction: Fraction = 0.001
@@ -350,8 +353,9 @@ class PretrainRecipe(Run):
     """torch.compile of the forward and backward pass: a minute at the start, then 1.03 to 1.2 times as fast on a CPU
     (recipes/LOG.md). It rounds otherwise. Wants a C++ compiler, on GPUs Triton."""
     fsdp: Bool = False
-    """Share weights, gradients and moments out among the processes (FSDP2): for encoders too large for each. Then
-    checkpoints are written in parts; a whole copy, to evaluate and to export, waits in the host's memory."""
+    """Share weights, gradients and moments out among the processes (FSDP2), where they are too large for each; set
+    encoder.grad_checkpointing, too. A whole copy of the weights waits in the host's memory; each device must have room
+    for it to evaluate and to export. Checkpoints are written in parts."""
     skill_every_steps: PositiveInt = 500
     """Steps between measurements of the skill on held-out images."""
     reconstruct_images: NonNegativeInt = 6
@@ -642,7 +646,7 @@ MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
-    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp",
+    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp", "data.resize_on",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
 decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""

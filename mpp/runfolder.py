@@ -135,7 +135,10 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         fault = checkpoint.broken(path)
         if fault:
             raise UserError(f"--resume {path}: {fault}")
-        if checkpoint.read_state(path)["data_fingerprint"] != fingerprint:
+        state = checkpoint.read_state(path)
+        if "data_fingerprint" not in state:  # a step that was kept for `mpp replay`
+            raise UserError(f"--resume {path}: no checkpoint to go on from; allowed: auto, or one of {out}/checkpoints")
+        if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{path}: the data changed since (shards, their sizes or their images); start a new run")
     return OpenRun(out, path)
 

@@ -8,30 +8,34 @@ as checkpoints keep them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpp.errors import UserError
+from mpp.errors import UserError, one_line
 
 
 def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] = ()) -> None:
     """In place, over all processes; parameters are replaced, so make the optimizer afterwards.
 
     Each block is gathered for its own passes, forward and backward; what is in no block for those of the whole model.
-    Weights are gathered in fp32, so that a step computes what it does without. whole: parts of it that stay whole on
-    each process, because something reads into their blocks. UserError for models with batch norms, whose statistics
-    would be each process's own, and for parameters that torch cannot cut.
+    Weights are gathered in fp32, so that a step computes what it does without; under autocast autograd keeps their bf16
+    copies from one pass to the other, 2 bytes for each weight, but not with activation checkpointing. whole: parts that
+    stay whole on each process, because something reads into their blocks. UserError for models with batch norms that
+    learn, whose statistics would be each process's own, and for parameters that torch cannot cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms:
-        raise UserError(f"fsdp: {norms[0]} is a batch norm; allowed with this encoder: false")
+    for name, module in model.named_modules():
+        learns = any(p.requires_grad for p in module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and learns:
+            raise UserError(f"fsdp: {name} is a batch norm; allowed with this encoder: false")
+    for part in whole:
+        part.to(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     aside = {p for part in whole for p in part.parameters()}
     try:
@@ -39,15 +43,22 @@ def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] =
             if not aside.intersection(block.parameters()):
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params=aside)
-    except ValueError as error:
-        raise UserError(f"fsdp: {error}; allowed with this encoder: false") from error
+    except (ValueError, NotImplementedError, AssertionError) as error:  # 0 dimensions; gaps in memory; several dtypes
+        raise UserError(f"fsdp: {one_line(error)}; allowed with this encoder: false") from error
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """What timm and the heads keep in a list named `blocks`, in whichever stage."""
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What timm and the heads keep in lists named `blocks`, in any stage, or in lists of these. Inner ones first."""
+
+    def members(listed: Iterable[nn.Module]) -> Iterator[nn.Module]:
+        for module in listed:  # a ModuleList is never called
+            yield from members(module) if isinstance(module, nn.ModuleList) else (module,)
+
+    found: list[nn.Module] = []
     for name, module in model.named_modules():
         if name.split(".")[-1] == "blocks" and isinstance(module, nn.ModuleList | nn.Sequential):
-            yield from module
+            found += members(module)
+    return found[::-1]
 
 
 class Whole:

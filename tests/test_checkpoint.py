@@ -137,3 +137,11 @@ def test_what_stops_one_process_stops_all(rank: int, told: type[UserError], tmp_
     assert raised.type is told
     assert not checkpoint.steps(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ([] if rank == 0 else ["step-00000003.tmp"])
+
+
+@pytest.mark.parametrize("stem", ["model", "optimizer"])
+def test_a_file_that_is_not_there_is_missed(stem: str, tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 3, *trained(), {}, keep=1)
+    (path / f"{stem}.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"does not fit this recipe: {stem}\.safetensors is missing"):
+        checkpoint.load(path, *trained())

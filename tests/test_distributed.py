@@ -76,5 +76,5 @@ def test_tf32_is_for_one_run() -> None:
 def test_sharding_is_for_the_recipe_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `accelerate launch --use_fsdp` asks for it."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="^accelerate's FSDP: allowed: fsdp=true in the recipe"):
+    with pytest.raises(UserError, match="^accelerate's FSDP: allowed: a launch without --use_fsdp"):
         start("fp32")

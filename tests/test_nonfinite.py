@@ -12,6 +12,7 @@ from torch import nn
 
 import mpp
 from mpp.checkpoint import newest
+from mpp.errors import UserError
 from mpp.metrics import read_metrics
 from mpp.nonfinite import KEPT, Statistics
 from tests.conftest import pretrain_recipe
@@ -53,6 +54,16 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_last_few_are_kept(shards:
     for name, value in before.items():
         assert value.equal(first[name]), name
         assert value.equal(last[name]), name
+
+
+@pytest.mark.filterwarnings("ignore::mpp.errors.MppWarning")
+def test_a_step_that_was_kept_is_no_checkpoint_to_go_on_from(shards: Path, tmp_path: Path) -> None:
+    recipe = pretrain_recipe(shards, tmp_path / "run", **DIVERGES, **{"optim.steps": 4})
+    kept = next((mpp.pretrain(recipe).out / "non-finite").iterdir())
+    with pytest.raises(
+        UserError, match=r"--resume .*: no checkpoint to go on from; allowed: auto, or one of .*/other/ch"
+    ):
+        mpp.pretrain(recipe, out=str(tmp_path / "other"), resume=str(kept))
 
 
 @pytest.mark.filterwarnings("ignore::mpp.errors.MppWarning")

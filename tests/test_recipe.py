@@ -64,7 +64,7 @@ WRONG = {
     ),
     "unknown component, short form": ("head: lineer\n", [], "r.yaml:7: head.name: no such choice; got 'lineer'. Did you mean 'linear'?"),
     "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. Allowed here: name"),
-    "unknown choice": ("precision: fp16\n", [], "r.yaml:7: precision: no such choice; got 'fp16'. Did you mean 'bf16'? Allowed: auto, fp32, bf16"),
+    "unknown choice": ("precision: fp16\n", [], "r.yaml:7: precision: no such choice; got 'fp16'. Did you mean 'bf16'? Allowed: auto, fp32, tf32, bf16"),
     "both of two": ("", ["optim.steps=5"], "r.yaml:6: optim.epochs: give one of epochs and steps, not both; epochs: null or steps: null takes one away"),
     "mean of other channels": ("", ["data.mean=[0.5]"], "command line: data.mean: has 1 values for 3 channels"),
     "a number for a section": ("mask: 3\n", [], "r.yaml:7: mask: "),

@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 from safetensors.torch import load_file
+from torch import nn
 
 import mpp
 from mpp import checkpoint
 from mpp.errors import UserError
 from mpp.metrics import read_metrics
 from mpp.replaying import replay
+from mpp.sharding import _blocks
 from tests.conftest import command, pretrain_recipe, pretrain_values
 from tests.test_nonfinite import DIVERGES
 from tests.test_pretraining import GOLDEN, OBJECTIVES, losses
@@ -196,3 +199,33 @@ def test_on_one_process_there_is_nothing_to_share(shards: Path, tmp_path: Path) 
 def test_not_compiled(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^recipe: compile: not together with fsdp"):
         pretrain_recipe(shards, tmp_path / "run", fsdp=True, compile=True)
+
+
+def test_what_is_gathered_at_once() -> None:
+    """Blocks of plain ViTs, of stages, of lists of lists; what is inside a block before it."""
+    vit, swin, twins = (
+        timm.create_model(name, **args)
+        for name, args in (
+            ("vit_tiny_patch16_224", {"depth": 3}),
+            ("swin_tiny_patch4_window7_224", {"depths": (1, 2, 1, 1)}),
+            ("twins_svt_small", {"depths": (1, 1, 2, 1)}),
+        )
+    )
+    assert _blocks(vit) == list(vit.blocks)[::-1]
+    assert [type(b).__name__ for b in _blocks(swin)] == ["SwinTransformerBlock"] * 5
+    assert len(_blocks(twins)) == 5
+    nested = nn.ModuleDict({"blocks": nn.Sequential(nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2))}))})
+    assert [type(b).__name__ for b in _blocks(nested)] == ["Linear", "ModuleDict"]
+
+
+@pytest.mark.slow
+def test_batch_norms_are_refused_in_one_line(shards: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    args = {"embed_dim": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "stem_width": [16, 32]}
+    changes = {"encoder": {"name": "coatnet_nano_rw_224", "args": args}, "data.image_size": 64, "corruption": "zeros"}
+    recipe.write_text(json.dumps(pretrain_values(shards, tmp_path / "run", **changes, fsdp=True)))
+    done = command("pretrain", recipe, processes=2)
+    assert done.returncode != 0
+    assert "fsdp: encoder.model." in done.stderr
+    assert "is a batch norm; allowed with this encoder: false" in done.stderr
+    assert "mpp/sharding.py" not in done.stderr, "no traceback of ours"

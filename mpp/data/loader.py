@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mpp.data.ahead import Ahead
 from mpp.data.children import end_with
-from mpp.data.decode import centre_box, decode_crop, random_box
+from mpp.data.cuts import fits, packed
+from mpp.data.decode import centre_box, decode_cut, random_box, resize
 from mpp.data.images import ShardImages
 from mpp.errors import UserError
 from mpp.rng import Purpose, Streams, stream
@@ -38,19 +39,26 @@ class Crop:
     flip: float
     formats: tuple[str, ...]
     max_image_pixels: int
+    on_device: bool = False
+    """Resize and flip random crops where the model runs (`cuts`)."""
 
     def random(self, data: bytes, rng: np.random.Generator) -> Tensor:
         """(C, H, W) uint8: crop and flip of the sample that this generator belongs to."""
-        flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
-        image = self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio))
+        cut, flip = self.cut(data, rng)
+        image = resize(cut, self.size)
         return image.flip(-1) if flip else image
+
+    def cut(self, data: bytes, rng: np.random.Generator) -> tuple[Tensor, bool]:
+        """(C, h, w) uint8, the same crop before it is resized, and whether it is to be flipped."""
+        flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
+        return self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio)), flip
 
     def centre(self, data: bytes) -> Tensor:
         """(C, H, W) uint8: the largest centred crop."""
-        return self._decode(data, lambda w, h: centre_box(w, h, self.size))
+        return resize(self._decode(data, lambda w, h: centre_box(w, h, self.size)), self.size)
 
     def _decode(self, data: bytes, choose_box: Any) -> Tensor:
-        return decode_crop(
+        return decode_cut(
             data,
             choose_box,
             self.size,
@@ -108,7 +116,10 @@ class PretrainDataset(Dataset[Batch]):
     def batch(self, keys: list[tuple[int, int, int]], *, centre: bool = False) -> Batch:
         """centre: for held-out images: no randomness in the crop, the middle of a range of mask ratios."""
         size = (self.crop.channels, *self.crop.size)
-        images = torch.empty((len(keys), *size), dtype=torch.uint8)
+        cutting = self.crop.on_device and not centre
+        images = torch.empty((0 if cutting else len(keys), *size), dtype=torch.uint8)
+        cut_out: list[Tensor] = []
+        flipped = [False] * len(keys)
         step = keys[0][0] // self.global_batch
         draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
         masks = draw_masks(self.mask, self.mask_grid, draw, self.seed, [position for position, _, _ in keys])
@@ -116,16 +127,24 @@ class PretrainDataset(Dataset[Batch]):
         replaced, crops = 0, Streams(self.seed, Purpose.CROP)
         for i, (position, shard, row) in enumerate(keys):
 
-            def decode(data: bytes, position: int = position) -> Tensor:
-                return self.crop.centre(data) if centre else self.crop.random(data, crops.at(position))
+            def decode(data: bytes, i: int = i, position: int = position) -> Tensor:
+                if not cutting:
+                    return self.crop.centre(data) if centre else self.crop.random(data, crops.at(position))
+                image, flipped[i] = self.crop.cut(data, crops.at(position))
+                return image if fits(image, self.crop.size) else resize(image, self.crop.size)
 
             last = int(self.train_counts[shard])
             rows = range(last) if row < last else range(last, self.images.counts[shard])
-            images[i], passed_over = self.images.load(shard, row, rows, decode, size, few=centre)
+            image, passed_over = self.images.load(shard, row, rows, decode, size, few=centre)
+            if cutting:
+                cut_out.append(image)
+            else:
+                images[i] = image
             bad += passed_over
             replaced += bool(passed_over)
+        pixels, cuts = packed(cut_out, flipped) if cutting else (images, None)
         return Batch(
-            images,
+            pixels,
             masks.hidden,
             masks.noise,
             torch.tensor([k[0] for k in keys]),
@@ -133,6 +152,7 @@ class PretrainDataset(Dataset[Batch]):
             masks.count,
             replaced,
             bad,
+            cuts,
         )
 
 

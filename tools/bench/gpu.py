@@ -13,6 +13,7 @@ Without a GPU it runs at a tiny size: that the command works, not how fast anyth
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -33,7 +34,7 @@ CONTESTANTS = (
     OURS, f"{OURS}, compiled", "mpp MAE", "lightly MAE", "transformers MAE", "vit-pytorch MAE", "transformers SimMIM",
     "mpp SimMIM",
 )  # fmt: skip
-INPUT = ("mpp", "torchvision ImageFolder", "webdataset + torchvision")
+INPUT = ("mpp", "mpp, resized on the device", "torchvision ImageFolder", "webdataset + torchvision")
 INPUT_COPIES = 10
 """Of each photograph: loaders that begin again at the end of their data must not do so all the time."""
 ROUNDS, TURN_S = 3, 1.5
@@ -91,7 +92,7 @@ def main(words: Sequence[str] | None = None) -> None:
             memory = max(t.device_peak_mib if cuda else t.peak_mib for t in c.turns)
             print(
                 f"| {size} | {c.name} | {BATCH[size]} | {rate.median:,.0f} ({rate.low:,.0f} – {rate.high:,.0f}) "
-                f"| {gflop:.4g} | {rate.median * gflop / 1e3 / peak:.3f} | {memory:,.0f} |",
+                f"| {gflop:.4g} | {rate.median * gflop / 1e3 / (peak or math.nan):.3f} | {memory:,.0f} |",
                 flush=True,
             )
     workers = os.cpu_count() or 1
