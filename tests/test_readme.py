@@ -19,7 +19,7 @@ SMALLER = {
     "mpp pretrain": [
         "encoder.args={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
         "data.image_size=32", "data.workers=0", "data.held_out=8",
-        "optim.steps=3", "optim.epochs=null", "head.dim=32",
+        "optim.steps=3", "optim.epochs=null", "corruption.enter=1",
     ],
     "mpp inspect": ["--count=8"],
     "mpp evaluate": ["data.workers=0", "attentive.epochs=1", "linear.weight_decay=[0.1]"],

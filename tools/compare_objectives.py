@@ -68,7 +68,7 @@ ENCODERS: dict[str, tuple[int, int, str, dict[str, Any]]] = {
 }  # fmt: skip
 """Row -> image size and mask unit in pixels, timm model, its arguments; SimMIM-like, images of 32 px enlarged."""
 TIMED_STEPS = 300
-"""Of 60 the last measurement of the skill is a sixth of the time (recipes/LOG.md)."""
+"""Of fewer, the measurement of the skill at their end would be a good part of the time."""
 
 
 def rows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
