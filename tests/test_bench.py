@@ -157,7 +157,7 @@ def test_a_whole_command_is_timed(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "x-shards").symlink_to(shards)
     tiny = {
         "data.image_size": 16, "encoder.args": "{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}",
-        "head": "linear", "corruption": "token", "optim.global_batch_size": 8,
+        "corruption.enter": 1, "optim.global_batch_size": 8,
     }  # fmt: skip
     command = whole.ours(str(tmp_path / "x"), 0, **tiny)
     found = whole.run(command, steps=3, batch=8, out=tmp_path / "run")
