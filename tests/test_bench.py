@@ -35,6 +35,7 @@ def turns() -> Any:
         c.end()
 
 
+@pytest.mark.slow
 def test_contestants_take_turns_of_about_the_same_length(turns: Any) -> None:
     timing = module("timing")
     late, simmim = turns
@@ -47,6 +48,7 @@ def test_contestants_take_turns_of_about_the_same_length(turns: Any) -> None:
     assert timing.ratio(late, simmim).median == pytest.approx(sorted(pairs)[1])
 
 
+@pytest.mark.slow
 def test_a_contestant_that_does_not_come_up_says_why() -> None:
     timing = module("timing")
     with pytest.raises(timing.Failed, match="nobody: KeyError: 'nobody'"):

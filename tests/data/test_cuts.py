@@ -94,6 +94,7 @@ def test_the_same_crops_as_the_loader_makes(tmp_path: Path) -> None:
     assert (host.bad, host.replaced, host.positions.tolist()) == (other.bad, other.replaced, other.positions.tolist())
 
 
+@pytest.mark.slow
 def test_a_run_of_them(shards: Path, tmp_path: Path) -> None:
     """Near the run that resizes in the loader; resumed to the last bit."""
     recipe = pretrain_recipe(shards, tmp_path / "a", **{"data.resize_on": "device", "data.workers": 1})
@@ -106,6 +107,7 @@ def test_a_run_of_them(shards: Path, tmp_path: Path) -> None:
     assert [m["loss"] for m in read_metrics(branch.out)] == losses[15:]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::mpp.errors.MppWarning")
 def test_a_step_that_is_left_out_is_kept_with_what_the_model_saw(shards: Path, tmp_path: Path) -> None:
     changes = {"data.resize_on": "device", "optim.steps": 6, "optim.max_batch_per_device": 8}
