@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -211,7 +211,7 @@ def broken(path: Path) -> str | None:
         manifest: Any = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
-    if not isinstance(manifest, dict) or not (manifest.keys() > {"state.json"} and any(map(_of_model, manifest))):
+    if not isinstance(manifest, dict) or "state.json" not in manifest or not _files_of("model", manifest):
         return f"{MANIFEST} is not one"
     for name, digest in manifest.items():
         file = path / Path(name).name
@@ -284,8 +284,9 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     optimizer.state.update(state)
 
 
-def _of_model(name: str) -> bool:
-    return name == "model.safetensors" or name.startswith("model-rank")
+def _files_of(stem: str, names: Iterable[str]) -> list[str]:
+    """Those that hold it, as `Team.name` names them."""
+    return sorted(name for name in names if re.fullmatch(rf"{stem}(-rank\d+-of-\d+)?\.safetensors", name))
 
 
 def _save_part(tensors: dict[str, Tensor], path: Path, team: Team) -> None:
@@ -306,16 +307,15 @@ def _read(path: Path, stem: str, wanted: Mapping[str, Tensor], of: Callable[[str
 
     of: the name in `wanted` of what a tensor has the shape of, if it has.
     """
-    whole = path / f"{stem}.safetensors"
-    if whole.exists() and all(own_rows(value) is None for value in wanted.values()):
-        return load_file(whole)
-    files = [whole] if whole.exists() else sorted(path.glob(f"{stem}-rank*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{whole.name} is missing")
+    names, whole = _files_of(stem, os.listdir(path)), ALONE.name(stem)
+    if not names:
+        raise FileNotFoundError(f"{whole} is missing")
+    if names == [whole] and all(own_rows(value) is None for value in wanted.values()):
+        return load_file(path / whole)
     with ExitStack() as opened:
         parts: dict[str, list[_Part]] = {}
-        for file in files:
-            reading = opened.enter_context(safe_open(file, "pt"))
+        for file in names:
+            reading = opened.enter_context(safe_open(path / file, "pt"))
             places = reading.metadata() or {}
             for name in reading.keys():  # noqa: SIM118  it is no dictionary
                 first, _, rows = places.get(name, "").partition(" of ")

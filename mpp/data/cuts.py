@@ -37,8 +37,10 @@ def finished(batch: Batch, size: tuple[int, int]) -> Batch:
     if batch.cuts is not None:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")  # images are the same whatever the run's precision
-        batch.images, batch.cuts = resized(batch.images, batch.cuts, size), None
-        torch.set_float32_matmul_precision(before)
+        try:
+            batch.images, batch.cuts = resized(batch.images, batch.cuts, size), None
+        finally:
+            torch.set_float32_matmul_precision(before)
     return batch
 
 

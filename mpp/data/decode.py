@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -85,17 +86,10 @@ def decode_crop(
     data: bytes,
     choose_box: Callable[[int, int], Box],
     size: tuple[int, int],
-    *,
-    channels: int,
-    formats: tuple[str, ...],
-    max_image_pixels: int,
+    **decoding: Any,
 ) -> Tensor:
-    """-> (channels, H, W) uint8 of `size` (H, W). `choose_box(width, height)` picks the crop once the size is known.
-
-    BadImage where the bytes are no image of `formats`, too large, truncated or otherwise not decodable.
-    """
-    decoding = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
-    return resize(decode_cut(data, choose_box, size, **decoding), size)  # type: ignore[arg-type]
+    """-> (channels, H, W) uint8 of `size` (H, W): what `decode_cut` gives for the same arguments, resized."""
+    return resize(decode_cut(data, choose_box, size, **decoding), size)
 
 
 def decode_cut(
@@ -107,7 +101,11 @@ def decode_cut(
     formats: tuple[str, ...],
     max_image_pixels: int,
 ) -> Tensor:
-    """What `decode_crop` resizes to `size`: (channels, h, w) uint8, a part of a larger image in memory."""
+    """-> (channels, h, w) uint8, a part of a larger image in memory, to be resized to `size` (H, W).
+
+    `choose_box(width, height)` picks the crop once the size is known. BadImage where the bytes are no image of
+    `formats`, too large, truncated or otherwise not decodable.
+    """
     if data[:2] == b"\xff\xd8" and channels != 4 and "JPEG" in formats:
         image = _jpeg(data, choose_box, size, channels, max_image_pixels)
         if image is not None:

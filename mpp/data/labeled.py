@@ -455,7 +455,7 @@ class CentreDataset(Dataset[LabeledBatch]):
             try:
                 data = self.data.reader.read(number)
                 for view, box in enumerate(self.boxes):
-                    images[i, view] = decode_crop(data, box, self.size, **self.decode)  # type: ignore[arg-type]
+                    images[i, view] = decode_crop(data, box, self.size, **self.decode)
             except BadImage as error:
                 images[i], readable[i] = 0, False
                 bad.append(f"{self.data.reader.name(number)}: {error}")
