@@ -154,28 +154,15 @@ def export(run: str | Path, out: str | Path) -> Verified:
     return exporting.export(run, out)
 
 
-def import_weights(
-    file: str | Path,
-    out: str | Path,
-    *,
-    model: str,
-    args: Mapping[str, Any] | None = None,
-    image_size: tuple[int, int] | None = None,
-    channels: int = 3,
-    prefix: str | None = None,
-    trust: bool = False,
-) -> Imported:
-    """Weights from elsewhere, named as timm names them, as a verified folder of a model of timm's.
+def import_weights(file: str | Path, out: str | Path, **options: Any) -> Imported:
+    """Weights from elsewhere, a file or a folder of transformers' or timm's, as a verified folder of a timm model.
 
-    They may be nested and have a prefix; prefix: which, where there are several encoders. args: of the model.
-    image_size: (H, W); None: the model's own. trust: open a pickle, as tensors and plain containers alone. UserError
-    where any of the encoder's weights is not there as it should be.
+    Options: model, args, image_size, channels, mean, std, prefix, partial, trust; see `mpp.importing.import_weights`.
+    UserError where any of the encoder's weights is not there as it should be.
     """
     from mpp import importing
 
-    return importing.import_weights(
-        file, out, model=model, args=args, image_size=image_size, channels=channels, prefix=prefix, trust=trust
-    )
+    return importing.import_weights(file, out, **options)
 
 
 def verify(folder: str | Path) -> Verified:

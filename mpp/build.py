@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from mpp import contract, registry
+from mpp import contract, exporting, registry
 from mpp.encoders.support import TRIED
 from mpp.encoders.teacher import frozen_copy, frozen_teacher
 from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
@@ -54,13 +56,7 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     size, channels = recipe.data.image_size, recipe.data.channels
     _check_encoder_args(recipe.encoder.args)
     torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
-    timm_model = create_timm_model(
-        recipe.encoder.name,
-        image_size=size,
-        in_chans=channels,
-        pretrained=recipe.encoder.pretrained,
-        args=recipe.encoder.args,
-    )
+    timm_model = _timm_model(recipe)
     encoder = TimmEncoder(timm_model, size, recipe.mask.unit_px)
     unit = recipe.mask.unit_px or encoder.stride
     if unit % encoder.stride and encoder.stride % unit:
@@ -103,6 +99,22 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     if encoder.family not in TRIED:
         _try_now(model, recipe.encoder.name)
     return model, grid
+
+
+def _timm_model(recipe: PretrainRecipe) -> nn.Module:
+    """Random, or with the weights that it starts from."""
+    named, size, channels = recipe.encoder, recipe.data.image_size, recipe.data.channels
+    if Path(named.name).is_dir():
+        for key in named.args:
+            if not key.endswith("drop_rate") and key != "drop_path_rate":
+                raise UserError(
+                    f"encoder.args.{key}: {named.name} is a folder, which has its own; allowed: drop rates. To have none "
+                    f"of the recipe's: encoder='{{name: {named.name}}}'"
+                )
+        return exporting.load_encoder(named.name, num_classes=0, img_size=size, in_chans=channels, **named.args)
+    return create_timm_model(
+        named.name, image_size=size, in_chans=channels, pretrained=named.pretrained, args=named.args
+    )
 
 
 def _build_objectives(

@@ -235,26 +235,36 @@ def export(run: str, out: str) -> None:
 @click.argument("args", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--model",
-    required=True,
-    help="Of timm's, perhaps with a tag (vit_small_patch16_224.dino), whose mean and std are taken then.",
+    default=None,
+    help="Of timm's, perhaps with a tag (vit_small_patch16_224.dino), whose mean and std are taken then. Folders of "
+    "transformers' and timm's say it themselves.",
 )
 @click.option("--image-size", "side_px", default=None, type=click.IntRange(min=1), help="In px; default: the model's.")
-@click.option("--channels", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--channels", default=None, type=click.IntRange(min=1), help="Default: 3, or as the folder says.")
+@click.option(
+    "--mean", default=None, metavar="R,G,B", help="Of pixels from 0 to 1, that the weights were trained with."
+)
+@click.option("--std", default=None, metavar="R,G,B", help="The same.")
 @click.option("--prefix", default=None, help="Of the weights that are meant, where there are several encoders.")
+@click.option("--partial", is_flag=True, help="Let some of the encoder's weights be missing; they stay random.")
 @click.option("--trust", is_flag=True, help="Open a pickle, as tensors and plain containers alone.")
 def import_(
     file: str,
     out: str,
     args: tuple[str, ...],
-    model: str,
+    model: str | None,
     side_px: int | None,
-    channels: int,
+    channels: int | None,
+    mean: str | None,
+    std: str | None,
     prefix: str | None,
+    partial: bool,
     trust: bool,
 ) -> None:
     """Weights from elsewhere in FILE -> the new folder OUT, a timm folder, verified there. All fit, or none.
 
-    Named as timm names them, perhaps nested and with a prefix. KEY=VALUE: arguments of the model (patch_size=8).
+    FILE may be a folder of transformers', or a file with weights named as by MAE, SimMIM, mmpretrain, transformers,
+    lightly, torchvision or timm, perhaps nested and with a prefix. KEY=VALUE: arguments of the model (patch_size=8).
     """
     from mpp.recipe import apply_overrides, parse_overrides
 
@@ -267,11 +277,21 @@ def import_(
         args=values,
         image_size=(side_px, side_px) if side_px else None,
         channels=channels,
+        mean=_numbers(mean, "--mean"),
+        std=_numbers(std, "--std"),
         prefix=prefix,
+        partial=partial,
         trust=trust,
     )
     _say_verified(found.verified)
     click.echo(found)
+
+
+def _numbers(text: str | None, key: str) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{key}: numbers with commas between them, such as 0.5,0.5,0.5; got '{text}'") from error
 
 
 @main.command()

@@ -17,10 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -30,10 +31,11 @@ from torch import nn
 
 from mpp import faults
 from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
-from mpp.errors import UserError, one_line, without_secrets
+from mpp.errors import MppWarning, UserError, one_line, without_secrets
 from mpp.metrics import environment, write_json
-from mpp.recipe import Architecture, FinetuneRecipe, PretrainRecipe, dump_recipe
+from mpp.recipe import Architecture, FinetuneRecipe, ImageData, PretrainRecipe, dump_recipe
 
+Data = TypeVar("Data", bound=ImageData)
 TOLERANCE = 1e-4
 """Largest difference of features, over their largest value, that counts as the same: float32 on other hardware."""
 HEAD = "head.safetensors"
@@ -335,6 +337,22 @@ def own_normalisation(source: str, channels: int) -> tuple[list[float], list[flo
         return for_channels(stored["mean"], channels), for_channels(stored["std"], channels)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def normalised_as(source: str, data: Data, *, warn: bool) -> Data:
+    """A recipe's data with the encoder's own mean and std where it gives none; a warning where it gives others."""
+    own = own_normalisation(source, data.channels)
+    if own is None:
+        return data
+    for key, value in zip(("mean", "std"), own, strict=True):
+        given = getattr(data, key)
+        if warn and given is not None and list(given) != value:
+            shown = ", ".join(f"{v:g}" for v in value)
+            warnings.warn(
+                f"data.{key}: the encoder was trained with [{shown}]; left out, that is taken", MppWarning, stacklevel=4
+            )
+    mean, std = (tuple(getattr(data, k) or v) for k, v in zip(("mean", "std"), own, strict=True))
+    return data.model_copy(update={"mean": mean, "std": std})
 
 
 def for_channels(values: Sequence[float], channels: int) -> list[float]:

@@ -142,7 +142,8 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
     val = _open(recipe, "val", train.classes)
     arms = _arms(recipe)
     exporting.check_source(recipe.encoder, key="encoder", more=("scratch",))
-    recipe = _normalised_as_pretrained(recipe, warn=accelerator.is_main_process)
+    data = exporting.normalised_as(recipe.encoder, recipe.data, warn=accelerator.is_main_process)
+    recipe = recipe.model_copy(update={"data": data})
     _check(recipe, accelerator, arms, train, val)
     fingerprint = _fingerprint(recipe, train, val)
     until_the_end.enter_context(opened(accelerator, recipe, resume, fingerprint=fingerprint))
@@ -270,22 +271,6 @@ def _plot(result: FinetuneResult, out: Path) -> None:
     seeds = len(next(iter(result.score.values())).values)
     title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
     draw({title: lines}, out, xlabel="labels a class", ylabel=f"{result.verdicts[-1].metric}, %", log_x=True)
-
-
-def _normalised_as_pretrained(recipe: FinetuneRecipe, *, warn: bool) -> FinetuneRecipe:
-    """The recipe with the encoder's own mean and std where it gives none; a warning where it gives others."""
-    own = exporting.own_normalisation(recipe.encoder, recipe.data.channels)
-    if own is None:
-        return recipe
-    for key, value in zip(("mean", "std"), own, strict=True):
-        given = getattr(recipe.data, key)
-        if warn and given is not None and list(given) != value:
-            shown = ", ".join(f"{v:g}" for v in value)
-            warnings.warn(
-                f"data.{key}: the encoder was trained with [{shown}]; left out, that is taken", MppWarning, stacklevel=3
-            )
-    mean, std = (tuple(getattr(recipe.data, k) or v) for k, v in zip(("mean", "std"), own, strict=True))
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mean": mean, "std": std})})
 
 
 def _task(recipe: FinetuneRecipe) -> Any:

@@ -1,4 +1,4 @@
-"""Weights from elsewhere, as an encoder's folder: opened as tensors alone, compared name by name, verified."""
+"""Weights from elsewhere, as an encoder's folder: opened as tensors alone, renamed, compared name by name, verified."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import re
 import stat
 import warnings
 import zipfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from mpp import exporting
+from mpp import exporting, keymap
 from mpp.encoders.timm_encoder import create_timm_model, timm_names
 from mpp.errors import UserError, one_line
+from mpp.keymap import MadeOf
+from mpp.layouts import transformers
 
 NAMED, LETTERS = 5, 80
 """Weights that a message names, and how much of a name."""
@@ -34,36 +35,68 @@ class Imported:
     """What `import_weights` made."""
 
     verified: exporting.Verified
+    layout: str
+    """Whose names the weights had, see `mpp.layouts`."""
     prefix: str
-    """What stood before the names of the encoder's weights, keys of nested dictionaries among it."""
+    """What stood before them, keys of nested dictionaries among it."""
+    wanted: int
+    """Weights that the encoder has."""
+    missing: list[str]
+    """Those of them that were not there and are random now: none unless that was allowed."""
     left_out: list[str]
     """Names of what is no part of the encoder: heads, decoders, other networks."""
     mean: list[float]
     std: list[float]
+    normalisation: str
+    """Where mean and std are from."""
 
     def __str__(self) -> str:
-        left_out = f"{len(self.left_out)} tensors left out" + (f" ({_some(self.left_out)})" if self.left_out else "")
-        under = f"from {_some([self.prefix])}*; " if self.prefix else ""
-        return f"{under}{left_out}; mean {self.mean} and std {self.std} are timm's for this name"
+        return "; ".join(
+            [
+                f"{self.wanted - len(self.missing)} of {self.wanted} weights, named as {self.layout} does"
+                + (f", from {_some([self.prefix])}*" if self.prefix else ""),
+                *([f"{len(self.missing)} missing, random now: {_some(self.missing)}"] if self.missing else []),
+                f"{len(self.left_out)} tensors left out" + (f" ({_some(self.left_out)})" if self.left_out else ""),
+                f"mean {self.mean} and std {self.std} are {self.normalisation}",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What was found at a place: weights by name, and what is said of them beside."""
+
+    tensors: dict[str, Tensor]
+    model: str | None = None
+    args: Mapping[str, Any] | None = None
+    image_size: tuple[int, int] | None = None
+    channels: int | None = None
+    mean_std: tuple[list[float], list[float]] | None = None
 
 
 def import_weights(
     file: str | Path,
     out: str | Path,
     *,
-    model: str,
+    model: str | None = None,
     args: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
-    channels: int = 3,
+    channels: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     prefix: str | None = None,
+    partial: bool = False,
     trust: bool = False,
 ) -> Imported:
-    """Put the weights in `file`, named as timm names them, into `model` of timm's; export that to `out`, verified.
+    """Put the weights in `file` into `model` of timm's; export that to `out`, verified.
 
-    They may lie in nested dictionaries and have a prefix. model: with a tag of timm's where mean and std are those of
-    the tag. args: of the model. image_size: (H, W) in pixels; None: the model's own. prefix: with the keys of nested
-    dictionaries, each with a dot, of the one that is meant where there are several. trust: open a pickle, by torch's
-    `weights_only=True`: tensors and plain containers, nothing that runs.
+    file: safetensors or a pickle, or a folder of transformers' or timm's, which says itself which model it is. Names
+    may be those of any of `mpp.layouts`, in nested dictionaries and with a prefix. model: with a tag of timm's where
+    mean and std are those of the tag. args: of the model. image_size: (H, W) in pixels; None: the model's own.
+    channels: 3 where nothing says otherwise. mean, std: of pixels in [0, 1], by channel, that the weights were trained
+    with. prefix: with the keys of nested dictionaries, each with a dot, of the one that is meant where there are
+    several. partial: let weights be missing, which stay random. trust: open a pickle, by torch's `weights_only=True`:
+    tensors and plain containers, nothing that runs.
     UserError where the file is not that, and where any of the encoder's weights is missing, of another shape or kind,
     or not finite.
     """
@@ -71,57 +104,198 @@ def import_weights(
     for key, instead in (("img_size", "--image-size"), ("in_chans", "--channels")):
         if key in (args or {}):
             raise UserError(f"args.{key}: is what {instead} says")
-    architecture = model.split(".")[0]
-    if ":" in model or architecture not in timm_names(architecture, "model"):
-        raise UserError(
-            f"model: '{model}': allowed is a name of timm's, such as vit_small_patch16_224, with or without a tag"
+    if model is not None:
+        architecture = model.split(".")[0]
+        if ":" in model or architecture not in timm_names(architecture, "model"):
+            raise UserError(
+                f"model: '{model}': allowed is a name of timm's, such as vit_small_patch16_224, with or without a tag"
+            )
+    source = _read(Path(file), trust, named=model is not None)
+    if model is None:
+        if source.model is None:
+            raise UserError(
+                "model: give the timm model of these weights (--model vit_base_patch16_224); only folders of "
+                "transformers' and timm's say it themselves"
+            )
+        model, args = source.model, {**(source.args or {}), **(args or {})}
+    found, in_chans = source.tensors, channels or source.channels or 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of weights that may be missing
+        encoder: Any = create_timm_model(
+            model,
+            image_size=image_size or source.image_size,
+            in_chans=in_chans,
+            pretrained=False,
+            args=dict(args or {}),
+            key="model",
+            args_key="args",
         )
-    found = dict(_tensors(_opened(Path(file), trust), set()))
-    encoder: Any = create_timm_model(
-        model,
-        image_size=image_size,
-        in_chans=channels,
-        pretrained=False,
-        args=dict(args or {}),
-        key="model",
-        args_key="args",
-    )
     config = encoder.pretrained_cfg
-    size = image_size or tuple(config["input_size"][1:])
+    size = image_size or source.image_size or tuple(config["input_size"][1:])
     exporting.check_size(encoder, size, model, key="image_size")
     wanted: dict[str, Tensor] = encoder.state_dict()
-    prefix = _prefix(found, wanted, file) if prefix is None else prefix
-    own = {name: found[prefix + name] for name in wanted if prefix + name in found}
-    if missing := [name for name in wanted if name not in own]:
+    layout, prefix, covered = _covered(found, list(wanted), prefix, file)
+    missing = [name for name in wanted if name not in covered]
+    if missing and not (partial and covered):
         holds = f"it holds {_some(list(found))}" if found else "it holds no weights by name"
         raise UserError(
             f"{file}: {len(missing)} of {len(wanted)} weights of {model}: missing: {_some(missing)}; {holds}"
+            + _advice(missing, found, prefix)
         )
-    if other := [name for name in wanted if own[name].shape != wanted[name].shape]:
+    own = {name: _taken(made, found, prefix, file) for name, made in covered.items()}
+    if other := [name for name in own if own[name].shape != wanted[name].shape]:
         shapes = ", ".join(f"{n} {tuple(own[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in other[:NAMED])
         raise UserError(
             f"{file}: {len(other)} of {len(wanted)} weights of {model} have other shapes: {shapes}; is the model, the "
             "image size or the number of channels another one?"
         )
-    if odd := [f"{name} ({own[name].dtype})" for name in wanted if not _fits(own[name], wanted[name])]:
+    if odd := [f"{name} ({own[name].dtype})" for name in own if not _fits(own[name], wanted[name])]:
         raise UserError(f"{file}: weights that are no plain numbers of their kind: {_some(odd)}")
-    state = {name: own[name].to(wanted[name].dtype) for name in wanted}
+    state = {name: value.to(wanted[name].dtype) for name, value in own.items()}
     if odd := [name for name, value in state.items() if not value.isfinite().all()]:
         raise UserError(f"{file}: weights that are not finite: {_some(odd)}")
-    encoder.load_state_dict(state)
-    mean, std = (exporting.for_channels(config[key], channels) for key in ("mean", "std"))
+    encoder.load_state_dict(wanted | state)
+    (mean_of, std_of), normalisation = _normalisation(mean, std, source, config, in_chans)
+    limits = "How they were trained is not known here."
+    if missing:
+        limits += f" {len(missing)} of {len(wanted)} weights were not in the file and are random: {_some(missing)}."
     origin = exporting.Origin(
-        mean=mean,
-        std=std,
-        input_size=(channels, *size),
-        made=f"Weights of `{Path(file).name}` in timm's `{model}`.",
-        limits="How they were trained is not known here; nor whether mean and std are those of their training.",
+        mean=mean_of,
+        std=std_of,
+        input_size=(in_chans, *size),
+        made=f"Weights of `{Path(file).name}`, named as {layout} does, in timm's `{model}`.",
+        limits=f"{limits} Mean and std are {normalisation}.",
     )
     try:
         verified = exporting.export_model(encoder, out, origin)
     except (RuntimeError, AttributeError, NotImplementedError, ValueError, TypeError) as error:  # timm and torch
         raise UserError(f"{model} at {size[0]}×{size[1]} px: {type(error).__name__}: {one_line(error)}") from error
-    return Imported(verified, prefix, sorted(found.keys() - {prefix + n for n in own}), mean, std)
+    taken = {prefix + name for made in covered.values() for name in made.names}
+    left_out = sorted(found.keys() - taken)
+    return Imported(verified, layout, prefix, len(wanted), missing, left_out, mean_of, std_of, normalisation)
+
+
+def _normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None, source: _Source, config: Any, channels: int
+) -> tuple[tuple[list[float], list[float]], str]:
+    """(mean, std) of pixels in [0, 1], by channel, and where they are from. UserError."""
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != channels or not all(0 <= v <= 1 for v in values)):
+            raise UserError(f"{key}: must be {channels} numbers from 0 to 1, one for each channel; got {list(values)}")
+    if std is not None and 0 in std:
+        raise UserError(f"std: must be above 0; got {list(std)}")
+    if (mean is None) != (std is None):
+        raise UserError("mean, std: give both or neither")
+    if mean is not None and std is not None:
+        return ([float(v) for v in mean], [float(v) for v in std]), "as given"
+    if source.mean_std and all(len(values) == channels for values in source.mean_std):
+        return source.mean_std, "those of the folder"
+    own = tuple(exporting.for_channels(config[key], channels) for key in ("mean", "std"))
+    return own, "timm's for this name"  # type: ignore[return-value]
+
+
+def _read(file: Path, trust: bool, *, named: bool) -> _Source:
+    """named: the model is known, a folder need not say it. UserError."""
+    if not file.is_dir():
+        return _Source(_weights(file, trust))
+    try:
+        config: Any = json.loads((file / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a mapping")
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: not a file, nor a folder with a config.json beside weights") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}/config.json: {one_line(error)}") from error
+    tensors: dict[str, Tensor] = {}
+    for part in _weight_files(file):
+        tensors |= _weights(part, trust)
+    try:
+        if "architecture" in config:  # timm's own
+            own = config.get("pretrained_cfg", {})
+            channels, *size = own.get("input_size", (3, 224, 224))
+            mean_std = ([float(v) for v in own["mean"]], [float(v) for v in own["std"]]) if "mean" in own else None
+            said = {"in_chans", "img_size", "num_classes"}  # elsewhere
+            args = {key: value for key, value in config.get("model_args", {}).items() if key not in said}
+            return _Source(tensors, config["architecture"], args, (size[0], size[1]), channels, mean_std)
+        model, args = transformers.architecture(config)
+        side: Any = config.get("image_size", 224)
+        height, width = side if isinstance(side, list) else (side, side)
+        return _Source(tensors, model, args, (height, width), config.get("num_channels", 3), _processor(file))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+        if named:
+            return _Source(tensors)
+        what = f"no key {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{file}/config.json: {what}; or give the timm model by --model") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that a folder of transformers' keeps weights in. UserError where there are none."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        listed = folder / f"{name}.index.json"
+        if listed.exists():
+            try:
+                parts = sorted(set(json.loads(listed.read_text())["weight_map"].values()))
+                return [folder / Path(part).name for part in parts]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{listed}: not a list of weights' files") from error
+    raise UserError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
+
+
+def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
+    """Mean and std of transformers' image processor, where one lies beside."""
+    try:
+        found: Any = json.loads((folder / "preprocessor_config.json").read_text())
+        if not found.get("do_normalize", True):
+            return None
+        return [float(v) for v in found["image_mean"]], [float(v) for v in found["image_std"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _weights(file: Path, trust: bool) -> dict[str, Tensor]:
+    return dict(_tensors(_opened(file, trust), set()))
+
+
+def _covered(
+    found: Mapping[str, Tensor], wanted: list[str], prefix: str | None, file: str | Path
+) -> tuple[str, str, dict[str, MadeOf]]:
+    """(layout, prefix, what each wanted weight is made of), of those that have most of them.
+
+    UserError where a file holds several whole encoders and none is named.
+    """
+    best: tuple[str, str, dict[str, MadeOf]] = ("timm", prefix or "", {})
+    for layout in keymap.names():
+        by_prefix = keymap.coverage(found, wanted, layout)
+        if prefix is not None:
+            by_prefix = {prefix: by_prefix.get(prefix, {})}
+        whole = sorted(at for at, covered in by_prefix.items() if len(covered) == len(wanted))
+        if len(whole) > 1:
+            raise UserError(f"{file}: holds {len(whole)} whole encoders; say which by --prefix: {_some(whole)}")
+        for at, covered in sorted(by_prefix.items(), key=lambda item: len(item[0])):
+            if len(covered) > len(best[2]):
+                best = (layout, at, covered)
+        if whole:
+            return best
+    return best
+
+
+def _taken(made: MadeOf, found: Mapping[str, Tensor], prefix: str, file: str | Path) -> Tensor:
+    try:
+        return made.of(found, prefix)
+    except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:  # parts that do not stack
+        raise UserError(f"{file}: {_some([prefix + n for n in made.names])}: {one_line(error)}") from error
+
+
+def _advice(missing: list[str], found: Mapping[str, Tensor], prefix: str) -> str:
+    """Which argument of timm's is likely to be off, where the encoder's last norm alone is missing."""
+    last = {name.rpartition(".")[0] for name in missing}
+    if last == {"fc_norm"} and f"{prefix}norm.weight" in found:
+        return "; its last norm is norm, over all tokens: add global_pool=token"
+    if last == {"norm"} and f"{prefix}fc_norm.weight" in found:
+        return "; its last norm is fc_norm, over their mean: add global_pool=avg"
+    return ""
 
 
 def _opened(file: Path, trust: bool) -> Any:
@@ -184,15 +358,6 @@ def _tensors(loaded: Any, seen: set[int], prefix: str = "", depth: int = 0) -> I
                 yield prefix + str(key), value if plain else torch.Tensor.as_subclass(value, Tensor)
             else:
                 yield from _tensors(value, seen, f"{prefix}{key}.", depth + 1)
-
-
-def _prefix(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: str | Path) -> str:
-    """What stands before the model's names: `module.`, `teacher.backbone.`, … UserError where that is not one."""
-    counts = Counter(name[: -len(own)] for own in wanted for name in found if name.endswith(own))
-    whole = sorted(prefix for prefix, count in counts.items() if count == len(wanted))
-    if len(whole) > 1:
-        raise UserError(f"{file}: holds {len(whole)} whole encoders; say which by --prefix: {_some(whole)}")
-    return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
 
 
 def _fits(value: Tensor, wanted: Tensor) -> bool:

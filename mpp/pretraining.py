@@ -89,6 +89,9 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     rank, world = accelerator.process_index, accelerator.num_processes
     stop_request = until_the_end.enter_context(distributed.StopRequest())
     watch = until_the_end.enter_context(Watch(rank, world, Path(recipe.out), hang_timeout_s=recipe.hang_timeout_s))
+    if recipe.encoder.pretrained or Path(recipe.encoder.name).is_dir():
+        own = exporting.normalised_as(recipe.encoder.name, recipe.data, warn=accelerator.is_main_process)
+        recipe = recipe.model_copy(update={"data": own})
     data, optim = recipe.data, recipe.optim
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
 

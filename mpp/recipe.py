@@ -136,9 +136,9 @@ class ImageData(Section):
     channels: Annotated[Literal[1, 3, 4], BeforeValidator(no_bool)] = 3
     """1: grey, 3: RGB, 4: RGBA."""
     mean: tuple[Fraction, ...] | None = None
-    """Of each channel, of pixels in [0, 1]; default 0.5."""
+    """Of each channel, of pixels in [0, 1]; default: that of the weights it starts from, else 0.5."""
     std: tuple[Annotated[PositiveFloat, Field(le=1)], ...] | None = None
-    """Of each channel; default 0.5."""
+    """Of each channel; the same default."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip in training."""
     workers: NonNegativeInt = 2
@@ -209,11 +209,12 @@ class Encoder(Section):
     """Any timm encoder with a map of features; `mpp models` lists the families that were tried."""
 
     name: str = "vit_base_patch16_224"
-    """Name of the timm model."""
+    """Name of the timm model; or the folder of a run or an export, such as `mpp import` makes, whose weights and
+    architecture it starts from."""
     args: dict[str, Any] = {}
     """timm's arguments for it, such as patch_size, embed_dim, depth, num_heads, drop_path_rate."""
     pretrained: Bool = False
-    """Start from timm's published weights."""
+    """Start from timm's published weights of this name."""
     grad_checkpointing: Bool = False
     """Recompute activations in the backward pass: slower, less memory."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mpp
+from mpp import build, exporting
 from mpp.errors import UserError
-from tests.conftest import Runs, command
+from tests.conftest import Runs, command, pretrain_recipe
 
 ARGS = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
@@ -33,6 +36,12 @@ def state() -> dict[str, Tensor]:
 
 def imported(file: Path, out: Path, **more: Any) -> Any:
     return mpp.import_weights(file, out, **{"model": NAME, "args": ARGS, "image_size": (16, 16), **more})
+
+
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a clean process for each: others tests have one."""
+    monkeypatch.setattr(exporting, "verify", lambda folder: exporting.Verified(Path(folder), 0.0, 0))
 
 
 def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -52,13 +61,11 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.slow if i else ()) for i, name in enumerate(LAYOUTS)]
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("unverified")
 def test_all_weights_come_over(layout: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(LAYOUTS[layout](state), tmp_path / "w.pth")
     found = imported(tmp_path / "w.pth", tmp_path / "e", trust=True)
-    assert found.verified.difference < 1e-5
     assert any(name.endswith("head.weight") for name in found.left_out)
     model = timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True)
     assert model.num_classes == 0
@@ -66,7 +73,7 @@ def test_all_weights_come_over(layout: str, state: dict[str, Tensor], tmp_path: 
         expected = state[name].half().float() if "half" in layout else state[name]
         assert torch.equal(value, expected), name
     card = (tmp_path / "e" / "README.md").read_text()
-    assert "Weights of `w.pth` in timm's `vit_tiny_patch16_224`." in card
+    assert "Weights of `w.pth`, named as timm does, in timm's `vit_tiny_patch16_224`." in card
     assert "recipe.yaml" not in card
 
 
@@ -84,7 +91,10 @@ def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards
     first, second = done.stdout.splitlines()
     assert first.endswith("load through plain timm; features differ by 0.0e+00")
     half = "[0.5, 0.5, 0.5]"
-    assert second == f"2 tensors left out (head.bias, head.weight); mean {half} and std {half} are timm's for this name"
+    assert second == (
+        "18 of 18 weights, named as timm does; 2 tensors left out (head.bias, head.weight); "
+        f"mean {half} and std {half} are timm's for this name"
+    )
     mpp.export(tmp_path / "e", tmp_path / "again")
     data = {"data.train": str(shards), "data.val": str(shards / "shard-000000.tar"), "data.image_size": 16}
     options: dict[str, Any] = {"optim.steps": 1, "optim.epochs": None, "seeds": [0], "data.workers": 0}
@@ -116,7 +126,7 @@ def test_one_of_two_encoders(state: dict[str, Tensor], tmp_path: Path) -> None:
     other = {name: value + 1 for name, value in state.items()}
     torch.save({"student": state, "teacher": prefixed(other, "module.")}, tmp_path / "w")
     found = imported(tmp_path / "w", tmp_path / "e", trust=True, prefix="teacher.module.")
-    assert str(found).startswith("from teacher.module.*; ")
+    assert str(found).startswith("18 of 18 weights, named as timm does, from teacher.module.*; ")
     model = timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True)
     assert torch.equal(model.state_dict()["norm.bias"], state["norm.bias"] + 1)
 
@@ -132,11 +142,145 @@ def test_a_byte_that_changed(state: dict[str, Tensor], tmp_path: Path) -> None:
         imported(tmp_path / "w", tmp_path / "e", trust=True)
 
 
+@pytest.mark.usefixtures("unverified")
+def test_pretraining_goes_on_from_an_import(state: dict[str, Tensor], shards: Path, tmp_path: Path) -> None:
+    """With its weights and, where the recipe says nothing, its normalisation; and is resumed like any other run."""
+    save_file(state, tmp_path / "w")
+    imported(tmp_path / "w", tmp_path / "e", mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5])
+
+    def asked(out: str, **changes: Any) -> Any:
+        start = {"encoder": {"name": str(tmp_path / "e")}, "optim.steps": 2}
+        return pretrain_recipe(shards, tmp_path / out, **start | changes)
+
+    recipe = asked("run")
+    model, _ = build.build_model(recipe)
+    own = model.encoder.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in own.items())
+    mpp.pretrain(recipe)
+    assert mpp.pretrain(asked("run"), resume="auto").state == "finished"
+    cfg = json.loads((tmp_path / "run/encoder/config.json").read_text())["pretrained_cfg"]
+    assert cfg["mean"] == [0.1, 0.2, 0.3]
+    start = mpp.load_encoder(tmp_path / "e").state_dict()
+    found = mpp.load_encoder(tmp_path / "run").state_dict()
+    assert found.keys() == start.keys()
+    assert not torch.equal(found["blocks.0.attn.qkv.weight"], start["blocks.0.attn.qkv.weight"])
+    for change, message in (
+        ({"encoder.args": {"depth": 3}}, "encoder.args.depth: .* is a folder, which has its own; allowed: drop rates"),
+        ({"data.image_size": 18}, "data.image_size"),
+        ({"encoder.name": str(tmp_path / "none" / "e")}, "encoder.name: no such folder, and timm"),
+        ({"encoder.name": str(tmp_path)}, "neither a run nor an exported encoder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build.build_model(asked("other", **change))
+
+
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(UserError, match=": not a file"):
             imported(place, tmp_path / "e", trust=True)
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ViTMAE of transformers', as it saves one, with its image processor."""
+    hub = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = hub.ViTMAEConfig(**sizes, image_size=16, patch_size=4, layer_norm_eps=1e-6, decoder_num_hidden_layers=1)
+    folder = tmp_path_factory.mktemp("hub")
+    hub.ViTMAEForPreTraining(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3]}')
+    return folder
+
+
+def test_a_folder_of_transformers_says_itself_what_it_is(hub_folder: Path, tmp_path: Path) -> None:
+    done = command("import", hub_folder, tmp_path / "e")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()[1]
+    assert said.startswith("18 of 18 weights, named as transformers does, from vit.*; 24 tensors left out (decoder.dec")
+    assert said.endswith("; mean [0.4, 0.5, 0.6] and std [0.2, 0.2, 0.3] are those of the folder")
+    model = timm.create_model(f"local-dir:{tmp_path / 'e'}", pretrained=True)
+    assert list(model.pretrained_cfg["mean"]) == [0.4, 0.5, 0.6]
+    assert model.patch_embed.img_size == (16, 16)
+
+
+@pytest.mark.usefixtures("unverified")
+def test_a_folder_in_parts_and_a_timm_folder(hub_folder: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    weights = load_file(hub_folder / "model.safetensors")
+    names = sorted(weights)
+    listed = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for part in set(listed.values()):
+        save_file({n: weights[n] for n in names if listed[n] == part}, parts / part)
+    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    shutil.copy(hub_folder / "config.json", parts)
+    first = mpp.import_weights(parts, tmp_path / "first")
+    assert (first.layout, first.normalisation) == ("transformers", "timm's for this name")
+    second = mpp.import_weights(tmp_path / "first", tmp_path / "second")
+    assert (second.layout, second.prefix, second.missing, second.left_out) == ("timm", "", [], [])
+    states = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")]
+    assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+CONFIGS: list[tuple[str | None, str]] = [
+    (None, "nor a folder with a config.json beside weights"),
+    ("[1]", "config.json: not a mapping"),
+    ("{", "config.json: Expecting"),
+    ("{}", "config.json: no key 'model_type'; or give the timm model by --model"),
+    ('{"model_type": "bert"}', "model_type: 'bert': allowed are vit, vit_mae"),
+    ('{"model_type": "vit", "hidden_size": 0}', "config.json: "),
+    ('{"model_type": "vit", "hidden_size": "a"}', "config.json: "),
+    ('{"model_type": "swin", "image_size": [1, 2, 3]}', "config.json: "),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)))
+def test_folders_that_do_not_say_it(number: int, state: dict[str, Tensor], tmp_path: Path) -> None:
+    config, message = CONFIGS[number]
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message) as error:
+        mpp.import_weights(tmp_path, tmp_path / "e")
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="neither model.safetensors nor pytorch_model.bin in it"):
+        mpp.import_weights(tmp_path, tmp_path / "e")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    with pytest.raises(UserError, match=f"{tmp_path}/passwd: No such file"):
+        mpp.import_weights(tmp_path, tmp_path / "e")
+
+
+@pytest.mark.usefixtures("unverified")
+def test_a_part_of_the_weights_where_that_is_said(state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(without("norm.bias")(state), tmp_path / "w")
+    found = imported(tmp_path / "w", tmp_path / "e", partial=True, mean=[0.1, 0.2, 0.3], std=[1, 0.5, 0.5])
+    assert found.missing == ["norm.bias"]
+    assert str(found).startswith("17 of 18 weights, named as timm does; 1 missing, random now: norm.bias; ")
+    assert str(found).endswith("mean [0.1, 0.2, 0.3] and std [1.0, 0.5, 0.5] are as given")
+    assert "1 of 18 weights were not in the file and are random: norm.bias." in (tmp_path / "e/README.md").read_text()
+    save_file({"a": torch.ones(1)}, tmp_path / "w")
+    with pytest.raises(UserError, match="18 of 18 weights .* missing"):
+        imported(tmp_path / "w", tmp_path / "f", partial=True)
+
+
+@pytest.mark.usefixtures("unverified")
+def test_what_kind_of_last_norm(state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(
+        {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: v for name, v in state.items()},
+        tmp_path / "w",
+    )
+    with pytest.raises(UserError, match="missing: norm.weight, norm.bias; .*: add global_pool=avg$"):
+        imported(tmp_path / "w", tmp_path / "e")
+    assert not imported(tmp_path / "w", tmp_path / "e", args=ARGS | {"global_pool": "avg"}).missing
+    save_file(state, tmp_path / "w")
+    with pytest.raises(UserError, match="missing: fc_norm.weight, fc_norm.bias; .*: add global_pool=token$"):
+        imported(tmp_path / "w", tmp_path / "f", args=ARGS | {"global_pool": "avg"})
 
 
 def without(name: str) -> Callable[[dict[str, Tensor]], Any]:
@@ -185,6 +329,10 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
     (lambda s: s, {"model": "vit_tinny_patch16_224"}, "model: timm .* has no model .* Did you mean"),
     (lambda s: s, {"model": "vit_tiny_*"}, r"model: 'vit_tiny_\*': allowed is a name of timm's"),
     (lambda s: s, {"model": "hf-hub:a/b"}, "model: 'hf-hub:a/b': allowed is a name of timm's"),
+    (lambda s: s, {"model": None}, r"model: give the timm model of these weights \(--model vit_base_patch16_224\)"),
+    (lambda s: s, {"mean": [0.5]}, r"mean: must be 3 numbers from 0 to 1, one for each channel; got \[0\.5\]"),
+    (lambda s: s, {"mean": [0.5, 0.5, 0.5]}, "mean, std: give both or neither"),
+    (lambda s: s, {"mean": [0.5] * 3, "std": [0, 1, 1]}, "std: must be above 0"),
     (lambda s: s, {"args": {"dept": 1}}, "args: vit_tiny_patch16_224 does not take this"),
     (lambda s: s, {"args": {"img_size": 1}}, "args.img_size: is what --image-size says"),
     (lambda s: s, {"args": {"checkpoint_path": "a.pth"}}, "args.checkpoint_path: weights from elsewhere come by"),

@@ -10,9 +10,9 @@ import mpp
 PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
     {"errors", "faults"},
-    {"rng", "types", "verdict"},
+    {"rng", "types", "verdict", "keymap"},
     {"patches", "pyramid", "sharding"},
-    {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders"},
+    {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders", "layouts"},
     {"recipe", "data"},
     {
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
@@ -30,7 +30,7 @@ WITHIN_LAYER = {
     "runfolder": {"checkpoint", "distributed"},
     "nonfinite": {"checkpoint", "distributed", "metrics"},
     "contract": {"model"},
-    "build": {"model", "contract"},
+    "build": {"model", "contract", "exporting"},
     "exporting": {"metrics"},
 }
 """Layers are ordered; these few look sideways, and nothing looks back at them."""

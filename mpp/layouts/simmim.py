@@ -1,0 +1,24 @@
+"""SimMIM's names (Xie et al. 2022, the authors' models): ViTs as BEiT's, Swin as Microsoft's first one.
+
+Its ViT shares one table of relative positions among all blocks while it is pretrained, and its fine-tuning gives each
+block a copy, as timm's BEiT has it. A Swin stage ends with the merging that timm puts at the head of the next.
+"""
+
+import re
+
+from mpp.keymap import rule
+
+
+def _stage_before(match: re.Match[str]) -> str:
+    return f"layers.{int(match[1]) - 1}.downsample.{match[2]}"
+
+
+RULES = (
+    rule(r"layers\.(\d+)\.downsample\.(.+)", _stage_before),
+    rule(
+        r"blocks\.(\d+)\.attn\.relative_position_bias_table",
+        "blocks.{0}.attn.relative_position_bias_table",
+        "rel_pos_bias.relative_position_bias_table",
+    ),
+    rule(r"(?!layers\.\d+\.downsample\.|blocks\.\d+\.attn\.relative_position_bias_table)(.+)", "{0}"),
+)
