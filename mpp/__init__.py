@@ -147,11 +147,21 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     return replaying.replay(run, step)
 
 
-def export(run: str | Path, out: str | Path) -> Verified:
-    """Copy the encoder of a run into a new folder and verify it there. UserError where it does not hold."""
-    from mpp import exporting
+def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
+    """Write the encoder of a run into a new folder and verify it there. UserError where it does not hold.
 
-    return exporting.export(run, out)
+    format: timm, transformers, safetensors, onnx or torch_export.
+    """
+    from mpp import converting
+
+    return converting.export(run, out, format)
+
+
+def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
+    """Verify an export and send it to a Hugging Face hub, as OWNER/NAME; -> its address. UserError."""
+    from mpp import uploading
+
+    return uploading.upload(folder, repository, public=public)
 
 
 def import_weights(file: str | Path, out: str | Path, **options: Any) -> Imported:
@@ -166,10 +176,10 @@ def import_weights(file: str | Path, out: str | Path, **options: Any) -> Importe
 
 
 def verify(folder: str | Path) -> Verified:
-    """Load an export through plain timm in a clean process and compare. UserError where anything differs."""
-    from mpp import exporting
+    """Load an export in a clean process, as its users do, and compare. UserError where anything differs."""
+    from mpp import converting
 
-    return exporting.verify(folder)
+    return converting.verify(folder)
 
 
 def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
@@ -201,5 +211,6 @@ __all__ = [
     "pretrain",
     "replay",
     "report",
+    "upload",
     "verify",
 ]

@@ -108,8 +108,8 @@ def _timm_model(recipe: PretrainRecipe) -> nn.Module:
         for key in named.args:
             if not key.endswith("drop_rate") and key != "drop_path_rate":
                 raise UserError(
-                    f"encoder.args.{key}: {named.name} is a folder, which has its own; allowed: drop rates. To have none "
-                    f"of the recipe's: encoder='{{name: {named.name}}}'"
+                    f"encoder.args.{key}: {named.name} is a folder, which has its own; allowed: drop rates. "
+                    f"None of the recipe's are taken with encoder='{{name: {named.name}}}'"
                 )
         return exporting.load_encoder(named.name, num_classes=0, img_size=size, in_chans=channels, **named.args)
     return create_timm_model(

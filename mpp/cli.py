@@ -224,9 +224,25 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 @main.command()
 @click.argument("run")
 @click.argument("out")
-def export(run: str, out: str) -> None:
-    """Copy the encoder of RUN to the new folder OUT as a timm folder, and verify it there."""
-    _say_verified(mpp.export(run, out))
+@click.option(
+    "--format",
+    "format",
+    default="timm",
+    show_default=True,
+    type=click.Choice(["timm", "onnx", "safetensors", "torch_export", "transformers"]),
+)
+def export(run: str, out: str, format: str) -> None:
+    """Write the encoder of RUN (a run, a fine-tuned cell, an export) to the new folder OUT, and verify it there."""
+    _say_verified(mpp.export(run, out, format))
+
+
+@main.command()
+@click.argument("folder")
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--public", is_flag=True, help="Where the repository is made now; private otherwise.")
+def upload(folder: str, repository: str, public: bool) -> None:
+    """Verify an exported FOLDER and send it to a Hugging Face hub (HF_ENDPOINT, HF_TOKEN)."""
+    click.echo(mpp.upload(folder, repository, public=public))
 
 
 @main.command("import")
@@ -297,13 +313,13 @@ def _numbers(text: str | None, key: str) -> list[float] | None:
 @main.command()
 @click.argument("folder")
 def verify(folder: str) -> None:
-    """Load an exported FOLDER through plain timm in a clean process and compare its features."""
+    """Load an exported FOLDER in a clean process, as its users do, and compare what it gives."""
     _say_verified(mpp.verify(folder))
 
 
 def _say_verified(verified: Any) -> None:
     click.echo(
-        f"{verified.folder}: {verified.parameters} parameters load through plain timm; "
+        f"{verified.folder}: {verified.parameters} parameters load through {verified.through}; "
         f"features differ by {verified.difference:.1e}"
     )
 

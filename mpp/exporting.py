@@ -87,6 +87,33 @@ class Verified:
     difference: float
     """Largest difference of features and embedding over the largest reference value."""
     parameters: int
+    through: str = "plain timm"
+    """What loaded it."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What other formats than timm's are written from."""
+
+    source: Path
+    """The timm folder."""
+    timm: Any
+    """Its model."""
+    model: nn.Module
+    """(B, C, H, W) normalised -> outputs by name: features, embedding, logits of a classifier; or logits of pixels."""
+    outputs: tuple[str, ...]
+    config: dict[str, Any]
+    """timm's config.json."""
+    classes: list[str] | None
+    reference: dict[str, torch.Tensor]
+    """Two images, and the outputs that the folder states for them."""
+    tolerance: float
+
+    def described(self) -> dict[str, str]:
+        """What a file that stands alone says of itself."""
+        cfg = self.config["pretrained_cfg"]
+        said = {key: json.dumps(cfg[key]) for key in ("input_size", "mean", "std")}
+        return said | ({"classes": json.dumps(self.classes)} if self.classes else {})
 
 
 @dataclass(frozen=True)
@@ -195,8 +222,8 @@ def save_encoder(
         write_json(
             aside / "export.json",
             {
-                "weights_sha256": _sha256(aside / "model.safetensors"),
-                **({"head_sha256": _sha256(aside / HEAD)} if head is not None else {}),
+                "weights_sha256": sha256(aside / "model.safetensors"),
+                **({"head_sha256": sha256(aside / HEAD)} if head is not None else {}),
                 "tolerance": TOLERANCE,
                 "metrics": metrics,
                 "environment": environment()["packages"],
@@ -220,6 +247,12 @@ def save_encoder(
 def encoder_folder(source: str | Path) -> Path:
     """The timm folder of a run or an export. UserError where there is none."""
     if folder := timm_folder(source):
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return folder  # what is wrong with it is found where it is opened
+        if isinstance(config, dict) and "model_type" in config and "architecture" not in config:
+            raise UserError(f"{folder}: a folder of transformers'; `mpp import {folder} OUT` makes an encoder of it")
         return folder
     if cells := sorted(Path(source).glob("*-seed*/encoder")):
         raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {cells[0].parent}")
@@ -235,7 +268,7 @@ def encoder_folder(source: str | Path) -> Path:
 
 def weights_sha256(folder: Path) -> str:
     """Checksum of an export's weights. UserError where they are not those that were exported."""
-    found = _sha256(folder / "model.safetensors")
+    found = sha256(folder / "model.safetensors")
     try:
         stated = json.loads((folder / "export.json").read_text())["weights_sha256"]
     except FileNotFoundError:
@@ -259,7 +292,7 @@ def load_head(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Weights and classes of the head that was saved beside an encoder. UserError where it is missing or damaged."""
     try:
         stated = json.loads((folder / "export.json").read_text())["head_sha256"]
-        if _sha256(folder / HEAD) != stated:
+        if sha256(folder / HEAD) != stated:
             raise UserError(f"{folder / HEAD}: does not match the checksum of its export")
         with safe_open(folder / HEAD, "pt") as file:
             classes = json.loads(file.metadata()["classes"])
@@ -393,21 +426,28 @@ def open_encoder(
     return load_encoder(source, pretrained=pretrained, num_classes=0, **asked, **timm_args)
 
 
-def export(run: str | Path, out: str | Path) -> Verified:
-    """Copy a run's encoder to `out` and verify it there. UserError where `out` is not new or empty."""
+def export(run: str | Path, out: str | Path, told: Sequence[tuple[str, str]] = ()) -> Verified:
+    """Copy a run's encoder to `out` and verify it there. UserError where `out` is not new or empty.
+
+    told: (title, text) of sections for its model card.
+    """
     source = encoder_folder(run)
 
     def copied(folder: Path) -> None:
-        _tolerance(source)  # what is wrong with the source is said with its name, not that of the copy
+        tolerance(source)  # what is wrong with the source is said with its name, not that of the copy
         weights_sha256(source)
         shutil.copytree(source, folder)
+        if told:
+            card = folder / "README.md"
+            own = card.read_text(encoding="utf-8") if card.exists() else ""
+            card.write_text(with_sections(own, told), encoding="utf-8")
 
-    return _verified_at(Path(out), copied)
+    return verified_at(Path(out), copied, verify)
 
 
 def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
     """Write a timm model to `out` and verify it there. UserError where `out` is not new or empty."""
-    return _verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}))
+    return verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}), verify)
 
 
 def check_new(folder: Path) -> None:
@@ -419,8 +459,8 @@ def check_new(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _verified_at(target: Path, make: Callable[[Path], None]) -> Verified:
-    """A new folder that comes into being once what is made for it was verified."""
+def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Path], Verified]) -> Verified:
+    """A new folder that comes into being once what is made for it was verified by `check`. UserError."""
     check_new(target)
     try:
         parent = target.absolute().parent
@@ -429,7 +469,7 @@ def _verified_at(target: Path, make: Callable[[Path], None]) -> Verified:
             copy = Path(aside) / "encoder"
             make(copy)
             try:
-                verified = verify(copy)
+                verified = check(copy)
             except UserError as error:
                 raise UserError(str(error).replace(str(copy), str(target))) from error
             if target.exists():  # an empty folder, perhaps somebody's working folder
@@ -445,7 +485,7 @@ def _verified_at(target: Path, make: Callable[[Path], None]) -> Verified:
 def verify(folder: str | Path) -> Verified:
     """Load an export through plain timm in a clean process and compare. UserError where anything differs."""
     path = encoder_folder(folder)
-    tolerance = _tolerance(path)
+    allowed = tolerance(path)
     weights_sha256(path)
     if has_head(path):
         load_head(path)
@@ -462,19 +502,21 @@ def verify(folder: str | Path) -> Verified:
     for what in ("missing", "extra", "changed"):
         if found[what]:
             raise UserError(f"{path}: {what} weights after loading: {', '.join(found[what][:5])}")
-    if not found["difference"] <= tolerance:
-        raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {tolerance:.0e}")
+    if not found["difference"] <= allowed:
+        raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {allowed:.0e}")
     return Verified(path, found["difference"], found["parameters"])
 
 
-def _tolerance(folder: Path) -> float:
+def tolerance(folder: Path) -> float:
+    """Of an export's features. UserError where it does not say."""
     try:
         return float(json.loads((folder / "export.json").read_text())["tolerance"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no readable export.json: not an export of `mpp`") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file. UserError where it cannot be read."""
     try:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
@@ -482,10 +524,17 @@ def _sha256(path: Path) -> str:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
+def with_sections(card: str, told: Sequence[tuple[str, str]]) -> str:
+    """A model card with more sections, before its limits."""
+    text = "".join(f"## {title}\n\n{what}\n\n" for title, what in told)
+    before, limits, after = card.partition("## Limits\n")
+    return before + text + limits + after
+
+
 def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int) -> str:
     cfg = config["pretrained_cfg"]
     rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
-    values = "\n".join(["| | |", "|---|---|", *rows]) + "\n\n" if rows else ""
+    values = "\n".join(["## Metrics", "", "| | |", "|---|---|", *rows]) + "\n\n" if rows else ""
     return f"""---
 library_name: timm
 tags: [image-feature-extraction]
@@ -494,16 +543,21 @@ tags: [image-feature-extraction]
 
 {origin.made}
 
+## Use
+
 ```python
 import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True)
 ```
 
-Input: {cfg["input_size"]} (channels, height, width), mean {cfg["mean"]}, std {cfg["std"]} of pixels in [0, 1].
+## Input
+
+{cfg["input_size"]} (channels, height, width), mean {cfg["mean"]}, std {cfg["std"]} of pixels in [0, 1].
 Pooling: {config.get("global_pool", "none")}.
 
-{values}{origin.limits}
+{values}## Limits
 
-`mpp verify FOLDER` loads it through plain timm in a clean process and compares features with
-`reference.safetensors`.
+{origin.limits}
+
+`mpp verify FOLDER` loads it in a clean process and compares what it gives with `reference.safetensors`.
 """

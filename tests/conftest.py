@@ -114,18 +114,22 @@ def recipe_file(tmp_path: Path, shards: Path) -> Callable[..., Path]:
 
 
 def command(
-    *words: str | Path, processes: int = 1, module: str = "mpp", **options: Any
+    *words: str | Path,
+    processes: int = 1,
+    module: str = "mpp",
+    environment: dict[str, str] | None = None,
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """`mpp …`, or another module, as a process of its own, or under torchrun on several."""
+    """`mpp …`, or another module, as a process of its own, or under torchrun on several. environment: more of it."""
     launcher = [sys.executable, "-m", module]
     if processes > 1:
         launcher = [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
             "--master_port", str(29500 + os.getpid() % 1000), "-m", module,
         ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
     return subprocess.run(
-        [*launcher, *map(str, words)], capture_output=True, text=True, env=environment, check=False, **options
+        [*launcher, *map(str, words)], capture_output=True, text=True, env=own, check=False, **options
     )
 
 

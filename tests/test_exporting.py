@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import mpp
 from mpp.errors import UserError
-from mpp.exporting import _sha256
+from mpp.exporting import sha256
 from tests.conftest import pretrain_recipe
 
 
@@ -80,7 +80,7 @@ def test_changed_weights_are_found(exported: Path, checksum: bool) -> None:
     change_weights(exported, blocks__0__mlp__fc1__bias=torch.ones(128))
     if checksum:  # whoever changes weights may also set the checksum; the features tell
         record = json.loads((exported / "export.json").read_text())
-        record["weights_sha256"] = _sha256(exported / "model.safetensors")
+        record["weights_sha256"] = sha256(exported / "model.safetensors")
         (exported / "export.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="features differ by" if checksum else "checksum"):
         mpp.verify(exported)
@@ -90,7 +90,7 @@ def test_changed_weights_are_found(exported: Path, checksum: bool) -> None:
 def test_missing_and_extra_weights_are_found(exported: Path, change: dict[str, torch.Tensor | None]) -> None:
     change_weights(exported, **change)
     record = json.loads((exported / "export.json").read_text())
-    record["weights_sha256"] = _sha256(exported / "model.safetensors")
+    record["weights_sha256"] = sha256(exported / "model.safetensors")
     (exported / "export.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"cannot load it|missing weights|extra weights|changed weights"):
         mpp.verify(exported)

@@ -18,10 +18,11 @@ LAYERS = [
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
         "features", "liveness", "nonfinite",
     },
-    {"diagnostics", "importing", "monitor", "distillation", "supervised", "lora", "history"},
-    {"predicting_dense", "symptoms"},
+    {"diagnostics", "importing", "monitor", "distillation", "supervised", "lora", "history", "formats"},
+    {"predicting_dense", "symptoms", "modelcard"},
+    {"converting"},
     {"pretraining", "finetuning", "evaluating", "predicting", "watching"},
-    {"reporting", "replaying"},
+    {"reporting", "replaying", "uploading"},
     {"cli", "__init__", "__main__"},
 ]  # fmt: skip
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}

@@ -29,8 +29,7 @@ def _block(timm: str, file: str, module: str, attention: str) -> tuple[Rule, ...
         rule(timm + r"gamma_([12])", f"{file}.lambda_{last}", f"{module}.lambda_{last}"),
         rule(
             timm + r"attn\.(relative_position_bias_table)",
-            f"{inner}.{last}",
-            f"{inner}.relative_position_bias.{last}",
+            *([f"{inner}.{last}"] if attention == "self" else [f"{inner}.relative_position_bias.{last}"]),
             f"{module}.attention.relative_position_bias.{last}",
             f"{module}.relative_position_bias.{last}",
         ),

@@ -1,0 +1,64 @@
+"""ONNX: a graph with any number of images at once, which onnxruntime and others run without Python."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+
+import torch
+
+from mpp.exporting import Artifact
+
+EXTRA, NEEDS = "onnx", ("onnx", "onnxscript", "onnxruntime")
+
+USE = """
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+features = session.run(None, {"images": images})  # (N, channels, H, W) float32, normalised as below
+"""
+
+
+def write(artifact: Artifact, folder: Path) -> str:
+    """model.onnx, with what images are normalised with and the names of classes as its metadata."""
+    import onnx
+
+    images = artifact.reference["images"]
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),  # it reports its steps
+    ):
+        torch.onnx.export(
+            artifact.model,
+            (images,),
+            str(folder / "model.onnx"),
+            input_names=["images"],
+            output_names=list(artifact.outputs),
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    written = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(written, full_check=True)
+    onnx.helper.set_model_props(written, artifact.described())
+    onnx.save(written, folder / "model.onnx")
+    return f"opset {max(o.version for o in written.opset_import if not o.domain)}"
+
+
+VERIFY = """
+import sys
+import onnxruntime
+from safetensors.numpy import load_file
+folder = sys.argv[1]
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+session = onnxruntime.InferenceSession(folder + "/model.onnx", options, providers=["CPUExecutionProvider"])
+reference = load_file(folder + "/reference.safetensors")
+names = [o.name for o in session.get_outputs()]
+images = reference["images"]
+one, three = (session.run(None, {"images": part}) for part in (images[:1], images[[1, 0, 1]]))
+runs = [({k: v for k, v in zip(names, one)}, [0]), ({k: v for k, v in zip(names, three)}, [1, 0, 1])]
+"""
