@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -76,12 +77,19 @@ def main() -> None:
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**56 - 1), help="Of the order of the images."
 )
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
-def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed: int, workers: int) -> None:
-    """A folder of images SOURCE -> shards with their indexes in OUT. Interrupted, the same call goes on."""
+@click.option("--part", default="1/1", show_default=True, metavar="I/N", help="The I-th of N such calls into one OUT.")
+def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed: int, workers: int, part: str) -> None:
+    """Images of SOURCE -> shards with their indexes in OUT. Interrupted, the same call goes on.
+
+    SOURCE: a folder of images, a CSV file (image, label), Parquet files or a folder of them, tar shards to pack anew.
+    """
     from tqdm import tqdm
 
     from mpp.data import pack as packing
 
+    share = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
+    if share is None:
+        raise UserError(f"--part: '{part}': the first of three is 1/3, the last 3/3")
     with tqdm(unit="shard", disable=not sys.stderr.isatty()) as bar:
 
         def on_shard(done: int, of: int) -> None:
@@ -95,10 +103,13 @@ def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed
             labels=labels,
             seed=seed,
             workers=workers,
+            part=(int(share[1]), int(share[2])),
             on_shard=on_shard,
         )
     kind = f"{len(packed.classes)} classes" if packed.classes else "no labels"
     click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
+    if packed.shards_missing:
+        click.echo(f"{packed.shards_missing} shards are not here yet; the part that comes last finishes")
     for path, why in packed.skipped[:10]:
         click.echo(f"skipped: {path}: {why}".encode("utf-8", "backslashreplace").decode())
     if len(packed.skipped) > 10:

@@ -42,7 +42,7 @@ from mpp.data.dense import (
 from mpp.data.images import ShardImages
 from mpp.data.labeled import CentreDataset, Labeled, LabeledDataset, PackedReader, balanced, open_labeled, split
 from mpp.data.leak import Leak, leak
-from mpp.data.loader import batches
+from mpp.data.loader import Crop, batches
 from mpp.data.order import MicroBatches, Order
 from mpp.data.remote import is_remote
 from mpp.diagnostics.overlays import LEAST_SCORE, over_boxes, over_pixels, show
@@ -352,8 +352,15 @@ def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], tr
 
 
 def _augmentation(recipe: FinetuneRecipe) -> Any:
-    """timm's training transform: PIL image -> (C, H, W) uint8. UserError for a policy timm does not know."""
+    """timm's training transform: PIL image -> (C, H, W) uint8. UserError for a policy timm does not know.
+
+    Of images that are not of 8 bit: crops and flips alone, (bytes, generator) -> (C, H, W) float32.
+    """
     data = recipe.data
+    if not data.eight_bit:
+        reading = data.decoding()
+        own = {key: reading[key] for key in ("channels", "formats", "max_image_pixels", "value_range")}
+        return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **own).random
     if data.auto_augment and data.channels != 3:
         raise UserError(f"data.auto_augment: its policies are for 3 channels; got {data.channels}")
     try:

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from mpp import exporting
-from mpp.data.decode import decode_crop, view_boxes
+from mpp.data.decode import MODES, decode_crop, view_boxes
 from mpp.data.images import images_of
 from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
@@ -72,10 +72,15 @@ class Predictor:
             raise UserError(f"{source}: no classifier with class names in it; give a fine-tuned cell or its export")
         self.classes = names
         self.views = views
-        self.several = _task_of(folder) == "multilabel"
+        recipe = _recipe_of(folder)
+        self.several = recipe.get("task", {}).get("name") == "multilabel"
         config: Any = self.model.pretrained_cfg
         self.channels, *size = config["input_size"]
         self.size = (int(size[0]), int(size[1]))
+        self.decoding = DECODING | {"channels": self.channels}
+        value_range = recipe.get("data", {}).get("value_range")
+        if value_range is not None or self.channels not in MODES:
+            self.decoding["value_range"] = tuple(value_range) if value_range else "type"
         self.fraction = float(config.get("crop_pct") or 1.0)
         self.mean, self.std = (
             255 * torch.tensor(config[key]).view(-1, 1, 1).to(self.device) for key in ("mean", "std")
@@ -85,7 +90,7 @@ class Predictor:
         """(crops, C, H, W) uint8 of an image file; the central one first. BadImage."""
 
         boxes = view_boxes(self.views, self.size, self.fraction)
-        return torch.stack([decode_crop(data, b, self.size, channels=self.channels, **DECODING) for b in boxes])
+        return torch.stack([decode_crop(data, b, self.size, **self.decoding) for b in boxes])
 
     @torch.no_grad()
     def probabilities(self, crops: Tensor) -> Tensor:
@@ -100,13 +105,15 @@ class Predictor:
         return over_views(run, crops, mirrored=self.views > 1, several=self.several).cpu()
 
 
-def _task_of(folder: Path) -> str | None:
-    """The task that a fine-tuned model was made for, by the recipe in its folder; None for one made elsewhere."""
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    """The recipe in the folder of a fine-tuned model; nothing for one made elsewhere."""
     try:
         values = yaml.safe_load((folder / "recipe.yaml").read_text())
-        return str(values["task"]["name"])
+        if not all(isinstance(values[key], dict) for key in ("task", "data")):
+            raise TypeError
+        return values
     except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
+        return {}
 
 
 def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, str]) -> Iterator[Prediction]:

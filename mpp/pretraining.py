@@ -110,6 +110,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         data.formats,
         data.max_image_pixels,
         on_device=data.resize_on == "device",
+        value_range=data.decoding().get("value_range"),
     )
     mask = build_mask(recipe)
     here = distributed.ranks_here(rank, world)

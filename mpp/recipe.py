@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ from mpp.types import (
 )
 
 COMMAND_LINE = "command line"
+MOST_CHANNELS = 1024
+"""Of an image (a guess)."""
 
 
 class Section(BaseModel):
@@ -97,6 +100,12 @@ AreaRange = Annotated[
 ]
 
 
+def _growing(value: tuple[float, float]) -> tuple[float, float]:
+    if not (math.isfinite(value[0]) and math.isfinite(value[1]) and value[0] < value[1]):
+        raise ValueError("two finite numbers, the smaller one first")
+    return value
+
+
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -133,8 +142,12 @@ class ImageData(Section):
 
     image_size: ImageSize
     """Side in pixels, or [height, width]."""
-    channels: Annotated[Literal[1, 3, 4], BeforeValidator(no_bool)] = 3
-    """1: grey, 3: RGB, 4: RGBA."""
+    channels: Annotated[PositiveInt, Field(le=MOST_CHANNELS)] = 3
+    """1: grey, 3: RGB, 4: RGBA; any other number: TIFF and .npy files of so many channels, first or last."""
+    value_range: Annotated[tuple[Float, Float], AfterValidator(_growing)] | None = None
+    """Of images that are not of 8 bit: what counts as 0 and 1 for mean and std, [0, 10000]; beyond it values are cut.
+    They are read with all their bits then. Where it is not given, images of 1, 3 and 4 channels are read as 8 bit, and
+    for others it is 0 and the largest number of their type, of floating-point numbers 0 and 1."""
     mean: tuple[Fraction, ...] | None = None
     """Of each channel, of pixels in [0, 1]; default: that of the weights it starts from, else 0.5."""
     std: tuple[Annotated[PositiveFloat, Field(le=1)], ...] | None = None
@@ -143,12 +156,13 @@ class ImageData(Section):
     """Probability of a horizontal flip in training."""
     workers: NonNegativeInt = 2
     """Loader processes per training process."""
-    formats: Annotated[tuple[Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"], ...], Field(min_length=1)] = (
+    formats: Annotated[tuple[Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY"], ...], Field(min_length=1)] = (
         "JPEG",
         "PNG",
         "WEBP",
         "BMP",
         "TIFF",
+        "NPY",
     )
     """Image formats that are decoded; any other is a bad image."""
     max_image_pixels: Annotated[PositiveInt, Field(le=178_000_000)] = 64_000_000
@@ -167,9 +181,24 @@ class ImageData(Section):
                 raise ValueError(f"{key}: has {len(value)} values for {self.channels} channels")
         return self
 
+    @model_validator(mode="after")
+    def _eight_bit_alone(self) -> Self:
+        if not self.eight_bit:
+            for key, off in (("resize_on", "cpu"), ("auto_augment", None), ("color_jitter", None)):
+                if getattr(self, key, off) != off:
+                    raise ValueError(f"{key}: for images of 8 bit with 1, 3 or 4 channels alone, without value_range")
+        return self
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether images are read as uint8."""
+        return self.value_range is None and self.channels in (1, 3, 4)
+
     def decoding(self) -> dict[str, Any]:
         """What the readers of images want to know, as their arguments."""
-        return {"channels": self.channels, "formats": self.formats, "max_image_pixels": self.max_image_pixels}
+        found: dict[str, Any] = {"channels": self.channels, "formats": self.formats}
+        found["max_image_pixels"] = self.max_image_pixels
+        return found if self.eight_bit else found | {"value_range": self.value_range or "type"}
 
     def caching(self) -> dict[str, Any]:
         """The same of copies of remote shards."""
@@ -184,10 +213,11 @@ DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max
 
 
 class PretrainData(ImageData):
-    """Unlabeled shards."""
+    """Unlabeled images."""
 
     shards: Places
-    """Tar shards: a folder, a file, a pattern (`*`, `{000..099}`), an URL, or a list of these."""
+    """Tar shards: a folder, a file, a pattern (`*`, `{000..099}`), an URL, or a list of these. Or images as they are: a
+    folder of them, or a CSV file whose column `image` names them; for many images `mpp pack` is worth its while."""
     crop_scale: AreaRange = (0.2, 1.0)
     """Random resized crop: range of the crop's area (MAE: 0.2 to 1; SimMIM: 0.67 to 1)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
@@ -368,6 +398,17 @@ class PretrainRecipe(Run):
     _loss_fits = model_validator(mode="after")(_fitting_loss)
 
     @model_validator(mode="after")
+    def _colours(self) -> Self:
+        sections: tuple[Any, ...] = (self, *self.extra_targets)
+        for section in sections:
+            if not self.data.eight_bit and registry.component("targets", section.target.name).of == "classes":
+                raise ValueError(
+                    f"target: {section.target.name} takes classes from pixels of 8 bit; with data.value_range, or "
+                    "channels other than 1, 3 and 4, allowed are pixels, norm_pixels, hog, teacher, ema_teacher"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if self.compile and self.fsdp:
             raise ValueError("compile: not together with fsdp: true, whose gathering it cannot follow")
@@ -529,6 +570,12 @@ class FinetuneRecipe(Run):
     """Learn from a teacher, too; both arms do."""
     optim: FinetuneOptim
     scratch: Scratch = Scratch()
+
+    @model_validator(mode="after")
+    def _places_in_colour(self) -> Self:
+        if self.task.name in ("segment", "detect") and not self.data.eight_bit:
+            raise ValueError(f"task: {self.task.name}: for images of 8 bit with 1, 3 or 4 channels alone")
+        return self
 
     @model_validator(mode="after")
     def _architecture(self) -> FinetuneRecipe:

@@ -1,4 +1,5 @@
-"""Bytes -> a cropped uint8 image. The header is read first; whatever is wrong is a BadImage with the reason.
+"""Bytes -> a cropped image, of uint8 or, with a range of values, of float32 in [0, 255]. The header is read first;
+whatever is wrong is a BadImage with the reason.
 
 JPEGs go through simplejpeg, decoded at a fraction of their size where the crop is at least twice the target;
 everything else, and JPEGs with rotation, CMYK or a fault, through Pillow.
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from mpp.data.arrays import NPY, ValueRange, read_array, scaled
 from mpp.errors import BadImage
 
 Box = tuple[int, int, int, int]
@@ -88,7 +90,7 @@ def decode_crop(
     size: tuple[int, int],
     **decoding: Any,
 ) -> Tensor:
-    """-> (channels, H, W) uint8 of `size` (H, W): what `decode_cut` gives for the same arguments, resized."""
+    """-> (channels, H, W) of `size` (H, W): what `decode_cut` gives for the same arguments, resized."""
     return resize(decode_cut(data, choose_box, size, **decoding), size)
 
 
@@ -100,12 +102,19 @@ def decode_cut(
     channels: int,
     formats: tuple[str, ...],
     max_image_pixels: int,
+    value_range: ValueRange | None = None,
 ) -> Tensor:
     """-> (channels, h, w) uint8, a part of a larger image in memory, to be resized to `size` (H, W).
 
-    `choose_box(width, height)` picks the crop once the size is known. BadImage where the bytes are no image of
-    `formats`, too large, truncated or otherwise not decodable.
+    `choose_box(width, height)` picks the crop once the size is known. value_range: float32 in [0, 255] instead, of
+    images with any number of channels and bits. BadImage where the bytes are no image of `formats`, too large,
+    truncated or otherwise not decodable.
     """
+    if value_range is not None:
+        reading: Any = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
+        numbers = _numbers(data, value_range, **reading)
+        left, top, w, h = choose_box(numbers.shape[2], numbers.shape[1])
+        return numbers[:, top : top + h, left : left + w]
     if data[:2] == b"\xff\xd8" and channels != 4 and "JPEG" in formats:
         image = _jpeg(data, choose_box, size, channels, max_image_pixels)
         if image is not None:
@@ -116,9 +125,21 @@ def decode_cut(
     return tensor[:, top : top + h, left : left + w]
 
 
+def _numbers(data: bytes, value_range: ValueRange, *, channels: int, **reading: Any) -> Tensor:
+    """(C, h, w) float32 in [0, 255] of the whole image. BadImage."""
+    array = read_array(data, channels=channels, **reading)
+    if array is None:  # of 8 bit, most likely; of 16 bit where it is grey
+        if channels not in MODES:
+            raise BadImage(f"not a TIFF or .npy; wants {channels} channels")
+        pixels = decode_pillow(data, channels=channels, **reading, deep=True)
+        array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
+    return scaled(array, value_range)
+
+
 def resize(cut: Tensor, size: tuple[int, int]) -> Tensor:
     """As torchvision's, to the bit, without what it does around it: in a third less time where images are small."""
-    return F.interpolate(cut[None], size, mode="bicubic", antialias=True)[0]
+    found = F.interpolate(cut[None], size, mode="bicubic", antialias=True)[0]
+    return found if found.dtype == torch.uint8 else found.clamp_(0, 255)  # which uint8 is clamped to already
 
 
 def _jpeg(
@@ -178,20 +199,26 @@ def _ours_is_the_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def decode_pillow(data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int) -> Image.Image:
+def decode_pillow(
+    data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int, deep: bool = False
+) -> Image.Image:
     """The whole image, upright, in the mode of `channels`. BadImage as in `decode_crop`.
 
     EXIF rotation applied, transparency over grey, 16 bits divided by 257, CMYK and palette converted, first
-    frame of an animation.
+    frame of an animation. deep: grey of 16 bits as it is.
     """
     if not data:
         raise BadImage("empty file")
+    if data.startswith(NPY):
+        return _of_array(data, channels=channels, formats=formats, max_image_pixels=max_image_pixels)
     try:
         with _ours_is_the_limit():
-            image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "NPY"])
             _check_size(image.width, image.height, max_image_pixels)
             image.load()
             image = ImageOps.exif_transpose(image)
+            if deep and channels == 1 and image.mode.startswith("I;16"):
+                return image
             return _to_mode(image, MODES[channels])
     except BadImage:
         raise
@@ -199,6 +226,14 @@ def decode_pillow(data: bytes, *, channels: int, formats: tuple[str, ...], max_i
         raise BadImage(f"not an image of {', '.join(formats)}") from None
     except Exception as error:  # decoders raise anything on hostile bytes: OSError, SyntaxError, struct.error, …
         raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+
+
+def _of_array(data: bytes, **reading: Any) -> Image.Image:
+    """An .npy file of 8-bit pixels. BadImage."""
+    array = read_array(data, **reading)
+    if array is None or array.dtype != np.uint8:
+        raise BadImage(f"values of {array.dtype if array is not None else None}: say by data.value_range what they are")
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

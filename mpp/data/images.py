@@ -1,4 +1,7 @@
-"""Images of indexed shards by (shard, row), through pread: safe across forks, no page faults on a cut file."""
+"""Images of indexed shards by (shard, row), through pread: safe across forks, no page faults on a cut file.
+
+Images that are files of their own are read as they are, as if they lay in shards.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mpp.data.files import is_place, read_file, shards_of
 from mpp.data.index import ShardIndex, expand, fingerprint, images_below, index_shard, member_name
 from mpp.data.remote import is_remote
 from mpp.data.store import Store
@@ -46,10 +51,12 @@ class ShardImages:
         cache_dir: str | None = None,
         cache_limit_bytes: float = 200e9,
     ) -> None:
-        self.names = expand(spec, key)
+        named = expand(spec, key, files=True)
         self.store = Store(cache_dir, cache_limit_bytes)
         with ThreadPoolExecutor(INDEXES_AT_A_TIME) as threads:
-            self.indexes: list[ShardIndex] = list(threads.map(self._index, self.names))
+            found = [part for parts in threads.map(partial(self._indexed, key=key), named) for part in parts]
+        self.names = [name for name, _ in found]
+        self.indexes: list[ShardIndex] = [index for _, index in found]
         self.counts = [len(index.table) for index in self.indexes]
         if sum(self.counts) == 0:
             raise UserError(f"{key}: no images in {self.names[0]}" + (" …" if len(self.names) > 1 else ""))
@@ -59,8 +66,10 @@ class ShardImages:
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": OrderedDict()}
 
-    def _index(self, name: str) -> ShardIndex:
-        return self.store.index(name) if is_remote(name) else index_shard(name, self.store.cache_dir)
+    def _indexed(self, name: str, key: str) -> list[tuple[str, ShardIndex]]:
+        if is_remote(name):
+            return [(name, self.store.index(name))]
+        return shards_of(name, key) if is_place(name) else [(name, index_shard(name, self.store.cache_dir))]
 
     def remote(self, shards: Iterable[int]) -> dict[int, int]:
         """Bytes of each of these shards that is remote."""
@@ -109,8 +118,11 @@ class ShardImages:
 
         few: no more than a few of its shard will be read, for which a remote one is not fetched.
         """
-        offset, size = self.indexes[shard].table[row, :2].tolist()
+        index = self.indexes[shard]
+        offset, size = index.table[row, :2].tolist()
         check_bytes(size)
+        if index.files:
+            return read_file(os.path.join(index.folder, index.files[row]), size)
         return self._bytes(shard, offset, size, few)
 
     def read_label(self, shard: int, row: int) -> tuple[bytes, bool] | None:
@@ -121,8 +133,10 @@ class ShardImages:
         return (self._bytes(shard, offset, size), bool(is_json)) if size >= 0 else None
 
     def name(self, shard: int, row: int) -> str:
-        """`shard: member`, for messages."""
-        name = self.names[shard]
+        """`shard: member`, or a file, for messages."""
+        name, index = self.names[shard], self.indexes[shard]
+        if index.files:
+            return os.path.join(index.folder, index.files[row])
         path = str(self.store.target(name)) if is_remote(name) else name
         return f"{name}: {member_name(path, int(self.indexes[shard].table[row, 0]))}"
 

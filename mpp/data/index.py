@@ -16,9 +16,9 @@ import re
 import stat
 import tarfile
 import tempfile
-import threading
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,12 +26,14 @@ from typing import BinaryIO
 import numpy as np
 from braceexpand import braceexpand
 
+from mpp.data.arrays import PARSING
 from mpp.data.remote import is_remote
 from mpp.errors import UserError, without_secrets
 
-IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", re.IGNORECASE)
+IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif|npy)$", re.IGNORECASE)
 LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
-FORMAT = 1
+FORMAT = 2
+"""1: before .npy files were images."""
 BLOCK = 512
 MOST_INDEX_BYTES = 256 << 20
 """Of the index of a shard that is not at hand: 6 million images (a guess)."""
@@ -46,12 +48,26 @@ class ShardIndex:
     table: np.ndarray
     size_bytes: int
     mtime_ns: int
+    files: tuple[str, ...] = ()
+    """Where the images are files of their own: their paths below `folder`, a row of the table each."""
+    folder: str = ""
 
 
 def key_of(name: str) -> str:
     """WebDataset's sample key: the member's path up to the first dot of its last part."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.split('.')[0]}"
+
+
+def images_among(names: Iterable[str]) -> set[str]:
+    """Those that are images by their names; an .npy only where no image of another kind has its key: it is something
+    else of the same sample then, an embedding or a map of depths."""
+    found = [name for name in names if IMAGE.search(name)]
+    arrays = {name for name in found if name.lower().endswith(".npy")}
+    if not arrays:
+        return set(found)
+    others = {key_of(name) for name in found if name not in arrays}
+    return {name for name in found if name not in arrays or key_of(name) not in others}
 
 
 def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, int, int]], int] | None:
@@ -135,16 +151,17 @@ def scan(path: str) -> ShardIndex:
             raise UserError(f"{path}: empty file, not a tar")
         members, end = _members_by_hopping(fd, size.st_size, path) or _members_by_tarfile(path)
         if os.pread(fd, 2 * BLOCK, end) != bytes(2 * BLOCK):
-            images = sum(1 for name, _, _ in members if IMAGE.search(name))
+            before = len(images_among([name for name, _, _ in members]))
             raise UserError(
-                f"{path}: cut off: ends at byte {size.st_size} without tar's two end blocks, after {images} images"
+                f"{path}: cut off: ends at byte {size.st_size} without tar's two end blocks, after {before} images"
             )
     finally:
         os.close(fd)
     labels = {key_of(n): (o, s, int(n.lower().endswith("json"))) for n, o, s in members if LABEL.search(n)}
     # A .cls is the label itself; a .json beside it holds whatever else is known of the sample.
     labels |= {key_of(n): (o, s, 0) for n, o, s in members if n.lower().endswith(".cls")}
-    rows = [(o, s, *labels.get(key_of(n), (-1, -1, 0))) for n, o, s in members if IMAGE.search(n)]
+    images = images_among([n for n, _, _ in members])
+    rows = [(o, s, *labels.get(key_of(n), (-1, -1, 0))) for n, o, s in members if n in images]
     return ShardIndex(np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)), size.st_size, size.st_mtime_ns)
 
 
@@ -153,11 +170,6 @@ def index_path(shard: str, cache_dir: str | None = None) -> Path:
     if cache_dir is None:
         return Path(shard + ".index.npz")
     return Path(cache_dir) / "indexes" / (hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32] + ".npz")
-
-
-_PARSING = threading.Lock()
-"""numpy parses headers by Python's ast, in which CPython 3.11 now and then raises a SystemError where two threads are
-(python/cpython issue 106905)."""
 
 
 def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardIndex | None:
@@ -169,7 +181,7 @@ def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardInd
                 return None
         if not isinstance(file, Path):
             file.seek(0)
-        with _PARSING, np.load(file, allow_pickle=False) as z:
+        with PARSING, np.load(file, allow_pickle=False) as z:
             if int(z["format"]) != FORMAT or z["table"].dtype != np.int64 or z["table"].shape[1:] != (len(COLUMNS),):
                 return None
             found = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]))
@@ -239,13 +251,15 @@ def fingerprint(shards: list[str], indexes: list[ShardIndex]) -> str:
             os.path.basename(without_secrets(shard)).encode() + b"\0" + str(index.size_bytes).encode() + b"\0"
         )
         digest.update(np.ascontiguousarray(index.table).tobytes())
+        digest.update("\0".join(index.files).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
+def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = False) -> list[str]:
     """Shards named by a folder, file, glob, brace pattern, URL or a list of these, sorted within each.
 
-    UserError, naming the recipe `key`, where something matches nothing or a shard comes twice.
+    files: a folder without shards stays as it is: its images are files. UserError, naming the recipe `key`, where
+    something matches nothing or a shard comes twice.
     """
     found: list[str] = []
     for item in [spec] if isinstance(spec, str) else spec:
@@ -260,6 +274,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str) -> list[str]:
                 matches = [name]
             elif os.path.isdir(name):
                 matches = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+                matches = matches or ([name] if files else [])
             elif glob.has_magic(name) and not os.path.exists(name):
                 matches = sorted(glob.glob(name))
             else:
@@ -314,8 +329,7 @@ def images_below(folder: str) -> list[str]:
     return sorted(
         os.path.join(inner, name)
         for inner, _, names in os.walk(folder, onerror=cannot_list)
-        for name in names
-        if IMAGE.search(name) and not name.startswith(".")
+        for name in images_among(name for name in names if not name.startswith("."))
     )
 
 

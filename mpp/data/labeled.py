@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mpp.data.decode import decode_crop, decode_pillow, view_boxes
+from mpp.data.files import read_manifest
 from mpp.data.images import ShardImages, check_bytes, evenly, holds_shards, images_of
 from mpp.data.index import class_names, images_below
 from mpp.errors import BadImage, UserError
@@ -254,28 +254,15 @@ def _classes_of(values: list[str | int], key: str) -> list[str]:
 
 def _read_csv(path: str, several: bool) -> tuple[list[str], list[list[str]]]:
     """-> image files and the names of their classes. UserError with the line of what is wrong."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.reader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     column = "labels" if several else "label"
-    if not rows or not {"image", column} <= set(rows[0]):
-        raise UserError(
-            f"{path}:1: wants the columns image and {column}; got {', '.join(rows[0]) if rows else 'nothing'}"
-        )
-    image, label = rows[0].index("image"), rows[0].index(column)
     paths, labels = [], []
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(rows[0]):
-            raise UserError(f"{path}:{number}: {len(row)} columns, where the first line has {len(rows[0])}")
-        names = [name.strip() for name in row[label].split(";") if name.strip()] if several else [row[label].strip()]
+    for number, row in read_manifest(path, ["image", column]):
+        value = row[column]
+        names = [name.strip() for name in value.split(";") if name.strip()] if several else [value.strip()]
         if not several and not names[0]:
             raise UserError(f"{path}:{number}: no label")
-        paths.append(os.path.join(os.path.dirname(path), row[image]))
+        paths.append(os.path.join(os.path.dirname(path), row["image"]))
         labels.append(names)
-    if not paths:
-        raise UserError(f"{path}: no images in it")
     return paths, labels
 
 
@@ -385,15 +372,12 @@ class LabeledDataset(Dataset[LabeledBatch]):
 
     augment: PIL image -> (C, H, W) uint8, drawing from python's, numpy's and torch's global generators (as timm's
     transforms do); they are seeded for each sample from (seed, position). A bad image is replaced by the next
-    of the subset.
+    of the subset. Of images that are not of 8 bit, which have a `value_range` in `decoding`: (bytes, a
+    generator) -> (C, H, W) float32.
     """
 
-    def __init__(
-        self, data: Labeled, subset: np.ndarray, augment: Any, seed: int, *, channels: int, formats: tuple[str, ...],
-        max_image_pixels: int,
-    ) -> None:  # fmt: skip
-        self.data, self.subset, self.augment, self.seed = data, subset, augment, seed
-        self.channels, self.formats, self.max_image_pixels = channels, formats, max_image_pixels
+    def __init__(self, data: Labeled, subset: np.ndarray, augment: Any, seed: int, **decoding: Any) -> None:
+        self.data, self.subset, self.augment, self.seed, self.decoding = data, subset, augment, seed, decoding
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
         try:
@@ -411,12 +395,10 @@ class LabeledDataset(Dataset[LabeledBatch]):
         for step in range(len(self.subset)):
             number = int(self.subset[(place + step) % len(self.subset)])
             try:
-                image = decode_pillow(
-                    self.data.reader.read(number),
-                    channels=self.channels,
-                    formats=self.formats,
-                    max_image_pixels=self.max_image_pixels,
-                )
+                data = self.data.reader.read(number)
+                if "value_range" in self.decoding:
+                    return self.augment(data, stream(self.seed, Purpose.AUGMENT, position)), number
+                image = decode_pillow(data, **self.decoding)
             except BadImage as error:
                 bad.append(f"{self.data.reader.name(number)}: {error}")
                 continue
@@ -441,15 +423,14 @@ class CentreDataset(Dataset[LabeledBatch]):
     """
 
     def __init__(
-        self, data: Labeled, size: tuple[int, int], fraction: float, *, channels: int, formats: tuple[str, ...],
-        max_image_pixels: int, views: int = 1,
-    ) -> None:  # fmt: skip
+        self, data: Labeled, size: tuple[int, int], fraction: float, *, views: int = 1, **decoding: Any
+    ) -> None:
         self.data, self.size, self.boxes = data, size, view_boxes(views, size, fraction)
-        self.decode = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
+        self.decode = decoding
 
     def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
         shape = (len(keys), len(self.boxes), self.decode["channels"], *self.size)
-        images = torch.zeros(shape, dtype=torch.uint8)  # type: ignore[arg-type]
+        images = torch.zeros(shape, dtype=torch.float32 if "value_range" in self.decode else torch.uint8)
         readable, bad = torch.ones(len(keys), dtype=torch.bool), []
         for i, number in enumerate(keys):
             try:

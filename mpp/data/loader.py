@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpp.data.ahead import Ahead
+from mpp.data.arrays import ValueRange
 from mpp.data.children import end_with
 from mpp.data.cuts import fits, packed
 from mpp.data.decode import centre_box, decode_cut, random_box, resize
@@ -41,9 +42,11 @@ class Crop:
     max_image_pixels: int
     on_device: bool = False
     """Resize and flip random crops where the model runs (`cuts`)."""
+    value_range: ValueRange | None = None
+    """Of images that are not read as 8 bit."""
 
     def random(self, data: bytes, rng: np.random.Generator) -> Tensor:
-        """(C, H, W) uint8: crop and flip of the sample that this generator belongs to."""
+        """(C, H, W): crop and flip of the sample that this generator belongs to."""
         cut, flip = self.cut(data, rng)
         image = resize(cut, self.size)
         return image.flip(-1) if flip else image
@@ -65,7 +68,12 @@ class Crop:
             channels=self.channels,
             formats=self.formats,
             max_image_pixels=self.max_image_pixels,
+            value_range=self.value_range,
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8 if self.value_range is None else torch.float32
 
 
 def draw_masks(sampler: MaskSampler, grid: tuple[int, int], draw: float, seed: int, positions: Sequence[int]) -> Units:
@@ -117,7 +125,7 @@ class PretrainDataset(Dataset[Batch]):
         """centre: for held-out images: no randomness in the crop, the middle of a range of mask ratios."""
         size = (self.crop.channels, *self.crop.size)
         cutting = self.crop.on_device and not centre
-        images = torch.empty((0 if cutting else len(keys), *size), dtype=torch.uint8)
+        images = torch.empty((0 if cutting else len(keys), *size), dtype=self.crop.dtype)
         cut_out: list[Tensor] = []
         flipped = [False] * len(keys)
         step = keys[0][0] // self.global_batch

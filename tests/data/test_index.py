@@ -44,10 +44,17 @@ def test_finds_images_in_every_tar_format(tmp_path: Path, format: str, name: str
     assert (index.table[:, 3] == -1).all()
 
 
+def test_arrays_are_images_where_no_other_is_beside_them(tmp_path: Path) -> None:
+    """key.npy beside key.jpg is an embedding, or a map of depths."""
+    members = {"a.npy": b"1", "b.jpg": b"22", "b.npy": b"333", "c.depth.npy": b"4444", "c.png": b"5", "d.NPY": b"66"}
+    index = scan(str(write_tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)))
+    assert [content(tmp_path / "a.tar", row) for row in index.table] == [b"1", b"22", b"5", b"66"]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     members=st.lists(
-        st.tuples(st.sampled_from(["jpg", "txt", "cls", "json", "npy", "png"]), st.binary(max_size=1500)),
+        st.tuples(st.sampled_from(["jpg", "txt", "cls", "json", "pth", "png"]), st.binary(max_size=1500)),
         max_size=12,
     ),
     format=st.sampled_from(sorted(FORMATS)),

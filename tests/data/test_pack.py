@@ -124,7 +124,7 @@ def test_what_cannot_be_packed(image_folder: Path, tmp_path: Path) -> None:
         pack(str(image_folder), str(tmp_path / "o"), images_per_shard=7, workers=1)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_text("no image")
-    with pytest.raises(UserError, match="none of 1 files could be read"):
+    with pytest.raises(UserError, match="none of 1 could be read as an image"):
         pack(str(tmp_path / "bad"), str(tmp_path / "o2"), workers=1)
 
 

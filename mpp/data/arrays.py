@@ -1,0 +1,111 @@
+"""Images that are arrays of numbers: .npy files and TIFFs of any channels, 8 to 64 bit, whole or floating point.
+
+They become float32 in [0, 255], the range of 8-bit pixels, so that mean and std mean the same for all images.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp.errors import BadImage, UserError
+
+NPY = b"\x93NUMPY"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+ValueRange = tuple[float, float] | Literal["type"]
+"""What counts as 0 and 1: two values; or those of the file's own type: 0 and its largest whole number, or 0 and 1."""
+PARSING = threading.Lock()
+"""numpy parses headers by Python's ast, in which CPython 3.11 now and then raises a SystemError where two threads are
+(python/cpython issue 106905)."""
+
+
+def read_array(data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int) -> np.ndarray | None:
+    """(C, H, W) as it is stored, where these bytes are of a format of this module's; None for others. BadImage."""
+    try:
+        if data.startswith(NPY):
+            if "NPY" not in formats:
+                raise BadImage(f"not an image of {', '.join(formats)}")
+            return _npy(data, channels, max_image_pixels)
+        if data.startswith(TIFF) and "TIFF" in formats:
+            return _tiff(data, channels, max_image_pixels)
+    except (BadImage, UserError):
+        raise
+    except Exception as error:  # both raise anything on hostile bytes
+        raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+    return None
+
+
+def _npy(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
+    with PARSING:
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)
+        reader: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in reader:
+            raise BadImage(f"npy of version {version}")
+        shape, _, dtype = reader[version](stream)
+        _check(shape, dtype, channels, max_image_pixels)
+        if len(data) - stream.tell() < math.prod(shape) * dtype.itemsize:
+            raise BadImage("cut off")
+        stream.seek(0)
+        return _channels_first(np.load(stream, allow_pickle=False), channels)
+
+
+def _tiff(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
+    try:
+        import tifffile
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "data.formats: TIFFs of other channels than 1, 3 and 4, or of other numbers than 8 bit, need tifffile: "
+            "pip install 'mpp[multichannel]'"
+        ) from error
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        _check(series.shape, series.dtype, channels, max_image_pixels)
+        return _channels_first(series.asarray(), channels)
+
+
+def _check(shape: tuple[int, ...], dtype: Any, channels: int, max_image_pixels: int) -> None:
+    """BadImage, from the header alone."""
+    if dtype is None or dtype.kind not in "uif" or dtype.hasobject:
+        raise BadImage(f"values of {dtype}; read are whole and floating-point numbers")
+    height, width = _places(shape, channels)[1:]
+    if height < 1 or width < 1:
+        raise BadImage(f"{width}×{height} pixels")
+    if width * height > max_image_pixels:
+        raise BadImage(f"{width}×{height} pixels, over max_image_pixels {max_image_pixels}")
+
+
+def _places(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
+    """(C, H, W) of an array of (H, W), (H, W, C) or (C, H, W). BadImage."""
+    if len(shape) == 2 and channels == 1:
+        return 1, int(shape[0]), int(shape[1])
+    if len(shape) == 3 and shape[2] == channels:
+        return channels, int(shape[0]), int(shape[1])
+    if len(shape) == 3 and shape[0] == channels:
+        return channels, int(shape[1]), int(shape[2])
+    raise BadImage(f"an array of {'×'.join(map(str, shape))}; wants {channels} channels, first or last")
+
+
+def _channels_first(array: np.ndarray, channels: int) -> np.ndarray:
+    if array.ndim == 2:
+        return array[None]
+    return array.transpose(2, 0, 1) if array.shape[2] == channels else array
+
+
+def scaled(array: np.ndarray, value_range: ValueRange) -> Tensor:
+    """(C, H, W) of any numbers -> float32 in [0, 255]. BadImage where one is not finite."""
+    if value_range == "type":
+        low, high = 0.0, float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
+    else:
+        low, high = value_range
+    # in float64: a float32 has 24 bits, and an offset may be large
+    values = np.clip((array.astype(np.float64) - low) * (255 / (high - low)), 0, 255).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise BadImage(f"{int((~np.isfinite(array)).sum())} values are not finite")
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -1,0 +1,126 @@
+"""Images that are files of their own: a folder of them, or a CSV file that names them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from mpp.data.index import COLUMNS, ShardIndex, cannot_list, images_among
+from mpp.errors import BadImage, UserError
+from mpp.rng import Purpose, stream
+
+FILES_PER_SHARD = 1000
+"""Files that are treated like the images of one shard, as many as `mpp pack` puts into one."""
+STATS_AT_A_TIME = 32
+"""Questions for sizes of files, which may lie on a server."""
+
+
+def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """(files with an image's name, the others and why not), as paths below `source` with /, sorted.
+
+    Links are followed once. UserError for a folder that may not be read: its images would be missing in silence.
+    """
+    files, skipped, seen = [], [], set()
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=cannot_list):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up
+            subfolders.clear()
+            continue
+        seen.add(real)
+        hidden = [name for name in subfolders if name.startswith(".")]
+        subfolders[:] = sorted(set(subfolders) - set(hidden))
+        images = images_among(name for name in names if not name.startswith("."))
+        for name in sorted(names + hidden):
+            path = os.path.relpath(os.path.join(folder, name), source).replace(os.sep, "/")
+            if name.startswith("."):  # .ipynb_checkpoints/, .thumbnails/, ._photo.jpg
+                skipped.append((path, "hidden"))
+            elif "\t" in path or "\n" in path:
+                skipped.append((repr(path), "tab or newline in the name"))
+            elif name not in images:
+                skipped.append((path, "not an image by its name"))
+            elif not os.path.isfile(os.path.join(folder, name)):  # a pipe would be waited for
+                skipped.append((path, "not a file"))
+            else:
+                files.append(path)
+    return sorted(files), skipped
+
+
+def read_manifest(path: str, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """(line, values of these columns) of a CSV file's rows. UserError with the line of what is wrong."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = list(csv.reader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not rows or not set(columns) <= set(rows[0]):
+        wanted = " and ".join(columns)
+        raise UserError(
+            f"{path}:1: wants the column{'s' if len(columns) > 1 else ''} {wanted}; "
+            f"got {', '.join(rows[0]) if rows else 'nothing'}"
+        )
+    found = []
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(rows[0]):
+            raise UserError(f"{path}:{number}: {len(row)} columns, where the first line has {len(rows[0])}")
+        found.append((number, {column: row[rows[0].index(column)] for column in columns}))
+    if not found:
+        raise UserError(f"{path}: no images in it")
+    return found
+
+
+def is_place(name: str) -> bool:
+    """Whether these are files of their own: a folder without shards, or a CSV file."""
+    return os.path.isdir(name) or name.lower().endswith(".csv")
+
+
+def places(name: str, key: str) -> tuple[str, list[str]]:
+    """(folder that the paths are below, paths) of a folder of images, or of those that a CSV file names.
+
+    UserError where there are none.
+    """
+    if os.path.isdir(name):
+        files, _ = list_images(name)
+        if not files:
+            raise UserError(f"{key}: '{name}': no such shard, and no image; a folder must hold *.tar files or images")
+        return name, files
+    return os.path.dirname(name), [values["image"] for _, values in read_manifest(name, ["image"])]
+
+
+def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
+    """Files as if they lay in shards, mixed as `mpp pack` mixes them: (a name, its table) of each. UserError."""
+    folder, paths = places(name, key)
+    order = stream(0, Purpose.PACK).permutation(len(paths))
+    with ThreadPoolExecutor(STATS_AT_A_TIME) as threads:
+        sizes = list(threads.map(lambda path: _size(os.path.join(folder, path)), paths))
+    found = []
+    for start in range(0, len(paths), FILES_PER_SHARD):
+        own = order[start : start + FILES_PER_SHARD].tolist()
+        table = np.full((len(own), len(COLUMNS)), -1, dtype=np.int64)
+        table[:, 0], table[:, 1] = 0, [sizes[i] for i in own]
+        index = ShardIndex(table, int(table[:, 1].sum()), 0, tuple(paths[i] for i in own), folder)
+        found.append((f"{name}, part {start // FILES_PER_SHARD}", index))
+    return found
+
+
+def _size(path: str) -> int:
+    """In bytes; 0 for what cannot be read, which is a bad image when it is."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
+
+
+def read_file(path: str, size: int) -> bytes:
+    """BadImage where it cannot be read, or is not as large as it was when the run began."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from error
+    if len(data) != size:
+        raise BadImage(f"changed since the run began: {len(data)} bytes, it had {size}")
+    return data

@@ -1,0 +1,281 @@
+"""Where `mpp pack` takes images from: a folder, a CSV file, Parquet files as Hugging Face has them, or tar shards."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpp.data.files import list_images, read_manifest
+from mpp.data.images import ShardImages
+from mpp.data.index import class_names
+from mpp.errors import BadImage, UserError
+from mpp.rng import Purpose, stream
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixel_values", "image_bytes", "bytes")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
+"""Names that Parquet files give their columns, likeliest first."""
+
+Sample = tuple[str, bytes | str, int | None]
+"""(where it is from, its bytes or why there are none, its label)."""
+
+
+class Source(Protocol):
+    """Images by number. It travels to other processes."""
+
+    @property
+    def samples(self) -> int: ...
+
+    classes: list[str]
+    """Empty where there are no labels."""
+    skipped: list[tuple[str, str]]
+    """(where, why) of what is no image by its name."""
+    identity: bytes
+    """What tells it from another source: names and numbers, not where they lie."""
+
+    def read(self, first: int, end: int) -> Iterator[Sample]:
+        """Samples first … end - 1. UserError where the source itself cannot be read."""
+        ...
+
+
+def open_source(source: str, *, labels: bool | None, seed: int) -> Source:
+    """UserError where there is nothing, or not what was asked for."""
+    if os.path.isdir(source):
+        names = os.listdir(source)
+        if any(name.endswith(".parquet") for name in names) or _parquet_below(source):
+            return Parquet(_parquet_below(source), labels)
+        if any(name.endswith(".tar") for name in names):
+            return Shards(source, labels)
+        return Files.of_folder(source, labels, seed)
+    if source.lower().endswith(".csv"):
+        return Files.of_manifest(source, labels, seed)
+    matches = sorted(glob.glob(source)) if glob.has_magic(source) and not os.path.exists(source) else [source]
+    if matches and all(match.endswith(".parquet") for match in matches):
+        return Parquet(matches, labels)
+    if source.endswith(".tar") or "{" in source:
+        return Shards(source, labels)
+    raise UserError(
+        f"{source}: no such folder"
+        if not os.path.exists(source)
+        else f"{source}: neither a folder nor a .csv, .parquet or .tar file"
+    )
+
+
+def _parquet_below(folder: str) -> list[str]:
+    """As `datasets` lays them out: data/train-00000-of-00010.parquet."""
+    return sorted(str(path) for path in Path(folder).glob("**/*.parquet"))
+
+
+@dataclass
+class Files:
+    """Image files, in an order shuffled by a seed."""
+
+    folder: str
+    paths: list[str]
+    """Below the folder, in the order in which they are packed."""
+    labels: list[int] | None
+    classes: list[str]
+    identity: bytes
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def of_folder(cls, source: str, labels: bool | None, seed: int) -> Files:
+        """The first folder below `source` is an image's class; labels None: if every image lies in one."""
+        files, skipped = list_images(source)
+        if not files:
+            raise UserError(f"{source}: no images found (by name: .jpg .jpeg .png .webp .bmp .tif .tiff .gif .npy)")
+        in_folders = all("/" in f for f in files)
+        if labels and not in_folders:
+            stray = next(f for f in files if "/" not in f)
+            raise UserError(f"{source}: labels are the first folder's name, but {stray} lies in none")
+        named = [f.split("/", 1)[0] for f in files] if (in_folders if labels is None else labels) else None
+        return cls._mixed(source, files, named, seed, skipped)
+
+    @classmethod
+    def of_manifest(cls, source: str, labels: bool | None, seed: int) -> Files:
+        """Columns `image` and, with labels, `label`; paths are below the CSV file's folder."""
+        try:
+            rows = read_manifest(source, ["image", "label"]) if labels is not False else []
+        except UserError:
+            if labels:
+                raise
+            rows = []
+        named = [row["label"].strip() for _, row in rows]
+        if rows and not all(named):
+            if labels:
+                raise UserError(f"{source}:{rows[named.index('')][0]}: no label")
+            named = []
+        rows = rows or read_manifest(source, ["image"])
+        files = [row["image"] for _, row in rows]
+        for line, row in rows:
+            if "\t" in row["image"] or "\n" in row["image"] or not row["image"]:
+                raise UserError(f"{source}:{line}: image: {row['image']!r}: a path without tabs or newlines")
+        return cls._mixed(os.path.dirname(source), files, named or None, seed, [])
+
+    @classmethod
+    def _mixed(
+        cls, folder: str, files: list[str], named: list[str] | None, seed: int, skipped: list[tuple[str, str]]
+    ) -> Files:
+        classes = sorted(set(named)) if named else []
+        numbers = {name: i for i, name in enumerate(classes)}
+        order = stream(seed, Purpose.PACK).permutation(len(files)).tolist()
+        labels = [numbers[named[n]] for n in order] if named else None
+        identity = "\0".join(files).encode("utf-8", "surrogateescape")
+        return cls(folder, [files[n] for n in order], labels, classes, identity, skipped)
+
+    @property
+    def samples(self) -> int:
+        return len(self.paths)
+
+    def read(self, first: int, end: int) -> Iterator[Sample]:
+        for i in range(first, end):
+            label = self.labels[i] if self.labels is not None else None
+            try:
+                yield self.paths[i], Path(self.folder, self.paths[i]).read_bytes(), label
+            except OSError as error:
+                yield self.paths[i], error.strerror or str(error), label
+
+
+class Parquet:
+    """Parquet files with a column of image files, a struct of bytes and path or bytes alone; in their order.
+
+    Row groups are read one at a time, and of them these columns alone.
+    """
+
+    def __init__(self, files: list[str], labels: bool | None) -> None:
+        parquet = _pyarrow()
+        self.files, self.skipped = files, list[tuple[str, str]]()
+        self.image = self.label = ""
+        self.classes: list[str] = []
+        self.groups: list[tuple[int, int]] = []
+        """(file, row group) of each."""
+        counts = []
+        for number, file in enumerate(files):
+            try:
+                with parquet.ParquetFile(file) as opened:
+                    self._columns(file, opened.schema_arrow, labels)
+                    groups = opened.metadata.num_row_groups
+                    counts += [opened.metadata.row_group(g).num_rows for g in range(groups)]
+                    self.groups += [(number, g) for g in range(groups)]
+            except (OSError, ValueError) as error:  # pyarrow's are kinds of these
+                raise UserError(f"{file}: {_reason(error)}") from error
+        self.ends = np.cumsum(counts).tolist() if counts else []
+        if not self.samples:
+            raise UserError(f"{files[0]}: no rows" + (" …" if len(files) > 1 else ""))
+        sizes = [f"{os.path.basename(file)}:{os.path.getsize(file)}" for file in files]
+        self.identity = "\0".join([self.image, self.label, *sizes]).encode("utf-8", "surrogateescape")
+
+    @property
+    def samples(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def _columns(self, file: str, schema: Any, labels: bool | None) -> None:
+        """Find them in the first file; UserError where another has none of that name."""
+        names = schema.names
+        if not self.image:
+            fitting = [name for name in names if _holds_bytes(schema.field(name).type)]
+            self.image = next((name for name in IMAGE_COLUMNS if name in fitting), fitting[0] if fitting else "")
+            if not self.image:
+                raise UserError(f"{file}: no column of image bytes among {', '.join(names)}")
+            if labels is not False:
+                self.label, self.classes = self._labels(file, schema, labels)
+        missing = [name for name in (self.image, self.label) if name and name not in names]
+        if missing:
+            raise UserError(f"{file}: has no column {', '.join(missing)}, which {self.files[0]} has")
+
+    def _labels(self, file: str, schema: Any, labels: bool | None) -> tuple[str, list[str]]:
+        """The column and the names of its classes: Hugging Face's ClassLabel, or the numbers that occur."""
+        try:
+            said = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        except (KeyError, TypeError, ValueError):
+            said = {}
+        for name in LABEL_COLUMNS:
+            if name not in schema.names or not str(schema.field(name).type).startswith(("int", "uint")):
+                continue
+            about = said.get(name) if isinstance(said, dict) else None
+            classes = about.get("names") if isinstance(about, dict) else None
+            if isinstance(classes, list) and classes:
+                return name, [str(c) for c in classes]
+            return name, []
+        if labels:
+            raise UserError(f"{file}: no column of whole numbers named {', '.join(LABEL_COLUMNS)}")
+        return "", []
+
+    def read(self, first: int, end: int) -> Iterator[Sample]:
+        parquet = _pyarrow()
+        columns = [name for name in (self.image, self.label) if name]
+        at = bisect.bisect_right(self.ends, first)
+        while first < end:
+            number, group = self.groups[at]
+            begins = self.ends[at - 1] if at else 0
+            try:
+                with parquet.ParquetFile(self.files[number]) as opened:
+                    table = opened.read_row_group(group, columns=columns)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
+            part = table.slice(first - begins, min(end, self.ends[at]) - first)
+            images = part.column(self.image).to_pylist()
+            labels = part.column(self.label).to_pylist() if self.label else [None] * len(images)
+            for row, (image, label) in enumerate(zip(images, labels, strict=True), first - begins):
+                data = image.get("bytes") if isinstance(image, dict) else image
+                where = f"{os.path.basename(self.files[number])}: row group {group}, row {row}"
+                yield where, data if data else "no bytes in it", label
+            first, at = self.ends[at], at + 1
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise UserError("Parquet files need pyarrow: pip install 'mpp[parquet]'") from error
+    return pyarrow.parquet
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column's type is bytes, or a struct with some."""
+    if str(kind).startswith("struct"):
+        return any(kind.field(i).name == "bytes" and _holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return str(kind) in ("binary", "large_binary", "binary_view")
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class Shards:
+    """Tar shards made elsewhere, in their order: packed anew, in shards of equal size. Numbers of classes stay."""
+
+    def __init__(self, source: str, labels: bool | None) -> None:
+        self.images = ShardImages(source, key="SOURCE")
+        self.first = np.concatenate([[0], np.cumsum(self.images.counts)])
+        self.samples = int(self.first[-1])
+        self.skipped = list[tuple[str, str]]()
+        self.identity = self.images.fingerprint.encode()
+        self.classes = [] if labels is False else class_names(source) or []
+        self.labeled = labels is not False and all((i.table[:, 3] >= 0).all() for i in self.images.indexes)
+        if labels and not self.labeled:
+            raise UserError(f"{source}: labels were asked for, but not every image has one")
+        if self.labeled and any(i.table[:, 4].any() for i in self.images.indexes):
+            raise UserError(
+                f"{source}: its labels lie in .json, which is not packed; the shards can be used as they are, or "
+                "--no-labels leaves the labels out"
+            )
+
+    def read(self, first: int, end: int) -> Iterator[Sample]:
+        for i in range(first, end):
+            shard = int(np.searchsorted(self.first, i, side="right")) - 1
+            row = i - int(self.first[shard])
+            label, where = None, self.images.name(shard, row)
+            try:
+                if self.labeled and (stored := self.images.read_label(shard, row)) is not None:
+                    label = int(stored[0])
+                yield where, self.images.read(shard, row), label
+            except (BadImage, ValueError) as error:
+                yield where, str(error), label

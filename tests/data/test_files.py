@@ -1,0 +1,93 @@
+"""Folders and CSV files of images are read as they are, as if they lay in shards."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import mpp
+from mpp.data import files
+from mpp.data.images import ShardImages
+from mpp.errors import BadImage, UserError
+from mpp.metrics import read_metrics
+from tests.conftest import command, pretrain_recipe
+
+
+def opened(*spec: Path | str) -> ShardImages:
+    return ShardImages(tuple(map(str, spec)), key="data.shards")
+
+
+def test_every_file_once(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "FILES_PER_SHARD", 25)
+    images = opened(image_folder)
+    assert images.counts == [25, 25, 10]
+    names = [images.name(s, r) for s, count in enumerate(images.counts) for r in range(count)]
+    assert sorted(names) == sorted(str(p) for p in image_folder.rglob("*.*"))
+    assert all(images.read(s, 3) == Path(images.name(s, 3)).read_bytes() for s in range(3))
+    assert {Path(images.name(0, r)).parent.name for r in range(25)} == {"disc", "square"}, "mixed"
+
+
+def test_the_fingerprint_is_of_names_and_sizes_not_of_the_place(image_folder: Path, tmp_path: Path) -> None:
+    first = opened(image_folder).fingerprint
+    copied = shutil.copytree(image_folder, tmp_path / image_folder.name)
+    assert opened(copied).fingerprint == first
+    file = next(copied.glob("disc/*.jpg"))
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert opened(copied).fingerprint != first
+    file.write_bytes(file.read_bytes()[:-1])
+    assert opened(copied).fingerprint == first
+    file.rename(file.with_name("zzz.jpg"))
+    assert opened(copied).fingerprint != first
+
+
+def test_files_that_change_or_go(image_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(image_folder, tmp_path / "f")
+    images = opened(folder)
+    first, second = (Path(images.name(0, row)) for row in (0, 1))
+    first.unlink()
+    second.write_bytes(b"short")
+    with pytest.raises(BadImage, match="No such file"):
+        images.read(0, 0)
+    with pytest.raises(BadImage, match="changed since the run began: 5 bytes, it had"):
+        images.read(0, 1)
+
+
+def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
+    some = sorted(image_folder.rglob("*.jpg"))[:7]
+    (tmp_path / "list.csv").write_text("".join(["image,source\n", *(f"{p},web\n" for p in some)]))
+    images = opened(tmp_path / "list.csv")
+    assert images.counts == [7]
+    assert sorted(images.name(0, r) for r in range(7)) == sorted(map(str, some))
+    for text, message in (
+        ("", "list.csv:1: wants the column image; got nothing"),
+        ("file\na.jpg\n", "list.csv:1: wants the column image; got file"),
+        ("image,x\na.jpg\n", "list.csv:2: 1 columns, where the first line has 2"),
+        ("image\n", "list.csv: no images in it"),
+    ):
+        (tmp_path / "list.csv").write_text(text)
+        with pytest.raises(UserError, match=message):
+            opened(tmp_path / "list.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="data.shards: '.*empty': no such shard, and no image"):
+        opened(tmp_path / "empty")
+    with pytest.raises(UserError, match="data.shards: '.*none.csv': no such shard"):
+        opened(tmp_path / "none.csv")
+
+
+def test_a_run_on_files(image_folder: Path, tmp_path: Path) -> None:
+    """By workers, stopped and resumed: the losses of the uninterrupted run; more files are another run."""
+    folder = shutil.copytree(image_folder, tmp_path / "photos")
+    changes = {"data.workers": 2, "optim.steps": 8, "checkpoint_every_steps": 4, "log_every_steps": 1}
+    mpp.pretrain(pretrain_recipe(folder, tmp_path / "whole", **changes))
+    mpp.pretrain(pretrain_recipe(folder, tmp_path / "run", **changes))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    done = command("pretrain", tmp_path / "run/recipe.yaml", "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    first, again = ([m["loss"] for m in read_metrics(tmp_path / out)] for out in ("whole", "run"))
+    assert first == again
+    shutil.copy(folder / "disc/002.jpg", folder / "disc/more.jpg")
+    done = command("pretrain", tmp_path / "run/recipe.yaml", "--resume", "auto")
+    assert done.returncode == 2
+    assert "data" in done.stderr

@@ -1,0 +1,170 @@
+"""What `mpp pack` takes images from, besides folders: manifests, Parquet as Hugging Face has it, other shards; in parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpp.data import sources
+from mpp.data.images import ShardImages
+from mpp.data.labeled import open_labeled
+from mpp.data.pack import pack
+from mpp.errors import UserError
+from tests.conftest import command
+
+
+def contents(out: Path) -> list[tuple[bytes, bytes | None]]:
+    """(image, label) of every sample, in order."""
+    images = ShardImages(str(out), key="k")
+    places = [(s, r) for s, count in enumerate(images.counts) for r in range(count)]
+    return [(images.read(*at), stored[0] if (stored := images.read_label(*at)) else None) for at in places]
+
+
+@pytest.fixture
+def photos(image_folder: Path) -> list[tuple[bytes, int]]:
+    found = sorted(image_folder.rglob("*.*"))
+    return [(path.read_bytes(), int(path.parent.name == "square")) for path in found]
+
+
+def written(folder: Path, photos: list[tuple[bytes, int]], *, as_struct: bool = True, names: bool = True) -> Path:
+    """As `datasets` writes it: two files of several row groups, the features in their metadata."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    (folder / "data").mkdir(parents=True)
+    for part in range(2):
+        own = photos[part::2]
+        values = [{"bytes": data, "path": f"{i}.jpg"} for i, (data, _) in enumerate(own)]
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        image = pa.array(values, kind) if as_struct else pa.array([data for data, _ in own], pa.binary())
+        table = pa.table(
+            {"id": pa.array(range(len(own))), "image": image, "label": pa.array([label for _, label in own])}
+        )
+        features: dict[str, Any] = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel"}}
+        if names:
+            features["label"]["names"] = ["disc", "square"]
+        about = {"huggingface": json.dumps({"info": {"features": features}})}
+        pyarrow.parquet.write_table(
+            table.replace_schema_metadata(about),
+            folder / "data" / f"train-{part:05d}-of-00002.parquet",
+            row_group_size=7,
+        )
+    return folder
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_parquet(as_struct: bool, photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
+    """Every row once, in order, whatever the sizes of row groups and shards."""
+    folder = written(tmp_path / "hf", photos, as_struct=as_struct)
+    packed = pack(str(folder), str(tmp_path / "out"), images_per_shard=11, workers=1)
+    assert (packed.shards, packed.images, packed.classes) == (6, 60, ["disc", "square"])
+    rows = [*photos[0::2], *photos[1::2]]
+    assert contents(tmp_path / "out") == [(data, str(label).encode()) for data, label in rows]
+    labeled = open_labeled((str(tmp_path / "out"),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
+    assert labeled.classes == ["disc", "square"]
+    assert labeled.labels.tolist() == [label for _, label in rows]
+    where = (tmp_path / "out/sources.tsv").read_text().splitlines()[8]
+    assert where.endswith("\ttrain-00000-of-00002.parquet: row group 1, row 1")
+    again = pack(str(folder / "data/*.parquet"), str(tmp_path / "again"), images_per_shard=60, labels=False, workers=1)
+    assert (again.classes, again.images) == ([], 60)
+    assert [label for _, label in contents(tmp_path / "again")] == [None] * 60
+
+
+def test_parquet_that_is_not_of_images(photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    def refused(table: Any, message: str, **options: Any) -> None:
+        parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=message) as error:
+            pack(str(tmp_path / "a.parquet"), str(tmp_path / "out"), workers=1, **options)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+
+    refused(pa.table({"text": ["a"], "n": [1]}), "no column of image bytes among text, n")
+    refused(pa.table({"image": pa.array([], pa.binary())}), "no rows")
+    refused(pa.table({"image": [b"1"], "label": ["cat"]}), "no column of whole numbers named label", labels=True)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match="a.parquet: "):
+        pack(str(tmp_path / "a.parquet"), str(tmp_path / "out"), workers=1)
+    values = [{"bytes": photos[0][0], "path": ""}, {"bytes": None, "path": "x.jpg"}, {"bytes": b"no", "path": ""}]
+    parquet.write_table(pa.table({"image": values}), tmp_path / "a.parquet")
+    packed = pack(str(tmp_path / "a.parquet"), str(tmp_path / "out"), workers=1)
+    assert packed.images == 1
+    assert packed.skipped == [
+        ("a.parquet: row group 0, row 1", "no bytes in it"),
+        ("a.parquet: row group 0, row 2", "not an image by its content"),
+    ]
+
+
+def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
+    some = sorted(image_folder.rglob("*.jpg"))[:8]
+    rows = [f"{path},{path.parent.name}" for path in some]
+    (tmp_path / "a.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    packed = pack(str(tmp_path / "a.csv"), str(tmp_path / "out"), workers=1)
+    assert (packed.images, packed.classes) == (8, sorted({p.parent.name for p in some}))
+    assert sorted(data for data, _ in contents(tmp_path / "out")) == sorted(p.read_bytes() for p in some)
+    (tmp_path / "b.csv").write_text("image\n" + "\n".join(str(p) for p in some) + "\nnone.jpg\n")
+    packed = pack(str(tmp_path / "b.csv"), str(tmp_path / "unlabeled"), workers=1)
+    assert (packed.images, packed.classes, packed.skipped) == (8, [], [("none.jpg", "No such file or directory")])
+    for text, options, message in (
+        ("image\na.jpg\n", {"labels": True}, "a.csv:1: wants the columns image and label; got image"),
+        ("image,label\na.jpg,\n", {"labels": True}, "a.csv:2: no label"),
+        ('image\n"a\tb.jpg"\n', {}, "a.csv:2: image: 'a.tb.jpg': a path without tabs"),
+    ):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(UserError, match=message):
+            pack(str(tmp_path / "a.csv"), str(tmp_path / "o"), workers=1, **options)
+
+
+def test_other_shards(shards: Path, tmp_path: Path) -> None:
+    packed = pack(str(shards), str(tmp_path / "out"), images_per_shard=16, workers=1)
+    assert (packed.shards, packed.images, packed.classes) == (4, 60, ["disc", "square"])
+    assert contents(tmp_path / "out") == contents(shards)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+def test_parts(kind: str, image_folder: Path, photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
+    """Each writes its own shards; whichever comes last finishes; all of it is what one call writes."""
+    source = image_folder if kind == "folder" else written(tmp_path / "hf", photos)
+    pack(str(source), str(tmp_path / "one"), images_per_shard=7, workers=1)
+    for i in (2, 3, 1):
+        packed = pack(str(source), str(tmp_path / "parts"), images_per_shard=7, workers=1, part=(i, 3))
+        assert packed.shards == 9
+        assert packed.shards_written == 3
+        assert packed.shards_missing == {2: 6, 3: 3, 1: 0}[i]
+        assert (tmp_path / "parts/sources.tsv").exists() == (i == 1)
+    one, parts = (
+        {p.name: p.read_bytes() for p in (tmp_path / f).iterdir() if p.suffix != ".npz"} for f in ("one", "parts")
+    )
+    assert one == parts
+    with pytest.raises(UserError, match="--part: 4/3: the first of three is 1/3"):
+        pack(str(source), str(tmp_path / "x"), part=(4, 3), workers=1)
+
+
+def test_the_command(image_folder: Path, tmp_path: Path) -> None:
+    done = command("pack", image_folder, tmp_path / "out", "--images-per-shard", "30", "--part", "2/2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"30 images, 2 classes, 2 shards in {tmp_path / 'out'} (1 written now)",
+        "1 shards are not here yet; the part that comes last finishes",
+    ]
+    for words, message in (
+        (["--part", "half"], "--part: 'half': the first of three is 1/3, the last 3/3"),
+        (["--part", "0/2"], "--part: 0/2: the first"),
+    ):
+        done = command("pack", image_folder, tmp_path / "x", *words)
+        assert (done.returncode, done.stderr.startswith(message)) == (2, True), done.stderr
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    for name, message in (
+        ("none", "none: no such folder"),
+        ("a.txt", "neither a folder nor a .csv, .parquet or .tar file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sources.open_source(str(tmp_path / name), labels=None, seed=0)
