@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import warnings
 from pathlib import Path
@@ -25,13 +26,17 @@ def write(artifact: Artifact, folder: Path) -> str:
     """model.onnx, with what images are normalised with and the names of classes as its metadata."""
     import onnx
 
-    images = artifact.reference["images"]
+    images, model = artifact.reference["images"], copy.deepcopy(artifact.model)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            # torch's exporter cannot translate the fused one of BEiT and Hiera
+            module.fused_attn = False  # type: ignore[assignment]
     with (
         warnings.catch_warnings(action="ignore"),
         contextlib.redirect_stdout(io.StringIO()),  # it reports its steps
     ):
         torch.onnx.export(
-            artifact.model,
+            model,
             (images,),
             str(folder / "model.onnx"),
             input_names=["images"],
