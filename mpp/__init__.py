@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpp.exporting import Verified
     from mpp.finetuning import FinetuneResult
     from mpp.importing import Imported
+    from mpp.planning import Plan
     from mpp.predicting import Report
     from mpp.pretraining import PretrainResult
     from mpp.recipe import EvaluateRecipe, FinetuneRecipe, Job, PretrainRecipe
@@ -147,6 +148,27 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     return replaying.replay(run, step)
 
 
+def plan(
+    recipe: str | Path | Mapping[str, Any] | PretrainRecipe,
+    *,
+    devices: int = 1,
+    device: str = "a100",
+    mfu: float = 0.3,
+    images: int | None = None,
+    scale: str | None = None,
+    **overrides: Any,
+) -> Plan:
+    """What pretraining will take on so many devices of a kind: memory, time, disk. Nothing is trained.
+
+    mfu: the part of their peak that it reaches. images: how many there are; None: the data are opened. UserError.
+    """
+    from mpp import planning
+    from mpp.recipe import PretrainRecipe, checked
+
+    found = checked(recipe, PretrainRecipe, overrides, scale)
+    return planning.plan(found, devices=devices, device=device, mfu=mfu, images=images)
+
+
 def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
     """Write the encoder of a run into a new folder and verify it there. UserError where it does not hold.
 
@@ -207,6 +229,7 @@ __all__ = [
     "inspect",
     "load_encoder",
     "load_recipe",
+    "plan",
     "predict",
     "pretrain",
     "replay",

@@ -64,6 +64,29 @@ def main() -> None:
     """Masked-patch pretraining on unlabeled images, fine-tuning on labeled ones, export of the encoder."""
 
 
+def _json(value: Any) -> str:
+    """One object, in which numbers that are none are null."""
+    import dataclasses
+    import json
+    import math
+
+    def plain(item: Any) -> Any:
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            return {field.name: plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
+        if isinstance(item, dict):
+            return {str(key): plain(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple | set):
+            return [plain(inner) for inner in item]
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        return item if isinstance(item, str | int | float | bool | None) else str(item)
+
+    return json.dumps(plain(value), indent=1)
+
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="For scripts: the result as one JSON object.")
+
+
 @main.command()
 @click.argument("source")
 @click.argument("out")
@@ -78,7 +101,10 @@ def main() -> None:
 )
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
 @click.option("--part", default="1/1", show_default=True, metavar="I/N", help="The I-th of N such calls into one OUT.")
-def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed: int, workers: int, part: str) -> None:
+@_JSON
+def pack(
+    source: str, out: str, images_per_shard: int, labels: bool | None, seed: int, workers: int, part: str, as_json: bool
+) -> None:
     """Images of SOURCE -> shards with their indexes in OUT. Interrupted, the same call goes on.
 
     SOURCE: a folder of images, a CSV file (image, label), Parquet files or a folder of them, tar shards to pack anew.
@@ -106,6 +132,8 @@ def pack(source: str, out: str, images_per_shard: int, labels: bool | None, seed
             part=(int(share[1]), int(share[2])),
             on_shard=on_shard,
         )
+    if as_json:
+        return click.echo(_json(packed))
     kind = f"{len(packed.classes)} classes" if packed.classes else "no labels"
     click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
     if packed.shards_missing:
@@ -154,13 +182,47 @@ _SCALE = click.option("--scale", default=None, metavar="NAME", help="Apply one o
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_RESUME
 @_SCALE
-def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None) -> None:
+@_JSON
+def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None, as_json: bool) -> None:
     """Pretrain an encoder on unlabeled shards, as RECIPE says; KEY=VALUE changes it (optim.epochs=10)."""
     from mpp.recipe import parse_overrides
 
     result = mpp.pretrain(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
-    if RANK == "0" and result.state == "finished":
+    if RANK == "0" and as_json:
+        click.echo(_json(result))
+    elif RANK == "0" and result.state == "finished":
         click.echo(f"skill {result.skill:.3f}, loss {result.loss:.4f} after {result.step} steps: {result.encoder}")
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_SCALE
+@click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--device", default="a100", show_default=True, help="a100, h100, h200, l40s, a10 or rtx4090.")
+@click.option("--mfu", default=0.3, show_default=True, help="Part of the devices' peak that the run reaches.")
+@click.option(
+    "--images", default=None, type=click.IntRange(min=1), help="How many there are; default: data are opened."
+)
+@_JSON
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    scale: str | None,
+    devices: int,
+    device: str,
+    mfu: float,
+    images: int | None,
+    as_json: bool,
+) -> None:
+    """What pretraining as RECIPE says will take: parameters, FLOP, memory of a device, time, disk. Trains nothing."""
+    from mpp.recipe import parse_overrides
+
+    given: Any = parse_overrides(overrides)
+    if images is not None:
+        given = {"data.shards": "not opened"} | given
+    found = mpp.plan(recipe, devices=devices, device=device, mfu=mfu, images=images, scale=scale, **given)
+    click.echo(_json(found.as_dict()) if as_json else found.text())
 
 
 @main.command()
@@ -168,12 +230,15 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_RESUME
 @_SCALE
-def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None) -> None:
+@_JSON
+def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None, as_json: bool) -> None:
     """Fine-tune on labeled images, beside the same from scratch. encoder=RUN|FOLDER|TIMM_NAME|scratch"""
     from mpp.recipe import parse_overrides
 
     result = mpp.finetune(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
-    if RANK == "0" and result.state == "finished":
+    if RANK == "0" and as_json:
+        click.echo(_json(result))
+    elif RANK == "0" and result.state == "finished":
         click.echo(result.table())
         click.echo(f"{result.encoder}")
 
@@ -184,7 +249,10 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
 @click.option("--recipe", default=None, metavar="FILE", help="Keys from a file, under those given here.")
 @_RESUME
 @_SCALE
-def evaluate(encoder: str, overrides: tuple[str, ...], recipe: str | None, resume: str, scale: str | None) -> None:
+@_JSON
+def evaluate(
+    encoder: str, overrides: tuple[str, ...], recipe: str | None, resume: str, scale: str | None, as_json: bool
+) -> None:
     """Probe the frozen features of ENCODER (a run, an export or a timm name): data.train=… data.val=…"""
     from mpp.recipe import parse_overrides
 
@@ -192,6 +260,8 @@ def evaluate(encoder: str, overrides: tuple[str, ...], recipe: str | None, resum
     if "encoder" in given:
         raise UserError("command line: encoder: is the first word, mpp evaluate ENCODER …; give another as compare=")
     result = mpp.evaluate(encoder, recipe=recipe, resume=resume, scale=scale, **given)
+    if as_json:
+        return click.echo(_json(result))
     click.echo(result.table())
     click.echo(f"{result.plot}")
 
@@ -242,9 +312,10 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
     show_default=True,
     type=click.Choice(["timm", "onnx", "safetensors", "torch_export", "transformers"]),
 )
-def export(run: str, out: str, format: str) -> None:
+@_JSON
+def export(run: str, out: str, format: str, as_json: bool) -> None:
     """Write the encoder of RUN (a run, a fine-tuned cell, an export) to the new folder OUT, and verify it there."""
-    _say_verified(mpp.export(run, out, format))
+    _say_verified(mpp.export(run, out, format), as_json)
 
 
 @main.command()
@@ -275,6 +346,7 @@ def upload(folder: str, repository: str, public: bool) -> None:
 @click.option("--prefix", default=None, help="Of the weights that are meant, where there are several encoders.")
 @click.option("--partial", is_flag=True, help="Let some of the encoder's weights be missing; they stay random.")
 @click.option("--trust", is_flag=True, help="Open a pickle, as tensors and plain containers alone.")
+@_JSON
 def import_(
     file: str,
     out: str,
@@ -287,6 +359,7 @@ def import_(
     prefix: str | None,
     partial: bool,
     trust: bool,
+    as_json: bool,
 ) -> None:
     """Weights from elsewhere in FILE -> the new folder OUT, a timm folder, verified there. All fit, or none.
 
@@ -310,6 +383,8 @@ def import_(
         partial=partial,
         trust=trust,
     )
+    if as_json:
+        return click.echo(_json(found))
     _say_verified(found.verified)
     click.echo(found)
 
@@ -323,14 +398,17 @@ def _numbers(text: str | None, key: str) -> list[float] | None:
 
 @main.command()
 @click.argument("folder")
-def verify(folder: str) -> None:
+@_JSON
+def verify(folder: str, as_json: bool) -> None:
     """Load an exported FOLDER in a clean process, as its users do, and compare what it gives."""
-    _say_verified(mpp.verify(folder))
+    _say_verified(mpp.verify(folder), as_json)
 
 
-def _say_verified(verified: Any) -> None:
+def _say_verified(verified: Any, as_json: bool = False) -> None:
     click.echo(
-        f"{verified.folder}: {verified.parameters} parameters load through {verified.through}; "
+        _json(verified)
+        if as_json
+        else f"{verified.folder}: {verified.parameters} parameters load through {verified.through}; "
         f"features differ by {verified.difference:.1e}"
     )
 
@@ -424,6 +502,35 @@ def models(name: str | None, check: bool) -> None:
         click.echo("\n".join(timm_names(name, "models")))
     else:
         click.echo(known.probe(name))
+
+
+@main.command()
+@click.argument("folder", default=".")
+@_JSON
+def doctor(folder: str, as_json: bool) -> None:
+    """What this machine has and lacks for runs in FOLDER: versions, devices, precision, speed, memory, disk, clock."""
+    from mpp.doctor import examine
+
+    found = []
+    for finding in examine(folder):
+        found.append(finding)
+        if not as_json:
+            click.echo(finding)
+    if as_json:
+        click.echo(_json(found))
+    if wrong := [finding for finding in found if not finding.ok]:
+        raise UserError(f"doctor: {len(wrong)} of {len(found)} lines want attention")
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """What makes SHELL complete mpp's commands and options: eval "$(mpp completion bash)" in its start-up file."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "mpp", "_MPP_COMPLETE").source())
 
 
 @main.group(cls=Commands)

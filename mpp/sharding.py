@@ -39,7 +39,7 @@ def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] =
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     aside = {p for part in whole for p in part.parameters()}
     try:
-        for block in _blocks(model):
+        for block in blocks(model):
             if not aside.intersection(block.parameters()):
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params=aside)
@@ -47,7 +47,7 @@ def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] =
         raise UserError(f"fsdp: {one_line(error)}; allowed with this encoder: false") from error
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def blocks(model: nn.Module) -> list[nn.Module]:
     """What timm and the heads keep in lists named `blocks`, in any stage, or in lists of these. Inner ones first."""
 
     def members(listed: Iterable[nn.Module]) -> Iterator[nn.Module]:

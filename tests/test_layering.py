@@ -22,7 +22,7 @@ LAYERS = [
     {"predicting_dense", "symptoms", "modelcard"},
     {"converting"},
     {"pretraining", "finetuning", "evaluating", "predicting", "watching"},
-    {"reporting", "replaying", "uploading"},
+    {"reporting", "replaying", "uploading", "planning", "doctor"},
     {"cli", "__init__", "__main__"},
 ]  # fmt: skip
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}

@@ -21,6 +21,7 @@ SMALLER = {
         "data.image_size=32", "data.workers=0", "data.held_out=8",
         "optim.steps=3", "optim.epochs=null", "corruption.enter=1",
     ],
+    "mpp plan": ["data.held_out=8"],
     "mpp inspect": ["--count=8"],
     "mpp evaluate": ["data.workers=0", "attentive.epochs=1", "linear.weight_decay=[0.1]"],
     "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0]"],
@@ -57,10 +58,12 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
         done = subprocess.run(
             f"{line} {quoted}", shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        # what it says of this machine is not ours to judge
+        allowed = (0, 2) if line == "mpp doctor" else (0,)
+        assert done.returncode in allowed, f"{line}\n{done.stdout}\n{done.stderr}"
         ran.append(line.split()[1])
-    jobs = {"pretrain", "finetune", "evaluate", "predict", "inspect", "report", "watch"}
-    others = {"pack", "export", "verify", "import", "reconstruct", "recipe", "models", "tools/draw_shapes.py"}
+    jobs = {"pretrain", "finetune", "evaluate", "predict", "inspect", "report", "watch", "plan"}
+    others = {"pack", "export", "verify", "import", "reconstruct", "recipe", "models", "doctor", "tools/draw_shapes.py"}
     assert set(ran) == jobs | others
     for made in ("reconstructions.png", "training.png", "runs/photos/report.html", "comparison.html"):
         assert (tmp_path / made).exists()

@@ -18,7 +18,7 @@ from mpp import checkpoint
 from mpp.errors import UserError
 from mpp.metrics import read_metrics
 from mpp.replaying import replay
-from mpp.sharding import _blocks
+from mpp.sharding import blocks
 from tests.conftest import command, pretrain_recipe, pretrain_values
 from tests.test_nonfinite import DIVERGES
 from tests.test_pretraining import GOLDEN, OBJECTIVES, losses
@@ -211,11 +211,11 @@ def test_what_is_gathered_at_once() -> None:
             ("twins_svt_small", {"depths": (1, 1, 2, 1)}),
         )
     )
-    assert _blocks(vit) == list(vit.blocks)[::-1]
-    assert [type(b).__name__ for b in _blocks(swin)] == ["SwinTransformerBlock"] * 5
-    assert len(_blocks(twins)) == 5
+    assert blocks(vit) == list(vit.blocks)[::-1]
+    assert [type(b).__name__ for b in blocks(swin)] == ["SwinTransformerBlock"] * 5
+    assert len(blocks(twins)) == 5
     nested = nn.ModuleDict({"blocks": nn.Sequential(nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2))}))})
-    assert [type(b).__name__ for b in _blocks(nested)] == ["Linear", "ModuleDict"]
+    assert [type(b).__name__ for b in blocks(nested)] == ["Linear", "ModuleDict"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,296 @@
+"""What a pretraining run will take, before it is begun: counted on the recipe's own model, nothing of it computed.
+
+One step of one device runs on torch's meta device, which knows shapes alone: its floating-point operations and the
+bytes that live at its worst moment are counted. What cannot be known before (how much of a device's peak a run
+reaches) is asked for and said.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from mpp.build import build_mask, build_model
+from mpp.data.images import ShardImages, held_out_rows
+from mpp.data.loader import draw_masks
+from mpp.data.order import Order
+from mpp.distributed import accumulation
+from mpp.errors import UserError
+from mpp.optim import steps_of
+from mpp.recipe import PretrainRecipe
+from mpp.sharding import blocks
+
+MFU = 0.3
+"""Part of a device's peak that a run reaches, where nobody says (a guess)."""
+FP32, MOMENTS = 4, 8
+"""Bytes of a number, and of AdamW's two moments of it."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What its maker's datasheet states: memory, and dense peaks by precision."""
+
+    memory_gb: float
+    tflops: dict[str, float]
+
+
+DEVICES = {
+    "a100": Device(80, {"bf16": 312, "tf32": 156, "fp32": 19.5}),
+    "h100": Device(80, {"bf16": 989, "tf32": 494, "fp32": 67}),
+    "h200": Device(141, {"bf16": 989, "tf32": 494, "fp32": 67}),
+    "l40s": Device(48, {"bf16": 362, "tf32": 183, "fp32": 91.6}),
+    "a10": Device(24, {"bf16": 125, "tf32": 62.5, "fp32": 31.2}),
+    "rtx4090": Device(24, {"bf16": 165, "tf32": 82.6, "fp32": 82.6}),
+}
+"""NVIDIA's datasheets of each (H100 and H200: SXM), without sparsity."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See `text`."""
+
+    encoder: str
+    encoder_parameters: int
+    parameters: int
+    """With head, mask tokens and teachers."""
+    trained: int
+    flop_per_image: float
+    """Forward and backward; a multiplication and the addition after it are two."""
+    devices: int
+    device: str
+    global_batch_size: int
+    micro_batch: int
+    """Images that a device takes at once."""
+    accumulate: int
+    memory_bytes: dict[str, int]
+    """Of each device, by part."""
+    host_bytes: int
+    """Of a whole copy of a sharded model, on each process's host."""
+    images: int
+    """Trained on in an epoch."""
+    held_out: int
+    steps: int
+    epochs: float
+    mfu: float
+    peak_tflops: float
+    seconds: float
+    checkpoint_bytes: int
+    disk_bytes: int
+    """With as many checkpoints as are kept, one that is being written, and the encoder."""
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+    @property
+    def images_per_s(self) -> float:
+        return self.steps * self.global_batch_size / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"device_bytes": self.device_bytes, "images_per_s": self.images_per_s}
+
+    def text(self) -> str:
+        """For people."""
+        size, total = DEVICES[self.device].memory_gb * 1e9, self.device_bytes
+        fits = "" if total < 0.9 * size else "  more than nine tenths of what it has: " + self._advice()
+        parts = "\n".join(f"  {name:<28}{_bytes(value):>10}" for name, value in self.memory_bytes.items())
+        host = f"  {'on the host, a whole copy':<28}{_bytes(self.host_bytes):>10}\n" if self.host_bytes else ""
+        return (
+            f"{self.encoder}: {self.encoder_parameters / 1e6:.1f} M parameters, "
+            f"{self.parameters / 1e6:.1f} M with all that belongs to it, {self.trained / 1e6:.1f} M trained\n"
+            f"{self.flop_per_image / 1e9:.2f} GFLOP an image, forward and backward\n"
+            f"{self.images} images an epoch, {self.held_out} more held out; {self.steps} steps of "
+            f"{self.global_batch_size} ({self.devices} × {self.accumulate} × {self.micro_batch}), "
+            f"{self.epochs:.1f} epochs\n"
+            f"memory of each {self.device}: {_bytes(total)} of {_bytes(int(size))}{fits}\n{parts}\n{host}"
+            f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
+            f"{self.peak_tflops:g} TFLOP/s, which is {self.images_per_s:.0f} images/s to be read\n"
+            f"disk: {_bytes(self.disk_bytes)}, {_bytes(self.checkpoint_bytes)} a checkpoint\n"
+            "not counted: what CUDA and its libraries keep for themselves, about 1 GB, and gaps between allocations"
+        )
+
+    def _advice(self) -> str:
+        return "optim.max_batch_per_device, encoder.grad_checkpointing=true or fsdp=true make it less"
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of tensors that were made and are alive, now and at worst."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._see, out)
+        return out
+
+    def _see(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            size = storage.nbytes()
+            self._known.add(storage._cdata)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, storage._cdata, size)
+        return tensor
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention keeps for its backward pass; on the meta device torch would write it out."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _fused() -> Iterator[None]:
+    """Attention without a bias is fused on every device that trains."""
+    own = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any) -> Tensor:
+        return own(q, k, v, attn_mask, *args, **more) if attn_mask is not None else _Attention.apply(q, k, v)
+
+    # a mode of torch would not see what activation checkpointing runs again
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def plan(
+    recipe: PretrainRecipe, *, devices: int = 1, device: str = "a100", mfu: float = MFU, images: int | None = None
+) -> Plan:
+    """What a run of this recipe takes on so many devices.
+
+    images: how many there are, held-out ones too; None: the recipe's data are opened. UserError as for the run itself.
+    """
+    if device not in DEVICES:
+        raise UserError(f"--device: '{device}': allowed are {', '.join(DEVICES)}")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
+    data, optim = recipe.data, recipe.optim
+    model, grid = build_model(recipe)
+    if images is None:
+        opened = ShardImages(data.shards, key="data.shards", **data.caching())
+        own = opened.counts
+    else:
+        own = [images]
+    held_out = held_out_rows(own, data.held_out)
+    counts = [n - int(h) for n, h in zip(own, held_out, strict=True)]
+    order = Order(counts, global_batch=optim.global_batch_size, seed=0, lanes=data.lanes, window=data.window)
+    steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
+    accumulate = accumulation(optim.global_batch_size, devices, optim.max_batch_per_device)
+    micro = optim.global_batch_size // devices // accumulate
+
+    precision = "bf16" if recipe.precision == "auto" else recipe.precision
+    numbers = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    weights = FP32 * numbers + buffers
+    sharded = recipe.fsdp and devices > 1
+    gathered = 0
+    if sharded:  # a block is whole while it is run, and the next one is on its way; what is in none stays
+        sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks(model)), reverse=True)
+        gathered = FP32 * (sum(sizes[:2]) + max(numbers - sum(sizes), 0))
+    flop, peak = _counted(recipe, model, grid, micro, precision)
+    share = devices if sharded else 1
+    memory = {
+        "weights": weights // share + gathered,
+        "gradients": FP32 * trained // share,
+        "AdamW's moments": MOMENTS * trained // share,
+        "activations, at worst": max(peak - FP32 * trained, 0),
+        "images": 2 * micro * data.channels * data.image_size[0] * data.image_size[1] * (1 if data.eight_bit else 4),
+    }
+    if devices > 1 and not sharded:
+        memory["buckets of DDP"] = FP32 * trained
+    tflops = DEVICES[device].tflops[precision]
+    encoder: Any = model.encoder.model
+    own_parameters = sum(p.numel() for p in encoder.parameters())
+    checkpoint = weights + MOMENTS * trained
+    seen = steps * optim.global_batch_size
+    return Plan(
+        encoder=recipe.encoder.name,
+        encoder_parameters=own_parameters,
+        parameters=numbers,
+        trained=trained,
+        flop_per_image=flop / micro,
+        devices=devices,
+        device=device,
+        global_batch_size=optim.global_batch_size,
+        micro_batch=micro,
+        accumulate=accumulate,
+        memory_bytes=memory,
+        host_bytes=weights if sharded else 0,
+        images=sum(counts),
+        held_out=int(held_out.sum()),
+        steps=steps,
+        epochs=seen / max(sum(counts), 1),
+        mfu=mfu,
+        peak_tflops=tflops,
+        seconds=seen * flop / micro / (devices * tflops * 1e12 * mfu),
+        checkpoint_bytes=checkpoint,
+        disk_bytes=checkpoint * (recipe.keep_checkpoints + 1) + FP32 * own_parameters,
+    )
+
+
+def _counted(
+    recipe: PretrainRecipe, model: Any, grid: tuple[int, int], micro: int, precision: str
+) -> tuple[float, int]:
+    """(floating-point operations, bytes at worst) of a forward and a backward pass of so many images."""
+    units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(micro))
+    meta = torch.device("meta")
+    model.to(meta).train()
+    dtype = torch.uint8 if recipe.data.eight_bit else torch.float32
+    images = torch.zeros(micro, recipe.data.channels, *recipe.data.image_size, dtype=dtype, device=meta)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+            losses = model(images, units.hidden.to(meta), units.noise.to(meta), units.count)
+        losses.sum().backward()
+        for p in model.parameters():
+            p.grad = None
+
+    with FlopCounterMode(display=False) as flop:  # by itself: it keeps tensors
+        step()
+    live = _Live([*model.parameters(), *model.buffers(), images])
+    with _fused(), live:
+        step()
+    return float(flop.get_total_flops()), live.peak
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.0f} kB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, scale in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * scale:
+            return f"{seconds / scale:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
