@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: bench demo test test-all faults soak check lint clean
+.PHONY: bench demo test test-all exhaustive faults soak check lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -33,6 +33,10 @@ lint: $(VENV)/.installed
 # What is promised of killed runs, bad data and hostile input, held by tests; writes the table of it.
 faults: $(VENV)/.installed
 	$(PYTEST) tests/faults --promises docs/promises.md
+
+# What `make check` leaves out: every format of every encoder family, more faults, more of what others show, too.
+exhaustive: $(VENV)/.installed
+	$(PYTEST) -m exhaustive
 
 # Twenty minutes undisturbed, then the same with faults all along: about an hour on 2 cores.
 SOAK := $(or $(TMPDIR),/tmp)/mpp-soak

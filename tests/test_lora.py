@@ -78,7 +78,7 @@ def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, tmp_path: Pa
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_on_two_processes_the_losses_are_those_of_one(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
     import yaml
 

@@ -274,7 +274,9 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
                 matches = [name]
             elif os.path.isdir(name):
                 matches = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
-                matches = matches or ([name] if files else [])
+                if not matches and files:
+                    _may_look(name, key)
+                    matches = [name]
             elif glob.has_magic(name) and not os.path.exists(name):
                 matches = sorted(glob.glob(name))
             else:

@@ -25,6 +25,8 @@ from mpp.types import Cells, Corrupted
 from tests.conftest import pretrain_recipe
 
 BY_TITLE = {f.title: f for f in FAMILIES}
+ALIKE = "ResNet-ViT, R26"
+"""What R50 is, with fewer layers: under one way of hiding everything is checked, under the others leaks alone."""
 SLOW = {"ResNet-ViT, R26", "ResNet-ViT, R50", "MLP-Mixer"}
 """timm lets their size not be chosen: a minute each."""
 VIT = Subject.of(BY_TITLE["ViT (Ti, S, B, L, H)"])
@@ -42,7 +44,8 @@ def families_and_ways() -> list[Any]:
 
 @pytest.mark.parametrize(("family", "way"), families_and_ways())
 def test_contract(family: Family, way: str) -> None:
-    broken = {name: fault for name, fault in contract.check(Subject.of(family), way).items() if fault}
+    checks = ("no leak",) if family.title == ALIKE and way != "token" else tuple(contract.CHECKS)
+    broken = {name: fault for name, fault in contract.check(Subject.of(family), way, checks).items() if fault}
     assert not broken
 
 

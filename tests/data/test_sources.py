@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from mpp.cli import main
 from mpp.data import sources
 from mpp.data.images import ShardImages
 from mpp.data.labeled import open_labeled
@@ -156,8 +158,8 @@ def test_the_command(image_folder: Path, tmp_path: Path) -> None:
         (["--part", "half"], "--part: 'half': the first of three is 1/3, the last 3/3"),
         (["--part", "0/2"], "--part: 0/2: the first"),
     ):
-        done = command("pack", image_folder, tmp_path / "x", *words)
-        assert (done.returncode, done.stderr.startswith(message)) == (2, True), done.stderr
+        found = CliRunner().invoke(main, ["pack", str(image_folder), str(tmp_path / "x"), *words])
+        assert (found.exit_code, found.stderr.startswith(message)) == (2, True), found.stderr
 
 
 def test_what_is_no_source(tmp_path: Path) -> None:
