@@ -1,0 +1,58 @@
+"""Memory of a recipe's step on this CPU beside what `mpp plan` says of it.
+
+    python tools/measure_plan.py recipes/pretrain/mae_vit_b16.yaml encoder.grad_checkpointing=true
+
+Two steps of 32 images in fp32, in a process of its own: the most memory that it ever had, less what it had before the
+model was built. glibc is told to give back what is freed (MALLOC_TRIM_THRESHOLD_=0), as a GPU's allocator reuses it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+import torch
+
+from mpp import planning
+from mpp.build import build_mask, build_model
+from mpp.data.loader import draw_masks
+from mpp.optim import adamw, pretrain_groups
+from mpp.recipe import PretrainRecipe, load_recipe, parse_overrides
+
+IMAGES = 32
+FIXED = {
+    "data.shards": "not opened",
+    "precision": "fp32",
+    "optim.global_batch_size": IMAGES,
+    "optim.max_batch_per_device": IMAGES,
+}
+
+
+def memory_bytes(key: str) -> int:
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(key))
+
+
+def main(words: list[str]) -> None:
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # which glibc reads when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
+    recipe = load_recipe(words[0], PretrainRecipe, {**FIXED, **parse_overrides(words[1:])})
+    planned = planning.plan(recipe, images=1_281_167)
+    gc.collect()
+    before = memory_bytes("VmRSS")
+    model, grid = build_model(recipe)
+    model.train()
+    optimizer = adamw(pretrain_groups(model, recipe.optim.weight_decay), recipe.optim.betas)
+    images = torch.zeros(IMAGES, recipe.data.channels, *recipe.data.image_size, dtype=torch.uint8)
+    for _ in range(2):
+        units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(IMAGES))
+        model(images, units.hidden, units.noise, units.count).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    measured = memory_bytes("VmHWM") - before
+    print(f"{' '.join(words)}: planned {planned.device_bytes / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
