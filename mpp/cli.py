@@ -84,7 +84,16 @@ def _json(value: Any) -> str:
     return json.dumps(plain(value), indent=1)
 
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="For scripts: the result as one JSON object.")
+def _progress_aside(as_json: bool) -> Any:
+    """What a job says while it goes on belongs elsewhere than what a script reads."""
+    import contextlib
+
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+
+
+_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="For scripts: the result as JSON; what is said meanwhile goes to stderr."
+)
 
 
 @main.command()
@@ -187,7 +196,8 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
     """Pretrain an encoder on unlabeled shards, as RECIPE says; KEY=VALUE changes it (optim.epochs=10)."""
     from mpp.recipe import parse_overrides
 
-    result = mpp.pretrain(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
+    with _progress_aside(as_json):
+        result = mpp.pretrain(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
     if RANK == "0" and as_json:
         click.echo(_json(result))
     elif RANK == "0" and result.state == "finished":
@@ -235,7 +245,8 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
     """Fine-tune on labeled images, beside the same from scratch. encoder=RUN|FOLDER|TIMM_NAME|scratch"""
     from mpp.recipe import parse_overrides
 
-    result = mpp.finetune(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
+    with _progress_aside(as_json):
+        result = mpp.finetune(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
     if RANK == "0" and as_json:
         click.echo(_json(result))
     elif RANK == "0" and result.state == "finished":
@@ -259,7 +270,8 @@ def evaluate(
     given = parse_overrides(overrides)
     if "encoder" in given:
         raise UserError("command line: encoder: is the first word, mpp evaluate ENCODER …; give another as compare=")
-    result = mpp.evaluate(encoder, recipe=recipe, resume=resume, scale=scale, **given)
+    with _progress_aside(as_json):
+        result = mpp.evaluate(encoder, recipe=recipe, resume=resume, scale=scale, **given)
     if as_json:
         return click.echo(_json(result))
     click.echo(result.table())

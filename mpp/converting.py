@@ -90,6 +90,8 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
         return exporting.export(run, out, told)
     module = _module(format)
     artifact = _artifact(run, format)
+    if Path(out).absolute().is_relative_to(artifact.source.absolute()):
+        raise UserError(f"{out}: lies in {artifact.source}; give a folder beside it")
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -118,11 +120,13 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
                 "parameters": sum(p.numel() for p in artifact.model.parameters()),
                 "outputs": list(artifact.outputs),
                 "classes": artifact.classes,
-                "normalisation": {key: cfg.get(key) for key in ("mean", "std", "input_size", "crop_pct")},
+                "task": artifact.task,
+                "normalisation": {key: cfg.get(key) for key in ("mean", "std", "input_size", "crop_pct")}
+                | {"value_range": artifact.value_range},
                 "environment": environment()["packages"],
             },
         )
-        use = module.USE.strip().replace("FOLDER", Path(out).name)
+        use = module.use(artifact, folder).strip().replace("FOLDER", Path(out).resolve().name)
         (folder / "README.md").write_text(_card(artifact, kind, use, told), encoding="utf-8")
 
     return exporting.verified_at(Path(out), make, verify)
@@ -175,6 +179,7 @@ def _module(format: str) -> Any:
 
 def _artifact(run: str | Path, format: str) -> Artifact:
     source = exporting.encoder_folder(run)
+    recipe_of: Any = exporting.stored_recipe(source)
     tolerance = exporting.tolerance(source)
     exporting.weights_sha256(source)
     config = json.loads((source / "config.json").read_text())
@@ -198,7 +203,11 @@ def _artifact(run: str | Path, format: str) -> Artifact:
     with torch.no_grad():
         outputs = model(reference["images"])
     reference = {"images": reference["images"], **{k: reference.get(k, v) for k, v in outputs.items()}}
-    return Artifact(source, encoder, model.eval(), tuple(outputs), config, classes, reference, tolerance)
+    task = recipe_of.get("task", {}).get("name")
+    value_range = exporting.value_range_of(recipe_of, config["pretrained_cfg"]["input_size"][0])
+    return Artifact(
+        source, encoder, model.eval(), tuple(outputs), config, classes, reference, tolerance, task, value_range
+    )
 
 
 def _card(artifact: Artifact, kind: str, use: str, told: list[tuple[str, str]]) -> str:
@@ -207,6 +216,7 @@ def _card(artifact: Artifact, kind: str, use: str, told: list[tuple[str, str]]) 
         own = (artifact.source / "README.md").read_text(encoding="utf-8")
     except OSError:
         own = ""
-    own = re.sub(r"(?ms)^library_name: timm\n", "", own)
+    library = "library_name: transformers\n" if artifact.config.get("architecture") and "transformers" in use else ""
+    own = re.sub(r"(?ms)^library_name: timm\n", library, own)
     own = re.sub(r"(?ms)^## Use\n.*?(?=^## )", lambda _: f"## Use\n\n```python\n{use}\n```\n\n{kind}.\n\n", own)
     return exporting.with_sections(own, told)

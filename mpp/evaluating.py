@@ -115,6 +115,7 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
 
     UserError for everything the user can correct.
     """
+    recipe = recipe.model_copy(update={"data": exporting.read_as(recipe.encoder, recipe.data)})
     if resume not in ("never", "auto"):
         raise UserError(f"--resume {resume}: each arm has a result of its own; allowed: auto, never")
     accelerator = distributed.start(recipe.precision)

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -70,9 +71,10 @@ with torch.no_grad():
     found = {"features": features, "embedding": model.forward_head(features, pre_logits=True)}
     if "logits" in reference:
         found["logits"] = model(reference["images"])
-difference = max(
+differences = [
     float((found[k] - reference[k]).abs().max() / reference[k].abs().max().clamp_min(1e-12)) for k in found
-)
+]
+difference = float("nan") if any(d != d for d in differences) else max(differences)
 print(json.dumps(dict(missing=missing, extra=extra, changed=changed, difference=difference,
     parameters=sum(p.numel() for p in model.parameters()))))
 """
@@ -108,11 +110,16 @@ class Artifact:
     reference: dict[str, torch.Tensor]
     """Two images, and the outputs that the folder states for them."""
     tolerance: float
+    task: str | None
+    """Of a fine-tuned model; multilabel: logits are of each class by itself."""
+    value_range: Any
+    """What counted as 0 and 1 in images that were not read as 8 bit; None for those that were."""
 
     def described(self) -> dict[str, str]:
         """What a file that stands alone says of itself."""
         cfg = self.config["pretrained_cfg"]
         said = {key: json.dumps(cfg[key]) for key in ("input_size", "mean", "std")}
+        said |= {"mean_and_std_of": pixels_of(self.value_range)} | ({"task": self.task} if self.task else {})
         return said | ({"classes": json.dumps(self.classes)} if self.classes else {})
 
 
@@ -132,6 +139,8 @@ class Origin:
     """Of the image's shorter side that is read."""
     recipe: str | None = None
     """The file recipe.yaml; None where there was none."""
+    pixels: str = "pixels in [0, 1]"
+    """What mean and std speak of."""
 
 
 def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
@@ -157,7 +166,31 @@ def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
         limits=limits,
         crop_fraction=getattr(recipe.data, "val_crop_fraction", 1.0),
         recipe=dump_recipe(recipe),
+        pixels=pixels_of(recipe.data.decoding().get("value_range")),
     )
+
+
+def stored_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe in an encoder's folder, as it stands there; nothing for one made elsewhere."""
+    try:
+        values = yaml.safe_load((folder / "recipe.yaml").read_text())
+        return values if isinstance(values, dict) and isinstance(values["data"], dict) else {}
+    except (OSError, yaml.YAMLError, KeyError):
+        return {}
+
+
+def value_range_of(recipe: dict[str, Any], channels: int) -> Any:
+    """How images were read that were not read as 8 bit: two numbers, or "type"; None for those that were."""
+    stated = recipe.get("data", {}).get("value_range")
+    return tuple(stated) if stated else None if channels in (1, 3, 4) else "type"
+
+
+def pixels_of(value_range: Any) -> str:
+    """What mean and std speak of, of images that were read so; None: as 8 bit."""
+    if value_range is None:
+        return "pixels in [0, 1]"
+    words = "0 and the largest number of their type" if value_range == "type" else str(list(value_range))
+    return f"values scaled to [0, 1] from {words}"
 
 
 def save_encoder(
@@ -223,6 +256,7 @@ def save_encoder(
             aside / "export.json",
             {
                 "weights_sha256": sha256(aside / "model.safetensors"),
+                "files_sha256": {name: sha256(aside / name) for name in ("config.json", "reference.safetensors")},
                 **({"head_sha256": sha256(aside / HEAD)} if head is not None else {}),
                 "tolerance": TOLERANCE,
                 "metrics": metrics,
@@ -261,6 +295,11 @@ def encoder_folder(source: str | Path) -> Path:
             f"{source}: not a folder with config.json and model.safetensors; pickled weights are never opened "
             "here, since a pickle may run any code; see `mpp import`"
         )
+    try:
+        as_what = json.loads((Path(source) / "export.json").read_text())["format"]
+        raise UserError(f"{source}: an export as {as_what}; give the run or the timm folder that it was made of")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     if (Path(source) / "recipe.yaml").exists():
         raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
     raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")
@@ -270,7 +309,8 @@ def weights_sha256(folder: Path) -> str:
     """Checksum of an export's weights. UserError where they are not those that were exported."""
     found = sha256(folder / "model.safetensors")
     try:
-        stated = json.loads((folder / "export.json").read_text())["weights_sha256"]
+        about = json.loads((folder / "export.json").read_text())
+        stated = about["files_sha256"]["model.safetensors"] if "format" in about else about["weights_sha256"]
     except FileNotFoundError:
         return found  # a timm folder made elsewhere
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -372,8 +412,18 @@ def own_normalisation(source: str, channels: int) -> tuple[list[float], list[flo
         return None
 
 
+def read_as(source: str, data: Data) -> Data:
+    """A recipe's data with the range of values that the encoder's images had, where it gives none."""
+    folder = timm_folder(source)
+    stated = stored_recipe(folder).get("data", {}).get("value_range") if folder else None
+    if not stated or data.value_range is not None:
+        return data
+    return data.model_copy(update={"value_range": tuple(stated)})
+
+
 def normalised_as(source: str, data: Data, *, warn: bool) -> Data:
     """A recipe's data with the encoder's own mean and std where it gives none; a warning where it gives others."""
+    data = read_as(source, data)
     own = own_normalisation(source, data.channels)
     if own is None:
         return data
@@ -432,6 +482,8 @@ def export(run: str | Path, out: str | Path, told: Sequence[tuple[str, str]] = (
     told: (title, text) of sections for its model card.
     """
     source = encoder_folder(run)
+    if Path(out).absolute().is_relative_to(source.absolute()):
+        raise UserError(f"{out}: lies in {source}; give a folder beside it")
 
     def copied(folder: Path) -> None:
         tolerance(source)  # what is wrong with the source is said with its name, not that of the copy
@@ -504,6 +556,9 @@ def verify(folder: str | Path) -> Verified:
             raise UserError(f"{path}: {what} weights after loading: {', '.join(found[what][:5])}")
     if not found["difference"] <= allowed:
         raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {allowed:.0e}")
+    for name, stated in json.loads((path / "export.json").read_text()).get("files_sha256", {}).items():
+        if sha256(path / Path(name).name) != stated:  # names of classes, mean and std, which no feature shows
+            raise UserError(f"{path / name}: does not match the checksum of its export")
     return Verified(path, found["difference"], found["parameters"])
 
 
@@ -526,18 +581,19 @@ def sha256(path: Path) -> str:
 
 def with_sections(card: str, told: Sequence[tuple[str, str]]) -> str:
     """A model card with more sections, before its limits."""
-    text = "".join(f"## {title}\n\n{what}\n\n" for title, what in told)
+    text = "".join(f"## {title}\n\n{what}\n\n" for title, what in told if f"## {title}\n" not in card)
     before, limits, after = card.partition("## Limits\n")
     return before + text + limits + after
 
 
 def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int) -> str:
+    kind = "classification" if config.get("num_classes") else "feature-extraction"
     cfg = config["pretrained_cfg"]
     rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
     values = "\n".join(["## Metrics", "", "| | |", "|---|---|", *rows]) + "\n\n" if rows else ""
     return f"""---
 library_name: timm
-tags: [image-feature-extraction]
+tags: [image-{kind}]
 ---
 # {config["architecture"]}, {parameters / 1e6:.2f} M parameters
 
@@ -552,7 +608,7 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True)
 
 ## Input
 
-{cfg["input_size"]} (channels, height, width), mean {cfg["mean"]}, std {cfg["std"]} of pixels in [0, 1].
+{cfg["input_size"]} (channels, height, width), mean {cfg["mean"]}, std {cfg["std"]} of {origin.pixels}.
 Pooling: {config.get("global_pool", "none")}.
 
 {values}## Limits

@@ -358,6 +358,9 @@ def _augmentation(recipe: FinetuneRecipe) -> Any:
     """
     data = recipe.data
     if not data.eight_bit:
+        for key in ("auto_augment", "color_jitter"):  # the range may be the encoder's, which no recipe was checked with
+            if getattr(data, key):
+                raise UserError(f"data.{key}: for images of 8 bit with 1, 3 or 4 channels alone, without value_range")
         reading = data.decoding()
         own = {key: reading[key] for key in ("channels", "formats", "max_image_pixels", "value_range")}
         return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **own).random

@@ -26,6 +26,22 @@ from mpp.layouts import transformers
 
 NAMED, LETTERS = 5, 80
 """Weights that a message names, and how much of a name."""
+EPS = 1e-5
+BESIDE = (
+    "yacs.config.CfgNode",
+    "mmengine.config.config.ConfigDict",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmcv.utils.config.ConfigDict",
+    "addict.addict.Dict",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
+)
+"""Classes of configurations and metrics that SimMIM, mmpretrain and others save beside weights; nothing is made of
+them."""
 DEEPEST = 8
 """Dictionaries in one another that are looked into."""
 
@@ -72,6 +88,9 @@ class _Source:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     mean_std: tuple[list[float], list[float]] | None = None
+    own: Mapping[str, Any] | None = None
+    """Its arguments where they are not those of its name."""
+    norm_eps: float | None = None
 
 
 def import_weights(
@@ -110,14 +129,20 @@ def import_weights(
             raise UserError(
                 f"model: '{model}': allowed is a name of timm's, such as vit_small_patch16_224, with or without a tag"
             )
-    source = _read(Path(file), trust, named=model is not None)
+    source = _read(Path(file), trust, named=model is not None, given=mean is not None)
+    for key, value in (args or {}).items():
+        said = (source.args or {}).get(key, value)
+        if said != value:
+            raise UserError(f"args.{key}: {value}, where {file}/config.json says {said}")
     if model is None:
         if source.model is None:
             raise UserError(
                 "model: give the timm model of these weights (--model vit_base_patch16_224); only folders of "
                 "transformers' and timm's say it themselves"
             )
-        model, args = source.model, {**(source.args or {}), **(args or {})}
+        model, args = source.model, {**(source.own or {}), **(args or {})}
+    else:
+        args = {**(source.args or {}), **(args or {})}  # whatever the name's own are
     found, in_chans = source.tensors, channels or source.channels or 3
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of weights that may be missing
@@ -133,6 +158,7 @@ def import_weights(
     config = encoder.pretrained_cfg
     size = image_size or source.image_size or tuple(config["input_size"][1:])
     exporting.check_size(encoder, size, model, key="image_size")
+    _check_eps(encoder, source.norm_eps, file)
     wanted: dict[str, Tensor] = encoder.state_dict()
     layout, prefix, covered = _covered(found, list(wanted), prefix, file)
     missing = [name for name in wanted if name not in covered]
@@ -163,7 +189,7 @@ def import_weights(
         mean=mean_of,
         std=std_of,
         input_size=(in_chans, *size),
-        made=f"Weights of `{Path(file).name}`, named as {layout} does, in timm's `{model}`.",
+        made=f"Weights of `{Path(file).resolve().name}`, named as {layout} does, in timm's `{model}`.",
         limits=f"{limits} Mean and std are {normalisation}.",
     )
     try:
@@ -173,6 +199,13 @@ def import_weights(
     taken = {prefix + name for made in covered.values() for name in made.names}
     left_out = sorted(found.keys() - taken)
     return Imported(verified, layout, prefix, len(wanted), missing, left_out, mean_of, std_of, normalisation)
+
+
+def _check_eps(encoder: Any, said: float | None, file: str | Path) -> None:
+    """UserError where norms would divide by something else; below EPS nobody sees it, tokens vary by about 1."""
+    own = next((m.eps for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)), None)
+    if said is not None and own is not None and abs(said - own) > EPS:
+        raise UserError(f"{file}/config.json: layer_norm_eps: {said:g}; timm's is {own:g} and cannot be chosen")
 
 
 def _normalisation(
@@ -194,8 +227,8 @@ def _normalisation(
     return own, "timm's for this name"  # type: ignore[return-value]
 
 
-def _read(file: Path, trust: bool, *, named: bool) -> _Source:
-    """named: the model is known, a folder need not say it. UserError."""
+def _read(file: Path, trust: bool, *, named: bool, given: bool) -> _Source:
+    """named: the model is known, a folder need not say it; given: so are mean and std. UserError."""
     if not file.is_dir():
         return _Source(_weights(file, trust))
     try:
@@ -216,11 +249,25 @@ def _read(file: Path, trust: bool, *, named: bool) -> _Source:
             mean_std = ([float(v) for v in own["mean"]], [float(v) for v in own["std"]]) if "mean" in own else None
             said = {"in_chans", "img_size", "num_classes"}  # elsewhere
             args = {key: value for key, value in config.get("model_args", {}).items() if key not in said}
-            return _Source(tensors, config["architecture"], args, (size[0], size[1]), channels, mean_std)
-        model, args = transformers.architecture(config)
+            name = config["architecture"]
+            if not isinstance(name, str) or ":" in name:
+                raise ValueError(f"architecture: {name!r}: not a name of timm's")
+            if mean_std is not None:
+                _check_normalisation(*mean_std)
+            return _Source(tensors, name, args, (size[0], size[1]), channels, mean_std, args)
+        found = transformers.architecture(config)
         side: Any = config.get("image_size", 224)
         height, width = side if isinstance(side, list) else (side, side)
-        return _Source(tensors, model, args, (height, width), config.get("num_channels", 3), _processor(file))
+        return _Source(
+            tensors,
+            found.name,
+            found.args,
+            (height, width),
+            config.get("num_channels", 3),
+            None if given else _processor(file),
+            found.own,
+            found.norm_eps,
+        )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
         if named:
             return _Source(tensors)
@@ -244,14 +291,33 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and std of transformers' image processor, where one lies beside."""
+    """Mean and std, of pixels in [0, 1], of transformers' image processor, where one lies beside. ValueError."""
     try:
         found: Any = json.loads((folder / "preprocessor_config.json").read_text())
-        if not found.get("do_normalize", True):
-            return None
-        return [float(v) for v in found["image_mean"]], [float(v) for v in found["image_std"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"preprocessor_config.json: {one_line(error)}") from error
+    try:
+        factor = 255 * float(found.get("rescale_factor", 1 / 255)) if found.get("do_rescale", True) else 255.0
+        if not found.get("do_normalize", True):
+            mean, std = [0.0] * 3, [1 / factor] * 3
+        else:
+            mean, std = ([float(v) / factor for v in found[f"image_{key}"]] for key in ("mean", "std"))
+    except KeyError:
+        return None
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"preprocessor_config.json: {one_line(error)}") from error
+    _check_normalisation(mean, std)
+    return mean, std
+
+
+def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """ValueError where they are not of pixels in [0, 1]."""
+    if not (all(0 <= v <= 1 for v in mean) and all(0 < v <= 1 for v in std)):
+        raise ValueError(
+            f"mean {list(mean)} and std {list(std)} are not of pixels in [0, 1]; say them by --mean and --std"
+        )
 
 
 def _weights(file: Path, trust: bool) -> dict[str, Tensor]:
@@ -269,6 +335,7 @@ def _covered(
     for layout in keymap.names():
         by_prefix = keymap.coverage(found, wanted, layout)
         if prefix is not None:
+            prefix = f"{prefix}." if f"{prefix}." in by_prefix and prefix not in by_prefix else prefix
             by_prefix = {prefix: by_prefix.get(prefix, {})}
         whole = sorted(at for at, covered in by_prefix.items() if len(covered) == len(wanted))
         if len(whole) > 1:
@@ -326,7 +393,7 @@ def _opened(file: Path, trust: bool) -> Any:
             _compare_checksums(file)
         # training programs keep their arguments beside the weights; a Namespace holds attributes, and does nothing
         with (
-            torch.serialization.safe_globals([argparse.Namespace]),
+            torch.serialization.safe_globals([argparse.Namespace, *((_Nothing, name) for name in BESIDE)]),
             warnings.catch_warnings(action="ignore"),
             open(file, "rb") as stream,
         ):
@@ -336,6 +403,16 @@ def _opened(file: Path, trust: bool) -> Any:
         if refused:
             raise UserError(f"{file}: holds more than tensors and plain containers: {_some([refused[1]])}") from error
         raise UserError(f"{file}: damaged, or not of torch.save: {type(error).__name__}") from error
+
+
+class _Nothing(dict[Any, Any]):
+    """What stands for objects beside the weights: it takes everything and keeps nothing that runs."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _compare_checksums(file: Path) -> None:

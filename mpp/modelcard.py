@@ -25,6 +25,8 @@ def sections(source: str | Path) -> list[tuple[str, str]]:
     """(title, text) of what is known of a run, or of the cell of a fine-tune; nothing where it is none."""
     place = Path(source)
     place = place.parent if place.name == "encoder" else place
+    if not (place / "status.json").exists():
+        return []  # an export keeps its recipe, too, and has a card
     try:
         run, cell = read_run(place), None
     except UserError:
@@ -60,7 +62,7 @@ def _pretrained(run: History) -> list[tuple[str, str]]:
     return [
         ("Data", " ".join(lines)),
         ("Recipe", _table(run, (*PRETRAINING, *OPTIM))),
-        ("Cost", _cost(run)),
+        ("Cost", _cost(run, run.env)),
         ("Probes", "\n\n".join(probes)),
     ]
 
@@ -70,7 +72,11 @@ def _finetuned(run: History, cell: str | None) -> list[tuple[str, str]]:
     places = (
         f"Labeled images from {_list(run.setting('data.train', []))}, judged on {_list(run.setting('data.val', []))}."
     )
-    return [("Data", places), ("Recipe", _table(run, (*FINETUNING, *OPTIM))), ("Cost", _cost(own) if own else "")]
+    return [
+        ("Data", places),
+        ("Recipe", _table(run, (*FINETUNING, *OPTIM))),
+        ("Cost", _cost(own, run.env) if own else ""),
+    ]
 
 
 def _evaluated(folder: Path) -> list[str]:
@@ -96,14 +102,14 @@ def _percent(score: dict[str, Any] | None) -> str:
     return f"{100 * float(score['accuracy']):.1f} %" if score else "–"
 
 
-def _cost(run: History) -> str:
+def _cost(run: History, env: dict[str, Any]) -> str:
     if not run.metrics:
         return ""
-    devices, processes = run.env.get("devices", []), run.env.get("processes", 1)
+    devices, processes = env.get("devices", []), env.get("processes", 1)
     # on one machine, what its environment told; several machines have more
     kind = f"{processes} process{'es' if processes != 1 else ''}, on {', '.join(sorted(set(map(str, devices)))) or '?'}"
     if devices == ["cpu"]:
-        kind += f" ({run.env.get('torch_threads', '?')} threads each)"
+        kind += f" ({env.get('torch_threads', '?')} threads each)"
     last, hours = run.metrics[-1], run.hours()[-1]
     took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     return f"{last['step']} steps, {last['seen']} images seen, {took} of training; {kind}."

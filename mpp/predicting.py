@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from mpp import exporting
-from mpp.data.decode import MODES, decode_crop, view_boxes
+from mpp.data.decode import decode_crop, view_boxes
 from mpp.data.images import images_of
 from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
@@ -72,15 +71,14 @@ class Predictor:
             raise UserError(f"{source}: no classifier with class names in it; give a fine-tuned cell or its export")
         self.classes = names
         self.views = views
-        recipe = _recipe_of(folder)
+        recipe = exporting.stored_recipe(folder)
         self.several = recipe.get("task", {}).get("name") == "multilabel"
         config: Any = self.model.pretrained_cfg
         self.channels, *size = config["input_size"]
         self.size = (int(size[0]), int(size[1]))
         self.decoding = DECODING | {"channels": self.channels}
-        value_range = recipe.get("data", {}).get("value_range")
-        if value_range is not None or self.channels not in MODES:
-            self.decoding["value_range"] = tuple(value_range) if value_range else "type"
+        if (value_range := exporting.value_range_of(recipe, self.channels)) is not None:
+            self.decoding["value_range"] = value_range
         self.fraction = float(config.get("crop_pct") or 1.0)
         self.mean, self.std = (
             255 * torch.tensor(config[key]).view(-1, 1, 1).to(self.device) for key in ("mean", "std")
@@ -105,15 +103,10 @@ class Predictor:
         return over_views(run, crops, mirrored=self.views > 1, several=self.several).cpu()
 
 
-def _recipe_of(folder: Path) -> dict[str, Any]:
-    """The recipe in the folder of a fine-tuned model; nothing for one made elsewhere."""
-    try:
-        values = yaml.safe_load((folder / "recipe.yaml").read_text())
-        if not all(isinstance(values[key], dict) for key in ("task", "data")):
-            raise TypeError
-        return values
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return {}
+def _drawable(pixels: Tensor) -> Tensor:
+    """(C, H, W) as an image was read -> uint8 of 1 or 3 channels, the first ones."""
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
+    return shown if pixels.dtype == torch.uint8 and len(pixels) in (1, 3, 4) else shown.round().to(torch.uint8)
 
 
 def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, str]) -> Iterator[Prediction]:
@@ -130,7 +123,7 @@ def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, s
         if readable:
             found = predictor.probabilities(torch.stack(crops)).numpy()
             for name, own, p in zip(readable, crops, found, strict=True):
-                yield Prediction(name, p, own[0])
+                yield Prediction(name, p, _drawable(own[0]))
 
 
 def predict_files(

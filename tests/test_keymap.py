@@ -217,7 +217,8 @@ def test_models_of_transformers(name: str) -> None:
     config.layer_norm_eps = 1e-5 if "Swin" in name else 1e-6  # timm's
     theirs = shaken(getattr(hub, name)(config))
     found = config.to_dict()
-    timm_name, args = transformers.architecture(found)
+    described = transformers.architecture(found)
+    timm_name, args = described.name, described.own
     sized = {} if "Pvt" in name else {"img_size": found["image_size"]}
     ours = timm.create_model(timm_name, num_classes=0, **sized, **args).eval()
     _, made = whole(dict(theirs.state_dict()), ours, "transformers")
@@ -241,7 +242,8 @@ def test_files_of_transformers(name: str) -> None:
     hub = pytest.importorskip("transformers")
     config_name, values = MODELS[name]
     config = getattr(hub, config_name)(**values)
-    timm_name, args = transformers.architecture(config.to_dict())
+    described = transformers.architecture(config.to_dict())
+    timm_name, args = described.name, described.own
     sized = {} if "Pvt" in name else {"img_size": config.image_size}
     ours = timm.create_model(timm_name, num_classes=0, **sized, **args)
     rules = {"SwinModel": transformers.SWIN, "PvtV2Model": transformers.PVT_V2}.get(name, transformers.VIT)
@@ -258,6 +260,11 @@ def test_files_of_transformers(name: str) -> None:
         ({"model_type": "vit", "hidden_act": "mish"}, "hidden_act: 'mish': allowed are gelu,"),
         ({"model_type": "swin", "use_absolute_embeddings": True}, "use_absolute_embeddings: must be false"),
         ({"model_type": "beit"}, "use_relative_position_bias: must be true"),
+        (
+            {"model_type": "beit", "use_relative_position_bias": True, "use_shared_relative_position_bias": True},
+            "use_shared_relative_position_bias: must be false",
+        ),
+        ({"model_type": "swin", "hidden_act": "relu"}, "hidden_act: 'relu': allowed are gelu$"),
         ({"model_type": "pvt_v2", "strides": [2, 2, 2, 2]}, "strides: "),
     ],
 )
@@ -267,9 +274,19 @@ def test_configurations_that_timm_has_nothing_for(config: dict[str, Any], messag
 
 
 def test_sizes_have_timms_names() -> None:
+    def named(**config: Any) -> tuple[str, dict[str, Any]]:
+        found = transformers.architecture(config)
+        return found.name, found.own
+
     large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-    assert transformers.architecture({"model_type": "vit"}) == ("vit_base_patch16_224", {})
-    assert transformers.architecture({"model_type": "vit_mae", **large}) == ("vit_large_patch16_224", {})
-    assert transformers.architecture({"model_type": "deit"}) == ("deit_base_distilled_patch16_224", {})
-    named, args = transformers.architecture({"model_type": "vit", "patch_size": 32})
-    assert (named, args) == ("vit_base_patch16_224", {"patch_size": 32})
+    assert named(model_type="vit") == ("vit_base_patch16_224", {})
+    assert named(model_type="vit_mae", **large) == ("vit_large_patch16_224", {})
+    assert named(model_type="deit") == ("deit_base_distilled_patch16_224", {})
+    assert named(model_type="vit", patch_size=32) == ("vit_base_patch16_224", {"patch_size": 32})
+
+
+def test_widths_survive_rounding() -> None:
+    """timm takes the whole part of width times ratio."""
+    for width in range(8, 1400, 8):
+        for hidden in range(8, 4 * width, 8 + width // 4):
+            assert int(width * transformers._ratio(hidden, width)) == hidden

@@ -67,6 +67,11 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         _check(series.shape, series.dtype, channels, max_image_pixels)
+        frame: Any = series.keyframe
+        if frame.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.MINISWHITE):
+            raise BadImage(f"a TIFF of {frame.photometric.name}, whose numbers are not brightness")
+        if (turned := frame.tags.get("Orientation")) is not None and turned.value != 1:
+            raise BadImage(f"a TIFF with orientation {turned.value}")
         return _channels_first(series.asarray(), channels)
 
 
@@ -93,6 +98,7 @@ def _places(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
 
 
 def _channels_first(array: np.ndarray, channels: int) -> np.ndarray:
+    _places(array.shape, channels)  # of damaged files headers say one thing and data another
     if array.ndim == 2:
         return array[None]
     return array.transpose(2, 0, 1) if array.shape[2] == channels else array
@@ -104,8 +110,8 @@ def scaled(array: np.ndarray, value_range: ValueRange) -> Tensor:
         low, high = 0.0, float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
     else:
         low, high = value_range
+    if not np.isfinite(array).all():
+        raise BadImage(f"{int((~np.isfinite(array)).sum())} values are not finite")
     # in float64: a float32 has 24 bits, and an offset may be large
     values = np.clip((array.astype(np.float64) - low) * (255 / (high - low)), 0, 255).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise BadImage(f"{int((~np.isfinite(array)).sum())} values are not finite")
     return torch.from_numpy(np.ascontiguousarray(values))

@@ -112,9 +112,9 @@ def decode_cut(
     """
     if value_range is not None:
         reading: Any = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
-        numbers = _numbers(data, value_range, **reading)
-        left, top, w, h = choose_box(numbers.shape[2], numbers.shape[1])
-        return numbers[:, top : top + h, left : left + w]
+        array = _numbers(data, value_range, **reading)
+        left, top, w, h = choose_box(array.shape[2], array.shape[1])
+        return scaled(array[:, top : top + h, left : left + w], value_range)
     if data[:2] == b"\xff\xd8" and channels != 4 and "JPEG" in formats:
         image = _jpeg(data, choose_box, size, channels, max_image_pixels)
         if image is not None:
@@ -125,15 +125,17 @@ def decode_cut(
     return tensor[:, top : top + h, left : left + w]
 
 
-def _numbers(data: bytes, value_range: ValueRange, *, channels: int, **reading: Any) -> Tensor:
-    """(C, h, w) float32 in [0, 255] of the whole image. BadImage."""
+def _numbers(data: bytes, value_range: ValueRange, *, channels: int, **reading: Any) -> np.ndarray:
+    """(C, h, w) of the whole image, with all its bits. BadImage."""
     array = read_array(data, channels=channels, **reading)
     if array is None:  # of 8 bit, most likely; of 16 bit where it is grey
         if channels not in MODES:
             raise BadImage(f"not a TIFF or .npy; wants {channels} channels")
         pixels = decode_pillow(data, channels=channels, **reading, deep=True)
         array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
-    return scaled(array, value_range)
+        if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow has no deep colours
+            raise BadImage("read as 8 bit, which data.value_range is not; TIFF, .npy and grey PNG have all their bits")
+    return array
 
 
 def resize(cut: Tensor, size: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,8 @@ from mpp.rng import Purpose, stream
 
 FILES_PER_SHARD = 1000
 """Files that are treated like the images of one shard, as many as `mpp pack` puts into one."""
+MOST_IMAGE_BYTES = 1 << 30
+"""Of a file that is read at once: 64 megapixels of 16-bit RGBA, uncompressed, are half of it."""
 STATS_AT_A_TIME = 32
 """Questions for sizes of files, which may lie on a server."""
 
@@ -65,6 +68,10 @@ def read_manifest(path: str, columns: Sequence[str]) -> list[tuple[int, dict[str
         )
     found = []
     for number, row in enumerate(rows[1:], 2):
+        if not row:
+            continue  # a blank line
+        if any("\0" in value for value in row):
+            raise UserError(f"{path}:{number}: a zero byte")
         if len(row) != len(rows[0]):
             raise UserError(f"{path}:{number}: {len(row)} columns, where the first line has {len(rows[0])}")
         found.append((number, {column: row[rows[0].index(column)] for column in columns}))
@@ -96,7 +103,12 @@ def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
     folder, paths = places(name, key)
     order = stream(0, Purpose.PACK).permutation(len(paths))
     with ThreadPoolExecutor(STATS_AT_A_TIME) as threads:
-        sizes = list(threads.map(lambda path: _size(os.path.join(folder, path)), paths))
+        parts = [paths[i : i + FILES_PER_SHARD] for i in range(0, len(paths), FILES_PER_SHARD)]
+        sizes = [
+            size
+            for own in threads.map(lambda part: [_size(os.path.join(folder, p)) for p in part], parts)
+            for size in own
+        ]
     found = []
     for start in range(0, len(paths), FILES_PER_SHARD):
         own = order[start : start + FILES_PER_SHARD].tolist()
@@ -110,17 +122,28 @@ def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
 def _size(path: str) -> int:
     """In bytes; 0 for what cannot be read, which is a bad image when it is."""
     try:
-        return os.path.getsize(path)
+        found = os.stat(path)
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
     except OSError:
         return 0
 
 
 def read_file(path: str, size: int) -> bytes:
     """BadImage where it cannot be read, or is not as large as it was when the run began."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from error
+    data = read_regular(path)
     if len(data) != size:
         raise BadImage(f"changed since the run began: {len(data)} bytes, it had {size}")
     return data
+
+
+def read_regular(path: str) -> bytes:
+    """BadImage for what is no file of a size to be read: a pipe would be waited for, a device has no end."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise BadImage("not a file")
+        if found.st_size > MOST_IMAGE_BYTES:
+            raise BadImage(f"a file of {found.st_size} bytes; allowed are {MOST_IMAGE_BYTES}")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from error

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.data.files import is_place, read_file, shards_of
+from mpp.data.files import MOST_IMAGE_BYTES, is_place, read_file, shards_of
 from mpp.data.index import ShardIndex, expand, fingerprint, images_below, index_shard, member_name
 from mpp.data.remote import is_remote
 from mpp.data.store import Store
@@ -26,8 +26,6 @@ OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit
 REPLACEMENTS = 64  # good neighbours looked for, before a grey image stands in
 
 
-MOST_IMAGE_BYTES = 1 << 30
-"""Of a file that is read at once: 64 megapixels of 16-bit RGBA, uncompressed, are half of it."""
 MOST_LABEL_BYTES = 1 << 20
 
 

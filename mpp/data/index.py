@@ -277,6 +277,8 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
                 if not matches and files:
                     _may_look(name, key)
                     matches = [name]
+                elif matches:
+                    _check_shards_of(name, key)
             elif glob.has_magic(name) and not os.path.exists(name):
                 matches = sorted(glob.glob(name))
             else:
@@ -289,14 +291,37 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
     # the same file by another path is the same shard; a file that is a link may be meant as another one
     seen: dict[str, str] = {}
     for name in found:
-        same = (
-            name if is_remote(name) else os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
-        )
+        same = name
+        if os.path.isdir(name):  # images as they are: a folder in another one is there twice
+            same = os.path.realpath(name)
+            for other in (o for o in seen if os.path.isdir(o)):
+                if os.path.commonpath([same, other]) in (same, other) and same != other:
+                    raise UserError(f"{key}: '{name}' and '{seen[other]}': one lies in the other")
+        elif not is_remote(name):
+            same = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
         if same in seen:
             also = "" if seen[same] == name else f", also as '{seen[same]}'"
             raise UserError(f"{key}: '{name}' is named twice{also}")
         seen[same] = name
     return found
+
+
+def _check_shards_of(folder: str, key: str) -> None:
+    """UserError where shards are not all that a folder holds: images beside them, or a packing that is not done."""
+    if images := images_among(n for n in os.listdir(folder) if not n.startswith(".") and not n.endswith(".npz")):
+        raise UserError(
+            f"{key}: '{folder}': holds shards and {len(images)} images beside them, such as {min(images)}; which are "
+            f"meant? {os.path.join(folder, '*.tar')} names the shards"
+        )
+    try:
+        about = json.loads((Path(folder) / "dataset.json").read_text())
+        unfinished = "images_listed" in about and "images" not in about
+    except (OSError, ValueError, TypeError):
+        return
+    if unfinished:
+        raise UserError(
+            f"{key}: '{folder}': was not packed to its end; the same `mpp pack` again, every part of it, finishes it"
+        )
 
 
 def _may_look(name: str, key: str) -> None:

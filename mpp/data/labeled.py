@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,7 +10,6 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mpp.data.decode import decode_crop, decode_pillow, view_boxes
-from mpp.data.files import read_manifest
-from mpp.data.images import ShardImages, check_bytes, evenly, holds_shards, images_of
+from mpp.data.files import read_manifest, read_regular
+from mpp.data.images import ShardImages, evenly, holds_shards, images_of
 from mpp.data.index import class_names, images_below
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream, torch_seed
+
+LOOKED_INTO = 16
+"""Files whose bytes are part of a fingerprint."""
 
 
 class Reader(Protocol):
@@ -41,11 +44,7 @@ class FileReader:
         self.paths = paths
 
     def read(self, i: int) -> bytes:
-        try:
-            check_bytes(os.stat(self.paths[i]).st_size)
-            return Path(self.paths[i]).read_bytes()
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from error
+        return read_regular(self.paths[i])
 
     def name(self, i: int) -> str:
         return self.paths[i]
@@ -54,8 +53,12 @@ class FileReader:
         return np.asarray([file_size(path) for path in self.paths], dtype=np.int64)
 
     def fingerprint(self) -> str:
-        """Of names and sizes."""
-        return "\0".join(f"{os.path.basename(p)}:{file_size(p)}" for p in self.paths)
+        """Of names and sizes, and of what a few hold: arrays are all of one size."""
+        digest = hashlib.sha256()
+        for i in evenly(len(self.paths), LOOKED_INTO):
+            with contextlib.suppress(OSError, BadImage):
+                digest.update(self.read(i))
+        return "\0".join([*(f"{os.path.basename(p)}:{file_size(p)}" for p in self.paths), digest.hexdigest()])
 
 
 def file_size(path: str) -> int:

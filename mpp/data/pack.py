@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -66,6 +67,8 @@ def pack(
     all shards there finishes. on_shard(done, of) is called as shards are finished.
     UserError where there are no images, or `out` holds something else.
     """
+    if os.path.isdir(source) and Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"{out}: lies in {source}; give a folder beside it")
     found = open_source(source, labels=labels, seed=seed)
     shards = -(-found.samples // images_per_shard)
     if not 1 <= part[0] <= part[1]:
@@ -125,7 +128,8 @@ def _claim(out: Path, description: dict[str, object]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / DESCRIPTION).exists():
-            if stray := next(out.iterdir(), None):
+            # beside what another part is writing at this moment
+            if stray := next((p for p in out.iterdir() if not p.name.startswith(DESCRIPTION)), None):
                 raise UserError(f"{out}: not empty (holds {stray.name}); give a new folder")
             _write_text(str(out / DESCRIPTION), json.dumps(description, indent=1))
             return
@@ -143,12 +147,12 @@ def extension_of(data: bytes) -> str:
         return "npy"
     try:
         with Image.open(io.BytesIO(data)) as image:
-            found = (image.format or "").lower().replace("jpeg", "jpg")
+            found = (image.format or "").lower().replace("jpeg", "jpg").replace("mpo", "jpg")  # cameras' JPEGs
     except UnidentifiedImageError as error:
         if data.startswith(TIFF):  # of many channels, or deep ones
             return "tiff"
         raise ValueError("not an image by its content") from error
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's readers raise anything on damaged files
         raise ValueError(
             str(getattr(error, "strerror", None) or error).replace("\t", " ").replace("\n", " ")
         ) from error
@@ -194,6 +198,6 @@ def _lines(path: str) -> list[str]:
 
 
 def _write_text(path: str, text: str) -> None:
-    temporary = f"{path}.{os.getpid()}.tmp"  # parts may finish at the same time
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # parts may finish at the same time
     Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
     os.replace(temporary, path)

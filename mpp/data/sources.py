@@ -6,6 +6,7 @@ import bisect
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +14,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpp.data.files import list_images, read_manifest
+from mpp.data.files import list_images, read_manifest, read_regular
 from mpp.data.images import ShardImages
 from mpp.data.index import class_names
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixel_values", "image_bytes", "bytes")
+MOST_CLASSES = 1_000_000
+"""Where nobody names them (a guess)."""
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
 """Names that Parquet files give their columns, likeliest first."""
 
-Sample = tuple[str, bytes | str, int | None]
+Sample = tuple[str, bytes | str, int | str | None]
 """(where it is from, its bytes or why there are none, its label)."""
 
 
@@ -48,11 +51,10 @@ class Source(Protocol):
 def open_source(source: str, *, labels: bool | None, seed: int) -> Source:
     """UserError where there is nothing, or not what was asked for."""
     if os.path.isdir(source):
-        names = os.listdir(source)
-        if any(name.endswith(".parquet") for name in names) or _parquet_below(source):
-            return Parquet(_parquet_below(source), labels)
-        if any(name.endswith(".tar") for name in names):
+        if any(name.endswith(".tar") for name in os.listdir(source)):
             return Shards(source, labels)
+        if (parquet := _parquet_below(source)) and not list_images(source)[0]:
+            return Parquet(parquet, labels)
         return Files.of_folder(source, labels, seed)
     if source.lower().endswith(".csv"):
         return Files.of_manifest(source, labels, seed)
@@ -70,7 +72,15 @@ def open_source(source: str, *, labels: bool | None, seed: int) -> Source:
 
 def _parquet_below(folder: str) -> list[str]:
     """As `datasets` lays them out: data/train-00000-of-00010.parquet."""
-    return sorted(str(path) for path in Path(folder).glob("**/*.parquet"))
+    found = [p for p in Path(folder).glob("**/*.parquet") if p.is_file()]
+    shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    splits = {m[1] for p in shown if (m := re.match(r"(train|test|validation|valid|val|dev)\b", p.name))}
+    if len(splits) > 1:
+        raise UserError(
+            f"{folder}: holds the splits {', '.join(sorted(splits))}; give one of them, such as "
+            f"'{os.path.dirname(shown[0])}/{min(splits, key=lambda s: (s != 'train', s))}-*.parquet'"
+        )
+    return sorted(map(str, shown))
 
 
 @dataclass
@@ -138,9 +148,9 @@ class Files:
         for i in range(first, end):
             label = self.labels[i] if self.labels is not None else None
             try:
-                yield self.paths[i], Path(self.folder, self.paths[i]).read_bytes(), label
-            except OSError as error:
-                yield self.paths[i], error.strerror or str(error), label
+                yield self.paths[i], read_regular(os.path.join(self.folder, self.paths[i])), label
+            except BadImage as error:
+                yield self.paths[i], str(error), label
 
 
 class Parquet:
@@ -164,8 +174,9 @@ class Parquet:
                     groups = opened.metadata.num_row_groups
                     counts += [opened.metadata.row_group(g).num_rows for g in range(groups)]
                     self.groups += [(number, g) for g in range(groups)]
-            except (OSError, ValueError) as error:  # pyarrow's are kinds of these
+            except (OSError, ValueError, KeyError) as error:  # pyarrow's are kinds of these
                 raise UserError(f"{file}: {_reason(error)}") from error
+        self.wanted = labels
         self.ends = np.cumsum(counts).tolist() if counts else []
         if not self.samples:
             raise UserError(f"{files[0]}: no rows" + (" …" if len(files) > 1 else ""))
@@ -189,6 +200,10 @@ class Parquet:
         missing = [name for name in (self.image, self.label) if name and name not in names]
         if missing:
             raise UserError(f"{file}: has no column {', '.join(missing)}, which {self.files[0]} has")
+        if not _holds_bytes(schema.field(self.image).type):
+            raise UserError(f"{file}: column {self.image}: holds {schema.field(self.image).type}, not bytes of images")
+        if self.label and self._labels(file, schema, labels) != (self.label, self.classes):
+            raise UserError(f"{file}: column {self.label}: other labels or names of classes than {self.files[0]} has")
 
     def _labels(self, file: str, schema: Any, labels: bool | None) -> tuple[str, list[str]]:
         """The column and the names of its classes: Hugging Face's ClassLabel, or the numbers that occur."""
@@ -226,8 +241,18 @@ class Parquet:
             for row, (image, label) in enumerate(zip(images, labels, strict=True), first - begins):
                 data = image.get("bytes") if isinstance(image, dict) else image
                 where = f"{os.path.basename(self.files[number])}: row group {group}, row {row}"
-                yield where, data if data else "no bytes in it", label
+                yield where, data if data else "no bytes in it", self._checked(label, where)
             first, at = self.ends[at], at + 1
+
+    def _checked(self, label: int | None, where: str) -> int | None:
+        """Negative ones stand for none, as in test sets. UserError for a class that there is not."""
+        if label is None or label < 0:
+            if self.wanted:
+                raise UserError(f"{where}: has no label")
+            return None
+        if label >= (len(self.classes) or MOST_CLASSES):
+            raise UserError(f"{where}: label {label} of {len(self.classes) or MOST_CLASSES} classes")
+        return label
 
 
 def _pyarrow() -> Any:
@@ -258,7 +283,8 @@ class Shards:
         self.samples = int(self.first[-1])
         self.skipped = list[tuple[str, str]]()
         self.identity = self.images.fingerprint.encode()
-        self.classes = [] if labels is False else class_names(source) or []
+        folder = source if os.path.isdir(source) else os.path.dirname(source)
+        self.classes = [] if labels is False else class_names(folder) or []
         self.labeled = labels is not False and all((i.table[:, 3] >= 0).all() for i in self.images.indexes)
         if labels and not self.labeled:
             raise UserError(f"{source}: labels were asked for, but not every image has one")
@@ -272,10 +298,11 @@ class Shards:
         for i in range(first, end):
             shard = int(np.searchsorted(self.first, i, side="right")) - 1
             row = i - int(self.first[shard])
-            label, where = None, self.images.name(shard, row)
+            label: int | str | None = None
+            where = self.images.name(shard, row)
+            if self.labeled and (stored := self.images.read_label(shard, row)) is not None:
+                label = stored[0].decode("utf-8", "replace").strip()  # a number, or the name of a class
             try:
-                if self.labeled and (stored := self.images.read_label(shard, row)) is not None:
-                    label = int(stored[0])
                 yield where, self.images.read(shard, row), label
-            except (BadImage, ValueError) as error:
+            except BadImage as error:
                 yield where, str(error), label

@@ -63,6 +63,9 @@ def _open(source: str, *, random: bool, device: torch.device, key: str) -> Subje
     )
     if channels not in (1, 3, 4):
         raise UserError(f"{key}: {source} wants images of {channels} channels; images are read with 1, 3 or 4")
+    folder = exporting.timm_folder(source)
+    if folder and exporting.stored_recipe(folder).get("data", {}).get("value_range"):
+        raise UserError(f"{key}: {source} wants images with data.value_range; here they are read as 8 bit")
     return Subject(source, model, (int(size[0]), int(size[1])), channels, mean, std)
 
 

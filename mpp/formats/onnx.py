@@ -12,14 +12,21 @@ import torch
 
 from mpp.exporting import Artifact
 
+MOST_INSIDE_BYTES = 1_900_000_000
+"""Of weights in the file itself, which protobuf bounds at 2 GiB; more lie beside it."""
 EXTRA, NEEDS = "onnx", ("onnx", "onnxscript", "onnxruntime")
 
 USE = """
 import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-features = session.run(None, {"images": images})  # (N, channels, H, W) float32, normalised as below
+names = [output.name for output in session.get_outputs()]
+found = dict(zip(names, session.run(names, {"images": images})))  # (N, channels, H, W) float32, normalised as below
 """
+
+
+def use(artifact: Artifact, folder: Path) -> str:
+    return USE
 
 
 def write(artifact: Artifact, folder: Path) -> str:
@@ -43,11 +50,11 @@ def write(artifact: Artifact, folder: Path) -> str:
             output_names=list(artifact.outputs),
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
             dynamo=True,
-            external_data=False,
+            external_data=sum(p.numel() * p.element_size() for p in model.parameters()) > MOST_INSIDE_BYTES,
             verbose=False,
         )
-    written = onnx.load(folder / "model.onnx")
-    onnx.checker.check_model(written, full_check=True)
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    written = onnx.load(folder / "model.onnx", load_external_data=False)
     onnx.helper.set_model_props(written, artifact.described())
     onnx.save(written, folder / "model.onnx")
     return f"opset {max(o.version for o in written.opset_import if not o.domain)}"

@@ -15,8 +15,12 @@ USE = """
 import torch
 
 encoder = torch.export.load("FOLDER/model.pt2").module()
-features = encoder(images)  # (N, channels, H, W) float32, normalised as below
+found = encoder(images)  # (N, channels, H, W) float32, normalised as below
 """
+
+
+def use(artifact: Artifact, folder: Path) -> str:
+    return USE
 
 
 def write(artifact: Artifact, folder: Path) -> str:

@@ -23,12 +23,35 @@ from mpp.layouts import transformers as layout
 EXTRA, NEEDS = "transformers", ("transformers",)
 
 USE = """
-from transformers import AutoImageProcessor, AutoModel  # AutoModelForImageClassification for a classifier
+from transformers import AutoImageProcessor, AUTO
 
-model = AutoModel.from_pretrained("FOLDER")
+model = AUTO.from_pretrained("FOLDER")
 processor = AutoImageProcessor.from_pretrained("FOLDER")
-tokens = model(**processor(images, return_tensors="pt")).last_hidden_state
+outputs = model(**processor(images, return_tensors="pt"))  # OUTPUT
 """
+WITHOUT_PROCESSOR = """
+from transformers import AUTO
+
+model = AUTO.from_pretrained("FOLDER")
+outputs = model(images)  # (N, channels, H, W) float32, normalised as below; OUTPUT
+"""
+
+
+def use(artifact: Artifact, folder: Path) -> str:
+    """With an image processor where there is one that reads images as the encoder learned to."""
+    auto = "AutoModelForImageClassification" if artifact.classes else "AutoModel"
+    text = USE if has_processor(folder) and _of_photographs(artifact) else WITHOUT_PROCESSOR
+    return text.replace("AUTO", auto).replace("OUTPUT", "logits" if artifact.classes else "last_hidden_state")
+
+
+def has_processor(folder: Path) -> bool:
+    """Its own, or the one that TimmWrapper makes of timm's config."""
+    config = json.loads((folder / "config.json").read_text())
+    return (folder / "preprocessor_config.json").exists() or "architecture" in config
+
+
+def _of_photographs(artifact: Artifact) -> bool:
+    return artifact.config["pretrained_cfg"]["input_size"][0] == 3 and artifact.value_range is None
 
 
 def write(artifact: Artifact, folder: Path) -> str:
@@ -42,8 +65,11 @@ def write(artifact: Artifact, folder: Path) -> str:
     if described is not None and _written(transformers, described, artifact, folder):
         _write_processor(artifact, folder)
         return f"transformers' own {described['architectures'][0]}"
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(artifact.source / name, folder / name)
+    config = dict(artifact.config)
+    if artifact.task == "multilabel":
+        config["problem_type"] = "multi_label_classification"
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.copy(artifact.source / "model.safetensors", folder / "model.safetensors")
     return "timm's model, through TimmWrapper"
 
 
@@ -64,6 +90,8 @@ def _written(transformers: Any, config: dict[str, Any], artifact: Artifact, fold
         if len(set(artifact.classes)) == len(artifact.classes):
             config["label2id"] = {name: i for i, name in enumerate(artifact.classes)}
         base = base.replace("Model", "ForImageClassification" + ("WithTeacher" if kind == "deit" else ""))
+        if artifact.task == "multilabel":
+            config["problem_type"] = "multi_label_classification"
     theirs, left = renamed(state, config.pop("rules"))
     if left:
         return False
@@ -193,31 +221,30 @@ def _whole(value: float) -> float:
 
 
 def _write_processor(artifact: Artifact, folder: Path) -> None:
-    """As images are read for evaluation: scaled by the shorter side, cropped at the centre, normalised."""
+    """As images are read for evaluation: scaled by the shorter side, cropped at the centre, normalised.
+
+    None for other channels and ranges of values than photographs', nor for sizes that are not square: no processor of
+    transformers' crops to another shape without stretching.
+    """
     cfg = artifact.config["pretrained_cfg"]
-    channels, height, width = cfg["input_size"]
-    if channels != 3:
-        return  # transformers' processors are for RGB
-    common = {
+    _, height, width = cfg["input_size"]
+    if height != width or not _of_photographs(artifact):
+        return
+    said = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 3,  # bicubic
+        "size": {"shortest_edge": round(height / (cfg.get("crop_pct") or 1.0))},
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": cfg["mean"],
         "image_std": cfg["std"],
-        "do_resize": True,
-        "resample": 3,  # bicubic
     }
-    if height == width:
-        own = {
-            "image_processor_type": "BitImageProcessor",
-            "size": {"shortest_edge": round(height / (cfg.get("crop_pct") or 1.0))},
-            "do_center_crop": True,
-            "crop_size": {"height": height, "width": width},
-            "do_convert_rgb": True,
-        }
-    else:  # which has no crop of another shape
-        own = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(common | own, indent=1))
+    (folder / "preprocessor_config.json").write_text(json.dumps(said, indent=1))
 
 
 VERIFY = """
@@ -242,18 +269,23 @@ if "logits" in reference:
 else:
     found = {"features": out.last_hidden_state.reshape(reference["features"].shape)}
 runs = [(found, [0, 1])]
-if images.shape[1] == 3:
+about = json.load(open(folder + "/export.json"))["normalisation"]
+has_processor = os.path.exists(folder + "/preprocessor_config.json") or "architecture" in config
+if has_processor and images.shape[1] == 3 and about["value_range"] is None:
+    from PIL import Image
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     h, w = images.shape[2:]
-    cfg = json.load(open(folder + "/export.json"))["normalisation"]
-    pixels = torch.arange(3 * h * w).remainder(251).reshape(3, h, w).to(torch.uint8)
-    if cfg["crop_pct"] == 1:
-        from PIL import Image
-        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        got = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
-        mean, std = (torch.tensor(cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-        wanted = (pixels / 255 - mean) / std
-        assert got.shape == wanted.shape, f"the image processor gives {tuple(got.shape)}"
-        reference["processed"] = wanted[None]
-        runs.append(({"processed": got[None]}, [0]))
+    # wider than it is high for its shape, and of the scale that needs no resizing: a crop from its centre is left
+    tall = round(h / (about["crop_pct"] or 1.0))
+    wide = round(tall * w / h) + 6
+    y, x = torch.meshgrid(torch.arange(tall), torch.arange(wide), indexing="ij")
+    pixels = torch.stack([(7 * y + 3 * x) % 251, (5 * y + 11 * x) % 241, (13 * y + x) % 239]).to(torch.uint8)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    got = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+    top, left = (tall - h) // 2, (wide - w) // 2
+    mean, std = (torch.tensor(about[k]).view(3, 1, 1) for k in ("mean", "std"))
+    wanted = (pixels[:, top : top + h, left : left + w] / 255 - mean) / std
+    assert got.shape == wanted.shape, f"the image processor gives {tuple(got.shape)}"
+    reference["processed"] = wanted[None]
+    runs.append(({"processed": got[None]}, [0]))
 """

@@ -5,6 +5,7 @@ The first naming is that of its files, which releases 4 and 5 write and read; th
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mpp.keymap import Rule, rule
@@ -84,19 +85,36 @@ ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu
 """Theirs and timm's, None: its own."""
 
 
-def architecture(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(timm's name, its arguments where they are not the name's own) of what a config.json describes.
+@dataclass(frozen=True)
+class Architecture:
+    """What a config.json describes, in timm's words."""
 
-    Where it leaves a key out, transformers' default holds. ValueError, KeyError or TypeError where it is no such one.
-    """
+    name: str
+    args: dict[str, Any]
+    """All that it says."""
+    defaults: dict[str, Any]
+    """What these are where nothing is said, by the name."""
+    norm_eps: float
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Arguments that are not the name's."""
+        return {key: value for key, value in self.args.items() if value != self.defaults.get(key)}
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Where a key is left out, transformers' default holds. ValueError, KeyError or TypeError where it is none."""
     kind, act = config["model_type"], config.get("hidden_act", "gelu")
     if kind not in MODELS:
         raise ValueError(f"model_type: '{kind}': allowed are {', '.join(MODELS)}")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act: '{act}': allowed are {', '.join(ACTIVATIONS)}")
+    allowed = ACTIVATIONS if kind in ("vit", "vit_mae", "deit") else {"gelu": None}  # timm's others have one alone
+    if act not in allowed:
+        raise ValueError(f"hidden_act: '{act}': allowed are {', '.join(allowed)}")
     name, args, defaults = MODELS[kind](config)
-    args = {key: value for key, value in args.items() if value != defaults[key]}
-    return name, args | ({"act_layer": ACTIVATIONS[act]} if ACTIVATIONS[act] else {})
+    if allowed[act]:
+        args["act_layer"] = allowed[act]
+    eps = config.get("layer_norm_eps", {"swin": 1e-5, "pvt_v2": 1e-6}.get(kind, 1e-12))
+    return Architecture(name, args, defaults, float(eps))
 
 
 Described = tuple[str, dict[str, Any], dict[str, Any]]
@@ -117,7 +135,7 @@ def _vit(config: Mapping[str, Any]) -> Described:
     named = next(numbers for numbers, word in SIZES.items() if word == size)
     args = shape | {
         "patch_size": config.get("patch_size", 16),
-        "mlp_ratio": config.get("intermediate_size", 3072) / width,
+        "mlp_ratio": _ratio(config.get("intermediate_size", 3072), width),
         "qkv_bias": config.get("qkv_bias", True),
     }
     defaults: dict[str, Any] = dict(zip(shape, named, strict=True)) | {
@@ -126,14 +144,26 @@ def _vit(config: Mapping[str, Any]) -> Described:
         "qkv_bias": True,
     }
     if kind == "beit":
-        if config.get("use_absolute_position_embeddings") or not config.get("use_relative_position_bias"):
-            raise ValueError("use_relative_position_bias: must be true, and use_absolute_position_embeddings false")
+        for key, wanted in (
+            ("use_relative_position_bias", True),
+            ("use_shared_relative_position_bias", False),
+            ("use_absolute_position_embeddings", False),
+        ):
+            if bool(config.get(key, False)) != wanted:
+                raise ValueError(
+                    f"{key}: must be {str(wanted).lower()}: timm's BEiTs have a bias of their own in each block"
+                )
         args |= {
             "init_values": config.get("layer_scale_init_value", 0.1),
             "global_pool": "avg" if config.get("use_mean_pooling", True) else "token",
         }
         defaults |= {"init_values": 0.1 if size == "base" else 1e-5, "global_pool": "avg"}
     return names.get(kind, "vit_{}_patch16_224").format(size), args, defaults
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Of which timm takes the whole part: one that does not fall below it by rounding."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def _swin(config: Mapping[str, Any]) -> Described:

@@ -77,7 +77,9 @@ def test_ranges() -> None:
     png = encoded(Image.fromarray(deep))
     assert cut(png, 1)[0, 0].tolist() == pytest.approx([0, 255, 255 * 32768 / 65535])
     colours = encoded(Image.new("RGB", (3, 2), (10, 20, 30)))
-    assert cut(colours, 3, (0.0, 100.0))[:, 0, 0].tolist() == pytest.approx([25.5, 51, 76.5])
+    assert cut(colours, 3)[:, 0, 0].tolist() == cut(colours, 3, (0, 255))[:, 0, 0].tolist() == [10, 20, 30]
+    with pytest.raises(BadImage, match="read as 8 bit, which data.value_range is not"):
+        cut(colours, 3, (0.0, 65535.0))
 
 
 def test_crops_and_resizes_like_other_images() -> None:
@@ -96,12 +98,31 @@ def test_crops_and_resizes_like_other_images() -> None:
     assert resized.max() == 255, "bicubic overshoots"
 
 
+def test_tiffs_whose_numbers_are_no_brightness() -> None:
+    pixels = np.zeros((4, 5), np.uint8)
+    for options, message in (
+        ({"photometric": "miniswhite"}, "a TIFF of MINISWHITE"),
+        ({"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}, "a TIFF of PALETTE"),
+        ({"photometric": "minisblack", "extratags": [(274, "H", 1, 6, True)]}, "a TIFF with orientation 6"),
+    ):
+        with pytest.raises(BadImage, match=message):
+            cut(tiff(pixels, **options), 1)
+
+
+def test_a_tiff_whose_data_are_not_what_its_header_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    data = tiff(np.zeros((4, 5, 2), np.uint8), photometric="minisblack")
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", lambda self: np.zeros((0, 4, 5, 2), np.uint8))
+    with pytest.raises(BadImage, match="an array of 0×4×5×2"):
+        cut(data, 2)
+
+
 BAD: list[tuple[bytes, int, str]] = [
     (npy(np.zeros((4, 4, 3), np.uint8)), 5, "an array of 4×4×3; wants 5 channels, first or last"),
     (npy(np.zeros((2, 4, 4, 5), np.uint8)), 5, "an array of 2×4×4×5; wants 5 channels"),
     (npy(np.zeros((4, 4), np.complex64)), 1, "values of complex64"),
     (npy(np.zeros((4, 4), bool)), 1, "values of bool"),
-    (npy(np.array([[np.nan, 1], [np.inf, 1]])), 1, "1 values are not finite|2 values are not finite"),
+    (npy(np.array([[np.nan, 1], [np.inf, 1]])), 1, "2 values are not finite"),
     (npy(np.zeros((0, 4), np.uint8)), 1, "4×0 pixels"),
     (npy(np.zeros((101, 100), np.uint8)), 1, "100×101 pixels, over max_image_pixels 10000"),
     (npy(np.zeros((4, 4), np.uint8))[:-1], 1, "cut off"),
@@ -191,6 +212,11 @@ def test_pretraining_fine_tuning_and_prediction(bands: Path, tmp_path: Path) -> 
     assert len(rows) == 5
     assert not unreadable
     assert {row["class"] for row in rows} <= {"high", "low"}
+    del data["data.value_range"]  # the encoder's
+    stored = (tmp_path / "ft/recipe.yaml").read_text()
+    again = mpp.finetune(values | {"out": str(tmp_path / "ft2")}, **data, **{"optim.steps": 3, "optim.epochs": None})
+    assert (tmp_path / "ft2/recipe.yaml").read_text().replace("ft2", "ft") == stored
+    assert again.score == tuned.score
     scored = mpp.evaluate(tmp_path / "run", out=str(tmp_path / "ev"), **{**data, "probes": ["knn"]})
     assert scored.scores["encoder"]
     found_at = mpp.export(tmp_path / "run", tmp_path / "e")

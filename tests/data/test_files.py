@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import mpp
 from mpp.data import files
 from mpp.data.images import ShardImages
+from mpp.data.pack import pack
 from mpp.errors import BadImage, UserError
 from mpp.metrics import read_metrics
 from tests.conftest import command, pretrain_recipe
@@ -52,6 +54,38 @@ def test_files_that_change_or_go(image_folder: Path, tmp_path: Path) -> None:
         images.read(0, 0)
     with pytest.raises(BadImage, match="changed since the run began: 5 bytes, it had"):
         images.read(0, 1)
+
+
+def test_what_is_no_file_of_its_own(image_folder: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for, a device has no end; an image is read once."""
+    os.mkfifo(tmp_path / "pipe.jpg")
+    photo = next(image_folder.rglob("*.jpg"))
+    (tmp_path / "list.csv").write_text(f"image\n{photo}\npipe.jpg\n/dev/zero\n\n")
+    images = opened(tmp_path / "list.csv")
+    assert images.counts == [3]
+    for row in range(3):
+        if images.name(0, row) != str(photo):
+            with pytest.raises(BadImage, match="not a file"):
+                images.read(0, row)
+    (tmp_path / "list.csv").write_text("image\na\0b.jpg\n")
+    with pytest.raises(UserError, match="list.csv:2: a zero byte"):
+        opened(tmp_path / "list.csv")
+    for twice in (f"{image_folder}/", str(image_folder)):
+        with pytest.raises(UserError, match="is named twice"):
+            opened(image_folder, twice)
+    with pytest.raises(UserError, match="one lies in the other"):
+        opened(image_folder, image_folder / "disc")
+
+
+def test_shards_that_are_not_all_of_a_folder(shards: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(shards, tmp_path / "s")
+    shutil.copy(next(image_folder.rglob("*.jpg")), folder / "a.jpg")
+    with pytest.raises(UserError, match=r"holds shards and 1 images beside them, such as a\.jpg; .*s/\*\.tar names"):
+        opened(folder)
+    assert len(opened(f"{folder}/*.tar").names) == 3
+    pack(str(image_folder), str(tmp_path / "part"), images_per_shard=20, workers=1, part=(1, 2))
+    with pytest.raises(UserError, match="was not packed to its end"):
+        opened(tmp_path / "part")
 
 
 def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:

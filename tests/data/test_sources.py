@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,46 @@ def test_parquet_that_is_not_of_images(photos: list[tuple[bytes, int]], tmp_path
     ]
 
 
+def test_parquet_labels_and_splits(photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
+    """What would be another label, or another split, in silence."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    data = photos[0][0]
+
+    def table(labels: list[Any], names: list[str] | None) -> Any:
+        found = pa.table({"image": pa.array([data] * len(labels), pa.binary()), "label": labels})
+        about = {"info": {"features": {"label": {"names": names}}}}
+        return found.replace_schema_metadata({"huggingface": json.dumps(about)})
+
+    def refused(message: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            pack(str(tmp_path / "p"), str(tmp_path / "out"), workers=1, **options)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+    (tmp_path / "p").mkdir()
+    parquet.write_table(table([0, 1], ["cat", "dog"]), tmp_path / "p/a.parquet")
+    for other, message in (
+        (
+            table([0, 1], ["dog", "cat"]),
+            "b.parquet: column label: other labels or names of classes than .*a.parquet has",
+        ),
+        (table(["x", "y"], ["cat", "dog"]), "b.parquet: column label: other labels"),
+        (table([0, 5], ["cat", "dog"]), "b.parquet: row group 0, row 1: label 5 of 2 classes"),
+        (pa.table({"image": [1, 2], "label": [0, 1]}), "b.parquet: column image: holds int64, not bytes of images"),
+    ):
+        parquet.write_table(other, tmp_path / "p/b.parquet")
+        refused(message)
+    parquet.write_table(table([None, -1], ["cat", "dog"]), tmp_path / "p/b.parquet")
+    refused("b.parquet: .*has no label", labels=True)
+    assert pack(str(tmp_path / "p"), str(tmp_path / "out"), workers=1).images == 4
+    assert [label for _, label in contents(tmp_path / "out")] == [b"0", b"1", None, None]
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "p/a.parquet").rename(tmp_path / "p/train-0.parquet")
+    (tmp_path / "p/b.parquet").rename(tmp_path / "p/test-0.parquet")
+    refused(r"holds the splits test, train; give one of them, such as '.*/p/train-\*\.parquet'")
+
+
 def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
     some = sorted(image_folder.rglob("*.jpg"))[:8]
     rows = [f"{path},{path.parent.name}" for path in some]
@@ -126,6 +169,14 @@ def test_other_shards(shards: Path, tmp_path: Path) -> None:
     packed = pack(str(shards), str(tmp_path / "out"), images_per_shard=16, workers=1)
     assert (packed.shards, packed.images, packed.classes) == (4, 60, ["disc", "square"])
     assert contents(tmp_path / "out") == contents(shards)
+    with tarfile.open(tmp_path / "named.tar", "w") as tar:  # names of classes, as WebDataset has them, too
+        for i, (data, _) in enumerate(contents(shards)[:3]):
+            for ending, content in (("jpg", data), ("cls", b"a dog")):
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    assert pack(str(tmp_path / "named.tar"), str(tmp_path / "again"), workers=1).images == 3
+    assert {label for _, label in contents(tmp_path / "again")} == {b"a dog"}
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
