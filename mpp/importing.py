@@ -9,11 +9,13 @@ import re
 import stat
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load
 from torch import Tensor
@@ -33,12 +35,6 @@ BESIDE = (
     "mmengine.logging.history_buffer.HistoryBuffer",
     "mmcv.utils.config.ConfigDict",
     "addict.addict.Dict",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.ndarray",
-    "numpy.dtype",
 )
 """Classes of configurations and metrics that SimMIM, mmpretrain and others save beside weights; nothing is made of
 them."""
@@ -391,9 +387,9 @@ def _opened(file: Path, trust: bool) -> Any:
     try:
         if first.startswith(b"PK"):
             _compare_checksums(file)
-        # training programs keep their arguments beside the weights; a Namespace holds attributes, and does nothing
+        # training programs keep their arguments and metrics beside the weights
         with (
-            torch.serialization.safe_globals([argparse.Namespace, *((_Nothing, name) for name in BESIDE)]),
+            torch.serialization.safe_globals(_harmless()),
             warnings.catch_warnings(action="ignore"),
             open(file, "rb") as stream,
         ):
@@ -405,14 +401,21 @@ def _opened(file: Path, trust: bool) -> Any:
         raise UserError(f"{file}: damaged, or not of torch.save: {type(error).__name__}") from error
 
 
-class _Nothing(dict[Any, Any]):
-    """What stands for objects beside the weights: it takes everything and keeps nothing that runs."""
+class _Nothing:
+    """What is made of objects beside the weights: a dictionary, whose attributes nobody reads."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__()
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return OrderedDict()
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+
+def _harmless() -> list[Any]:
+    """Classes that torch's weights_only does not know and that run nothing: arguments, configurations, numbers."""
+    core: Any = np._core.multiarray  # type: ignore[attr-defined]
+    arrays = [
+        (getattr(core, n), f"numpy.{c}.multiarray.{n}") for n in ("scalar", "_reconstruct") for c in ("core", "_core")
+    ]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+    return [argparse.Namespace, np.ndarray, np.dtype, *kinds, *arrays, *((_Nothing, name) for name in BESIDE)]
 
 
 def _compare_checksums(file: Path) -> None:

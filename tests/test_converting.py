@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,60 @@ def test_what_transformers_has_no_model_for_is_timms(
     with torch.no_grad():
         found = model(x).logits if classes else model(x).last_hidden_state
         torch.testing.assert_close(found, ours(x) if classes else ours.forward_features(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_image_processors_read_as_the_encoder_learned(tmp_path: Path) -> None:
+    """One that does not is found; where none fits none is written, and the card says how to do without."""
+    pytest.importorskip("transformers")
+    source = timm_folder(tmp_path / "timm", "vit_tiny_patch16_224", (16, 16), **VIT)
+    mpp.export(source, tmp_path / "hf", "transformers")
+    file = tmp_path / "hf/preprocessor_config.json"
+    about = json.loads((tmp_path / "hf/export.json").read_text())
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"do_center_crop": False, "size": {"height": 16, "width": 16}})
+    )
+    about["files_sha256"][file.name] = exporting.sha256(file)
+    (tmp_path / "hf/export.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="hf: (outputs differ by|cannot be loaded)"):
+        mpp.verify(tmp_path / "hf")
+
+
+@pytest.mark.usefixtures("unverified")
+def test_where_no_image_processor_fits(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    wide = timm_folder(tmp_path / "wide", "vit_tiny_patch16_224", (16, 24), **VIT)
+    deep = timm_folder(tmp_path / "deep", "vit_tiny_patch16_224", (16, 16), **VIT)
+    (deep / "recipe.yaml").write_text("data: {value_range: [0, 4095]}\n")
+    for source, words in ((wide, "pixels in [0, 1]"), (deep, "values scaled to [0, 1] from [0, 4095]")):
+        mpp.export(source, tmp_path / f"{source.name}-hf", "transformers")
+        assert not (tmp_path / f"{source.name}-hf/preprocessor_config.json").exists()
+        card = (tmp_path / f"{source.name}-hf/README.md").read_text()
+        assert "AutoImageProcessor" not in card
+        about = json.loads((tmp_path / f"{source.name}-hf/export.json").read_text())
+        assert exporting.pixels_of(about["normalisation"]["value_range"]) == words
+
+
+@pytest.mark.usefixtures("unverified")
+def test_several_labels_an_image(classifier: Path, tmp_path: Path) -> None:
+    """Scores are of each class by itself."""
+    hub = pytest.importorskip("transformers")
+    source = shutil.copytree(classifier, tmp_path / "several")
+    (source / "recipe.yaml").write_text("data: {}\ntask: {name: multilabel}\n")
+    mpp.export(source, tmp_path / "hf", "transformers")
+    model = hub.AutoModelForImageClassification.from_pretrained(tmp_path / "hf")
+    assert model.config.problem_type == "multi_label_classification"
+    assert json.loads((tmp_path / "hf/export.json").read_text())["task"] == "multilabel"
+
+
+@pytest.mark.usefixtures("unverified")
+def test_an_export_of_an_export_has_one_card(run: Path, tmp_path: Path) -> None:
+    mpp.export(run, tmp_path / "a")
+    mpp.export(tmp_path / "a", tmp_path / "b", "safetensors")
+    card = (tmp_path / "b/README.md").read_text()
+    assert all(card.count(f"## {title}\n") == 1 for title in ("Data", "Recipe", "Cost", "Probes"))
+    with pytest.raises(UserError, match="b: an export as safetensors; give the run or the timm folder"):
+        mpp.export(tmp_path / "b", tmp_path / "c")
 
 
 def test_what_is_refused(

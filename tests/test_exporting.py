@@ -104,6 +104,28 @@ def test_a_config_of_another_model_is_found(exported: Path) -> None:
         mpp.verify(exported)
 
 
+def test_what_no_feature_shows_is_found(exported: Path) -> None:
+    """Names of classes, mean and std."""
+    config = json.loads((exported / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.9, 0.9, 0.9]
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json: does not match the checksum of its export"):
+        mpp.verify(exported)
+
+
+def test_features_that_are_no_numbers(exported: Path) -> None:
+    reference = load_file(exported / "reference.safetensors")
+    save_file(reference | {"embedding": reference["embedding"] * torch.nan}, exported / "reference.safetensors")
+    with pytest.raises(UserError, match="features differ by nan"):
+        mpp.verify(exported)
+
+
+def test_not_into_itself(exported: Path) -> None:
+    for format in ("timm", "safetensors"):
+        with pytest.raises(UserError, match="lies in .*; give a folder beside it"):
+            mpp.export(exported, exported / "inner" / "e", format)
+
+
 def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not empty; give a new folder"):
         mpp.export(run, exported)

@@ -7,11 +7,14 @@ import json
 import os
 import pickle
 import shutil
+import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -222,6 +225,68 @@ def test_a_folder_in_parts_and_a_timm_folder(hub_folder: Path, tmp_path: Path) -
     assert (second.layout, second.prefix, second.missing, second.left_out) == ("timm", "", [], [])
     states = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")]
     assert all(torch.equal(states[1][name], value) for name, value in states[0].items())
+
+
+@pytest.mark.usefixtures("unverified")
+def test_what_a_folder_says_holds_whoever_names_the_model(hub_folder: Path, tmp_path: Path) -> None:
+    """Heads and activation have no weights that would tell."""
+    found = mpp.import_weights(hub_folder, tmp_path / "e", model="vit_base_patch16_224.mae")
+    assert not found.missing
+    assert mpp.load_encoder(tmp_path / "e").blocks[0].attn.num_heads == 2
+    with pytest.raises(UserError, match=r"args.num_heads: 4, where .*/config\.json says 2"):
+        mpp.import_weights(hub_folder, tmp_path / "f", model="vit_tiny_patch16_224", args={"num_heads": 4})
+    folder = shutil.copytree(hub_folder, tmp_path / "hub")
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"layer_norm_eps": 0.1}, "config.json: layer_norm_eps: 0.1; timm's is 1e-06"),
+        ({"architecture": 5}, "architecture: 5: not a name of timm's"),
+        ({"architecture": "local-dir:/etc"}, "architecture: 'local-dir:/etc': not a name of timm's"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            mpp.import_weights(folder, tmp_path / "f")
+
+
+@pytest.mark.usefixtures("unverified")
+def test_normalisation_of_an_image_processor(hub_folder: Path, tmp_path: Path) -> None:
+    """As it would be of pixels in [0, 1]."""
+    folder = shutil.copytree(hub_folder, tmp_path / "hub")
+    for number, (said, mean, std) in enumerate(
+        (
+            ({"do_normalize": False}, 0.0, 1.0),
+            ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51] * 3}, 0.5, 0.2),
+            ({"rescale_factor": 2 / 255, "image_mean": [1] * 3, "image_std": [1] * 3}, 0.5, 0.5),
+        )
+    ):
+        (folder / "preprocessor_config.json").write_text(json.dumps(said))
+        found = mpp.import_weights(folder, tmp_path / f"e{number}")
+        assert (found.mean, found.std) == (pytest.approx([mean] * 3), pytest.approx([std] * 3))
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [5, 5, 5], "image_std": [0, 0, 0]}')
+    with pytest.raises(UserError, match=r"are not of pixels in \[0, 1\]; say them by --mean and --std"):
+        mpp.import_weights(folder, tmp_path / "x")
+    assert mpp.import_weights(folder, tmp_path / "x", mean=[0.5] * 3, std=[0.5] * 3).normalisation == "as given"
+
+
+class CfgNode(dict[str, Any]):
+    """Stands for yacs' class of this name, which SimMIM saves beside its weights."""
+
+
+@pytest.mark.usefixtures("unverified")
+def test_configurations_and_metrics_beside_weights(
+    state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What other projects keep there is passed over, whatever it is."""
+    package = types.ModuleType("yacs.config")
+    package.CfgNode = CfgNode  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", package)
+    monkeypatch.setattr(CfgNode, "__module__", "yacs.config")
+    config = CfgNode(MODEL=CfgNode(NAME="x"))
+    config.__dict__["__immutable__"] = True
+    torch.save(
+        {"model": state, "config": config, "max_accuracy": np.float64(3), "epochs": np.arange(3)}, tmp_path / "w"
+    )
+    assert not imported(tmp_path / "w", tmp_path / "e", trust=True).missing
 
 
 CONFIGS: list[tuple[str | None, str]] = [
