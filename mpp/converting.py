@@ -90,8 +90,7 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
         return exporting.export(run, out, told)
     module = _module(format)
     artifact = _artifact(run, format)
-    if Path(out).absolute().is_relative_to(artifact.source.absolute()):
-        raise UserError(f"{out}: lies in {artifact.source}; give a folder beside it")
+    exporting.check_beside(Path(out), artifact.source)
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -216,7 +215,7 @@ def _card(artifact: Artifact, kind: str, use: str, told: list[tuple[str, str]]) 
         own = (artifact.source / "README.md").read_text(encoding="utf-8")
     except OSError:
         own = ""
-    library = "library_name: transformers\n" if artifact.config.get("architecture") and "transformers" in use else ""
+    library = "library_name: transformers\n" if "from transformers" in use else ""
     own = re.sub(r"(?ms)^library_name: timm\n", library, own)
     own = re.sub(r"(?ms)^## Use\n.*?(?=^## )", lambda _: f"## Use\n\n```python\n{use}\n```\n\n{kind}.\n\n", own)
     return exporting.with_sections(own, told)

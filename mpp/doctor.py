@@ -22,6 +22,7 @@ from PIL import Image
 from mpp.data.decode import decode_crop
 from mpp.data.store import default_cache_dir
 from mpp.distributed import cpu_has_bf16
+from mpp.metrics import environment
 
 PHOTO_PX = (375, 500)
 """Height and width of the JPEG that is decoded: ImageNet's average (Deng et al. 2009: 400 × 350, a little larger)."""
@@ -70,26 +71,10 @@ def examine(folder: str = ".") -> Iterator[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}", sys.version_info >= (3, 11))
-    wanted = {
-        "torch",
-        "torchvision",
-        "timm",
-        "accelerate",
-        "webdataset",
-        "numpy",
-        "safetensors",
-        "pillow",
-        "simplejpeg",
-    }
-    found, wrong = [], []
-    for name in sorted(wanted):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            wrong.append(name)
-    yield Finding(
-        "packages", ", ".join(found), not wrong, f"missing: {', '.join(wrong)}: pip install mpp" if wrong else ""
-    )
+    found = environment()["packages"]
+    wrong = [name for name, own in found.items() if own == "not installed"]
+    advice = f"missing: {', '.join(wrong)}: pip install mpp" if wrong else ""
+    yield Finding("packages", ", ".join(f"{name} {own}" for name, own in found.items()), not wrong, advice)
     for problem in _outside():
         yield Finding("packages", problem, False, "what has been tried is in pyproject.toml; pip install -U mpp")
 

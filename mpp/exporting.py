@@ -482,8 +482,7 @@ def export(run: str | Path, out: str | Path, told: Sequence[tuple[str, str]] = (
     told: (title, text) of sections for its model card.
     """
     source = encoder_folder(run)
-    if Path(out).absolute().is_relative_to(source.absolute()):
-        raise UserError(f"{out}: lies in {source}; give a folder beside it")
+    check_beside(Path(out), source)
 
     def copied(folder: Path) -> None:
         tolerance(source)  # what is wrong with the source is said with its name, not that of the copy
@@ -509,6 +508,12 @@ def check_new(folder: Path) -> None:
             raise UserError(f"{folder}: not empty; give a new folder")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def check_beside(out: Path, source: Path) -> None:
+    """UserError where a folder would be written into the one that it is made of."""
+    if out.absolute().is_relative_to(source.absolute()):
+        raise UserError(f"{out}: lies in {source}; give a folder beside it")
 
 
 def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Path], Verified]) -> Verified:

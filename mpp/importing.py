@@ -29,6 +29,7 @@ from mpp.layouts import transformers
 NAMED, LETTERS = 5, 80
 """Weights that a message names, and how much of a name."""
 EPS = 1e-5
+"""Difference of the norms' eps that no output shows: tokens of trained models vary by about 1."""
 BESIDE = (
     "yacs.config.CfgNode",
     "mmengine.config.config.ConfigDict",
@@ -165,18 +166,7 @@ def import_weights(
             + _advice(missing, found, prefix)
         )
     own = {name: _taken(made, found, prefix, file) for name, made in covered.items()}
-    if other := [name for name in own if own[name].shape != wanted[name].shape]:
-        shapes = ", ".join(f"{n} {tuple(own[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in other[:NAMED])
-        raise UserError(
-            f"{file}: {len(other)} of {len(wanted)} weights of {model} have other shapes: {shapes}; is the model, the "
-            "image size or the number of channels another one?"
-        )
-    if odd := [f"{name} ({own[name].dtype})" for name in own if not _fits(own[name], wanted[name])]:
-        raise UserError(f"{file}: weights that are no plain numbers of their kind: {_some(odd)}")
-    state = {name: value.to(wanted[name].dtype) for name, value in own.items()}
-    if odd := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"{file}: weights that are not finite: {_some(odd)}")
-    encoder.load_state_dict(wanted | state)
+    encoder.load_state_dict(wanted | _fitting(own, wanted, f"{file}: ", model))
     (mean_of, std_of), normalisation = _normalisation(mean, std, source, config, in_chans)
     limits = "How they were trained is not known here."
     if missing:
@@ -197,8 +187,24 @@ def import_weights(
     return Imported(verified, layout, prefix, len(wanted), missing, left_out, mean_of, std_of, normalisation)
 
 
+def _fitting(own: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str, model: str) -> dict[str, Tensor]:
+    """Weights as the model holds them. UserError where one has another shape or kind, or is not finite."""
+    if other := [name for name in own if own[name].shape != wanted[name].shape]:
+        shapes = ", ".join(f"{n} {tuple(own[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in other[:NAMED])
+        raise UserError(
+            f"{where}{len(other)} of {len(wanted)} weights of {model} have other shapes: {shapes}; is the model, the "
+            "image size or the number of channels another one?"
+        )
+    if odd := [f"{name} ({own[name].dtype})" for name in own if not _fits(own[name], wanted[name])]:
+        raise UserError(f"{where}weights that are no plain numbers of their kind: {_some(odd)}")
+    state = {name: value.to(wanted[name].dtype) for name, value in own.items()}
+    if odd := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{where}weights that are not finite: {_some(odd)}")
+    return state
+
+
 def _check_eps(encoder: Any, said: float | None, file: str | Path) -> None:
-    """UserError where norms would divide by something else; below EPS nobody sees it, tokens vary by about 1."""
+    """UserError where norms would divide by something else."""
     own = next((m.eps for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)), None)
     if said is not None and own is not None and abs(said - own) > EPS:
         raise UserError(f"{file}/config.json: layer_norm_eps: {said:g}; timm's is {own:g} and cannot be chosen")

@@ -146,8 +146,9 @@ class ImageData(Section):
     """1: grey, 3: RGB, 4: RGBA; any other number: TIFF and .npy files of so many channels, first or last."""
     value_range: Annotated[tuple[Float, Float], AfterValidator(_growing)] | None = None
     """Of images that are not of 8 bit: what counts as 0 and 1 for mean and std, [0, 10000]; beyond it values are cut.
-    They are read with all their bits then. Where it is not given, images of 1, 3 and 4 channels are read as 8 bit, and
-    for others it is 0 and the largest number of their type, of floating-point numbers 0 and 1."""
+    They are read with all their bits then. Where it is not given, it is the encoder's; where that has none, images
+    of 1, 3 and 4 channels are read as 8 bit, and for others it is 0 and the largest number of their type, of
+    floating-point numbers 0 and 1."""
     mean: tuple[Fraction, ...] | None = None
     """Of each channel, of pixels in [0, 1]; default: that of the weights it starts from, else 0.5."""
     std: tuple[Annotated[PositiveFloat, Field(le=1)], ...] | None = None
