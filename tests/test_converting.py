@@ -230,6 +230,15 @@ def test_what_transformers_has_no_model_for_is_timms(
 def test_image_processors_read_as_the_encoder_learned(tmp_path: Path) -> None:
     """One that does not is found; where none fits none is written, and the card says how to do without."""
     pytest.importorskip("transformers")
+    for number, (args, classes) in enumerate(
+        ((VIT, None), (VIT | {"global_pool": "avg", "fc_norm": False}, ["a", "b"]))
+    ):
+        cut = timm_folder(tmp_path / f"timm{number}", "vit_tiny_patch16_224", (16, 16), classes, **args)
+        config = json.loads((cut / "config.json").read_text())
+        config["pretrained_cfg"]["crop_pct"] = 0.875  # 18.3 px: who rounds otherwise crops elsewhere
+        (cut / "config.json").write_text(json.dumps(config))
+        mpp.export(cut, tmp_path / f"hf{number}", "transformers")
+        assert "AutoImageProcessor" in (tmp_path / f"hf{number}/README.md").read_text()
     source = timm_folder(tmp_path / "timm", "vit_tiny_patch16_224", (16, 16), **VIT)
     mpp.export(source, tmp_path / "hf", "transformers")
     file = tmp_path / "hf/preprocessor_config.json"

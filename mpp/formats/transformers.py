@@ -235,7 +235,7 @@ def _write_processor(artifact: Artifact, folder: Path) -> None:
         "do_convert_rgb": True,
         "do_resize": True,
         "resample": 3,  # bicubic
-        "size": {"shortest_edge": round(height / (cfg.get("crop_pct") or 1.0))},
+        "size": {"shortest_edge": int(height / (cfg.get("crop_pct") or 1.0))},  # as timm rounds it
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
@@ -276,7 +276,7 @@ if has_processor and images.shape[1] == 3 and about["value_range"] is None:
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     h, w = images.shape[2:]
     # wider than it is high for its shape, and of the scale that needs no resizing: a crop from its centre is left
-    tall = round(h / (about["crop_pct"] or 1.0))
+    tall = int(h / (about["crop_pct"] or 1.0))
     wide = round(tall * w / h) + 6
     y, x = torch.meshgrid(torch.arange(tall), torch.arange(wide), indexing="ij")
     pixels = torch.stack([(7 * y + 3 * x) % 251, (5 * y + 11 * x) % 241, (13 * y + x) % 239]).to(torch.uint8)
