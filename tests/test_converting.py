@@ -20,6 +20,7 @@ from mpp.recipe import FinetuneRecipe, check_recipe
 from mpp.supervised import build, save
 from tests.conftest import command, pretrain_recipe
 
+pytestmark = pytest.mark.slow
 OTHERS = [name for name in converting.formats() if name != "timm"]
 VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -77,7 +78,7 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cell / "encoder"
 
 
-@pytest.mark.parametrize("format", [pytest.param(f, marks=() if f == "onnx" else pytest.mark.slow) for f in OTHERS])
+@pytest.mark.parametrize("format", OTHERS)
 def test_formats(format: str, run: Path, tmp_path: Path) -> None:
     found = mpp.export(run, tmp_path / "e", format)
     assert found.difference < 1e-5
@@ -121,7 +122,6 @@ def test_what_gives_something_else_is_found(classifier: Path, tmp_path: Path) ->
         mpp.verify(tmp_path / "e")
 
 
-@pytest.mark.slow
 def test_onnx_stands_alone(classifier: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     done = command("export", classifier, tmp_path / "e", "--format", "onnx")
@@ -226,7 +226,6 @@ def test_what_transformers_has_no_model_for_is_timms(
         torch.testing.assert_close(found, ours(x) if classes else ours.forward_features(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_image_processors_read_as_the_encoder_learned(tmp_path: Path) -> None:
     """One that does not is found; where none fits none is written, and the card says how to do without."""
     pytest.importorskip("transformers")

@@ -20,6 +20,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "WRITTEN_BYTES", 1 << 20)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     done = command("doctor", tmp_path, "--json")
     found = {f["what"]: f for f in json.loads(done.stdout)}

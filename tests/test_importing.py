@@ -125,6 +125,7 @@ def test_pickles(by_torch: bool, state: dict[str, Tensor], tmp_path: Path) -> No
     assert {p.name for p in tmp_path.iterdir()} == {"w.safetensors"}
 
 
+@pytest.mark.usefixtures("unverified")
 def test_one_of_two_encoders(state: dict[str, Tensor], tmp_path: Path) -> None:
     other = {name: value + 1 for name, value in state.items()}
     torch.save({"student": state, "teacher": prefixed(other, "module.")}, tmp_path / "w")
@@ -197,6 +198,7 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_transformers_says_itself_what_it_is(hub_folder: Path, tmp_path: Path) -> None:
     done = command("import", hub_folder, tmp_path / "e")
     assert done.returncode == 0, done.stderr

@@ -208,6 +208,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_transformers(name: str) -> None:
     """Its own model, its own configuration: the same features."""
@@ -236,6 +237,7 @@ def test_models_of_transformers(name: str) -> None:
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViTModel", "DeiTModel", "SwinModel", "PvtV2Model"])
 def test_files_of_transformers(name: str) -> None:
     """What `renamed` writes is what its own module reads."""

@@ -20,6 +20,7 @@ from mpp.errors import UserError
 from tests.conftest import command, pretrain_recipe
 
 
+@pytest.mark.slow
 def test_what_the_run_then_says(shards: Path, tmp_path: Path) -> None:
     """Images, steps, parameters and bytes on the disk."""
     changes = {"optim.steps": None, "optim.epochs": 2, "encoder.args.embed_dim": 96, "keep_checkpoints": 1}
@@ -96,6 +97,7 @@ def test_how_it_grows() -> None:
     assert sharded.host_bytes > 0
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     words = ["recipes/pretrain/vit_small.yaml", "--images", "50000", "--devices", "2", "--device", "rtx4090"]
     done = command("plan", *words, cwd=Path(mpp.__file__).parent.parent)

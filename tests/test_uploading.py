@@ -20,6 +20,9 @@ from mpp import exporting
 from tests.conftest import command
 
 
+pytestmark = pytest.mark.slow
+
+
 @dataclass
 class Hub:
     """What was asked of it, and what lies there."""

@@ -194,6 +194,7 @@ def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CHANGES: dict[str, Any] = {"data.channels": 5, "data.value_range": [0, 4095]}
 
 
+@pytest.mark.slow
 def test_pretraining_fine_tuning_and_prediction(bands: Path, tmp_path: Path) -> None:
     """Packed or as files, the same kinds of steps; the encoder has five channels; labels and classes as ever."""
     packed = pack(str(bands / "train"), str(tmp_path / "shards"), images_per_shard=20, workers=1)

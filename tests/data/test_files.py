@@ -110,6 +110,7 @@ def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
         opened(tmp_path / "none.csv")
 
 
+@pytest.mark.slow
 def test_a_run_on_files(image_folder: Path, tmp_path: Path) -> None:
     """By workers, stopped and resumed: the losses of the uninterrupted run; more files are another run."""
     folder = shutil.copytree(image_folder, tmp_path / "photos")

@@ -198,6 +198,7 @@ def test_parts(kind: str, image_folder: Path, photos: list[tuple[bytes, int]], t
         pack(str(source), str(tmp_path / "x"), part=(4, 3), workers=1)
 
 
+@pytest.mark.slow
 def test_the_command(image_folder: Path, tmp_path: Path) -> None:
     done = command("pack", image_folder, tmp_path / "out", "--images-per-shard", "30", "--part", "2/2")
     assert done.returncode == 0, done.stderr
