@@ -19,7 +19,6 @@ import mpp
 from mpp import exporting
 from tests.conftest import command
 
-
 pytestmark = pytest.mark.slow
 
 
