@@ -9,12 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import math
 import pkgutil
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,20 +147,12 @@ def verify(folder: str | Path) -> Verified:
     if not known:
         raise UserError(f"{path}: of a newer release: format {format}, version {about['format_version']}")
     module = _module(format)
-    for name, stated in checksums.items():
-        if exporting.sha256(path / Path(name).name) != stated:
-            raise UserError(f"{path / name}: does not match the checksum of its export")
+    exporting.check_files(path, checksums)
     if "reference.safetensors" not in checksums:
         raise UserError(f"{path}: no readable export.json")
-    # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", module.VERIFY + COMPARE, str(path)], capture_output=True, text=True, check=False
-    )
-    if process.returncode:
-        lines = process.stderr.strip().splitlines()
-        raise UserError(f"{path}: cannot be loaded: {lines[-1] if lines else 'no message'}")
-    difference = float(json.loads(process.stdout.splitlines()[-1])["difference"])
-    if not difference <= tolerance or math.isnan(difference):
+    found = exporting.found_in_clean_process(path, module.VERIFY + COMPARE, "cannot be loaded")
+    difference = float(found["difference"])
+    if not difference <= tolerance:  # nan, too
         raise UserError(f"{path}: outputs differ by {difference:.2e}, allowed is {tolerance:.0e}")
     return Verified(path, difference, parameters, through=f"{format} ({kind})")
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -177,14 +177,19 @@ def _shared_memory() -> Iterator[Finding]:
     yield Finding("/dev/shm", f"{free / 1e9:.1f} GB free", ok, advice)
 
 
+def _existing(place: Path) -> Path:
+    """The place, or the nearest folder above it that is there."""
+    return next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+
+
 def _disk(folder: Path) -> Iterator[Finding]:
     for what, place in (("runs", folder), ("cache", Path(default_cache_dir()))):
-        there = next((p for p in (place.absolute(), *place.absolute().parents) if p.exists()), Path("/"))
+        there = _existing(place)
         free = shutil.disk_usage(there).free
         ok = free >= LEAST_FREE_BYTES
         advice = "" if ok else "`mpp plan` says what checkpoints take; data.cache_limit_gb bounds the cache"
         yield Finding(f"disk, {what}", f"{free / 1e9:.0f} GB free at {there}", ok, advice)
-    there = next((p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()), Path("/"))
+    there = _existing(folder)
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             block, began = os.urandom(1 << 20), time.monotonic()
@@ -211,8 +216,7 @@ def _optional() -> Iterator[Finding]:
         yield Finding("optional", f"{', '.join(here)}")
     if missing:
         yield Finding("optional", f"without {', '.join(missing)}", True, f"pip install 'mpp[{','.join(missing)}]'")
-    tools: list[tuple[str, Callable[[], bool], str]] = [
-        ("compile=true", lambda: shutil.which(os.environ.get("CXX", "g++")) is not None, "wants a C++ compiler"),
-    ]
-    for what, there, advice in tools:
-        yield Finding(what, "possible" if there() else "not possible", True, "" if there() else advice)
+    compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
+    yield Finding(
+        "compile=true", "possible" if compiler else "not possible", True, "" if compiler else "wants a C++ compiler"
+    )

@@ -548,23 +548,34 @@ def verify(folder: str | Path) -> Verified:
         load_head(path)
     if not (path / "reference.safetensors").is_file():
         raise UserError(f"{path}: reference.safetensors is missing: nothing to compare with")
-    # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", VERIFY, str(path)], capture_output=True, text=True, check=False
-    )
-    if process.returncode:
-        lines = process.stderr.strip().splitlines()
-        raise UserError(f"{path}: plain timm cannot load it: {lines[-1] if lines else 'no message'}")
-    found = json.loads(process.stdout.splitlines()[-1])
+    found = found_in_clean_process(path, VERIFY, "plain timm cannot load it")
     for what in ("missing", "extra", "changed"):
         if found[what]:
             raise UserError(f"{path}: {what} weights after loading: {', '.join(found[what][:5])}")
     if not found["difference"] <= allowed:
         raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {allowed:.0e}")
-    for name, stated in json.loads((path / "export.json").read_text()).get("files_sha256", {}).items():
-        if sha256(path / Path(name).name) != stated:  # names of classes, mean and std, which no feature shows
-            raise UserError(f"{path / name}: does not match the checksum of its export")
+    # names of classes, mean and std, which no feature shows
+    check_files(path, json.loads((path / "export.json").read_text()).get("files_sha256", {}))
     return Verified(path, found["difference"], found["parameters"])
+
+
+def found_in_clean_process(folder: Path, program: str, otherwise: str) -> Any:
+    """What a program prints of a folder, as JSON in its last line. UserError, `otherwise`, where it fails."""
+    # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(folder)], capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        raise UserError(f"{folder}: {otherwise}: {lines[-1] if lines else 'no message'}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def check_files(folder: Path, checksums: dict[str, str]) -> None:
+    """UserError where a file of an export is not what was written."""
+    for name, stated in checksums.items():
+        if sha256(folder / Path(name).name) != stated:
+            raise UserError(f"{folder / name}: does not match the checksum of its export")
 
 
 def tolerance(folder: Path) -> float:

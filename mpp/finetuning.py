@@ -362,8 +362,7 @@ def _augmentation(recipe: FinetuneRecipe) -> Any:
             if getattr(data, key):
                 raise UserError(f"data.{key}: for images of 8 bit with 1, 3 or 4 channels alone, without value_range")
         reading = data.decoding()
-        own = {key: reading[key] for key in ("channels", "formats", "max_image_pixels", "value_range")}
-        return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **own).random
+        return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **reading).random
     if data.auto_augment and data.channels != 3:
         raise UserError(f"data.auto_augment: its policies are for 3 channels; got {data.channels}")
     try:

@@ -103,14 +103,11 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     order = Order(counts, global_batch=optim.global_batch_size, seed=recipe.seed, lanes=data.lanes, window=data.window)
     crop = Crop(
         data.image_size,
-        data.channels,
-        data.crop_scale,
-        data.crop_ratio,
-        data.flip,
-        data.formats,
-        data.max_image_pixels,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        flip=data.flip,
         on_device=data.resize_on == "device",
-        value_range=data.decoding().get("value_range"),
+        **data.decoding(),
     )
     mask = build_mask(recipe)
     here = distributed.ranks_here(rank, world)

@@ -136,14 +136,19 @@ def read_file(path: str, size: int) -> bytes:
     return data
 
 
+def check_bytes(size: int) -> None:
+    """BadImage for a file that is too large to be read into memory."""
+    if size > MOST_IMAGE_BYTES:
+        raise BadImage(f"a file of {size} bytes; allowed are {MOST_IMAGE_BYTES}")
+
+
 def read_regular(path: str) -> bytes:
     """BadImage for what is no file of a size to be read: a pipe would be waited for, a device has no end."""
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise BadImage("not a file")
-        if found.st_size > MOST_IMAGE_BYTES:
-            raise BadImage(f"a file of {found.st_size} bytes; allowed are {MOST_IMAGE_BYTES}")
+        check_bytes(found.st_size)
         return Path(path).read_bytes()
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from error

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.data.files import MOST_IMAGE_BYTES, is_place, read_file, shards_of
+from mpp.data.files import check_bytes, is_place, read_file, shards_of
 from mpp.data.index import ShardIndex, expand, fingerprint, images_below, index_shard, member_name
 from mpp.data.remote import is_remote
 from mpp.data.store import Store
@@ -27,12 +27,6 @@ REPLACEMENTS = 64  # good neighbours looked for, before a grey image stands in
 
 
 MOST_LABEL_BYTES = 1 << 20
-
-
-def check_bytes(size: int) -> None:
-    """BadImage for a file that is too large to be read into memory."""
-    if size > MOST_IMAGE_BYTES:
-        raise BadImage(f"a file of {size} bytes; allowed are {MOST_IMAGE_BYTES}")
 
 
 class ShardImages:

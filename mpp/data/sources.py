@@ -17,6 +17,7 @@ import numpy as np
 from mpp.data.files import list_images, read_manifest, read_regular
 from mpp.data.images import ShardImages
 from mpp.data.index import class_names
+from mpp.data.labeled import PackedReader
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream
 
@@ -278,17 +279,17 @@ class Shards:
     """Tar shards made elsewhere, in their order: packed anew, in shards of equal size. Numbers of classes stay."""
 
     def __init__(self, source: str, labels: bool | None) -> None:
-        self.images = ShardImages(source, key="SOURCE")
-        self.first = np.concatenate([[0], np.cumsum(self.images.counts)])
-        self.samples = int(self.first[-1])
+        self.reader = PackedReader(ShardImages(source, key="SOURCE"))
+        indexes = self.reader.images.indexes
+        self.samples = sum(self.reader.images.counts)
         self.skipped = list[tuple[str, str]]()
-        self.identity = self.images.fingerprint.encode()
+        self.identity = self.reader.fingerprint().encode()
         folder = source if os.path.isdir(source) else os.path.dirname(source)
         self.classes = [] if labels is False else class_names(folder) or []
-        self.labeled = labels is not False and all((i.table[:, 3] >= 0).all() for i in self.images.indexes)
+        self.labeled = labels is not False and all((i.table[:, 3] >= 0).all() for i in indexes)
         if labels and not self.labeled:
             raise UserError(f"{source}: labels were asked for, but not every image has one")
-        if self.labeled and any(i.table[:, 4].any() for i in self.images.indexes):
+        if self.labeled and any(i.table[:, 4].any() for i in indexes):
             raise UserError(
                 f"{source}: its labels lie in .json, which is not packed; the shards can be used as they are, or "
                 "--no-labels leaves the labels out"
@@ -296,13 +297,11 @@ class Shards:
 
     def read(self, first: int, end: int) -> Iterator[Sample]:
         for i in range(first, end):
-            shard = int(np.searchsorted(self.first, i, side="right")) - 1
-            row = i - int(self.first[shard])
             label: int | str | None = None
-            where = self.images.name(shard, row)
-            if self.labeled and (stored := self.images.read_label(shard, row)) is not None:
+            where = self.reader.name(i)
+            if self.labeled and (stored := self.reader.images.read_label(*self.reader.at(i))) is not None:
                 label = stored[0].decode("utf-8", "replace").strip()  # a number, or the name of a class
             try:
-                yield where, self.images.read(shard, row), label
+                yield where, self.reader.read(i), label
             except BadImage as error:
                 yield where, str(error), label
