@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: bench demo test test-all exhaustive faults soak check lint clean
+.PHONY: bench demo docs test test-all exhaustive faults soak check lint clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The guides and the reference, with the notebooks run: docs/_site/index.html.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_site
 
 # What is promised of killed runs, bad data and hostile input, held by tests; writes the table of it.
 faults: $(VENV)/.installed
@@ -57,4 +61,4 @@ bench: $(VENV)/.installed $(BENCH)/.installed
 check: lint test-all
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(BENCH) docs/_site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

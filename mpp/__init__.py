@@ -1,4 +1,4 @@
-"""mpp: masked-patch pretraining of vision encoders on unlabeled images, fine-tuning, verified export.
+"""mpp: masked-patch pretraining of vision encoders on unlabeled images, fine-tuning, verified export::
 
     mpp.pretrain("recipes/pretrain/cifar10.yaml", out="runs/a", **{"optim.epochs": 10})
     mpp.finetune("recipes/finetune/cifar10.yaml", encoder="runs/a")

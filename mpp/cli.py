@@ -16,6 +16,10 @@ from mpp.errors import MppWarning, ToldElsewhere, UserError, without_secrets
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
 RANK = os.environ.get("RANK", "0")
+LESS_MEMORY = (
+    "Allowed: a smaller optim.max_batch_per_device; in pretraining encoder.grad_checkpointing=true and fsdp=true, too. "
+    "`mpp plan` says what fits"
+)
 
 
 def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
@@ -52,6 +56,11 @@ class Commands(click.Group):
             if error.filename is None:  # not about the user's files
                 raise
             click.echo(f"{os.fsdecode(error.filename)}: {error.strerror}", err=True)
+            sys.exit(2)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+                raise
+            click.echo(f"out of memory on the device: {str(error).splitlines()[0]} {LESS_MEMORY}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("mpp: interrupted", err=True)
@@ -156,26 +165,36 @@ def pack(
 @main.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--cache-dir", default=None, help="For remote shards, and where the shards' folder cannot be written.")
-def index(shards: tuple[str, ...], cache_dir: str | None) -> None:
+@_JSON
+def index(shards: tuple[str, ...], cache_dir: str | None, as_json: bool) -> None:
     """Check tar shards made elsewhere and write their indexes: folders, files, patterns or URLs."""
     from mpp.data.index import expand, index_shard
+    from mpp.data.listing import write_listing
     from mpp.data.remote import is_remote
     from mpp.data.store import Store
 
-    store, faults = Store(cache_dir), []
+    store, faults = Store(cache_dir), list[str]()
+    good = dict[str, dict[str, Any]]()  # indexes by folder and name
     images = labeled = 0
     names = expand(shards, "SHARDS")
     for name in names:
         try:
             local = str(store.fetch(name)) if is_remote(name) else name
-            table = index_shard(local, store.cache_dir, fresh=True).table
+            found = index_shard(local, store.cache_dir, fresh=True)
+            table = found.table
         except UserError as error:
             faults.append(str(error))
             continue
+        if not is_remote(name):
+            good.setdefault(os.path.dirname(name), {})[os.path.basename(name)] = found
         images, labeled = images + len(table), labeled + int((table[:, 3] >= 0).sum())
         if len(table) == 0:
             click.echo(f"warning: {name}: no images in it", err=True)
-    click.echo(f"{images} images, {labeled} with labels, in {len(names) - len(faults)} good shards of {len(names)}")
+    for folder, indexes in good.items():
+        write_listing(folder or ".", indexes)
+    known = {"images": images, "labeled": labeled, "shards": len(names), "faults": faults}
+    said = f"{images} images, {labeled} with labels, in {len(names) - len(faults)} good shards of {len(names)}"
+    click.echo(_json(known) if as_json else said)
     if faults:
         raise UserError("\n".join(faults))
 
@@ -449,12 +468,17 @@ def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--every", default=None, type=click.FloatRange(min=0.1), metavar="SECONDS", help="Again, until they end.")
-def watch(runs: tuple[str, ...], every: float | None) -> None:
+@_JSON
+def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
     """Where RUNS stand: step, time left, skill, throughput, last checkpoint, warnings; from their files."""
     import time
 
-    from mpp.watching import standing
+    from mpp.watching import record, standing
 
+    if as_json:
+        if every is not None:
+            raise UserError("--json: once; a script asks again itself, without --every")
+        return click.echo(_json([record(run) for run in runs]))
     while True:
         found = [standing(run) for run in runs]
         if every is not None and sys.stdout.isatty():
@@ -493,7 +517,8 @@ def inspect(
 @main.command()
 @click.argument("name", required=False, metavar="[NAME|PATTERN]")
 @click.option("--check", is_flag=True, help="Run every contract test on NAME, whatever its family.")
-def models(name: str | None, check: bool) -> None:
+@_JSON
+def models(name: str | None, check: bool, as_json: bool) -> None:
     """Encoders: the support table; or what a probe of timm's model NAME finds; or the names that fit a PATTERN."""
     from mpp.diagnostics import models as known
     from mpp.encoders.timm_encoder import timm_names
@@ -503,17 +528,22 @@ def models(name: str | None, check: bool) -> None:
     if name is None:
         if check:
             raise UserError("--check: of which model? mpp models --check NAME")
-        click.echo(known.text())
+        rows = [dict(zip(known.COLUMNS, row, strict=True)) for row in known.support_rows()]
+        click.echo(_json(rows) if as_json else known.text())
         return
     if check:
+        if as_json:
+            raise UserError("--json: not with --check, whose exit code says it all")
         found, held = known.check(name)
         click.echo(found)
         if not held:
             raise UserError(f"models: {name}: not every check holds")
     elif any(c in name for c in "*?["):
-        click.echo("\n".join(timm_names(name, "models")))
+        names = timm_names(name, "models")
+        click.echo(_json(names) if as_json else "\n".join(names))
     else:
-        click.echo(known.probe(name))
+        probed = known.probe(name)
+        click.echo(_json(probed) if as_json else known.probe_text(probed))
 
 
 @main.command()

@@ -51,10 +51,11 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; pip install 'mpp[{name}]'")
-    if parse_flag_from_env(
-        "ACCELERATE_USE_FSDP"
-    ):  # on CPUs it would do nothing, on GPUs write one process's part as all
-        raise UserError("accelerate's FSDP: allowed: a launch without --use_fsdp; `mpp pretrain` has fsdp=true")
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        # on CPUs they would do nothing, on GPUs write one process's part as all, or take the update out of the loop
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            said = f"allowed: a launch without --use_{engine.lower()} (distributed_type: MULTI_GPU)"
+            raise UserError(f"accelerate's {engine}: {said}; `mpp pretrain` has fsdp=true")
     cuda = torch.cuda.is_available()
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; allowed: auto, fp32")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from mpp.history import History, read_run
 from mpp.runfolder import RECIPE
@@ -29,6 +31,33 @@ def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
         lines, going = _trained(run, now)
     lines += [f"  warning: {s.text} {s.advice}" for s in symptoms(run)]
     return "\n".join(lines), going
+
+
+def record(folder: str | Path, now: float | None = None) -> dict[str, Any]:
+    """The same for scripts, with the last metrics, the warnings and a fine-tune's cells."""
+    run = read_run(folder)
+    now = time.time() if now is None else now
+    found = _record(run, now)
+    if run.job == "finetune":
+        found |= {"cells": [_record(cell, now) for cell in run.cells], "cells_wanted": _cells_wanted(run)}
+    warnings = [dataclasses.asdict(symptom) for symptom in symptoms(run)]
+    return found | {"warnings": warnings}
+
+
+def _record(run: History, now: float) -> dict[str, Any]:
+    going, checkpoint = _going_on(run, now), run.checkpoint()
+    return {
+        "run": str(run.folder),
+        "job": run.job,
+        "state": run.status.get("state", "not begun"),
+        "going_on": going,
+        "step": run.metrics[-1]["step"] if run.metrics else run.status.get("step"),
+        "steps": run.status.get("steps"),
+        "seconds_left": _seconds_left(run, now) if going else None,
+        "silent_s": _silent_for(run, now) if going else None,
+        "metrics": run.metrics[-1] if run.metrics else {},
+        "checkpoint": str(checkpoint) if checkpoint else None,
+    }
 
 
 def _trained(run: History, now: float) -> tuple[list[str], bool]:
@@ -69,15 +98,18 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
 
 def _finetune(run: History, now: float) -> tuple[list[str], bool]:
     state = str(run.status.get("state", "not begun"))
-    counts = run.setting("data.labels_per_class") or [None]
-    arms = 2 if run.recipe.get("encoder") != "scratch" and run.recipe.get("beside_scratch", True) else 1
-    wanted = len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * arms
     done = sum(bool(cell.result) for cell in run.cells)
-    lines = [f"{run.folder}: {state}, {done} of {wanted} cells done"]
+    lines = [f"{run.folder}: {state}, {done} of {_cells_wanted(run)} cells done"]
     for cell in run.cells:
         if not cell.result:
             lines += ["  " + line for line in _trained(cell, now)[0]]
     return lines, _going_on(run, now)
+
+
+def _cells_wanted(run: History) -> int:
+    counts = run.setting("data.labels_per_class") or [None]
+    arms = 2 if run.recipe.get("encoder") != "scratch" and run.recipe.get("beside_scratch", True) else 1
+    return len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * arms
 
 
 def _going_on(run: History, now: float) -> bool:

@@ -26,6 +26,8 @@ class Served:
     lengths: bool = True
     indexes: bool = True
     """Whether it gives out the indexes beside the shards."""
+    listings: bool = False
+    """Whether it gives out index.json, of all of them."""
     bytes_per_s: float = 0.0
     faults: deque[dict[str, Any]] = field(default_factory=deque)
     """status, retry_after_s, location; or shift: by which a part begins later than it was asked for; cut: bytes that are sent; with length: that is claimed; then: done meanwhile"""
@@ -50,7 +52,10 @@ class Handler(BaseHTTPRequestHandler):
         file = served.folder / path.lstrip("/")
         if served.login and self.headers.get("Authorization") != served.login:
             fault = {"status": 401}
-        if fault.get("status") or not file.is_file() or (not served.indexes and path.endswith(".npz")):
+        kept_back = (not served.indexes and path.endswith(".npz")) or (
+            not served.listings and path.endswith("/index.json")
+        )
+        if fault.get("status") or not file.is_file() or kept_back:
             self.send_response(fault.get("status", 404))
             if "location" in fault:
                 self.send_header("Location", fault["location"])

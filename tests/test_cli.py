@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+import mpp
 from mpp.cli import main
 from tests.conftest import command, drawn_image, encoded
 from tests.data.test_index import write_tar
@@ -149,3 +152,62 @@ def test_reconstruct_draws_a_picture(recipe_file: Callable[..., Path], tmp_path:
     assert done.exit_code == 0, done.output
     with Image.open(tmp_path / "o" / "r.png") as picture:
         assert picture.width > 4 * 150
+
+
+def test_a_device_without_memory_left(recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, and what to do; other faults of torch's keep their traceback."""
+
+    def fail(error: Exception) -> Any:
+        def pretrain(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(mpp, "pretrain", pretrain)
+        return CliRunner().invoke(main, ["pretrain", str(recipe_file())])
+
+    done = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words."))
+    assert done.exit_code == 2
+    assert done.output.startswith(
+        "out of memory on the device: CUDA out of memory. Tried to allocate 2 GiB. Allowed: a"
+    )
+    assert done.output.count("\n") == 1
+    assert isinstance(fail(RuntimeError("shapes")).exception, RuntimeError)
+
+
+def test_json_of_what_stands_and_is_known(shards: Path, tmp_path: Path) -> None:
+    """What a script may read: one object or list, and nothing else on stdout."""
+    from tests.test_watching import LINES, run_of
+
+    def said(*words: str) -> Any:
+        done = CliRunner().invoke(main, [*words, "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    assert said("index", str(shards)) == {"images": 60, "labeled": 60, "shards": 3, "faults": []}
+    (tmp_path / "cut.tar").write_bytes((shards / "shard-000000.tar").read_bytes()[:5000])
+    bad = CliRunner().invoke(main, ["index", str(tmp_path / "cut.tar"), "--json"])
+    assert bad.exit_code == 2
+    assert [str(tmp_path / "cut.tar") in fault for fault in json.loads(bad.stdout)["faults"]] == [True]
+    run = run_of(tmp_path / "run", metrics=LINES)
+    (found,) = said("watch", str(run))
+    assert (found["run"], found["state"], found["going_on"], found["step"], found["steps"]) == (
+        str(run),
+        "running",
+        True,
+        200,
+        1000,
+    )
+    assert found["metrics"]["loss"] == 0.8
+    assert 60 < found["seconds_left"] <= 80
+    assert found["warnings"] == []
+    assert CliRunner().invoke(main, ["watch", str(run), "--json", "--every", "1"]).exit_code == 2
+    table = said("models")
+    assert {"family", "timm models", "stem"} <= set(table[0])
+    assert "vit_tiny_patch16_224" in said("models", "vit_tiny_*")
+    probed = said("models", "vit_tiny_patch16_224")
+    assert (probed["family"], probed["stride_px"], probed["leak"], probed["may_be_trained"]) == (
+        "VisionTransformer",
+        16,
+        None,
+        "yes",
+    )
+    assert said("models", "vgg11")["may_be_trained"] in ("yes", "yes, with a warning", "no")

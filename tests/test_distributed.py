@@ -73,8 +73,9 @@ def test_tf32_is_for_one_run() -> None:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def test_sharding_is_for_the_recipe_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_sharding_is_for_the_recipe_to_ask_for(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     """As `accelerate launch --use_fsdp` asks for it."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="^accelerate's FSDP: allowed: a launch without --use_fsdp"):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(UserError, match=f"^accelerate's {engine}: allowed: a launch without --use_{engine.lower()}"):
         start("fp32")

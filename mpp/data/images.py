@@ -9,7 +9,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from mpp.data.files import check_bytes, is_place, read_file, shards_of
 from mpp.data.index import ShardIndex, expand, fingerprint, images_below, index_shard, member_name
+from mpp.data.listing import LISTING, Entry, Indexes, entry_of, read_listing
 from mpp.data.remote import is_remote
 from mpp.data.store import Store
 from mpp.errors import BadImage, UserError
@@ -45,11 +48,17 @@ class ShardImages:
     ) -> None:
         named = expand(spec, key, files=True)
         self.store = Store(cache_dir, cache_limit_bytes)
+        listings = {_folder(name): dict[str, Entry]() for name in named}
+        for folder in listings:
+            listings[folder] = self._listing(folder)
         with ThreadPoolExecutor(INDEXES_AT_A_TIME) as threads:
-            found = [part for parts in threads.map(partial(self._indexed, key=key), named) for part in parts]
+            told = threads.map(partial(self._indexed, key=key, listings=listings), named)
+            found = [part for parts in told for part in parts]
         self.names = [name for name, _ in found]
-        self.indexes: list[ShardIndex] = [index for _, index in found]
-        self.counts = [len(index.table) for index in self.indexes]
+        known = {i: index for i, (_, index) in enumerate(found) if isinstance(index, ShardIndex)}
+        self._entries = [entry_of(index) if isinstance(index, ShardIndex) else index for _, index in found]
+        self.indexes = Indexes(len(found), known, self._open_index)
+        self.counts = [entry.images for entry in self._entries]
         if sum(self.counts) == 0:
             raise UserError(f"{key}: no images in {self.names[0]}" + (" …" if len(self.names) > 1 else ""))
         self._open: OrderedDict[int, int] = OrderedDict()
@@ -58,14 +67,37 @@ class ShardImages:
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": OrderedDict()}
 
-    def _indexed(self, name: str, key: str) -> list[tuple[str, ShardIndex]]:
+    def _listing(self, folder: str) -> dict[str, Entry]:
+        """{} where there is none."""
+        return self.store.listing(folder) if is_remote(folder) else read_listing(Path(folder) / LISTING)
+
+    def _indexed(
+        self, name: str, key: str, listings: dict[str, dict[str, Entry]]
+    ) -> list[tuple[str, ShardIndex | Entry]]:
+        """What is known of a shard without opening its index, where a listing says so; else its index."""
+        if is_place(name):
+            return [*shards_of(name, key)]
+        listed = listings[_folder(name)].get(os.path.basename(name))
         if is_remote(name):
-            return [(name, self.store.index(name))]
-        return shards_of(name, key) if is_place(name) else [(name, index_shard(name, self.store.cache_dir))]
+            return [(name, listed or self.store.index(name))]
+        if listed:
+            with suppress(OSError):  # the index says what is wrong
+                found = os.stat(name)
+                if (found.st_size, found.st_mtime_ns) == (listed.size_bytes, listed.mtime_ns):
+                    return [(name, listed)]
+        return [(name, index_shard(name, self.store.cache_dir))]
+
+    def _open_index(self, shard: int) -> ShardIndex:
+        name = self.names[shard]
+        index = self.store.index(name) if is_remote(name) else index_shard(name, self.store.cache_dir)
+        found, listed = entry_of(index), self._entries[shard]
+        if (found.size_bytes, found.digest) != (listed.size_bytes, listed.digest):
+            raise UserError(f"{name}: another one than {LISTING} beside it says; `mpp index` there writes it anew")
+        return index
 
     def remote(self, shards: Iterable[int]) -> dict[int, int]:
         """Bytes of each of these shards that is remote."""
-        return {i: self.indexes[i].size_bytes for i in shards if is_remote(self.names[i])}
+        return {i: self._entries[i].size_bytes for i in shards if is_remote(self.names[i])}
 
     def require(self, shards: Iterable[int], what: str, advice: str = "") -> None:
         """UserError where the cache cannot hold these at a time. what: needs them. advice: beside a larger cache."""
@@ -78,7 +110,7 @@ class ShardImages:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.names, self.indexes)
+        return fingerprint(self.names, (e.size_bytes for e in self._entries), (e.digest for e in self._entries))
 
     def _descriptor(self, shard: int) -> int:
         if self._pid != os.getpid():  # a forked worker keeps its own list
@@ -155,6 +187,13 @@ class ShardImages:
             except BadImage as error:
                 bad.append(f"{self.name(shard, at)}: {error}")
         return torch.full(blank, 128, dtype=torch.uint8), bad
+
+
+def _folder(shard: str) -> str:
+    """Of a shard; '' where an URL's end is a signature that holds for the shard alone."""
+    if is_remote(shard):
+        return "" if "?" in shard else shard.rpartition("/")[0]
+    return os.path.dirname(shard)
 
 
 def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:

@@ -243,16 +243,19 @@ def index_shard(shard: str, cache_dir: str, *, fresh: bool = False) -> ShardInde
     return index
 
 
-def fingerprint(shards: list[str], indexes: list[ShardIndex]) -> str:
+def digest(index: ShardIndex) -> str:
+    """Of a shard's table, and of its files where it has any."""
+    found = hashlib.sha256(np.ascontiguousarray(index.table).tobytes())
+    found.update("\0".join(index.files).encode("utf-8", "surrogateescape"))
+    return found.hexdigest()
+
+
+def fingerprint(shards: Iterable[str], sizes_bytes: Iterable[int], digests: Iterable[str]) -> str:
     """What a run's data was: names, sizes and tables of all shards in order, not where they lie."""
-    digest = hashlib.sha256()
-    for shard, index in zip(shards, indexes, strict=True):
-        digest.update(
-            os.path.basename(without_secrets(shard)).encode() + b"\0" + str(index.size_bytes).encode() + b"\0"
-        )
-        digest.update(np.ascontiguousarray(index.table).tobytes())
-        digest.update("\0".join(index.files).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    found = hashlib.sha256()
+    for shard, size_bytes, table in zip(shards, sizes_bytes, digests, strict=True):
+        found.update(os.path.basename(without_secrets(shard)).encode() + f"\0{size_bytes}\0{table}\0".encode())
+    return found.hexdigest()
 
 
 def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = False) -> list[str]:

@@ -23,6 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from mpp.data.arrays import NPY, TIFF
 from mpp.data.children import end_with
 from mpp.data.index import IMAGE, index_shard
+from mpp.data.listing import write_listing
 from mpp.data.sources import Source, open_source
 from mpp.errors import UserError
 
@@ -108,7 +109,8 @@ def pack(
         raise UserError(f"{error.filename or out}: {error.strerror}; run the same command again to go on") from error
 
     there = [path for path in paths if os.path.exists(path)]
-    images = sum(len(index_shard(path, out).table) for path in there)
+    indexes = {os.path.basename(path): index_shard(path, out) for path in there}
+    images = sum(len(index.table) for index in indexes.values())
     skipped = list(found.skipped)
     for path in there:
         skipped += [tuple(line.split("\t")) for line in _lines(f"{path}.skipped")]  # type: ignore[misc]
@@ -119,6 +121,7 @@ def pack(
         _write_text(os.path.join(out, SKIPPED), "".join(f"{where}\t{why}\n" for where, why in skipped))
         if images == 0:
             raise UserError(f"{source}: none of {found.samples} could be read as an image; see {out}/{SKIPPED}")
+        write_listing(out, indexes)
         _write_text(os.path.join(out, DESCRIPTION), json.dumps({**description, "images": images}, indent=1))
     return Packed(len(paths), len(pending), missing, images, found.classes, sorted(skipped))
 

@@ -29,6 +29,7 @@ from mpp.data.index import (
     scan,
     write_index,
 )
+from mpp.data.listing import LISTING, MOST_LISTING_BYTES, Entry, parse_listing
 from mpp.errors import MppWarning, UserError, without_secrets
 
 TRIES = 8
@@ -143,6 +144,14 @@ class Store:
             if target.exists():
                 raise
             return None
+
+    def listing(self, folder: str) -> dict[str, Entry]:
+        """Of the shards below an URL, as it lies beside them; {} where there is none."""
+        try:
+            with remote.opened(f"{folder}/{LISTING}") as answer:
+                return parse_listing(answer.stream.read(MOST_LISTING_BYTES))
+        except remote.FAULTS:
+            return {}
 
     def _index_elsewhere(self, url: str) -> ShardIndex | None:
         """The index that lies beside a remote shard; None where there is none that could be of a shard."""

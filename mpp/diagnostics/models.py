@@ -51,43 +51,60 @@ def text() -> str:
     return "\n".join(aligned([COLUMNS, *support_rows()], gap=2))
 
 
-def probe(name: str) -> str:
+def probe(name: str) -> dict[str, Any]:
     """What the adapter finds on a model just now, at its smallest size, and whether it may be trained.
 
-    UserError where timm has no such model.
+    "may_be_trained": yes, "yes, with a warning", or no; then "why". UserError where timm has no such model.
     """
     try:
         subject, encoder = _smallest(name)
     except UserError as error:
         if "timm" in str(error).partition(":")[2] and "has no model" in str(error):
             raise
-        return f"{name}\n  may be trained: no: {error}"
-    found = contract.probed(encoder)
+        return {"model": name, "may_be_trained": "no", "why": str(error)}
+    found, ways = contract.probed(encoder), contract.offered(encoder)
     of_class = [f for f in FAMILIES if f.family == encoder.family]
     named = [f for f in of_class if any(fnmatch.fnmatch(name, p) for p in f.models.split(", "))]
-    size = "×".join(map(str, subject.image_size))
-    ways = contract.offered(encoder)
+    parameters = [(p.numel(), p.requires_grad) for p in encoder.model.parameters()]
+    leaks, tried = contract.check(subject, ways[0], ("no leak",))["no leak"], encoder.family in TRIED
+    return {
+        "model": name,
+        "family": encoder.family,
+        "parameters": sum(count for count, _ in parameters),
+        "parameters_unread": sum(count for count, read in parameters if not read),
+        "image_size": list(subject.image_size),
+        "dim": found["dim"],
+        "stride_px": found["stride_px"],
+        "stem": list(found["stem"]),
+        "ways_of_hiding": list(ways),
+        "leak": leaks or None,
+        "contract": [f.title for f in named or of_class] if tried else None,
+        "toy": tiny_command(named[-1]) if named else None,
+        "may_be_trained": "no" if leaks else "yes" if tried else "yes, with a warning",
+    }
+
+
+def probe_text(found: dict[str, Any]) -> str:
+    """The same for a terminal."""
+    name = found["model"]
+    if "why" in found:
+        return f"{name}\n  may be trained: no: {found['why']}"
+    size, ways = "×".join(map(str, found["image_size"])), found["ways_of_hiding"]
     lines = [
-        f"{name}: {encoder.family}, {sum(p.numel() for p in encoder.model.parameters()) / 1e6:.1f} M parameters, "
-        f"probed at {size} px",
+        f"{name}: {found['family']}, {found['parameters'] / 1e6:.1f} M parameters, probed at {size} px",
         f"  features: {found['dim']} wide, a cell of {found['stride_px']} px; image sizes are multiples of that",
         f"  stem: {' or '.join(found['stem']) or 'none that takes mask tokens'}",
         f"  ways of hiding: {', '.join(ways)}",
+        f"  not part of the features, so not pretrained: {found['parameters_unread']:,} parameters",
+        f"  leak check just now ({ways[0]}): {found['leak'] or 'no hidden pixel reaches a prediction'}",
     ]
-    unread = sum(p.numel() for p in encoder.model.parameters() if not p.requires_grad)
-    lines.append(f"  not part of the features, so not pretrained: {unread:,} parameters")
-    leaks = contract.check(subject, ways[0], ("no leak",))["no leak"]
-    lines.append(f"  leak check just now ({ways[0]}): {leaks or 'no hidden pixel reaches a prediction'}")
-    if encoder.family in TRIED:
-        lines.append(f"  contract tests: pass for its family ({'; '.join(f.title for f in named or of_class)})")
+    if found["contract"] is not None:
+        lines.append(f"  contract tests: pass for its family ({'; '.join(found['contract'])})")
     else:
-        lines.append(f"  contract tests: never run on a {encoder.family}; mpp models --check {name} runs them")
-    if named:
-        lines.append(f"  in the tests, as a toy: {tiny_command(named[-1])}")
-    lines.append(
-        "  may be trained: " + ("no" if leaks else "yes" if encoder.family in TRIED else "yes, with a warning")
-    )
-    return "\n".join(lines)
+        lines.append(f"  contract tests: never run on a {found['family']}; mpp models --check {name} runs them")
+    if found["toy"]:
+        lines.append(f"  in the tests, as a toy: {found['toy']}")
+    return "\n".join([*lines, f"  may be trained: {found['may_be_trained']}"])
 
 
 def tiny_overrides(family: Family) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpp.data.index import class_names, expand, fingerprint, index_path, index_shard, member_name, scan
+from mpp.data.index import class_names, digest, expand, fingerprint, index_path, index_shard, member_name, scan
 from mpp.errors import UserError
 
 FORMATS = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT}
@@ -234,7 +234,7 @@ def test_fingerprint_is_of_the_data_not_its_place(tmp_path: Path) -> None:
     b = tmp_path / "b" / "a.tar"
     b.write_bytes(a.read_bytes())
     c = write_tar(tmp_path / "c.tar", {"a.jpg": b"x"})
-    prints = [fingerprint([str(p)], [scan(str(p))]) for p in (a, b, c)]
+    prints = [fingerprint([str(p)], [scan(str(p)).size_bytes], [digest(scan(str(p)))]) for p in (a, b, c)]
     assert prints[0] == prints[1] != prints[2]
 
 

@@ -1,0 +1,204 @@
+"""What documents tell a reader to type, run as it stands; only sizes, lengths and numbers of processes are cut down.
+
+Fenced blocks of `sh`, `python` and `yaml` are taken, in their order. A block whose first line is a comment with a file's name
+is that file. A page says by `% workspace: …` what it takes for granted (see `Workspace`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import timm
+from safetensors.torch import save_file
+
+from tests.conftest import ROOT, drawn_image, encoded
+
+SMALLER = {
+    "mpp pretrain": [
+        "encoder.args={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
+        "data.image_size=32", "data.workers=0", "data.held_out=8",
+        "optim.steps=3", "optim.epochs=null", "corruption.enter=1",
+    ],
+    "mpp plan": ["data.held_out=8"],
+    "mpp inspect": ["--count=8"],
+    "mpp evaluate": ["data.workers=0", "attentive.epochs=1", "linear.weight_decay=[0.1]"],
+    "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0]"],
+}  # fmt: skip
+AS_IT_IS = ("--scale", "mine.yaml")
+"""Commands of which nothing is to be cut down."""
+OF_A_FOLDER = ("encoder.args", "corruption.enter")
+"""Of these nothing, where the encoder is a folder with an architecture of its own."""
+NOT_RUN = ("pip ", "make ")
+"""What a test cannot do to the machine it runs on; what they name is checked to be there."""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks that are run or written, in their order."""
+    return re.findall(r"^```(sh|python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """Lines of the shell, without comments."""
+    found = [
+        line.split(" #")[0].strip()
+        for language, block in blocks(text)
+        if language == "sh"
+        for line in block.splitlines()
+    ]
+    return [line for line in found if line and not line.startswith("#")]
+
+
+def cut_down(line: str) -> str:
+    """The same command, of two processes at most, small and short."""
+    line = re.sub(r"(--nproc_per_node|--num_processes) \d+", r"\1 2", line)
+    job = re.search(r"mpp \w+", line)
+    extra = SMALLER.get(job[0], []) if job and not any(mark in line for mark in AS_IT_IS) else []
+    given = {word.split("=")[0].strip("'") for word in line.split()}
+    if "encoder={name:" in line:
+        given.update(OF_A_FOLDER)
+    return " ".join([line, *(f"'{e}'" for e in extra if e.split("=")[0] not in given)])
+
+
+_preloaded: list[subprocess.Popen[str]] = []
+
+
+def _ask_preloaded(words: list[str], cwd: Path) -> tuple[int, str]:
+    """(exit code, what was said) of a command of mpp's."""
+    if not _preloaded:
+        program = [sys.executable, "-m", "tests.preloaded"]
+        _preloaded.append(
+            subprocess.Popen(
+                program, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        )
+        atexit.register(_preloaded[0].terminate)
+    process = _preloaded[0]
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(json.dumps({"words": words, "cwd": str(cwd)}) + "\n")
+    process.stdin.flush()
+    answer = json.loads(process.stdout.readline())
+    return answer["code"], answer["said"]
+
+
+def run(line: str, cwd: Path, allowed: tuple[int, ...] = (0,), **env: str) -> None:
+    """A line of the shell. env: of its environment."""
+    if line.startswith("mpp ") and not env and not set(line) & set("|<>&;$*`"):
+        code, said = _ask_preloaded(shlex.split(line)[1:], cwd)
+    else:
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=cwd, env={**ENVIRONMENT, **env}, capture_output=True, text=True, check=False
+        )
+        code, said = done.returncode, done.stdout + done.stderr
+    assert code in allowed, f"{line}\n{said}"
+
+
+def run_python(code: str, cwd: Path, **env: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**ENVIRONMENT, **env}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+
+
+def run_page(text: str, cwd: Path, **env: str) -> list[str]:
+    """Everything on a page, in its order -> the commands that ran. env: of their environment."""
+    ran = []
+    for language, block in blocks(text):
+        file = re.match(r"# (\S+\.\w+)\n", block)
+        if language != "sh" and file:
+            (cwd / file[1]).write_text(block)
+        elif language == "python":
+            run_python(block, cwd, **env)
+        elif language == "sh":
+            for line in commands(f"```sh\n{block}```"):
+                if line.startswith(NOT_RUN):
+                    continue
+                # what doctor says of this machine is not ours to judge
+                run(cut_down(line), cwd, allowed=(0, 2) if line == "mpp doctor" else (0,), **env)
+                ran.append(line)
+        else:
+            raise AssertionError(f"a block of {language} that is no file:\n{block}")
+    return ran
+
+
+def lay_out(folder: Path) -> Path:
+    """What every page may name: 40 images in photos/, the same with labels, the project's recipes and tools."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("recipes", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "photos" / "deeper").mkdir(parents=True)
+    for i in range(40):
+        name = f"deeper/{i}.png" if i % 4 == 0 else f"{i}.jpg"
+        (folder / "photos" / name).write_bytes(encoded(drawn_image(i), "PNG" if i % 4 == 0 else "JPEG"))
+        for part in ("train", "val"):
+            labeled = folder / "labeled" / part / ("disc" if i % 2 == 0 else "square")
+            labeled.mkdir(parents=True, exist_ok=True)
+            (labeled / f"{i}.jpg").write_bytes(encoded(drawn_image(i + 100 * (part == "val")), "JPEG"))
+    return folder
+
+
+def lay_out_theirs(folder: Path) -> None:
+    """Weights of elsewhere, with a prefix."""
+    theirs = timm.create_model("vit_small_patch16_224").state_dict()
+    save_file({f"module.{name}": value for name, value in theirs.items()}, folder / "theirs.safetensors")
+
+
+PRETRAIN = "mpp pretrain recipes/pretrain/vit_small.yaml data.shards=shards/photos out=runs/photos"
+FINETUNE = (
+    "mpp finetune recipes/finetune/vit_small.yaml encoder=runs/photos data.train=labeled/train data.val=labeled/val "
+    "out=runs/classes"
+)
+
+
+class Workspace:
+    """What pages take for granted, each made once and copied: photos and labeled always, the rest when it is named."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = lay_out(folder)
+
+    def _have(self, what: str) -> None:
+        if what == "shards" and not (self.folder / "shards").exists():
+            run("mpp pack photos shards/photos", self.folder)
+        if what == "multichannel" and not (self.folder / "bands").exists():
+            (self.folder / "bands").mkdir()
+            for i in range(20):
+                array = np.random.default_rng(i).integers(0, 10_000, (5, 24, 24), dtype=np.uint16)
+                np.save(self.folder / "bands" / f"{i}.npy", array)
+        if what == "theirs" and not (self.folder / "theirs.safetensors").exists():
+            lay_out_theirs(self.folder)
+        if what == "runs/photos" and not (self.folder / what).exists():
+            self._have("shards")
+            run(cut_down(PRETRAIN), self.folder)
+        if what == "runs/classes" and not (self.folder / what).exists():
+            self._have("runs/photos")
+            run(cut_down(FINETUNE), self.folder)
+
+    def copy(self, text: str, to: Path) -> Path:
+        """As a page wants it."""
+        named = re.match(r"% workspace: (.*)\n", text)
+        wanted = named[1].split() if named else []
+        known = {"shards", "labeled", "multichannel", "theirs", "runs/photos", "runs/classes"}
+        assert set(wanted) <= known, f"allowed are {known}"
+        for what in wanted:
+            self._have(what)
+        top = {what.split("/")[0] for what in wanted} | {"photos", "labeled"}
+        names = {"multichannel": "bands", "theirs": "theirs.safetensors"}
+        for name in top:
+            source = self.folder / names.get(name, name)
+            if source.is_dir():
+                shutil.copytree(source, to / source.name)
+            else:
+                shutil.copy(source, to)
+        for name in ("recipes", "tools"):
+            (to / name).symlink_to(ROOT / name)
+        return to

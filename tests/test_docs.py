@@ -1,0 +1,157 @@
+"""The guides' commands and snippets are run; the site is built, with its notebooks, and every link in it leads somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.documented import ENVIRONMENT, NOT_RUN, Workspace, blocks, commands, run, run_page
+
+DOCS = ROOT / "docs"
+PAGES = sorted(p.relative_to(DOCS) for p in DOCS.rglob("*.md"))
+LAUNCHED = Path("many-gpus.md")  # its commands are run by test_launching.py
+WITH_COMMANDS = [p for p in PAGES if commands((DOCS / p).read_text()) and p != LAUNCHED]
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("documented") / "workspace")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a dozen commands, each a process that imports torch
+@pytest.mark.parametrize("page", [p for p in WITH_COMMANDS if p.name != "extending.md"], ids=str)
+def test_every_command_and_snippet(page: Path, workspace: Workspace, tmp_path: Path) -> None:
+    text = (DOCS / page).read_text()
+    assert run_page(text, workspace.copy(text, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_component_as_the_guide_adds_it(workspace: Workspace, tmp_path: Path) -> None:
+    """In a copy of the package, where its one file is enough, and holds the contract of masks."""
+    text = (DOCS / "extending.md").read_text()
+    folder = workspace.copy(text, tmp_path)
+    shutil.copytree(ROOT / "mpp", folder / "mpp", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "mpp"  # the copy's, not the installed one
+    program.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" -m mpp "$@"\n')
+    program.chmod(0o755)
+    env = {"PATH": f"{folder / 'bin'}:{ENVIRONMENT['PATH']}", "PYTHONPATH": str(folder)}
+    assert run_page(text, folder, **env)
+    run(
+        f"{sys.executable} -m pytest -q -p no:cacheprovider tests/contracts/test_components.py -k stripe", folder, **env
+    )
+
+
+def test_what_is_not_run_exists() -> None:
+    """Extras that pip is asked for, targets of make."""
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    makefile = (ROOT / "Makefile").read_text()
+    asked = 0
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(DOCS / p for p in PAGES)]:
+        text = page.read_text()
+        for extra in re.findall(r"pip install '?mpp\[([\w,]+)\]", text) + re.findall(r"'mpp\[([\w,]+)\]'", text):
+            assert set(extra.split(",")) <= set(extras), page
+            asked += 1
+        for target in re.findall(r"`make ([\w-]+)`", text):
+            assert f"\n{target}:" in makefile, page
+    assert asked > 5
+    assert NOT_RUN == ("pip ", "make ")
+
+
+def test_every_block_is_one_that_is_run_or_shown() -> None:
+    """A block without a language, or of one nobody runs, would be passed over in silence."""
+    shown = {"text", "{toctree}", "{literalinclude}", "{include}"}
+    for page in PAGES:
+        text = (DOCS / page).read_text()
+        fences = re.findall(r"^```(\S*)", text, re.MULTILINE)[::2]
+        assert set(fences) <= {"sh", "python", "yaml"} | shown, page
+        for language, block in blocks(text):
+            if language == "yaml":
+                assert isinstance(yaml.safe_load(block), dict), page
+
+
+def strings(source: str) -> list[str]:
+    """Of a program, without docstrings; what is put into them as …"""
+    tree = ast.parse(source)
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = [
+        "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+    ]
+    return found + [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+    ]
+
+
+def test_messages_of_the_troubleshooting_page_are_said_somewhere() -> None:
+    page = (DOCS / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^`([^`]+)`[^\n]*\n: ", page, re.MULTILINE)
+    said = "\n".join(words for path in sorted((ROOT / "mpp").rglob("*.py")) for words in strings(path.read_text()))
+    assert len(quoted) > 25
+    missing = [words for words in quoted if words not in said]
+    assert not missing
+
+
+class Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids, self.links = set[str](), list[str]()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("id", "name") and value:
+                self.ids.add(value)
+            if name in ("href", "src") and value and tag != "link":
+                self.links.append(value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_site(tmp_path: Path) -> None:
+    """Built without a warning, notebooks run, and no link in it is broken."""
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", DOCS, tmp_path / "site"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    pages = {}
+    for path in (tmp_path / "site").rglob("*.html"):
+        pages[path] = Links()
+        pages[path].feed(path.read_text())
+    assert len(pages) > 20
+    broken = []
+    for path, found in pages.items():
+        for link in found.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not target.exists() or (
+                parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids
+            ):
+                broken.append(f"{path.name}: {link}")
+    assert not broken
+    reference = (tmp_path / "site" / "reference" / "components.html").read_text()
+    assert "inverse_block" in reference
+    assert "max_aspect" in reference
