@@ -153,14 +153,15 @@ def plan(
     *,
     devices: int = 1,
     device: str = "a100",
-    mfu: float = 0.3,
+    mfu: float | None = None,
     images: int | None = None,
     scale: str | None = None,
     **overrides: Any,
 ) -> Plan:
     """What pretraining will take on so many devices of a kind: memory, time, disk. Nothing is trained.
 
-    mfu: the part of their peak that it reaches. images: how many there are; None: the data are opened. UserError.
+    device: a name, or "cpu": this one. mfu: the part of their peak that it reaches. images: how many there are; None:
+    the data are opened. UserError.
     """
     from mpp import planning
     from mpp.recipe import PretrainRecipe, checked

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import mpp
-from mpp.errors import MppWarning, ToldElsewhere, UserError, without_secrets
+from mpp.errors import MppWarning, ToldElsewhere, UserError, there, without_secrets
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
 RANK = os.environ.get("RANK", "0")
@@ -152,7 +152,7 @@ def pack(
         )
     if as_json:
         return click.echo(_json(packed))
-    kind = f"{len(packed.classes)} classes" if packed.classes else "no labels"
+    kind = f"{len(packed.classes)} classes (--no-labels leaves them out)" if packed.classes else "no labels"
     click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
     if packed.shards_missing:
         click.echo(f"{packed.shards_missing} shards are not here yet; the part that comes last finishes")
@@ -228,8 +228,15 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_SCALE
 @click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option("--device", default="a100", show_default=True, help="a100, h100, h200, l40s, a10 or rtx4090.")
-@click.option("--mfu", default=0.3, show_default=True, help="Part of the devices' peak that the run reaches.")
+@click.option(
+    "--device", default="a100", show_default=True, help="a100, h100, h200, l40s, a10, rtx4090, or cpu: this one."
+)
+@click.option(
+    "--mfu",
+    default=None,
+    type=float,
+    help="Part of the devices' peak that the run reaches; default: 0.3, of a CPU 0.6.",
+)
 @click.option(
     "--images", default=None, type=click.IntRange(min=1), help="How many there are; default: data are opened."
 )
@@ -240,7 +247,7 @@ def plan(
     scale: str | None,
     devices: int,
     device: str,
-    mfu: float,
+    mfu: float | None,
     images: int | None,
     as_json: bool,
 ) -> None:
@@ -346,6 +353,7 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 @_JSON
 def export(run: str, out: str, format: str, as_json: bool) -> None:
     """Write the encoder of RUN (a run, a fine-tuned cell, an export) to the new folder OUT, and verify it there."""
+    there(run)
     _say_verified(mpp.export(run, out, format), as_json)
 
 
@@ -432,6 +440,7 @@ def _numbers(text: str | None, key: str) -> list[float] | None:
 @_JSON
 def verify(folder: str, as_json: bool) -> None:
     """Load an exported FOLDER in a clean process, as its users do, and compare what it gives."""
+    there(folder)
     _say_verified(mpp.verify(folder), as_json)
 
 
@@ -439,7 +448,7 @@ def _say_verified(verified: Any, as_json: bool = False) -> None:
     click.echo(
         _json(verified)
         if as_json
-        else f"{verified.folder}: {verified.parameters} parameters load through {verified.through}; "
+        else f"{verified.folder}: verified: {verified.parameters} parameters load through {verified.through}; "
         f"features differ by {verified.difference:.1e}"
     )
 
@@ -459,7 +468,8 @@ def replay(run: str, step: int | None) -> None:
 @click.argument("images", nargs=-1)
 @click.option("--out", default="reconstructions.png", show_default=True)
 def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
-    """Draw what RUN predicts for hidden patches of IMAGES; without any, of its own through training (.png or .gif)."""
+    """Draw what RUN predicts for hidden patches of IMAGES, files or folders; without any, its own through training."""
+    there(run, *images)
     from mpp.diagnostics.reconstruct import reconstruct as draw
 
     click.echo(f"{draw(run, images, out)}")
@@ -473,6 +483,7 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
     """Where RUNS stand: step, time left, skill, throughput, last checkpoint, warnings; from their files."""
     import time
 
+    there(*runs)
     from mpp.watching import record, standing
 
     if as_json:
@@ -494,6 +505,7 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
 @click.option("--out", default=None, metavar="FILE", help="Default: report.html in the first run.")
 def report(runs: tuple[str, ...], out: str | None) -> None:
     """One HTML page about RUNS: a pretraining run with its fine-tunes and evaluations, or several compared."""
+    there(*runs)
     click.echo(f"{mpp.report(runs, out)}")
 
 
@@ -578,6 +590,17 @@ def completion(shell: str) -> None:
 @main.group(cls=Commands)
 def recipe() -> None:
     """Look at recipes."""
+
+
+@recipe.command("list")
+@_JSON
+def list_recipes(as_json: bool) -> None:
+    """Recipes that come with mpp: their names, which stand for their files, and what each is."""
+    from mpp.recipe import bundled
+
+    found = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in bundled().items()}
+    width = max(map(len, found))
+    click.echo(_json(found) if as_json else "\n".join(f"{name:<{width}}  {said}" for name, said in found.items()))
 
 
 @recipe.command()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpp import exporting, modelcard
-from mpp.errors import UserError, one_line
+from mpp.errors import UserError, how_to_get, one_line
 from mpp.exporting import Artifact, Verified
 from mpp.metrics import environment, write_json
 from mpp.supervised import load_dense
@@ -161,7 +161,7 @@ def _module(format: str) -> Any:
     module = importlib.import_module(f"mpp.formats.{format}")
     missing = [name for name in module.NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--format {format}: needs {', '.join(missing)}: pip install 'mpp[{module.EXTRA}]'")
+        raise UserError(f"--format {format}: needs {', '.join(missing)}: {how_to_get(module.EXTRA)}")
     return module
 
 

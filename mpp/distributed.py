@@ -24,7 +24,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, parse_flag_from_env
 
 from mpp import faults
-from mpp.errors import MppWarning, ToldElsewhere, UserError, one_line
+from mpp.errors import MppWarning, ToldElsewhere, UserError, how_to_get, one_line
 
 PROJECT = "mpp"
 """Of runs, in trackers."""
@@ -50,7 +50,7 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     faults.announce()
     for name in trackers:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"trackers: {name} is not installed; pip install 'mpp[{name}]'")
+            raise UserError(f"trackers: {name} is not installed; {how_to_get(name)}")
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         # on CPUs they would do nothing, on GPUs write one process's part as all, or take the update out of the loop
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):

@@ -22,6 +22,7 @@ from PIL import Image
 from mpp.data.decode import decode_crop
 from mpp.data.store import default_cache_dir
 from mpp.distributed import cpu_has_bf16
+from mpp.errors import how_to_get
 from mpp.metrics import environment
 
 PHOTO_PX = (375, 500)
@@ -215,7 +216,7 @@ def _optional() -> Iterator[Finding]:
     if here:
         yield Finding("optional", f"{', '.join(here)}")
     if missing:
-        yield Finding("optional", f"without {', '.join(missing)}", True, f"pip install 'mpp[{','.join(missing)}]'")
+        yield Finding("optional", f"without {', '.join(missing)}", True, how_to_get(*missing))
     compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
     yield Finding(
         "compile=true", "possible" if compiler else "not possible", True, "" if compiler else "wants a C++ compiler"

@@ -1,5 +1,6 @@
 """Errors and warnings that speak to the user: one clear line each (what, where, what is allowed), without secrets."""
 
+import os
 import re
 
 _IN_URL = re.compile(r"(?<=://)[^/\s'\"]*@")
@@ -45,3 +46,38 @@ class MppWarning(UserWarning):
 def one_line(error: BaseException) -> str:
     """What somebody else's error says, for a line of ours: without its line breaks, and no more than fits."""
     return without_secrets(" ".join(str(error).split()))[:300]
+
+
+def how_to_get(*extras: str) -> str:
+    """The command that installs what these extras of mpp's bring, by the packages' own names."""
+    import shlex
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    try:
+        listed = [Requirement(line) for line in requires("mpp") or []]
+    except PackageNotFoundError:  # not installed: run from a checkout
+        listed = []
+    wanted = [r for r in listed if r.marker and any(r.marker.evaluate({"extra": extra}) for extra in extras)]
+    words = [shlex.quote(f"{r.name}{r.specifier}") for r in wanted]
+    return f"pip install {' '.join(words)}" if words else f"pip install '.[{','.join(extras)}]'"
+
+
+def meant(name: str | os.PathLike[str]) -> str:
+    """Of a place that is not there: what lies beside it under a name like it, as the end of a message; or ''."""
+    import difflib
+
+    folder, base = os.path.split(os.path.abspath(name))
+    try:
+        like = difflib.get_close_matches(base, os.listdir(folder), n=1)
+    except OSError:  # nor is the folder that it would lie in
+        return ""
+    return f"; is '{os.path.join(os.path.dirname(name), like[0])}' meant?" if like else ""
+
+
+def there(*places: str | os.PathLike[str]) -> None:
+    """UserError for the first that is not: said at once, before anything heavy is imported."""
+    for place in places:
+        if not os.path.lexists(place):
+            raise UserError(f"{place}: no such file or folder{meant(place)}")

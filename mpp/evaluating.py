@@ -35,6 +35,8 @@ from mpp.verdict import aligned
 
 RESULT = "result.json"
 PLOT = "evaluation.png"
+FEW = 200
+"""Images by which a choice is partly chance: an accuracy of one half is known to 7 points (95 %) by so many."""
 ARMS = {
     "encoder": "the encoder",
     "compare": "the other encoder",
@@ -74,6 +76,8 @@ class EvaluateResult:
     chance: float
     """Accuracy of always saying the most frequent class of the validation images."""
     plot: Path
+    chosen_by: int
+    """Training images held out, by which layer and values were chosen."""
 
     def best(self, arm: str, probe: str) -> Score | None:
         """The score at the place that was best on the tune part; None where this arm was not probed so."""
@@ -95,6 +99,10 @@ class EvaluateResult:
                 control = self.best(arm, probe)
                 if own and control and own.accuracy <= control.accuracy:
                     lines.append(f"{probe}: the encoder's features are no better than {ARMS[arm]} here")
+        if self.chosen_by < FEW:
+            lines.append(
+                f"layers and values were chosen by {self.chosen_by} held-out training images: partly by chance"
+            )
         return "\n".join(lines)
 
 
@@ -155,7 +163,7 @@ def _evaluate(
         scores[arm] = done
 
     counts = np.bincount(data.val.labels, minlength=len(data.val.classes))
-    result = EvaluateResult(out, scores, float(counts.max() / counts.sum()), out / PLOT)
+    result = EvaluateResult(out, scores, float(counts.max() / counts.sum()), out / PLOT, len(data.tune))
     _plot(result)
     best = {
         arm: {probe: asdict(s) for probe in recipe.probes if (s := result.best(arm, probe))} for arm in result.scores
@@ -165,6 +173,7 @@ def _evaluate(
         {
             "best": best,
             "chance": result.chance,
+            "chosen_by": result.chosen_by,
             "train_images": len(data.fit) + len(data.tune),
             "val_images": len(data.val.labels),
             "scores": {arm: [asdict(s) for s in found] for arm, found in scores.items()},

@@ -301,6 +301,15 @@ def encoder_folder(source: str | Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     if (Path(source) / "recipe.yaml").exists():
+        try:
+            status = json.loads((Path(source) / "status.json").read_text())
+        except (OSError, ValueError):
+            status = {}
+        if isinstance(status, dict) and status.get("state") == "running":
+            raise UserError(
+                f"{source}: this run is still going on, or was killed, and has not written its encoder yet; "
+                "`mpp watch` says which"
+            )
         raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
     raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")
 

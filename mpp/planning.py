@@ -7,10 +7,13 @@ reaches) is asked for and said.
 
 from __future__ import annotations
 
+import os
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,6 +56,27 @@ DEVICES = {
     "rtx4090": Device(24, {"bf16": 165, "tf32": 82.6, "fp32": 82.6}),
 }
 """NVIDIA's datasheets of each (H100 and H200: SXM), without sparsity."""
+CPU = "cpu"
+CPU_MFU = 0.6
+"""Of what this CPU's matrix products reach: ViT-S/16 took 0.72 to 0.89 of it, smaller ones less (recipes/LOG.md)."""
+PRODUCT = 1024
+"""Side of the matrices that are multiplied to find a CPU's peak."""
+
+
+@cache
+def this_cpu() -> Device:
+    """What this machine's CPU reaches with the threads that torch takes, tried for a moment; and its memory."""
+    found = {}
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.ones(PRODUCT, PRODUCT, dtype=kind)
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+        found[name] = 2 * PRODUCT**3 / min(times) / 1e12
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(memory / 1e9, found | {"tf32": found["fp32"]})
 
 
 @dataclass(frozen=True)
@@ -101,7 +125,7 @@ class Plan:
 
     def text(self) -> str:
         """For people."""
-        size, total = DEVICES[self.device].memory_gb * 1e9, self.device_bytes
+        size, total = _device(self.device).memory_gb * 1e9, self.device_bytes
         fits = "" if total < 0.9 * size else "  more than nine tenths of what it has: " + self._advice()
         parts = "\n".join(f"  {name:<28}{_bytes(value):>10}" for name, value in self.memory_bytes.items())
         host = f"  {'on the host, a whole copy':<28}{_bytes(self.host_bytes):>10}\n" if self.host_bytes else ""
@@ -114,7 +138,7 @@ class Plan:
             f"{self.epochs:.1f} epochs\n"
             f"memory of each {self.device}: {_bytes(total)} of {_bytes(int(size))}{fits}\n{parts}\n{host}"
             f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
-            f"{self.peak_tflops:g} TFLOP/s, which is {self.images_per_s:.0f} images/s to be read\n"
+            f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s to be read\n"
             f"disk: {_bytes(self.disk_bytes)}, {_bytes(self.checkpoint_bytes)} a checkpoint\n"
             "not counted: what CUDA and its libraries keep for themselves, about 1 GB, and gaps between allocations"
         )
@@ -181,15 +205,26 @@ def _fused() -> Iterator[None]:
         F.scaled_dot_product_attention = own
 
 
+def _device(name: str) -> Device:
+    return this_cpu() if name == CPU else DEVICES[name]
+
+
 def plan(
-    recipe: PretrainRecipe, *, devices: int = 1, device: str = "a100", mfu: float = MFU, images: int | None = None
+    recipe: PretrainRecipe,
+    *,
+    devices: int = 1,
+    device: str = "a100",
+    mfu: float | None = None,
+    images: int | None = None,
 ) -> Plan:
     """What a run of this recipe takes on so many devices.
 
+    device: of DEVICES, or "cpu": of this machine, which is tried for a moment. mfu: None: MFU, of a CPU CPU_MFU.
     images: how many there are, held-out ones too; None: the recipe's data are opened. UserError as for the run itself.
     """
-    if device not in DEVICES:
-        raise UserError(f"--device: '{device}': allowed are {', '.join(DEVICES)}")
+    if device not in (*DEVICES, CPU):
+        raise UserError(f"--device: '{device}': allowed are {', '.join((*DEVICES, CPU))}")
+    mfu = (CPU_MFU if device == CPU else MFU) if mfu is None else mfu
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
     data, optim = recipe.data, recipe.optim
@@ -206,7 +241,8 @@ def plan(
     accumulate = accumulation(optim.global_batch_size, devices, optim.max_batch_per_device)
     micro = optim.global_batch_size // devices // accumulate
 
-    precision = "bf16" if recipe.precision == "auto" else recipe.precision
+    auto = "fp32" if device == CPU else "bf16"
+    precision = auto if recipe.precision == "auto" else recipe.precision
     numbers = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -227,7 +263,7 @@ def plan(
     }
     if devices > 1 and not sharded:
         memory["buckets of DDP"] = FP32 * trained
-    tflops = DEVICES[device].tflops[precision]
+    tflops = _device(device).tflops[precision]
     encoder: Any = model.encoder.model
     own_parameters = sum(p.numel() for p in encoder.parameters())
     checkpoint = weights + MOMENTS * trained

@@ -171,6 +171,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         f"{sum(p.numel() for p in trained) / 1e6:.2f} M parameters trained"
         + ("; the warm-up lasts longer: the full learning rate is never reached" if warmup_steps > total_steps else "")
         + (f"; resumed at step {start_step}" if run.checkpoint else "")
+        + (", which is the last: nothing is left to do" if run.checkpoint and start_step >= total_steps else "")
     )
     if recipe.precision == "auto" and accelerator.device.type == "cpu" and distributed.cpu_has_bf16():
         log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")

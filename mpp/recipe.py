@@ -346,7 +346,7 @@ class Run(Job):
     """A process that makes no progress for so long ends the run, which names it; on slow storage reading a batch and
     saving must fit in it (a guess)."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)] = ()
-    """Where else the metrics go, as they are written: each wants its package (pip install 'mpp[tensorboard]')."""
+    """Where else the metrics go, as they are written: each wants its package."""
 
 
 class OnlineProbe(Section):
@@ -885,18 +885,36 @@ def parse_overrides(pairs: tuple[str, ...]) -> dict[str, str]:
     return given
 
 
+def bundled() -> dict[str, Path]:
+    """Recipes that come with mpp by their names, such as pretrain/vit_small: of the wheel, or of the checkout."""
+    here = Path(__file__).resolve().parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+    found = {job: sorted((folder / job).glob("*.yaml")) for job in ("pretrain", "finetune")}
+    return {f"{job}/{path.stem}": path for job, paths in found.items() for path in paths}
+
+
+def _text(path: str | Path) -> str:
+    """Of a recipe's file; where there is none, of the one of that name that comes with mpp. UserError."""
+    place = Path(path)
+    try:
+        if not place.exists():
+            name = place.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+            place = bundled().get(name, place)
+        return place.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; `mpp recipe list` names the recipes that come with mpp") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8") from error
+
+
 def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None = None, scale: str | None = None) -> R:
     """Read and check a recipe. scale: one of its `scales`, applied before the overrides.
 
     UserError with a line for each thing that is wrong.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8") from error
-    values, places = parse_yaml(text, str(path))
+    values, places = parse_yaml(_text(path), str(path))
     apply_scale(values, places, scale, str(path))
     apply_overrides(values, places, overrides or {})
     return check_recipe(values, job, places, str(path))
@@ -904,11 +922,7 @@ def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None
 
 def load_any(path: str | Path, overrides: dict[str, Any] | None = None, scale: str | None = None) -> Job:
     """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return load_recipe(path, PretrainRecipe)  # says what is wrong
-    job = parse_yaml(text, str(path))[0].get("job")
+    job = parse_yaml(_text(path), str(path))[0].get("job")
     return load_recipe(
         path, RECIPES.get(job, PretrainRecipe) if isinstance(job, str) else PretrainRecipe, overrides, scale
     )

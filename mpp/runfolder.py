@@ -48,7 +48,8 @@ def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: s
             find_run(recipe, resume, fingerprint=fingerprint)
         lock = Lock(out)
         found = find_run(recipe, resume, fingerprint=fingerprint)  # another process may have come first
-        create_run(recipe)
+        if resume != "auto" or not _finished(out):  # whose records stay as they are
+            create_run(recipe)
         return found
 
     try:
@@ -56,6 +57,13 @@ def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: s
     finally:
         if lock:
             lock.release()
+
+
+def _finished(out: Path) -> bool:
+    try:
+        return bool(json.loads((out / "status.json").read_text())["state"] == "finished")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class Lock:

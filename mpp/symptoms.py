@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from mpp.errors import one_line
@@ -27,6 +28,10 @@ DIVERGED_SKILL = 0.1
 """… nor the skill alone fall below its best by."""
 DATA_BOUND = 0.25
 """Part of the time spent waiting for batches."""
+SLOWER = 0.4
+"""Of the best median of images a second, over an eighth of the lines and five at least, what the last must reach."""
+LEAST_SLOW_S = 60
+"""So long it must have been slow; a moment's other work is none of it."""
 BAD_FRACTION, LEAST_BAD = 1e-4, 10
 """Of the images seen, those that could not be read; and how many they must be. Far fewer than what stops a run."""
 
@@ -40,7 +45,8 @@ class Symptom:
     """One thing that deserves a second look."""
 
     kind: str
-    """failed, diverged, flat, below_trivial, collapse, data_bound, bad_images, leak, no_help, control, dead, damaged"""
+    """failed, diverged, flat, below_trivial, collapse, data_bound, slower, bad_images, leak, no_help, control, dead,
+    damaged"""
     text: str
     """What was seen, in a sentence."""
     advice: str
@@ -111,6 +117,8 @@ def _of_pretraining(run: History) -> list[Symptom]:
                 "More data.workers, smaller images in the shards, or shards on a faster disk.",
             )
         )
+    if slower := _slower(run):
+        found.append(slower)
     bad, seen = run.last("skipped_images"), run.last("seen")
     if bad and seen and bad >= LEAST_BAD and bad > BAD_FRACTION * seen:
         found.append(
@@ -193,6 +201,23 @@ def _collapsed(run: History) -> list[Symptom]:
             )
         )
     return found
+
+
+def _slower(run: History) -> Symptom | None:
+    lines = [m for m in run.metrics if m.get("images_per_s") and m.get("seen")]
+    if len(lines) < LEAST_RECORDS:
+        return None
+    width = max(5, len(lines) // 8)
+    smooth = _medians([m["images_per_s"] for m in lines], width)
+    lately_s = sum((b["seen"] - a["seen"]) / b["images_per_s"] for a, b in pairwise(lines[-width - 1 :]))
+    if smooth[-1] >= SLOWER * max(smooth) or lately_s < LEAST_SLOW_S:
+        return None
+    return Symptom(
+        "slower",
+        f"It slowed down, from {max(smooth):,.0f} to {smooth[-1]:,.0f} images a second.",
+        "Other work on this machine? Threads that wait for a taken core are slowest: OMP_NUM_THREADS=1, or fewer "
+        "data.workers, then --resume auto.",
+    )
 
 
 def _data_wait(run: History) -> float | None:

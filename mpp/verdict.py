@@ -14,6 +14,7 @@ T_975 = (
 )  # fmt: skip
 """Student's t, 97.5 %, for 1 to 30 degrees of freedom (any table of it); above, the last: a little too wide."""
 NO_HELP = "pretraining did not help here"
+HELPED = "pretraining helped: the gain is above zero by more than its interval"
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ def _one(verdict: Verdict) -> str:
     rows = [f"{arm:<12} {e}   (seeds: {_percents(e.values)})" for arm, e in verdict.score.items()]
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
-        if verdict.helped() is False:
-            rows.append(_why(verdict.gain))
+        if verdict.helped() is not None:
+            rows.append(HELPED if verdict.helped() else _why(verdict.gain))
     return "\n".join(rows)
 
 

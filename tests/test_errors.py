@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from mpp.errors import UserError, one_line
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from mpp.errors import UserError, how_to_get, one_line, there
 
 
 def test_somebody_elses_error_is_one_line_without_secrets() -> None:
@@ -17,3 +22,28 @@ def test_what_a_terminal_would_obey_is_written_out() -> None:
 
 def test_nor_has_one_of_ours_secrets() -> None:
     assert str(UserError("s3://a:b@c/d.tar: gone")) == "s3://***@c/d.tar: gone"
+
+
+def test_how_to_get_what_an_extra_brings() -> None:
+    """By the packages' names: on the index, mpp may be somebody else's."""
+    assert how_to_get("parquet") == "pip install 'pyarrow>=20'"
+    said = how_to_get("onnx", "lora")
+    assert all(f"{name}" in said for name in ("onnx", "onnxscript", "onnxruntime", "peft"))
+    assert "mpp" not in said
+
+
+def test_how_to_get_it_in_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", gone)
+    assert how_to_get("onnx", "lora") == "pip install '.[onnx,lora]'"
+
+
+def test_a_place_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    there(tmp_path, tmp_path / "photos")
+    with pytest.raises(UserError, match=r"fotos: no such file or folder; is '.*photos' meant\?$"):
+        there(tmp_path, tmp_path / "fotos")
+    with pytest.raises(UserError, match=r"/deeper: no such file or folder$"):
+        there(tmp_path / "nothing like it" / "deeper")

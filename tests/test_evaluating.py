@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,12 @@ def test_nothing_is_chosen_by_the_validation_images() -> None:
     a = Score("knn", "1", "mean", 0.5, 0.9, 5, {})
     b = Score("knn", "2", "mean", 0.8, 0.7, 5, {})
     control = Score("knn", "pixels", "own", 0.5, 0.5, 5, {})
-    result = EvaluateResult(Path(), {"encoder": [a, b], "pixels": [control]}, 0.1, Path())
+    result = EvaluateResult(Path(), {"encoder": [a, b], "pixels": [control]}, 0.1, Path(), 500)
     assert result.best("encoder", "knn") == a
     assert "knn: the encoder's features are no better than raw pixels here" in result.table()
     assert result.best("encoder", "linear") is None
+    assert "held-out" not in result.table()
+    assert "were chosen by 40 held-out training images" in replace(result, chosen_by=40).table()
 
 
 def test_choices_do_not_depend_on_the_validation_labels(

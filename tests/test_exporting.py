@@ -135,6 +135,9 @@ def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> N
     (tmp_path / "begun" / "recipe.yaml").touch()
     with pytest.raises(UserError, match="has not written its encoder yet; finish it with --resume auto"):
         mpp.export(tmp_path / "begun", tmp_path / "o")
+    (tmp_path / "begun" / "status.json").write_text('{"state": "running"}')
+    with pytest.raises(UserError, match="this run is still going on, or was killed, .*; `mpp watch` says which"):
+        mpp.export(tmp_path / "begun", tmp_path / "o")
     (exported / "reference.safetensors").rename(tmp_path / "reference")
     with pytest.raises(UserError, match=r"reference\.safetensors is missing"):
         mpp.verify(exported)

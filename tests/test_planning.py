@@ -17,7 +17,8 @@ from mpp.build import build_mask, build_model
 from mpp.cli import main
 from mpp.data.loader import draw_masks
 from mpp.errors import UserError
-from tests.conftest import command, pretrain_recipe
+from mpp.planning import CPU_MFU, this_cpu
+from tests.conftest import command, pretrain_recipe, pretrain_values
 
 
 @pytest.mark.slow
@@ -127,3 +128,16 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             planning.plan(recipe, **options)
+
+
+def test_this_machine(shards: Path) -> None:
+    """Its peak is tried, its memory asked for; fp32 is what `precision: auto` takes there."""
+    values = pretrain_values(shards, "out")
+    found = mpp.plan(values, device="cpu", images=60)
+    assert found.mfu == CPU_MFU
+    assert found.peak_tflops == this_cpu().tflops["fp32"]
+    assert 1e-3 < found.peak_tflops < 100
+    assert 1 < this_cpu().memory_gb < 100_000
+    assert "1 × cpu at 60% of" in found.text()
+    assert mpp.plan(values, device="cpu", mfu=0.3, images=60).seconds == pytest.approx(2 * found.seconds)
+    assert mpp.plan(values, images=60).mfu == 0.3

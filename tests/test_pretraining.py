@@ -366,6 +366,10 @@ def test_resuming_a_finished_run_changes_nothing(shards: Path, tmp_path: Path) -
     assert (again.state, again.step, again.skill, again.loss) == ("finished", 20, first.skill, first.loss)
     assert json.loads((again.encoder / "export.json").read_text())["metrics"]["loss"] == first.loss
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert "which is the last: nothing is left to do" in (tmp_path / "run" / "train.log").read_text()
+    as_run = (tmp_path / "run" / "recipe.yaml").read_text()
+    mpp.pretrain(recipe, resume="auto", log_every_steps=3)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == as_run, "what was run stays on record"
 
 
 def test_who_may_write_into_a_run_folder(shards: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from mpp.recipe import (
     RECIPES,
     FinetuneRecipe,
     PretrainRecipe,
+    bundled,
     checked,
     differences,
     dump_recipe,
@@ -293,3 +294,29 @@ def test_naming_the_component_that_is_there_keeps_its_keys(tmp_path: Path) -> No
     assert kept == load_recipe(path, PretrainRecipe, {"corruption.name": "token"}).corruption
     assert kept.enter == 2
     assert load_recipe(path, PretrainRecipe, {"corruption": "drop"}).corruption.name == "drop", "another has other keys"
+
+
+def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From anywhere, and as the README writes them; a file that is there comes first."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        f"{p.parent.name}/{p.stem}" for job in ("pretrain", "finetune") for p in (ROOT / "recipes" / job).glob("*.yaml")
+    }
+    assert set(bundled()) == files
+    for name in ("pretrain/vit_small", "pretrain/vit_small.yaml", "recipes/pretrain/vit_small.yaml"):
+        assert load_recipe(name, PretrainRecipe).encoder.name == "vit_small_patch16_224"
+    assert load_any("finetune/vit_small").job == "finetune"
+    (tmp_path / "pretrain").mkdir()
+    text = (ROOT / "recipes" / "pretrain" / "vit_small.yaml").read_text()
+    (tmp_path / "pretrain" / "vit_small.yaml").write_text(text.replace("image_size: 224", "image_size: 112"))
+    assert load_recipe("pretrain/vit_small.yaml", PretrainRecipe).data.image_size == (112, 112)
+    with pytest.raises(UserError, match=r"pretrain/vit_smal: no such file; `mpp recipe list` names the recipes"):
+        load_recipe("pretrain/vit_smal", PretrainRecipe)
+
+
+@pytest.mark.parametrize("path", [ROOT / "recipes" / job / "vit_small.yaml" for job in ("pretrain", "finetune")])
+def test_a_small_scale_is_for_cpus(path: Path) -> None:
+    """One goes with the other: a fine-tune at the size of pretraining."""
+    recipe = load_any(path, scale="small")
+    assert recipe.data.image_size == (64, 64)  # type: ignore[attr-defined]
+    assert recipe.optim.epochs is None  # type: ignore[attr-defined]

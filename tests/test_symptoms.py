@@ -154,6 +154,24 @@ def test_a_run_that_was_paused_is_not_data_bound() -> None:
     assert symptoms(history(metrics=records(data_wait=waits, loss=[6, 5, 4, 3, 2, 1]))) == []
 
 
+@pytest.mark.parametrize(
+    ("paces", "seen_each", "found"),
+    [
+        ([400.0] * 20 + [40.0] * 6, 3200, ["slower"]),
+        ([400.0] * 20 + [40.0] * 6, 100, []),  # for a moment
+        ([400.0] * 20 + [40.0] * 2 + [390.0] * 4, 3200, []),  # and has recovered
+        ([40.0] * 3 + [400.0] * 20, 3200, []),
+        ([400.0] * 20 + [250.0] * 6, 3200, []),
+    ],
+)
+def test_a_run_that_slowed_down(paces: list[float], seen_each: int, found: list[str]) -> None:
+    metrics = [
+        {"step": i, "seen": i * seen_each, "loss": 1 / i, "skill": 0.1 + i / 100, "images_per_s": pace}
+        for i, pace in enumerate(paces, 1)
+    ]
+    assert [s.kind for s in symptoms(history(metrics=metrics, status={"steps": len(paces)}))] == found
+
+
 def test_a_noisy_loss_beside_a_rising_skill_is_not_flat() -> None:
     losses = [1.2, 0.60, 0.56, 0.53, 0.53, 0.57, 0.55, 0.60]
     flat = history(metrics=records(loss=losses), status={"steps": 70})

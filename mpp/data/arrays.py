@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.errors import BadImage, UserError
+from mpp.errors import BadImage, UserError, how_to_get
 
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -62,7 +62,7 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
     except ModuleNotFoundError as error:
         raise UserError(
             "data.formats: TIFFs of other channels than 1, 3 and 4, or of other numbers than 8 bit, need tifffile: "
-            "pip install 'mpp[multichannel]'"
+            + how_to_get("multichannel")
         ) from error
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]

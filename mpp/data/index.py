@@ -28,7 +28,7 @@ from braceexpand import braceexpand
 
 from mpp.data.arrays import PARSING
 from mpp.data.remote import is_remote
-from mpp.errors import UserError, without_secrets
+from mpp.errors import UserError, meant, without_secrets
 
 IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif|npy)$", re.IGNORECASE)
 LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
@@ -289,7 +289,9 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
             if not matches and not is_remote(name) and not glob.has_magic(name):
                 _may_look(name, key)
             if not matches:
-                raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
+                if name.endswith(".tar") or glob.has_magic(name) or os.path.isdir(name):
+                    raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
+                raise UserError(f"{key}: '{name}': no such file or folder{meant(name)}")
             found += matches
     # the same file by another path is the same shard; a file that is a link may be meant as another one
     seen: dict[str, str] = {}

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -190,6 +191,8 @@ def batches(
 
     UserError where a worker met one, or died.
     """
+    # more workers than cores may be wanted where they wait for a disk; `mpp doctor` and data_wait are there to look at
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,

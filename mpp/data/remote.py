@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from mpp.errors import UserError, one_line
+from mpp.errors import UserError, how_to_get, one_line
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 """What may stand before ://. No pipes, no fsspec chains, no file: tricks."""
@@ -119,7 +119,7 @@ def _through_fsspec(url: str, start: int, stop: int | None, version: str | None)
         raise
     except ImportError as error:
         scheme = url.partition("://")[0]
-        advice = f"; pip install 'mpp[{scheme}]'" if scheme in EXTRAS else ""
+        advice = f"; {how_to_get(scheme)}" if scheme in EXTRAS else ""
         raise UserError(f"{url}: {error}{advice}") from error
     except Exception as error:  # each library has its own
         raise UserError(f"{url}: {type(error).__name__}: {one_line(error)}") from error

@@ -18,7 +18,7 @@ from mpp.data.files import list_images, read_manifest, read_regular
 from mpp.data.images import ShardImages
 from mpp.data.index import class_names
 from mpp.data.labeled import PackedReader
-from mpp.errors import BadImage, UserError
+from mpp.errors import BadImage, UserError, how_to_get
 from mpp.rng import Purpose, stream
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixel_values", "image_bytes", "bytes")
@@ -260,7 +260,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise UserError("Parquet files need pyarrow: pip install 'mpp[parquet]'") from error
+        raise UserError(f"Parquet files need pyarrow: {how_to_get('parquet')}") from error
     return pyarrow.parquet
 
 

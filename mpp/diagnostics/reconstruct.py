@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 from mpp import checkpoint
 from mpp.build import build_mask, build_model
 from mpp.data.decode import centre_box, decode_crop
+from mpp.data.images import evenly, images_of
 from mpp.data.loader import draw_masks
 from mpp.errors import BadImage, UserError
 from mpp.model import Reconstruction
@@ -38,10 +40,15 @@ ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
 # ---- of images, by a checkpoint --------------------------------------------------------------------------------------
 
 
-def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path:
-    """Draw what the newest checkpoint of a pretraining run predicts for image files; a PNG, a row for each image.
+OF_A_FOLDER = 8
+"""Images that are drawn, where a folder is named."""
 
-    Without images: the run's own through training, as a strip (.png) or an animation (.gif, .webp).
+
+def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path:
+    """Draw what the newest checkpoint of a pretraining run predicts for images; a PNG, a row for each.
+
+    images: files; of a folder a few are taken, evenly. Without any: the run's own through
+    training, as a strip (.png) or an animation (.gif, .webp).
     UserError where run or images cannot be read, or no target of the run has a picture.
     """
     if not images:
@@ -49,6 +56,7 @@ def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path
     for name in images:
         if Path(out).exists() and Path(name).exists() and Path(out).samefile(name):
             raise UserError(f"--out {out}: is one of the images; give another file")
+    images = [name for place in images for name in _images_of(place)]
     _png(out)
     recipe = load_recipe(Path(run) / "recipe.yaml", PretrainRecipe)
     path = checkpoint.newest(Path(run) / "checkpoints")
@@ -69,6 +77,14 @@ def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path
         title = f"target {drawn.target}" if len(found) > 1 else None
         blocks.append(sheet(rows, [p.title for p in drawn.panels], title=title))
     return _save(_stacked(blocks), Path(out))
+
+
+def _images_of(place: str) -> list[str]:
+    """A file as it is; of a folder a few, evenly."""
+    if not os.path.isdir(place):
+        return [place]
+    found = images_of([place])
+    return [found[i] for i in evenly(len(found), OF_A_FOLDER)]
 
 
 def _read(name: str, recipe: PretrainRecipe) -> Tensor:

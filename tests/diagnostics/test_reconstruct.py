@@ -16,8 +16,21 @@ from PIL import Image
 import mpp
 from mpp.build import build_mask, build_model
 from mpp.cli import main
+from mpp.data.images import evenly
 from mpp.data.loader import draw_masks
-from mpp.diagnostics.reconstruct import MOST_KEPT, Kept, keep, kept_every, pasted, read_kept, sheet, spread, strip
+from mpp.diagnostics.reconstruct import (
+    MOST_KEPT,
+    OF_A_FOLDER,
+    Kept,
+    keep,
+    kept_every,
+    pasted,
+    read_kept,
+    reconstruct,
+    sheet,
+    spread,
+    strip,
+)
 from mpp.errors import UserError
 from mpp.metrics import read_metrics
 from mpp.model import BORROWED, GREY, Reconstruction
@@ -258,3 +271,13 @@ def test_a_picture_over_an_image_is_refused(run: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="is one of the images"):
         reconstruct(run, [str(tmp_path / "a.png")], tmp_path / "a.png")
+
+
+def test_a_folder_is_drawn_by_a_few_of_its_images(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "deeper").mkdir(parents=True)
+    for i in range(20):
+        (tmp_path / "photos" / "deeper" / f"{i}.png").write_bytes(encoded(drawn_image(i)))
+    whole = Image.open(reconstruct(run, [str(tmp_path / "photos")], tmp_path / "folder.png"))
+    files = sorted(str(p) for p in (tmp_path / "photos" / "deeper").iterdir())
+    few = Image.open(reconstruct(run, [files[i] for i in evenly(20, OF_A_FOLDER)], tmp_path / "files.png"))
+    assert whole.tobytes() == few.tobytes()
