@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import nn
@@ -366,7 +367,7 @@ def _augmentation(recipe: FinetuneRecipe) -> Any:
     if data.auto_augment and data.channels != 3:
         raise UserError(f"data.auto_augment: its policies are for 3 channels; got {data.channels}")
     try:
-        return create_transform(
+        transform = create_transform(
             (data.channels, *data.image_size),
             is_training=True,
             use_prefetcher=True,  # uint8 out: normalised on the device
@@ -380,6 +381,16 @@ def _augmentation(recipe: FinetuneRecipe) -> Any:
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         known = "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, v0 and the like"
         raise UserError(f"data.auto_augment: timm has no policy {data.auto_augment!r}; allowed are {known}") from error
+    for step in transform.transforms:
+        for op in [*getattr(step, "ops", []), *(op for ops in getattr(step, "policy", []) for op in ops)]:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterized
+    return transform
+
+
+def _posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm asks for 0 bits at the strongest, which is black; Pillow refuses that since 13."""
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _finished(cell: Path, fingerprint: str) -> dict[str, float] | None:

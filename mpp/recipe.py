@@ -901,10 +901,10 @@ def _text(path: str | Path) -> str:
             name = place.as_posix().removeprefix("recipes/").removesuffix(".yaml")
             place = bundled().get(name, place)
         return place.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; `mpp recipe list` names the recipes that come with mpp") from error
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
+        known = isinstance(error, FileNotFoundError) and not place.is_absolute()
+        advice = "; `mpp recipe list` names those that come with mpp" if known else ""
+        raise UserError(f"{path}: {error.strerror or error}{advice}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8") from error
 

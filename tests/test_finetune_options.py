@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -374,3 +375,26 @@ def test_views_of_validation_images_are_those_of_predict(shards: Path, run: Path
 
     again = ClassifyTask(8, 2).metrics([(p.log(), torch.from_numpy(data.labels))])
     assert stored == pytest.approx(again, abs=1e-4), "probabilities are averaged, not logits"
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m10-n15-inc1", "rand-m9-mstd0.5-inc1", "rand-m10-n15", "original", "v0r", "3a", "augmix-m10-w3"]
+)
+def test_every_operation_of_a_policy_runs(policy: str, shards: Path, tmp_path: Path) -> None:
+    """At the strongest timm posterises to 0 bits, which Pillow refuses: the recipe to start with may draw that."""
+    chosen = recipe(
+        shards, tmp_path / "o", "vit_tiny_patch16_224", **{"data.auto_augment": policy, "data.image_size": 16}
+    )
+    augment = finetuning._augmentation(chosen)
+    for i in range(60):
+        random.seed(i)
+        np.random.seed(i)
+        torch.manual_seed(i)
+        assert np.asarray(augment(drawn_image(i))).shape == (3, 16, 16)
+
+
+def test_no_bits_are_black() -> None:
+    image = drawn_image(3)
+    assert not np.asarray(finetuning._posterized(image, 0)).any()
+    assert len(np.unique(np.asarray(finetuning._posterized(image, 1)))) == 2
+    assert np.array_equal(np.asarray(finetuning._posterized(image, 8)), np.asarray(image))

@@ -205,7 +205,7 @@ def test_a_page_is_never_too_large(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["/none"], "/none: not a run folder (no recipe.yaml)"),
+        (["/none"], "/none: no such file or folder"),
         (["{cell}"], "a cell of the fine-tune"),
         (["{run}", "--out", "{file}/x.html"], "/file/x.html: "),
         (["{broken}"], "recipe.yaml: not the recipe of a run"),

@@ -111,7 +111,7 @@ def test_a_fine_tune_is_told_by_its_cells(shards: Path, tmp_path: Path) -> None:
 
 def test_errors() -> None:
     done = CliRunner().invoke(main, ["watch", "/none"])
-    assert (done.exit_code, done.output) == (2, "/none: not a run folder (no recipe.yaml)\n")
+    assert (done.exit_code, done.output) == (2, "/none: no such file or folder\n")
 
 
 # ---- history

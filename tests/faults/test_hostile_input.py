@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpp.data.images import MOST_IMAGE_BYTES, MOST_LABEL_BYTES, ShardImages
+from mpp.data.files import MOST_IMAGE_BYTES
+from mpp.data.images import MOST_LABEL_BYTES, ShardImages
 from mpp.data.index import COLUMNS, FORMAT, index_path, index_shard
 from mpp.data.labeled import FileReader
 from mpp.errors import BadImage, UserError, without_secrets
