@@ -4,7 +4,9 @@
 #   docker run --rm --gpus all --shm-size 8g -u "$(id -u):$(id -g)" -v "$PWD":/work mpp doctor
 #   docker run --rm --gpus all --shm-size 8g -u "$(id -u):$(id -g)" -v "$PWD":/work mpp pretrain pretrain/vit_small data.shards=shards/photos out=runs/photos
 #
-# --shm-size: loader workers hand images over in /dev/shm, of which docker gives 64 MB.
+# On CPUs leave --gpus out. Several devices: --entrypoint torchrun mpp --nproc_per_node 8 -m mpp pretrain ... For remote shards and
+# published weights -v "$HOME/.cache/mpp":/tmp/mpp-cache keeps what was fetched. --init --stop-timeout 300: `docker stop` then
+# leaves a run the time to save. --shm-size: loader workers hand images over in /dev/shm, of which docker gives 64 MB.
 FROM python:3.12-slim
 
 # compile=true wants a C++ compiler

@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 project, author = "mpp", "the mpp authors"
 copyright = "the mpp authors; Apache-2.0"
 release = version = __version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_click", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_click", "sphinx_copybutton"]
 exclude_patterns = ["_site", "jupyter_execute"]
 html_theme = "furo"
 html_title = "mpp"

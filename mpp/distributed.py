@@ -69,6 +69,7 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
+            dynamo_backend="no",  # compile=true is the recipe's to say, not a launcher's configuration's
             cpu=not cuda,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=hang_timeout_s + 60))],
         )

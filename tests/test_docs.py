@@ -130,6 +130,7 @@ def test_the_site(tmp_path: Path) -> None:
     """Built without a warning, notebooks run, and no link in it is broken."""
     built = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", DOCS, tmp_path / "site"],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,

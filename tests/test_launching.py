@@ -104,14 +104,19 @@ def test_configurations_ask_for_no_engine(file: Path) -> None:
 
 
 SRUN = """#!/bin/bash
-# A stand-in: two tasks on this machine, which a preemption reaches as Slurm's does.
+# A stand-in: two tasks on this machine. The end of the job's time reaches them alone (USR1), a preemption the script, too.
 set -u
 while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_TASKS_PER_NODE="2(x1)"
+lines() { cat runs/photos/metrics.jsonl 2> /dev/null | wc -l; }
+before=$(lines)
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
-if [[ -e preempt ]]; then
-    rm preempt
-    until [[ -s runs/photos/metrics.jsonl ]]; do sleep 0.05; done
-    kill -USR1 "${tasks[@]}"
+if [[ -e signal ]]; then
+    signal=$(cat signal)
+    rm signal
+    until [[ $(lines) -gt $before ]]; do sleep 0.05; done
+    kill "-$signal" "${tasks[@]}"
+    [[ $signal == USR1 ]] || kill "-$signal" $PPID
 fi
 for task in "${tasks[@]}"; do wait "$task" || exit $?; done
 """
@@ -133,21 +138,20 @@ def test_slurm_queues_again_what_was_preempted(workspace: Workspace, tmp_path: P
         "SLURM_JOB_ID": str(os.getpid()),  # of which the script makes a port
         "SLURM_JOB_NODELIST": "node0",
         "SLURM_NTASKS": "2",
-        "SLURM_NTASKS_PER_NODE": "2",
         "SLURM_CPUS_PER_TASK": "1",
         "PATH": f"{folder / 'bin'}:{ENVIRONMENT['PATH']}",
     }
     asked = re.search(r"sbatch --nodes 2 (recipes/slurm/pretrain.sbatch .*)", PAGE)
     assert asked
-    small = (
-        cut_down(f"mpp pretrain {asked[1]}").removeprefix("mpp pretrain ").replace("optim.steps=3", "optim.steps=60")
-    )
-    (folder / "preempt").touch()
-    run(f"bash {small} log_every_steps=1", folder, **job)
-    assert state(folder / "runs" / "photos")["state"] == "stopped"
-    assert (folder / "requeued").read_text().split() == [job["SLURM_JOB_ID"]]
+    small = cut_down(f"mpp pretrain {asked[1]}").removeprefix("mpp pretrain ")
+    small = small.replace("optim.steps=3", "optim.steps=100")
+    for times, signal in enumerate(("USR1", "TERM"), 1):
+        (folder / "signal").write_text(signal)
+        run(f"bash {small} log_every_steps=1", folder, **job)
+        assert state(folder / "runs" / "photos")["state"] == "stopped", signal
+        assert (folder / "requeued").read_text().split() == [job["SLURM_JOB_ID"]] * times
     run(f"bash {small} log_every_steps=1", folder, **job)
     assert state(folder / "runs" / "photos")["state"] == "finished"
     assert "resumed at step" in (folder / "runs" / "photos" / "train.log").read_text()
     run(f"bash {small} optim.stesp=3", folder, allowed=(2,), **job)
-    assert len((folder / "requeued").read_text().split()) == 1
+    assert len((folder / "requeued").read_text().split()) == 2

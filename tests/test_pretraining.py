@@ -372,6 +372,22 @@ def test_resuming_a_finished_run_changes_nothing(shards: Path, tmp_path: Path) -
     assert (tmp_path / "run" / "recipe.yaml").read_text() == as_run, "what was run stays on record"
 
 
+def test_shards_may_lie_elsewhere_when_a_run_goes_on(shards: Path, tmp_path: Path) -> None:
+    """What they hold has a fingerprint, which other data do not have."""
+    whole = mpp.pretrain(pretrain_recipe(shards, tmp_path / "whole"))
+    recipe = pretrain_recipe(shards, tmp_path / "run")
+    mpp.pretrain(recipe)
+    for step in ("00000015", "00000020"):  # as if it had been killed before
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step}", ignore_errors=True)
+    (tmp_path / "run" / "status.json").unlink()
+    shutil.copytree(shards, tmp_path / "moved")
+    again = mpp.pretrain(recipe, resume="auto", **{"data.shards": str(tmp_path / "moved")})
+    assert (again.state, again.loss, again.skill) == ("finished", whole.loss, whole.skill)
+    (tmp_path / "moved" / "shard-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"the data changed since"):
+        mpp.pretrain(recipe, resume="auto", **{"data.shards": str(tmp_path / "moved")})
+
+
 def test_who_may_write_into_a_run_folder(shards: Path, tmp_path: Path) -> None:
     recipe = pretrain_recipe(shards, tmp_path / "run")
     mpp.pretrain(recipe)
