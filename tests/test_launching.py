@@ -114,7 +114,7 @@ for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); d
 if [[ -e signal ]]; then
     signal=$(cat signal)
     rm signal
-    until [[ $(lines) -gt $before ]]; do sleep 0.05; done
+    until [[ $(lines) -gt $before ]] || ! kill -0 "${tasks[0]}"; do sleep 0.05; done
     kill "-$signal" "${tasks[@]}"
     [[ $signal == USR1 ]] || kill "-$signal" $PPID
 fi

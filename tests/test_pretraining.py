@@ -377,8 +377,7 @@ def test_shards_may_lie_elsewhere_when_a_run_goes_on(shards: Path, tmp_path: Pat
     whole = mpp.pretrain(pretrain_recipe(shards, tmp_path / "whole"))
     recipe = pretrain_recipe(shards, tmp_path / "run")
     mpp.pretrain(recipe)
-    for step in ("00000015", "00000020"):  # as if it had been killed before
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step}", ignore_errors=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")  # as if it had been killed before
     (tmp_path / "run" / "status.json").unlink()
     shutil.copytree(shards, tmp_path / "moved")
     again = mpp.pretrain(recipe, resume="auto", **{"data.shards": str(tmp_path / "moved")})
