@@ -156,10 +156,6 @@ def lay_out_theirs(folder: Path) -> None:
 
 
 PRETRAIN = "mpp pretrain recipes/pretrain/vit_small.yaml data.shards=shards/photos out=runs/photos"
-FINETUNE = (
-    "mpp finetune recipes/finetune/vit_small.yaml encoder=runs/photos data.train=labeled/train data.val=labeled/val "
-    "out=runs/classes"
-)
 
 
 class Workspace:
@@ -181,15 +177,12 @@ class Workspace:
         if what == "runs/photos" and not (self.folder / what).exists():
             self._have("shards")
             run(cut_down(PRETRAIN), self.folder)
-        if what == "runs/classes" and not (self.folder / what).exists():
-            self._have("runs/photos")
-            run(cut_down(FINETUNE), self.folder)
 
     def copy(self, text: str, to: Path) -> Path:
         """As a page wants it."""
         named = re.match(r"% workspace: (.*)\n", text)
         wanted = named[1].split() if named else []
-        known = {"shards", "labeled", "multichannel", "theirs", "runs/photos", "runs/classes"}
+        known = {"shards", "labeled", "multichannel", "theirs", "runs/photos"}
         assert set(wanted) <= known, f"allowed are {known}"
         for what in wanted:
             self._have(what)

@@ -171,7 +171,7 @@ def test_a_whole_command_is_timed(shards: Path, tmp_path: Path) -> None:
         whole.run(wrong, steps=3, batch=8, out=tmp_path / "other")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_for_gpus_runs_at_a_tiny_size(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,7 +186,7 @@ def test_a_recipe_may_be_a_mapping() -> None:
 
 
 def all_recipes() -> list[Path]:
-    return sorted((ROOT / "recipes").glob("*[et]*e/*.yaml"))
+    return sorted(path for job in ("pretrain", "finetune") for path in (ROOT / "recipes" / job).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", all_recipes(), ids=lambda p: p.stem)

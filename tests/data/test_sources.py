@@ -204,7 +204,7 @@ def test_the_command(image_folder: Path, tmp_path: Path) -> None:
     done = command("pack", image_folder, tmp_path / "out", "--images-per-shard", "30", "--part", "2/2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        f"30 images, 2 classes, 2 shards in {tmp_path / 'out'} (1 written now)",
+        f"30 images, 2 classes (--no-labels leaves them out), 2 shards in {tmp_path / 'out'} (1 written now)",
         "1 shards are not here yet; the part that comes last finishes",
     ]
     for words, message in (
