@@ -141,3 +141,15 @@ def test_this_machine(shards: Path) -> None:
     assert "1 × cpu at 60% of" in found.text()
     assert mpp.plan(values, device="cpu", mfu=0.3, images=60).seconds == pytest.approx(2 * found.seconds)
     assert mpp.plan(values, images=60).mfu == 0.3
+
+
+def test_attention_is_counted_as_fused() -> None:
+    """What long sequences take grows with their tokens, not with tokens × tokens, which nobody keeps."""
+    args = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 8}
+    sizes = {}
+    for side_px in (64, 128):  # 256 and 1,024 patches
+        values = pretrain_values(
+            "nowhere", "out", **{"encoder.args": args, "data.image_size": side_px, "corruption": "token"}
+        )
+        sizes[side_px] = mpp.plan(values, images=1000).memory_bytes["activations, at worst"]
+    assert sizes[128] < 6 * sizes[64]
