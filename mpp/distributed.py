@@ -32,6 +32,8 @@ HANG_TIMEOUT_S = 1800
 """What processes wait for each other at most, where a recipe does not say (a guess)."""
 TF32_FROM = (8, 0)
 """Compute capability."""
+SPARE_LOAD = 0.75
+"""Of one core, that other work may take before it is spoken of (a guess)."""
 SAME_PRESS_S = 1.0
 """A second SIGINT within so many seconds is the same Ctrl-C: torchrun passes on what the terminal sent to all."""
 
@@ -90,6 +92,18 @@ def cpu_has_bf16() -> bool:
         getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
     return any(ask() for ask in found)
+
+
+def cores_in_use() -> str:
+    """A line where other work runs on the cores that torch's threads would take; "" where there is room for them.
+
+    Threads that wait for each other are several times slower than one: 35 images/s in place of 300 (recipes/LOG.md).
+    """
+    load, threads = os.getloadavg()[0], torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads == 1 or load + threads <= cores + SPARE_LOAD:
+        return ""
+    return f"other work takes {load:.1f} of {cores} cores: OMP_NUM_THREADS=1 may be several times faster"
 
 
 def multiply_in_tf32(rounded: bool) -> None:

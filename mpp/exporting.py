@@ -264,7 +264,15 @@ def save_encoder(
             },
         )
         (aside / "README.md").write_text(
-            without_secrets(_card(config, origin, metrics, sum(p.numel() for p in model.parameters())))
+            without_secrets(
+                _card(
+                    config,
+                    origin,
+                    metrics,
+                    sum(p.numel() for p in model.parameters()),
+                    prefix_tokens=getattr(model, "num_prefix_tokens", 0) if reference["features"].ndim == 3 else None,
+                )
+            )
         )
         faults.point("export.written", aside / "model.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
@@ -611,7 +619,14 @@ def with_sections(card: str, told: Sequence[tuple[str, str]]) -> str:
     return before + text + limits + after
 
 
-def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int) -> str:
+def _card(
+    config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int, prefix_tokens: int | None
+) -> str:
+    """prefix_tokens: before those of patches; None where features are maps."""
+    how = ""
+    if prefix_tokens is not None and not config.get("num_classes"):
+        how = "tokens = model.eval().forward_features(images)  # normalised as below\n"
+        how += f"features = tokens[:, {prefix_tokens}:].mean(1)  # the mean of the patch tokens\n"
     kind = "classification" if config.get("num_classes") else "feature-extraction"
     cfg = config["pretrained_cfg"]
     rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
@@ -629,7 +644,7 @@ tags: [image-{kind}]
 ```python
 import timm
 model = timm.create_model("local-dir:FOLDER", pretrained=True)
-```
+{how}```
 
 ## Input
 

@@ -175,6 +175,8 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     )
     if recipe.precision == "auto" and accelerator.device.type == "cpu" and distributed.cpu_has_bf16():
         log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")
+    if accelerator.device.type == "cpu" and world == 1 and (taken := distributed.cores_in_use()):
+        log.say(f"note: {taken}")
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.encoder.modules()) and world > 1:

@@ -29,7 +29,7 @@ from mpp.errors import UserError, one_line
 from mpp.evaluating import ARMS
 from mpp.history import History, read_run, settings_that_differ
 from mpp.symptoms import DAMAGED, Symptom, helped, symptoms
-from mpp.verdict import NO_HELP
+from mpp.verdict import HELPED, NO_HELP
 
 FILE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -417,6 +417,7 @@ def _loading(run: History) -> Part | None:
         f"model = timm.create_model({'local-dir:' + str(folder)!r}, pretrained=True)\n"
         "# normalise with model.pretrained_cfg['mean'] and ['std']; the features of an image:\n"
         "features = model.forward_features(images)\n"
+        "# of a ViT, their mean over the patches: features[:, model.num_prefix_tokens:].mean(1)\n"
     )
     text = f"A plain timm folder; mpp export {run.folder} OUT copies and verifies it."
     return Part("load", "Load the encoder", [text], code=code)
@@ -668,5 +669,5 @@ def _gained(other: History) -> str:
         if v.get("gain"):
             text += f" Fine-tuned, {_estimate(v['score'].get('pretrained'))}; from scratch "
             text += f"{_estimate(v['score'].get('scratch'))}; gain {_estimate(v['gain'], points=True)}"
-            text += "." if helped(v["gain"]) else f": {NO_HELP}."
+            text += f": {HELPED}." if helped(v["gain"]) else f": {NO_HELP}."
     return text

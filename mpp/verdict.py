@@ -14,7 +14,7 @@ T_975 = (
 )  # fmt: skip
 """Student's t, 97.5 %, for 1 to 30 degrees of freedom (any table of it); above, the last: a little too wide."""
 NO_HELP = "pretraining did not help here"
-HELPED = "pretraining helped: the gain is above zero by more than its interval"
+HELPED = "pretraining helped"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def _one(verdict: Verdict) -> str:
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
         if verdict.helped() is not None:
-            rows.append(HELPED if verdict.helped() else _why(verdict.gain))
+            above = f"{HELPED}: the gain is above zero by more than its interval"
+            rows.append(above if verdict.helped() else _why(verdict.gain))
     return "\n".join(rows)
 
 

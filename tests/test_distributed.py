@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpp import distributed
 from mpp.distributed import multiply_in_tf32, ranks_here, start
 from mpp.errors import UserError
 
@@ -79,3 +82,18 @@ def test_sharding_is_for_the_recipe_to_ask_for(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(UserError, match=f"^accelerate's {engine}: allowed: a launch without --use_{engine.lower()}"):
         start("fp32")
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "said"),
+    [(1.5, 2, True), (0.2, 2, False), (3.0, 1, False), (2.5, 4, True), (0.5, 4, False)],
+)
+def test_threads_that_would_wait_are_spoken_of(
+    load: float, threads: int, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = max(threads, 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    expected = f"other work takes {load:.1f} of {cores} cores: OMP_NUM_THREADS=1 may be several times faster"
+    assert distributed.cores_in_use() == (expected if said else "")
