@@ -94,16 +94,20 @@ def cpu_has_bf16() -> bool:
     return any(ask() for ask in found)
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores_in_use() -> str:
     """A line where other work runs on the cores that torch's threads would take; "" where there is room for them.
 
     Threads that wait for each other are several times slower than one: 35 images/s in place of 300 (recipes/LOG.md).
     """
     load, threads = os.getloadavg()[0], torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads == 1 or load + threads <= cores + SPARE_LOAD:
+    if threads == 1 or load + threads <= cores() + SPARE_LOAD:
         return ""
-    return f"other work takes {load:.1f} of {cores} cores: OMP_NUM_THREADS=1 may be several times faster"
+    return f"other work takes {load:.1f} of {cores()} cores: OMP_NUM_THREADS=1 may be several times faster"
 
 
 def multiply_in_tf32(rounded: bool) -> None:

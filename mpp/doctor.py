@@ -21,7 +21,7 @@ from PIL import Image
 
 from mpp.data.decode import decode_crop
 from mpp.data.store import default_cache_dir
-from mpp.distributed import cores_in_use, cpu_has_bf16
+from mpp.distributed import cores, cores_in_use, cpu_has_bf16
 from mpp.errors import how_to_get
 from mpp.metrics import environment
 
@@ -103,8 +103,7 @@ def _outside() -> list[str]:
 
 
 def _devices() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("cores", f"{cores}, torch uses {torch.get_num_threads()}", True, cores_in_use())
+    yield Finding("cores", f"{cores()}, torch uses {torch.get_num_threads()}", True, cores_in_use())
     if not torch.cuda.is_available():
         cuda = torch.version.cuda
         why = (

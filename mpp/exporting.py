@@ -33,7 +33,7 @@ from torch import nn
 from mpp import faults
 from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
 from mpp.errors import MppWarning, UserError, one_line, without_secrets
-from mpp.metrics import environment, write_json
+from mpp.metrics import environment, read_state, write_json
 from mpp.recipe import Architecture, FinetuneRecipe, ImageData, PretrainRecipe, dump_recipe
 
 Data = TypeVar("Data", bound=ImageData)
@@ -309,11 +309,7 @@ def encoder_folder(source: str | Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     if (Path(source) / "recipe.yaml").exists():
-        try:
-            status = json.loads((Path(source) / "status.json").read_text())
-        except (OSError, ValueError):
-            status = {}
-        if isinstance(status, dict) and status.get("state") == "running":
+        if read_state(Path(source)) == "running":
             raise UserError(
                 f"{source}: this run is still going on, or was killed, and has not written its encoder yet; "
                 "`mpp watch` says which"

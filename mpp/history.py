@@ -52,6 +52,14 @@ class History:
         values = self.series(key)[1]
         return values[-1] if values else None
 
+    @property
+    def step(self) -> Any:
+        """How far it came: by its last line, since the status is of the last checkpoint, but for one that failed."""
+        told = self.status.get("step")
+        if not self.metrics or (self.status.get("state") == "failed" and told is not None):
+            return told
+        return self.metrics[-1].get("step", told)
+
     def hours(self) -> list[float]:
         """Hours of training at each line of the metrics, from images and throughput: time between runs is left out."""
         found, total, seen = [], 0.0, 0

@@ -50,6 +50,14 @@ def write_status(out: Path, state: str, **more: Any) -> None:
     write_json(out / "status.json", {"state": state, "time": time.time(), **who, **more})
 
 
+def read_state(out: Path) -> str:
+    """What status.json of a run or a cell says; "" where there is none that can be read."""
+    try:
+        return str(json.loads((out / "status.json").read_text())["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def environment() -> dict[str, Any]:
     """What the run ran on."""
     versions = {}

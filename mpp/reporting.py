@@ -402,9 +402,7 @@ def _what_was_run(run: History, number: str = "run") -> Part:
 
 def _state(run: History) -> str:
     state = str(run.status.get("state", "unknown"))
-    step, steps = run.status.get("step"), run.status.get("steps")
-    if state == "running" and run.metrics:  # the status is of the last checkpoint
-        step = run.metrics[-1].get("step", step)
+    step, steps = run.step, run.status.get("steps")
     return f"{state}, step {step:,} of {steps:,}" if _number(step) and _number(steps) else state
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from mpp import checkpoint, distributed
 from mpp.distributed import Accelerator
 from mpp.errors import UserError
+from mpp.metrics import read_state
 from mpp.recipe import Job, differences, dump_recipe, load_recipe
 
 RECIPE = "recipe.yaml"
@@ -48,7 +49,7 @@ def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: s
             find_run(recipe, resume, fingerprint=fingerprint)
         lock = Lock(out)
         found = find_run(recipe, resume, fingerprint=fingerprint)  # another process may have come first
-        if resume != "auto" or not _finished(out):  # whose records stay as they are
+        if resume != "auto" or read_state(out) != "finished":  # whose records stay as they are
             create_run(recipe)
         return found
 
@@ -57,13 +58,6 @@ def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: s
     finally:
         if lock:
             lock.release()
-
-
-def _finished(out: Path) -> bool:
-    try:
-        return bool(json.loads((out / "status.json").read_text())["state"] == "finished")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 class Lock:

@@ -51,7 +51,7 @@ def _record(run: History, now: float) -> dict[str, Any]:
         "job": run.job,
         "state": run.status.get("state", "not begun"),
         "going_on": going,
-        "step": run.metrics[-1]["step"] if run.metrics else run.status.get("step"),
+        "step": run.step,
         "steps": run.status.get("steps"),
         "seconds_left": _seconds_left(run, now) if going else None,
         "silent_s": _silent_for(run, now) if going else None,
@@ -64,10 +64,7 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
     """A pretraining run, a cell of a fine-tune, or an evaluation."""
     state = str(run.status.get("state", "not begun"))
     running = _going_on(run, now)
-    steps = run.status.get("steps")
-    step = run.metrics[-1]["step"] if run.metrics else run.status.get("step")
-    if state == "failed":
-        step = run.status.get("step", step)
+    step, steps = run.step, run.status.get("steps")
     head = f"{run.folder}: {state}"
     if step is not None and steps:
         head += f", step {step:,} of {steps:,} ({step / steps:.0%})"

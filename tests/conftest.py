@@ -73,6 +73,14 @@ def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`tests.documented.Workspace`: what pages take for granted, made once for all of them."""
+    from tests.documented import Workspace
+
+    return Workspace(tmp_path_factory.mktemp("documented") / "workspace")
+
+
 def pretrain_values(shards: Path | str, out: Path | str, **changes: Any) -> dict[str, Any]:
     """A recipe that trains in a second: 16 px, patches of 4, width 32, 2 blocks."""
     values: dict[str, Any] = {

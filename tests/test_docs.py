@@ -23,11 +23,6 @@ LAUNCHED = Path("many-gpus.md")  # its commands are run by test_launching.py
 WITH_COMMANDS = [p for p in PAGES if commands((DOCS / p).read_text()) and p != LAUNCHED]
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("documented") / "workspace")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # a dozen commands, each a process that imports torch
 @pytest.mark.parametrize("page", [p for p in WITH_COMMANDS if p.name != "extending.md"], ids=str)

@@ -23,11 +23,6 @@ SECTIONS = {"before": PAGE.split("\n## ")[0]} | dict(
 TOGETHER = "Two machines"
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return Workspace(tmp_path_factory.mktemp("launched") / "workspace")
-
-
 def lines_of(section: str) -> list[str]:
     return [
         line

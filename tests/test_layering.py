@@ -28,7 +28,7 @@ LAYERS = [
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}
 WITHIN_LAYER = {
     "checkpoint": {"distributed"},
-    "runfolder": {"checkpoint", "distributed"},
+    "runfolder": {"checkpoint", "distributed", "metrics"},
     "nonfinite": {"checkpoint", "distributed", "metrics"},
     "contract": {"model"},
     "build": {"model", "contract", "exporting"},

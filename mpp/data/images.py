@@ -48,9 +48,8 @@ class ShardImages:
     ) -> None:
         named = expand(spec, key, files=True)
         self.store = Store(cache_dir, cache_limit_bytes)
-        listings = {_folder(name): dict[str, Entry]() for name in named}
-        for folder in listings:
-            listings[folder] = self._listing(folder)
+        folders = {_folder(name) for name in named if not is_place(name)}
+        listings = {folder: self._listing(folder) for folder in folders if folder is not None}
         with ThreadPoolExecutor(INDEXES_AT_A_TIME) as threads:
             told = threads.map(partial(self._indexed, key=key, listings=listings), named)
             found = [part for parts in told for part in parts]
@@ -77,19 +76,21 @@ class ShardImages:
         """What is known of a shard without opening its index, where a listing says so; else its index."""
         if is_place(name):
             return [*shards_of(name, key)]
-        listed = listings[_folder(name)].get(os.path.basename(name))
-        if is_remote(name):
-            return [(name, listed or self.store.index(name))]
-        if listed:
+        folder = _folder(name)
+        listed = listings[folder].get(os.path.basename(name)) if folder is not None else None
+        if listed and not is_remote(name):
             with suppress(OSError):  # the index says what is wrong
                 found = os.stat(name)
-                if (found.st_size, found.st_mtime_ns) == (listed.size_bytes, listed.mtime_ns):
-                    return [(name, listed)]
-        return [(name, index_shard(name, self.store.cache_dir))]
+                if (found.st_size, found.st_mtime_ns) != (listed.size_bytes, listed.mtime_ns):
+                    listed = None
+        return [(name, listed or self._own_index(name))]
+
+    def _own_index(self, name: str) -> ShardIndex:
+        return self.store.index(name) if is_remote(name) else index_shard(name, self.store.cache_dir)
 
     def _open_index(self, shard: int) -> ShardIndex:
         name = self.names[shard]
-        index = self.store.index(name) if is_remote(name) else index_shard(name, self.store.cache_dir)
+        index = self._own_index(name)
         found, listed = entry_of(index), self._entries[shard]
         if (found.size_bytes, found.digest) != (listed.size_bytes, listed.digest):
             raise UserError(f"{name}: another one than {LISTING} beside it says; `mpp index` there writes it anew")
@@ -189,10 +190,10 @@ class ShardImages:
         return torch.full(blank, 128, dtype=torch.uint8), bad
 
 
-def _folder(shard: str) -> str:
-    """Of a shard; '' where an URL's end is a signature that holds for the shard alone."""
+def _folder(shard: str) -> str | None:
+    """Of a shard; None where an URL's end is a signature that holds for the shard alone."""
     if is_remote(shard):
-        return "" if "?" in shard else shard.rpartition("/")[0]
+        return None if "?" in shard else shard.rpartition("/")[0]
     return os.path.dirname(shard)
 
 

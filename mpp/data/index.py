@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -203,6 +203,21 @@ def _plausible(index: ShardIndex) -> bool:
 
 def write_index(path: Path, index: ShardIndex) -> bool:
     """Whether it could be written."""
+
+    def write(f: BinaryIO) -> None:
+        np.savez(
+            f,
+            format=np.int64(FORMAT),
+            table=index.table,
+            size_bytes=np.int64(index.size_bytes),
+            mtime_ns=np.int64(index.mtime_ns),
+        )
+
+    return write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> bool:
+    """Whether a file could be written; a reader sees all of it or none, however many write it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -210,13 +225,7 @@ def write_index(path: Path, index: ShardIndex) -> bool:
         return False
     try:
         with os.fdopen(handle, "wb") as f:
-            np.savez(
-                f,
-                format=np.int64(FORMAT),
-                table=index.table,
-                size_bytes=np.int64(index.size_bytes),
-                mtime_ns=np.int64(index.mtime_ns),
-            )
+            write(f)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError:

@@ -7,16 +7,13 @@ or date the own index is read, and an index that is opened later must be the one
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from mpp.data.index import BLOCK, ShardIndex, digest
+from mpp.data.index import BLOCK, ShardIndex, digest, write_whole
 
 LISTING = "index.json"
 FORMAT = 1
@@ -45,20 +42,8 @@ def write_listing(folder: str | Path, found: Mapping[str, ShardIndex]) -> bool:
     entries = {name: entry for name, entry in read_listing(path).items() if (path.parent / name).is_file()}
     entries |= {name: entry_of(index) for name, index in found.items()}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(list(entries[name]))}" for name in sorted(entries))
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=LISTING, suffix=".part")
-    except OSError:
-        return False
-    try:
-        with os.fdopen(handle, "w") as f:
-            f.write(f'{{"format": {FORMAT}, "columns": {json.dumps(Entry._fields)}, "shards": {{\n{lines}\n}}}}\n')
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(temporary)
-        return False
-    return True
+    text = f'{{"format": {FORMAT}, "columns": {json.dumps(Entry._fields)}, "shards": {{\n{lines}\n}}}}\n'
+    return write_whole(path, lambda f: f.write(text.encode()))
 
 
 def read_listing(path: Path) -> dict[str, Entry]:

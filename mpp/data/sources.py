@@ -286,10 +286,12 @@ class Shards:
         self.identity = self.reader.fingerprint().encode()
         folder = source if os.path.isdir(source) else os.path.dirname(source)
         self.classes = [] if labels is False else class_names(folder) or []
-        self.labeled = labels is not False and all((i.table[:, 3] >= 0).all() for i in indexes)
+        # one pass, since many indexes are read anew when they are asked for again
+        known = [] if labels is False else [(i.table[:, 3].min(initial=0), i.table[:, 4].any()) for i in indexes]
+        self.labeled = labels is not False and all(least >= 0 for least, _ in known)
         if labels and not self.labeled:
             raise UserError(f"{source}: labels were asked for, but not every image has one")
-        if self.labeled and any(i.table[:, 4].any() for i in indexes):
+        if self.labeled and any(in_json for _, in_json in known):
             raise UserError(
                 f"{source}: its labels lie in .json, which is not packed; the shards can be used as they are, or "
                 "--no-labels leaves the labels out"
