@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from mpp import distributed, faults
 from mpp.errors import MppWarning, ToldElsewhere, UserError
+from mpp.records import steps
 from mpp.sharding import like, own_part, own_rows
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8})")
 
 T = TypeVar("T")
 
@@ -174,17 +174,6 @@ def _remove(path: Path) -> None:
     faults.point("prune.inside")
     shutil.rmtree(path, ignore_errors=True)
     faults.point("prune.after")
-
-
-def steps(folder: Path) -> list[Path]:
-    """Finished checkpoints, newest first, whether they hold or not."""
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: p.name, reverse=True)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """By its name, whether it holds or not."""
-    return _NAME.fullmatch(path.name) is not None
 
 
 def newest(folder: Path) -> Path | None:

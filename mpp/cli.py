@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,11 @@ LESS_MEMORY = (
     "Allowed: a smaller optim.max_batch_per_device; in pretraining encoder.grad_checkpointing=true and fsdp=true, too. "
     "`mpp plan` says what fits"
 )
+
+
+def _clear_away_when_ended() -> None:
+    """A command that fills a folder beside the new one takes it away when it is asked to end, as on Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
@@ -354,6 +360,7 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 def export(run: str, out: str, format: str, as_json: bool) -> None:
     """Write the encoder of RUN (a run, a fine-tuned cell, an export) to the new folder OUT, and verify it there."""
     there(run)
+    _clear_away_when_ended()
     _say_verified(mpp.export(run, out, format), as_json)
 
 
@@ -407,6 +414,7 @@ def import_(
     """
     from mpp.recipe import apply_overrides, parse_overrides
 
+    _clear_away_when_ended()
     values: dict[str, Any] = {}
     apply_overrides(values, {}, parse_overrides(args))
     found = mpp.import_weights(

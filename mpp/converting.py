@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from mpp import exporting, modelcard
 from mpp.errors import UserError, how_to_get, one_line
 from mpp.exporting import Artifact, Verified
-from mpp.metrics import environment, write_json
+from mpp.metrics import environment
+from mpp.records import write_json
 from mpp.supervised import load_dense
 
 FORMAT = 1

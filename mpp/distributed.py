@@ -99,11 +99,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cores_in_use() -> str:
+def cores_in_use(accelerator: Accelerator | None = None) -> str:
     """A line where other work runs on the cores that torch's threads would take; "" where there is room for them.
 
     Threads that wait for each other are several times slower than one: 35 images/s in place of 300 (recipes/LOG.md).
     """
+    if accelerator is not None and (accelerator.device.type != "cpu" or accelerator.num_processes > 1):
+        return ""  # a device does the work; or the load is that of the other processes
     load, threads = os.getloadavg()[0], torch.get_num_threads()
     if threads == 1 or load + threads <= cores() + SPARE_LOAD:
         return ""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +25,10 @@ from mpp.data.loader import batches
 from mpp.diagnostics.plots import Level, Line, draw
 from mpp.errors import UserError
 from mpp.features import EncoderReader, PixelReader, Place, Read, Table, read_table
-from mpp.metrics import environment, write_json
+from mpp.metrics import environment
 from mpp.probes import attentive, knn, linear
 from mpp.recipe import EvaluateRecipe
+from mpp.records import write_json, write_status
 from mpp.rng import Purpose, stream, torch_seed
 from mpp.runfolder import opened
 from mpp.verdict import aligned
@@ -179,7 +179,7 @@ def _evaluate(
             "scores": {arm: [asdict(s) for s in found] for arm, found in scores.items()},
         },
     )
-    write_json(out / "status.json", {"state": "finished", "time": time.time()})
+    write_status(out, "finished")
     return result
 
 

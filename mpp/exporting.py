@@ -33,8 +33,9 @@ from torch import nn
 from mpp import faults
 from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
 from mpp.errors import MppWarning, UserError, one_line, without_secrets
-from mpp.metrics import environment, read_state, write_json
+from mpp.metrics import environment
 from mpp.recipe import Architecture, FinetuneRecipe, ImageData, PretrainRecipe, dump_recipe
+from mpp.records import read_state, write_json
 
 Data = TypeVar("Data", bound=ImageData)
 TOLERANCE = 1e-4

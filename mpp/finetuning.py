@@ -51,9 +51,10 @@ from mpp.diagnostics.plots import Line, draw
 from mpp.distillation import Distillation, open_teacher
 from mpp.errors import MppWarning, UserError, one_line
 from mpp.liveness import SAVING, Watch
-from mpp.metrics import RunLog, environment, write_json, write_status
+from mpp.metrics import RunLog, environment
 from mpp.optim import adamw, finetune_groups, learning, scheduled_lr, set_lr, steps_of, unfreeze
 from mpp.recipe import FinetuneRecipe, PretrainRecipe, load_recipe, settings_of
+from mpp.records import write_json, write_status
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import DATA, opened
 from mpp.supervised import Dense, Supervised, build, over_views, save
@@ -159,6 +160,8 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
         write_json(out / "env.json", environment())
         write_status(out, "running")
         _record_data(recipe, train, val, fingerprint)
+        if taken := distributed.cores_in_use(accelerator):
+            warnings.warn(taken, MppWarning, stacklevel=2)
         for images in (train, val):
             if isinstance(images, Detected) and images.left_out:
                 more = len(images.left_out) - 1

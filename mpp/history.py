@@ -11,11 +11,8 @@ from typing import Any
 
 import yaml
 
-from mpp import checkpoint
 from mpp.errors import UserError
-from mpp.metrics import read_metrics
-from mpp.recipe import differing, flat_keys
-from mpp.runfolder import RECIPE
+from mpp.records import RECIPE, differing, flat_keys, read_metrics, steps
 
 COUNTS = ("step", "steps", "pid")
 """Of status.json: whole numbers, or nothing is made of them."""
@@ -93,7 +90,7 @@ class History:
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint; its checksums are not compared."""
-        found = checkpoint.steps(self.folder / "checkpoints")
+        found = steps(self.folder / "checkpoints")
         return found[0] if found else None
 
     def alive(self) -> bool | None:

@@ -9,15 +9,16 @@ import platform
 import sys
 import time
 import warnings
+from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from tqdm import tqdm
 
 from mpp import faults
 from mpp.errors import MppWarning, UserError, without_secrets
+from mpp.records import write_status
 
 PACKAGES = (
     "mpp",
@@ -35,31 +36,14 @@ PACKAGES = (
 
 MOST_WAITING_BYTES = 64 << 20
 """Of lines that a full disk does not take; the oldest are dropped beyond."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file as a whole: a reader never sees half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def write_status(out: Path, state: str, **more: Any) -> None:
-    """status.json of a run or a cell; while it is running with whose process that is."""
-    who = {"host": platform.node(), "pid": os.getpid()} if state == "running" else {}
-    write_json(out / "status.json", {"state": state, "time": time.time(), **who, **more})
-
-
-def read_state(out: Path) -> str:
-    """What status.json of a run or a cell says; "" where there is none that can be read."""
-    try:
-        return str(json.loads((out / "status.json").read_text())["state"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+RECENT_LINES = 5
+"""Of the metrics, from which the pace is taken; the first one has the start of everything in it."""
 
 
 def environment() -> dict[str, Any]:
     """What the run ran on."""
+    import torch
+
     versions = {}
     for name in PACKAGES:
         try:
@@ -116,6 +100,16 @@ class Lines:
         self._file.close()
 
 
+def duration(seconds: float) -> str:
+    """1:02:03, 12:34 or 56 s."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}"
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 class RunLog:
     """Writes a run's records. On all but the main process (`active=False`) it writes nothing.
 
@@ -135,8 +129,8 @@ class RunLog:
     ) -> None:
         self.out, self.steps, self.active, self.label, self.trackers = out, steps, active, label, trackers
         self.bar: tqdm[Any] | None = None
-        self._began = time.monotonic()
-        self._first = resumed_at
+        self._shown: dict[str, str] = {}
+        self._lines: deque[tuple[int, float]] = deque(maxlen=RECENT_LINES + 1)
         if not active:
             return
         try:
@@ -174,29 +168,25 @@ class RunLog:
         if self.trackers is not None:
             self.trackers.log(record)
         tuned = [k for k in record if k.startswith("tune_")]
-        shown = {k: record[k] for k in ("loss", "skill", "probe_accuracy", *tuned, "lr", "images_per_s") if k in record}
-        text = "  ".join(f"{k} {v:.4g}" for k, v in shown.items() if math.isfinite(v))  # the skill comes later
+        keys = ("loss", "skill", "probe_accuracy", *tuned, "lr", "images_per_s")
+        new = {k: f"{k} {record[k]:.4g}" for k in keys if k in record and math.isfinite(record[k])}
+        self._shown |= new
         if self.bar is not None:
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix_str("  ".join(self._shown[k] for k in keys if k in self._shown))
         else:
-            print(
-                f"{self.label}step {record['step']}/{self.steps}  {text}  eta {self.eta(record['step'])}",
-                flush=True,
-            )
+            text = "  ".join(new.values())
+            print(f"{self.label}step {record['step']}/{self.steps}  {text}{self._eta(record['step'])}", flush=True)
 
     def step(self) -> None:
         if self.bar is not None:
             self.bar.update()
 
-    def eta(self, step: int) -> str:
-        """Time left at this call's pace, such as 1:02:03."""
-        done = step - self._first
-        if done <= 0:
-            return "?"
-        left = round((time.monotonic() - self._began) / done * (self.steps - step))
-        return (
-            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}" if left >= 3600 else f"{left // 60}:{left % 60:02d}"
-        )
+    def _eta(self, step: int) -> str:
+        """Time left at the pace of the last lines, such as `  eta 1:02:03`; "" before there are two."""
+        now = time.monotonic()
+        self._lines.append((step, now))
+        before, then = self._lines[0]
+        return f"  eta {duration((now - then) / (step - before) * (self.steps - step))}" if step > before else ""
 
     def note(self, text: str) -> None:
         """A line of train.log alone."""
@@ -230,17 +220,3 @@ class RunLog:
             self._log.close()
         if self.trackers is not None:
             self.trackers.close()
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; [] where there are none. One that was never written to its end is left out."""
-    path = out / "metrics.jsonl"
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            found.append(record)
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,20 +17,9 @@ from mpp.patches import effective_rank, image_share
 from mpp.probes import linear
 from mpp.rng import Purpose, stream
 
-COLLAPSED_RANK = 2.0
-"""A warning is said where the effective rank of a target or of the features falls below: two directions at most are
-left (a guess; features of 18 encoders that fine-tune had 5 to 57)."""
-COLLAPSED_TARGET_SHARE = 0.1
-"""And where less of a target's energy depends on the image (a guess; half of it does at first)."""
-COLLAPSED_FEATURE_SHARE = 0.002
-"""The same of features, whose common part is harmless and may be large (a guess; those 18 had 0.018 to 0.80)."""
 BATCH = 256
 MAX_ITERATIONS = 50
 """Of L-BFGS: the probe's cost stays bounded (guess)."""
-RECENT = 4
-"""Measurements that must hold no new best for a run to be flat (guess)."""
-RISE = 0.003
-"""What counts as a new best, in skill and in accuracy (guess)."""
 
 
 @dataclass
@@ -110,11 +98,6 @@ class Spread(NamedTuple):
     """Part of its energy that depends on the image."""
 
 
-def collapsed(rank: float, share: float, least_share: float) -> bool:
-    """Whether a target, or the features, say hardly anything of an image; nan says nothing."""
-    return rank < COLLAPSED_RANK or share < least_share
-
-
 @torch.no_grad()
 def spread(model: nn.Module, images: Tensor) -> Spread:
     """Of a timm encoder in eval mode, over (B, C, H, W) normalised images, whole.
@@ -126,24 +109,3 @@ def spread(model: nn.Module, images: Tensor) -> Spread:
     found = maps.forward_intermediates(images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)[-1]
     pooled = found.float().mean((2, 3))
     return Spread(effective_rank(pooled - pooled.mean(0)), image_share(pooled.unsqueeze(1)))
-
-
-class Measured(NamedTuple):
-    """What was known of a run at a step."""
-
-    step: int
-    skill: float
-    probe: float | None
-
-
-def flat_since(history: Sequence[Measured]) -> int | None:
-    """The step of the best measurement, where neither skill nor probe has risen in the last `RECENT`; else None."""
-    if len(history) <= RECENT:
-        return None
-    before, recent = history[:-RECENT], history[-RECENT:]
-    if max(m.skill for m in recent) > max(m.skill for m in before) + RISE:
-        return None
-    old, new = ([m.probe for m in part if m.probe is not None] for part in (before, recent))
-    if new and (not old or max(new) > max(old) + RISE):
-        return None
-    return max(before, key=lambda m: m.skill).step

@@ -23,7 +23,7 @@ from mpp import checkpoint, distributed
 from mpp.data.cuts import finished
 from mpp.distributed import Accelerator
 from mpp.errors import MppWarning, UserError, one_line
-from mpp.metrics import write_json
+from mpp.records import write_json
 
 FOLDER = "non-finite"
 KEPT = 3

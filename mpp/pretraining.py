@@ -26,25 +26,16 @@ from mpp.data.transfer import on_device
 from mpp.diagnostics.reconstruct import keep, kept_every
 from mpp.errors import UserError
 from mpp.liveness import SAVING, Watch
-from mpp.metrics import RunLog, environment, write_json
+from mpp.metrics import RunLog, environment
 from mpp.model import MaskedPatchModel
-from mpp.monitor import (
-    COLLAPSED_FEATURE_SHARE,
-    COLLAPSED_TARGET_SHARE,
-    Measured,
-    OnlineProbe,
-    Probed,
-    Spread,
-    collapsed,
-    flat_since,
-    probe_images,
-    spread,
-)
+from mpp.monitor import OnlineProbe, Probed, Spread, probe_images, spread
 from mpp.optim import adamw, pretrain_groups, scheduled_lr, set_lr, steps_of, update_if
 from mpp.recipe import PretrainRecipe, settings_of
+from mpp.records import write_json
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import DATA, opened
 from mpp.sharding import Whole, shard, whole_value
+from mpp.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
 from mpp.types import Batch
 
 LEAST_BAD_IMAGES = 100
@@ -175,7 +166,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     )
     if recipe.precision == "auto" and accelerator.device.type == "cpu" and distributed.cpu_has_bf16():
         log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")
-    if accelerator.device.type == "cpu" and world == 1 and (taken := distributed.cores_in_use()):
+    if taken := distributed.cores_in_use(accelerator):
         log.say(f"note: {taken}")
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")
@@ -251,7 +242,12 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         # waits. At once where it is about to be logged or saved. Weights are then as they were before the step, if it
         # was left out: it is kept as it was.
         is_last = step + 1 == total_steps
-        logged = is_last or step == 0 or (step + 1) % recipe.log_every_steps == 0
+        due = {
+            "probe": recipe.probe is not None and (is_last or (step + 1) % recipe.probe.every_steps == 0),
+            "skill": is_last or (step + 1) % recipe.skill_every_steps == 0,
+            "pictures": is_last or (step + 1) % pictures_every == 0,
+        }
+        logged = due["probe"] or due["skill"] or step == 0 or (step + 1) % recipe.log_every_steps == 0
         saved = is_last or (step + 1) % recipe.checkpoint_every_steps == 0
         known_now = logged or saved or (world == 1 and bool(stop_request))
         while len(underway) > (0 if known_now or stopping else 1):
@@ -296,11 +292,6 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         log.step()
 
         watch.at(step, SAVING)
-        due = {
-            "probe": recipe.probe is not None and (is_last or step % recipe.probe.every_steps == 0),
-            "skill": is_last or step % recipe.skill_every_steps == 0,
-            "pictures": is_last or step % pictures_every == 0,
-        }
         if any(due.values()):
             with whole.now(accelerator.device) as shown:
                 if probe and due["probe"]:
@@ -331,25 +322,20 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             if since is not None and already is None and not is_last:
                 log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
         if logged or stopping:
-            log.metrics(
-                {
-                    "step": step,
-                    "seen": step * optim.global_batch_size,
-                    "loss": loss,
-                    "skill": skill,
-                    **{f"loss_{o.name}": v for o, v in zip(objectives, each_loss, strict=True) if len(skills) > 1},
-                    **{f"skill_{o.name}": v for o, v in zip(objectives, skills, strict=True) if len(skills) > 1},
-                    **({f"probe_{k}": v for k, v in probed._asdict().items()} if probed else {}),
-                    **{f"target_rank_{name}": v for name, (v, _) in collapse.items()},
-                    **{f"target_share_{name}": v for name, (_, v) in collapse.items()},
-                    **({f"feature_{k}": v for k, v in features._asdict().items()} if features else {}),
-                    "lr": lr,
-                    "grad_norm": norm,
-                    **window.rates(optim.global_batch_size),
-                    "skipped_images": bad,
-                    **({"skipped_steps": skipped} if skipped else {}),
-                }
-            )
+            told: dict[str, Any] = {"step": step, "seen": step * optim.global_batch_size, "loss": loss}
+            if len(objectives) > 1:
+                told |= {f"loss_{o.name}": v for o, v in zip(objectives, each_loss, strict=True)}
+            if due["skill"]:  # what was measured now stands in this record alone
+                told["skill"] = skill
+                if len(objectives) > 1:
+                    told |= {f"skill_{o.name}": v for o, v in zip(objectives, skills, strict=True)}
+                told |= {f"target_rank_{name}": v for name, (v, _) in collapse.items()}
+                told |= {f"target_share_{name}": v for name, (_, v) in collapse.items()}
+                told |= {f"feature_{k}": v for k, v in features._asdict().items()} if features else {}
+            if due["probe"] and probed:
+                told |= {f"probe_{k}": v for k, v in probed._asdict().items()}
+            told |= {"lr": lr, "grad_norm": norm, **window.rates(optim.global_batch_size), "skipped_images": bad}
+            log.metrics(told | ({"skipped_steps": skipped} if skipped else {}))
         if saved or stopping:
             state = {
                 "seen": step * optim.global_batch_size,

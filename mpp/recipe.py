@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import reduce
 from operator import or_
@@ -32,6 +32,7 @@ from pydantic import (
 
 from mpp import registry
 from mpp.errors import UserError, without_secrets
+from mpp.records import differing, flat_keys
 from mpp.types import (
     BelowOne,
     Bool,
@@ -1108,20 +1109,3 @@ def differences(old: Job, new: Job) -> list[str]:
         for key in differing([a, b])
         if key not in MAY_CHANGE and key.split(".")[0] != "probe"
     ]
-
-
-def differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that are not the same in all of these, sorted."""
-    keys = sorted({key for f in flat for key in f})
-    return [key for key in keys if any(f.get(key) != flat[0].get(key) for f in flat[1:])]
-
-
-def flat_keys(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            flat.update(flat_keys(inner, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = inner
-    return flat

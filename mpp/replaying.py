@@ -16,7 +16,7 @@ from mpp.build import build_model
 from mpp.errors import UserError
 from mpp.finetuning import MicroLoss
 from mpp.recipe import FinetuneRecipe, PretrainRecipe, load_recipe
-from mpp.runfolder import RECIPE
+from mpp.records import RECIPE, steps
 from mpp.supervised import build
 
 SAME = 1e-5
@@ -40,13 +40,13 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     run: of pretraining, or a cell of fine-tuning. UserError where no step is kept.
     """
     folder = Path(run)
-    if not checkpoint.steps(folder / nonfinite.FOLDER):
-        cells = [p.parent for p in sorted(folder.glob(f"*/{nonfinite.FOLDER}")) if checkpoint.steps(p)]
+    if not steps(folder / nonfinite.FOLDER):
+        cells = [p.parent for p in sorted(folder.glob(f"*/{nonfinite.FOLDER}")) if steps(p)]
         if len(cells) != 1:
             which = f"; name one of {', '.join(map(str, cells))}" if cells else ""
             raise UserError(f"{run}: no step was kept: all that it ran had a finite loss and gradient{which}")
         folder = cells[0]
-    kept = checkpoint.steps(folder / nonfinite.FOLDER)
+    kept = steps(folder / nonfinite.FOLDER)
     at = next((p for p in kept if step is None or p.name == f"step-{step:08d}"), None)
     if at is None:
         raise UserError(f"--step {step}: not kept; allowed: {', '.join(str(_step(p)) for p in kept)}")

@@ -14,10 +14,9 @@ from pathlib import Path
 from mpp import checkpoint, distributed
 from mpp.distributed import Accelerator
 from mpp.errors import UserError
-from mpp.metrics import read_state
 from mpp.recipe import Job, differences, dump_recipe, load_recipe
+from mpp.records import RECIPE, is_checkpoint, read_state
 
-RECIPE = "recipe.yaml"
 DATA = "data.json"
 LOCK = ".lock"
 _held: set[Path] = set()
@@ -129,7 +128,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
     elif path is not None and (path.parent.parent / RECIPE).exists():
         _same_recipe(path.parent.parent, recipe)
     if path is not None:
-        if not path.is_dir() or not checkpoint.is_checkpoint(path):
+        if not path.is_dir() or not is_checkpoint(path):
             raise UserError(
                 f"--resume {path}: no such checkpoint; allowed: auto, never, or a folder such as "
                 f"{out}/checkpoints/step-00001000"

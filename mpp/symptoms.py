@@ -10,11 +10,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpp.errors import one_line
 from mpp.history import History
-from mpp.monitor import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, RISE, Measured, collapsed, flat_since
 from mpp.verdict import NO_HELP
 
 FLAT = 0.98
@@ -35,7 +34,17 @@ LEAST_SLOW_S = 60
 BAD_FRACTION, LEAST_BAD = 1e-4, 10
 """Of the images seen, those that could not be read; and how many they must be. Far fewer than what stops a run."""
 
-
+COLLAPSED_RANK = 2.0
+"""A warning is said where the effective rank of a target or of the features falls below: two directions at most are
+left (a guess; features of 18 encoders that fine-tune had 5 to 57)."""
+COLLAPSED_TARGET_SHARE = 0.1
+"""And where less of a target's energy depends on the image (a guess; half of it does at first)."""
+COLLAPSED_FEATURE_SHARE = 0.002
+"""The same of features, whose common part is harmless and may be large (a guess; those 18 had 0.018 to 0.80)."""
+RECENT = 4
+"""Measurements that must hold no new best for a run to be flat (guess)."""
+RISE = 0.003
+"""What counts as a new best, in skill and in accuracy (guess)."""
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 """What records of another shape than they were written in make of a reader."""
 
@@ -51,6 +60,32 @@ class Symptom:
     """What was seen, in a sentence."""
     advice: str
     """What to try."""
+
+
+def collapsed(rank: float, share: float, least_share: float) -> bool:
+    """Whether a target, or the features, say hardly anything of an image; nan says nothing."""
+    return rank < COLLAPSED_RANK or share < least_share
+
+
+class Measured(NamedTuple):
+    """What was known of a run at a step."""
+
+    step: int
+    skill: float
+    probe: float | None
+
+
+def flat_since(history: Sequence[Measured]) -> int | None:
+    """The step of the best measurement, where neither skill nor probe has risen in the last `RECENT`; else None."""
+    if len(history) <= RECENT:
+        return None
+    before, recent = history[:-RECENT], history[-RECENT:]
+    if max(m.skill for m in recent) > max(m.skill for m in before) + RISE:
+        return None
+    old, new = ([m.probe for m in part if m.probe is not None] for part in (before, recent))
+    if new and (not old or max(new) > max(old) + RISE):
+        return None
+    return max(before, key=lambda m: m.skill).step
 
 
 def symptoms(run: History) -> list[Symptom]:
@@ -173,19 +208,20 @@ def _flat(run: History, moving: bool) -> Symptom | None:
 
 
 def _measured(run: History) -> list[Measured]:
-    """Each measurement of the skill once: the lines of the metrics repeat the last one."""
+    """Each measurement of the skill, with what the probe had found by then."""
     found: list[Measured] = []
+    probe = None
     for m in run.metrics:
-        skill = m.get("skill")
-        if skill is not None and (not found or skill != found[-1].skill):
-            found.append(Measured(m["step"], skill, m.get("probe_accuracy")))
+        probe = m.get("probe_accuracy", probe)
+        if m.get("skill") is not None:
+            found.append(Measured(m["step"], m["skill"], probe))
     return found
 
 
 def _collapsed(run: History) -> list[Symptom]:
     found = []
-    last = run.metrics[-1] if run.metrics else {}
-    names = [key.removeprefix("target_share_") for key in last if key.startswith("target_share_")]
+    keys = dict.fromkeys(key for m in run.metrics for key in m)
+    names = [key.removeprefix("target_share_") for key in keys if key.startswith("target_share_")]
     for name, key, least in [
         *((f"target {n}", f"target_{{}}_{n}", COLLAPSED_TARGET_SHARE) for n in names),
         ("the encoder's features", "feature_{}", COLLAPSED_FEATURE_SHARE),

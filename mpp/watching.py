@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mpp.history import History, read_run
-from mpp.runfolder import RECIPE
+from mpp.metrics import RECENT_LINES, duration
+from mpp.records import RECIPE
 from mpp.symptoms import symptoms
 
 QUIET = 10
 """A run that has written nothing for so many times as long as it takes between two lines is said to be silent."""
 YOUNG_S = 600
 """A run folder without a status is taken for one that begins, for so long (a guess)."""
-RECENT_LINES = 5
-"""Of the metrics, from which the pace is taken."""
 
 
 def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
@@ -69,7 +68,7 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
     if step is not None and steps:
         head += f", step {step:,} of {steps:,} ({step / steps:.0%})"
     if running and (left := _seconds_left(run, now)) is not None:
-        head += f", about {_span(left)} left"
+        head += f", about {duration(left)} left"
     lines = [head]
     shown = [
         f"{word} {value:.4g}"
@@ -86,10 +85,10 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
     if shown:
         lines.append("  " + "  ".join(shown))
     if found := run.checkpoint():
-        age = _span(max(now - found.stat().st_mtime, 0))
+        age = duration(max(now - found.stat().st_mtime, 0))
         lines.append(f"  last checkpoint: step {int(found.name.removeprefix('step-')):,}, {age} ago")
     if running and (quiet := _silent_for(run, now)) is not None:
-        lines.append(f"  nothing written for {_span(quiet)}: it may hang, or be gone")
+        lines.append(f"  nothing written for {duration(quiet)}: it may hang, or be gone")
     return lines, running
 
 
@@ -118,11 +117,8 @@ def _going_on(run: History, now: float) -> bool:
 
 def _pace(run: History) -> float | None:
     """Seconds of a step, over the last few lines."""
-    lines = run.metrics[-RECENT_LINES - 1 :]
-    if len(lines) == 1:  # it began at nothing
-        lines = [{"step": 0, "seen": 0}, *lines]
     seconds = steps = 0.0
-    for before, line in itertools.pairwise(lines):
+    for before, line in itertools.pairwise(run.metrics[-RECENT_LINES - 1 :]):
         if line.get("images_per_s"):
             seconds += (line["seen"] - before["seen"]) / line["images_per_s"]
             steps += line["step"] - before["step"]
@@ -147,13 +143,3 @@ def _silent_for(run: History, now: float) -> float | None:
         return None
     since = _since_last_line(run, now)
     return since if since > max(QUIET * every * pace, 60) else None
-
-
-def _span(seconds: float) -> str:
-    """1:02:03, 12:34 or 56 s."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d}"
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

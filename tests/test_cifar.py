@@ -10,7 +10,7 @@ import pytest
 
 import mpp
 from mpp.data.pack import pack
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.conftest import ROOT
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-images.tar.gz"

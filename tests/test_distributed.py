@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +98,6 @@ def test_threads_that_would_wait_are_spoken_of(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     expected = f"other work takes {load:.1f} of {cores} cores: OMP_NUM_THREADS=1 may be several times faster"
     assert distributed.cores_in_use() == (expected if said else "")
+    for device, processes in (("cuda", 1), ("cpu", 2)):
+        elsewhere = SimpleNamespace(device=torch.device(device), num_processes=processes)
+        assert distributed.cores_in_use(elsewhere) == "", "its load is none of torch's threads' here"  # type: ignore[arg-type]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +56,23 @@ def test_plain_timm_loads_it(run: Path, exported: Path) -> None:
     state = load_file(sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors")
     for name, value in model.state_dict().items():
         assert torch.equal(state[f"encoder.model.{name}"], value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_leaves_nothing(run: Path, tmp_path: Path, number: signal.Signals) -> None:
+    export = [sys.executable, "-m", "mpp", "export", str(run), str(tmp_path / "new" / "e")]
+    process = subprocess.Popen(export, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("new/.export-*/encoder/README.md")):  # it is being verified, or soon will be
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in stderr
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_config_has_no_second_num_classes(exported: Path) -> None:

@@ -21,7 +21,7 @@ from mpp.data.labeled import balanced
 from mpp.encoders.timm_encoder import create_timm_model
 from mpp.errors import UserError
 from mpp.finetuning import Judged, _average
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from mpp.supervised import build
 from mpp.tasks.classify import ClassifyTask
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe

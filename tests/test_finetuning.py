@@ -20,8 +20,8 @@ from PIL import Image
 
 import mpp
 from mpp.errors import MppWarning, UserError
-from mpp.metrics import read_metrics
 from mpp.recipe import FinetuneRecipe, check_recipe
+from mpp.records import read_metrics
 from mpp.supervised import build
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe
 

@@ -10,7 +10,7 @@ import mpp
 PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
     {"errors", "faults"},
-    {"rng", "types", "verdict", "keymap"},
+    {"rng", "types", "verdict", "keymap", "records"},
     {"patches", "pyramid", "sharding"},
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders", "layouts"},
     {"recipe", "data"},
@@ -28,8 +28,8 @@ LAYERS = [
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}
 WITHIN_LAYER = {
     "checkpoint": {"distributed"},
-    "runfolder": {"checkpoint", "distributed", "metrics"},
-    "nonfinite": {"checkpoint", "distributed", "metrics"},
+    "runfolder": {"checkpoint", "distributed"},
+    "nonfinite": {"checkpoint", "distributed"},
     "contract": {"model"},
     "build": {"model", "contract", "exporting"},
     "exporting": {"metrics"},

@@ -82,7 +82,7 @@ def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, tmp_path: Pa
 def test_on_two_processes_the_losses_are_those_of_one(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
     import yaml
 
-    from mpp.metrics import read_metrics
+    from mpp.records import read_metrics
 
     for out, processes in (("one", 1), ("two", 2)):
         path = tmp_path / f"{out}.yaml"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 
 from mpp.errors import MppWarning
-from mpp.metrics import Lines
+from mpp.metrics import Lines, RunLog, duration
 
 
 def test_lines_wait_where_there_is_no_space_and_come_in_their_order(tmp_path: Path) -> None:
@@ -29,3 +30,26 @@ def test_lines_wait_where_there_is_no_space_and_come_in_their_order(tmp_path: Pa
     lines.close()
     os.close(file)
     os.close(full)
+
+
+def test_time_left_is_told_of_the_last_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not from the first one, in which loaders and kernels start, nor long after the pace has changed."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    log = RunLog(tmp_path, steps=1000, resumed_at=0, active=True)
+    for step, took in ((1, 60.0), (51, 50.0), (101, 50.0), *((s, 100.0) for s in range(151, 402, 50))):
+        now += took
+        log.metrics({"step": step, "loss": 0.5, **({"skill": 0.25} if step == 101 else {})})
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 1/1000  loss 0.5", "nobody knows yet"
+    assert lines[1].endswith("  eta 15:49"), "949 steps of a second, without the first one's minute"
+    assert lines[-1].endswith("  eta 19:58"), "599 steps of two seconds: 401 after five lines of a hundred"
+    assert [line for line in lines if "skill" in line] == ["step 101/1000  loss 0.5  skill 0.25  eta 14:59"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (3600, "1:00:00")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

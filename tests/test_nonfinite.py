@@ -13,8 +13,8 @@ from torch import nn
 import mpp
 from mpp.checkpoint import newest
 from mpp.errors import UserError
-from mpp.metrics import read_metrics
 from mpp.nonfinite import KEPT, Statistics
+from mpp.records import read_metrics
 from tests.conftest import pretrain_recipe
 
 DIVERGES = {"optim.base_lr": 1e20, "optim.warmup_steps": 0, "max_skipped_steps": 50}

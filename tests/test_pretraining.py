@@ -22,7 +22,7 @@ import torch
 import mpp
 from mpp.distributed import Exchange
 from mpp.errors import UserError
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.conftest import ROOT, command, drawn_image, encoded, pretrain_recipe
 from tests.data.test_loader import shard_of
 from tests.synchronisations import Asked

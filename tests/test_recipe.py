@@ -228,7 +228,7 @@ SCALED = [p for p in PRETRAINING if "scales:" in p.read_text()]
 @pytest.mark.parametrize("path", SCALED, ids=lambda p: p.stem)
 def test_every_recipe_runs_at_tiny_scale(path: Path, shards: Path, tmp_path: Path) -> None:
     import mpp
-    from mpp.metrics import read_metrics
+    from mpp.records import read_metrics
 
     changes = {"data.shards": str(shards), "out": str(tmp_path / "run")}
     result = mpp.pretrain(path, scale="tiny", **changes)

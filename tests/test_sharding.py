@@ -16,7 +16,7 @@ from torch import nn
 import mpp
 from mpp import checkpoint
 from mpp.errors import UserError
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from mpp.replaying import replay
 from mpp.sharding import blocks
 from tests.conftest import command, pretrain_recipe, pretrain_values

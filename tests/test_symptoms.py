@@ -12,7 +12,7 @@ import mpp
 from mpp.data.pack import pack
 from mpp.errors import UserError
 from mpp.history import History, read_run
-from mpp.symptoms import symptoms
+from mpp.symptoms import RECENT, Measured, flat_since, symptoms
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 
 LONG = {
@@ -230,3 +230,24 @@ def test_a_dead_process() -> None:
     assert [s.kind for s in symptoms(run)] == ["dead"]
     run.status["host"] = "another machine"
     assert symptoms(run) == []
+
+
+def measurements(skills: list[float], probes: list[float | None] | None = None) -> list[Measured]:
+    return [Measured(10 * (i + 1), s, p) for i, (s, p) in enumerate(zip(skills, probes or [None] * 99, strict=False))]
+
+
+@pytest.mark.parametrize(
+    ("skills", "probes", "since"),
+    [
+        ([0.1, 0.2, 0.2, 0.2], None, None),  # too few to tell
+        ([0.1, 0.3, 0.3, 0.29, 0.3, 0.301], None, 20),
+        ([0.1, 0.3, 0.3, 0.29, 0.3, 0.31], None, None),  # skill rises
+        ([0.1, 0.3, 0.3, 0.29, 0.3, 0.3], [0.4, 0.5, 0.5, 0.5, 0.5, 0.6], None),  # the probe does
+        ([0.1, 0.3, 0.3, 0.29, 0.3, 0.3], [0.4, 0.5, 0.5, 0.5, 0.5, 0.5], 20),
+        ([0.1, 0.3, 0.3, 0.29, 0.3, 0.3], [None, None, 0.4, 0.4, 0.4, 0.4], None),  # the probe is new
+        ([0.5, 0.3, 0.2, 0.1, 0.1, 0.1], None, 10),  # it falls
+    ],
+)
+def test_flat(skills: list[float], probes: list[float | None] | None, since: int | None) -> None:
+    assert RECENT == 4
+    assert flat_since(measurements(skills, probes)) == since

@@ -10,7 +10,7 @@ import pytest
 import mpp
 from mpp import distributed
 from mpp.errors import UserError
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.conftest import command, pretrain_recipe, pretrain_values
 
 

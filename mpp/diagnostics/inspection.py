@@ -21,8 +21,8 @@ from mpp.diagnostics.measures import LEAST_IMAGES
 from mpp.diagnostics.observing import Subject, attend, see_all
 from mpp.diagnostics.views import View
 from mpp.errors import BadImage, UserError, one_line
-from mpp.metrics import write_json
 from mpp.recipe import DECODING
+from mpp.records import write_json
 
 FOLDER = "inspect"
 """Of a run: where its views lie."""

@@ -16,7 +16,7 @@ from mpp.data.arrays import read_array, scaled
 from mpp.data.decode import decode_crop, decode_cut
 from mpp.data.pack import pack
 from mpp.errors import BadImage, UserError
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.conftest import Runs, encoded, pretrain_recipe
 
 READING: dict[str, Any] = {"formats": ("PNG", "TIFF", "NPY"), "max_image_pixels": 10_000}

@@ -16,7 +16,7 @@ from mpp.data.cuts import AT_ONCE, LONGEST, finished, packed, resized
 from mpp.data.images import ShardImages
 from mpp.data.loader import Crop, PretrainDataset
 from mpp.masks.uniform import UniformMask
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from mpp.replaying import replay
 from mpp.types import Batch
 from tests.conftest import drawn_image, encoded, pretrain_recipe

@@ -13,7 +13,7 @@ from mpp.data import files
 from mpp.data.images import ShardImages
 from mpp.data.pack import pack
 from mpp.errors import BadImage, UserError
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.conftest import command, pretrain_recipe
 
 

@@ -32,9 +32,9 @@ from mpp.diagnostics.reconstruct import (
     strip,
 )
 from mpp.errors import UserError
-from mpp.metrics import read_metrics
 from mpp.model import BORROWED, GREY, Reconstruction
 from mpp.patches import repeat_cells
+from mpp.records import read_metrics
 from mpp.targets.hog import HogTarget
 from mpp.types import Images, TargetContext
 from tests.conftest import drawn_image, encoded, pretrain_recipe

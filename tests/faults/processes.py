@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.conftest import ROOT, pretrain_values
 
 WAIT_S = 120.0

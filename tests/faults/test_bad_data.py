@@ -22,7 +22,7 @@ from mpp.data.decode import decode_crop
 from mpp.data.images import ShardImages
 from mpp.data.index import index_path, index_shard, scan
 from mpp.errors import BadImage, UserError
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.conftest import drawn_image, encoded
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import Nursery

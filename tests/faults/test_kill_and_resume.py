@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mpp import checkpoint
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.faults.conftest import RECIPES, Bench
 from tests.faults.processes import JOBS, records_of, steps_logged
 

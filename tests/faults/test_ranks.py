@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mpp import checkpoint
 from mpp.liveness import SILENT_S
-from mpp.metrics import read_metrics
+from mpp.records import read_metrics
 from tests.conftest import drawn_image, encoded
 from tests.data.test_loader import shard_of
 from tests.faults.conftest import RECIPES, Bench

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import mpp
 from mpp.errors import MppWarning, UserError
-from mpp.metrics import read_metrics
 from mpp.recipe import FinetuneRecipe, check_recipe
+from mpp.records import read_metrics
 from mpp.supervised import load_dense
 from mpp.tasks.detect import DetectTask
 from mpp.types import FeatureMaps

@@ -21,8 +21,8 @@ from sklearn.metrics import jaccard_score, recall_score
 import mpp
 from mpp.encoders.maps import probe_maps, read_maps
 from mpp.errors import UserError
-from mpp.metrics import read_metrics
 from mpp.recipe import FinetuneRecipe, check_recipe
+from mpp.records import read_metrics
 from mpp.supervised import build, load_dense
 from mpp.tasks import segment
 from mpp.tasks.segment import SegmentTask
