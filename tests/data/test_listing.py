@@ -163,6 +163,11 @@ def test_only_so_many_stay_open() -> None:
     assert indexes[1] == "shard 1"  # long ago
     assert indexes[INDEXES_HELD] == f"shard {INDEXES_HELD}"  # just now
     assert len(loaded) == count + 1
+    indexes[2]  # now the longest ago is 3
+    indexes[INDEXES_HELD + 1]
+    count = len(loaded)
+    assert indexes[2] == "shard 2"
+    assert len(loaded) == count, "the longest unread goes, not the first that came"
     with pytest.raises(IndexError):
         indexes[2 * INDEXES_HELD]
 
@@ -179,10 +184,11 @@ def test_beside_remote_shards(served: Served, folder: Path, tmp_path: Path) -> N
     images.require(range(3), "all take")
     assert images.read(1, 3) == local.read(1, 3)
     assert {line[0] for line in served.log if line[0].endswith(".npz")} == {"/shard-000001.tar.index.npz"}
-    signed = f"{served.url}/shard-000000.tar?signature=a/b"
-    served.log.clear()
-    assert ShardImages(signed, key="k", cache_dir=str(tmp_path / "other")).counts == [25]
-    assert LISTING not in str(served.log)
+    for signature in ("ab", "a/b"):
+        served.log.clear()
+        signed = f"{served.url}/shard-000000.tar?signature={signature}"
+        assert ShardImages(signed, key="k", cache_dir=str(tmp_path / signature)).counts == [25]
+        assert [line[0] for line in served.log] == ["/shard-000000.tar.index.npz"]
 
 
 def test_of_remote_shards_that_changed(served: Served, folder: Path, tmp_path: Path) -> None:
