@@ -628,6 +628,6 @@ def schema(job: str) -> None:
     """JSON schema of a job's recipes, for editors."""
     import json
 
-    from mpp.recipe import RECIPES
+    from mpp.recipe import json_schema
 
-    click.echo(json.dumps(RECIPES[job].model_json_schema(), indent=1))
+    click.echo(json.dumps(json_schema(job), indent=1))

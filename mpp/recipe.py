@@ -25,10 +25,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     create_model,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from mpp import registry
 from mpp.errors import UserError, without_secrets
@@ -56,6 +58,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class Chosen(Section):
+    """A component that is not its key's default: its name must be given."""
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.setdefault("required", []).append("name"))
+
+
+class _ByName:
+    """JSON schema of a component: its name alone, or its keys."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        sections = handler(core)
+        # not oneOf: of a key that fits nowhere, an editor would list the complaints of all of them
+        return {"anyOf": [{"enum": self.names}, *sections.get("oneOf", [sections])]}
+
+
 def component_section(folder: str, default: str) -> Any:
     """The type of a recipe key that names a component: `{name: block, ratio: 0.4}`, or `block` alone.
 
@@ -69,16 +89,18 @@ def component_section(folder: str, default: str) -> Any:
             for key, p in registry.recipe_arguments(cls).items()
         }
         fields["name"] = (Literal[name], name)
-        sections.append(create_model(cls.__name__, __base__=Section, __doc__=cls.__doc__, **fields))
+        base = Section if name == default else Chosen
+        sections.append(create_model(cls.__name__, __base__=base, __doc__=cls.__doc__, **fields))
 
     def with_name(value: Any) -> Any:
         if isinstance(value, str):
             return {"name": value}
         return {"name": default, **value} if isinstance(value, dict) else value
 
+    by_name = _ByName(registry.names(folder))
     if len(sections) == 1:
-        return Annotated[sections[0], BeforeValidator(with_name)]
-    return Annotated[reduce(or_, sections), Field(discriminator="name"), BeforeValidator(with_name)]
+        return Annotated[sections[0], BeforeValidator(with_name), by_name]
+    return Annotated[reduce(or_, sections), Field(discriminator="name"), BeforeValidator(with_name), by_name]
 
 
 def _size(value: Any) -> Any:
@@ -86,7 +108,10 @@ def _size(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-ImageSize = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_size)]
+ImageSize = Annotated[
+    tuple[PositiveInt, PositiveInt],
+    BeforeValidator(_size, json_schema_input_type=PositiveInt | tuple[PositiveInt, PositiveInt]),
+]
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
@@ -119,7 +144,10 @@ def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
 
 LabelCounts = Annotated[
     tuple[PositiveInt, ...],
-    BeforeValidator(lambda value: (value,) if isinstance(value, int) and not isinstance(value, bool) else value),
+    BeforeValidator(
+        lambda value: (value,) if isinstance(value, int) and not isinstance(value, bool) else value,
+        json_schema_input_type=PositiveInt | tuple[PositiveInt, ...],
+    ),
     AfterValidator(_each_once),
     Field(min_length=1),
 ]
@@ -134,8 +162,16 @@ def _path(value: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_path)]
 """A file, folder, pattern or URL; `~` is the home folder."""
-Places = Annotated[tuple[FilePath, ...], BeforeValidator(_listed), Field(min_length=1)]
+Places = Annotated[
+    tuple[FilePath, ...],
+    BeforeValidator(_listed, json_schema_input_type=FilePath | Annotated[tuple[FilePath, ...], Field(min_length=1)]),
+    Field(min_length=1),
+]
 """One of them, or a list."""
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
+Probe = Literal["knn", "linear", "attentive"]
 
 
 class ImageData(Section):
@@ -346,7 +382,9 @@ class Run(Job):
     hang_timeout_s: Annotated[PositiveFloat, Field(ge=5)] = 1800.0
     """A process that makes no progress for so long ends the run, which names it; on slow storage reading a batch and
     saving must fit in it (a guess)."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_listed)] = ()
+    trackers: Annotated[
+        tuple[Tracker, ...], BeforeValidator(_listed, json_schema_input_type=Tracker | tuple[Tracker, ...])
+    ] = ()
     """Where else the metrics go, as they are written: each wants its package."""
 
 
@@ -653,6 +691,8 @@ class AttentiveProbe(Section):
 class EvaluateRecipe(Job):
     """What a frozen encoder's features are worth, layer by layer, beside controls."""
 
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("out"))
+
     job: Literal["evaluate"] = "evaluate"
     encoder: FilePath
     """A pretraining run, an exported folder, or a name of timm's."""
@@ -666,7 +706,9 @@ class EvaluateRecipe(Job):
     """Of the labels drawn, the split of the training images, the random initialisation and the attentive probe."""
     data: EvaluateData
     probes: Annotated[
-        tuple[Literal["knn", "linear", "attentive"], ...], BeforeValidator(_listed), Field(min_length=1)
+        tuple[Probe, ...],
+        BeforeValidator(_listed, json_schema_input_type=Probe | tuple[Probe, ...]),
+        Field(min_length=1),
     ] = ("knn", "linear", "attentive")
     layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     """Blocks (stages, in hierarchical families) whose output is probed, counted from 1; default: all. Beside them
@@ -1081,6 +1123,22 @@ def _bounds(key: Key, job: type[BaseModel]) -> str:
     walk(field.metadata)
     annotations(field.annotation)
     return " and ".join(dict.fromkeys(found))
+
+
+def json_schema(job: str) -> dict[str, Any]:
+    """Of a job's recipes as they are written, with every short form, for editors. It knows no rule between keys."""
+    found: dict[str, Any] = _with_limits(RECIPES[job].model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+_LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _with_limits(node: Any) -> Any:
+    """pydantic leaves the limits of what a function looked at before under its own names, which say nothing there."""
+    if isinstance(node, dict):
+        return {_LIMITS.get(k, k) if isinstance(v, int | float) else k: _with_limits(v) for k, v in node.items()}
+    return [_with_limits(item) for item in node] if isinstance(node, list) else node
 
 
 def dump_recipe(recipe: Job) -> str:

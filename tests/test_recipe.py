@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 
 from mpp.errors import UserError
 from mpp.recipe import (
@@ -18,9 +19,11 @@ from mpp.recipe import (
     checked,
     differences,
     dump_recipe,
+    json_schema,
     load_any,
     load_recipe,
     parse_overrides,
+    parse_yaml,
 )
 from tests.conftest import ROOT, pretrain_recipe
 
@@ -260,11 +263,61 @@ def test_differences_name_keys_that_matter(tmp_path: Path) -> None:
     assert differences(a, b) == ["mask.ratio: was 0.6, now 0.5"]
 
 
+EVALUATE = "job: evaluate\nencoder: runs/a\ndata: {train: a, val: [b, c]}\nprobes: knn\n"
+
+
+def complaints(job: str, text: str) -> list[str]:
+    """What an editor says of a recipe."""
+    values = parse_yaml(text, "r.yaml")[0]
+    return [error.message for error in Draft202012Validator(json_schema(job)).iter_errors(values)]
+
+
 @pytest.mark.parametrize("job", sorted(RECIPES))
 def test_schema_describes_every_key(job: str) -> None:
-    schema = RECIPES[job].model_json_schema()
+    schema = json_schema(job)
+    Draft202012Validator.check_schema(schema)
     assert "description" in schema
     assert schema["properties"].keys() >= {"out", "data", "job"}
+
+
+@pytest.mark.parametrize("name", sorted(bundled()))
+def test_schema_takes_every_recipe(name: str) -> None:
+    """As it is written, with its short forms; and written out in full."""
+    path, job = bundled()[name], name.split("/")[0]
+    assert complaints(job, path.read_text()) == []
+    assert complaints(job, dump_recipe(load_any(path))) == []
+
+
+def test_schema_takes_an_evaluation() -> None:
+    assert complaints("evaluate", EVALUATE) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("mask: block", ""),
+        ("mask: {ratio: 0.5}", ""),
+        ("mask: {name: block, ratio: 0.5}", ""),
+        ("head: {name: transformer, depth: 2}\nextra_targets: [{target: hog, weight: 0.5}]", ""),
+        ("data: {shards: [a, b], image_size: [32, 64]}", ""),
+        ("trackers: wandb", ""),
+        ("mask: blok", "'blok' is not valid"),
+        ("mask: {name: block, ratoi: 0.5}", "is not valid"),
+        ("mask: {ratio: 2}", "is not valid"),
+        ("mask: {min_block: 4}", "is not valid"),  # of block, which is not the default
+        ("msk: block", "'msk' was unexpected"),
+        ("data: {shards: [], image_size: 32}", "is not valid"),
+        ("data: {shards: a, image_size: 0}", "is not valid"),
+        ("log_every_steps: 0", "less than the minimum of 1"),
+        ("optim: {steps: 1, base_lr: 0}", "less than or equal to the minimum of 0"),
+        ("encoder: {pretrained: 1}", "1 is not of type 'boolean'"),
+    ],
+)
+def test_schema_knows_short_forms_and_slips(change: str, told: str) -> None:
+    given = {"out": "out: o", "data": "data: {shards: a, image_size: 32}", "optim": "optim: {steps: 1}"}
+    given |= {line.partition(":")[0]: line for line in change.splitlines()}
+    found = complaints("pretrain", "\n".join(given.values()))
+    assert (len(found) == 1 and told in found[0]) if told else found == []
 
 
 def test_finetune_recipes_check_across_keys(tmp_path: Path) -> None:
