@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import signal
@@ -21,6 +23,16 @@ LESS_MEMORY = (
     "Allowed: a smaller optim.max_batch_per_device; in pretraining encoder.grad_checkpointing=true and fsdp=true, too. "
     "`mpp plan` says what fits"
 )
+
+
+OF_THE_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Of errors that name no file: a write says no more."""
+
+
+def _no_more_output() -> None:
+    """What is buffered for a stdout that takes nothing is dropped; Python would try again, and complain, at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _clear_away_when_ended() -> None:
@@ -58,10 +70,21 @@ class Commands(click.Group):
             for line in str(error).splitlines():
                 click.echo(who + line, err=True)
             sys.exit(2)
-        except OSError as error:
-            if error.filename is None:  # not about the user's files
+        except click.UsageError as error:
+            if isinstance(error, click.exceptions.NoArgsIsHelpError):
                 raise
-            click.echo(f"{os.fsdecode(error.filename)}: {error.strerror}", err=True)
+            command = error.ctx.command_path if error.ctx else "mpp"
+            click.echo(f"{command}: {error.format_message()} See {command} --help", err=True)
+            sys.exit(2)
+        except BrokenPipeError:  # as a program that the signal itself ends
+            _no_more_output()
+            sys.exit(128 + signal.SIGPIPE)
+        except OSError as error:
+            if error.filename is None and error.errno not in OF_THE_STORAGE:  # not about the user's files
+                raise
+            _no_more_output()  # which it may be about
+            where = "a file, or the output" if error.filename is None else os.fsdecode(error.filename)
+            click.echo(f"{where}: {error.strerror}", err=True)
             sys.exit(2)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
@@ -101,8 +124,6 @@ def _json(value: Any) -> str:
 
 def _progress_aside(as_json: bool) -> Any:
     """What a job says while it goes on belongs elsewhere than what a script reads."""
-    import contextlib
-
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
@@ -158,7 +179,8 @@ def pack(
         )
     if as_json:
         return click.echo(_json(packed))
-    kind = f"{len(packed.classes)} classes (--no-labels leaves them out)" if packed.classes else "no labels"
+    named = f"{len(packed.classes)} classes" if packed.classes else "with labels, numbers without names"
+    kind = f"{named} (--no-labels leaves them out)" if packed.labeled else "no labels"
     click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
     if packed.shards_missing:
         click.echo(f"{packed.shards_missing} shards are not here yet; the part that comes last finishes")
@@ -416,7 +438,7 @@ def import_(
 
     _clear_away_when_ended()
     values: dict[str, Any] = {}
-    apply_overrides(values, {}, parse_overrides(args))
+    apply_overrides(values, {}, parse_overrides(args, example="patch_size=8"))
     found = mpp.import_weights(
         file,
         out,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 _IN_URL = re.compile(r"(?<=://)[^/\s'\"]*@")
 _PARAMETER = re.compile(
@@ -43,9 +44,16 @@ class MppWarning(UserWarning):
     """A result or an input that deserves a second look."""
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: object) -> str:
     """What somebody else's error says, for a line of ours: without its line breaks, and no more than fits."""
     return without_secrets(" ".join(str(error).split()))[:300]
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be written: in the system's words, of several the first one's."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (from, to, why) each
+        return one_line(error.args[0][0][2])
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def how_to_get(*extras: str) -> str:

@@ -32,7 +32,7 @@ from torch import nn
 
 from mpp import faults
 from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
-from mpp.errors import MppWarning, UserError, one_line, without_secrets
+from mpp.errors import MppWarning, UserError, one_line, reason, without_secrets
 from mpp.metrics import environment
 from mpp.recipe import Architecture, FinetuneRecipe, ImageData, PretrainRecipe, dump_recipe
 from mpp.records import read_state, write_json
@@ -280,9 +280,9 @@ def save_encoder(
         faults.point("export.before_rename")
         os.replace(aside, folder)
         faults.point("export.renamed")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
     finally:
         model.train(training)
 
@@ -548,8 +548,8 @@ def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Pat
                     os.replace(file, target / file.name)
             else:
                 os.replace(copy, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: cannot be written: {reason(error)}") from error
     return replace(verified, folder=target)
 
 

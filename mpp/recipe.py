@@ -856,6 +856,8 @@ def apply_overrides(
                 inner = node[int(part)]
             else:
                 key.append(part)
+                if part not in node:
+                    places[tuple(key)] = place
                 inner = node.setdefault(part, {})
                 if isinstance(inner, str) and registry_key(part):  # `mask: block` and then mask.ratio=0.5
                     inner = node[part] = {"name": inner}
@@ -910,11 +912,11 @@ def registry_key(part: str) -> bool:
     return part in ("mask", "corruption", "target", "loss", "head", "task")
 
 
-def parse_overrides(pairs: tuple[str, ...]) -> dict[str, str]:
+def parse_overrides(pairs: tuple[str, ...], example: str = "optim.base_lr=1e-4") -> dict[str, str]:
     """`key=value` words of the command line. UserError for a word of another form."""
     for pair in pairs:
-        if not re.match(r"[A-Za-z_][\w.]*=", pair):
-            raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as optim.base_lr=1e-4")
+        if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", pair):
+            raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as {example}")
     given: dict[str, str] = {}
     for word in ("recipe", "resume", "scale"):
         if any(pair.startswith(f"{word}=") for pair in pairs):

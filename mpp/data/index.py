@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 import tarfile
 import tempfile
@@ -37,6 +38,8 @@ FORMAT = 2
 BLOCK = 512
 MOST_INDEX_BYTES = 256 << 20
 """Of the index of a shard that is not at hand: 6 million images (a guess)."""
+MOST_PACKED = 1_000_000
+"""Shards of a packing that are looked for by name."""
 COLUMNS = ("image_offset", "image_size", "label_offset", "label_size", "label_is_json")
 _PLAIN, _SKIPPED = b"0\0" + b"7", b"123456"
 
@@ -278,7 +281,8 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
         if re.match(r"pipe:", item):
             raise UserError(f"{key}: '{item}': pipes are never run; give files or URLs")
         try:
-            names = list(braceexpand(item))
+            # a name with braces that is there is no pattern
+            names = [item] if not is_remote(item) and os.path.exists(item) else list(braceexpand(item))
         except ValueError as error:
             raise UserError(f"{key}: '{item}': unbalanced braces") from error
         for name in names:
@@ -297,6 +301,8 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
                 matches = [name] if os.path.exists(name) else []
             if not matches and not is_remote(name) and not glob.has_magic(name):
                 _may_look(name, key)
+            if not is_remote(name):
+                _no_parquet(matches, name, key)
             if not matches:
                 if name.endswith(".tar") or glob.has_magic(name) or os.path.isdir(name):
                     raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
@@ -320,9 +326,25 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
     return found
 
 
+def _no_parquet(matches: list[str], name: str, key: str) -> None:
+    """UserError: it is no shard, and reading single rows of it would be slow."""
+    if os.path.isdir(name) and matches == [name]:
+        inside = (f for folder, _, files in os.walk(name) for f in files if f.endswith(".parquet") or IMAGE.search(f))
+        parquet = (first := next(inside, "")) and not IMAGE.search(first)
+    else:
+        parquet = any(match.lower().endswith(".parquet") for match in matches)
+    if parquet:
+        raise UserError(f"{key}: '{name}': {packed_first(name)}")
+
+
+def packed_first(parquet: str) -> str:
+    return f"Parquet is read by `mpp pack {shlex.quote(parquet)} OUT`, whose OUT can be given here"
+
+
 def _check_shards_of(folder: str, key: str) -> None:
-    """UserError where shards are not all that a folder holds: images beside them, or a packing that is not done."""
-    if images := images_among(n for n in os.listdir(folder) if not n.startswith(".") and not n.endswith(".npz")):
+    """UserError where a folder holds more than shards, images beside them, or less than what was packed into it."""
+    there = os.listdir(folder)
+    if images := images_among(n for n in there if not n.startswith(".") and not n.endswith(".npz")):
         raise UserError(
             f"{key}: '{folder}': holds shards and {len(images)} images beside them, such as {min(images)}; which are "
             f"meant? {os.path.join(folder, '*.tar')} names the shards"
@@ -330,12 +352,24 @@ def _check_shards_of(folder: str, key: str) -> None:
     try:
         about = json.loads((Path(folder) / "dataset.json").read_text())
         unfinished = "images_listed" in about and "images" not in about
-    except (OSError, ValueError, TypeError):
+        packed = -(-int(about["images_listed"]) // int(about["images_per_shard"])) if "images_listed" in about else 0
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError):
         return
     if unfinished:
         raise UserError(
             f"{key}: '{folder}': was not packed to its end; the same `mpp pack` again, every part of it, finishes it"
         )
+    lost = sorted({packed_name(k) for k in range(min(packed, MOST_PACKED))} - set(there))
+    if lost:
+        raise UserError(
+            f"{key}: '{folder}': {len(lost)} of its {packed} shards are missing, such as {lost[0]}; copy them again, "
+            f"or pack into a new folder. {os.path.join(folder, '*.tar')} means those that are there"
+        )
+
+
+def packed_name(number: int) -> str:
+    """Of the shards that `mpp pack` writes."""
+    return f"shard-{number:06d}.tar"
 
 
 def _may_look(name: str, key: str) -> None:

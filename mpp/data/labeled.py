@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 from mpp.data.decode import decode_crop, decode_pillow, view_boxes
 from mpp.data.files import read_manifest, read_regular
 from mpp.data.images import ShardImages, evenly, holds_shards, images_of
-from mpp.data.index import class_names, images_below
+from mpp.data.index import class_names, images_below, packed_first
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream, torch_seed
 
@@ -333,7 +334,9 @@ def _listed(folder: str) -> list[str]:
 def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
     found = sorted(n for n in _listed(spec) if os.path.isdir(os.path.join(spec, n)) and not n.startswith("."))
     if not found:
-        raise UserError(f"{key}: {spec} holds neither *.tar shards nor a folder for each class")
+        parquet = any(n.endswith(".parquet") for n in _listed(spec))
+        advice = f"; {packed_first(spec)}" if parquet else ""
+        raise UserError(f"{key}: {spec} holds neither *.tar shards nor a folder for each class{advice}")
     if found == ["images", "masks"]:
         raise UserError(f"{key}: {spec} holds images/ and masks/, for task: segment; wants a folder for each class")
     known = classes or found
@@ -343,7 +346,9 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
         if members and name not in known:
             raise UserError(f"{key}: {spec}/{name}: no such class in the training data ({', '.join(known[:5])} …)")
         if not members and classes is None:
-            raise UserError(f"{key}: {spec}/{name}: a class folder without images")
+            parquet = any(Path(spec, name).rglob("*.parquet"))
+            advice = f"; {packed_first(spec)}" if parquet else ""
+            raise UserError(f"{key}: {spec}/{name}: a class folder without images{advice}")
         paths += members
         labels += [known.index(name) for _ in members]
     return Labeled(FileReader(paths), np.array(labels, dtype=np.int64), known)

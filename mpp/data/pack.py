@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mpp.data.arrays import NPY, TIFF
 from mpp.data.children import end_with
-from mpp.data.index import IMAGE, index_shard
+from mpp.data.index import IMAGE, index_shard, packed_name
 from mpp.data.listing import write_listing
 from mpp.data.sources import Source, open_source
 from mpp.errors import UserError
@@ -43,8 +43,9 @@ class Packed:
     """Those that other parts are still to write."""
     images: int
     """In the shards that are there."""
+    labeled: bool
     classes: list[str]
-    """Empty for unlabeled data."""
+    """Empty for unlabeled data, and for numbers of which nobody says what they stand for."""
     skipped: list[tuple[str, str]]
     """(where in the source, why) of everything that was left out."""
 
@@ -83,7 +84,7 @@ def pack(
         "files_sha256": hashlib.sha256(found.identity).hexdigest(),
     }
     _claim(Path(out), description)
-    paths = [os.path.join(out, f"shard-{k:06d}.tar") for k in range(shards)]
+    paths = [os.path.join(out, packed_name(k)) for k in range(shards)]
     jobs = [
         (found, path, k * images_per_shard, min((k + 1) * images_per_shard, found.samples))
         for k, path in enumerate(paths)
@@ -123,7 +124,7 @@ def pack(
             raise UserError(f"{source}: none of {found.samples} could be read as an image; see {out}/{SKIPPED}")
         write_listing(out, indexes)
         _write_text(os.path.join(out, DESCRIPTION), json.dumps({**description, "images": images}, indent=1))
-    return Packed(len(paths), len(pending), missing, images, found.classes, sorted(skipped))
+    return Packed(len(paths), len(pending), missing, images, found.labeled, found.classes, sorted(skipped))
 
 
 def _claim(out: Path, description: dict[str, object]) -> None:
@@ -202,5 +203,9 @@ def _lines(path: str) -> list[str]:
 
 def _write_text(path: str, text: str) -> None:
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # parts may finish at the same time
-    Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(temporary, path)
+    try:
+        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, path) from error

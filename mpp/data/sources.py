@@ -37,8 +37,11 @@ class Source(Protocol):
     @property
     def samples(self) -> int: ...
 
+    @property
+    def labeled(self) -> bool: ...
+
     classes: list[str]
-    """Empty where there are no labels."""
+    """Empty where there are no labels, or numbers of which nobody says what they stand for."""
     skipped: list[tuple[str, str]]
     """(where, why) of what is no image by its name."""
     identity: bytes
@@ -95,6 +98,10 @@ class Files:
     classes: list[str]
     identity: bytes
     skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def labeled(self) -> bool:
+        return self.labels is not None
 
     @classmethod
     def of_folder(cls, source: str, labels: bool | None, seed: int) -> Files:
@@ -165,12 +172,16 @@ class Parquet:
         self.files, self.skipped = files, list[tuple[str, str]]()
         self.image = self.label = ""
         self.classes: list[str] = []
+        self.text = False
+        """Whether the column of labels holds names in place of numbers."""
         self.groups: list[tuple[int, int]] = []
         """(file, row group) of each."""
         counts = []
         for number, file in enumerate(files):
             try:
                 with parquet.ParquetFile(file) as opened:
+                    if not opened.metadata.num_rows:
+                        continue  # its columns may have no type
                     self._columns(file, opened.schema_arrow, labels)
                     groups = opened.metadata.num_row_groups
                     counts += [opened.metadata.row_group(g).num_rows for g in range(groups)]
@@ -181,6 +192,10 @@ class Parquet:
         self.ends = np.cumsum(counts).tolist() if counts else []
         if not self.samples:
             raise UserError(f"{files[0]}: no rows" + (" …" if len(files) > 1 else ""))
+        if self.text:
+            self.classes = self._names()
+        self.labeled = bool(self.label)
+        self._numbers = {name: number for number, name in enumerate(self.classes)}
         sizes = [f"{os.path.basename(file)}:{os.path.getsize(file)}" for file in files]
         self.identity = "\0".join([self.image, self.label, *sizes]).encode("utf-8", "surrogateescape")
 
@@ -197,32 +212,47 @@ class Parquet:
             if not self.image:
                 raise UserError(f"{file}: no column of image bytes among {', '.join(names)}")
             if labels is not False:
-                self.label, self.classes = self._labels(file, schema, labels)
+                self.label, self.classes, self.text = self._labels(file, schema, labels)
         missing = [name for name in (self.image, self.label) if name and name not in names]
         if missing:
             raise UserError(f"{file}: has no column {', '.join(missing)}, which {self.files[0]} has")
         if not _holds_bytes(schema.field(self.image).type):
             raise UserError(f"{file}: column {self.image}: holds {schema.field(self.image).type}, not bytes of images")
-        if self.label and self._labels(file, schema, labels) != (self.label, self.classes):
+        if self.label and self._labels(file, schema, labels) != (self.label, self.classes, self.text):
             raise UserError(f"{file}: column {self.label}: other labels or names of classes than {self.files[0]} has")
 
-    def _labels(self, file: str, schema: Any, labels: bool | None) -> tuple[str, list[str]]:
-        """The column and the names of its classes: Hugging Face's ClassLabel, or the numbers that occur."""
+    def _labels(self, file: str, schema: Any, labels: bool | None) -> tuple[str, list[str], bool]:
+        """(column, names of its classes where Hugging Face's ClassLabel says them, whether it holds names itself)"""
         try:
             said = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         except (KeyError, TypeError, ValueError):
             said = {}
         for name in LABEL_COLUMNS:
-            if name not in schema.names or not str(schema.field(name).type).startswith(("int", "uint")):
+            kind = str(schema.field(name).type) if name in schema.names else ""
+            if re.match(r"(dictionary<values=)?(large_)?string", kind):
+                return name, [], True
+            if not kind.startswith(("int", "uint")):
                 continue
             about = said.get(name) if isinstance(said, dict) else None
             classes = about.get("names") if isinstance(about, dict) else None
             if isinstance(classes, list) and classes:
-                return name, [str(c) for c in classes]
-            return name, []
+                return name, [str(c) for c in classes], False
+            return name, [], False
         if labels:
-            raise UserError(f"{file}: no column of whole numbers named {', '.join(LABEL_COLUMNS)}")
-        return "", []
+            raise UserError(f"{file}: no column of whole numbers or names called {', '.join(LABEL_COLUMNS)}")
+        return "", [], False
+
+    def _names(self) -> list[str]:
+        """Those that occur in all files, sorted; of the column of labels alone."""
+        parquet, found = _pyarrow(), set[str]()
+        for number, group in self.groups:
+            try:
+                with parquet.ParquetFile(self.files[number]) as opened:
+                    column = opened.read_row_group(group, columns=[self.label]).column(self.label)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
+            found.update(name for name in column.unique().to_pylist() if name)
+        return sorted(found)
 
     def read(self, first: int, end: int) -> Iterator[Sample]:
         parquet = _pyarrow()
@@ -245,8 +275,10 @@ class Parquet:
                 yield where, data if data else "no bytes in it", self._checked(label, where)
             first, at = self.ends[at], at + 1
 
-    def _checked(self, label: int | None, where: str) -> int | None:
+    def _checked(self, label: int | str | None, where: str) -> int | None:
         """Negative ones stand for none, as in test sets. UserError for a class that there is not."""
+        if isinstance(label, str):
+            label = self._numbers.get(label)
         if label is None or label < 0:
             if self.wanted:
                 raise UserError(f"{where}: has no label")

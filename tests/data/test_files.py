@@ -86,6 +86,18 @@ def test_shards_that_are_not_all_of_a_folder(shards: Path, image_folder: Path, t
     pack(str(image_folder), str(tmp_path / "part"), images_per_shard=20, workers=1, part=(1, 2))
     with pytest.raises(UserError, match="was not packed to its end"):
         opened(tmp_path / "part")
+    (folder / "a.jpg").unlink()
+    (folder / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"1 of its 3 shards are missing, such as shard-000001\.tar; .*s/\*\.tar means"):
+        opened(folder)
+    assert len(opened(f"{folder}/*.tar").names) == 2
+
+
+def test_a_name_with_braces_that_is_there(shards: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(shards, tmp_path / "out {1..2} [a]")
+    assert len(opened(folder).names) == 3
+    with pytest.raises(UserError, match=r"out 1 \[b\]': no such"):
+        opened(tmp_path / "out {1..2} [b]")
 
 
 def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -91,7 +92,9 @@ def test_parquet_that_is_not_of_images(photos: list[tuple[bytes, int]], tmp_path
 
     refused(pa.table({"text": ["a"], "n": [1]}), "no column of image bytes among text, n")
     refused(pa.table({"image": pa.array([], pa.binary())}), "no rows")
-    refused(pa.table({"image": [b"1"], "label": ["cat"]}), "no column of whole numbers named label", labels=True)
+    refused(
+        pa.table({"image": [b"1"], "label": [0.5]}), "no column of whole numbers or names called label", labels=True
+    )
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match="a.parquet: "):
         pack(str(tmp_path / "a.parquet"), str(tmp_path / "out"), workers=1)
@@ -143,6 +146,44 @@ def test_parquet_labels_and_splits(photos: list[tuple[bytes, int]], tmp_path: Pa
     (tmp_path / "p/a.parquet").rename(tmp_path / "p/train-0.parquet")
     (tmp_path / "p/b.parquet").rename(tmp_path / "p/test-0.parquet")
     refused(r"holds the splits test, train; give one of them, such as '.*/p/train-\*\.parquet'")
+
+
+def test_parquet_of_others(photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
+    """Names in place of numbers, numbers without names, and files without rows, whose columns have no type."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    def table(labels: Any) -> Any:
+        return pa.table({"image": pa.array([photos[0][0]] * len(labels), pa.binary()), "label": labels})
+
+    (tmp_path / "p").mkdir()
+    parquet.write_table(table(pa.array(["owl", "cat", None])), tmp_path / "p/b.parquet", row_group_size=2)
+    parquet.write_table(table(pa.array(["dog", ""])), tmp_path / "p/c.parquet")
+    parquet.write_table(pa.table({"image": pa.nulls(0), "label": pa.nulls(0)}), tmp_path / "p/a.parquet")
+    packed = pack(str(tmp_path / "p"), str(tmp_path / "named"), workers=1)
+    assert (packed.labeled, packed.classes) == (True, ["cat", "dog", "owl"])
+    assert [label for _, label in contents(tmp_path / "named")] == [b"2", b"0", None, b"1", None]
+    parquet.write_table(table(pa.array(["a", "b", "a"]).dictionary_encode()), tmp_path / "d.parquet")
+    assert pack(str(tmp_path / "d.parquet"), str(tmp_path / "encoded"), workers=1).classes == ["a", "b"]
+    parquet.write_table(table([3, 5]), tmp_path / "p/c.parquet")
+    with pytest.raises(UserError, match="c.parquet: column label: other labels"):
+        pack(str(tmp_path / "p"), str(tmp_path / "mixed"), workers=1)
+    done = CliRunner().invoke(main, ["pack", str(tmp_path / "p/c.parquet"), str(tmp_path / "numbers")])
+    assert done.output.startswith(
+        "2 images, with labels, numbers without names (--no-labels leaves them out), 1 shards"
+    )
+    assert [label for _, label in contents(tmp_path / "numbers")] == [b"3", b"5"]
+
+
+def test_parquet_is_packed_first(photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
+    folder = written(tmp_path / "hf", photos, as_struct=True)
+    options: dict[str, Any] = {"key": "data.train", "classes": None, "cache_dir": None, "cache_limit_bytes": 1e9}
+    for place in (folder, folder / "data", next(folder.rglob("*.parquet"))):
+        said = f"Parquet is read by `mpp pack {place} OUT`, whose OUT can be given here"
+        with pytest.raises(UserError, match=re.escape(f"data.shards: '{place}': {said}")):
+            ShardImages(str(place), key="data.shards")
+        with pytest.raises(UserError, match=re.escape(said)):
+            open_labeled((str(place),), **options)
 
 
 def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
