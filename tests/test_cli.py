@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 
@@ -211,3 +215,79 @@ def test_json_of_what_stands_and_is_known(shards: Path, tmp_path: Path) -> None:
         "yes",
     )
     assert said("models", "vgg11")["may_be_trained"] in ("yes", "yes, with a warning", "no")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["foo"], "mpp: No such command 'foo'. See mpp --help"),
+        (["export", "a", "b", "--format", "onx"], "mpp export: Invalid value for '--format': 'onx' is not one of"),
+        (
+            ["pack", "a", "b", "--images-per-shard", "0"],
+            "mpp pack: Invalid value for '--images-per-shard': 0 is not in",
+        ),
+        (["watch"], "mpp watch: Missing argument 'RUNS...'. See mpp watch --help"),
+        (["recipe", "schema", "x"], "mpp recipe schema: Invalid value for"),
+        (["import", "X", "i", "foo"], "command line: 'foo': write key=value, such as patch_size=8"),
+        (
+            ["recipe", "show", "pretrain/vit_small", "optm.steps=3"],
+            "command line: optm: unknown key. Did you mean 'optim'?",
+        ),
+        (["recipe", "show", "pretrain/vit_small", "mask..ratio=3"], "command line: 'mask..ratio=3': write key=value"),
+    ],
+)
+def test_slips_on_the_command_line_take_a_line(words: list[str], line: str) -> None:
+    done = CliRunner().invoke(main, words, prog_name="mpp")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(line)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def process(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "mpp", *map(str, words)], stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_output_that_nobody_takes() -> None:
+    with open("/dev/full", "w") as full:
+        done = process("recipe", "list", stdout=full)
+    assert (done.returncode, done.stderr) == (2, "a file, or the output: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = process("recipe", "list", stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.slow
+def test_a_full_disk(image_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """Files may grow to so many bytes; a write beyond is an error of the system without a file's name."""
+    import resource
+
+    def limited(most_bytes: int) -> Any:
+        return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+
+    state = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    ).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    model = [
+        "--model",
+        "vit_tiny_patch16_224",
+        "--image-size",
+        "16",
+        "patch_size=4",
+        "embed_dim=32",
+        "depth=2",
+        "num_heads=2",
+    ]
+    for name, words in {
+        "shards": ["pack", image_folder, tmp_path / "shards"],
+        "encoder": ["import", tmp_path / "weights.pth", tmp_path / "encoder", "--trust", *model],
+    }.items():
+        done = process(*words, stdout=subprocess.DEVNULL, preexec_fn=limited(20_000))
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert "File too large" in done.stderr
+        assert name in done.stderr
+    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp" or p.name.startswith(".export-")]
+    assert process("pack", image_folder, tmp_path / "shards", stdout=subprocess.DEVNULL).returncode == 0, "it goes on"

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+import mpp
 from mpp.errors import UserError
 from mpp.recipe import (
     RECIPES,
@@ -25,6 +26,7 @@ from mpp.recipe import (
     parse_overrides,
     parse_yaml,
 )
+from mpp.records import read_metrics
 from tests.conftest import ROOT, pretrain_recipe
 
 BASE = """\
@@ -230,9 +232,6 @@ SCALED = [p for p in PRETRAINING if "scales:" in p.read_text()]
 
 @pytest.mark.parametrize("path", SCALED, ids=lambda p: p.stem)
 def test_every_recipe_runs_at_tiny_scale(path: Path, shards: Path, tmp_path: Path) -> None:
-    import mpp
-    from mpp.records import read_metrics
-
     changes = {"data.shards": str(shards), "out": str(tmp_path / "run")}
     result = mpp.pretrain(path, scale="tiny", **changes)
     assert result.step == 3
@@ -240,8 +239,32 @@ def test_every_recipe_runs_at_tiny_scale(path: Path, shards: Path, tmp_path: Pat
     assert "scales: {}" in (result.out / "recipe.yaml").read_text()
 
 
+FINETUNING = [path for name, path in sorted(bundled().items()) if name.startswith("finetune/")]
+CLASSIFYING = [
+    p for p in FINETUNING if "task: {name: segment" not in p.read_text() and "task: {name: detect" not in p.read_text()
+]
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    mpp.pretrain(bundled()["pretrain/vit_small"], scale="tiny", **{"data.shards": str(shards), "out": str(out)})
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CLASSIFYING, ids=lambda p: p.stem)
+def test_every_fine_tune_runs_at_tiny_scale(path: Path, tiny_encoder: Path, shards: Path, tmp_path: Path) -> None:
+    """Those of places are run where the guides run them."""
+    places = {"data.train": f"{shards}/shard-00000[12].tar", "data.val": f"{shards}/shard-000000.tar"}
+    result = mpp.finetune(path, scale="tiny", encoder=str(tiny_encoder), out=str(tmp_path / "run"), **places)
+    assert result.state == "finished"
+    assert len(list(result.out.glob("*-seed0"))) == 2
+
+
 def test_every_recipe_has_a_tiny_scale() -> None:
     assert {p.stem for p in PRETRAINING} == {p.stem for p in SCALED}
+    assert [p.stem for p in FINETUNING if "  tiny:" not in p.read_text()] == []
 
 
 def test_scales_come_before_overrides_and_keep_their_place(tmp_path: Path) -> None:
