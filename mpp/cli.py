@@ -486,9 +486,12 @@ def _say_verified(verified: Any, as_json: bool = False) -> None:
 @main.command()
 @click.argument("run")
 @click.option("--step", default=None, type=click.IntRange(min=0), help="Default: the last one that was kept.")
-def replay(run: str, step: int | None) -> None:
+@_JSON
+def replay(run: str, step: int | None, as_json: bool) -> None:
     """Run a step of RUN again whose loss or gradient was not finite, and say where that began."""
     found = mpp.replay(run, step)
+    if as_json:
+        return click.echo(_json(found))
     click.echo("\n".join(found.lines))
     click.echo(f"{found.folder}: " + ("as in the run" if found.same else "not as in the run: other losses"))
 

@@ -364,11 +364,14 @@ def _augmentation(recipe: FinetuneRecipe) -> Any:
     if not data.eight_bit:
         for key in ("auto_augment", "color_jitter"):  # the range may be the encoder's, which no recipe was checked with
             if getattr(data, key):
-                raise UserError(f"data.{key}: for images of 8 bit with 1, 3 or 4 channels alone, without value_range")
+                allowed = "for images of 8 bit with 1, 3 or 4 channels alone, without value_range"
+                raise UserError(f"data.{key}: {allowed}; data.{key}=null leaves it out")
         reading = data.decoding()
         return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **reading).random
     if data.auto_augment and data.channels != 3:
-        raise UserError(f"data.auto_augment: its policies are for 3 channels; got {data.channels}")
+        raise UserError(
+            f"data.auto_augment: its policies are for 3 channels, of which data has {data.channels}; null leaves it out"
+        )
     try:
         transform = create_transform(
             (data.channels, *data.image_size),

@@ -25,6 +25,8 @@ def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
     try:
         made = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=path, commit_message="Upload an encoder")
+    except UnicodeEncodeError as error:  # of a header, before anything is sent
+        raise UserError(f"{repository}: HF_TOKEN: holds characters that no token has") from error
     except HFValidationError as error:
         raise UserError(f"{repository}: {one_line(error)}") from error
     except Exception as error:  # of the hub, the network or the token, each in its own class

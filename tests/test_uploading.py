@@ -94,8 +94,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tmp_path_factory.getbasetemp()) / "up0" / "e"
 
 
-def sent(hub: Hub, *words: str | Path) -> Any:
-    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_abc", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+def sent(hub: Hub, *words: str | Path, token: str = "hf_abc") -> Any:
+    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return command("upload", *words, environment=own)
 
 
@@ -118,6 +118,8 @@ def test_what_is_refused(hub: Hub, exported: Path, tmp_path: Path) -> None:
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert f"someone/photos: cannot be sent to {hub.url}: " in done.stderr
     assert "hf_abc" not in done.stderr
+    done = sent(hub, exported, "someone/photos", token="hf_ä")
+    assert (done.returncode, done.stderr) == (2, "someone/photos: HF_TOKEN: holds characters that no token has\n")
     hub.asked.clear()
     with pytest.raises(mpp.UserError, match="not an export; make one by `mpp export` first"):
         mpp.upload(tmp_path, "someone/photos")

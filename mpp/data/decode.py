@@ -188,6 +188,24 @@ def _check_size(width: int, height: int, max_image_pixels: int) -> None:
         raise BadImage(f"{width}×{height} pixels, over max_image_pixels {max_image_pixels}")
 
 
+def _check_pages(image: Image.Image) -> None:
+    """BadImage for a stack in a TIFF, of which one page would be read. A second page of another size is a thumbnail."""
+    if image.format != "TIFF":
+        return
+    first = image.size, image.mode
+    try:
+        image.seek(1)
+    except EOFError:
+        return
+    second = image.size, image.mode
+    image.seek(0)
+    if first == second:
+        raise BadImage(
+            "a TIFF of several pages of one size; data.channels, and data.value_range where that is 1, 3 or 4, read "
+            "pages as channels"
+        )
+
+
 @contextmanager
 def _ours_is_the_limit() -> Iterator[None]:
     """Of pixels: Pillow has one of its own, above which it refuses, whatever a recipe allows. Its warnings of damaged
@@ -207,7 +225,7 @@ def decode_pillow(
     """The whole image, upright, in the mode of `channels`. BadImage as in `decode_crop`.
 
     EXIF rotation applied, transparency over grey, 16 bits divided by 257, CMYK and palette converted, first
-    frame of an animation. deep: grey of 16 bits as it is.
+    frame of an animation, no stacks of pages. deep: grey of 16 bits as it is.
     """
     if not data:
         raise BadImage("empty file")
@@ -217,6 +235,7 @@ def decode_pillow(
         with _ours_is_the_limit():
             image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "NPY"])
             _check_size(image.width, image.height, max_image_pixels)
+            _check_pages(image)
             image.load()
             image = ImageOps.exif_transpose(image)
             if deep and channels == 1 and image.mode.startswith("I;16"):

@@ -6,6 +6,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -182,6 +183,14 @@ def _serve_the_parent_alone(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     end_with(os.getppid())
+    shown = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            shown(kind, error, trace)
+
+    # multiprocessing shows here that a parent ended while a batch was handed over; the parent has said why
+    sys.excepthook = hook
 
 
 def batches(

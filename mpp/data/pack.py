@@ -138,6 +138,8 @@ def _claim(out: Path, description: dict[str, object]) -> None:
             _write_text(str(out / DESCRIPTION), json.dumps(description, indent=1))
             return
         before = json.loads((out / DESCRIPTION).read_text())
+    except FileExistsError as error:
+        raise UserError(f"{out}: is a file; give a new folder") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
     changed = [k for k, v in description.items() if before.get(k) != v]

@@ -107,6 +107,21 @@ def test_bad_images_say_what_is_wrong(data: bytes, message: str) -> None:
         decode(data)
 
 
+def pages(*images: Image.Image) -> bytes:
+    file = io.BytesIO()
+    images[0].save(file, "TIFF", save_all=True, append_images=images[1:])
+    return file.getvalue()
+
+
+def test_a_stack_of_pages() -> None:
+    """One page of it would be read, and the rest lost in silence; a thumbnail behind the image is none of it."""
+    page = drawn_image(1)
+    with pytest.raises(BadImage, match="a TIFF of several pages of one size; data.channels"):
+        decode(pages(page, drawn_image(2)))
+    small = page.resize((8, 8))
+    assert torch.equal(decode(pages(page, small)), decode(encoded(page, "TIFF")))
+
+
 def test_a_format_that_was_not_allowed() -> None:
     with pytest.raises(BadImage, match="not an image of PNG"):
         decode(encoded(drawn_image(1), "JPEG"), formats=("PNG",))

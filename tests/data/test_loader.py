@@ -190,6 +190,20 @@ def test_an_error_beside_living_workers_ends_the_process() -> None:
     assert ended.stderr.strip().endswith("ValueError: on purpose")
 
 
+class _Shows(torch.utils.data.Dataset[Any]):
+    """Of errors what multiprocessing shows of its own threads."""
+
+    def __getitems__(self, keys: list[int]) -> list[int]:
+        for error in (ConnectionResetError("the parent is gone"), EOFError("so it is"), ValueError("on purpose")):
+            sys.excepthook(type(error), error, None)
+        return keys
+
+
+def test_a_worker_says_nothing_of_a_parent_that_is_gone(capfd: pytest.CaptureFixture[str]) -> None:
+    assert list(batches(_Shows(), [[3]], workers=1, pin_memory=False)) == [[3]]  # type: ignore[list-item]
+    assert capfd.readouterr().err == "ValueError: on purpose\n"
+
+
 def test_no_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.shards: no images in"):
         ShardImages(str(shard_of(tmp_path / "a.tar", [])), key="data.shards")

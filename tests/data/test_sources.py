@@ -256,6 +256,13 @@ def test_the_command(image_folder: Path, tmp_path: Path) -> None:
         assert (found.exit_code, found.stderr.startswith(message)) == (2, True), found.stderr
 
 
+def test_out_is_a_file(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="out: is a file; give a new folder"):
+        pack(str(image_folder), str(tmp_path / "out"), workers=1)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_what_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     for name, message in (

@@ -203,6 +203,9 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
     assert "alone, too: " in said
     assert "image-20.jpg" in said
     assert "  first in " in said, "the module is named"
+    scripted = nursery.start("replay", out, "--json", log=folder / "scripted")
+    assert scripted.wait() == [0]
+    assert json.loads(scripted.said())["same"] is True
     other = json.loads((kept / "rank0.json").read_text())
     (kept / "rank0.json").write_text(json.dumps({**other, "losses": [["0.125"] for _ in other["losses"]]}))
     another = nursery.start("replay", out, log=folder / "another")
