@@ -50,6 +50,11 @@ class History:
         return values[-1] if values else None
 
     @property
+    def latest(self) -> dict[str, Any]:
+        """The newest value of every metric: what is measured now and then stands in few lines."""
+        return {key: value for line in self.metrics for key, value in line.items()}
+
+    @property
     def step(self) -> Any:
         """How far it came: by its last line, since the status is of the last checkpoint, but for one that failed."""
         told = self.status.get("step")

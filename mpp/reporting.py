@@ -582,6 +582,7 @@ def _page(runs: list[History], pictures: Pictures) -> str:
         add(_reconstructions, subject, pictures)
     for run in others:
         add(_finetune if run.job == "finetune" else _evaluation, run, pictures)
+        parts[-1].text += [text for other in others if (text := _better_frozen(run, other))]
         if subject and not _reads(run, subject):
             parts[-1].text.insert(0, f"Of another encoder than this run's: {run.recipe.get('encoder')}.")
     if subject:
@@ -634,7 +635,7 @@ def _looked_for(runs: Sequence[History]) -> list[str]:
         found += ["a loss that does not fall or rises again", "waiting for images", "unreadable images"]
     if any(r.series("skill")[1] for r in runs):
         found.append("a skill below the trivial prediction")
-    if any(k.startswith(("feature_rank", "target_rank")) for r in runs for m in r.metrics[-1:] for k in m):
+    if any(k.startswith(("feature_rank", "target_rank")) for r in runs for k in r.latest):
         found.append("collapse of features or targets")
     if any(r.data.get("val_in_train") for r in runs):
         found.append("validation images among training images")
@@ -658,6 +659,36 @@ def _lead(run: History | None, others: list[History]) -> str:
         except DAMAGED:
             continue  # its own part says so
     return text
+
+
+def _better_frozen(finetune: History, evaluation: History) -> str:
+    """Where a probe of the same encoder, from the same labeled images, does better than the fine-tune: a sentence."""
+    alike = finetune.job == "finetune" and evaluation.job == "evaluate" and _reads_the_same(finetune, evaluation)
+    if not alike or finetune.setting("frozen") == 1 or finetune.result.get("metric") != "accuracy":
+        return ""
+    try:
+        (verdict,) = finetune.result["verdicts"]
+        tuned = verdict["score"]["pretrained"]
+        probes = evaluation.result["best"]["encoder"]
+        name, best = max(((name, found["accuracy"]) for name, found in probes.items()), key=lambda item: item[1])
+        width = tuned.get("half_width")
+        if best <= tuned["mean"] + (width if _number(width) else 0):
+            return ""
+    except DAMAGED:  # or not finished
+        return ""
+    return (
+        f"The {name} probe of the frozen encoder does better, {_percent(best)} ({evaluation.folder}): fine-tuning "
+        "loses more than it adds. A lower optim.base_lr, frozen: 0.5 or lora: {} may keep it; frozen: 1 fits the head."
+    )
+
+
+def _reads_the_same(finetune: History, evaluation: History) -> bool:
+    """Whether both are of one encoder and of the same labeled images."""
+    counts = [run.setting("data.labels_per_class") for run in (finetune, evaluation)]
+    places = [[run.setting(f"data.{key}") for key in ("train", "val", "fraction")] for run in (finetune, evaluation)]
+    one_count = counts[0] in (counts[1], [counts[1]])
+    weights = [_weights(source) if (source := run.made_with()) else None for run in (finetune, evaluation)]
+    return one_count and places[0] == places[1] and weights[0] is not None and weights[0] == weights[1]
 
 
 def _gained(other: History) -> str:

@@ -33,7 +33,7 @@ def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
 
 
 def record(folder: str | Path, now: float | None = None) -> dict[str, Any]:
-    """The same for scripts, with the last metrics, the warnings and a fine-tune's cells."""
+    """The same for scripts, with the newest value of each metric, the warnings and a fine-tune's cells."""
     run = read_run(folder)
     now = time.time() if now is None else now
     found = _record(run, now)
@@ -54,7 +54,7 @@ def _record(run: History, now: float) -> dict[str, Any]:
         "steps": run.status.get("steps"),
         "seconds_left": _seconds_left(run, now) if going else None,
         "silent_s": _silent_for(run, now) if going else None,
-        "metrics": run.metrics[-1] if run.metrics else {},
+        "metrics": run.latest,
         "checkpoint": str(checkpoint) if checkpoint else None,
     }
 

@@ -62,7 +62,13 @@ def test_plain_timm_loads_it(run: Path, exported: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_end_it_leaves_nothing(run: Path, tmp_path: Path, number: signal.Signals) -> None:
     export = [sys.executable, "-m", "mpp", "export", str(run), str(tmp_path / "new" / "e")]
-    process = subprocess.Popen(export, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        export,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have it ignored in the background
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("new/.export-*/encoder/README.md")):  # it is being verified, or soon will be
         assert process.poll() is None

@@ -384,7 +384,7 @@ def test_shards_may_lie_elsewhere_when_a_run_goes_on(shards: Path, tmp_path: Pat
     assert (again.state, again.loss, again.skill) == ("finished", whole.loss, whole.skill)
     (tmp_path / "moved" / "shard-000002.tar").unlink()
     with pytest.raises(UserError, match=r"the data changed since"):
-        mpp.pretrain(recipe, resume="auto", **{"data.shards": str(tmp_path / "moved")})
+        mpp.pretrain(recipe, resume="auto", **{"data.shards": f"{tmp_path}/moved/*.tar"})
 
 
 def test_who_may_write_into_a_run_folder(shards: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 
@@ -18,6 +20,7 @@ from mpp import reporting
 from mpp.cli import main
 from mpp.diagnostics import plots
 from mpp.errors import UserError
+from mpp.history import read_run
 from mpp.recipe import EvaluateRecipe, FinetuneRecipe, check_recipe
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 
@@ -148,6 +151,34 @@ def test_runs_are_compared(runs: tuple[Path, Path], shards: Path, tmp_path: Path
     for axis in ("step", "images", "hours"):
         assert f"Loss over {axis}" in path.read_text()
     assert "gain over scratch, 4 labels a class" in words, "beside the run whose encoder it was"
+
+
+def test_a_probe_that_does_better_than_the_fine_tune(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Said where both are of one encoder and of the same labels, and where it is beyond the interval."""
+    run, fine = runs
+
+    def says(mean: float, half_width: float | None = None, **changes: Any) -> bool:
+        folder = Path(shutil.copytree(fine, tmp_path / f"fine{len(list(tmp_path.iterdir()))}"))
+        recipe = yaml.safe_load((fine / "recipe.yaml").read_text())
+        recipe["data"] |= {"labels_per_class": None} | {k: v for k, v in changes.items() if k in recipe["data"]}
+        recipe |= {k: v for k, v in changes.items() if k in recipe}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        result = json.loads((fine / "result.json").read_text())
+        verdict = result["verdicts"][0]
+        verdict["score"]["pretrained"] |= {"mean": mean, "half_width": half_width}
+        (folder / "result.json").write_text(json.dumps({**result, "verdicts": [verdict]}))
+        page = mpp.report([run, folder], tmp_path / "page.html").read_text()
+        return "probe of the frozen encoder does better" in " ".join(Page(page).words)
+
+    best = max(found["accuracy"] for found in read_run(run / "evaluation").result["best"]["encoder"].values())
+    assert says(best - 0.1)
+    assert says(best - 0.1, 0.05)
+    assert not says(best - 0.1, 0.15), "within the interval"
+    assert not says(best)
+    assert not says(best - 0.1, frozen=1.0), "it is a probe itself"
+    assert not says(best - 0.1, val=["elsewhere"])
+    assert not says(best - 0.1, labels_per_class=[4])
+    assert not says(best - 0.1, encoder="elsewhere")
 
 
 # ---- what people put into it

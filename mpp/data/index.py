@@ -328,12 +328,14 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
 
 def _no_parquet(matches: list[str], name: str, key: str) -> None:
     """UserError: it is no shard, and reading single rows of it would be slow."""
+    among = matches
     if os.path.isdir(name) and matches == [name]:
-        inside = (f for folder, _, files in os.walk(name) for f in files if f.endswith(".parquet") or IMAGE.search(f))
-        parquet = (first := next(inside, "")) and not IMAGE.search(first)
-    else:
-        parquet = any(match.lower().endswith(".parquet") for match in matches)
-    if parquet:
+        among = []
+        for _, _, files in os.walk(name):
+            if any(IMAGE.search(file) for file in files):
+                return  # a table beside images is about them
+            among += files
+    if any(file.lower().endswith(".parquet") for file in among):
         raise UserError(f"{key}: '{name}': {packed_first(name)}")
 
 

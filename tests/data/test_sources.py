@@ -184,6 +184,9 @@ def test_parquet_is_packed_first(photos: list[tuple[bytes, int]], tmp_path: Path
             ShardImages(str(place), key="data.shards")
         with pytest.raises(UserError, match=re.escape(said)):
             open_labeled((str(place),), **options)
+    (folder / "data" / "images").mkdir()
+    (folder / "data" / "images" / "a.jpg").write_bytes(photos[0][0])
+    assert ShardImages(str(folder), key="data.shards").counts == [1], "a table beside images is about them"
 
 
 def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
