@@ -6,11 +6,12 @@ import contextlib
 import errno
 import os
 import re
+import select
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -25,8 +26,28 @@ LESS_MEMORY = (
 )
 
 
-OF_THE_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+OF_THE_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Of errors that name no file: a write says no more."""
+TRAINING = ("pretrain", "finetune")
+
+
+def _say_usage(error: click.UsageError) -> NoReturn:
+    """In a line; click would take four."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        raise error
+    command = error.ctx.command_path if error.ctx else "mpp"
+    click.echo(f"{command}: {error.format_message()} See {command} --help", err=True)
+    sys.exit(2)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that was closed at its other end."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
 
 
 def _no_more_output() -> None:
@@ -57,6 +78,12 @@ def _part() -> None:
 class Commands(click.Group):
     """A user's error is one line for each thing that is wrong, and exit code 2; never a traceback."""
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except click.UsageError as error:
+            _say_usage(error)
+
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
         try:
@@ -71,19 +98,20 @@ class Commands(click.Group):
                 click.echo(who + line, err=True)
             sys.exit(2)
         except click.UsageError as error:
-            if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            _say_usage(error)
+        except BrokenPipeError:
+            if not _nobody_reads():
                 raise
-            command = error.ctx.command_path if error.ctx else "mpp"
-            click.echo(f"{command}: {error.format_message()} See {command} --help", err=True)
-            sys.exit(2)
-        except BrokenPipeError:  # as a program that the signal itself ends
             _no_more_output()
-            sys.exit(128 + signal.SIGPIPE)
+            if ctx.invoked_subcommand in TRAINING:
+                click.echo("nobody reads the output any more; go on with --resume auto", err=True)
+            sys.exit(128 + signal.SIGPIPE)  # as a program that the signal itself ends
         except OSError as error:
             if error.filename is None and error.errno not in OF_THE_STORAGE:  # not about the user's files
                 raise
-            _no_more_output()  # which it may be about
             where = "a file, or the output" if error.filename is None else os.fsdecode(error.filename)
+            if error.filename is None:
+                _no_more_output()
             click.echo(f"{where}: {error.strerror}", err=True)
             sys.exit(2)
         except RuntimeError as error:

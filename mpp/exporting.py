@@ -521,7 +521,7 @@ def check_new(folder: Path) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}: not empty; give a new folder")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
 
 
 def check_beside(out: Path, source: Path) -> None:

@@ -56,11 +56,11 @@ class History:
 
     @property
     def step(self) -> Any:
-        """How far it came: by its last line, since the status is of the last checkpoint, but for one that failed."""
+        """How far it came. While it runs its status is of the last checkpoint; later it says where it ended."""
         told = self.status.get("step")
-        if not self.metrics or (self.status.get("state") == "failed" and told is not None):
+        if not self.metrics or (told is not None and self.status.get("state") != "running"):
             return told
-        return self.metrics[-1].get("step", told)
+        return max(told or 0, self.metrics[-1]["step"])
 
     def hours(self) -> list[float]:
         """Hours of training at each line of the metrics, from images and throughput: time between runs is left out."""

@@ -170,7 +170,7 @@ class RunLog:
         tuned = [k for k in record if k.startswith("tune_")]
         keys = ("loss", "skill", "probe_accuracy", *tuned, "lr", "images_per_s")
         new = {k: f"{k} {record[k]:.4g}" for k in keys if k in record and math.isfinite(record[k])}
-        self._shown |= new
+        self._shown = {k: v for k, v in self._shown.items() if k not in record} | new
         if self.bar is not None:
             self.bar.set_postfix_str("  ".join(self._shown[k] for k in keys if k in self._shown))
         else:

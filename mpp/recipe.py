@@ -146,7 +146,7 @@ LabelCounts = Annotated[
     tuple[PositiveInt, ...],
     BeforeValidator(
         lambda value: (value,) if isinstance(value, int) and not isinstance(value, bool) else value,
-        json_schema_input_type=PositiveInt | tuple[PositiveInt, ...],
+        json_schema_input_type=PositiveInt | Annotated[tuple[PositiveInt, ...], Field(min_length=1)],
     ),
     AfterValidator(_each_once),
     Field(min_length=1),
@@ -287,6 +287,10 @@ class Encoder(Section):
     """Recompute activations in the backward pass: slower, less memory."""
 
 
+def _or_null(schema: dict[str, Any]) -> None:
+    schema["anyOf"].append({"type": "null"})
+
+
 def _own_loss(values: Any) -> Any:
     """Where no loss is named: mse, or cross_entropy for a target of classes."""
     if isinstance(values, Mapping) and values.get("loss") is None:
@@ -314,7 +318,7 @@ class ExtraTarget(Section):
     """One more target on the same forward, with a head and a loss of its own."""
 
     target: component_section("targets", "pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    loss: component_section("losses", "mse") = None  # type: ignore[valid-type]
+    loss: component_section("losses", "mse") = Field(None, json_schema_extra=_or_null)  # type: ignore[valid-type]
     """Default: mse, or cross_entropy for a target of classes."""
     head: component_section("heads", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
     weight: PositiveFloat = 1.0
@@ -412,7 +416,7 @@ class PretrainRecipe(Run):
     mask: component_section("masks", "uniform") = Field({}, validate_default=True)  # type: ignore[valid-type]
     corruption: component_section("corruptions", "token") = Field({}, validate_default=True)  # type: ignore[valid-type]
     target: component_section("targets", "norm_pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    loss: component_section("losses", "mse") = None  # type: ignore[valid-type]
+    loss: component_section("losses", "mse") = Field(None, json_schema_extra=_or_null)  # type: ignore[valid-type]
     """Default: mse, or cross_entropy for a target of classes."""
     head: component_section("heads", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
     extra_targets: tuple[ExtraTarget, ...] = ()
@@ -582,7 +586,7 @@ class FinetuneRecipe(Run):
     beside_scratch: Bool = True
     """Run the same fine-tune from scratch, too."""
     seeds: Annotated[
-        tuple[Annotated[NonNegativeInt, Field(lt=2**56)], ...], AfterValidator(_each_once), Field(min_length=1)
+        tuple[Annotated[NonNegativeInt, Field(lt=2**56)], ...], Field(min_length=1), AfterValidator(_each_once)
     ] = (0, 1, 2)
     """Each draws its own labels, order and initial head."""
     data: FinetuneData
@@ -688,10 +692,15 @@ class AttentiveProbe(Section):
     weight_decay: NonNegativeFloat = 0.01
 
 
+def _out_may_be_left_out(schema: dict[str, Any]) -> None:
+    schema["required"].remove("out")
+    schema["properties"]["out"]["type"] = ["string", "null"]
+
+
 class EvaluateRecipe(Job):
     """What a frozen encoder's features are worth, layer by layer, beside controls."""
 
-    model_config = ConfigDict(json_schema_extra=lambda schema: schema["required"].remove("out"))
+    model_config = ConfigDict(json_schema_extra=_out_may_be_left_out)
 
     job: Literal["evaluate"] = "evaluate"
     encoder: FilePath
@@ -707,7 +716,7 @@ class EvaluateRecipe(Job):
     data: EvaluateData
     probes: Annotated[
         tuple[Probe, ...],
-        BeforeValidator(_listed, json_schema_input_type=Probe | tuple[Probe, ...]),
+        BeforeValidator(_listed, json_schema_input_type=Probe | Annotated[tuple[Probe, ...], Field(min_length=1)]),
         Field(min_length=1),
     ] = ("knn", "linear", "attentive")
     layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None

@@ -1,4 +1,4 @@
-"""The files of a run folder, read and replaced as wholes. Nothing here waits for torch: who looks at a run is quick."""
+"""The files of a run folder, read, compared and replaced as wholes, without torch: who looks at a run is quick."""
 
 from __future__ import annotations
 

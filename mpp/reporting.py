@@ -662,7 +662,7 @@ def _lead(run: History | None, others: list[History]) -> str:
 
 
 def _better_frozen(finetune: History, evaluation: History) -> str:
-    """Where a probe of the same encoder, from the same labeled images, does better than the fine-tune: a sentence."""
+    """Where a probe of the same encoder, from the same labels, does better than the fine-tune: a sentence."""
     alike = finetune.job == "finetune" and evaluation.job == "evaluate" and _reads_the_same(finetune, evaluation)
     if not alike or finetune.setting("frozen") == 1 or finetune.result.get("metric") != "accuracy":
         return ""
@@ -671,24 +671,24 @@ def _better_frozen(finetune: History, evaluation: History) -> str:
         tuned = verdict["score"]["pretrained"]
         probes = evaluation.result["best"]["encoder"]
         name, best = max(((name, found["accuracy"]) for name, found in probes.items()), key=lambda item: item[1])
-        width = tuned.get("half_width")
-        if best <= tuned["mean"] + (width if _number(width) else 0):
+        if not _number(tuned["half_width"]) or best <= tuned["mean"] + tuned["half_width"]:  # one seed says little
             return ""
     except DAMAGED:  # or not finished
         return ""
+    other = "" if finetune.recipe.get("lora") else ", lora: {}"
     return (
         f"The {name} probe of the frozen encoder does better, {_percent(best)} ({evaluation.folder}): fine-tuning "
-        "loses more than it adds. A lower optim.base_lr, frozen: 0.5 or lora: {} may keep it; frozen: 1 fits the head."
+        f"loses more than it adds. A lower optim.base_lr{other} or frozen: 0.5 may keep it; frozen: 1 fits the head."
     )
 
 
 def _reads_the_same(finetune: History, evaluation: History) -> bool:
-    """Whether both are of one encoder and of the same labeled images."""
-    counts = [run.setting("data.labels_per_class") for run in (finetune, evaluation)]
-    places = [[run.setting(f"data.{key}") for key in ("train", "val", "fraction")] for run in (finetune, evaluation)]
-    one_count = counts[0] in (counts[1], [counts[1]])
+    """Whether both are of one encoder and of all labels of the same places: parts of them are drawn by seeds."""
+    keys = ("train", "val", "labels_per_class", "fraction")
+    data = [[run.setting(f"data.{key}") for key in keys] for run in (finetune, evaluation)]
     weights = [_weights(source) if (source := run.made_with()) else None for run in (finetune, evaluation)]
-    return one_count and places[0] == places[1] and weights[0] is not None and weights[0] == weights[1]
+    same_encoder = weights[0] is not None and weights[0] == weights[1]
+    return same_encoder and data[0] == data[1] and data[0][2:] == [None, None]
 
 
 def _gained(other: History) -> str:

@@ -208,13 +208,14 @@ def _flat(run: History, moving: bool) -> Symptom | None:
 
 
 def _measured(run: History) -> list[Measured]:
-    """Each measurement of the skill, with what the probe had found by then."""
+    """Each measurement of the skill, with what the probe has found since the one before."""
     found: list[Measured] = []
     probe = None
     for m in run.metrics:
         probe = m.get("probe_accuracy", probe)
         if m.get("skill") is not None:
             found.append(Measured(m["step"], m["skill"], probe))
+            probe = None
     return found
 
 

@@ -115,10 +115,13 @@ def _going_on(run: History, now: float) -> bool:
     return run.status.get("state") == "running" and run.alive() is not False
 
 
-def _pace(run: History) -> float | None:
-    """Seconds of a step, over the last few lines."""
+def _pace(run: History, *, begun: bool = False) -> float | None:
+    """Seconds of a step, over the last few lines. begun: of an only line, too, with the start of everything in it."""
+    lines = run.metrics[-RECENT_LINES - 1 :]
+    if begun and len(lines) == 1:
+        lines = [{"step": 0, "seen": 0}, *lines]
     seconds = steps = 0.0
-    for before, line in itertools.pairwise(run.metrics[-RECENT_LINES - 1 :]):
+    for before, line in itertools.pairwise(lines):
         if line.get("images_per_s"):
             seconds += (line["seen"] - before["seen"]) / line["images_per_s"]
             steps += line["step"] - before["step"]
@@ -138,7 +141,7 @@ def _seconds_left(run: History, now: float) -> float | None:
 
 def _silent_for(run: History, now: float) -> float | None:
     """Seconds without a line, where that is much longer than from one to the next; None after the last step."""
-    pace, every = _pace(run), run.setting("log_every_steps", 50)
+    pace, every = _pace(run, begun=True), run.setting("log_every_steps", 50)
     if pace is None or not isinstance(every, int) or run.metrics[-1]["step"] >= run.status.get("steps", math.inf):
         return None
     since = _since_last_line(run, now)

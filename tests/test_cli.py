@@ -220,6 +220,7 @@ def test_json_of_what_stands_and_is_known(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (["--foo"], "mpp: No such option"),
         (["foo"], "mpp: No such command 'foo'. See mpp --help"),
         (["export", "a", "b", "--format", "onx"], "mpp export: Invalid value for '--format': 'onx' is not one of"),
         (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +50,18 @@ def test_time_left_is_told_of_the_last_lines(
     assert lines[1].endswith("  eta 15:49"), "949 steps of a second, without the first one's minute"
     assert lines[-1].endswith("  eta 19:58"), "599 steps of two seconds: 401 after five lines of a hundred"
     assert [line for line in lines if "skill" in line] == ["step 101/1000  loss 0.5  skill 0.25  eta 14:59"]
+
+
+def test_a_bar_shows_what_is_known_and_nothing_that_no_longer_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RunLog(tmp_path, steps=9, resumed_at=0, active=True)
+    shown: list[str] = []
+    monkeypatch.setattr(log, "bar", SimpleNamespace(set_postfix_str=shown.append, close=lambda: None))
+    for record in ({"loss": 0.5, "skill": 0.25}, {"loss": 0.4}, {"loss": math.nan}):
+        log.metrics({"step": 1, **record})
+    log.close()
+    assert shown == ["loss 0.5  skill 0.25", "loss 0.4  skill 0.25", "skill 0.25"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (3600, "1:00:00")])

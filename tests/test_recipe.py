@@ -324,6 +324,7 @@ def test_schema_takes_an_evaluation() -> None:
         ("head: {name: transformer, depth: 2}\nextra_targets: [{target: hog, weight: 0.5}]", ""),
         ("data: {shards: [a, b], image_size: [32, 64]}", ""),
         ("trackers: wandb", ""),
+        ("loss: null", ""),
         ("mask: blok", "'blok' is not valid"),
         ("mask: {name: block, ratoi: 0.5}", "is not valid"),
         ("mask: {ratio: 2}", "is not valid"),

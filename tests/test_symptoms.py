@@ -182,6 +182,24 @@ def test_a_noisy_loss_beside_a_rising_skill_is_not_flat() -> None:
     assert symptoms(rising) == []
 
 
+def test_a_probe_that_was_taken_away_is_not_flat() -> None:
+    """Of a moving target the probe alone tells; its last value stands for no later step."""
+    lines = [
+        {"step": n, "seen": n, "loss": 1.0, "skill": 0.1, "target_share_ema_teacher": 0.5}
+        | ({"probe_accuracy": 0.2 + n / 10_000} if n <= 2000 else {})
+        for n in range(500, 8001, 500)
+    ]
+    assert symptoms(history(metrics=lines, status={"steps": 8000})) == []
+
+
+def test_how_far_a_run_came() -> None:
+    """While it runs the status is of the last checkpoint; one that ended says where."""
+    lines = [{"step": 1, "seen": 1}, {"step": 50, "seen": 50}]
+    for state, step, came in (("running", 40, 50), ("stopped", 73, 73), ("failed", 73, 73), ("running", None, 50)):
+        assert history(metrics=lines, status={"state": state, "step": step}).step == came
+    assert history(status={"state": "running", "step": 40}).step == 40
+
+
 def test_the_loss_of_a_moving_target_may_do_as_it_likes() -> None:
     series = {"loss": [1.0] * 12, "skill": [-0.1] * 12, "target_share_ema_teacher": [0.5] * 12}
     assert symptoms(history(metrics=records(**series, target_rank_ema_teacher=[9.0] * 12))) == []

@@ -164,6 +164,9 @@ def test_the_pace_is_images_over_time(tmp_path: Path) -> None:
     one = run_of(tmp_path / "one", metrics=LINES[:1])
     (one / "recipe.yaml").write_text("job: pretrain\nlog_every_steps: 500\n")
     assert "nothing written" not in standing(one, (one / "metrics.jsonl").stat().st_mtime + 90)[0]
+    text, _ = standing(one, (one / "metrics.jsonl").stat().st_mtime + 5 * 3600)
+    assert "nothing written for 5:00:00" in text, "it hung after its first line"
+    assert "left" not in text, "of which nobody can say more"
 
 
 DAMAGES: dict[str, Any] = {

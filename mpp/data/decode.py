@@ -188,18 +188,18 @@ def _check_size(width: int, height: int, max_image_pixels: int) -> None:
         raise BadImage(f"{width}×{height} pixels, over max_image_pixels {max_image_pixels}")
 
 
-def _check_pages(image: Image.Image) -> None:
+def _check_pages(data: bytes) -> None:
     """BadImage for a stack in a TIFF, of which one page would be read. A second page of another size is a thumbnail."""
-    if image.format != "TIFF":
+    if data[:4] not in (b"II*\0", b"MM\0*"):
         return
-    first = image.size, image.mode
     try:
-        image.seek(1)
-    except EOFError:
+        with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+            first = image.size, image.mode
+            image.seek(1)
+            stack = (image.size, image.mode) == first
+    except Exception:  # there is no second page, or none that can be read: the first one decides
         return
-    second = image.size, image.mode
-    image.seek(0)
-    if first == second:
+    if stack:
         raise BadImage(
             "a TIFF of several pages of one size; data.channels, and data.value_range where that is 1, 3 or 4, read "
             "pages as channels"
@@ -235,7 +235,7 @@ def decode_pillow(
         with _ours_is_the_limit():
             image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "NPY"])
             _check_size(image.width, image.height, max_image_pixels)
-            _check_pages(image)
+            _check_pages(data)
             image.load()
             image = ImageOps.exif_transpose(image)
             if deep and channels == 1 and image.mode.startswith("I;16"):

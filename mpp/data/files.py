@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpp.data.index import COLUMNS, ShardIndex, cannot_list, images_among
+from mpp.data.index import COLUMNS, ShardIndex, cannot_list, images_among, packed_first
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream
 
@@ -93,6 +93,8 @@ def places(name: str, key: str) -> tuple[str, list[str]]:
     if os.path.isdir(name):
         files, _ = list_images(name)
         if not files:
+            if any(Path(name).rglob("*.parquet")):
+                raise UserError(f"{key}: '{name}': {packed_first(name)}")
             raise UserError(f"{key}: '{name}': no such shard, and no image; a folder must hold *.tar files or images")
         return name, files
     return os.path.dirname(name), [values["image"] for _, values in read_manifest(name, ["image"])]

@@ -301,8 +301,8 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
                 matches = [name] if os.path.exists(name) else []
             if not matches and not is_remote(name) and not glob.has_magic(name):
                 _may_look(name, key)
-            if not is_remote(name):
-                _no_parquet(matches, name, key)
+            if parquet := [match for match in matches if match.endswith(".parquet") and not is_remote(match)]:
+                raise UserError(f"{key}: '{parquet[0]}': {packed_first(name if parquet == matches else parquet[0])}")
             if not matches:
                 if name.endswith(".tar") or glob.has_magic(name) or os.path.isdir(name):
                     raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
@@ -326,19 +326,6 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
     return found
 
 
-def _no_parquet(matches: list[str], name: str, key: str) -> None:
-    """UserError: it is no shard, and reading single rows of it would be slow."""
-    among = matches
-    if os.path.isdir(name) and matches == [name]:
-        among = []
-        for _, _, files in os.walk(name):
-            if any(IMAGE.search(file) for file in files):
-                return  # a table beside images is about them
-            among += files
-    if any(file.lower().endswith(".parquet") for file in among):
-        raise UserError(f"{key}: '{name}': {packed_first(name)}")
-
-
 def packed_first(parquet: str) -> str:
     return f"Parquet is read by `mpp pack {shlex.quote(parquet)} OUT`, whose OUT can be given here"
 
@@ -355,14 +342,14 @@ def _check_shards_of(folder: str, key: str) -> None:
         about = json.loads((Path(folder) / "dataset.json").read_text())
         unfinished = "images_listed" in about and "images" not in about
         packed = -(-int(about["images_listed"]) // int(about["images_per_shard"])) if "images_listed" in about else 0
-    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError):
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError):
         return
     if unfinished:
         raise UserError(
             f"{key}: '{folder}': was not packed to its end; the same `mpp pack` again, every part of it, finishes it"
         )
     lost = sorted({packed_name(k) for k in range(min(packed, MOST_PACKED))} - set(there))
-    if lost:
+    if lost and sum(name.endswith(".tar") for name in there) < packed:  # they may have got other names
         raise UserError(
             f"{key}: '{folder}': {len(lost)} of its {packed} shards are missing, such as {lost[0]}; copy them again, "
             f"or pack into a new folder. {os.path.join(folder, '*.tar')} means those that are there"

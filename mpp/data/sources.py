@@ -24,6 +24,8 @@ from mpp.rng import Purpose, stream
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixel_values", "image_bytes", "bytes")
 MOST_CLASSES = 1_000_000
 """Where nobody names them (a guess)."""
+MOST_NAMED, FEW_NAMES = 0.5, 100
+"""Names of so many of the images, and more than so many, are captions, not classes (a guess)."""
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
 """Names that Parquet files give their columns, likeliest first."""
 
@@ -193,7 +195,8 @@ class Parquet:
         if not self.samples:
             raise UserError(f"{files[0]}: no rows" + (" …" if len(files) > 1 else ""))
         if self.text:
-            self.classes = self._names()
+            self.classes = self._names(labels)
+            self.label = self.label if self.classes else ""
         self.labeled = bool(self.label)
         self._numbers = {name: number for number, name in enumerate(self.classes)}
         sizes = [f"{os.path.basename(file)}:{os.path.getsize(file)}" for file in files]
@@ -213,6 +216,10 @@ class Parquet:
                 raise UserError(f"{file}: no column of image bytes among {', '.join(names)}")
             if labels is not False:
                 self.label, self.classes, self.text = self._labels(file, schema, labels)
+                if not self.label and (typeless := [n for n in LABEL_COLUMNS if n in names]):
+                    empty = [n for n in typeless if str(schema.field(n).type) == "null"]
+                    if empty:
+                        raise UserError(f"{file}: column {empty[0]}: holds nothing; --no-labels leaves it out")
         missing = [name for name in (self.image, self.label) if name and name not in names]
         if missing:
             raise UserError(f"{file}: has no column {', '.join(missing)}, which {self.files[0]} has")
@@ -227,23 +234,24 @@ class Parquet:
             said = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         except (KeyError, TypeError, ValueError):
             said = {}
-        for name in LABEL_COLUMNS:
-            kind = str(schema.field(name).type) if name in schema.names else ""
+        kinds = {name: str(schema.field(name).type) for name in LABEL_COLUMNS if name in schema.names}
+        for name, kind in kinds.items():
+            if kind.startswith(("int", "uint")):
+                about = said.get(name) if isinstance(said, dict) else None
+                classes = about.get("names") if isinstance(about, dict) else None
+                return name, [str(c) for c in classes] if isinstance(classes, list) else [], False
+        for name, kind in kinds.items():
             if re.match(r"(dictionary<values=)?(large_)?string", kind):
                 return name, [], True
-            if not kind.startswith(("int", "uint")):
-                continue
-            about = said.get(name) if isinstance(said, dict) else None
-            classes = about.get("names") if isinstance(about, dict) else None
-            if isinstance(classes, list) and classes:
-                return name, [str(c) for c in classes], False
-            return name, [], False
         if labels:
             raise UserError(f"{file}: no column of whole numbers or names called {', '.join(LABEL_COLUMNS)}")
         return "", [], False
 
-    def _names(self) -> list[str]:
-        """Those that occur in all files, sorted; of the column of labels alone."""
+    def _names(self, labels: bool | None) -> list[str]:
+        """Those that occur in all files, sorted, numbers by their size; of the column of labels alone.
+
+        [] where they are captions: hardly two images have the same, and nobody asked for labels.
+        """
         parquet, found = _pyarrow(), set[str]()
         for number, group in self.groups:
             try:
@@ -252,7 +260,9 @@ class Parquet:
             except (OSError, ValueError) as error:
                 raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
             found.update(name for name in column.unique().to_pylist() if name)
-        return sorted(found)
+        if not labels and len(found) > max(self.samples * MOST_NAMED, FEW_NAMES):
+            return []
+        return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
 
     def read(self, first: int, end: int) -> Iterator[Sample]:
         parquet = _pyarrow()

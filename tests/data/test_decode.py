@@ -119,7 +119,14 @@ def test_a_stack_of_pages() -> None:
     with pytest.raises(BadImage, match="a TIFF of several pages of one size; data.channels"):
         decode(pages(page, drawn_image(2)))
     small = page.resize((8, 8))
-    assert torch.equal(decode(pages(page, small)), decode(encoded(page, "TIFF")))
+    alone = encoded(page, "TIFF")
+    assert torch.equal(decode(pages(page, small)), decode(alone))
+    directory = int.from_bytes(alone[4:8], "little")
+    entries = int.from_bytes(alone[directory : directory + 2], "little")
+    link = directory + 2 + 12 * entries
+    for elsewhere in (9, 100, len(alone) - 1, len(alone) + 4, 0xFFFFFFF0):
+        damaged = alone[:link] + elsewhere.to_bytes(4, "little") + alone[link + 4 :]
+        assert torch.equal(decode(damaged), decode(alone)), "the first page is whole"
 
 
 def test_a_format_that_was_not_allowed() -> None:

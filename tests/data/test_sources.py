@@ -165,6 +165,19 @@ def test_parquet_of_others(photos: list[tuple[bytes, int]], tmp_path: Path) -> N
     assert [label for _, label in contents(tmp_path / "named")] == [b"2", b"0", None, b"1", None]
     parquet.write_table(table(pa.array(["a", "b", "a"]).dictionary_encode()), tmp_path / "d.parquet")
     assert pack(str(tmp_path / "d.parquet"), str(tmp_path / "encoded"), workers=1).classes == ["a", "b"]
+    both = table(pa.array(["b", "a"])).append_column("labels", pa.array([1, 0]))
+    parquet.write_table(both, tmp_path / "both.parquet")
+    assert pack(str(tmp_path / "both.parquet"), str(tmp_path / "both"), workers=1).labeled
+    assert [label for _, label in contents(tmp_path / "both")] == [b"1", b"0"], "numbers before names"
+    parquet.write_table(table([str(n) for n in (10, 2, 0)]), tmp_path / "digits.parquet")
+    assert pack(str(tmp_path / "digits.parquet"), str(tmp_path / "digits"), workers=1).classes == ["0", "2", "10"]
+    parquet.write_table(table([f"a photo of {n}" for n in range(150)]), tmp_path / "captions.parquet")
+    assert not pack(str(tmp_path / "captions.parquet"), str(tmp_path / "captions"), workers=1).labeled
+    parquet.write_table(table(["", ""]), tmp_path / "none.parquet")
+    assert not pack(str(tmp_path / "none.parquet"), str(tmp_path / "none"), workers=1).labeled
+    parquet.write_table(table(pa.nulls(2)), tmp_path / "nulls.parquet")
+    with pytest.raises(UserError, match="nulls.parquet: column label: holds nothing; --no-labels leaves it out"):
+        pack(str(tmp_path / "nulls.parquet"), str(tmp_path / "nulls"), workers=1)
     parquet.write_table(table([3, 5]), tmp_path / "p/c.parquet")
     with pytest.raises(UserError, match="c.parquet: column label: other labels"):
         pack(str(tmp_path / "p"), str(tmp_path / "mixed"), workers=1)
