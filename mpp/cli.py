@@ -208,7 +208,7 @@ def pack(
     if as_json:
         return click.echo(_json(packed))
     named = f"{len(packed.classes)} classes" if packed.classes else "with labels, numbers without names"
-    kind = f"{named} (--no-labels leaves them out)" if packed.labeled else "no labels"
+    kind = f"{named} (pretraining passes over them; --no-labels leaves them out)" if packed.labeled else "no labels"
     click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
     if packed.shards_missing:
         click.echo(f"{packed.shards_missing} shards are not here yet; the part that comes last finishes")

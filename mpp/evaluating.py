@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from mpp import distributed, exporting
 from mpp.data.labeled import CentreDataset, Labeled, open_labeled, split
 from mpp.data.loader import batches
 from mpp.diagnostics.plots import Level, Line, draw
-from mpp.errors import UserError
+from mpp.errors import UserError, one_line
 from mpp.features import EncoderReader, PixelReader, Place, Read, Table, read_table
 from mpp.metrics import environment
 from mpp.probes import attentive, knn, linear
@@ -137,7 +138,12 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
     sizes = {arm: reader.size for arm, reader in readers.items() if reader is not None}
     fingerprint = _fingerprint(recipe, data)
     with opened(accelerator, recipe, resume, fingerprint=fingerprint):
-        return _evaluate(recipe, accelerator, data, readers, sizes, fingerprint)
+        try:
+            return _evaluate(recipe, accelerator, data, readers, sizes, fingerprint)
+        except BaseException as error:
+            with suppress(OSError):  # a full disk, most likely
+                write_status(Path(recipe.out), "failed", why=one_line(error) or type(error).__name__)
+            raise
 
 
 def _evaluate(
@@ -150,11 +156,13 @@ def _evaluate(
 ) -> EvaluateResult:
     out = Path(recipe.out)
     write_json(out / "env.json", environment())
+    write_status(out, "running")
     scores: dict[str, list[Score]] = {}
     for arm, found in readers.items():
         folder = out / "arms" / arm
         done = _finished(folder, fingerprint)
         if done is None:
+            print(f"arm {len(scores) + 1} of {len(readers)}: {arm}", flush=True)
             size = found.size if found else sizes["encoder"]
             reader = found.reader if found else PixelReader()
             done = _run_arm(recipe, accelerator, reader.to(accelerator.device), data, size, folder)

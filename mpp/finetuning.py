@@ -176,6 +176,8 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
         metrics = distributed.on_main(accelerator, partial(_finished, cell.folder, fingerprint))
         if metrics is None:
             status("running", cell=cell.folder.name)
+            if accelerator.is_main_process:
+                print(f"cell {number + 1} of {len(cells)}: {cell.folder.name}", flush=True)
             metrics = _run_cell(recipe, accelerator, cell, train, val, fingerprint, control)
             watch.status = status
             (stopping,) = distributed.total(accelerator, [bool(stop_request)])

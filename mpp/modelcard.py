@@ -55,6 +55,8 @@ def _pretrained(run: History) -> list[tuple[str, str]]:
         probes.append(
             f"Skill on held-out images: {skill:.3f} (0: as good as guessing the mean, 1: every hidden patch exactly)."
         )
+    if (probed := run.last("probe_accuracy")) is not None:
+        probes.append(f"Linear probe while it trained: {probed:.1%}, of the best layer on the images it was judged by.")
     probes += _evaluated(run.folder / "evaluation")
     probes.append(
         "What it is worth on your task is what `mpp finetune` says, which runs the same from scratch beside it."

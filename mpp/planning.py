@@ -57,6 +57,7 @@ DEVICES = {
 }
 """NVIDIA's datasheets of each (H100 and H200: SXM), without sparsity."""
 CPU = "cpu"
+CUDA_KEEPS = "what CUDA and its libraries keep for themselves, about 1 GB, and "
 CPU_MFU = 0.6
 """Of what this CPU's matrix products reach: ViT-S/16 took 0.72 to 0.89 of it, smaller ones less (recipes/LOG.md)."""
 PRODUCT = 1024
@@ -140,7 +141,7 @@ class Plan:
             f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
             f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s to be read\n"
             f"disk: {_bytes(self.disk_bytes)}, {_bytes(self.checkpoint_bytes)} a checkpoint\n"
-            "not counted: what CUDA and its libraries keep for themselves, about 1 GB, and gaps between allocations"
+            f"not counted: {'' if self.device == CPU else CUDA_KEEPS}gaps between allocations"
         )
 
     def _advice(self) -> str:

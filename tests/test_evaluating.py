@@ -118,6 +118,27 @@ def test_arms_that_are_done_are_kept(shards: Path, run: Path, tmp_path: Path) ->
         mpp.evaluate(run, out=str(out), resume="auto", **keys(shards, **{"knn.k": [2]}))
 
 
+def test_where_it_stands_is_said(
+    shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stands() -> str:
+        return str(json.loads((tmp_path / "e" / "status.json").read_text())["state"])
+
+    def breaks(*given: Any) -> list[Score]:
+        assert stands() == "running"
+        raise RuntimeError("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluating, "_run_arm", breaks)
+        with pytest.raises(RuntimeError):
+            mpp.evaluate(run, out=str(tmp_path / "e"), **keys(shards, probes="knn"))
+    assert stands() == "failed"
+    capsys.readouterr()
+    mpp.evaluate(run, out=str(tmp_path / "e"), resume="auto", **keys(shards, probes="knn"))
+    assert stands() == "finished"
+    assert capsys.readouterr().out.splitlines()[0] == "arm 1 of 3: encoder"
+
+
 def test_arms_of_other_weights_are_not_kept(shards: Path, run: Path, tmp_path: Path) -> None:
     copy, out = tmp_path / "encoder", tmp_path / "e"
     shutil.copytree(run / "encoder", copy)

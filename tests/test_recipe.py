@@ -387,6 +387,8 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
     text = (ROOT / "recipes" / "pretrain" / "vit_small.yaml").read_text()
     (tmp_path / "pretrain" / "vit_small.yaml").write_text(text.replace("image_size: 224", "image_size: 112"))
     assert load_recipe("pretrain/vit_small.yaml", PretrainRecipe).data.image_size == (112, 112)
+    with pytest.raises(UserError, match=r"vit_small: No such .*; is pretrain/vit_small or finetune/vit_small meant\?"):
+        load_recipe("vit_small", PretrainRecipe)
     with pytest.raises(UserError, match=r"pretrain/vit_smal: No such file or directory; `mpp recipe list` names those"):
         load_recipe("pretrain/vit_smal", PretrainRecipe)
 

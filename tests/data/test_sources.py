@@ -183,7 +183,7 @@ def test_parquet_of_others(photos: list[tuple[bytes, int]], tmp_path: Path) -> N
         pack(str(tmp_path / "p"), str(tmp_path / "mixed"), workers=1)
     done = CliRunner().invoke(main, ["pack", str(tmp_path / "p/c.parquet"), str(tmp_path / "numbers")])
     assert done.output.startswith(
-        "2 images, with labels, numbers without names (--no-labels leaves them out), 1 shards"
+        "2 images, with labels, numbers without names (pretraining passes over them; --no-labels leaves them out), 1 shards"
     )
     assert [label for _, label in contents(tmp_path / "numbers")] == [b"3", b"5"]
 
@@ -261,7 +261,7 @@ def test_the_command(image_folder: Path, tmp_path: Path) -> None:
     done = command("pack", image_folder, tmp_path / "out", "--images-per-shard", "30", "--part", "2/2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        f"30 images, 2 classes (--no-labels leaves them out), 2 shards in {tmp_path / 'out'} (1 written now)",
+        f"30 images, 2 classes (pretraining passes over them; --no-labels leaves them out), 2 shards in {tmp_path / 'out'} (1 written now)",
         "1 shards are not here yet; the part that comes last finishes",
     ]
     for words, message in (
