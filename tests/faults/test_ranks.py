@@ -111,8 +111,15 @@ def test_a_killed_rank_beside_one_that_saves(bench: Bench) -> None:
 @pytest.mark.promise(
     "A rank that hangs, or is stopped: the others end within hang_timeout_s and 10 s, name it, and leave its stacks"
 )
-@pytest.mark.parametrize("how", ["sleep", "stop"])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "how"),
+    [
+        (0, "stop"),
+        (1, "sleep"),
+        pytest.param(0, "sleep", marks=pytest.mark.exhaustive),
+        pytest.param(1, "stop", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.exhaustive)])
 def test_a_hanging_rank(job: str, victim: int, how: str, nursery: Nursery, shards: Path, folder: Path) -> None:
     path = RECIPES[job](shards, folder / "r.yaml", folder / "run", hang_timeout_s=HANG_TIMEOUT_S)
@@ -137,7 +144,7 @@ def test_a_hanging_rank(job: str, victim: int, how: str, nursery: Nursery, shard
 
 
 @pytest.mark.promise("A killed loader worker: one clear line, every rank ends, and the run goes on bit-equal")
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 @pytest.mark.parametrize("job", JOBS)
 def test_a_killed_loader_worker(
     job: str, rank: int, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]

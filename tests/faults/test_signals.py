@@ -23,7 +23,7 @@ SAVED = "SIGTERM or SIGINT, to one rank or to all: a checkpoint after the step, 
 
 
 @pytest.mark.promise(SAVED)
-@pytest.mark.parametrize("which", [[0], [1], [0, 1]])
+@pytest.mark.parametrize("which", [pytest.param([0], marks=pytest.mark.exhaustive), [1], [0, 1]])
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("job", JOBS)
 def test_a_signal_saves(

@@ -252,8 +252,8 @@ def test_boxes_that_are_left_out_are_named(shapes: Path, tmp_path: Path) -> None
         mpp.finetune(recipe(tmp_path / "s", tmp_path / "ft", **{"optim.steps": 1}))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("detector", [pytest.param("fcos", marks=pytest.mark.exhaustive), "faster_rcnn"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
 def test_on_two_processes(shapes: Path, tmp_path: Path, detector: str) -> None:
     """Losses are means over the objects a process sees, so they are near those of one process, not the same."""
     import yaml
