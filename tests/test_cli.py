@@ -248,6 +248,7 @@ def process(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[s
     return subprocess.run([sys.executable, "-m", "mpp", *map(str, words)], stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 def test_output_that_nobody_takes() -> None:
     with open("/dev/full", "w") as full:
         done = process("recipe", "list", stdout=full)

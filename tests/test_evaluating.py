@@ -118,6 +118,7 @@ def test_arms_that_are_done_are_kept(shards: Path, run: Path, tmp_path: Path) ->
         mpp.evaluate(run, out=str(out), resume="auto", **keys(shards, **{"knn.k": [2]}))
 
 
+@pytest.mark.slow
 def test_where_it_stands_is_said(
     shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
