@@ -957,10 +957,10 @@ def _text(path: str | Path) -> str:
             place = bundled().get(name, place)
         return place.read_text(encoding="utf-8")
     except OSError as error:
-        known = isinstance(error, FileNotFoundError) and not place.is_absolute()
-        alike = " or ".join(name for name in bundled() if name.split("/")[1] == place.stem)
-        advice = f"; {f'is {alike} meant? ' if alike else ''}`mpp recipe list` names those that come with mpp"
-        advice = advice if known else ""
+        advice = ""
+        if isinstance(error, FileNotFoundError) and not place.is_absolute():
+            alike = " or ".join(name for name in bundled() if name.split("/")[1] == place.stem)
+            advice = f"; {f'is {alike} meant? ' if alike else ''}`mpp recipe list` names those that come with mpp"
         raise UserError(f"{path}: {error.strerror or error}{advice}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8") from error

@@ -199,7 +199,7 @@ def _curves(run: History, pictures: Pictures) -> Part:
         part.pictures.append(
             pictures.plot(plots.lines({title: lines}, xlabel="step", limits=limits, width=3.6, height=2.4), alt)
         )
-    for key in sorted({k for m in run.metrics for k in m if k.startswith(("target_rank_", "target_share_"))}):
+    for key in sorted(k for k in run.latest if k.startswith(("target_rank_", "target_share_"))):
         steps, values = run.series(key)
         if len(values) > 1:
             what, name = key.removeprefix("target_").split("_", 1)
@@ -207,7 +207,7 @@ def _curves(run: History, pictures: Pictures) -> Part:
             alt = f"{title} over steps: {_short(values[0])} at first, {_short(values[-1])} at last."
             figure = plots.lines({title: [Line("", steps, values)]}, xlabel="step", width=3.6, height=2.4)
             part.pictures.append(pictures.plot(figure, alt))
-    targets = sorted({k.removeprefix("skill_") for m in run.metrics for k in m if k.startswith("skill_")})
+    targets = sorted(k.removeprefix("skill_") for k in run.latest if k.startswith("skill_"))
     for what in ("loss", "skill"):
         lines = [Line(name, *run.series(f"{what}_{name}")) for name in targets if run.series(f"{what}_{name}")[1]]
         if lines:

@@ -127,7 +127,7 @@ def _of_process(run: History) -> list[Symptom]:
 
 def _of_pretraining(run: History) -> list[Symptom]:
     found = []
-    moving = any(key.startswith("target_share_") for m in run.metrics for key in m)
+    moving = any(key.startswith("target_share_") for key in run.latest)
     diverged = _diverged(run, moving)
     if diverged:
         found.append(diverged)
@@ -221,8 +221,7 @@ def _measured(run: History) -> list[Measured]:
 
 def _collapsed(run: History) -> list[Symptom]:
     found = []
-    keys = dict.fromkeys(key for m in run.metrics for key in m)
-    names = [key.removeprefix("target_share_") for key in keys if key.startswith("target_share_")]
+    names = [key.removeprefix("target_share_") for key in run.latest if key.startswith("target_share_")]
     for name, key, least in [
         *((f"target {n}", f"target_{{}}_{n}", COLLAPSED_TARGET_SHARE) for n in names),
         ("the encoder's features", "feature_{}", COLLAPSED_FEATURE_SHARE),

@@ -16,7 +16,7 @@ from torch import nn
 import mpp
 from mpp import checkpoint
 from mpp.errors import UserError
-from mpp.records import read_metrics
+from mpp.records import read_metrics, steps
 from mpp.replaying import replay
 from mpp.sharding import blocks
 from tests.conftest import command, pretrain_recipe, pretrain_values
@@ -171,7 +171,7 @@ def test_killed_while_it_writes_its_part(
     assert command("pretrain", recipe, processes=2).returncode != 0
     monkeypatch.delenv("MPP_FAULT")
     saves = tmp_path / "run" / "checkpoints"
-    assert [p.name for p in checkpoint.steps(saves)] == ["step-00000005"]
+    assert [p.name for p in steps(saves)] == ["step-00000005"]
     done = command("pretrain", recipe, "--resume", "auto", processes=2)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == losses(sharded / "token-linear")

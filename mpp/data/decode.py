@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mpp.data.arrays import NPY, ValueRange, read_array, scaled
+from mpp.data.arrays import NPY, TIFF, ValueRange, read_array, scaled
 from mpp.errors import BadImage
 
 Box = tuple[int, int, int, int]
@@ -190,7 +190,7 @@ def _check_size(width: int, height: int, max_image_pixels: int) -> None:
 
 def _check_pages(data: bytes) -> None:
     """BadImage for a stack in a TIFF, of which one page would be read. A second page of another size is a thumbnail."""
-    if data[:4] not in (b"II*\0", b"MM\0*"):
+    if not data.startswith(TIFF):
         return
     try:
         with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:

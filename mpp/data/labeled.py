@@ -331,12 +331,16 @@ def _listed(folder: str) -> list[str]:
         raise UserError(f"{folder}: {error.strerror}") from error
 
 
+def _of_parquet(folder: str, spec: str) -> str:
+    """The end of a message about a folder without images: what to do where Parquet files lie in it; else ""."""
+    return f"; {packed_first(spec)}" if any(Path(folder).rglob("*.parquet")) else ""
+
+
 def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
     found = sorted(n for n in _listed(spec) if os.path.isdir(os.path.join(spec, n)) and not n.startswith("."))
     if not found:
-        parquet = any(n.endswith(".parquet") for n in _listed(spec))
-        advice = f"; {packed_first(spec)}" if parquet else ""
-        raise UserError(f"{key}: {spec} holds neither *.tar shards nor a folder for each class{advice}")
+        what = "holds neither *.tar shards nor a folder for each class"
+        raise UserError(f"{key}: {spec} {what}{_of_parquet(spec, spec)}")
     if found == ["images", "masks"]:
         raise UserError(f"{key}: {spec} holds images/ and masks/, for task: segment; wants a folder for each class")
     known = classes or found
@@ -346,9 +350,8 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
         if members and name not in known:
             raise UserError(f"{key}: {spec}/{name}: no such class in the training data ({', '.join(known[:5])} …)")
         if not members and classes is None:
-            parquet = any(Path(spec, name).rglob("*.parquet"))
-            advice = f"; {packed_first(spec)}" if parquet else ""
-            raise UserError(f"{key}: {spec}/{name}: a class folder without images{advice}")
+            parquet = _of_parquet(os.path.join(spec, name), spec)
+            raise UserError(f"{key}: {spec}/{name}: a class folder without images{parquet}")
         paths += members
         labels += [known.index(name) for _ in members]
     return Labeled(FileReader(paths), np.array(labels, dtype=np.int64), known)

@@ -195,7 +195,7 @@ class Parquet:
         if not self.samples:
             raise UserError(f"{files[0]}: no rows" + (" …" if len(files) > 1 else ""))
         if self.text:
-            self.classes = self._names(labels)
+            self.classes = self._names()
             self.label = self.label if self.classes else ""
         self.labeled = bool(self.label)
         self._numbers = {name: number for number, name in enumerate(self.classes)}
@@ -216,10 +216,9 @@ class Parquet:
                 raise UserError(f"{file}: no column of image bytes among {', '.join(names)}")
             if labels is not False:
                 self.label, self.classes, self.text = self._labels(file, schema, labels)
-                if not self.label and (typeless := [n for n in LABEL_COLUMNS if n in names]):
-                    empty = [n for n in typeless if str(schema.field(n).type) == "null"]
-                    if empty:
-                        raise UserError(f"{file}: column {empty[0]}: holds nothing; --no-labels leaves it out")
+                empty = [n for n in LABEL_COLUMNS if n in names and str(schema.field(n).type) == "null"]
+                if empty and not self.label:
+                    raise UserError(f"{file}: column {empty[0]}: holds nothing; --no-labels leaves it out")
         missing = [name for name in (self.image, self.label) if name and name not in names]
         if missing:
             raise UserError(f"{file}: has no column {', '.join(missing)}, which {self.files[0]} has")
@@ -247,36 +246,34 @@ class Parquet:
             raise UserError(f"{file}: no column of whole numbers or names called {', '.join(LABEL_COLUMNS)}")
         return "", [], False
 
-    def _names(self, labels: bool | None) -> list[str]:
+    def _row_group(self, number: int, group: int, columns: list[str]) -> Any:
+        """A table of these columns. UserError."""
+        try:
+            with _pyarrow().ParquetFile(self.files[number]) as opened:
+                return opened.read_row_group(group, columns=columns)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
+
+    def _names(self) -> list[str]:
         """Those that occur in all files, sorted, numbers by their size; of the column of labels alone.
 
         [] where they are captions: hardly two images have the same, and nobody asked for labels.
         """
-        parquet, found = _pyarrow(), set[str]()
+        found = set[str]()
         for number, group in self.groups:
-            try:
-                with parquet.ParquetFile(self.files[number]) as opened:
-                    column = opened.read_row_group(group, columns=[self.label]).column(self.label)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
+            column = self._row_group(number, group, [self.label]).column(self.label)
             found.update(name for name in column.unique().to_pylist() if name)
-        if not labels and len(found) > max(self.samples * MOST_NAMED, FEW_NAMES):
+        if not self.wanted and len(found) > max(self.samples * MOST_NAMED, FEW_NAMES):
             return []
         return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
 
     def read(self, first: int, end: int) -> Iterator[Sample]:
-        parquet = _pyarrow()
         columns = [name for name in (self.image, self.label) if name]
         at = bisect.bisect_right(self.ends, first)
         while first < end:
             number, group = self.groups[at]
             begins = self.ends[at - 1] if at else 0
-            try:
-                with parquet.ParquetFile(self.files[number]) as opened:
-                    table = opened.read_row_group(group, columns=columns)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
-            part = table.slice(first - begins, min(end, self.ends[at]) - first)
+            part = self._row_group(number, group, columns).slice(first - begins, min(end, self.ends[at]) - first)
             images = part.column(self.image).to_pylist()
             labels = part.column(self.label).to_pylist() if self.label else [None] * len(images)
             for row, (image, label) in enumerate(zip(images, labels, strict=True), first - begins):

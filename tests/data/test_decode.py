@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,17 +108,18 @@ def test_bad_images_say_what_is_wrong(data: bytes, message: str) -> None:
         decode(data)
 
 
-def pages(*images: Image.Image) -> bytes:
+def pages(*images: Image.Image, **options: Any) -> bytes:
     file = io.BytesIO()
-    images[0].save(file, "TIFF", save_all=True, append_images=images[1:])
+    images[0].save(file, "TIFF", save_all=True, append_images=images[1:], **options)
     return file.getvalue()
 
 
 def test_a_stack_of_pages() -> None:
     """One page of it would be read, and the rest lost in silence; a thumbnail behind the image is none of it."""
     page = drawn_image(1)
-    with pytest.raises(BadImage, match="a TIFF of several pages of one size; data.channels"):
-        decode(pages(page, drawn_image(2)))
+    for big in (False, True):
+        with pytest.raises(BadImage, match="a TIFF of several pages of one size; data.channels"):
+            decode(pages(page, drawn_image(2), big_tiff=big))
     small = page.resize((8, 8))
     alone = encoded(page, "TIFF")
     assert torch.equal(decode(pages(page, small)), decode(alone))

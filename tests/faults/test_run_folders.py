@@ -15,6 +15,7 @@ import pytest
 import mpp
 from mpp import checkpoint
 from mpp.errors import UserError
+from mpp.records import steps
 from mpp.runfolder import Lock
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 from tests.faults.conftest import RECIPES
@@ -126,7 +127,7 @@ def labeled_shard(path: Path, images: dict[str, tuple[bytes, str]]) -> None:
 def test_another_format(nursery: Nursery, shards: Path, folder: Path) -> None:
     path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run"), folder / "run"
     nursery.start("pretrain", path, log=folder / "log").ends_well()
-    for step in checkpoint.steps(out / "checkpoints"):
+    for step in steps(out / "checkpoints"):
         state = json.loads((step / "state.json").read_text())
         (step / "state.json").write_text(json.dumps({**state, "format": 1}))
         manifest = json.loads((step / checkpoint.MANIFEST).read_text())
@@ -192,7 +193,7 @@ def test_a_checkpoint_that_cannot_be_written(
     line = next(text for text in said.splitlines() if "cannot be saved" in text)
     assert f"{saves}/step-000000" in line
     assert "GB free there" in line
-    assert [checkpoint.broken(p) for p in checkpoint.steps(saves)] == [None, None], "those before are intact"
+    assert [checkpoint.broken(p) for p in steps(saves)] == [None, None], "those before are intact"
     assert not list(saves.glob("*.tmp")), "nothing is left of the one that failed"
     assert ("going on, as if_unsaved says" in said) == (policy == "go_on")
     last = max(
