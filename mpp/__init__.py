@@ -11,11 +11,14 @@ Nothing heavy is imported before one of these is called.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpp.errors import BadImage, MppWarning, UserError
+from mpp.errors import BadImage, MppWarning, UserError, there
+from mpp.records import check_new, encoder_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +35,11 @@ if TYPE_CHECKING:
     from mpp.replaying import Replayed
 
 __version__ = "0.1.0"
+
+# torch's threads spin while they wait for each other. If other work shares the cores, a step then takes many times as
+# long as with threads that sleep (recipes/LOG.md). This takes effect only before torch is imported.
+if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pretrain(
@@ -102,10 +110,12 @@ def predict(
     views: 1, 2 (mirrored) or 10 (corners). top: classes named in a row. out: a CSV file. report: a folder for the
     confusion matrix and the worst mistakes, where images lie in class folders.
     """
-    from mpp import predicting
-
     if views not in (1, 2, 10):
         raise UserError(f"views: {views}; allowed: 1, 2, 10")
+    there(encoder, *images)
+    encoder_folder(encoder)
+    from mpp import predicting
+
     return predicting.predict_files(encoder, images, views=views, top=top, out=out, report=report)  # type: ignore[arg-type]
 
 
@@ -175,6 +185,8 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
 
     format: timm, transformers, safetensors, onnx or torch_export.
     """
+    check_new(Path(out))
+    encoder_folder(run)
     from mpp import converting
 
     return converting.export(run, out, format)
@@ -182,6 +194,7 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
 
 def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
     """Verify an export and send it to a Hugging Face hub, as OWNER/NAME; -> its address. UserError."""
+    there(folder)
     from mpp import uploading
 
     return uploading.upload(folder, repository, public=public)
@@ -193,6 +206,8 @@ def import_weights(file: str | Path, out: str | Path, **options: Any) -> Importe
     Options: model, args, image_size, channels, mean, std, prefix, partial, trust; see `mpp.importing.import_weights`.
     UserError where any of the encoder's weights is not there as it should be.
     """
+    there(file)
+    check_new(Path(out))
     from mpp import importing
 
     return importing.import_weights(file, out, **options)

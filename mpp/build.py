@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mpp import contract, exporting, registry
 from mpp.encoders.support import TRIED
@@ -20,6 +19,7 @@ from mpp.model import MaskedPatchModel, Objective
 from mpp.recipe import PretrainRecipe, Section
 from mpp.rng import Purpose, torch_seed
 from mpp.types import CorruptionContext, MaskSampler, TargetContext
+from mpp.weight_init import init_as_mae
 
 FOLDERS = {
     "mask": "masks",
@@ -101,9 +101,11 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     return model, grid
 
 
-def _timm_model(recipe: PretrainRecipe) -> nn.Module:
+def _timm_model(recipe: PretrainRecipe) -> Any:
     """Random, or with the weights that it starts from."""
     named, size, channels = recipe.encoder, recipe.data.image_size, recipe.data.channels
+    if named.weight_init != "timm" and (named.pretrained or Path(named.name).is_dir()):
+        raise UserError(f"encoder.weight_init: {named.weight_init} is for random weights; these have been trained")
     if Path(named.name).is_dir():
         for key in named.args:
             if not key.endswith("drop_rate") and key != "drop_path_rate":
@@ -112,9 +114,16 @@ def _timm_model(recipe: PretrainRecipe) -> nn.Module:
                     f"None of the recipe's are taken with encoder='{{name: {named.name}}}'"
                 )
         return exporting.load_encoder(named.name, num_classes=0, img_size=size, in_chans=channels, **named.args)
-    return create_timm_model(
+    model: Any = create_timm_model(
         named.name, image_size=size, in_chans=channels, pretrained=named.pretrained, args=named.args
     )
+    if named.weight_init == "mae":
+        stride = model.feature_info[-1]["reduction"]
+        try:
+            init_as_mae(model, (size[0] // stride, size[1] // stride))
+        except ValueError as error:
+            raise UserError(f"encoder.weight_init: {error}") from error
+    return model
 
 
 def _build_objectives(

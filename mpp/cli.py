@@ -130,6 +130,14 @@ def main() -> None:
     """Masked-patch pretraining on unlabeled images, fine-tuning on labeled ones, export of the encoder."""
 
 
+def _exit_as_stopped(result: Any) -> None:
+    """Exit as the signal that stopped a run would end a program, so that `&&` and `make` stop, too."""
+    if result.state == "stopped":
+        sys.stdout.flush()
+        _part()
+        sys.exit(128 + signal.Signals[result.signal])
+
+
 def _json(value: Any) -> str:
     """One object, in which numbers that are none are null."""
     import dataclasses
@@ -277,6 +285,7 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
         click.echo(_json(result))
     elif RANK == "0" and result.state == "finished":
         click.echo(f"skill {result.skill:.3f}, loss {result.loss:.4f} after {result.step} steps: {result.encoder}")
+    _exit_as_stopped(result)
 
 
 @main.command()
@@ -334,6 +343,7 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
     elif RANK == "0" and result.state == "finished":
         click.echo(result.table())
         click.echo(f"{result.encoder}")
+    _exit_as_stopped(result)
 
 
 @main.command()
@@ -670,9 +680,12 @@ def list_recipes(as_json: bool) -> None:
 @_SCALE
 def show(path: Path, overrides: tuple[str, ...], scale: str | None) -> None:
     """Check a recipe and print it with every default."""
-    from mpp.recipe import dump_recipe, load_any, parse_overrides
+    from mpp.recipe import OPEN, dump_recipe, load_open, parse_overrides
 
-    click.echo(dump_recipe(load_any(path, parse_overrides(overrides), scale)), nl=False)
+    found, required = load_open(path, parse_overrides(overrides), scale)
+    if required:
+        click.echo(f"# {OPEN} stands for what must still be given: {', '.join(required)}")
+    click.echo(dump_recipe(found), nl=False)
 
 
 @recipe.command()

@@ -24,7 +24,7 @@ from mpp import exporting, modelcard
 from mpp.errors import UserError, how_to_get, one_line
 from mpp.exporting import Artifact, Verified
 from mpp.metrics import environment
-from mpp.records import write_json
+from mpp.records import check_beside, check_new, encoder_folder, write_json
 from mpp.supervised import load_dense
 
 FORMAT = 1
@@ -58,7 +58,9 @@ class _Outputs(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.model.forward_features(images)
-        found = {"features": features, "embedding": self.model.forward_head(features, pre_logits=True)}
+        found = {"features": features}
+        if exporting.has_embedding(self.model):
+            found["embedding"] = self.model.forward_head(features, pre_logits=True)
         if self.model.num_classes:
             found["logits"] = self.model.forward_head(features)
         return found
@@ -82,13 +84,13 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
     """
     if format not in formats():
         raise UserError(f"--format: '{format}': allowed are {', '.join(formats())}")
-    exporting.check_new(Path(out))
+    check_new(Path(out))
     told = modelcard.sections(run)
     if format == "timm":
         return exporting.export(run, out, told)
     module = _module(format)
     artifact = _artifact(run, format)
-    exporting.check_beside(Path(out), artifact.source)
+    check_beside(Path(out), artifact.source)
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -167,7 +169,7 @@ def _module(format: str) -> Any:
 
 
 def _artifact(run: str | Path, format: str) -> Artifact:
-    source = exporting.encoder_folder(run)
+    source = encoder_folder(run)
     recipe_of: Any = exporting.stored_recipe(source)
     tolerance = exporting.tolerance(source)
     exporting.weights_sha256(source)

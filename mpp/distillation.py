@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpp import exporting
 from mpp.errors import UserError, one_line
+from mpp.records import encoder_folder
 
 
 class Distillation:
@@ -88,7 +89,7 @@ def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Modul
             raise UserError(f"distill.teacher: {source}: {type(error).__name__}: {words}") from error
         names = None
     else:
-        folder = exporting.encoder_folder(source)
+        folder = encoder_folder(source)
         model = exporting.load_encoder(folder)
         names = exporting.class_names(folder)
     if not model.num_classes:

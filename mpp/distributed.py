@@ -10,8 +10,8 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -216,10 +216,11 @@ def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> in
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by what."""
+    """Whether this process was asked to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.by: str | None = None
+        """The signal's name."""
         self.at = -math.inf
         self._before: dict[int, Any] = {}
 
@@ -244,6 +245,10 @@ class StopRequest:
         self.by, self.at = signal.Signals(number).name, now
         print(f"{self.by}: finishing the step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
 
+    def of_all(self, accelerator: Accelerator) -> str:
+        """The name of the signal that some process got, the same on all of them, which call this together."""
+        return next((by for by in gathered(accelerator, [self.by]) if by), signal.SIGTERM.name)
+
     def __enter__(self) -> StopRequest:
         return self
 
@@ -253,6 +258,30 @@ class StopRequest:
         """
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Let SIGTERM, SIGINT and SIGUSR1 end what runs inside at once: SystemExit(128 + number), or KeyboardInterrupt.
+
+    They also do if a shell started the process in the background, which leaves SIGINT ignored. Outside the main thread
+    signals are left as they are.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    before: dict[int, Any] = {}
+    with suppress(ValueError):  # not the main thread
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:

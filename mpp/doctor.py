@@ -6,6 +6,7 @@ import importlib.util
 import io
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -73,32 +74,37 @@ def examine(folder: str = ".") -> Iterator[Finding]:
 def _versions() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}", sys.version_info >= (3, 11))
     found = environment()["packages"]
-    wrong = [name for name, own in found.items() if own == "not installed"]
-    advice = f"missing: {', '.join(wrong)}: pip install mpp" if wrong else ""
-    yield Finding("packages", ", ".join(f"{name} {own}" for name, own in found.items()), not wrong, advice)
-    for problem in _outside():
-        yield Finding("packages", problem, False, "what has been tried is in pyproject.toml; pip install -U mpp")
+    yield Finding("packages", ", ".join(f"{name} {own}" for name, own in found.items()))
+    for own, wanted in _unmet():
+        yield Finding("packages", f"{own}; needs {wanted}", False, f"pip install {shlex.quote(wanted)}")
 
 
-def _outside() -> list[str]:
-    """Installed packages that are not what the project asks for."""
+def _unmet() -> list[tuple[str, str]]:
+    """Packages that are missing or of another version than asked for: what is there, and the requirement.
+
+    Each is named with its own requirement: the project itself is not on PyPI, where another one has its name.
+    """
     from packaging.requirements import InvalidRequirement, Requirement
 
     found = []
     try:
         asked = requires("mpp") or []
-    except PackageNotFoundError:
+    except PackageNotFoundError:  # not installed: run from a checkout
         return []
     for line in asked:
         try:
             wanted = Requirement(line)
-            if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-                continue
+        except InvalidRequirement:
+            continue
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
             own = version(wanted.name)
-        except (InvalidRequirement, PackageNotFoundError):
+        except PackageNotFoundError:
+            found.append((f"{wanted.name} is not installed", f"{wanted.name}{wanted.specifier}"))
             continue
         if not wanted.specifier.contains(own, prereleases=True):
-            found.append(f"{wanted.name} {own}, wants {wanted.specifier}")
+            found.append((f"{wanted.name} {own}", f"{wanted.name}{wanted.specifier}"))
     return found
 
 

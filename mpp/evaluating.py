@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,24 +27,21 @@ from mpp.data.loader import batches
 from mpp.diagnostics.plots import Level, Line, draw
 from mpp.errors import UserError, one_line
 from mpp.features import EncoderReader, PixelReader, Place, Read, Table, read_table
-from mpp.metrics import environment
-from mpp.probes import attentive, knn, linear
+from mpp.metrics import duration, environment
+from mpp.probes import ARMS, PROTOCOL, attentive, knn, linear
 from mpp.recipe import EvaluateRecipe
 from mpp.records import write_json, write_status
 from mpp.rng import Purpose, stream, torch_seed
 from mpp.runfolder import opened
 from mpp.verdict import aligned
 
+T = TypeVar("T")
 RESULT = "result.json"
+LINE_EVERY_S = 10.0
+"""Between lines of progress, if there is no terminal for a bar."""
 PLOT = "evaluation.png"
 FEW = 200
 """Images by which a choice is partly chance: an accuracy of one half is known to 7 points (95 %) by so many."""
-ARMS = {
-    "encoder": "the encoder",
-    "compare": "the other encoder",
-    "random": "the same, at random initialisation",
-    "pixels": "raw pixels",
-}
 
 
 @dataclass(frozen=True)
@@ -100,6 +98,8 @@ class EvaluateResult:
                 control = self.best(arm, probe)
                 if own and control and own.accuracy <= control.accuracy:
                     lines.append(f"{probe}: the encoder's features are no better than {ARMS[arm]} here")
+        if "linear" in probes:
+            lines.append(PROTOCOL)
         if self.chosen_by < FEW:
             lines.append(
                 f"layers and values were chosen by {self.chosen_by} held-out training images: partly by chance"
@@ -137,9 +137,13 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
     readers = {arm: None if arm == "pixels" else _reader(recipe, arm) for arm in _arms(recipe)}  # refuses before work
     sizes = {arm: reader.size for arm, reader in readers.items() if reader is not None}
     fingerprint = _fingerprint(recipe, data)
-    with opened(accelerator, recipe, resume, fingerprint=fingerprint):
+    with opened(accelerator, recipe, resume, fingerprint=fingerprint), distributed.ending_on_signals():
         try:
             return _evaluate(recipe, accelerator, data, readers, sizes, fingerprint)
+        except (KeyboardInterrupt, SystemExit):
+            write_status(Path(recipe.out), "stopped", why="a signal")
+            print("stopped; --resume auto keeps the arms that are done", flush=True)
+            raise
         except BaseException as error:
             with suppress(OSError):  # a full disk, most likely
                 write_status(Path(recipe.out), "failed", why=one_line(error) or type(error).__name__)
@@ -158,16 +162,21 @@ def _evaluate(
     write_json(out / "env.json", environment())
     write_status(out, "running")
     scores: dict[str, list[Score]] = {}
-    for arm, found in readers.items():
+    took_s: list[float] = []
+    for number, (arm, found) in enumerate(readers.items()):
         folder = out / "arms" / arm
         done = _finished(folder, fingerprint)
         if done is None:
-            print(f"arm {len(scores) + 1} of {len(readers)}: {arm}", flush=True)
+            began, left = time.monotonic(), len(readers) - number
+            pace = f", about {duration(sum(took_s) / len(took_s) * left)} left" if took_s else ""
+            print(f"arm {number + 1} of {len(readers)}: {arm}{pace}", flush=True)
+            write_status(out, "running", arm=arm, number=number + 1, of=len(readers))
             size = found.size if found else sizes["encoder"]
             reader = found.reader if found else PixelReader()
             done = _run_arm(recipe, accelerator, reader.to(accelerator.device), data, size, folder)
             reader.cpu()
             write_json(folder / RESULT, {"fingerprint": fingerprint, "scores": [asdict(s) for s in done]})
+            took_s.append(time.monotonic() - began)
         scores[arm] = done
 
     counts = np.bincount(data.val.labels, minlength=len(data.val.classes))
@@ -269,8 +278,7 @@ def _run_arm(
         dataset = CentreDataset(of, size, keys.val_crop_fraction, **keys.decoding())
         parts = [numbers[i : i + batch_size].tolist() for i in range(0, len(numbers), batch_size)]
         loaded = batches(dataset, parts, workers=keys.workers, pin_memory=device.type == "cuda")
-        shown = tqdm(loaded, f"{folder.name}: {what}", len(parts), leave=False, disable=not sys.stderr.isatty())
-        yield from shown
+        yield from _shown(loaded, f"{folder.name}: {what}, batch", len(parts))
 
     def read(pixels: Tensor, *, tokens: bool = False) -> Read:
         """In the run's precision, and only this: whatever is trained on it is trained in float32."""
@@ -291,7 +299,7 @@ def _run_arm(
         )  # fmt: skip
         if len(val.labels) == 0 or train.first in (0, len(train.labels)):
             raise UserError(f"data.{'train' if len(val.labels) else 'val'}: not one image can be read")
-        for place in tqdm(train.features, f"{folder.name}: probes", leave=False, disable=not sys.stderr.isatty()):
+        for place in _shown(train.features, f"{folder.name}: probes, layer and pooling", len(train.features)):
             if "knn" in recipe.probes:
                 scores.append(_knn(recipe, place, train, val, classes, device))
             if "linear" in recipe.probes:
@@ -312,6 +320,20 @@ def _run_arm(
         scores += _attentive(recipe, data, tokens, classes, device)
     folder.mkdir(parents=True, exist_ok=True)
     return scores
+
+
+def _shown(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """The same items; meanwhile a bar on a terminal, else a line now and then, each with the time left."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, leave=False)
+        return
+    began = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LINE_EVERY_S and done < total:
+            last = now
+            print(f"{what} {done} of {total}, {duration((now - began) / done * (total - done))} left", flush=True)
 
 
 def _knn(recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes: int, device: torch.device) -> Score:
@@ -348,7 +370,8 @@ def _attentive(recipe: EvaluateRecipe, data: _Data, tokens: Any, classes: int, d
         probes = [(layer, lr, attentive.AttentiveProbe(dims[layer], classes).to(device)) for layer, lr in wanted]
 
         def epoch_of(epoch: int) -> Iterator[Any]:
-            return tokens(data.train, stream(recipe.seed, Purpose.PROBE, epoch).permutation(numbers), what)
+            said = f"{what}, epoch {epoch + 1} of {keys.epochs}"
+            return tokens(data.train, stream(recipe.seed, Purpose.PROBE, epoch).permutation(numbers), said)
 
         steps = -(-len(numbers) // keys.batch_size)
         attentive.train(probes, epoch_of, epochs=keys.epochs, steps_per_epoch=steps, weight_decay=keys.weight_decay)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +32,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mpp import faults
-from mpp.encoders.timm_encoder import create_at_size, create_timm_model, timm_folder
+from mpp.encoders.timm_encoder import create_at_size, create_timm_model
 from mpp.errors import MppWarning, UserError, one_line, reason, without_secrets
 from mpp.metrics import environment
 from mpp.recipe import Architecture, FinetuneRecipe, ImageData, PretrainRecipe, dump_recipe
-from mpp.records import read_state, write_json
+from mpp.records import check_beside, check_new, encoder_folder, timm_folder, write_json
 
 Data = TypeVar("Data", bound=ImageData)
 TOLERANCE = 1e-4
@@ -69,7 +70,9 @@ changed = [k for k in state.keys() & stored.keys() if not torch.equal(state[k], 
 reference = load_file(folder + "/reference.safetensors")
 with torch.no_grad():
     features = model.forward_features(reference["images"])
-    found = {"features": features, "embedding": model.forward_head(features, pre_logits=True)}
+    found = {"features": features}
+    if "embedding" in reference:
+        found["embedding"] = model.forward_head(features, pre_logits=True)
     if "logits" in reference:
         found["logits"] = model(reference["images"])
 differences = [
@@ -144,6 +147,23 @@ class Origin:
     """What mean and std speak of."""
 
 
+def pool_patches(model: Any) -> None:
+    """Let a timm model give the mean of its patch tokens for an image, if it gives the class token.
+
+    Pretraining trains the patch tokens. What it makes of the class token depends on the objective. timm's distilled
+    DeiTs pool in one way only: they stay as they are, see `has_embedding`.
+    """
+    if getattr(model, "global_pool", None) == "token" and hasattr(model, "reset_classifier"):
+        with suppress(AssertionError):
+            model.reset_classifier(0, "avg")
+
+
+def has_embedding(model: Any) -> bool:
+    """Whether what a timm model gives for an image is worth reading: not the class token of a distilled DeiT without
+    a classifier, which reads two tokens that nobody trained."""
+    return bool(model.num_classes) or type(model).__name__ != "VisionTransformerDistilled"
+
+
 def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
     """Of what this recipe trained."""
     if isinstance(recipe, PretrainRecipe):
@@ -152,8 +172,9 @@ def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
             f"target {recipe.target.name}, head {recipe.head.name}, data `{', '.join(recipe.data.shards)}`."
         )
         limits = (
-            "The final norm, and a class token's own output, were not trained: fine-tune, or read the mean of the "
-            "patch tokens. How good the features are is for `mpp finetune`, beside the same from scratch, to tell."
+            "The final norm was not trained, and a class token's own output only by decoders that read it: fine-tune, "
+            "or read the mean of the patch tokens, which is the embedding. `mpp finetune` tells how good the features "
+            "are, compared with the same from scratch."
         )
     else:
         made = f"Fine-tuned on `{', '.join(recipe.data.train)}` from `{recipe.encoder}`."
@@ -236,7 +257,9 @@ def save_encoder(
         images = torch.randn(2, *origin.input_size, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             features = model.forward_features(images.to(device))  # type: ignore[operator]
-            reference = {"features": features, "embedding": model.forward_head(features, pre_logits=True)}  # type: ignore[operator]
+            reference = {"features": features}
+            if has_embedding(model):
+                reference["embedding"] = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
             if classes:
                 reference["logits"] = model(images.to(device))
         save_file(
@@ -271,7 +294,9 @@ def save_encoder(
                     origin,
                     metrics,
                     sum(p.numel() for p in model.parameters()),
-                    prefix_tokens=getattr(model, "num_prefix_tokens", 0) if reference["features"].ndim == 3 else None,
+                    use="embedding = model.eval()(images)"
+                    if "embedding" in reference
+                    else f"embedding = model.eval().forward_features(images)[:, {model.num_prefix_tokens}:].mean(1)",
                 )
             )
         )
@@ -285,38 +310,6 @@ def save_encoder(
         raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
     finally:
         model.train(training)
-
-
-def encoder_folder(source: str | Path) -> Path:
-    """The timm folder of a run or an export. UserError where there is none."""
-    if folder := timm_folder(source):
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
-            return folder  # what is wrong with it is found where it is opened
-        if isinstance(config, dict) and "model_type" in config and "architecture" not in config:
-            raise UserError(f"{folder}: a folder of transformers'; `mpp import {folder} OUT` makes an encoder of it")
-        return folder
-    if cells := sorted(Path(source).glob("*-seed*/encoder")):
-        raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {cells[0].parent}")
-    if Path(source).is_file() or any((Path(source) / n).exists() for n in ("pytorch_model.bin", "model.bin")):
-        raise UserError(
-            f"{source}: not a folder with config.json and model.safetensors; pickled weights are never opened "
-            "here, since a pickle may run any code; see `mpp import`"
-        )
-    try:
-        as_what = json.loads((Path(source) / "export.json").read_text())["format"]
-        raise UserError(f"{source}: an export as {as_what}; give the run or the timm folder that it was made of")
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    if (Path(source) / "recipe.yaml").exists():
-        if read_state(Path(source)) == "running":
-            raise UserError(
-                f"{source}: this run is still going on, or was killed, and has not written its encoder yet; "
-                "`mpp watch` says which"
-            )
-        raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
-    raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")
 
 
 def weights_sha256(folder: Path) -> str:
@@ -469,13 +462,15 @@ def open_encoder(
 ) -> Any:
     """A timm model without classifier from a run, an export or a name of timm's.
 
-    architecture: its name and arguments where `source` is "scratch", its arguments where it is a name of timm's.
-    image_size: (H, W), channels; None: its own. pretrained: with weights. UserError where it cannot be had so.
+    architecture: arguments of the model, and its name if `source` is "scratch". image_size: (H, W), channels; None: its
+    own. pretrained: with weights. UserError where it cannot be had so.
     """
+    given = architecture or Architecture()
+    if source != "scratch" and given.name is not None:
+        raise UserError(f"architecture.name: only with encoder: scratch; {source} has its own")
     if source == "scratch" or is_timm_name(source):
-        given = architecture or Architecture(name=source)
         return create_timm_model(
-            given.name if source == "scratch" else source,
+            given.name or source,
             image_size=image_size,
             in_chans=channels or 3,
             pretrained=pretrained,
@@ -483,11 +478,14 @@ def open_encoder(
             key="architecture.name" if source == "scratch" else "encoder",
             args_key="architecture.args",
         )
-    if architecture is not None:
-        raise UserError("architecture: only for encoder: scratch or a name of timm's; a run or export has its own")
     asked: Any = {"img_size": image_size, "in_chans": channels}
     asked = {key: value for key, value in asked.items() if value}
-    return load_encoder(source, pretrained=pretrained, num_classes=0, **asked, **timm_args)
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in given.args.items()}
+    if reserved := sorted({*asked, "num_classes", "pretrained"} & own.keys()):
+        raise UserError(
+            f"architecture.args.{reserved[0]}: is not for a recipe to set here; see data.image_size, data.channels"
+        )
+    return load_encoder(source, pretrained=pretrained, num_classes=0, **asked, **{**timm_args, **own})
 
 
 def export(run: str | Path, out: str | Path, told: Sequence[tuple[str, str]] = ()) -> Verified:
@@ -513,21 +511,6 @@ def export(run: str | Path, out: str | Path, told: Sequence[tuple[str, str]] = (
 def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
     """Write a timm model to `out` and verify it there. UserError where `out` is not new or empty."""
     return verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}), verify)
-
-
-def check_new(folder: Path) -> None:
-    """UserError where a folder is there already, with something in it."""
-    try:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: not empty; give a new folder")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
-
-
-def check_beside(out: Path, source: Path) -> None:
-    """UserError where a folder would be written into the one that it is made of."""
-    if out.absolute().is_relative_to(source.absolute()):
-        raise UserError(f"{out}: lies in {source}; give a folder beside it")
 
 
 def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Path], Verified]) -> Verified:
@@ -616,14 +599,11 @@ def with_sections(card: str, told: Sequence[tuple[str, str]]) -> str:
     return before + text + limits + after
 
 
-def _card(
-    config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int, prefix_tokens: int | None
-) -> str:
-    """prefix_tokens: before those of patches; None where features are maps."""
+def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int, use: str) -> str:
+    """use: the line that makes an embedding of images."""
     how = ""
-    if prefix_tokens is not None and not config.get("num_classes"):
-        how = "tokens = model.eval().forward_features(images)  # normalised as below\n"
-        how += f"features = tokens[:, {prefix_tokens}:].mean(1)  # the mean of the patch tokens\n"
+    if not config.get("num_classes"):
+        how = f"{use}  # (N, {config['num_features']}); images (N, channels, height, width), normalised as below\n"
     kind = "classification" if config.get("num_classes") else "feature-extraction"
     cfg = config["pretrained_cfg"]
     rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]

@@ -87,6 +87,8 @@ class FinetuneResult:
     """The fine-tuned model of the first arm's first seed, with most labels, as a timm folder."""
     plot: Path | None = None
     """Accuracy against labels, where there are several numbers of them."""
+    signal: str | None = None
+    """The name of the signal that stopped the run."""
 
     @property
     def score(self) -> dict[str, Estimate]:
@@ -184,7 +186,7 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
             if metrics is None or (stopping and number < len(cells) - 1):
                 why = stop_request.by or "a signal to another process"
                 status("stopped", cell=cell.folder.name, why=why)
-                return FinetuneResult(out, "stopped", (), None)
+                return FinetuneResult(out, "stopped", (), None, signal=stop_request.of_all(accelerator))
         measured[cell] = metrics
 
     verdicts = []

@@ -111,6 +111,19 @@ class History:
         return True
 
 
+INSPECTION, INSPECTION_INDEX = "inspect", "index.json"
+"""Of a run: where the views of `mpp inspect` are, and what lists them."""
+
+
+def read_inspection(run: Path) -> dict[str, Any] | None:
+    """What `mpp inspect` left in a run; None where there is nothing readable."""
+    try:
+        found = json.loads((run / INSPECTION / INSPECTION_INDEX).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def read_run(folder: str | Path) -> History:
     """UserError where there is no run."""
     path = Path(folder)

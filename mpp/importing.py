@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from safetensors.torch import load
 from torch import Tensor
@@ -25,11 +27,14 @@ from mpp.encoders.timm_encoder import create_timm_model, timm_names
 from mpp.errors import UserError, one_line
 from mpp.keymap import MadeOf
 from mpp.layouts import transformers
+from mpp.records import check_new
 
 NAMED, LETTERS = 5, 80
 """Weights that a message names, and how much of a name."""
 EPS = 1e-5
 """Difference of the norms' eps that no output shows: tokens of trained models vary by about 1."""
+FILTER = "timm's checkpoint filter"
+"""In place of a layout: `checkpoint_filter_fn` of the model's own module in timm renamed the weights."""
 BESIDE = (
     "yacs.config.CfgNode",
     "mmengine.config.config.ConfigDict",
@@ -49,7 +54,7 @@ class Imported:
 
     verified: exporting.Verified
     layout: str
-    """Whose names the weights had, see `mpp.layouts`."""
+    """Whose names the weights had, see `mpp.layouts`; FILTER if timm's own filter read them."""
     prefix: str
     """What stood before them, keys of nested dictionaries among it."""
     wanted: int
@@ -66,7 +71,8 @@ class Imported:
     def __str__(self) -> str:
         return "; ".join(
             [
-                f"{self.wanted - len(self.missing)} of {self.wanted} weights, named as {self.layout} does"
+                f"{self.wanted - len(self.missing)} of {self.wanted} weights, "
+                + ("read by timm's checkpoint filter" if self.layout == FILTER else f"named as {self.layout} does")
                 + (f", from {_some([self.prefix])}*" if self.prefix else ""),
                 *([f"{len(self.missing)} missing, random now: {_some(self.missing)}"] if self.missing else []),
                 f"{len(self.left_out)} tensors left out" + (f" ({_some(self.left_out)})" if self.left_out else ""),
@@ -116,7 +122,7 @@ def import_weights(
     UserError where the file is not that, and where any of the encoder's weights is missing, of another shape or kind,
     or not finite.
     """
-    exporting.check_new(Path(out))
+    check_new(Path(out))
     for key, instead in (("img_size", "--image-size"), ("in_chans", "--channels")):
         if key in (args or {}):
             raise UserError(f"args.{key}: is what {instead} says")
@@ -157,7 +163,14 @@ def import_weights(
     exporting.check_size(encoder, size, model, key="image_size")
     _check_eps(encoder, source.norm_eps, file)
     wanted: dict[str, Tensor] = encoder.state_dict()
-    layout, prefix, covered = _covered(found, list(wanted), prefix, file)
+    asked = prefix
+    layout, prefix, covered = _covered(found, list(wanted), asked, file)
+    if len(covered) < len(wanted) and (filtered := _filtered(encoder, found, asked)) is not None:
+        layout, prefix = FILTER, filtered[0]
+        found_there = {prefix + name: value for name, value in filtered[1].items()}
+        covered = {name: MadeOf((name,)) for name in wanted}
+    else:
+        found_there = found
     missing = [name for name in wanted if name not in covered]
     if missing and not (partial and covered):
         holds = f"it holds {_some(list(found))}" if found else "it holds no weights by name"
@@ -165,9 +178,12 @@ def import_weights(
             f"{file}: {len(missing)} of {len(wanted)} weights of {model}: missing: {_some(missing)}; {holds}"
             + _advice(missing, found, prefix)
         )
-    own = {name: _taken(made, found, prefix, file) for name, made in covered.items()}
+    own = {name: _taken(made, found_there, prefix, file) for name, made in covered.items()}
     encoder.load_state_dict(wanted | _fitting(own, wanted, f"{file}: ", model))
-    (mean_of, std_of), normalisation = _normalisation(mean, std, source, config, in_chans)
+    known = keymap.trained(found, layout)
+    (mean_of, std_of), normalisation = _normalisation(mean, std, source, model, config, known, in_chans)
+    if known is not None and known.masked:
+        exporting.pool_patches(encoder)
     limits = "How they were trained is not known here."
     if missing:
         limits += f" {len(missing)} of {len(wanted)} weights were not in the file and are random: {_some(missing)}."
@@ -175,7 +191,9 @@ def import_weights(
         mean=mean_of,
         std=std_of,
         input_size=(in_chans, *size),
-        made=f"Weights of `{Path(file).resolve().name}`, named as {layout} does, in timm's `{model}`.",
+        made=f"Weights of `{Path(file).resolve().name}`, "
+        + (f"read by {FILTER}" if layout == FILTER else f"named as {layout} does")
+        + f", in timm's `{model}`.",
         limits=f"{limits} Mean and std are {normalisation}.",
     )
     try:
@@ -183,7 +201,7 @@ def import_weights(
     except (RuntimeError, AttributeError, NotImplementedError, ValueError, TypeError) as error:  # timm and torch
         raise UserError(f"{model} at {size[0]}×{size[1]} px: {type(error).__name__}: {one_line(error)}") from error
     taken = {prefix + name for made in covered.values() for name in made.names}
-    left_out = sorted(found.keys() - taken)
+    left_out = sorted(n for n in found if n not in taken and not (layout == FILTER and n.startswith(prefix)))
     return Imported(verified, layout, prefix, len(wanted), missing, left_out, mean_of, std_of, normalisation)
 
 
@@ -211,9 +229,16 @@ def _check_eps(encoder: Any, said: float | None, file: str | Path) -> None:
 
 
 def _normalisation(
-    mean: Sequence[float] | None, std: Sequence[float] | None, source: _Source, config: Any, channels: int
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    source: _Source,
+    model: str,
+    config: Any,
+    known: keymap.Trained | None,
+    channels: int,
 ) -> tuple[tuple[list[float], list[float]], str]:
-    """(mean, std) of pixels in [0, 1], by channel, and where they are from. UserError."""
+    """(mean, std) of pixels in [0, 1], by channel, and where they are from: the user, the folder, a tag of timm's, or
+    the project whose names these are. UserError if nobody says it: most features are worth little without."""
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and (len(values) != channels or not all(0 <= v <= 1 for v in values)):
             raise UserError(f"{key}: must be {channels} numbers from 0 to 1, one for each channel; got {list(values)}")
@@ -225,8 +250,19 @@ def _normalisation(
         return ([float(v) for v in mean], [float(v) for v in std]), "as given"
     if source.mean_std and all(len(values) == channels for values in source.mean_std):
         return source.mean_std, "those of the folder"
-    own = tuple(exporting.for_channels(config[key], channels) for key in ("mean", "std"))
-    return own, "timm's for this name"  # type: ignore[return-value]
+    architecture, _, tag = model.partition(".")
+    if tag:
+        said, by = (config["mean"], config["std"]), "timm's for this tag"
+    elif known is not None:
+        said, by = (known.mean, known.std), f"those of {known.by}"
+    else:
+        tags = [name for name in timm.list_pretrained(f"{architecture}.*") if name != architecture]
+        raise UserError(
+            "mean, std: nothing says what these weights were trained with. Give both, such as ImageNet's: --mean "
+            "0.485,0.456,0.406 --std 0.229,0.224,0.225"
+            + (f"; or name timm's own weights: --model {_some(tags)}" if tags else "")
+        )
+    return (exporting.for_channels(said[0], channels), exporting.for_channels(said[1], channels)), by
 
 
 def _read(file: Path, trust: bool, *, named: bool, given: bool) -> _Source:
@@ -350,6 +386,32 @@ def _covered(
     return best
 
 
+def _filtered(encoder: Any, found: Mapping[str, Tensor], prefix: str | None) -> tuple[str, dict[str, Tensor]] | None:
+    """What timm's `checkpoint_filter_fn` for this model makes of the weights behind a prefix, if it makes all of them.
+
+    prefix: the one that is asked for; None: every one that the names have is tried.
+    """
+    rename = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+    if rename is None:
+        return None
+    wanted = encoder.state_dict()
+    starts = {"" if prefix is None else prefix}
+    for name in found if prefix is None else ():
+        parts = name.split(".")
+        starts |= {".".join(parts[:depth]) + "." for depth in range(1, min(len(parts), DEEPEST))}
+    for start in sorted(starts, key=len):
+        inside = {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
+        if len(inside) < len(wanted):
+            continue
+        try:
+            state = rename(inside, encoder)
+        except Exception:  # timm's filters are written for the files that they know
+            continue
+        if isinstance(state, dict) and all(n in state and state[n].shape == v.shape for n, v in wanted.items()):
+            return start, {name: state[name] for name in wanted}
+    return None
+
+
 def _taken(made: MadeOf, found: Mapping[str, Tensor], prefix: str, file: str | Path) -> Tensor:
     try:
         return made.of(found, prefix)
@@ -361,7 +423,7 @@ def _advice(missing: list[str], found: Mapping[str, Tensor], prefix: str) -> str
     """Which argument of timm's is likely to be off, where the encoder's last norm alone is missing."""
     last = {name.rpartition(".")[0] for name in missing}
     if last == {"fc_norm"} and f"{prefix}norm.weight" in found:
-        return "; its last norm is norm, over all tokens: add global_pool=token"
+        return "; its last norm is norm, over all tokens: add fc_norm=false"
     if last == {"norm"} and f"{prefix}fc_norm.weight" in found:
         return "; its last norm is fc_norm, over their mean: add global_pool=avg"
     return ""

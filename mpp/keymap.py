@@ -42,6 +42,32 @@ class MadeOf:
         return self.change(value) if self.change else value
 
 
+@dataclass(frozen=True)
+class Trained:
+    """How a project's own weights were trained, as far as the names in a file tell."""
+
+    by: str
+    """Whose weights they are, in a message."""
+    marks: tuple[str, ...] = ()
+    """Regular expressions, each found among the names of such a file; none: the layout itself says it."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of R, G and B, of pixels in [0, 1]; with std, ImageNet's."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    masked: bool = False
+    """By masked patches, so that the embedding of an image is the mean of its patch tokens."""
+
+
+def trained(found: Iterable[str], layout: str) -> Trained | None:
+    """How weights with these names, of this layout, were trained; None if the names do not tell."""
+    listed = list(found)
+    for name in names():
+        for known in getattr(importlib.import_module(f"mpp.layouts.{name}"), "TRAINED", ()):
+            marked = all(any(re.search(mark, n) for n in listed) for mark in known.marks)
+            if marked and (known.marks or name == layout):
+                return known
+    return None
+
+
 def rule(ours: str, *theirs: Template, change: Callable[[Tensor], Tensor] | None = None) -> Rule:
     """ours: a regular expression. theirs: `{0}`, `{1}` stand for its groups; or a function of the match."""
     return Rule(re.compile(ours), theirs, change)

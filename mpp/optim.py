@@ -6,11 +6,15 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.models._manipulate import group_with_matcher
+from timm.optim._param_groups import auto_group_layers
 from torch import nn
 
 NO_DECAY_NAMES = ("token", "pos_embed", "bias", "position")
 """Parts of a parameter's own name, not its module's, for which it is not decayed (MAE's and BEiT's published codes)."""
+
+UNMATCHED = "?"
+"""A parameter's name that no model has."""
 
 
 def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -27,31 +31,65 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any
 def finetune_groups(
     encoder: nn.Module, head: nn.Module, *, weight_decay: float, layer_decay: float, head_lr_scale: float
 ) -> list[dict[str, Any]]:
-    """timm's layer-wise groups: the last block at layer_decay, the embedding at layer_decay^(depth+1), the head at 1.
+    """Group parameters by layer: the head learns at 1, the last block at layer_decay, the embedding at
+    layer_decay^(depth + 1).
 
-    As BEiT and MAE have it. timm counts from the top layer it sees; the head is a layer above the encoder, so
-    all of the encoder's groups are one layer further down.
+    So do BEiT (Bao et al. 2022) and MAE (He et al. 2022, table 9) in their published codes. A norm after pooling
+    (`fc_norm`) is no layer of its own: it learns as the head does.
+
+    Args:
+        encoder: A timm model without classifier.
+        head: What stands on it.
+        weight_decay: Not applied to vectors and to what the encoder names in `no_weight_decay`.
+        layer_decay: Learning rate of a layer over that of the next.
+        head_lr_scale: Learning rate of the head over that of the optimizer.
+
+    Returns:
+        Groups for the optimizer. `lr_scale` multiplies the learning rate; the encoder's groups have `from_top`, the
+        number of blocks above their own.
     """
-    skip = encoder.no_weight_decay() if hasattr(encoder, "no_weight_decay") else ()  # type: ignore[operator]
-    groups: list[dict[str, Any]] = param_groups_layer_decay(
-        encoder, weight_decay=weight_decay, no_weight_decay_list=skip, layer_decay=layer_decay
-    )
-    from_top = _blocks_from_top(encoder)
-    for group in groups:
-        group["lr_scale"] *= layer_decay
-        group["from_top"] = max(from_top.get(id(p), 0) for p in group["params"])
-    for group in pretrain_groups(head, weight_decay):
-        groups.append({**group, "lr_scale": head_lr_scale})
-    return [g for g in groups if g["params"]]
+    undecayed = set(encoder.no_weight_decay()) if hasattr(encoder, "no_weight_decay") else set()  # type: ignore[operator]
+    layers, depth = layer_numbers(encoder)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, p in encoder.named_parameters():
+        if not p.requires_grad:
+            continue
+        decayed = p.ndim > 1 and name not in undecayed
+        group = groups.setdefault(
+            (layers[name], decayed),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decayed else 0.0,
+                "lr_scale": layer_decay ** (depth + 1 - layers[name]),
+                "from_top": max(depth - layers[name], 0),
+            },
+        )
+        group["params"].append(p)
+    of_head = [{**group, "lr_scale": head_lr_scale} for group in pretrain_groups(head, weight_decay)]
+    return [g for g in [*groups.values(), *of_head] if g["params"]]
 
 
-def _blocks_from_top(encoder: nn.Module) -> dict[int, int]:
-    """id of a parameter -> how many of timm's layers lie above its own.
+def layer_numbers(encoder: nn.Module) -> tuple[dict[str, int], int]:
+    """Number the layers of a timm model: 0 is the embedding, `depth` the last block, depth + 1 what follows it.
 
-    timm says so only by its decay: halved for each layer, it can be counted.
+    timm's `group_matcher` names the embedding and the blocks. Parameters that it does not name get the largest
+    number, as if they were one more layer. For a norm after pooling that is right: it belongs to the head. Rotary
+    positions (`rope.freqs`) are read by every block, so they count as part of the embedding.
+
+    Returns:
+        The layer of each parameter, and depth.
     """
-    halved = param_groups_layer_decay(encoder, layer_decay=0.5)
-    return {id(p): round(-math.log2(group["lr_scale"])) for group in halved for p in group["params"]}
+    rope = {name for name, _ in encoder.named_parameters() if name.startswith("rope.")}
+    named = [(name, p) for name, p in encoder.named_parameters() if name not in rope]
+    matcher: Any = encoder.group_matcher(coarse=False) if hasattr(encoder, "group_matcher") else None  # type: ignore[operator]
+    if isinstance(matcher, dict):
+        # a name that matches nothing shows which number the parameters have that match nothing
+        layers: dict[str, int] = group_with_matcher(iter([*named, (UNMATCHED, None)]), matcher, reverse=True)
+        depth = layers.pop(UNMATCHED) - 1
+    else:  # a function, or none: every parameter has a layer of the encoder
+        layers = group_with_matcher(iter(named), matcher, reverse=True) if matcher else auto_group_layers(encoder)
+        depth = max(layers.values())
+    return layers | dict.fromkeys(rope, 0), depth
 
 
 def unfreeze(groups: list[dict[str, Any]], *, frozen_steps: int, gradual: bool) -> None:

@@ -155,8 +155,9 @@ def marginal_logits(classes: Tensor, hidden: Tensor, count: int) -> Tensor:
 def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
     """Fixed 2-D sine-cosine positions, (N, dim) float32; dim must be a multiple of 4 (ValueError).
 
-    Half of the channels encode the row, half the column, temperature 10,000: MAE (He et al. 2022), appendix
-    A.1, after the 1-D form of Vaswani et al. 2017, section 3.5.
+    The first half of the channels encodes the column, the second half the row, each as sines and then cosines,
+    temperature 10,000: MAE (He et al. 2022), appendix A.1 and its published code, after the 1-D form of Vaswani et
+    al. 2017, section 3.5.
     """
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4; got {dim}")
@@ -164,7 +165,7 @@ def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | Non
     rates = 10000.0 ** -(torch.arange(dim // 4, device=device, dtype=torch.float64) / (dim // 4))
     rows = torch.arange(gh, device=device, dtype=torch.float64).repeat_interleave(gw)
     cols = torch.arange(gw, device=device, dtype=torch.float64).repeat(gh)
-    angles = [axis[:, None] * rates for axis in (rows, cols)]
+    angles = [axis[:, None] * rates for axis in (cols, rows)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
 

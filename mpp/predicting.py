@@ -19,6 +19,7 @@ from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
 from mpp.predicting_dense import BOX_COLUMNS, predict_dense
 from mpp.recipe import DECODING
+from mpp.records import encoder_folder
 from mpp.supervised import over_views
 
 BATCH = 64
@@ -63,7 +64,7 @@ class Predictor:
 
     def __init__(self, source: str | Path, views: Literal[1, 2, 10] = 1) -> None:
         """views: 1: the central crop; 2: and mirrored; 10: the corners, too (Krizhevsky et al. 2012, section 4.1)."""
-        folder = exporting.encoder_folder(source)
+        folder = encoder_folder(source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = exporting.load_encoder(folder).eval().to(self.device)
         names = exporting.class_names(folder)
@@ -141,7 +142,7 @@ def predict_files(
     the folder that an image lies in is its true class then. Of a model of task: segment or detect, which has neither
     views nor top: rows, folder and no report, see `predict_dense`. UserError for what the user can correct.
     """
-    if exporting.has_head(exporting.encoder_folder(source)):
+    if exporting.has_head(encoder_folder(source)):
         for option, value in (("views", views), ("top", top)):
             if value != 1:
                 raise UserError(f"--{option}: {source} tells of places, not of whole images; allowed: 1")

@@ -64,6 +64,8 @@ class PretrainResult:
     """1 - loss / loss of the trivial predictor, on held-out images; the last one measured."""
     encoder: Path | None
     """The timm folder of the encoder; None until the run is finished."""
+    signal: str | None = None
+    """The name of the signal that stopped the run."""
 
 
 def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
@@ -359,14 +361,16 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
                 log.say(f"warning: {error}; going on, as if_unsaved says")
         if stopping and not is_last:
             why = stop_request.by or "a signal to another process"
+            by = stop_request.of_all(accelerator)
             log.say(f"stopped at step {step} by {why}; go on with --resume auto")
             log.status("stopped", step=step, why=why)
-            return PretrainResult(run.out, "stopped", step, loss, skill, None)
+            return PretrainResult(run.out, "stopped", step, loss, skill, None, by)
 
     # ---- the encoder, as a timm folder
     encoder, origin = run.out / "encoder", exporting.trained_by(recipe)
     said = {"step": step, "loss": loss, "skill": skill}
     with whole.now(accelerator.device) as shown:
+        exporting.pool_patches(shown.encoder.model)
         distributed.on_main(accelerator, partial(exporting.save_encoder, shown.encoder.model, encoder, origin, said))
     log.say(f"encoder: {encoder}")
     log.status("finished", step=step)

@@ -48,6 +48,16 @@ from mpp.types import (
 )
 
 COMMAND_LINE = "command line"
+EXAMPLES = {
+    "data.shards": "FOLDER",
+    "data.train": "FOLDER",
+    "data.val": "FOLDER",
+    "encoder": "RUN",
+    "out": "FOLDER",
+}
+"""Required keys that recipes for one's own images leave open, and what to write."""
+OPEN = "REQUIRED"
+"""In place of the value of such a key, in `mpp recipe show`."""
 MOST_CHANNELS = 1024
 """Of an image (a guess)."""
 
@@ -283,6 +293,9 @@ class Encoder(Section):
     """timm's arguments for it, such as patch_size, embed_dim, depth, num_heads, drop_path_rate."""
     pretrained: Bool = False
     """Start from timm's published weights of this name."""
+    weight_init: Literal["timm", "mae"] = "timm"
+    """How random weights are drawn. mae: as MAE's published code does for plain ViTs: linear layers and patch embedding
+    from Xavier's uniform distribution, the class token from N(0, 0.02²), fixed sine-cosine positions."""
     grad_checkpointing: Bool = False
     """Recompute activations in the backward pass: slower, less memory."""
 
@@ -503,10 +516,13 @@ class FinetuneData(LabeledData):
 
 
 class Architecture(Section):
-    """A timm encoder by name, for `encoder: scratch` or a name of timm's."""
+    """Which timm encoder to build, or arguments for the one that `encoder` names."""
 
-    name: str
+    name: str | None = None
+    """timm's name, for `encoder: scratch` only."""
     args: dict[str, Any] = {}
+    """timm's arguments. For a run or an export they change its own, such as `window_size: 7` for a Swin that was
+    pretrained with windows of 6 at 192 px."""
 
 
 class FinetuneOptim(Optim):
@@ -582,7 +598,6 @@ class FinetuneRecipe(Run):
     encoder: FilePath
     """A pretraining run, an exported folder, a name of timm's, or scratch."""
     architecture: Architecture | None = None
-    """With `encoder: scratch` or a name of timm's: the encoder to build."""
     beside_scratch: Bool = True
     """Run the same fine-tune from scratch, too."""
     seeds: Annotated[
@@ -592,7 +607,11 @@ class FinetuneRecipe(Run):
     data: FinetuneData
     task: component_section("tasks", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
     pool: Literal["mean", "token"] = "mean"
-    """Features of an image: the mean of its patch tokens, or the class token (never trained in pretraining)."""
+    """Features of an image: the mean of its patch tokens, or the class token. Pretraining trains the class token's last
+    output only with the heads transformer and cross_attention."""
+    fc_norm: Bool | None = None
+    """With `pool: mean`. true: norm the mean by a new norm, in place of the encoder's final one, as MAE's fine-tuning
+    does. false: norm each token by the encoder's final norm, then take the mean. Default: as the encoder has it."""
     drop_path_rate: BelowOne = 0.0
     mixup: NonNegativeFloat = 0.0
     """Alpha of the beta distribution (Zhang et al. 2018); 0: none."""
@@ -623,8 +642,11 @@ class FinetuneRecipe(Run):
 
     @model_validator(mode="after")
     def _architecture(self) -> FinetuneRecipe:
-        if self.encoder == "scratch" and self.architecture is None:
+        named = self.architecture and self.architecture.name
+        if self.encoder == "scratch" and not named:
             raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
+        if self.fc_norm and self.pool == "token":
+            raise ValueError("fc_norm: norms the mean of the patch tokens; not with pool: token")
         if self.unfreeze == "gradual" and not 0 < self.frozen < 1:
             raise ValueError("unfreeze: gradual: wants `frozen` between 0 and 1, the part of the steps that it takes")
         if self.lora and self.frozen == 1:
@@ -639,7 +661,13 @@ class FinetuneRecipe(Run):
         if labels != "class":
             off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "distill": None, "data.labels_per_class": None}
         if labels in ("mask", "boxes"):
-            off |= {"pool": "mean", "data.auto_augment": None, "data.erase": 0.0, "data.val_crop_fraction": 1.0}
+            off |= {
+                "pool": "mean",
+                "fc_norm": None,
+                "data.auto_augment": None,
+                "data.erase": 0.0,
+                "data.val_crop_fraction": 1.0,
+            }
             off["data.val_views"] = 1
         if labels != "mask":
             off["data.val_side_px"] = None
@@ -706,7 +734,6 @@ class EvaluateRecipe(Job):
     encoder: FilePath
     """A pretraining run, an exported folder, or a name of timm's."""
     architecture: Architecture | None = None
-    """With a name of timm's: its arguments."""
     compare: FilePath | None = None
     """Another encoder, read in the same way."""
     controls: Bool = True
@@ -979,10 +1006,24 @@ def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None
 
 def load_any(path: str | Path, overrides: dict[str, Any] | None = None, scale: str | None = None) -> Job:
     """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
+    return load_recipe(path, _job_of(path), overrides, scale)
+
+
+def load_open(path: str | Path, overrides: dict[str, Any], scale: str | None) -> tuple[Job, list[str]]:
+    """As `load_any`, of a recipe that leaves required keys to the command line: these are OPEN, and listed."""
+    job = _job_of(path)
+    required = [key for key, f in _leaves(job).items() if key in EXAMPLES and f.is_required()]
+    values, places = parse_yaml(_text(path), str(path))
+    apply_scale(values, places, scale, str(path))
+    apply_overrides(values, places, overrides)
+    left = [key for key in required if flat_keys(values).get(key) is None]
+    apply_overrides(values, places, dict.fromkeys(left, OPEN))
+    return check_recipe(values, job, places, str(path)), left
+
+
+def _job_of(path: str | Path) -> type[Job]:
     job = parse_yaml(_text(path), str(path))[0].get("job")
-    return load_recipe(
-        path, RECIPES.get(job, PretrainRecipe) if isinstance(job, str) else PretrainRecipe, overrides, scale
-    )
+    return RECIPES.get(job, PretrainRecipe) if isinstance(job, str) else PretrainRecipe
 
 
 def checked(
@@ -1038,7 +1079,8 @@ def _error_line(error: Any, job: type[Job], places: dict[Key, str], source: str)
         hint = f" Did you mean '{close[0]}'?" if close and close[0] != dotted(key) else ""
         return f"{place}: {dotted(key)}: unknown key.{hint} Allowed here: {', '.join(sorted(fields))}"
     if kind == "missing":
-        return f"{place}: {dotted(key)}: missing"
+        example = f"; add {dotted(key)}={EXAMPLES[dotted(key)]}" if dotted(key) in EXAMPLES else ""
+        return f"{place}: {dotted(key)}: required{example}"
     if kind in ("union_tag_invalid", "literal_error"):
         choices = str(context.get("expected_tags") or context.get("expected", ""))
         words = re.findall(r"'([^']*)'", choices) or re.split(r", | or ", choices)
@@ -1141,6 +1183,11 @@ def _bounds(key: Key, job: type[BaseModel]) -> str:
 def json_schema(job: str) -> dict[str, Any]:
     """Of a job's recipes as they are written, with every short form, for editors. It knows no rule between keys."""
     found: dict[str, Any] = _with_limits(RECIPES[job].model_json_schema())
+    for section in (found, *found.get("$defs", {}).values()):  # a recipe may leave these to the command line
+        if "required" in section:
+            section["required"] = [
+                key for key in section["required"] if key not in ("shards", "train", "val", "encoder")
+            ]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 

@@ -1,4 +1,4 @@
-"""The files of a run folder, read, compared and replaced as wholes, without torch: who looks at a run is quick."""
+"""The files of runs and exports, read, compared and replaced as wholes, without torch: who looks at a run is quick."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mpp.errors import UserError, reason
 
 RECIPE = "recipe.yaml"
 _CHECKPOINT = re.compile(r"step-(\d{8})")
@@ -76,3 +78,58 @@ def flat_keys(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = inner
     return flat
+
+
+def timm_folder(source: str | Path) -> Path | None:
+    """The timm folder of a run or an export, or None."""
+    for folder in (Path(source) / "encoder", Path(source)):
+        if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
+            return folder
+    return None
+
+
+def encoder_folder(source: str | Path) -> Path:
+    """The timm folder of a run or an export. UserError where there is none."""
+    if folder := timm_folder(source):
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError):
+            return folder  # what is wrong with it is found where it is opened
+        if isinstance(config, dict) and "model_type" in config and "architecture" not in config:
+            raise UserError(f"{folder}: a folder of transformers'; `mpp import {folder} OUT` makes an encoder of it")
+        return folder
+    if cells := sorted(Path(source).glob("*-seed*/encoder")):
+        raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {cells[0].parent}")
+    if Path(source).is_file() or any((Path(source) / n).exists() for n in ("pytorch_model.bin", "model.bin")):
+        raise UserError(
+            f"{source}: not a folder with config.json and model.safetensors; pickled weights are never opened "
+            "here, since a pickle may run any code; see `mpp import`"
+        )
+    try:
+        as_what = json.loads((Path(source) / "export.json").read_text())["format"]
+        raise UserError(f"{source}: an export as {as_what}; give the run or the timm folder that it was made of")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    if (Path(source) / "recipe.yaml").exists():
+        if read_state(Path(source)) == "running":
+            raise UserError(
+                f"{source}: this run is still going on, or was killed, and has not written its encoder yet; "
+                "`mpp watch` says which"
+            )
+        raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
+    raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")
+
+
+def check_new(folder: Path) -> None:
+    """UserError where a folder is there already, with something in it."""
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: not empty; give a new folder")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
+
+
+def check_beside(out: Path, source: Path) -> None:
+    """UserError where a folder would be written into the one that it is made of."""
+    if out.absolute().is_relative_to(source.absolute()):
+        raise UserError(f"{out}: lies in {source}; give a folder beside it")

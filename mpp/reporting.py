@@ -22,14 +22,15 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from mpp.diagnostics import inspection, plots, reconstruct
+from mpp.diagnostics import kept as kept_pictures
+from mpp.diagnostics import plots
 from mpp.diagnostics.plots import Level, Line
-from mpp.encoders.timm_encoder import timm_folder
 from mpp.errors import UserError, one_line
-from mpp.evaluating import ARMS
-from mpp.history import History, read_run, settings_that_differ
-from mpp.symptoms import DAMAGED, Symptom, helped, symptoms
-from mpp.verdict import HELPED, NO_HELP
+from mpp.history import INSPECTION, History, read_inspection, read_run, settings_that_differ
+from mpp.probes import ARMS, PROTOCOL
+from mpp.records import timm_folder
+from mpp.symptoms import DAMAGED, Symptom, symptoms
+from mpp.verdict import conclude, stored_estimate
 
 FILE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -222,7 +223,7 @@ def _curves(run: History, pictures: Pictures) -> Part:
 
 
 def _reconstructions(run: History, pictures: Pictures) -> Part | None:
-    kept = reconstruct.read_kept(run.folder)
+    kept = kept_pictures.read_kept(run.folder)
     if not kept:
         return None
     part = Part(
@@ -233,7 +234,7 @@ def _reconstructions(run: History, pictures: Pictures) -> Part | None:
             "What is visible is pasted in, so that only the hidden patches are predictions."
         ],
     )
-    for panel in reconstruct.pasted(kept):
+    for panel in kept_pictures.pasted(kept):
         count = len(kept[0].panels["original"])
         alt = f"{count} held-out images, masked, and their predictions from step {kept[0].step} to {kept[-1].step:,}."
         caption = (
@@ -242,12 +243,12 @@ def _reconstructions(run: History, pictures: Pictures) -> Part | None:
             if panel != "pasted"
             else ""
         )
-        part.pictures.append(pictures.pixels(reconstruct.strip(kept, panel), alt, caption=caption, wide=True))
+        part.pictures.append(pictures.pixels(kept_pictures.strip(kept, panel), alt, caption=caption, wide=True))
     return part
 
 
 def _inspection(run: History, pictures: Pictures) -> Part | None:
-    index = inspection.read_index(run.folder)
+    index = read_inspection(run.folder)
     if not index:
         return None
     seen = f"Seen through {index.get('images', '?')} images (mpp inspect)."
@@ -259,7 +260,7 @@ def _inspection(run: History, pictures: Pictures) -> Part | None:
         if not name.isidentifier():
             continue
         found = pictures.file(
-            run.folder / inspection.FOLDER / f"{name}.png",
+            run.folder / INSPECTION / f"{name}.png",
             f"{view['title']}: {view['summary']}.",
             caption=view["caption"],
             title=view["title"],
@@ -278,25 +279,37 @@ def _finetune(run: History, pictures: Pictures) -> Part:
     part = Part(f"finetune-{run.name}", f"Fine-tuning: {run.name}")
     data = run.data
     counts = f" of {data['train_images']:,} labeled images, judged on {data['val_images']:,}" if data else ""
+    arms = {"pretrained": "from the pretrained encoder", "scratch": "from scratch"}
+    ran = [arms[arm] for arm in _arms_of(run)]
+    how = f"The same fine-tune {ran[0]} and {ran[1]}" if len(ran) > 1 else f"Fine-tuned {ran[0]} only"
+    seeds = recipe.get("seeds", [])
     part.text.append(
-        f"The same fine-tune from the pretrained encoder and from scratch{counts}; task {task}, "
-        f"seeds {', '.join(map(str, recipe.get('seeds', [])))}; intervals are 95 %, over seeds."
+        f"{how}{counts}; task {task}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        + ("; intervals are 95 %, over seeds." if len(seeds) > 1 else ".")
     )
     verdicts = run.result.get("verdicts", [])
     if not verdicts:
         done = sum(bool(c.result) for c in run.cells)
         part.text.append(f"Not finished: {done} of {len(run.cells)} cells that were begun are.")
         return part
-    arms = list(verdicts[0]["score"])
+    scored = list(verdicts[0]["score"])
+    with_gain = any(v.get("gain") for v in verdicts)
     rows = []
     for v in verdicts:
         labels = str(v["labels_per_class"]) if v.get("labels_per_class") else "all"
-        rows.append([labels, *(_estimate(v["score"].get(a)) for a in arms), _estimate(v.get("gain"), points=True)])
+        gain = [_estimate(v.get("gain"), points=True)] if with_gain else []
+        rows.append([labels, *(_estimate(v["score"].get(a)) for a in scored), *gain])
     metric = METRICS.get(str(run.result.get("metric")), "accuracy")
-    part.tables.append(Table(["labels a class", *(f"{a}, {metric}" for a in arms), "gain"], rows))
+    head = ["labels a class", *(f"{a}, {metric}" for a in scored), *(["gain"] if with_gain else [])]
+    part.tables.append(Table(head, rows))
+    for v in verdicts:
+        if v.get("gain"):
+            labels = f"{v['labels_per_class']} labels a class: " if len(verdicts) > 1 else ""
+            text = labels + conclude(stored_estimate(v["gain"])).text
+            part.text.append(f"{text[0].upper()}{text[1:]}.")
     if len(verdicts) > 1:
         lines = []
-        for arm in arms:
+        for arm in scored:
             found = [(float(v["labels_per_class"]), v["score"][arm]) for v in verdicts]
             widths = [100 * e["half_width"] for _, e in found if _number(e.get("half_width"))]
             lines.append(
@@ -328,6 +341,13 @@ def _finetune(run: History, pictures: Pictures) -> Part:
     return part
 
 
+def _arms_of(run: History) -> list[str]:
+    """Which of "pretrained" and "scratch" a fine-tune trains, as its recipe says."""
+    if run.recipe.get("encoder") == "scratch":
+        return ["scratch"]
+    return ["pretrained", "scratch"] if run.recipe.get("beside_scratch", True) else ["pretrained"]
+
+
 def _evaluation(run: History, pictures: Pictures) -> Part:
     part = Part(f"probes-{run.name}", f"Frozen features: {run.name}")
     best, scores = run.result.get("best", {}), run.result.get("scores", {})
@@ -338,6 +358,8 @@ def _evaluation(run: History, pictures: Pictures) -> Part:
         f"Probes of the frozen encoder, fitted to {run.result['train_images']:,} labeled images, judged on "
         f"{run.result['val_images']:,}, beside controls. Layer and settings were chosen on training images."
     )
+    if any("linear" in found for found in best.values()):
+        part.text.append(f"{PROTOCOL[0].upper()}{PROTOCOL[1:]}.")
     probes = list(dict.fromkeys(p for arm in best.values() for p in arm))
     rows = [
         [ARMS.get(arm, arm), *(_at(best[arm].get(p)) for p in probes)] for arm in best
@@ -413,9 +435,8 @@ def _loading(run: History) -> Part | None:
     code = (
         "import timm\n\n"
         f"model = timm.create_model({'local-dir:' + str(folder)!r}, pretrained=True)\n"
-        "# normalise with model.pretrained_cfg['mean'] and ['std']; the features of an image:\n"
-        "features = model.forward_features(images)\n"
-        "# of a ViT, their mean over the patches: features[:, model.num_prefix_tokens:].mean(1)\n"
+        "# images (N, channels, height, width), normalised with model.pretrained_cfg['mean'] and ['std']\n"
+        "embedding = model.eval()(images)  # (N, width): of a ViT, the mean of its patch tokens\n"
     )
     text = f"A plain timm folder; mpp export {run.folder} OUT copies and verifies it."
     return Part("load", "Load the encoder", [text], code=code)
@@ -583,8 +604,8 @@ def _page(runs: list[History], pictures: Pictures) -> str:
     for run in others:
         add(_finetune if run.job == "finetune" else _evaluation, run, pictures)
         parts[-1].text += [text for other in others if (text := _better_frozen(run, other))]
-        if subject and not _reads(run, subject):
-            parts[-1].text.insert(0, f"Of another encoder than this run's: {run.recipe.get('encoder')}.")
+        if subject and run.recipe.get("encoder") != "scratch" and not _reads(run, subject):
+            parts[-1].text.insert(0, f"Not this run's encoder, but {run.recipe.get('encoder')}.")
     if subject:
         add(_inspection, subject, pictures)
         add(_loading, subject)
@@ -640,7 +661,7 @@ def _looked_for(runs: Sequence[History]) -> list[str]:
     if any(r.data.get("val_in_train") for r in runs):
         found.append("validation images among training images")
     if any(r.result.get("verdicts") for r in runs):
-        found.append("pretraining that did not help")
+        found.append("a gain from pretraining that is not shown")
     if any(r.job == "evaluate" and r.result.get("best") for r in runs):
         found.append("features no better than their controls")
     return found
@@ -698,5 +719,5 @@ def _gained(other: History) -> str:
         if v.get("gain"):
             text += f" Fine-tuned, {_estimate(v['score'].get('pretrained'))}; from scratch "
             text += f"{_estimate(v['score'].get('scratch'))}; gain {_estimate(v['gain'], points=True)}"
-            text += f": {HELPED}." if helped(v["gain"]) else f": {NO_HELP}."
+            text += f"; {conclude(stored_estimate(v['gain'])).text}."
     return text

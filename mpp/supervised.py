@@ -15,6 +15,7 @@ from mpp.build import build_component
 from mpp.encoders.maps import probe_maps, read_maps
 from mpp.errors import UserError, one_line
 from mpp.recipe import FinetuneRecipe
+from mpp.records import encoder_folder
 from mpp.rng import Purpose, torch_seed
 
 
@@ -113,14 +114,7 @@ def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supe
         raise UserError(f"pool: token: {type(encoder).__name__} has no class token here; allowed: mean")
     if wanted == "avg" and type(encoder).__name__ == "VisionTransformerDistilled":
         raise UserError("pool: mean: timm's distilled DeiTs read their class and distillation tokens; allowed: token")
-    own = getattr(encoder, "global_pool", wanted)
-    if isinstance(own, str) and own != wanted:  # convolutional families have a pooling layer there, over the map
-        torch.manual_seed(torch_seed(seed, Purpose.INIT))
-        # keeps the final norm where its weights are; timm would drop them with the change of pooling
-        keep_norm = "use_fc_norm" if type(encoder).__name__ in ("Eva", "Beit") else "fc_norm"
-        takes = inspect.signature(type(encoder).__init__).parameters
-        pool = {"global_pool": wanted, **({keep_norm: False} if keep_norm in takes else {})}
-        encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=pool)
+    encoder = _pooled(recipe, encoder, wanted, seed)
     exporting.check_size(encoder, recipe.data.image_size)
     width = _width(encoder, recipe)
     task = build_component("task", recipe.task, width, num_classes)
@@ -128,6 +122,29 @@ def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supe
     if recipe.distill and type(encoder).__name__ == "VisionTransformerDistilled":
         distilled = build_component("task", recipe.task, width, num_classes)
     return Classifier(encoder, task, *recipe.data.mean_std(), distilled)
+
+
+def _pooled(recipe: FinetuneRecipe, encoder: Any, wanted: str, seed: int) -> Any:
+    """The encoder with timm's pooling `wanted`, and its norm after it or before, as the recipe says. UserError.
+
+    timm drops the final norm's weights in silence if the pooling changes, so the weights are carried over here. A norm
+    in a new place is a new norm.
+    """
+    takes = inspect.signature(type(encoder).__init__).parameters
+    key = next((key for key in ("fc_norm", "use_fc_norm") if key in takes), None)
+    if recipe.fc_norm is not None and key is None:
+        raise UserError(f"fc_norm: timm's {type(encoder).__name__} has its norm in one place; allowed: null")
+    norms_after = key is not None and not isinstance(encoder.fc_norm, nn.Identity)
+    norm_after = recipe.fc_norm if recipe.fc_norm is not None else norms_after and wanted == "avg"
+    own = getattr(encoder, "global_pool", wanted)
+    # convolutional families have a pooling layer there, over the map
+    if (own == wanted or not isinstance(own, str)) and norm_after == norms_after:
+        return encoder
+    torch.manual_seed(torch_seed(seed, Purpose.INIT))
+    built = _encoder(recipe, pretrained=False, pool={"global_pool": wanted, **({key: norm_after} if key else {})})
+    missing, extra = built.load_state_dict(encoder.state_dict(), strict=False)
+    assert all(name.startswith(("norm.", "fc_norm.")) for name in (*missing, *extra)), (missing, extra)
+    return built
 
 
 def _dense(recipe: FinetuneRecipe, encoder: Any, num_classes: int) -> Dense:
@@ -196,7 +213,7 @@ def load_dense(source: str | Path) -> tuple[Dense, FinetuneRecipe, list[str]]:
     """
     from mpp.recipe import load_recipe
 
-    folder = exporting.encoder_folder(source)
+    folder = encoder_folder(source)
     recipe = load_recipe(folder / "recipe.yaml", FinetuneRecipe)
     encoder = exporting.load_encoder(folder, num_classes=0)
     state, classes = exporting.load_head(folder)

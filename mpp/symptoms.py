@@ -10,11 +10,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpp.errors import one_line
 from mpp.history import History
-from mpp.verdict import NO_HELP
+from mpp.verdict import conclude, stored_estimate
 
 FLAT = 0.98
 """The loss has not fallen where its last quarter's median is above so much of its second eighth's."""
@@ -54,7 +54,7 @@ class Symptom:
     """One thing that deserves a second look."""
 
     kind: str
-    """failed, diverged, flat, below_trivial, collapse, data_bound, slower, bad_images, leak, no_help, control, dead,
+    """failed, diverged, flat, below_trivial, collapse, data_bound, slower, bad_images, leak, no_gain, control, dead,
     damaged"""
     text: str
     """What was seen, in a sentence."""
@@ -275,27 +275,16 @@ def _of_finetuning(run: History) -> list[Symptom]:
                 Symptom("leak", text, "Split again so that no image is on both sides; the figures are too high.")
             )
     for verdict in run.result.get("verdicts", []):
-        gain = verdict.get("gain")
-        if gain and not helped(gain):
-            labels = f" at {verdict['labels_per_class']} labels a class" if verdict.get("labels_per_class") else ""
-            text = f"{NO_HELP[0].upper()}{NO_HELP[1:]}{labels}: the gain, {100 * gain['mean']:+.1f} points, "
-            text += "is within its interval." if _interval(gain) else "is of one seed."
-            found.append(
-                Symptom(
-                    "no_help", text, "Pretrain longer, on more like images; or more seeds, for a narrower interval."
-                )
-            )
+        if not verdict.get("gain"):
+            continue
+        gain = stored_estimate(verdict["gain"])
+        concluded = conclude(gain)
+        if concluded.kind in ("hurt", "not_shown"):
+            labels = f"At {verdict['labels_per_class']} labels a class " if verdict.get("labels_per_class") else ""
+            said = f"{labels}{concluded.text} ({100 * gain.mean:+.1f} ± {100 * gain.half_width:.1f} points)."
+            advice = "Pretrain longer, on more images of the same kind; more seeds make the interval narrower."
+            found.append(Symptom("no_gain", said[0].upper() + said[1:], advice))
     return found
-
-
-def _interval(gain: dict[str, Any]) -> float | None:
-    width = gain.get("half_width")
-    return float(width) if isinstance(width, int | float) and width == width else None
-
-
-def helped(gain: dict[str, Any]) -> bool:
-    """One seed without an interval is not held against it, unless there is no gain."""
-    return float(gain["mean"]) > (_interval(gain) or 0.0)
 
 
 def _of_evaluation(run: History) -> list[Symptom]:

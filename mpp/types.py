@@ -76,6 +76,8 @@ class Cuts(NamedTuple):
 
     table: Tensor
     """(B, 3) int64: height, width, whether it is to be flipped."""
+    boxes: Tensor
+    """(B, 4) float32: top, left, height, width of the crop among these pixels; fractions if the decoder shrank them."""
     largest: tuple[int, int]
     """Height and width, plain ints."""
 
@@ -107,7 +109,7 @@ class Batch:
         """What the model computes with, replaced by what `act` makes of it; the rest stays with the host."""
         self.images, self.mask, self.noise = act(self.images), act(self.mask), act(self.noise)
         if self.cuts is not None:
-            self.cuts = self.cuts._replace(table=act(self.cuts.table))
+            self.cuts = self.cuts._replace(table=act(self.cuts.table), boxes=act(self.cuts.boxes))
         return self
 
     def pin_memory(self) -> Batch:
@@ -181,7 +183,7 @@ class Corrupted:
 
 @dataclass
 class EncoderOutput:
-    """Tokens of the encoder's last block, before its final norm, without class or register tokens.
+    """Tokens of the encoder's last block, before its final norm; class and register tokens apart, as `prefix`.
 
     layout "raster": N tokens, all cells in raster order.
     layout "visible": V tokens. layout "visible+predicted": V tokens, then P. layout "predicted": P tokens, which is
@@ -191,6 +193,8 @@ class EncoderOutput:
     tokens: Tensor
     cells: Cells
     layout: Literal["raster", "visible", "visible+predicted", "predicted"]
+    prefix: Tensor | None = None
+    """(B, K, D): class and register tokens of the last block; None for encoders that have none."""
 
     def visible(self) -> Tensor:
         """(B, V, D)"""
@@ -278,7 +282,7 @@ class TargetContext(NamedTuple):
     teacher: Callable[..., Any]
     """teacher(name=…, pretrained=…, args=…, layers=…): a frozen timm model or export, see `Teacher`."""
     student: Callable[..., Any]
-    """student(layers=…): a frozen copy of the encoder that is being trained, as it starts."""
+    """student(layers=…, norm_average=…): a frozen copy of the encoder that is being trained, as it starts."""
 
 
 class Target(Protocol):

@@ -1,10 +1,11 @@
-"""What pretraining bought: scores over seeds with intervals, the gain, and a plain word where there is none."""
+"""What pretraining bought: scores over seeds with intervals, the gain, and the one conclusion drawn from it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,8 +14,6 @@ T_975 = (
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 """Student's t, 97.5 %, for 1 to 30 degrees of freedom (any table of it); above, the last: a little too wide."""
-NO_HELP = "pretraining did not help here"
-HELPED = "pretraining helped"
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,34 @@ def estimate(values: list[float]) -> Estimate:
         return Estimate(values[0], math.nan, values)
     t = T_975[min(n - 2, len(T_975) - 1)]
     return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), values)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a gain over seeds allows to say."""
+
+    kind: Literal["helped", "hurt", "not_shown", "one_seed"]
+    text: str
+    """In a clause: the same words on the terminal, in the report and in the card."""
+
+
+def conclude(gain: Estimate) -> Conclusion:
+    """Conclude whether pretraining helped. Absence of evidence is no evidence of absence: an interval that holds zero
+    says only that these seeds do not show it, and one seed has no interval."""
+    seeds = len(gain.values)
+    if not math.isfinite(gain.half_width):
+        return Conclusion("one_seed", "one seed, so no interval and no conclusion")
+    if gain.mean > gain.half_width:
+        return Conclusion("helped", "pretraining helped: the 95 % interval of the gain is above zero")
+    if gain.mean < -gain.half_width:
+        return Conclusion("hurt", "pretraining hurt: the 95 % interval of the gain is below zero")
+    return Conclusion("not_shown", f"a gain is not shown with {seeds} seeds: its 95 % interval holds zero")
+
+
+def stored_estimate(value: Mapping[str, Any]) -> Estimate:
+    """An estimate as result.json has it, where a half-width that is no number is null or NaN."""
+    width = value.get("half_width")
+    return Estimate(float(value["mean"]), math.nan if width is None else float(width), list(value["values"]))
 
 
 @dataclass(frozen=True)
@@ -70,23 +97,6 @@ class Verdict:
             gain = estimate([a - b for a, b in pairs])
         return Verdict(labels_per_class, metric, {arm: estimate(v) for arm, v in scores.items()}, metrics, gain)
 
-    def helped(self) -> bool | None:
-        """Whether the gain is above zero by more than its interval; None without one to tell by."""
-        if self.gain is None:
-            return None
-        if not math.isfinite(self.gain.half_width):
-            return None if self.gain.mean > 0 else False
-        return self.gain.mean > self.gain.half_width
-
-
-def _why(gain: Estimate) -> str:
-    """Why a gain is none."""
-    if not math.isfinite(gain.half_width):
-        return f"{NO_HELP}: one seed, and no gain"
-    if gain.mean < -gain.half_width:
-        return f"{NO_HELP}: it hurt, by more than the interval"
-    return f"{NO_HELP}: the gain is within its interval"
-
 
 def aligned(rows: Sequence[Sequence[str]], gap: int = 3) -> list[str]:
     """Rows of cells as lines for a terminal, column under column."""
@@ -104,9 +114,9 @@ def table(verdicts: Sequence[Verdict]) -> str:
         gain = [_points(v.gain) + _interval(v.gain)] if v.gain else []
         rows.append([str(v.labels_per_class), *(str(e) for e in v.score.values()), *gain])
     lines = aligned(rows)
-    lines += [
-        f"{v.labels_per_class} labels a class: {_why(v.gain)}" for v in verdicts if v.gain and v.helped() is False
-    ]
+    for v in verdicts:
+        if v.gain and (found := conclude(v.gain)).kind != "helped":
+            lines.append(f"{v.labels_per_class} labels a class: {found.text}")
     return "\n".join(lines)
 
 
@@ -114,9 +124,7 @@ def _one(verdict: Verdict) -> str:
     rows = [f"{arm:<12} {e}   (seeds: {_percents(e.values)})" for arm, e in verdict.score.items()]
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
-        if verdict.helped() is not None:
-            above = f"{HELPED}: the gain is above zero by more than its interval"
-            rows.append(above if verdict.helped() else _why(verdict.gain))
+        rows.append(conclude(verdict.gain).text)
     return "\n".join(rows)
 
 
@@ -130,6 +138,6 @@ def _points(gain: Estimate) -> str:
 
 def _interval(gain: Estimate) -> str:
     if not math.isfinite(gain.half_width):
-        return " (one seed: no interval)"
+        return ""
     low, high = 100 * (gain.mean - gain.half_width), 100 * (gain.mean + gain.half_width)
     return f" (95 % interval {low:+.1f} to {high:+.1f})"

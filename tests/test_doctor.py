@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from mpp import doctor
-from tests.conftest import command
+from tests.conftest import ROOT, command
 
 
 @pytest.fixture
@@ -40,10 +41,21 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = list(doctor.examine(str(tmp_path / "not" / "there")))
     wrong = {f.what: str(f) for f in found if not f.ok}
     assert wrong.keys() >= {"packages", "disk, runs", "disk, cache", "clock"}
-    assert "wants >=99" in wrong["packages"]
+    assert wrong["packages"].endswith("; needs torch>=99: pip install 'torch>=99'")
     assert "timedatectl" in wrong["clock"]
     assert any("pip install " in f.advice and "peft" in f.advice for f in found)
     assert all("\n" not in str(f) for f in found)
+
+
+@pytest.mark.usefixtures("quick")
+def test_nobody_is_sent_to_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's `mpp` is somebody else's, with a higher version."""
+    monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=99", "no-such-package-here>=1"])
+    found = "\n".join(str(f) for f in doctor.examine(str(tmp_path)))
+    assert "no-such-package-here is not installed; needs no-such-package-here>=1: pip install" in found
+    assert not re.search(r"pip install (-U |--upgrade )?'?mpp\b", found)
+    for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("mpp/**/*.py")]:
+        assert not re.search(r"pip install (-U |--upgrade )?'?mpp\b", file.read_text()), file
 
 
 @pytest.mark.usefixtures("quick")

@@ -277,7 +277,7 @@ def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
         ({"data.labels_per_class": 1}, "data.train: to choose by, some class needs two images at least"),
         ({"data.labels_per_class": 999}, "data.labels_per_class: 999, but class"),
         ({"tune_fraction": 1.0}, "tune_fraction: must be > 0 and < 1"),
-        ({"architecture.name": "vit_tiny_patch16_224"}, "architecture: only for"),
+        ({"architecture.name": "vit_tiny_patch16_224"}, r"architecture\.name: only with encoder: scratch"),
     ],
 )  # fmt: skip
 def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: Path, tmp_path: Path) -> None:

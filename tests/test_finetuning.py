@@ -236,7 +236,7 @@ def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
         mpp.finetune(recipe(shards, tmp_path / "c", "scratch", architecture={"name": "vit_tin"}))
     with pytest.raises(UserError, match="pool: token: ResNet has no class token here; allowed: mean"):
         mpp.finetune(recipe(shards, tmp_path / "c", "scratch", architecture={"name": "resnet18"}, pool="token"))
-    with pytest.raises(UserError, match="architecture: only for"):
+    with pytest.raises(UserError, match=r"architecture\.name: only with encoder: scratch"):
         mpp.finetune(recipe(shards, tmp_path / "e", run, architecture={"name": "vit_tiny_patch16_224"}))
     with pytest.raises(UserError, match="mixup: needs an even number"):
         mpp.finetune(recipe(shards, tmp_path / "d", run, **{"mixup": 0.5, "optim.global_batch_size": 9}))

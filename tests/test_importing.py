@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -38,7 +39,9 @@ def state() -> dict[str, Tensor]:
 
 
 def imported(file: Path, out: Path, **more: Any) -> Any:
-    return mpp.import_weights(file, out, **{"model": NAME, "args": ARGS, "image_size": (16, 16), **more})
+    """With a mean and std, unless a test is about them."""
+    known = {} if {"mean", "std"} & more.keys() else {"mean": [0.5] * 3, "std": [0.5] * 3}
+    return mpp.import_weights(file, out, **{"model": NAME, "args": ARGS, "image_size": (16, 16), **known, **more})
 
 
 @pytest.fixture
@@ -89,6 +92,10 @@ def test_safetensors_need_no_trust_whatever_the_name(state: dict[str, Tensor], t
 def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     words = ["--model", NAME, "--image-size", "16", *(f"{k}={v}" for k, v in ARGS.items())]
+    refused = command("import", tmp_path / "w.safetensors", tmp_path / "e", *words)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("mean, std: nothing says what these weights were trained with. Give both")
+    words += ["--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
     done = command("import", tmp_path / "w.safetensors", tmp_path / "e", *words)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
@@ -96,7 +103,7 @@ def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards
     half = "[0.5, 0.5, 0.5]"
     assert second == (
         "18 of 18 weights, named as timm does; 2 tensors left out (head.bias, head.weight); "
-        f"mean {half} and std {half} are timm's for this name"
+        f"mean {half} and std {half} are as given"
     )
     mpp.export(tmp_path / "e", tmp_path / "again")
     data = {"data.train": str(shards), "data.val": str(shards / "shard-000000.tar"), "data.image_size": 16}
@@ -222,7 +229,8 @@ def test_a_folder_in_parts_and_a_timm_folder(hub_folder: Path, tmp_path: Path) -
     (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
     shutil.copy(hub_folder / "config.json", parts)
     first = mpp.import_weights(parts, tmp_path / "first")
-    assert (first.layout, first.normalisation) == ("transformers", "timm's for this name")
+    assert (first.layout, first.normalisation) == ("transformers", "those of MAE")
+    assert first.mean == [0.485, 0.456, 0.406]
     second = mpp.import_weights(tmp_path / "first", tmp_path / "second")
     assert (second.layout, second.prefix, second.missing, second.left_out) == ("timm", "", [], [])
     states = [load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")]
@@ -323,6 +331,87 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
         mpp.import_weights(tmp_path, tmp_path / "e")
 
 
+BEIT = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+OF_MAE = {"decoder_embed.weight": torch.ones(2, 2), "decoder_blocks.0.norm1.weight": torch.ones(2)}
+
+
+def as_simmim(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One table of positions for all blocks, as SimMIM, BEiT and data2vec pretrain, and the head of that."""
+    found = {k: v for k, v in state.items() if "relative_position_bias_table" not in k}
+    table = state["blocks.0.attn.relative_position_bias_table"]
+    return found | {"rel_pos_bias.relative_position_bias_table": table, "mask_token": torch.ones(1, 1, 16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "change", "options", "by", "pool"),
+    [
+        (NAME, ARGS, lambda s: {"model": s | OF_MAE}, {}, "those of MAE", "avg"),
+        (
+            "beit_base_patch16_224", BEIT, lambda s: {"model": as_simmim(s)}, {"global_pool": "token"},
+            "those of SimMIM, BEiT and data2vec", "avg",
+        ),
+        (NAME, ARGS, lambda s: s, {"model": f"{NAME}.augreg_in21k"}, "timm's for this tag", "token"),
+        ("vit_small_patch16_224", ARGS, lambda s: s, {"model": "vit_small_patch16_224.dino"}, "timm's for this tag", "token"),
+    ],
+    ids=["MAE", "SimMIM", "a tag", "another tag"],
+)  # fmt: skip
+@pytest.mark.usefixtures("unverified")
+def test_known_weights_know_their_normalisation(
+    name: str, args: dict[str, Any], change: Any, options: dict[str, Any], by: str, pool: str, tmp_path: Path
+) -> None:
+    """All of these were trained with ImageNet's mean and std, but for one tag; and what masked patches trained is read
+    as the mean of the patches."""
+    pooling = {k: v for k, v in options.items() if k == "global_pool"}
+    state = timm.create_model(name, img_size=16, num_classes=0, **args, **pooling).state_dict()
+    torch.save(change(dict(state)), tmp_path / "w.pth")
+    asked = {"model": name, **{k: v for k, v in options.items() if k == "model"}}
+    found = mpp.import_weights(
+        tmp_path / "w.pth", tmp_path / "e", args=args | pooling, image_size=(16, 16), trust=True, **asked
+    )
+    assert found.normalisation == by
+    half = options.get("model", "").endswith("augreg_in21k")
+    assert (found.mean, found.std) == (
+        ([0.5] * 3, [0.5] * 3) if half else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    )
+    assert mpp.load_encoder(tmp_path / "e").global_pool == pool
+
+
+@pytest.mark.usefixtures("unverified")
+def test_unknown_weights_need_a_normalisation(state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(state, tmp_path / "w")
+    with pytest.raises(
+        UserError, match=r"mean, std: nothing says .*--mean 0\.485.*; or name timm's own weights: --model vit_"
+    ):
+        imported(tmp_path / "w", tmp_path / "e", mean=None)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.usefixtures("unverified")
+def test_convnext_v2s_own_names_are_read_by_timms_filter(wrapped: bool, tmp_path: Path) -> None:
+    args = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+    torch.manual_seed(0)
+    state = timm.create_model("convnextv2_atto", num_classes=0, **args).state_dict()
+    theirs = {}
+    for name, value in state.items():
+        renamed = re.sub(r"^stem\.", "downsample_layers.0.", name)
+        renamed = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", renamed)
+        renamed = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", renamed)
+        for own, their in (
+            ("conv_dw", "dwconv"), ("mlp.fc", "pwconv"), ("mlp.grn.weight", "grn.gamma"), ("mlp.grn.bias", "grn.beta"),
+            ("head.norm.", "norm."),
+        ):  # fmt: skip
+            renamed = renamed.replace(own, their)
+        theirs[renamed] = value[None, None, None].clone() if "grn" in renamed else value
+    torch.save({"model": prefixed(theirs, "module.")} if wrapped else theirs, tmp_path / "w.pth")
+    found = mpp.import_weights(
+        tmp_path / "w.pth", tmp_path / "e", model="convnextv2_atto", args=args, image_size=(64, 64), trust=True
+    )
+    assert str(found).startswith(f"{len(state)} of {len(state)} weights, read by timm's checkpoint filter")
+    assert (found.normalisation, found.prefix) == ("those of ConvNeXt", "model.module." if wrapped else "")
+    loaded = mpp.load_encoder(tmp_path / "e").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
 @pytest.mark.usefixtures("unverified")
 def test_a_part_of_the_weights_where_that_is_said(state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(without("norm.bias")(state), tmp_path / "w")
@@ -346,7 +435,7 @@ def test_what_kind_of_last_norm(state: dict[str, Tensor], tmp_path: Path) -> Non
         imported(tmp_path / "w", tmp_path / "e")
     assert not imported(tmp_path / "w", tmp_path / "e", args=ARGS | {"global_pool": "avg"}).missing
     save_file(state, tmp_path / "w")
-    with pytest.raises(UserError, match="missing: fc_norm.weight, fc_norm.bias; .*: add global_pool=token$"):
+    with pytest.raises(UserError, match="missing: fc_norm.weight, fc_norm.bias; .*: add fc_norm=false$"):
         imported(tmp_path / "w", tmp_path / "f", args=ARGS | {"global_pool": "avg"})
 
 
@@ -431,7 +520,7 @@ def test_what_does_not_fit(number: int, state: dict[str, Tensor], tmp_path: Path
         ((1 << 40).to_bytes(8, "little") + b'{"a": 1', "no whole safetensors file"),
         (b"PK\x03\x04", "damaged, or not of torch"),
         (b"PK\x05\x06" + bytes(18), "damaged, or not of torch"),
-        (None, "No such file"),
+        (None, "no such file or folder"),
     ],
 )
 def test_files_that_are_none(data: bytes | None, message: str, tmp_path: Path) -> None:

@@ -11,14 +11,15 @@ PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
     {"errors", "faults"},
     {"rng", "types", "verdict", "keymap", "records"},
-    {"patches", "pyramid", "sharding"},
+    {"history"},
+    {"patches", "pyramid", "sharding", "weight_init"},
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders", "layouts"},
     {"recipe", "data"},
     {
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
         "features", "liveness", "nonfinite",
     },
-    {"diagnostics", "importing", "monitor", "distillation", "supervised", "lora", "history", "formats"},
+    {"diagnostics", "importing", "monitor", "distillation", "supervised", "lora", "formats"},
     {"predicting_dense", "symptoms", "modelcard"},
     {"converting"},
     {"pretraining", "finetuning", "evaluating", "predicting", "watching"},
@@ -27,6 +28,7 @@ LAYERS = [
 ]  # fmt: skip
 COMPONENTS = {"masks", "corruptions", "targets", "losses", "heads", "tasks"}
 WITHIN_LAYER = {
+    "weight_init": {"patches"},
     "checkpoint": {"distributed"},
     "runfolder": {"checkpoint", "distributed"},
     "nonfinite": {"checkpoint", "distributed"},
@@ -37,7 +39,7 @@ WITHIN_LAYER = {
 """Layers are ordered; these few look sideways, and nothing looks back at them."""
 ONLY_IN = {
     "webdataset": {"data"},
-    "timm": {"encoders", "exporting", "optim", "finetuning", "distillation"},
+    "timm": {"encoders", "exporting", "importing", "optim", "finetuning", "distillation"},
     "accelerate": {"distributed", "pretraining", "finetuning"},
     "click": {"cli"},
     "peft": {"lora"},
@@ -76,7 +78,9 @@ def test_imports_point_down() -> None:
             if other == own and own not in COMPONENTS:
                 continue
             if own in COMPONENTS:
-                assert other in ("types", "patches", "pyramid", "sharding"), f"{path}: a component imports {name}"
+                assert other in ("types", "patches", "pyramid", "sharding", "weight_init"), (
+                    f"{path}: a component imports {name}"
+                )
             else:
                 lower = level[other] < level[own] or other in WITHIN_LAYER.get(own, ())
                 assert lower, f"{path}: {own} imports {name}, which is not below it"

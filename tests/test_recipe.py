@@ -22,6 +22,7 @@ from mpp.recipe import (
     dump_recipe,
     json_schema,
     load_any,
+    load_open,
     load_recipe,
     parse_overrides,
     parse_yaml,
@@ -113,7 +114,15 @@ def test_all_errors_at_once(tmp_path: Path) -> None:
     lines = errors("out: 3\ndata: {image_size: -1}\noptim: {epochs: x}\nfoo: 1\n", tmp_path, "mask.ratio=2")
     said = " ".join(lines)
     assert all(
-        key in said for key in ("data.shards: missing", "data.image_size", "optim.epochs", "foo", "mask.ratio", "out")
+        key in said
+        for key in (
+            "data.shards: required; add data.shards=FOLDER",
+            "data.image_size",
+            "optim.epochs",
+            "foo",
+            "mask.ratio",
+            "out",
+        )
     )
     assert len(lines) >= 6
 
@@ -194,9 +203,14 @@ def all_recipes() -> list[Path]:
     return sorted(path for job in ("pretrain", "finetune") for path in (ROOT / "recipes" / job).glob("*.yaml"))
 
 
+def given_to(path: Path) -> dict[str, Any]:
+    """What a recipe leaves to the command line, with places that need not be there."""
+    return dict.fromkeys(load_open(path, {}, None)[1], "given")
+
+
 @pytest.mark.parametrize("path", all_recipes(), ids=lambda p: p.stem)
 def test_every_recipe_round_trips(path: Path, tmp_path: Path) -> None:
-    recipe = load_any(path)
+    recipe = load_any(path, given_to(path))
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     assert load_any(tmp_path / "r.yaml") == recipe
     assert recipe.job == path.parent.name
@@ -220,9 +234,9 @@ LARGE = ("mae_vit_l16", "mae_vit_h14", "simmim_swin_b", "hybrid_r50_b16")
 def test_every_pretraining_recipe_builds(path: Path) -> None:
     from mpp.build import build_model
 
-    recipe = load_recipe(path, PretrainRecipe)
+    recipe = load_recipe(path, PretrainRecipe, given_to(path))
     offline = {"target.pretrained": False} if recipe.target.name == "teacher" else {}
-    recipe = load_recipe(path, PretrainRecipe, offline)
+    recipe = load_recipe(path, PretrainRecipe, given_to(path) | offline)
     model, grid = build_model(recipe)
     assert grid[0] * model.unit_px == recipe.data.image_size[0]
 
@@ -308,7 +322,7 @@ def test_schema_takes_every_recipe(name: str) -> None:
     """As it is written, with its short forms; and written out in full."""
     path, job = bundled()[name], name.split("/")[0]
     assert complaints(job, path.read_text()) == []
-    assert complaints(job, dump_recipe(load_any(path))) == []
+    assert complaints(job, dump_recipe(load_any(path, given_to(path)))) == []
 
 
 def test_schema_takes_an_evaluation() -> None:
@@ -380,13 +394,14 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
         f"{p.parent.name}/{p.stem}" for job in ("pretrain", "finetune") for p in (ROOT / "recipes" / job).glob("*.yaml")
     }
     assert set(bundled()) == files
+    shards = {"data.shards": "given"}
     for name in ("pretrain/vit_small", "pretrain/vit_small.yaml", "recipes/pretrain/vit_small.yaml"):
-        assert load_recipe(name, PretrainRecipe).encoder.name == "vit_small_patch16_224"
-    assert load_any("finetune/vit_small").job == "finetune"
+        assert load_recipe(name, PretrainRecipe, shards).encoder.name == "vit_small_patch16_224"
+    assert load_any("finetune/demo").job == "finetune"
     (tmp_path / "pretrain").mkdir()
     text = (ROOT / "recipes" / "pretrain" / "vit_small.yaml").read_text()
     (tmp_path / "pretrain" / "vit_small.yaml").write_text(text.replace("image_size: 224", "image_size: 112"))
-    assert load_recipe("pretrain/vit_small.yaml", PretrainRecipe).data.image_size == (112, 112)
+    assert load_recipe("pretrain/vit_small.yaml", PretrainRecipe, shards).data.image_size == (112, 112)
     with pytest.raises(UserError, match=r"vit_small: No such .*; is pretrain/vit_small or finetune/vit_small meant\?"):
         load_recipe("vit_small", PretrainRecipe)
     with pytest.raises(UserError, match=r"pretrain/vit_smal: No such file or directory; `mpp recipe list` names those"):
@@ -396,6 +411,6 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("path", [ROOT / "recipes" / job / "vit_small.yaml" for job in ("pretrain", "finetune")])
 def test_a_small_scale_is_for_cpus(path: Path) -> None:
     """One goes with the other: a fine-tune at the size of pretraining."""
-    recipe = load_any(path, scale="small")
+    recipe = load_any(path, given_to(path), scale="small")
     assert recipe.data.image_size == (64, 64)  # type: ignore[attr-defined]
     assert recipe.optim.epochs is None  # type: ignore[attr-defined]

@@ -24,8 +24,15 @@ def run(*words: str) -> None:
     """Show a command, then run it."""
     print("\n$ " + " ".join(words), flush=True)
     program = [sys.executable, "-m", "mpp"] if words[0] == "mpp" else [sys.executable]
-    if subprocess.run([*program, *words[1:]], cwd=ROOT, check=False).returncode:
-        sys.exit(f"failed: {' '.join(words)}")
+    command = subprocess.Popen([*program, *words[1:]], cwd=ROOT)
+    while command.returncode is None:
+        try:
+            command.wait()
+        except KeyboardInterrupt:  # the command got it, too, and saves before it ends
+            continue
+    if command.returncode:
+        print(f"ended with {command.returncode}: {' '.join(words)}", file=sys.stderr)
+        sys.exit(command.returncode if command.returncode > 0 else 128 - command.returncode)
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mpp.diagnostics import inspection
-from mpp.diagnostics.reconstruct import Kept, pasted, read_kept, strip
+from mpp.diagnostics.kept import Kept, pasted, read_kept, strip
+from mpp.history import INSPECTION
 
 ROWS = 3
 STEPS = 5
@@ -41,7 +41,7 @@ def main(run: Path, out: Path) -> None:
         sys.exit(f"{run}: no reconstructions in it; make demo writes them")
     shown = most_contrast(kept)
     save(strip(shown, pasted(shown)[-1], most=STEPS), out / "reconstructions.png")
-    with Image.open(run / inspection.FOLDER / "colours.png") as picture:
+    with Image.open(run / INSPECTION / "colours.png") as picture:
         save(picture, out / "colours.png")
 
 

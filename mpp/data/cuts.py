@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mpp.data.decode import Cut
 from mpp.types import Batch, Cuts
 
 LONGEST = 3
@@ -19,17 +20,18 @@ AT_ONCE = 32
 """Images resampled at once: their pixels lie in memory as float32."""
 
 
-def fits(image: Tensor, size: tuple[int, int]) -> bool:
-    """Whether the device is to resize (C, h, w) to (H, W); it lays all of a batch out as large as the largest."""
-    return image.shape[1] <= LONGEST * size[0] and image.shape[2] <= LONGEST * size[1]
+def fits(cut: Cut, size: tuple[int, int]) -> bool:
+    """Whether the device is to resize a cut-out to (H, W); it lays all of a batch out as large as the largest."""
+    return cut.pixels.shape[1] <= LONGEST * size[0] and cut.pixels.shape[2] <= LONGEST * size[1]
 
 
-def packed(images: Sequence[Tensor], flipped: Sequence[bool]) -> tuple[Tensor, Cuts]:
-    """(C, h, w) uint8 of any sizes -> (pixels of all, C), and what is needed to resize them."""
-    pixels = torch.cat([image.permute(1, 2, 0).reshape(-1, image.shape[0]) for image in images])
-    sizes = [tuple(image.shape[1:]) for image in images]
+def packed(cuts: Sequence[Cut], flipped: Sequence[bool]) -> tuple[Tensor, Cuts]:
+    """Cut-outs of uint8 and any sizes -> (pixels of all, C), and what is needed to resize them."""
+    pixels = torch.cat([cut.pixels.permute(1, 2, 0).reshape(-1, cut.pixels.shape[0]) for cut in cuts])
+    sizes = [tuple(cut.pixels.shape[1:]) for cut in cuts]
     table = torch.tensor([(h, w, f) for (h, w), f in zip(sizes, flipped, strict=True)])
-    return pixels, Cuts(table, (max(h for h, _ in sizes), max(w for _, w in sizes)))
+    boxes = torch.tensor([cut.box for cut in cuts], dtype=torch.float32)
+    return pixels, Cuts(table, boxes, (max(h for h, _ in sizes), max(w for _, w in sizes)))
 
 
 def finished(batch: Batch, size: tuple[int, int]) -> Batch:
@@ -53,20 +55,31 @@ def resized(pixels: Tensor, cuts: Cuts, size: tuple[int, int]) -> Tensor:
     found = []
     for i in range(0, len(heights), AT_ONCE):
         h, w, begin, flip = (t[i : i + AT_ONCE].view(-1, 1, 1) for t in (heights, widths, begins, flipped))
+        top, left, height, width = (t[i : i + AT_ONCE].view(-1, 1, 1) for t in cuts.boxes.unbind(1))
         # beyond an image's own rows and columns stands whatever follows, with a weight of zero
         at = (begin + rows * w + columns).clamp_(max=len(pixels) - 1)
         laid_out = pixels[at].movedim(-1, 1).float()
-        down, across = bicubic(h, size[0], cuts.largest[0]), bicubic(w, size[1], cuts.largest[1])
+        down, across = (
+            bicubic(top, height, h, size[0], cuts.largest[0]),
+            bicubic(left, width, w, size[1], cuts.largest[1]),
+        )
         across = torch.where(flip.bool(), across.flip(1), across)
         made = down.unsqueeze(1) @ laid_out @ across.unsqueeze(1).mT
         found.append(made.round_().clamp_(0, 255).to(torch.uint8))
     return torch.cat(found)
 
 
-def bicubic(length: Tensor, to: int, longest: int) -> Tensor:
-    """(B, 1, 1) numbers of pixels -> (B, to, longest) weights of each for every new one."""
-    scale = length / to
-    middles = (torch.arange(to, device=length.device) + 0.5).view(-1, 1) * scale
+def bicubic(begin: Tensor, extent: Tensor, length: Tensor, to: int, longest: int) -> Tensor:
+    """Weights of each pixel for every new one, (B, to, longest).
+
+    Args:
+        begin, extent: Where the crop lies among the pixels, (B, 1, 1).
+        length: How many pixels there are, (B, 1, 1).
+        to: New pixels.
+        longest: The largest length.
+    """
+    scale = extent / to
+    middles = begin + (torch.arange(to, device=length.device) + 0.5).view(-1, 1) * scale
     places = torch.arange(longest, device=length.device)
     x = ((places + 0.5 - middles) / scale.clamp(min=1)).abs()
     weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)

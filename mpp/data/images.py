@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mpp.data.files import check_bytes, is_place, read_file, shards_of
 from mpp.data.index import ShardIndex, expand, fingerprint, images_below, index_shard, member_name
@@ -27,9 +26,10 @@ from mpp.errors import BadImage, UserError
 INDEXES_AT_A_TIME = 8  # small files of a server far away, most likely
 OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit of 1024
 REPLACEMENTS = 64  # good neighbours looked for, before a grey image stands in
-
-
 MOST_LABEL_BYTES = 1 << 20
+
+T = TypeVar("T")
+"""What an image is decoded to."""
 
 
 class ShardImages:
@@ -170,15 +170,15 @@ class ShardImages:
         shard: int,
         row: int,
         rows: range,
-        decode: Callable[[bytes], Tensor],
-        blank: tuple[int, int, int],
+        decode: Callable[[bytes], T],
         *,
+        blank: T,
         few: bool = False,
-    ) -> tuple[Tensor, list[str]]:
-        """(the decoded image, a line for each bad one that was passed over).
+    ) -> tuple[T, list[str]]:
+        """(what `decode` makes of the image, a line for each bad one that was passed over).
 
         A bad image is replaced by the next good one among `rows` of its shard; after REPLACEMENTS bad ones in a row
-        a grey image of shape `blank` stands in, so that every process always gets full batches. few: as in `read`.
+        `blank` stands in, so that every process always gets full batches. few: as in `read`.
         """
         bad: list[str] = []
         for step in range(min(REPLACEMENTS, len(rows))):
@@ -187,7 +187,7 @@ class ShardImages:
                 return decode(self.read(shard, at, few=few)), bad
             except BadImage as error:
                 bad.append(f"{self.name(shard, at)}: {error}")
-        return torch.full(blank, 128, dtype=torch.uint8), bad
+        return blank, bad
 
 
 def _folder(shard: str) -> str | None:

@@ -23,7 +23,7 @@ from mpp.data.ahead import Ahead
 from mpp.data.arrays import ValueRange
 from mpp.data.children import end_with
 from mpp.data.cuts import fits, packed
-from mpp.data.decode import centre_box, decode_cut, random_box, resize
+from mpp.data.decode import GREY, Cut, centre_box, decode_cut, random_box, resize
 from mpp.data.images import ShardImages
 from mpp.errors import UserError
 from mpp.rng import Purpose, Streams, stream
@@ -53,8 +53,8 @@ class Crop:
         image = resize(cut, self.size)
         return image.flip(-1) if flip else image
 
-    def cut(self, data: bytes, rng: np.random.Generator) -> tuple[Tensor, bool]:
-        """(C, h, w) uint8, the same crop before it is resized, and whether it is to be flipped."""
+    def cut(self, data: bytes, rng: np.random.Generator) -> tuple[Cut, bool]:
+        """The same crop before it is resized, and whether it is to be flipped."""
         flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
         return self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio)), flip
 
@@ -62,7 +62,7 @@ class Crop:
         """(C, H, W) uint8: the largest centred crop."""
         return resize(self._decode(data, lambda w, h: centre_box(w, h, self.size)), self.size)
 
-    def _decode(self, data: bytes, choose_box: Any) -> Tensor:
+    def _decode(self, data: bytes, choose_box: Any) -> Cut:
         return decode_cut(
             data,
             choose_box,
@@ -128,7 +128,8 @@ class PretrainDataset(Dataset[Batch]):
         size = (self.crop.channels, *self.crop.size)
         cutting = self.crop.on_device and not centre
         images = torch.empty((0 if cutting else len(keys), *size), dtype=self.crop.dtype)
-        cut_out: list[Tensor] = []
+        grey = torch.full(size, GREY, dtype=torch.uint8)
+        cut_out: list[Cut] = []
         flipped = [False] * len(keys)
         step = keys[0][0] // self.global_batch
         draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
@@ -137,19 +138,20 @@ class PretrainDataset(Dataset[Batch]):
         replaced, crops = 0, Streams(self.seed, Purpose.CROP)
         for i, (position, shard, row) in enumerate(keys):
 
-            def decode(data: bytes, i: int = i, position: int = position) -> Tensor:
-                if not cutting:
-                    return self.crop.centre(data) if centre else self.crop.random(data, crops.at(position))
-                image, flipped[i] = self.crop.cut(data, crops.at(position))
-                return image if fits(image, self.crop.size) else resize(image, self.crop.size)
+            def cut(data: bytes, i: int = i, position: int = position) -> Cut:
+                found, flipped[i] = self.crop.cut(data, crops.at(position))
+                return found if fits(found, self.crop.size) else Cut.whole(resize(found, self.crop.size))
+
+            def crop(data: bytes, position: int = position) -> Tensor:
+                return self.crop.centre(data) if centre else self.crop.random(data, crops.at(position))
 
             last = int(self.train_counts[shard])
             rows = range(last) if row < last else range(last, self.images.counts[shard])
-            image, passed_over = self.images.load(shard, row, rows, decode, size, few=centre)
             if cutting:
-                cut_out.append(image)
+                cut_out_here, passed_over = self.images.load(shard, row, rows, cut, blank=Cut.whole(grey))
+                cut_out.append(cut_out_here)
             else:
-                images[i] = image
+                images[i], passed_over = self.images.load(shard, row, rows, crop, blank=grey, few=centre)
             bad += passed_over
             replaced += bool(passed_over)
         pixels, cuts = packed(cut_out, flipped) if cutting else (images, None)

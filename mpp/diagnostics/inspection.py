@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +20,10 @@ from mpp.diagnostics.measures import LEAST_IMAGES
 from mpp.diagnostics.observing import Subject, attend, see_all
 from mpp.diagnostics.views import View
 from mpp.errors import BadImage, UserError, one_line
+from mpp.history import INSPECTION, INSPECTION_INDEX
 from mpp.recipe import DECODING
-from mpp.records import write_json
+from mpp.records import timm_folder, write_json
 
-FOLDER = "inspect"
-"""Of a run: where its views lie."""
-INDEX = "index.json"
 ATTENTION_IMAGES = 16
 """Of which attention is read."""
 
@@ -63,7 +60,7 @@ def _open(source: str, *, random: bool, device: torch.device, key: str) -> Subje
     )
     if channels not in (1, 3, 4):
         raise UserError(f"{key}: {source} wants images of {channels} channels; images are read with 1, 3 or 4")
-    folder = exporting.timm_folder(source)
+    folder = timm_folder(source)
     if folder and exporting.stored_recipe(folder).get("data", {}).get("value_range"):
         raise UserError(f"{key}: {source} wants images with data.value_range; here they are read as 8 bit")
     return Subject(source, model, (int(size[0]), int(size[1])), channels, mean, std)
@@ -147,7 +144,11 @@ def inspect_encoder(
 def _own_folder(source: str, random: bool) -> Path:
     """What random weights show is no part of a run."""
     run = Path(source)
-    return run / FOLDER if (run / "encoder").is_dir() and not random else Path(FOLDER) / (run.name + "-random" * random)
+    return (
+        run / INSPECTION
+        if (run / "encoder").is_dir() and not random
+        else Path(INSPECTION) / (run.name + "-random" * random)
+    )
 
 
 def _write(folder: Path, source: str, images: int, drawn: list[View], absent: dict[str, str], random: bool) -> None:
@@ -158,7 +159,7 @@ def _write(folder: Path, source: str, images: int, drawn: list[View], absent: di
             (folder / f"{view.name}.svg").write_text(plots.svg(view.figure, view.name), encoding="utf-8")
             write_json(folder / f"{view.name}.json", view.numbers)
         write_json(
-            folder / INDEX,
+            folder / INSPECTION_INDEX,
             {
                 "encoder": source,
                 "random_weights": random,
@@ -171,11 +172,3 @@ def _write(folder: Path, source: str, images: int, drawn: list[View], absent: di
         )
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}") from error
-
-
-def read_index(run: Path) -> dict[str, Any] | None:
-    """What `inspect_encoder` left in a run; None where there is nothing readable."""
-    try:
-        return json.loads((run / FOLDER / INDEX).read_text())
-    except (OSError, ValueError):
-        return None

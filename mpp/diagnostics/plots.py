@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
-from torch import Tensor
 
 from mpp.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAMED_CLASSES = 40
 """A confusion matrix of more is drawn without names and numbers."""

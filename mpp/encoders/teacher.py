@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model, timm_folder
+from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
 from mpp.errors import UserError, one_line
+from mpp.records import timm_folder
 from mpp.types import Images
 
 
 class FrozenTeacher(nn.Module):
     """The mean of the last `layers` blocks, each token layer-normed without affine, in eval mode, no gradient.
 
-    Averaging normalised blocks: data2vec (Baevski et al. 2022, section 3.3). mean, std: what the model wants its
-    pixels normalised by; None: as the images come, and at their size. ValueError where blocks differ in width.
+    Averaging normalised blocks: data2vec (Baevski et al. 2022, section 3.3). norm_average: layer-norm the average, too.
+    mean, std: what the model wants its pixels normalised by; None: as the images come, and at their size. ValueError
+    where blocks differ in width.
     """
 
     def __init__(
@@ -28,12 +30,13 @@ class FrozenTeacher(nn.Module):
         model: nn.Module,
         *,
         layers: int,
+        norm_average: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model.requires_grad_(False).eval()
-        self.layers = layers
+        self.layers, self.norm_average = layers, norm_average
         info: Any = model.feature_info
         self.dim: int = info[-1]["num_chs"]
         self.stride: int = info[-1]["reduction"]
@@ -65,7 +68,8 @@ class FrozenTeacher(nn.Module):
             self.pixels(images, grid), indices=self.layers, norm=False, output_fmt="NCHW", intermediates_only=True
         )
         tokens = [f.float().flatten(2).transpose(1, 2) for f in found[-self.layers :]]
-        return torch.stack([F.layer_norm(t, t.shape[-1:]) for t in tokens]).mean(0)
+        average = torch.stack([F.layer_norm(t, t.shape[-1:]) for t in tokens]).mean(0)
+        return F.layer_norm(average, average.shape[-1:]) if self.norm_average else average
 
     def check_attention(self) -> None:
         """ValueError where `attention` cannot be read."""
@@ -148,6 +152,6 @@ def frozen_teacher(
     return teacher
 
 
-def frozen_copy(encoder: TimmEncoder, *, layers: int) -> FrozenTeacher:
+def frozen_copy(encoder: TimmEncoder, *, layers: int, norm_average: bool = False) -> FrozenTeacher:
     """A copy of the encoder as it is now, hooks and all; nothing is masked in it, since nobody asks it to."""
-    return FrozenTeacher(copy.deepcopy(encoder.model), layers=layers)
+    return FrozenTeacher(copy.deepcopy(encoder.model), layers=layers, norm_average=norm_average)

@@ -17,10 +17,10 @@ tokens leaves an encoder whose probes collapse (SimMIM issue 14), and average-po
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
@@ -47,14 +47,6 @@ def timm_names(pattern: str, key: str) -> list[str]:
         folder = "no such folder, and " if "/" in pattern else ""
         raise UserError(f"{key}: {folder}timm {timm.__version__} has no model '{pattern}'.{hint}")
     return names
-
-
-def timm_folder(source: str | Path) -> Path | None:
-    """The timm folder of a run or an export, or None."""
-    for folder in (Path(source) / "encoder", Path(source)):
-        if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
-            return folder
-    return None
 
 
 def create_at_size(name: str, image_size: tuple[int, int] | None, **args: Any) -> Any:
@@ -165,6 +157,9 @@ class TimmEncoder(nn.Module):
         info: Any = model.feature_info
         self.stride: int = info[-1]["reduction"]
         self.prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
+        """Class and register tokens, which stand before those of the patches."""
+        if "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:  # type: ignore[arg-type]
+            self.prefix_tokens = 0  # they join after the blocks, as in CaiT
         self.image_size = image_size
         self.depth: int = len(model.blocks) if hasattr(model, "blocks") else 0  # type: ignore[arg-type]
         self.drops = self.family in FAMILIES_THAT_DROP
@@ -292,10 +287,12 @@ class TimmEncoder(nn.Module):
         pruning = only_predicted and self.prunes and x.enter is not None and cells.some_predicted
         self._next = _Call(x, cells, pruning)
         output_format = "NLC" if self.drops else "NCHW"
+        with_prefix = {"return_prefix_tokens": True} if self.prefix_tokens else {}
         tokens = self.model.forward_intermediates(
-            x.images, indices=1, norm=False, output_fmt=output_format, intermediates_only=True
+            x.images, indices=1, norm=False, output_fmt=output_format, intermediates_only=True, **with_prefix
         )[-1]
         self._next = None  # a model without a stem has not consumed it
+        tokens, prefix = tokens if self.prefix_tokens else (tokens, None)
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
         layout: Literal["raster", "visible", "visible+predicted", "predicted"] = "raster"
@@ -303,7 +300,7 @@ class TimmEncoder(nn.Module):
             layout = "predicted"
         elif dropping:
             layout = "visible" if x.mask_token is None else "visible+predicted"
-        return EncoderOutput(tokens, cells, layout)
+        return EncoderOutput(tokens, cells, layout, prefix)
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,9 @@ model.load_state_dict(load_file(folder + "/weights.safetensors"))
 reference = load_file(folder + "/reference.safetensors")
 with torch.no_grad():
     features = model.forward_features(reference["images"])
-    found = {"features": features, "embedding": model.forward_head(features, pre_logits=True)}
+    found = {"features": features}
+    if "embedding" in reference:
+        found["embedding"] = model.forward_head(features, pre_logits=True)
     if made["num_classes"]:
         found["logits"] = model(reference["images"])
 runs = [(found, [0, 1])]

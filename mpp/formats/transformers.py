@@ -27,21 +27,39 @@ from transformers import AutoImageProcessor, AUTO
 
 model = AUTO.from_pretrained("FOLDER")
 processor = AutoImageProcessor.from_pretrained("FOLDER")
-outputs = model(**processor(images, return_tensors="pt"))  # OUTPUT
+outputs = model(**processor(images, return_tensors="pt"))
+OUTPUT
 """
 WITHOUT_PROCESSOR = """
 from transformers import AUTO
 
 model = AUTO.from_pretrained("FOLDER")
-outputs = model(images)  # (N, channels, H, W) float32, normalised as below; OUTPUT
+outputs = model(images)  # (N, channels, H, W) float32, normalised as below
+OUTPUT
 """
+EMBEDDINGS = {
+    "pooler": "outputs.pooler_output",
+    "patches": "outputs.last_hidden_state[:, PREFIX:].mean(1)",
+    "map": "outputs.last_hidden_state.mean((2, 3))",
+}
+"""Where its models have the embedding of an image; `embedding` in config.json names one, default: pooler."""
 
 
 def use(artifact: Artifact, folder: Path) -> str:
     """With an image processor where there is one that reads images as the encoder learned to."""
     auto = "AutoModelForImageClassification" if artifact.classes else "AutoModel"
     text = USE if has_processor(folder) and _of_photographs(artifact) else WITHOUT_PROCESSOR
-    return text.replace("AUTO", auto).replace("OUTPUT", "logits" if artifact.classes else "last_hidden_state")
+    return text.replace("AUTO", auto).replace("OUTPUT", _output(artifact, folder))
+
+
+def _output(artifact: Artifact, folder: Path) -> str:
+    """The line of the model card that reads the result."""
+    if artifact.classes:
+        return "logits = outputs.logits"
+    if "embedding" not in artifact.outputs:
+        return "features = outputs.last_hidden_state"
+    where = EMBEDDINGS[json.loads((folder / "config.json").read_text()).get("embedding", "pooler")]
+    return f"embedding = {where}".replace("PREFIX", str(getattr(artifact.timm, "num_prefix_tokens", 0)))
 
 
 def has_processor(folder: Path) -> bool:
@@ -100,6 +118,10 @@ def _written(transformers: Any, config: dict[str, Any], artifact: Artifact, fold
         width = config["hidden_size"]  # its pooler gives the class token as it is
         found |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     config["architectures"] = [base]
+    if kind == "pvt_v2":
+        config["embedding"] = "map"
+    elif kind in ("vit", "deit") and getattr(artifact.timm, "global_pool", None) != "token":
+        config |= {"embedding": "patches", "prefix_tokens": artifact.timm.num_prefix_tokens}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(
         {name: value.contiguous().clone() for name, value in found.items()},
@@ -117,6 +139,7 @@ def _written(transformers: Any, config: dict[str, Any], artifact: Artifact, fold
 
 @torch.no_grad()
 def _same(model: Any, artifact: Artifact) -> bool:
+    """Whether it gives the same features, or logits. Its embedding is compared when the export is verified."""
     out, reference = model(artifact.reference["images"]), artifact.reference
     key = "logits" if artifact.classes else "features"
     found = out.logits if artifact.classes else out.last_hidden_state.reshape(reference[key].shape)
@@ -268,6 +291,13 @@ if "logits" in reference:
     found = {"logits": out.logits}
 else:
     found = {"features": out.last_hidden_state.reshape(reference["features"].shape)}
+    if "embedding" in reference:
+        where, hidden = config.get("embedding", "pooler"), out.last_hidden_state
+        if where == "pooler":
+            found["embedding"] = out.pooler_output.reshape(reference["embedding"].shape)
+        else:
+            tokens = hidden[:, config["prefix_tokens"] :] if where == "patches" else hidden.flatten(2).mT
+            found["embedding"] = tokens.mean(1)
 runs = [(found, [0, 1])]
 about = json.load(open(folder + "/export.json"))["normalisation"]
 has_processor = os.path.exists(folder + "/preprocessor_config.json") or "architecture" in config

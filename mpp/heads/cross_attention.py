@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mpp.patches import decoder_dim, sincos_positions
-from mpp.types import EncoderOutput, PositiveInt, gather_cells
+from mpp.types import Bool, EncoderOutput, PositiveInt, gather_cells
+from mpp.weight_init import TOKEN_STD, init_linear_layers
 
 
 class CrossBlock(nn.Module):
@@ -26,9 +27,11 @@ class CrossBlock(nn.Module):
 
 class CrossAttentionHead(nn.Module):
     """`dim`, `depth`, `num_heads` of the decoder; dim a multiple of 4 and of num_heads.
+    `prefix_tokens`: queries also attend to the encoder's class and register tokens, as in CrossMAE.
 
     Defaults as the `transformer` head's. Cost grows with the predicted cells only: `predict_fraction` below 1
-    makes it cheaper still. CrossMAE also mixes features of several encoder layers for each block; not here.
+    makes it cheaper still. CrossMAE also mixes features of several encoder layers for each block; this head does not,
+    and it embeds the visible tokens and gives them positions, which CrossMAE does not.
     """
 
     needs_hidden_tokens = False
@@ -43,20 +46,25 @@ class CrossAttentionHead(nn.Module):
         dim: PositiveInt | None = None,
         depth: PositiveInt = 1,
         num_heads: PositiveInt = 4,
+        prefix_tokens: Bool = True,
     ) -> None:
         super().__init__()
         self.dim = decoder_dim(encoder_dim, dim, num_heads)
+        self.prefix_tokens = prefix_tokens
         self.embed = nn.Sequential(nn.LayerNorm(encoder_dim), nn.Linear(encoder_dim, self.dim))
         self.context_norm = nn.LayerNorm(self.dim)
-        self.mask_token = None if hidden_enter else nn.Parameter(torch.randn(self.dim) * 0.02)
+        self.mask_token = None if hidden_enter else nn.Parameter(torch.randn(self.dim) * TOKEN_STD)
         self.blocks = nn.ModuleList(CrossBlock(self.dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(self.dim)
         self.out = nn.Linear(self.dim, out_dim)
+        init_linear_layers(self)
 
     def forward(self, features: EncoderOutput) -> Tensor:
         positions = sincos_positions(features.cells.grid, self.dim, features.tokens.device)
         positions = positions.expand(len(features.tokens), -1, -1)
         context = self.embed(features.visible()) + gather_cells(positions, features.cells.visible)
+        if self.prefix_tokens and features.prefix is not None:  # they have no place in the image, so no position
+            context = torch.cat([self.embed(features.prefix), context], dim=1)
         context = self.context_norm(context)
         entered = features.predicted()
         start: Tensor = self.mask_token if entered is None else self.embed(entered)  # type: ignore[assignment]

@@ -6,15 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from mpp.patches import decoder_dim, sincos_positions
-from mpp.types import EncoderOutput, PositiveInt, gather_cells
+from mpp.types import Bool, EncoderOutput, PositiveInt, gather_cells
+from mpp.weight_init import TOKEN_STD, init_linear_layers
+
+NORM_EPS = 1e-6
+"""As MAE's published code has it."""
 
 
 class TransformerHead(nn.Module):
     """`dim`, `depth`, `num_heads` of the decoder; dim a multiple of 4 and of num_heads.
+    `prefix_tokens`: the decoder also reads the encoder's class and register tokens, as MAE's does; without them, the
+    class token's last output gets no gradient.
 
-    Defaults: half the encoder's width, depth 1, 4 heads (guesses), so that the head stays light beside small
-    encoders; MAE's own 512 × 8 × 16 costs 6 to 7 times a CIFAR-sized encoder. Where hidden cells were in the
-    encoder already (`hidden_enter`), their tokens take the place of the head's mask token.
+    Defaults: half the encoder's width, depth 1, 4 heads (guesses), so that the head stays light compared with small
+    encoders; MAE's own 512 × 8 × 16 costs 6 to 7 times a CIFAR-sized encoder. If hidden cells were in the encoder
+    already (`hidden_enter`), their tokens take the place of the head's mask token.
     """
 
     needs_hidden_tokens = False
@@ -29,32 +35,33 @@ class TransformerHead(nn.Module):
         dim: PositiveInt | None = None,
         depth: PositiveInt = 1,
         num_heads: PositiveInt = 4,
+        prefix_tokens: Bool = True,
     ) -> None:
         super().__init__()
         self.dim = decoder_dim(encoder_dim, dim, num_heads)
-        self.embed = nn.Sequential(nn.LayerNorm(encoder_dim), nn.Linear(encoder_dim, self.dim))
-        self.mask_token = None if hidden_enter else nn.Parameter(torch.randn(self.dim) * 0.02)
+        self.prefix_tokens = prefix_tokens
+        self.embed = nn.Sequential(nn.LayerNorm(encoder_dim, NORM_EPS), nn.Linear(encoder_dim, self.dim))
+        self.mask_token = None if hidden_enter else nn.Parameter(torch.randn(self.dim) * TOKEN_STD)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                self.dim, num_heads, 4 * self.dim, 0.0, "gelu", batch_first=True, norm_first=True
+                self.dim, num_heads, 4 * self.dim, 0.0, "gelu", NORM_EPS, batch_first=True, norm_first=True
             )
             for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(self.dim)
+        self.norm = nn.LayerNorm(self.dim, NORM_EPS)
         self.out = nn.Linear(self.dim, out_dim)
+        init_linear_layers(self)
 
     def forward(self, features: EncoderOutput) -> Tensor:
         positions = sincos_positions(features.cells.grid, self.dim, features.tokens.device)
         positions = positions.expand(len(features.tokens), -1, -1)
         entered = features.predicted()
         hidden: Tensor = self.mask_token if entered is None else self.embed(entered)  # type: ignore[assignment]
-        x = torch.cat(
-            [
-                self.embed(features.visible()) + gather_cells(positions, features.cells.visible),
-                hidden + gather_cells(positions, features.cells.predicted),
-            ],
-            dim=1,
-        )
+        # class and register tokens have no place in the image, so they get no position
+        read = [self.embed(features.prefix)] if self.prefix_tokens and features.prefix is not None else []
+        read.append(self.embed(features.visible()) + gather_cells(positions, features.cells.visible))
+        read.append(hidden + gather_cells(positions, features.cells.predicted))
+        x = torch.cat(read, dim=1)
         for block in self.blocks:
             x = block(x)
-        return self.out(self.norm(x[:, features.cells.visible.shape[1] :]))
+        return self.out(self.norm(x[:, -features.cells.predicted.shape[1] :]))

@@ -8,7 +8,7 @@ import re
 
 from torch import Tensor
 
-from mpp.keymap import rule
+from mpp.keymap import Trained, rule
 
 
 def _merged(value: Tensor) -> Tensor:
@@ -21,6 +21,7 @@ def _stage_before(match: re.Match[str]) -> str:
     return f"stages.{int(match[1]) - 1}.downsample.{match[2]}"
 
 
+TRAINED = (Trained("mmpretrain's MAE and SimMIM", (r"^(state_dict\.)?neck\.decoder",), masked=True),)
 BLOCK = r"blocks\.(\d+)\."
 STAGE = r"layers\.(\d+)\.blocks\.(\d+)\."
 RULES = (

@@ -6,13 +6,18 @@ block a copy, as timm's BEiT has it. A Swin stage ends with the merging that tim
 
 import re
 
-from mpp.keymap import rule
+from mpp.keymap import Trained, rule
 
 
 def _stage_before(match: re.Match[str]) -> str:
     return f"layers.{int(match[1]) - 1}.downsample.{match[2]}"
 
 
+TRAINED = (
+    # with a table for all blocks: BEiT and data2vec, too
+    Trained("SimMIM, BEiT and data2vec", (r"(^|\.)rel_pos_bias\.relative_position_bias_table$",), masked=True),
+    Trained("Swin"),
+)
 RULES = (
     rule(r"layers\.(\d+)\.downsample\.(.+)", _stage_before),
     rule(

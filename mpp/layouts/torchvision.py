@@ -1,7 +1,8 @@
 """torchvision's VisionTransformer, which lightly wraps, too."""
 
-from mpp.keymap import rule
+from mpp.keymap import Trained, rule
 
+TRAINED = (Trained("torchvision"),)
 LAYER = "encoder.layers.encoder_layer_{0}"
 BLOCK = r"blocks\.(\d+)\."
 RULES = (

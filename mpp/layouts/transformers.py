@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpp.keymap import Rule, rule
+from mpp.keymap import Rule, Trained, rule
 
 
 def _block(timm: str, file: str, module: str, attention: str) -> tuple[Rule, ...]:
@@ -41,6 +41,7 @@ def _stage_before(match: re.Match[str]) -> str:
     return f"encoder.layers.{int(match[1]) - 1}.downsample.{match[2]}"
 
 
+TRAINED = (Trained("MAE", (r"(^|\.)decoder\.decoder_embed\.weight$",), masked=True),)
 VIT = (
     rule(r"cls_token", "embeddings.cls_token"),
     rule(r"dist_token", "embeddings.distillation_token"),

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mpp.sharding import own_part
-from mpp.types import Fraction, Images, PositiveInt, TargetContext
+from mpp.types import Bool, Fraction, Images, PositiveInt, TargetContext
 
 
 class EmaTeacherTarget(nn.Module):
     """The averaged last blocks of a copy of the encoder, which sees the whole image and follows slowly.
 
-    `layers`: last blocks that are averaged (data2vec for images: 6 to 12; the copy's own number at most).
+    `layers`: last blocks that are averaged (data2vec for ViT-B: 6; the copy's own number at most).
+    `norm_average`: layer-norm the average once more (data2vec's released command does).
     `decay`: of the moving average at the first step (data2vec for ViT-B: 0.9998; I-JEPA: 0.996).
     `decay_end`: its end; in between it rises linearly (I-JEPA: 1).
     Against collapse: every token of every block is layer-normed before averaging (data2vec, section 3.3), no
@@ -32,6 +33,7 @@ class EmaTeacherTarget(nn.Module):
         context: TargetContext,
         *,
         layers: PositiveInt = 1,
+        norm_average: Bool = False,
         decay: Fraction = 0.996,
         decay_end: Fraction = 1.0,
     ) -> None:
@@ -41,7 +43,7 @@ class EmaTeacherTarget(nn.Module):
         if decay == 1:
             raise ValueError("decay: must be < 1; at 1 the copy would stay as it starts")
         self.grid, self.decay, self.decay_end = context.grid, decay, decay_end
-        self.teacher = context.student(layers=layers)
+        self.teacher = context.student(layers=layers, norm_average=norm_average)
         self.dim = self.teacher.dim
 
     def forward(self, images: Images) -> Tensor:

@@ -15,7 +15,8 @@ from mpp.types import Images, Int, PositiveInt, TargetContext
 
 Bins = Annotated[Int, Field(ge=2)]
 GLYPH_PX = 16  # least side of the drawing of a square
-EPSILON = 1e-5  # in the normalisation, as Dalal & Triggs' L2 norm has it: sqrt(|v|² + ε²)
+EPSILON = 1e-3
+"""In the normalisation, sqrt(|v|² + ε²): a square without gradients gives zeros. The weakest gradient is 1."""
 
 
 class HogTarget(nn.Module):
@@ -24,8 +25,8 @@ class HogTarget(nn.Module):
     `orientations`: bins over 180 degrees (MaskFeat: 9).
     `square_px`: side of the squares (MaskFeat: 8); None: 8, or the cell where that is smaller or no multiple of 8.
 
-    Central differences, none at the image's border, weighted by their magnitude, without interpolation between
-    bins; pixels in [0, 1], not normalised. MaskFeat's published code smooths by a Gaussian window; not here.
+    As MaskFeat's published code computes it: Sobel's gradients of the image reflected at its border, each pixel voting
+    with its magnitude for one bin, directions measured from the vertical, no window.
     """
 
     of = "values"
@@ -51,13 +52,13 @@ class HogTarget(nn.Module):
 
     def _histograms(self, raw: Tensor, counted: Tensor | None) -> Tensor:
         """(B, N, dim). counted: (B, 1, H, W) bool, pixels that vote; None: all."""
-        x = raw.float() / 255
-        rows, cols = torch.zeros_like(x), torch.zeros_like(x)
-        rows[..., 1:-1, :] = x[..., 2:, :] - x[..., :-2, :]
-        cols[..., :, 1:-1] = x[..., :, 2:] - x[..., :, :-2]
-        angle = torch.atan2(rows, cols) % math.pi
-        bins = (angle * (self.orientations / math.pi)).long() % self.orientations
-        strength = torch.hypot(rows, cols)
+        x = F.pad(raw.float(), (1, 1, 1, 1), mode="reflect")
+        rows = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]  # smoothed along columns, (B, C, H, W + 2)
+        cols = x[..., :, :-2] + 2 * x[..., :, 1:-1] + x[..., :, 2:]  # smoothed along rows, (B, C, H + 2, W)
+        across, down = rows[..., :-2] - rows[..., 2:], cols[..., :-2, :] - cols[..., 2:, :]
+        angle = torch.atan2(across, down)
+        bins = (angle * (self.orientations / math.pi)).floor().long() % self.orientations
+        strength = torch.hypot(across, down)
         if counted is not None:
             strength = strength * counted
         votes = [F.avg_pool2d(strength * (bins == k), self.square_px) for k in range(self.orientations)]
@@ -66,10 +67,10 @@ class HogTarget(nn.Module):
         return patchify((squares / length).flatten(1, 2), self.side)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """The mean of each image's visible cells; pixels whose differences reach into hidden cells do not vote."""
+        """The mean of each image's visible cells; pixels whose gradient reads a hidden cell do not vote."""
         pixels = repeat_cells(hidden, self.cell_px).unsqueeze(1)
-        beside = F.max_pool2d(pixels.float(), (3, 1), 1, (1, 0)) + F.max_pool2d(pixels.float(), (1, 3), 1, (0, 1))
-        values = self._histograms(images.raw.masked_fill(pixels, 0), beside == 0)
+        reads_hidden = F.max_pool2d(pixels.float(), 3, 1, 1) > 0
+        values = self._histograms(images.raw.masked_fill(pixels, 0), ~reads_hidden)
         visible = (~hidden).flatten(1).unsqueeze(-1)
         mean = (values * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
         return mean.expand(-1, values.shape[1], -1)
@@ -84,7 +85,7 @@ class HogTarget(nn.Module):
         side = self.square_px * -(-GLYPH_PX // self.square_px)
         offset = torch.arange(side, device=values.device) - (side - 1) / 2
         angle = (torch.arange(self.orientations, device=values.device) + 0.5) * (math.pi / self.orientations)
-        across = offset[None, None, :] * angle.cos()[:, None, None] + offset[None, :, None] * angle.sin()[:, None, None]
+        across = offset[None, None, :] * angle.sin()[:, None, None] + offset[None, :, None] * angle.cos()[:, None, None]
         inside = (offset[None, :].square() + offset[:, None].square()).sqrt() <= side / 2
         lines = (1.25 - across.abs()).clamp(0, 1) * inside  # (orientations, side, side)
         drawn = (bright[:, :, :, None, :, None] * lines[None, :, None, :, None, :]).amax(1)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import mpp
 from mpp.data.cuts import AT_ONCE, LONGEST, finished, packed, resized
+from mpp.data.decode import Cut, resize
 from mpp.data.images import ShardImages
 from mpp.data.loader import Crop, PretrainDataset
 from mpp.masks.uniform import UniformMask
@@ -48,7 +49,7 @@ def test_each_as_torch_resizes_it_alone(
     Not to one column: torch 2.15 then gives every row the value of the first.
     """
     cuts = [cut_out(h, w, channels, i) for i, (h, w, _) in enumerate(sizes)]
-    found = resized(*packed(cuts, [f for *_, f in sizes]), size)
+    found = resized(*packed([Cut.whole(c) for c in cuts], [f for *_, f in sizes]), size)
     assert found.dtype == torch.uint8
     for cut, (*_, flip), image in zip(cuts, sizes, found, strict=True):
         alone = F.interpolate(cut[None].float(), size, mode="bicubic", antialias=True)[0].clamp(0, 255)
@@ -56,12 +57,26 @@ def test_each_as_torch_resizes_it_alone(
         assert (image.float() - alone).abs().max() <= 0.501
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_that_begins_within_a_pixel(flip: bool) -> None:
+    """As Pillow resizes it, which takes fractions, too."""
+    smooth = F.interpolate(cut_out(6, 7, 3, 0)[None].float(), (31, 37), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    cut = Cut(smooth[0], (0.4, 0.7, 30.1, 35.9))
+    (found,) = resized(*packed([cut], [flip]), (12, 10))
+    alone = resize(cut, (12, 10))
+    whole = resize(Cut.whole(cut.pixels), (12, 10))
+    assert ((found.flip(-1) if flip else found).int() - alone.int()).abs().max() <= 1
+    assert (whole.int() - alone.int()).abs().float().mean() > 2, "it makes a difference"
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_more_than_are_resized_at_once(device: str) -> None:
-    cuts = [cut_out(3 + i % 7, 5 + i % 5, 3, i) for i in range(AT_ONCE + 3)]
+    cuts = [Cut.whole(cut_out(3 + i % 7, 5 + i % 5, 3, i)) for i in range(AT_ONCE + 3)]
     flips = [i % 2 == 0 for i in range(len(cuts))]
     pixels, table = packed(cuts, flips)
-    together = resized(pixels.to(device), table._replace(table=table.table.to(device)), (6, 4)).cpu()
+    together = resized(
+        pixels.to(device), table._replace(table=table.table.to(device), boxes=table.boxes.to(device)), (6, 4)
+    ).cpu()
     alone = torch.cat([resized(*packed([c], [f]), (6, 4)) for c, f in zip(cuts, flips, strict=True)])
     assert together.shape == (AT_ONCE + 3, 3, 6, 4)
     assert (together.int() - alone.int()).abs().max() <= 1

@@ -18,19 +18,9 @@ from mpp.build import build_mask, build_model
 from mpp.cli import main
 from mpp.data.images import evenly
 from mpp.data.loader import draw_masks
-from mpp.diagnostics.reconstruct import (
-    MOST_KEPT,
-    OF_A_FOLDER,
-    Kept,
-    keep,
-    kept_every,
-    pasted,
-    read_kept,
-    reconstruct,
-    sheet,
-    spread,
-    strip,
-)
+from mpp.diagnostics.kept import Kept, pasted, read_kept, spread, strip
+from mpp.diagnostics.reconstruct import MOST_KEPT, OF_A_FOLDER, keep, kept_every, reconstruct
+from mpp.diagnostics.sheets import sheet
 from mpp.errors import UserError
 from mpp.model import BORROWED, GREY, Reconstruction
 from mpp.patches import repeat_cells
@@ -121,7 +111,7 @@ def test_glyphs_lie_along_the_edges(pattern: str, axis: int) -> None:
 def test_a_glyph_is_as_bright_as_its_bin_and_points_as_it_does() -> None:
     target = hog(orientations=4, square_px=8)
     values = torch.zeros(1, 4, 4)
-    values[0, 2, 1] = 0.6  # bin 1: gradients of 45 to 90 degrees, in the cell of the second row, first column
+    values[0, 2, 0] = 0.6  # bin 0: gradients of 0 to 45 degrees from the vertical, in the second row, first column
     drawn = target.glyphs(values, (2, 2))[0, 0]
     assert float(drawn.max()) == pytest.approx(0.6)
     assert float(drawn[:16].sum()) == 0
@@ -130,7 +120,7 @@ def test_a_glyph_is_as_bright_as_its_bin_and_points_as_it_does() -> None:
     slope = torch.linalg.lstsq(
         (cols - cols.float().mean())[:, None].float(), (rows - rows.float().mean())[:, None].float()
     )
-    assert math.degrees(math.atan(float(slope.solution))) == pytest.approx(67.5 - 90, abs=3)
+    assert math.degrees(math.atan(float(slope.solution))) == pytest.approx(-22.5, abs=3)
 
 
 # ---- kept while training
