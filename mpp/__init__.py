@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from mpp.diagnostics.inspection import Inspection
     from mpp.evaluating import EvaluateResult
-    from mpp.exporting import Verified
     from mpp.finetuning import FinetuneResult
     from mpp.importing import Imported
     from mpp.planning import Plan
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from mpp.pretraining import PretrainResult
     from mpp.recipe import EvaluateRecipe, FinetuneRecipe, Job, PretrainRecipe
     from mpp.replaying import Replayed
+    from mpp.verifying import Verified
 
 __version__ = "0.1.0"
 
@@ -187,6 +187,10 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
     """
     check_new(Path(out))
     encoder_folder(run)
+    if format == "timm":
+        from mpp import modelcard, verifying
+
+        return verifying.export(run, out, modelcard.sections(run))
     from mpp import converting
 
     return converting.export(run, out, format)
@@ -215,6 +219,10 @@ def import_weights(file: str | Path, out: str | Path, **options: Any) -> Importe
 
 def verify(folder: str | Path) -> Verified:
     """Load an export in a clean process, as its users do, and compare. UserError where anything differs."""
+    from mpp import verifying
+
+    if verifying.is_timm_export(folder):
+        return verifying.verify(folder)
     from mpp import converting
 
     return converting.verify(folder)

@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpp import exporting, modelcard
+from mpp import exporting, modelcard, verifying
 from mpp.errors import UserError, how_to_get, one_line
-from mpp.exporting import Artifact, Verified
+from mpp.exporting import Artifact
 from mpp.metrics import environment
 from mpp.records import check_beside, check_new, encoder_folder, write_json
 from mpp.supervised import load_dense
+from mpp.verifying import Verified
 
 FORMAT = 1
 """Of export.json where it names a format."""
@@ -87,7 +88,7 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
     check_new(Path(out))
     told = modelcard.sections(run)
     if format == "timm":
-        return exporting.export(run, out, told)
+        return verifying.export(run, out, told)
     module = _module(format)
     artifact = _artifact(run, format)
     check_beside(Path(out), artifact.source)
@@ -114,7 +115,7 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
                 "format": format,
                 "format_version": FORMAT,
                 "kind": kind,
-                "files_sha256": {name: exporting.sha256(folder / name) for name in [*written, "reference.safetensors"]},
+                "files_sha256": {name: verifying.sha256(folder / name) for name in [*written, "reference.safetensors"]},
                 "tolerance": artifact.tolerance,
                 "parameters": sum(p.numel() for p in artifact.model.parameters()),
                 "outputs": list(artifact.outputs),
@@ -128,7 +129,7 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
         use = module.use(artifact, folder).strip().replace("FOLDER", Path(out).resolve().name)
         (folder / "README.md").write_text(_card(artifact, kind, use, told), encoding="utf-8")
 
-    return exporting.verified_at(Path(out), make, verify)
+    return verifying.verified_at(Path(out), make, verify)
 
 
 def verify(folder: str | Path) -> Verified:
@@ -138,9 +139,9 @@ def verify(folder: str | Path) -> Verified:
         about: Any = json.loads((path / "export.json").read_text())
         format = about.get("format", "timm")
     except (OSError, ValueError, AttributeError):
-        return exporting.verify(folder)  # which says what it is
+        return verifying.verify(folder)  # which says what it is
     if format == "timm":
-        return exporting.verify(folder)
+        return verifying.verify(folder)
     try:
         known = about["format_version"] <= FORMAT and format in formats()
         tolerance, parameters, kind = float(about["tolerance"]), int(about["parameters"]), str(about["kind"])
@@ -150,10 +151,10 @@ def verify(folder: str | Path) -> Verified:
     if not known:
         raise UserError(f"{path}: of a newer release: format {format}, version {about['format_version']}")
     module = _module(format)
-    exporting.check_files(path, checksums)
+    verifying.check_files(path, checksums)
     if "reference.safetensors" not in checksums:
         raise UserError(f"{path}: no readable export.json")
-    found = exporting.found_in_clean_process(path, module.VERIFY + COMPARE, "cannot be loaded")
+    found = verifying.found_in_clean_process(path, module.VERIFY + COMPARE, "cannot be loaded")
     difference = float(found["difference"])
     if not difference <= tolerance:  # nan, too
         raise UserError(f"{path}: outputs differ by {difference:.2e}, allowed is {tolerance:.0e}")
@@ -171,8 +172,8 @@ def _module(format: str) -> Any:
 def _artifact(run: str | Path, format: str) -> Artifact:
     source = encoder_folder(run)
     recipe_of: Any = exporting.stored_recipe(source)
-    tolerance = exporting.tolerance(source)
-    exporting.weights_sha256(source)
+    tolerance = verifying.tolerance(source)
+    verifying.weights_sha256(source)
     config = json.loads((source / "config.json").read_text())
     try:
         reference = load_file(source / "reference.safetensors")
@@ -180,7 +181,7 @@ def _artifact(run: str | Path, format: str) -> Artifact:
         raise UserError(f"{source}: no readable reference.safetensors: nothing to compare with") from error
     encoder: Any = exporting.load_encoder(source).eval()
     classes = exporting.class_names(source) if encoder.num_classes else None
-    if not exporting.has_head(source) or format == "safetensors":
+    if not verifying.has_head(source) or format == "safetensors":
         model: nn.Module = _Outputs(encoder)
     else:
         dense, recipe, classes = load_dense(source)
@@ -210,4 +211,4 @@ def _card(artifact: Artifact, kind: str, use: str, told: list[tuple[str, str]]) 
     library = "library_name: transformers\n" if "from transformers" in use else ""
     own = re.sub(r"(?ms)^library_name: timm\n", library, own)
     own = re.sub(r"(?ms)^## Use\n.*?(?=^## )", lambda _: f"## Use\n\n```python\n{use}\n```\n\n{kind}.\n\n", own)
-    return exporting.with_sections(own, told)
+    return verifying.with_sections(own, told)

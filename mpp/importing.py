@@ -28,6 +28,7 @@ from mpp.errors import UserError, one_line
 from mpp.keymap import MadeOf
 from mpp.layouts import transformers
 from mpp.records import check_new
+from mpp.verifying import Verified
 
 NAMED, LETTERS = 5, 80
 """Weights that a message names, and how much of a name."""
@@ -52,7 +53,7 @@ DEEPEST = 8
 class Imported:
     """What `import_weights` made."""
 
-    verified: exporting.Verified
+    verified: Verified
     layout: str
     """Whose names the weights had, see `mpp.layouts`; FILTER if timm's own filter read them."""
     prefix: str

@@ -21,6 +21,7 @@ from mpp.predicting_dense import BOX_COLUMNS, predict_dense
 from mpp.recipe import DECODING
 from mpp.records import encoder_folder
 from mpp.supervised import over_views
+from mpp.verifying import has_head
 
 BATCH = 64
 WORST = 24
@@ -142,7 +143,7 @@ def predict_files(
     the folder that an image lies in is its true class then. Of a model of task: segment or detect, which has neither
     views nor top: rows, folder and no report, see `predict_dense`. UserError for what the user can correct.
     """
-    if exporting.has_head(encoder_folder(source)):
+    if has_head(encoder_folder(source)):
         for option, value in (("views", views), ("top", top)):
             if value != 1:
                 raise UserError(f"--{option}: {source} tells of places, not of whole images; allowed: 1")

@@ -17,6 +17,7 @@ from mpp.errors import UserError, one_line
 from mpp.recipe import FinetuneRecipe
 from mpp.records import encoder_folder
 from mpp.rng import Purpose, torch_seed
+from mpp.verifying import HEAD
 
 
 class Supervised(nn.Module):
@@ -221,5 +222,5 @@ def load_dense(source: str | Path) -> tuple[Dense, FinetuneRecipe, list[str]]:
     try:
         model.task.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{folder}/{exporting.HEAD}: does not fit its recipe: {one_line(error)}") from error
+        raise UserError(f"{folder}/{HEAD}: does not fit its recipe: {one_line(error)}") from error
     return model.eval(), recipe, classes

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mpp
-from mpp import converting, exporting
+from mpp import converting, exporting, verifying
 from mpp.encoders.support import FAMILIES
 from mpp.errors import UserError
 from mpp.recipe import FinetuneRecipe, check_recipe
@@ -28,8 +28,8 @@ VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads"
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a clean process for each: other tests have one."""
-    for module in (exporting, converting):
-        monkeypatch.setattr(module, "verify", lambda folder: exporting.Verified(Path(folder), 0.0, 0))
+    for module in (exporting, verifying, converting):
+        monkeypatch.setattr(module, "verify", lambda folder: verifying.Verified(Path(folder), 0.0, 0))
 
 
 def origin(size: tuple[int, int], **more: Any) -> exporting.Origin:
@@ -111,7 +111,7 @@ def test_what_gives_something_else_is_found(classifier: Path, tmp_path: Path) ->
 
     def change(logits: torch.Tensor) -> None:
         save_file(reference | {"logits": logits}, tmp_path / "e" / "reference.safetensors")
-        about["files_sha256"]["reference.safetensors"] = exporting.sha256(tmp_path / "e" / "reference.safetensors")
+        about["files_sha256"]["reference.safetensors"] = verifying.sha256(tmp_path / "e" / "reference.safetensors")
         (tmp_path / "e" / "export.json").write_text(json.dumps(about))
 
     change(reference["logits"] + 0.01 * reference["logits"].abs().max())
@@ -245,7 +245,7 @@ def test_image_processors_read_as_the_encoder_learned(tmp_path: Path) -> None:
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {"do_center_crop": False, "size": {"height": 16, "width": 16}})
     )
-    about["files_sha256"][file.name] = exporting.sha256(file)
+    about["files_sha256"][file.name] = verifying.sha256(file)
     (tmp_path / "hf/export.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="hf: (outputs differ by|cannot be loaded)"):
         mpp.verify(tmp_path / "hf")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mpp
-from mpp import build, exporting
+from mpp import build, exporting, verifying
 from mpp.errors import UserError
 from tests.conftest import Runs, command, pretrain_recipe
 
@@ -47,7 +47,7 @@ def imported(file: Path, out: Path, **more: Any) -> Any:
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a clean process for each: others tests have one."""
-    monkeypatch.setattr(exporting, "verify", lambda folder: exporting.Verified(Path(folder), 0.0, 0))
+    monkeypatch.setattr(exporting, "verify", lambda folder: verifying.Verified(Path(folder), 0.0, 0))
 
 
 def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
     {"errors", "faults"},
     {"rng", "types", "verdict", "keymap", "records"},
-    {"history"},
+    {"history", "verifying"},
     {"patches", "pyramid", "sharding", "weight_init"},
     {"masks", "corruptions", "targets", "losses", "heads", "tasks", "probes", "registry", "encoders", "layouts"},
     {"recipe", "data"},

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import mpp
-from mpp import contract, exporting
+from mpp import contract
 from mpp.cli import main
 from mpp.diagnostics.models import COLUMNS, markdown, tiny_command
 from mpp.encoders.support import FAMILIES, Family, table
@@ -160,4 +160,4 @@ def test_every_family_is_verified_in_a_clean_process_and_fine_tunes(
         tuned = mpp.finetune(check_recipe(values, FinetuneRecipe))
     assert tuned.score.keys() == {"pretrained", "scratch"}
     if "Swin" in family.title or "distilled" in family.title:  # each takes seconds
-        assert exporting.verify(tmp_path / "ft" / "pretrained-seed0").difference <= 1e-5
+        assert mpp.verify(tmp_path / "ft" / "pretrained-seed0").difference <= 1e-5

@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from mpp.exporting import HEAD, Artifact
+from mpp.exporting import Artifact
+from mpp.verifying import HEAD
 
 EXTRA, NEEDS = "", ()
 
