@@ -17,6 +17,7 @@ import click
 
 import mpp
 from mpp.errors import MppWarning, ToldElsewhere, UserError, there, without_secrets
+from mpp.records import check_new
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
 RANK = os.environ.get("RANK", "0")
@@ -300,7 +301,7 @@ def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
     "--mfu",
     default=None,
     type=float,
-    help="Part of the devices' peak that the run reaches; default: 0.3, of a CPU 0.6.",
+    help="Part of the devices' peak that the run reaches; default: 0.3; on a CPU, what its timed steps reach.",
 )
 @click.option(
     "--images", default=None, type=click.IntRange(min=1), help="How many there are; default: data are opened."
@@ -472,6 +473,8 @@ def import_(
     FILE may be a folder of transformers', or a file with weights named as by MAE, SimMIM, mmpretrain, transformers,
     lightly, torchvision or timm, perhaps nested and with a prefix. KEY=VALUE: arguments of the model (patch_size=8).
     """
+    there(file)
+    check_new(Path(out))
     from mpp.recipe import apply_overrides, parse_overrides
 
     _clear_away_when_ended()

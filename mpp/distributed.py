@@ -100,16 +100,13 @@ def cores() -> int:
 
 
 def cores_in_use(accelerator: Accelerator | None = None) -> str:
-    """A line where other work runs on the cores that torch's threads would take; "" where there is room for them.
-
-    Threads that wait for each other are several times slower than one: 35 images/s in place of 300 (recipes/LOG.md).
-    """
+    """A line if other work runs on the cores that torch's threads would take; "" if there is room for them."""
     if accelerator is not None and (accelerator.device.type != "cpu" or accelerator.num_processes > 1):
         return ""  # a device does the work; or the load is that of the other processes
     load, threads = os.getloadavg()[0], torch.get_num_threads()
     if threads == 1 or load + threads <= cores() + SPARE_LOAD:
         return ""
-    return f"other work takes {load:.1f} of {cores()} cores: OMP_NUM_THREADS=1 may be several times faster"
+    return f"other work takes {load:.1f} of {cores()} cores, so a run is slower than it could be"
 
 
 def multiply_in_tf32(rounded: bool) -> None:

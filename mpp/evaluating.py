@@ -273,12 +273,15 @@ def _run_arm(
     device, scores = accelerator.device, list[Score]()
     keys, classes = recipe.data, len(data.train.classes)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+    progress = _Progress()
 
-    def images(of: Labeled, numbers: np.ndarray, batch_size: int, what: str) -> Iterator[Any]:
+    def images(
+        of: Labeled, numbers: np.ndarray, batch_size: int, what: str, *, time_left: bool = True
+    ) -> Iterator[Any]:
         dataset = CentreDataset(of, size, keys.val_crop_fraction, **keys.decoding())
         parts = [numbers[i : i + batch_size].tolist() for i in range(0, len(numbers), batch_size)]
         loaded = batches(dataset, parts, workers=keys.workers, pin_memory=device.type == "cuda")
-        yield from _shown(loaded, f"{folder.name}: {what}, batch", len(parts))
+        yield from progress.shown(loaded, f"{folder.name}: {what}, batch", len(parts), time_left=time_left)
 
     def read(pixels: Tensor, *, tokens: bool = False) -> Read:
         """In the run's precision, and only this: whatever is trained on it is trained in float32."""
@@ -299,7 +302,7 @@ def _run_arm(
         )  # fmt: skip
         if len(val.labels) == 0 or train.first in (0, len(train.labels)):
             raise UserError(f"data.{'train' if len(val.labels) else 'val'}: not one image can be read")
-        for place in _shown(train.features, f"{folder.name}: probes, layer and pooling", len(train.features)):
+        for place in progress.shown(train.features, f"{folder.name}: probes, layer and pooling", len(train.features)):
             if "knn" in recipe.probes:
                 scores.append(_knn(recipe, place, train, val, classes, device))
             if "linear" in recipe.probes:
@@ -312,7 +315,7 @@ def _run_arm(
     if "attentive" in recipe.probes and isinstance(reader, EncoderReader):
 
         def tokens(of: Labeled, numbers: np.ndarray, what: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-            for batch in images(of, numbers, recipe.attentive.batch_size, what):
+            for batch in images(of, numbers, recipe.attentive.batch_size, what, time_left=False):
                 readable = batch.readable.to(device)
                 found = read(batch.images.to(device), tokens=True)
                 yield {k: v[readable] for k, v in found.tokens.items()}, batch.labels.to(device)[readable]
@@ -322,18 +325,25 @@ def _run_arm(
     return scores
 
 
-def _shown(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """The same items; meanwhile a bar on a terminal, else a line now and then, each with the time left."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, what, total, leave=False)
-        return
-    began = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= LINE_EVERY_S and done < total:
-            last = now
-            print(f"{what} {done} of {total}, {duration((now - began) / done * (total - done))} left", flush=True)
+class _Progress:
+    """How far an arm is: bars on a terminal, else a line every LINE_EVERY_S, however short the loops are."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def shown(self, items: Iterable[T], what: str, total: int, *, time_left: bool = True) -> Iterator[T]:
+        """The same items. time_left: of this loop; not if it is one of many."""
+        if sys.stderr.isatty():
+            yield from tqdm(items, what, total, leave=False)
+            return
+        began = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - self.last >= LINE_EVERY_S:
+                self.last = now
+                left = f", {duration((now - began) / done * (total - done))} left" if time_left else ""
+                print(f"{what} {done} of {total}{left}", flush=True)
 
 
 def _knn(recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes: int, device: torch.device) -> Score:
@@ -369,8 +379,11 @@ def _attentive(recipe: EvaluateRecipe, data: _Data, tokens: Any, classes: int, d
         torch.manual_seed(torch_seed(recipe.seed, Purpose.PROBE))
         probes = [(layer, lr, attentive.AttentiveProbe(dims[layer], classes).to(device)) for layer, lr in wanted]
 
+        began = time.monotonic()
+
         def epoch_of(epoch: int) -> Iterator[Any]:
-            said = f"{what}, epoch {epoch + 1} of {keys.epochs}"
+            left = f", {duration((time.monotonic() - began) / epoch * (keys.epochs - epoch))} left" if epoch else ""
+            said = f"{what}, epoch {epoch + 1} of {keys.epochs}{left}"
             return tokens(data.train, stream(recipe.seed, Purpose.PROBE, epoch).permutation(numbers), said)
 
         steps = -(-len(numbers) // keys.batch_size)

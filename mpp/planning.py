@@ -1,8 +1,8 @@
 """What a pretraining run will take, before it is begun: counted on the recipe's own model, nothing of it computed.
 
 One step of one device runs on torch's meta device, which knows shapes alone: its floating-point operations and the
-bytes that live at its worst moment are counted. What cannot be known before (how much of a device's peak a run
-reaches) is asked for and said.
+bytes that live at its worst moment are counted. How much of a device's peak a run reaches cannot be known before: it is
+asked for, or assumed and reported. On this machine's CPU a few real steps and batches are timed instead.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,11 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpp.build import build_mask, build_model
 from mpp.data.images import ShardImages, held_out_rows
-from mpp.data.loader import draw_masks
+from mpp.data.loader import Crop, PretrainDataset, draw_masks
 from mpp.data.order import Order
-from mpp.distributed import accumulation
+from mpp.distributed import accumulation, cores
 from mpp.errors import UserError
-from mpp.optim import steps_of
+from mpp.model import MaskedPatchModel
+from mpp.optim import adamw, pretrain_groups, steps_of
 from mpp.recipe import PretrainRecipe
 from mpp.sharding import blocks
 
@@ -58,8 +60,11 @@ DEVICES = {
 """NVIDIA's datasheets of each (H100 and H200: SXM), without sparsity."""
 CPU = "cpu"
 CUDA_KEEPS = "what CUDA and its libraries keep for themselves, about 1 GB, and "
-CPU_MFU = 0.6
-"""Of what this CPU's matrix products reach: ViT-S/16 took 0.72 to 0.89 of it, smaller ones less (recipes/LOG.md)."""
+TRIED_S, TRIED_IMAGES = 2.0, 64
+"""How long steps are timed on this CPU, and from how many images reading is timed."""
+REST = 1.25
+"""What a step of a run takes compared with one that is timed alone, for batches that come from other processes and for
+records: 1.23 and 1.29 in two recipes (recipes/LOG.md)."""
 PRODUCT = 1024
 """Side of the matrices that are multiplied to find a CPU's peak."""
 
@@ -107,8 +112,11 @@ class Plan:
     steps: int
     epochs: float
     mfu: float
+    """Part of the peak: asked for, assumed, or of this CPU what its steps reached."""
     peak_tflops: float
     seconds: float
+    read_images_per_s: float | None
+    """What all loader workers of this machine read in a second, if this CPU was tried and the data were opened."""
     checkpoint_bytes: int
     disk_bytes: int
     """With as many checkpoints as are kept, one that is being written, and the encoder."""
@@ -139,10 +147,17 @@ class Plan:
             f"{self.epochs:.1f} epochs\n"
             f"memory of each {self.device}: {_bytes(total)} of {_bytes(int(size))}{fits}\n{parts}\n{host}"
             f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
-            f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s to be read\n"
+            f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s{self._reading()}\n"
             f"disk: {_bytes(self.disk_bytes)}, {_bytes(self.checkpoint_bytes)} a checkpoint\n"
             f"not counted: {'' if self.device == CPU else CUDA_KEEPS}gaps between allocations"
         )
+
+    def _reading(self) -> str:
+        if self.device != CPU:
+            return " to be read"
+        if self.read_images_per_s is None:
+            return "; reading them is not counted"
+        return f", with the loader, which alone reads {self.read_images_per_s:.0f} images/s, on the same cores"
 
     def _advice(self) -> str:
         return "optim.max_batch_per_device, encoder.grad_checkpointing=true or fsdp=true make it less"
@@ -220,21 +235,18 @@ def plan(
 ) -> Plan:
     """What a run of this recipe takes on so many devices.
 
-    device: of DEVICES, or "cpu": of this machine, which is tried for a moment. mfu: None: MFU, of a CPU CPU_MFU.
-    images: how many there are, held-out ones too; None: the recipe's data are opened. UserError as for the run itself.
+    device: of DEVICES, or "cpu": of this machine, whose steps and reading are timed for some seconds, with the threads
+    and workers that the run will have. mfu: None: MFU, of a CPU what it reaches. images: how many there are, held-out
+    ones too; None: the recipe's data are opened. UserError as for the run itself.
     """
     if device not in (*DEVICES, CPU):
         raise UserError(f"--device: '{device}': allowed are {', '.join((*DEVICES, CPU))}")
-    mfu = (CPU_MFU if device == CPU else MFU) if mfu is None else mfu
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
     data, optim = recipe.data, recipe.optim
     model, grid = build_model(recipe)
-    if images is None:
-        opened = ShardImages(data.shards, key="data.shards", **data.caching())
-        own = opened.counts
-    else:
-        own = [images]
+    opened = ShardImages(data.shards, key="data.shards", **data.caching()) if images is None else None
+    own = opened.counts if opened is not None else [images or 0]
     held_out = held_out_rows(own, data.held_out)
     counts = [n - int(h) for n, h in zip(own, held_out, strict=True)]
     order = Order(counts, global_batch=optim.global_batch_size, seed=0, lanes=data.lanes, window=data.window)
@@ -253,7 +265,17 @@ def plan(
     if sharded:  # a block is whole while it is run, and the next one is on its way; what is in none stays
         sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks(model)), reverse=True)
         gathered = FP32 * (sum(sizes[:2]) + max(numbers - sum(sizes), 0))
+    read_images_per_s, step_s, tflops = None, None, _device(device).tflops[precision]
+    if device == CPU and mfu is None:  # before the model is moved to where there are shapes alone
+        read_s = _read_s(recipe, opened, grid) if opened is not None else 0.0
+        step_s = _step_s(recipe, model, grid, micro, accumulate, precision)
     flop, peak = _counted(recipe, model, grid, micro, precision)
+    if step_s is not None:
+        mfu = flop / micro * optim.global_batch_size / step_s / (tflops * 1e12)
+        read_images_per_s = max(data.workers, 1) / read_s if read_s else None
+        step_s = REST * _with_loader(step_s, read_s * optim.global_batch_size, data.workers)
+    elif mfu is None:
+        mfu = MFU
     share = devices if sharded else 1
     memory = {
         "weights": weights // share + gathered,
@@ -264,7 +286,6 @@ def plan(
     }
     if devices > 1 and not sharded:
         memory["buckets of DDP"] = FP32 * trained
-    tflops = _device(device).tflops[precision]
     encoder: Any = model.encoder.model
     own_parameters = sum(p.numel() for p in encoder.parameters())
     checkpoint = weights + MOMENTS * trained
@@ -288,10 +309,62 @@ def plan(
         epochs=seen / max(sum(counts), 1),
         mfu=mfu,
         peak_tflops=tflops,
-        seconds=seen * flop / micro / (devices * tflops * 1e12 * mfu),
+        seconds=steps * step_s if step_s is not None else seen * flop / micro / (devices * tflops * 1e12 * mfu),
+        read_images_per_s=read_images_per_s,
         checkpoint_bytes=checkpoint,
         disk_bytes=checkpoint * (recipe.keep_checkpoints + 1) + FP32 * own_parameters,
     )
+
+
+def _step_s(
+    recipe: PretrainRecipe, model: MaskedPatchModel, grid: tuple[int, int], micro: int, accumulate: int, precision: str
+) -> float:
+    """Seconds of a training step on this CPU, timed with the threads that torch takes.
+
+    A part of the micro-batch is enough if a whole one would take long.
+    """
+    model.train()
+    optimizer = adamw(pretrain_groups(model, recipe.optim.weight_decay), recipe.optim.betas)
+    dtype = torch.uint8 if recipe.data.eight_bit else torch.float32
+    count, per_image = min(micro, 2), list[float]()
+    until = time.monotonic() + TRIED_S
+    while len(per_image) < 3 or time.monotonic() < until:
+        units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(count))
+        images = torch.zeros(count, recipe.data.channels, *recipe.data.image_size, dtype=dtype)
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(images, units.hidden, units.noise, units.count)
+        losses.sum().backward()
+        per_image.append((time.perf_counter() - began) / count)
+        if count < micro:
+            count = min(4 * count, micro, max(int(TRIED_S / 4 / per_image[-1]), count))
+    began = time.perf_counter()
+    optimizer.step()
+    update_s = time.perf_counter() - began
+    optimizer.zero_grad(set_to_none=True)
+    return float(np.median(per_image[-3:])) * micro * accumulate + update_s
+
+
+def _read_s(recipe: PretrainRecipe, images: ShardImages, grid: tuple[int, int]) -> float:
+    """Seconds in which one process reads an image, crops it and draws its mask."""
+    data = recipe.data
+    crop = Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
+    counts = np.asarray(images.counts)
+    dataset = PretrainDataset(images, crop, build_mask(recipe), grid, 0, counts, 1)
+    places = [(s, r) for s, n in enumerate(counts.tolist()) for r in range(min(n, TRIED_IMAGES))][:TRIED_IMAGES]
+    keys = [(i, s, r) for i, (s, r) in enumerate(places)]
+    dataset.batch(keys[:1])  # opens what has to be opened
+    began = time.perf_counter()
+    dataset.batch(keys)
+    return (time.perf_counter() - began) / len(keys)
+
+
+def _with_loader(step_s: float, read_s: float, workers: int) -> float:
+    """Seconds of a step while the loader reads the next one on the same cores. read_s: of one process, for a step."""
+    if workers == 0:
+        return step_s + read_s
+    busy = step_s * min(torch.get_num_threads(), cores()) + read_s
+    return max(step_s, read_s / workers, busy / cores())
 
 
 def _counted(

@@ -251,8 +251,7 @@ def _slower(run: History) -> Symptom | None:
     return Symptom(
         "slower",
         f"It slowed down, from {max(smooth):,.0f} to {smooth[-1]:,.0f} images a second.",
-        "Other work on this machine? Threads that wait for a taken core are slowest: OMP_NUM_THREADS=1, or fewer "
-        "data.workers, then --resume auto.",
+        "Is other work running on this machine? Fewer data.workers leave it more room; continue with --resume auto.",
     )
 
 

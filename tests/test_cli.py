@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import mpp
 from mpp.cli import main
-from tests.conftest import command, drawn_image, encoded
+from tests.conftest import ROOT, command, drawn_image, encoded
 from tests.data.test_index import write_tar
 
 WRONG: dict[str, list[str]] = {
@@ -229,7 +229,7 @@ def test_json_of_what_stands_and_is_known(shards: Path, tmp_path: Path) -> None:
         ),
         (["watch"], "mpp watch: Missing argument 'RUNS...'. See mpp watch --help"),
         (["recipe", "schema", "x"], "mpp recipe schema: Invalid value for"),
-        (["import", "X", "i", "foo"], "command line: 'foo': write key=value, such as patch_size=8"),
+        (["import", str(ROOT / "LICENSE"), "new", "foo"], "command line: 'foo': write key=value, such as patch_size=8"),
         (
             ["recipe", "show", "pretrain/vit_small", "optm.steps=3"],
             "command line: optm: unknown key. Did you mean 'optim'?",
@@ -242,6 +242,49 @@ def test_slips_on_the_command_line_take_a_line(words: list[str], line: str) -> N
     assert done.exit_code == 2
     assert done.stderr.startswith(line)
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["export", "{run}", "{full}"], "not empty; give a new folder"),
+        (["export", "{run}", "{full}", "--format", "onnx"], "not empty; give a new folder"),
+        (["export", "{full}", "{new}"], "neither a run nor an exported encoder"),
+        (["predict", "{run}", "{new}"], "no such file or folder"),
+        (["predict", "{full}", "{full}"], "neither a run nor an exported encoder"),
+        (["report", "{full}"], "not a run folder"),
+        (["verify", "{new}"], "no such file or folder"),
+        (["import", "{new}", "{full}"], "no such file or folder"),
+    ],
+)
+def test_what_is_refused_is_refused_before_torch_is_imported(words: list[str], line: str, tmp_path: Path) -> None:
+    places = {"run": tmp_path / "run", "full": tmp_path / "full", "new": tmp_path / "new"}
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "run" / "encoder").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "encoder" / name).write_text("{}")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("")
+    given = [word.format(**places) for word in words]
+    program = "import sys; from mpp.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr
+    assert done.stdout == "False\n"
+
+
+def test_threads_fall_asleep_soon_unless_the_user_said_otherwise() -> None:
+    """GNU's OpenMP reads it when torch is imported, so not after that."""
+    said = "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    own = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for given, before, expected in (
+        ({}, "", "1000 None"),
+        ({"GOMP_SPINCOUNT": "7"}, "", "7 None"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "", "None ACTIVE"),
+        ({}, "sys.modules['torch'] = None; ", "None None"),
+    ):
+        program = f"import os, sys; {before}import mpp; {said}"
+        done = subprocess.run([sys.executable, "-c", program], env=own | given, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def process(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -274,7 +317,7 @@ def test_a_full_disk(image_folder: Path, shards: Path, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "weights.pth")
     model = [
         "--model",
-        "vit_tiny_patch16_224",
+        "vit_tiny_patch16_224.augreg_in21k",
         "--image-size",
         "16",
         "patch_size=4",

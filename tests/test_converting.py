@@ -102,6 +102,33 @@ def test_formats(format: str, run: Path, tmp_path: Path) -> None:
         mpp.verify(tmp_path / "e")
 
 
+@pytest.mark.parametrize("format", ["timm", *OTHERS])
+def test_the_embedding_is_the_mean_of_the_patches(format: str, run: Path, tmp_path: Path) -> None:
+    """In every format, and as its card reads it: the class token of this run was never trained."""
+    mpp.export(run, tmp_path / "e", format)
+    encoder: Any = mpp.load_encoder(run).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        tokens = encoder.forward_features(images)
+    expected = tokens[:, 1:].mean(1)
+    reference = load_file(tmp_path / "e" / "reference.safetensors")
+    torch.testing.assert_close(reference["embedding"], reference["features"][:, 1:].mean(1))
+    card = (tmp_path / "e" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(tmp_path / "e"))
+    code = code.replace('"e/', f'"{tmp_path}/e/').replace('"e"', f'"{tmp_path}/e"')
+    named: dict[str, Any] = {"images": images}
+    if format == "onnx":
+        named = {"images": images.numpy()}
+    if format == "transformers":  # whose processor takes photographs
+        code = code.replace('**processor(images, return_tensors="pt")', "images")
+    with torch.no_grad():
+        exec(code, named)
+        if format == "safetensors":
+            named["embedding"] = named["model"].eval()(images)
+    found = named["embedding"] if "embedding" in named else named["found"]["embedding"]
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_gives_something_else_is_found(classifier: Path, tmp_path: Path) -> None:
     """Checksums hold, numbers do not."""
     mpp.export(classifier, tmp_path / "e", "onnx")
@@ -184,7 +211,8 @@ def test_models_of_transformers(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found.last_hidden_state.reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
         if name in ("ViTModel", "DeiTModel"):
             torch.testing.assert_close(found.pooler_output, expected[:, 0], rtol=1e-4, atol=1e-4)
-    again = mpp.import_weights(tmp_path / "hf", tmp_path / "back")
+    known = {} if (tmp_path / "hf" / "preprocessor_config.json").exists() else {"mean": [0.1] * 3, "std": [0.2] * 3}
+    again = mpp.import_weights(tmp_path / "hf", tmp_path / "back", **known)
     assert (again.layout, again.missing) == ("transformers", [])
     first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("timm", "back"))
     assert all(torch.equal(first[n], second[n]) for n in first), "there and back"

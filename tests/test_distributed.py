@@ -96,7 +96,7 @@ def test_threads_that_would_wait_are_spoken_of(
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    expected = f"other work takes {load:.1f} of {cores} cores: OMP_NUM_THREADS=1 may be several times faster"
+    expected = f"other work takes {load:.1f} of {cores} cores, so a run is slower than it could be"
     assert distributed.cores_in_use() == (expected if said else "")
     for device, processes in (("cuda", 1), ("cpu", 2)):
         elsewhere = SimpleNamespace(device=torch.device(device), num_processes=processes)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,7 @@ from mpp import evaluating
 from mpp.data.labeled import split
 from mpp.errors import UserError
 from mpp.evaluating import EvaluateResult, Score
-from tests.conftest import command, pretrain_recipe
+from tests.conftest import ROOT, command, pretrain_recipe
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +143,42 @@ def test_where_it_stands_is_said(
     mpp.evaluate(run, out=str(tmp_path / "e"), resume="auto", **keys(shards, probes="knn"))
     assert stands() == "finished"
     assert capsys.readouterr().out.splitlines()[0] == "arm 1 of 3: encoder"
+
+
+LONG: dict[str, Any] = {"probes": "attentive", "attentive.epochs": 2000, "controls": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_as_training(number: signal.Signals, shards: Path, run: Path, tmp_path: Path) -> None:
+    """Also the SIGINT that a shell has its background jobs ignore; and it says how far it is meanwhile."""
+    words = [f"{key}={value}" for key, value in keys(shards, **LONG).items() if key not in ("data.train", "knn.k")]
+    words = [w for w in words if "weight_decay" not in w and "lr=" not in w]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import mpp.evaluating as e; e.LINE_EVERY_S = 0.2; from mpp.cli import main; main()",
+         "evaluate", str(run), f"data.train={shards / 'shard-000001.tar'}", *words, f"out={tmp_path / 'e'}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = [process.stdout.readline()]
+    while not lines[-1].startswith("encoder: attentive") and lines[-1]:
+        lines.append(process.stdout.readline())
+    assert re.fullmatch(r"encoder: attentive.*, epoch \d+ of 2000(, .* left)?, batch \d+ of \d+\n", lines[-1]), lines
+    assert json.loads((tmp_path / "e" / "status.json").read_text())["arm"] == "encoder"
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "--resume auto keeps the arms that are done" in said
+    assert json.loads((tmp_path / "e" / "status.json").read_text())["state"] == "stopped"
+
+
+def test_the_linear_probe_says_that_it_is_not_the_papers(shards: Path, run: Path, tmp_path: Path) -> None:
+    found = mpp.evaluate(run, out=str(tmp_path / "e"), **keys(shards, probes=["linear"], controls=False))
+    assert "not comparable with the linear probes of papers" in found.table()
+    assert "not comparable with the linear probes of papers" in mpp.report([tmp_path / "e"]).read_text()
+    only = mpp.evaluate(run, out=str(tmp_path / "k"), **keys(shards, probes=["knn"], controls=False))
+    assert "linear" not in only.table()
 
 
 def test_arms_of_other_weights_are_not_kept(shards: Path, run: Path, tmp_path: Path) -> None:
