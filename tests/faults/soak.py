@@ -244,7 +244,8 @@ def disturbed(
         # one that is signalled before it listens just ends, and the others wait for one that never came
         trained = run.trained()
         may_stay = name == "SIGSTOP of a process" if trained else WORLD
-        allowed = {0, 2, -signal.SIGKILL, None} | (set() if trained else {-signal.SIGTERM, -signal.SIGINT, 130})
+        stopped = {128 + signal.SIGTERM, 128 + signal.SIGINT}
+        allowed = {0, 2, -signal.SIGKILL, None, *stopped} | (set() if trained else {-signal.SIGTERM, -signal.SIGINT})
         if codes.count(None) > may_stay or set(codes) - allowed:
             wrong.append(f"{name or at_point}: ended with {codes}")
             print(wrong[-1], flush=True)
