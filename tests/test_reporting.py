@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,6 +23,8 @@ from mpp.diagnostics import plots
 from mpp.errors import UserError
 from mpp.history import read_run
 from mpp.recipe import EvaluateRecipe, FinetuneRecipe, check_recipe
+from mpp.records import write_json
+from mpp.verdict import Verdict, table
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 
 SECTIONS = ["curves", "reconstructions", "finetune-fine", "probes-evaluation", "inspect", "load", "run"]
@@ -182,6 +185,59 @@ def test_a_probe_that_does_better_than_the_fine_tune(runs: tuple[Path, Path], tm
 
 
 # ---- what people put into it
+
+
+def written(folder: Path, recipe: dict[str, Any], scores: dict[str, list[float]]) -> Path:
+    """A fine-tune's records, as if it had found these accuracies over its seeds."""
+    verdict = Verdict.of(None, {arm: [{"accuracy": v} for v in values] for arm, values in scores.items()})
+    folder.mkdir()
+    recipe = {"job": "finetune", "out": str(folder), "seeds": list(range(len(next(iter(scores.values()))))), **recipe}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_json(folder / "result.json", {"metric": "accuracy", "verdicts": [dataclasses.asdict(verdict)]})
+    write_json(folder / "status.json", {"state": "finished"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scratch", "words"),
+    [
+        ([0.2], "one seed, so no interval and no conclusion"),
+        ([0.205, 0.25], "a gain is not shown with 2 seeds"),
+        ([0.1, 0.11], "pretraining helped"),
+        ([0.5, 0.51], "pretraining hurt"),
+    ],
+)
+def test_it_concludes_as_the_terminal_does(
+    scratch: list[float], words: str, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """+0.5 points of one seed are no gain."""
+    scores = {"pretrained": [0.205, 0.215][: len(scratch)], "scratch": scratch}
+    fine = written(tmp_path / "fine", {"encoder": str(runs[0])}, scores)
+    page = " ".join(Page(mpp.report([runs[0], fine], tmp_path / "r.html").read_text()).words)
+    terminal = table([Verdict.of(None, {arm: [{"accuracy": v} for v in values] for arm, values in scores.items()})])
+    assert words in terminal
+    assert page.lower().count(words) >= 2, "in the first sentence, and beside the table"
+    assert "did not help" not in page
+    for other in {"pretraining helped", "pretraining hurt", "is not shown with", "no conclusion"} - {words}:
+        assert other not in page.lower() or other in words
+
+
+def test_runs_with_one_arm_are_called_what_they_are(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    alone = written(tmp_path / "alone", {"encoder": str(runs[0]), "beside_scratch": False}, {"pretrained": [0.3, 0.4]})
+    scratch = written(tmp_path / "scratch", {"encoder": "scratch"}, {"scratch": [0.3]})
+    other = written(
+        tmp_path / "other", {"encoder": "vit_small_patch16_224.dino"}, {"pretrained": [0.3], "scratch": [0.2]}
+    )
+    pages = [
+        " ".join(Page(mpp.report([runs[0], run], tmp_path / "r.html").read_text()).words)
+        for run in (alone, scratch, other)
+    ]
+    assert "Fine-tuned from the pretrained encoder only; task classify, seeds 0, 1; intervals" in pages[0]
+    assert "Fine-tuned from scratch only; task classify, seed 0." in pages[1]
+    assert "The same fine-tune from the pretrained encoder and from scratch; task classify, seed 0." in pages[2]
+    assert "Not this run's encoder, but vit_small_patch16_224.dino." in pages[2]
+    assert all("Not this run's encoder" not in page for page in pages[:2])
+    assert all(">gain<" not in mpp.report([run], tmp_path / "r.html").read_text() for run in (alone, scratch))
 
 
 def test_hostile_words_stay_words(runs: tuple[Path, Path], tmp_path: Path) -> None:
