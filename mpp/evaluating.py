@@ -141,7 +141,8 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
         try:
             return _evaluate(recipe, accelerator, data, readers, sizes, fingerprint)
         except (KeyboardInterrupt, SystemExit):
-            write_status(Path(recipe.out), "stopped", why="a signal")
+            with suppress(OSError):
+                write_status(Path(recipe.out), "stopped", why="a signal")
             print("stopped; --resume auto keeps the arms that are done", flush=True)
             raise
         except BaseException as error:

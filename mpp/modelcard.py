@@ -7,6 +7,7 @@ from typing import Any
 
 from mpp.errors import UserError, without_secrets
 from mpp.history import History, read_run
+from mpp.probes import PROTOCOL
 
 PRETRAINING = ("encoder.name", "data.image_size", "mask", "corruption", "target", "loss", "head", "predict_fraction")
 FINETUNING = (
@@ -95,6 +96,8 @@ def _evaluated(folder: Path) -> list[str]:
         head = [f"| frozen features | {' | '.join(probes)} |", "|---" * (len(probes) + 1) + "|"]
         last = [f"| the most frequent class | {' | '.join([f'{100 * chance:.1f} %'] * len(probes))} |"]
         said = f"Fitted to {found['train_images']} labeled images, judged on {found['val_images']}."
+        if "linear" in probes:
+            said += f" {PROTOCOL[0].upper()}{PROTOCOL[1:]}."
         return ["\n".join([*head, *rows, *last]), said]
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return []
