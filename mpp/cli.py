@@ -317,7 +317,7 @@ def plan(
     images: int | None,
     as_json: bool,
 ) -> None:
-    """What pretraining as RECIPE says will take: parameters, FLOP, memory of a device, time, disk. Trains nothing."""
+    """What pretraining as RECIPE says will take: parameters, FLOP, memory of a device, time, disk. Keeps nothing."""
     from mpp.recipe import parse_overrides
 
     given: Any = parse_overrides(overrides)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -140,9 +141,10 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
     with opened(accelerator, recipe, resume, fingerprint=fingerprint), distributed.ending_on_signals():
         try:
             return _evaluate(recipe, accelerator, data, readers, sizes, fingerprint)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as end:
+            number = end.code - 128 if isinstance(end, SystemExit) and isinstance(end.code, int) else signal.SIGINT
             with suppress(OSError):
-                write_status(Path(recipe.out), "stopped", why="a signal")
+                write_status(Path(recipe.out), "stopped", why=signal.Signals(number).name)
             print("stopped; --resume auto keeps the arms that are done", flush=True)
             raise
         except BaseException as error:

@@ -73,6 +73,14 @@ class Artifact:
     value_range: Any
     """What counted as 0 and 1 in images that were not read as 8 bit; None for those that were."""
 
+    def reading_line(self) -> str:
+        """The line of a card that takes what is wanted of the outputs `found`, a dictionary."""
+        if "logits" in self.outputs:
+            return 'logits = found["logits"]'
+        if "embedding" in self.outputs:
+            return f'embedding = found["embedding"]  # (N, {self.config["num_features"]})'
+        return f'embedding = found["features"][:, {self.timm.num_prefix_tokens}:].mean(1)'
+
     def described(self) -> dict[str, str]:
         """What a file that stands alone says of itself."""
         cfg = self.config["pretrained_cfg"]
@@ -102,12 +110,13 @@ class Origin:
 
 
 def pool_patches(model: Any) -> None:
-    """Let a timm model give the mean of its patch tokens for an image, if it gives the class token.
+    """Let a timm model give the mean of its patch tokens for an image, if it gives the class token or attention's pool.
 
-    Pretraining trains the patch tokens. What it makes of the class token depends on the objective. timm's distilled
-    DeiTs pool in one way only: they stay as they are, see `has_embedding`.
+    Pretraining trains the patch tokens. What it makes of the class token depends on the objective, and nothing trains
+    the attention that some encoders (SigLIP, Perception Encoder) pool with. timm's distilled DeiTs pool in one way
+    only: they stay as they are, see `has_embedding`.
     """
-    if getattr(model, "global_pool", None) == "token" and hasattr(model, "reset_classifier"):
+    if getattr(model, "global_pool", None) in ("token", "map") and hasattr(model, "reset_classifier"):
         with suppress(AssertionError):
             model.reset_classifier(0, "avg")
 
@@ -116,6 +125,15 @@ def has_embedding(model: Any) -> bool:
     """Whether what a timm model gives for an image is worth reading: not the class token of a distilled DeiT without
     a classifier, which reads two tokens that nobody trained."""
     return bool(model.num_classes) or type(model).__name__ != "VisionTransformerDistilled"
+
+
+def reading_line(model: Any) -> str:
+    """The line of a card that makes an embedding or logits of images with a timm model."""
+    if model.num_classes:
+        return "logits = model.eval()(images)"
+    if has_embedding(model):
+        return "embedding = model.eval()(images)"
+    return f"embedding = model.eval().forward_features(images)[:, {model.num_prefix_tokens}:].mean(1)"
 
 
 def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
@@ -248,9 +266,7 @@ def save_encoder(
                     origin,
                     metrics,
                     sum(p.numel() for p in model.parameters()),
-                    use="embedding = model.eval()(images)"
-                    if "embedding" in reference
-                    else f"embedding = model.eval().forward_features(images)[:, {model.num_prefix_tokens}:].mean(1)",
+                    use=reading_line(model),
                 )
             )
         )
@@ -418,10 +434,9 @@ def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
 
 
 def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int, use: str) -> str:
-    """use: the line that makes an embedding of images."""
-    how = ""
-    if not config.get("num_classes"):
-        how = f"{use}  # (N, {config['num_features']}); images (N, channels, height, width), normalised as below\n"
+    """use: the line that makes an embedding or logits of images."""
+    how = f"{use}  # (N, {config.get('num_classes') or config['num_features']}); images (N, channels, height, width), "
+    how += "normalised as below\n"
     kind = "classification" if config.get("num_classes") else "feature-extraction"
     cfg = config["pretrained_cfg"]
     rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]

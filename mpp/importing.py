@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -95,6 +96,8 @@ class _Source:
     own: Mapping[str, Any] | None = None
     """Its arguments where they are not those of its name."""
     norm_eps: float | None = None
+    patches: bool = False
+    """Whether its config.json says that the embedding of an image is the mean of the patch tokens."""
 
 
 def import_weights(
@@ -166,24 +169,25 @@ def import_weights(
     wanted: dict[str, Tensor] = encoder.state_dict()
     asked = prefix
     layout, prefix, covered = _covered(found, list(wanted), asked, file)
-    if len(covered) < len(wanted) and (filtered := _filtered(encoder, found, asked)) is not None:
-        layout, prefix = FILTER, filtered[0]
-        found_there = {prefix + name: value for name, value in filtered[1].items()}
-        covered = {name: MadeOf((name,)) for name in wanted}
-    else:
-        found_there = found
+    found_there = found
+    if len(covered) < len(wanted):
+        filtered = _filtered(encoder, found, asked, partial, file)
+        if filtered is not None and len(filtered[1]) > len(covered):
+            layout, prefix = FILTER, filtered[0]
+            found_there = {prefix + name: value for name, value in filtered[1].items()}
+            covered = {name: MadeOf((name,)) for name in filtered[1]}
     missing = [name for name in wanted if name not in covered]
     if missing and not (partial and covered):
         holds = f"it holds {_some(list(found))}" if found else "it holds no weights by name"
         raise UserError(
             f"{file}: {len(missing)} of {len(wanted)} weights of {model}: missing: {_some(missing)}; {holds}"
-            + _advice(missing, found, prefix)
+            + _advice(encoder, missing, found, prefix)
         )
     own = {name: _taken(made, found_there, prefix, file) for name, made in covered.items()}
     encoder.load_state_dict(wanted | _fitting(own, wanted, f"{file}: ", model))
     known = keymap.trained(found, layout)
     (mean_of, std_of), normalisation = _normalisation(mean, std, source, model, config, known, in_chans)
-    if known is not None and known.masked:
+    if source.patches or (known is not None and known.masked):
         exporting.pool_patches(encoder)
     limits = "How they were trained is not known here."
     if missing:
@@ -254,16 +258,26 @@ def _normalisation(
     architecture, _, tag = model.partition(".")
     if tag:
         said, by = (config["mean"], config["std"]), "timm's for this tag"
-    elif known is not None:
-        said, by = (known.mean, known.std), f"those of {known.by}"
+    elif known is not None and known.mean_std is not None and channels == 3:
+        said, by = known.mean_std, f"those of {known.by}"
     else:
-        tags = [name for name in timm.list_pretrained(f"{architecture}.*") if name != architecture]
+        tags = _tags(architecture)
         raise UserError(
             "mean, std: nothing says what these weights were trained with. Give both, such as ImageNet's: --mean "
             "0.485,0.456,0.406 --std 0.229,0.224,0.225"
             + (f"; or name timm's own weights: --model {_some(tags)}" if tags else "")
         )
     return (exporting.for_channels(said[0], channels), exporting.for_channels(said[1], channels)), by
+
+
+def _tags(architecture: str) -> list[str]:
+    """timm's own weights of a model, those first whose mean and std no earlier one has."""
+    names = [name for name in timm.list_pretrained(f"{architecture}.*") if name != architecture]
+    first: dict[Any, str] = {}
+    for name in names:
+        config: Any = timm.get_pretrained_cfg(name)
+        first.setdefault((config.mean, config.std), name)
+    return [*first.values(), *(name for name in names if name not in first.values())]
 
 
 def _read(file: Path, trust: bool, *, named: bool, given: bool) -> _Source:
@@ -306,6 +320,7 @@ def _read(file: Path, trust: bool, *, named: bool, given: bool) -> _Source:
             None if given else _processor(file),
             found.own,
             found.norm_eps,
+            config.get("embedding") == "patches",
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
         if named:
@@ -387,30 +402,41 @@ def _covered(
     return best
 
 
-def _filtered(encoder: Any, found: Mapping[str, Tensor], prefix: str | None) -> tuple[str, dict[str, Tensor]] | None:
+def _filtered(
+    encoder: Any, found: Mapping[str, Tensor], prefix: str | None, partial: bool, file: str | Path
+) -> tuple[str, dict[str, Tensor]] | None:
     """What timm's `checkpoint_filter_fn` for this model makes of the weights behind a prefix, if it makes all of them.
 
-    prefix: the one that is asked for; None: every one that the names have is tried.
+    prefix: the one that is asked for; None: every one that the names have is tried. partial: some of them are enough.
+    UserError where a file holds several whole encoders and none is named.
     """
     rename = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     if rename is None:
         return None
     wanted = encoder.state_dict()
-    starts = {"" if prefix is None else prefix}
+    starts = {""} if prefix is None else {prefix, f"{prefix}."}
     for name in found if prefix is None else ():
         parts = name.split(".")
         starts |= {".".join(parts[:depth]) + "." for depth in range(1, min(len(parts), DEEPEST))}
+    fitting: dict[str, dict[str, Tensor]] = {}
     for start in sorted(starts, key=len):
         inside = {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
-        if len(inside) < len(wanted):
+        if len(inside) < len(wanted) and not partial:
             continue
         try:
             state = rename(inside, encoder)
         except Exception:  # timm's filters are written for the files that they know
             continue
-        if isinstance(state, dict) and all(n in state and state[n].shape == v.shape for n, v in wanted.items()):
-            return start, {name: state[name] for name in wanted}
-    return None
+        if isinstance(state, dict):
+            own = {
+                n: state[n] for n, v in wanted.items() if isinstance(state.get(n), Tensor) and state[n].shape == v.shape
+            }
+            if own and (partial or len(own) == len(wanted)):
+                fitting[start] = own
+    whole = [start for start, own in fitting.items() if len(own) == len(wanted)]
+    if len(whole) > 1:
+        raise UserError(f"{file}: holds {len(whole)} whole encoders; say which by --prefix: {_some(whole)}")
+    return max(fitting.items(), key=lambda item: len(item[1]), default=None)
 
 
 def _taken(made: MadeOf, found: Mapping[str, Tensor], prefix: str, file: str | Path) -> Tensor:
@@ -420,11 +446,13 @@ def _taken(made: MadeOf, found: Mapping[str, Tensor], prefix: str, file: str | P
         raise UserError(f"{file}: {_some([prefix + n for n in made.names])}: {one_line(error)}") from error
 
 
-def _advice(missing: list[str], found: Mapping[str, Tensor], prefix: str) -> str:
+def _advice(encoder: Any, missing: list[str], found: Mapping[str, Tensor], prefix: str) -> str:
     """Which argument of timm's is likely to be off, where the encoder's last norm alone is missing."""
+    takes = inspect.signature(type(encoder).__init__).parameters
     last = {name.rpartition(".")[0] for name in missing}
     if last == {"fc_norm"} and f"{prefix}norm.weight" in found:
-        return "; its last norm is norm, over all tokens: add fc_norm=false"
+        key = "use_fc_norm" if "use_fc_norm" in takes else "fc_norm"
+        return f"; its last norm is norm, over all tokens: add {key}=false"
     if last == {"norm"} and f"{prefix}fc_norm.weight" in found:
         return "; its last norm is fc_norm, over their mean: add global_pool=avg"
     return ""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Template = str | Callable[[re.Match[str]], str]
 
 
@@ -44,25 +45,28 @@ class MadeOf:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a project's own weights were trained, as far as the names in a file tell."""
+    """How a project's own weights were trained, as far as the names and shapes in a file tell."""
 
     by: str
     """Whose weights they are, in a message."""
     marks: tuple[str, ...] = ()
     """Regular expressions, each found among the names of such a file; none: the layout itself says it."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of R, G and B, of pixels in [0, 1]; with std, ImageNet's."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    square: str | None = None
+    """A regular expression of one of the names, whose weight has as many rows as columns."""
+    mean_std: tuple[tuple[float, float, float], tuple[float, float, float]] | None = IMAGENET
+    """Of R, G and B, of pixels in [0, 1]; None where the project published weights of several."""
     masked: bool = False
     """By masked patches, so that the embedding of an image is the mean of its patch tokens."""
 
 
-def trained(found: Iterable[str], layout: str) -> Trained | None:
-    """How weights with these names, of this layout, were trained; None if the names do not tell."""
-    listed = list(found)
+def trained(found: Mapping[str, Tensor], layout: str) -> Trained | None:
+    """How these weights, named as in this layout, were trained; None if they do not tell."""
     for name in names():
         for known in getattr(importlib.import_module(f"mpp.layouts.{name}"), "TRAINED", ()):
-            marked = all(any(re.search(mark, n) for n in listed) for mark in known.marks)
+            marked = all(any(re.search(mark, n) for n in found) for mark in known.marks)
+            if known.square is not None:
+                shapes = [value.shape for n, value in found.items() if re.search(known.square, n)]
+                marked = marked and any(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
             if marked and (known.marks or name == layout):
                 return known
     return None

@@ -241,6 +241,8 @@ def plan(
     """
     if device not in (*DEVICES, CPU):
         raise UserError(f"--device: '{device}': allowed are {', '.join((*DEVICES, CPU))}")
+    if device == CPU and devices > 1:
+        raise UserError(f"--devices: {devices}: steps are timed in one process of this machine; allowed with cpu: 1")
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
     data, optim = recipe.data, recipe.optim

@@ -144,7 +144,13 @@ def _pooled(recipe: FinetuneRecipe, encoder: Any, wanted: str, seed: int) -> Any
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
     built = _encoder(recipe, pretrained=False, pool={"global_pool": wanted, **({key: norm_after} if key else {})})
     missing, extra = built.load_state_dict(encoder.state_dict(), strict=False)
-    assert all(name.startswith(("norm.", "fc_norm.")) for name in (*missing, *extra)), (missing, extra)
+    # attention that pooled (SigLIP, Perception Encoder) has no part in a mean
+    strange = [name for name in missing if not name.startswith(("norm.", "fc_norm."))]
+    strange += [name for name in extra if not name.startswith(("norm.", "fc_norm.", "attn_pool."))]
+    if strange:
+        raise UserError(
+            f"pool: {recipe.pool}: {type(encoder).__name__} has other weights then: {', '.join(strange[:3])}"
+        )
     return built
 
 

@@ -113,20 +113,68 @@ def test_the_embedding_is_the_mean_of_the_patches(format: str, run: Path, tmp_pa
     expected = tokens[:, 1:].mean(1)
     reference = load_file(tmp_path / "e" / "reference.safetensors")
     torch.testing.assert_close(reference["embedding"], reference["features"][:, 1:].mean(1))
-    card = (tmp_path / "e" / "README.md").read_text()
-    code = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(tmp_path / "e"))
-    code = code.replace('"e/', f'"{tmp_path}/e/').replace('"e"', f'"{tmp_path}/e"')
-    named: dict[str, Any] = {"images": images}
-    if format == "onnx":
-        named = {"images": images.numpy()}
-    if format == "transformers":  # whose processor takes photographs
-        code = code.replace('**processor(images, return_tensors="pt")', "images")
+    torch.testing.assert_close(as_its_card_reads(tmp_path / "e", images), expected, rtol=1e-4, atol=1e-5)
+
+
+def as_its_card_reads(folder: Path, images: torch.Tensor) -> torch.Tensor:
+    """The embedding that the code of a model card makes of images."""
+    card = (folder / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("```")[0].replace("local-dir:FOLDER", f"local-dir:{folder}")
+    code = code.replace(f'"{folder.name}/', f'"{folder}/').replace(f'"{folder.name}"', f'"{folder}"')
+    code = code.replace('**processor(images, return_tensors="pt")', "images")  # which takes photographs
+    named: dict[str, Any] = {"images": images.numpy() if "onnxruntime" in code else images}
     with torch.no_grad():
         exec(code, named)
-        if format == "safetensors":
-            named["embedding"] = named["model"].eval()(images)
-    found = named["embedding"] if "embedding" in named else named["found"]["embedding"]
-    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-5)
+    return torch.as_tensor(named["embedding"])
+
+
+@pytest.mark.parametrize("format", ["timm", *OTHERS])
+@pytest.mark.usefixtures("unverified")
+def test_cards_of_distilled_encoders_average_the_patches_themselves(format: str, tmp_path: Path) -> None:
+    """timm's give the mean of two tokens that pretraining does not train."""
+    source = timm_folder(tmp_path / "timm", "deit_tiny_distilled_patch16_224", (16, 16), **VIT)
+    mpp.export(source, tmp_path / "e", format)
+    images, encoder = torch.randn(2, 3, 16, 16), mpp.load_encoder(source)
+    with torch.no_grad():
+        expected = encoder.eval().forward_features(images)[:, 2:].mean(1)
+    torch.testing.assert_close(as_its_card_reads(tmp_path / "e", images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_beits_norm_before_its_mean(tmp_path: Path) -> None:
+    """As SimMIM's and data2vec's weights are imported: transformers' pooler gives the class token there."""
+    pytest.importorskip("transformers")
+    args = VIT | {"init_values": 0.1, "global_pool": "avg", "use_fc_norm": False}
+    source = timm_folder(tmp_path / "timm", "beit_base_patch16_224", (16, 16), **args)
+    mpp.export(source, tmp_path / "e", "transformers")
+    assert json.loads((tmp_path / "e/export.json").read_text())["kind"] == "transformers' own BeitModel"
+    images, encoder = torch.randn(2, 3, 16, 16), mpp.load_encoder(source)
+    with torch.no_grad():
+        expected = encoder.eval()(images)
+    torch.testing.assert_close(as_its_card_reads(tmp_path / "e", images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_pools_gives_way_to_the_mean(tmp_path: Path) -> None:
+    """Pretraining never trains it: an exported SigLIP gives the mean of its patches, and so does a fine-tuned one."""
+    model: Any = exporting.create_at_size(
+        "vit_base_patch16_siglip_224", (16, 16), num_classes=0, pretrained=False, **VIT
+    )
+    timm_folder(tmp_path / "map", "vit_base_patch16_siglip_224", (16, 16), **VIT)
+    exporting.pool_patches(model)
+    exporting.save_encoder(model, tmp_path / "e", origin((16, 16)), {})
+    images, encoder = torch.randn(2, 3, 16, 16), mpp.load_encoder(tmp_path / "e").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), encoder.forward_features(images).mean(1))
+    assert verifying.verify(tmp_path / "e")
+    values = {
+        "job": "finetune",
+        "out": "runs/x",
+        "encoder": str(tmp_path / "map"),
+        "data": {"train": "a", "val": "b", "image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "optim": {"steps": 1},
+    }
+    classifier = build(check_recipe(values, FinetuneRecipe), "pretrained", 0, 2)
+    assert classifier.encoder.global_pool == "avg"
+    assert not any(name.startswith("attn_pool") for name in classifier.encoder.state_dict())
 
 
 def test_what_gives_something_else_is_found(classifier: Path, tmp_path: Path) -> None:

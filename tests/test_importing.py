@@ -342,18 +342,25 @@ def as_simmim(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found | {"rel_pos_bias.relative_position_bias_table": table, "mask_token": torch.ones(1, 1, 16)}
 
 
+SIMMIM, DATA2VEC = {"decoder.0.weight": torch.zeros(768, 16, 1, 1)}, {"lm_head.weight": torch.zeros(16, 16)}
+
+
 @pytest.mark.parametrize(
     ("name", "args", "change", "options", "by", "pool"),
     [
         (NAME, ARGS, lambda s: {"model": s | OF_MAE}, {}, "those of MAE", "avg"),
         (
-            "beit_base_patch16_224", BEIT, lambda s: {"model": as_simmim(s)}, {"global_pool": "token"},
-            "those of SimMIM, BEiT and data2vec", "avg",
+            "beit_base_patch16_224", BEIT, lambda s: {"model": as_simmim(s) | SIMMIM}, {"global_pool": "token"},
+            "those of SimMIM", "avg",
+        ),
+        (
+            "beit_base_patch16_224", BEIT, lambda s: {"model": as_simmim(s) | DATA2VEC}, {"global_pool": "token"},
+            "those of data2vec", "avg",
         ),
         (NAME, ARGS, lambda s: s, {"model": f"{NAME}.augreg_in21k"}, "timm's for this tag", "token"),
         ("vit_small_patch16_224", ARGS, lambda s: s, {"model": "vit_small_patch16_224.dino"}, "timm's for this tag", "token"),
     ],
-    ids=["MAE", "SimMIM", "a tag", "another tag"],
+    ids=["MAE", "SimMIM", "data2vec", "a tag", "another tag"],
 )  # fmt: skip
 @pytest.mark.usefixtures("unverified")
 def test_known_weights_know_their_normalisation(
@@ -385,12 +392,34 @@ def test_unknown_weights_need_a_normalisation(state: dict[str, Tensor], tmp_path
         imported(tmp_path / "w", tmp_path / "e", mean=None)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.usefixtures("unverified")
-def test_convnext_v2s_own_names_are_read_by_timms_filter(wrapped: bool, tmp_path: Path) -> None:
-    args = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
-    torch.manual_seed(0)
-    state = timm.create_model("convnextv2_atto", num_classes=0, **args).state_dict()
+def test_beit_published_weights_of_two_normalisations(tmp_path: Path) -> None:
+    name, args = "beit_base_patch16_224", BEIT | {"global_pool": "token"}
+    state = as_simmim(dict(timm.create_model(name, img_size=16, num_classes=0, **args).state_dict()))
+    save_file(state | {"lm_head.weight": torch.zeros(8192, 16)}, tmp_path / "w")
+
+    def take(**options: Any) -> None:
+        mpp.import_weights(tmp_path / "w", tmp_path / "e", model=name, args=args, image_size=(16, 16), **options)
+
+    with pytest.raises(UserError, match=r"mean, std: nothing says .*; or name timm's own weights: --model beit_"):
+        take()
+    take(mean=[0.5] * 3, std=[0.5] * 3)
+    assert mpp.load_encoder(tmp_path / "e").global_pool == "avg"
+
+
+@pytest.mark.usefixtures("unverified")
+def test_a_projects_normalisation_is_of_three_channels(tmp_path: Path) -> None:
+    state = timm.create_model(NAME, img_size=16, num_classes=0, in_chans=1, **ARGS).state_dict()
+    save_file(state | OF_MAE, tmp_path / "w")
+    with pytest.raises(UserError, match="mean, std: nothing says"):
+        mpp.import_weights(tmp_path / "w", tmp_path / "e", model=NAME, args=ARGS, image_size=(16, 16), channels=1)
+
+
+CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
+
+
+def as_convnext_v2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names, and their shapes of its response normalisation."""
     theirs = {}
     for name, value in state.items():
         renamed = re.sub(r"^stem\.", "downsample_layers.0.", name)
@@ -402,14 +431,42 @@ def test_convnext_v2s_own_names_are_read_by_timms_filter(wrapped: bool, tmp_path
         ):  # fmt: skip
             renamed = renamed.replace(own, their)
         theirs[renamed] = value[None, None, None].clone() if "grn" in renamed else value
-    torch.save({"model": prefixed(theirs, "module.")} if wrapped else theirs, tmp_path / "w.pth")
-    found = mpp.import_weights(
-        tmp_path / "w.pth", tmp_path / "e", model="convnextv2_atto", args=args, image_size=(64, 64), trust=True
-    )
-    assert str(found).startswith(f"{len(state)} of {len(state)} weights, read by timm's checkpoint filter")
-    assert (found.normalisation, found.prefix) == ("those of ConvNeXt", "model.module." if wrapped else "")
-    loaded = mpp.load_encoder(tmp_path / "e").state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    return theirs
+
+
+@pytest.mark.usefixtures("unverified")
+def test_convnext_v2s_own_names_are_read_by_timms_filter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model("convnextv2_atto", num_classes=0, **CONVNEXT).state_dict()
+    theirs = as_convnext_v2(state)
+
+    def take(weights: dict[str, Any], out: str, **options: Any) -> Any:
+        torch.save(weights, tmp_path / "w.pth")
+        return mpp.import_weights(
+            tmp_path / "w.pth", tmp_path / out, model="convnextv2_atto", args=CONVNEXT, image_size=(64, 64), trust=True,
+            **options,
+        )  # fmt: skip
+
+    for out, weights, prefix in (
+        ("e", theirs, ""),
+        ("f", {"model": prefixed(theirs, "module.")}, "model.module."),
+    ):
+        found = take(weights, out)
+        assert str(found).startswith(f"{len(state)} of {len(state)} weights, read by timm's checkpoint filter")
+        assert (found.normalisation, found.prefix) == ("those of ConvNeXt", prefix)
+        loaded = mpp.load_encoder(tmp_path / out).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+    both = {"model": theirs, "model_ema": dict(theirs)}
+    with pytest.raises(UserError, match=r"holds 2 whole encoders; say which by --prefix: model\., model_ema\."):
+        take(both, "g")
+    assert take(both, "g", prefix="model_ema").prefix == "model_ema."
+    # as masked pretraining saves it, without the classifier's norm
+    without_norm = {name: value for name, value in theirs.items() if not name.startswith("norm.")}
+    with pytest.raises(UserError, match="missing"):
+        take(without_norm, "h")
+    found = take(without_norm, "h", partial=True)
+    assert (found.layout, found.missing) == ("timm's checkpoint filter", ["head.norm.weight", "head.norm.bias"])
 
 
 @pytest.mark.usefixtures("unverified")

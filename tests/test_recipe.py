@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,19 @@ def test_every_recipe_opens_with_source_command_cost_and_score(path: Path) -> No
     head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     for word in ("Source:", "Command:", "Cost:", "Expected:"):
         assert word in head, f"{path}: its first lines do not say {word}"
+
+
+def test_every_command_of_a_recipe_gives_what_its_keys_need() -> None:
+    tried = 0
+    for path in all_recipes():
+        for line in re.findall(
+            r"^# .*?\bmpp (?:pretrain|finetune) (recipes/\S+\.yaml.*)$", path.read_text(), re.MULTILINE
+        ):
+            name, *rest = shlex.split(line.partition("   (")[0])
+            given = dict(word.split("=", 1) for word in rest if "=" in word and not word.startswith("-"))
+            assert load_any(ROOT / name, given).job == path.parent.name, path
+            tried += 1
+    assert tried >= 15
 
 
 PRETRAINING = [p for p in all_recipes() if p.parent.name == "pretrain"]

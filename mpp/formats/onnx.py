@@ -26,7 +26,7 @@ found = dict(zip(names, session.run(names, {"images": images})))  # (N, channels
 
 
 def use(artifact: Artifact, folder: Path) -> str:
-    return USE
+    return USE + artifact.reading_line()
 
 
 def write(artifact: Artifact, folder: Path) -> str:

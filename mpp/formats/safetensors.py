@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from mpp.exporting import Artifact
+from mpp.exporting import Artifact, reading_line
 from mpp.verifying import HEAD
 
 EXTRA, NEEDS = "", ()
@@ -22,7 +22,7 @@ model.load_state_dict(load_file("FOLDER/weights.safetensors"))
 
 
 def use(artifact: Artifact, folder: Path) -> str:
-    return USE
+    return USE + reading_line(artifact.timm)
 
 
 def write(artifact: Artifact, folder: Path) -> str:

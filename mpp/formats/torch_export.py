@@ -20,7 +20,7 @@ found = encoder(images)  # (N, channels, H, W) float32, normalised as below
 
 
 def use(artifact: Artifact, folder: Path) -> str:
-    return USE
+    return USE + artifact.reading_line()
 
 
 def write(artifact: Artifact, folder: Path) -> str:

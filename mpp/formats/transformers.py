@@ -57,7 +57,7 @@ def _output(artifact: Artifact, folder: Path) -> str:
     if artifact.classes:
         return "logits = outputs.logits"
     if "embedding" not in artifact.outputs:
-        return "features = outputs.last_hidden_state"
+        return f"embedding = outputs.last_hidden_state[:, {artifact.timm.num_prefix_tokens}:].mean(1)"
     where = EMBEDDINGS[json.loads((folder / "config.json").read_text()).get("embedding", "pooler")]
     return f"embedding = {where}".replace("PREFIX", str(getattr(artifact.timm, "num_prefix_tokens", 0)))
 
@@ -120,7 +120,9 @@ def _written(transformers: Any, config: dict[str, Any], artifact: Artifact, fold
     config["architectures"] = [base]
     if kind == "pvt_v2":
         config["embedding"] = "map"
-    elif kind in ("vit", "deit") and getattr(artifact.timm, "global_pool", None) != "token":
+    elif (kind in ("vit", "deit") or not config.get("use_mean_pooling", True)) and getattr(
+        artifact.timm, "global_pool", None
+    ) != "token":
         config |= {"embedding": "patches", "prefix_tokens": artifact.timm.num_prefix_tokens}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(
@@ -139,11 +141,19 @@ def _written(transformers: Any, config: dict[str, Any], artifact: Artifact, fold
 
 @torch.no_grad()
 def _same(model: Any, artifact: Artifact) -> bool:
-    """Whether it gives the same features, or logits. Its embedding is compared when the export is verified."""
+    """Whether it gives the same features, or logits, and the embedding where its pooler has it."""
     out, reference = model(artifact.reference["images"]), artifact.reference
     key = "logits" if artifact.classes else "features"
-    found = out.logits if artifact.classes else out.last_hidden_state.reshape(reference[key].shape)
-    return bool((found - reference[key]).abs().max() <= artifact.tolerance * reference[key].abs().max())
+    found = {key: out.logits if artifact.classes else out.last_hidden_state}
+    if not artifact.classes and "embedding" in reference and not hasattr(model.config, "embedding"):
+        found["embedding"] = out.pooler_output
+    return all(
+        bool(
+            (value.reshape(reference[k].shape) - reference[k]).abs().max()
+            <= artifact.tolerance * reference[k].abs().max()
+        )
+        for k, value in found.items()
+    )
 
 
 def _described(model: Any) -> dict[str, Any] | None:

@@ -13,9 +13,14 @@ def _stage_before(match: re.Match[str]) -> str:
     return f"layers.{int(match[1]) - 1}.downsample.{match[2]}"
 
 
+TABLE = r"(^|\.)rel_pos_bias\.relative_position_bias_table$"
 TRAINED = (
-    # with a table for all blocks: BEiT and data2vec, too
-    Trained("SimMIM, BEiT and data2vec", (r"(^|\.)rel_pos_bias\.relative_position_bias_table$",), masked=True),
+    Trained("SimMIM", (TABLE, r"(^|\.)decoder\.0\.weight$"), masked=True),
+    # data2vec (Baevski et al. 2022) predicts features as wide as its own. BEiT (Bao et al. 2022) predicts 8192 classes.
+    # Its published weights were trained on ImageNet-22k with 0.5, those of its recipe for ImageNet-1k with ImageNet's
+    # mean and std.
+    Trained("data2vec", (TABLE,), square=r"(^|\.)lm_head\.weight$", masked=True),
+    Trained("BEiT", (TABLE,), mean_std=None, masked=True),
     Trained("Swin"),
 )
 RULES = (

@@ -16,7 +16,7 @@ from mpp.types import Images, Int, PositiveInt, TargetContext
 Bins = Annotated[Int, Field(ge=2)]
 GLYPH_PX = 16  # least side of the drawing of a square
 EPSILON = 1e-3
-"""In the normalisation, sqrt(|v|² + ε²): a square without gradients gives zeros. The weakest gradient is 1."""
+"""In the normalisation, sqrt(|v|² + ε²): a square without gradients gives zeros. One of bytes is far stronger."""
 
 
 class HogTarget(nn.Module):
