@@ -122,6 +122,7 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
     recipe = pretrain_recipe(shards, tmp_path / "run")
     for options, message in (
         ({"device": "tpu"}, "--device: 'tpu': allowed are a100, h100"),
+        ({"device": "cpu", "devices": 2}, "--devices: 2: steps are timed in one process"),
         ({"mfu": 1.5}, "--mfu: must be > 0 and <= 1; got 1.5"),
         ({"devices": 3}, "optim.global_batch_size: 16 cannot be shared by 3 processes"),
         ({"images": 10}, "data.held_out: 12 of only 10 images"),
