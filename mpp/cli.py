@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def _exit_as_stopped(result: Any) -> None:
-    """Exit as the signal that stopped a run would end a program, so that `&&` and `make` stop, too."""
+    """Exit as the signal that stopped a run would end a program, so that `&&` and `make` stop as well."""
     if result.state == "stopped":
         sys.stdout.flush()
         _part()

@@ -78,8 +78,10 @@ class _Places(nn.Module):
         return {"logits": self.model(images)}
 
 
-def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
+def export(run: str | Path, out: str | Path, format: str) -> Verified:
     """Write the encoder of a run or an export to `out`, with its classifier or head of segmentation, and verify it.
+
+    format: any but timm's, which `mpp.verifying.export` writes.
 
     UserError where `out` is not new or empty, the format wants a package that is not there, or has no place for it.
     """
@@ -87,8 +89,6 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
         raise UserError(f"--format: '{format}': allowed are {', '.join(formats())}")
     check_new(Path(out))
     told = modelcard.sections(run)
-    if format == "timm":
-        return verifying.export(run, out, told)
     module = _module(format)
     artifact = _artifact(run, format)
     check_beside(Path(out), artifact.source)
@@ -135,13 +135,10 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
 def verify(folder: str | Path) -> Verified:
     """Load an export in a clean process, as its users do, and compare. UserError where anything differs."""
     path = Path(folder)
-    try:
-        about: Any = json.loads((path / "export.json").read_text())
-        format = about.get("format", "timm")
-    except (OSError, ValueError, AttributeError):
-        return verifying.verify(folder)  # which says what it is
-    if format == "timm":
-        return verifying.verify(folder)
+    if verifying.is_timm_export(path):
+        return verifying.verify(path)
+    about: Any = json.loads((path / "export.json").read_text())
+    format = about["format"]
     try:
         known = about["format_version"] <= FORMAT and format in formats()
         tolerance, parameters, kind = float(about["tolerance"]), int(about["parameters"]), str(about["kind"])

@@ -170,7 +170,8 @@ def test_a_signal_ends_it_as_training(number: signal.Signals, shards: Path, run:
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "--resume auto keeps the arms that are done" in said
-    assert json.loads((tmp_path / "e" / "status.json").read_text())["state"] == "stopped"
+    ended = json.loads((tmp_path / "e" / "status.json").read_text())
+    assert (ended["state"], ended["why"]) == ("stopped", number.name)
 
 
 def test_the_linear_probe_says_that_it_is_not_the_papers(shards: Path, run: Path, tmp_path: Path) -> None:
