@@ -435,8 +435,8 @@ def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
 
 def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int, use: str) -> str:
     """use: the line that makes an embedding or logits of images."""
-    how = f"{use}  # (N, {config.get('num_classes') or config['num_features']}); images (N, channels, height, width), "
-    how += "normalised as below\n"
+    width = config.get("num_classes") or config["num_features"]
+    how = f"{use}  # (N, {width}); images (N, channels, height, width), normalised as below\n"
     kind = "classification" if config.get("num_classes") else "feature-extraction"
     cfg = config["pretrained_cfg"]
     rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]

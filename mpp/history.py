@@ -112,7 +112,7 @@ class History:
 
 
 INSPECTION, INSPECTION_INDEX = "inspect", "index.json"
-"""Of a run: where the views of `mpp inspect` are, and what lists them."""
+"""The folder in a run with the views of `mpp inspect`, and the file that lists them."""
 
 
 def read_inspection(run: Path) -> dict[str, Any] | None:

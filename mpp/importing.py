@@ -74,7 +74,7 @@ class Imported:
         return "; ".join(
             [
                 f"{self.wanted - len(self.missing)} of {self.wanted} weights, "
-                + ("read by timm's checkpoint filter" if self.layout == FILTER else f"named as {self.layout} does")
+                + _naming(self.layout)
                 + (f", from {_some([self.prefix])}*" if self.prefix else ""),
                 *([f"{len(self.missing)} missing, random now: {_some(self.missing)}"] if self.missing else []),
                 f"{len(self.left_out)} tensors left out" + (f" ({_some(self.left_out)})" if self.left_out else ""),
@@ -196,9 +196,7 @@ def import_weights(
         mean=mean_of,
         std=std_of,
         input_size=(in_chans, *size),
-        made=f"Weights of `{Path(file).resolve().name}`, "
-        + (f"read by {FILTER}" if layout == FILTER else f"named as {layout} does")
-        + f", in timm's `{model}`.",
+        made=f"Weights of `{Path(file).resolve().name}`, {_naming(layout)}, in timm's `{model}`.",
         limits=f"{limits} Mean and std are {normalisation}.",
     )
     try:
@@ -208,6 +206,11 @@ def import_weights(
     taken = {prefix + name for made in covered.values() for name in made.names}
     left_out = sorted(n for n in found if n not in taken and not (layout == FILTER and n.startswith(prefix)))
     return Imported(verified, layout, prefix, len(wanted), missing, left_out, mean_of, std_of, normalisation)
+
+
+def _naming(layout: str) -> str:
+    """How weights were recognised, in a message."""
+    return f"read by {FILTER}" if layout == FILTER else f"named as {layout} does"
 
 
 def _fitting(own: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str, model: str) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Trained:
     square: str | None = None
     """A regular expression of one of the names, whose weight has as many rows as columns."""
     mean_std: tuple[tuple[float, float, float], tuple[float, float, float]] | None = IMAGENET
-    """Of R, G and B, of pixels in [0, 1]; None where the project published weights of several."""
+    """Of R, G and B, of pixels in [0, 1]; None if the project published weights trained with different ones."""
     masked: bool = False
     """By masked patches, so that the embedding of an image is the mean of its patch tokens."""
 

@@ -35,7 +35,7 @@ def finetune_groups(
     layer_decay^(depth + 1).
 
     So do BEiT (Bao et al. 2022) and MAE (He et al. 2022, table 9) in their published codes. A norm after pooling
-    (`fc_norm`) is no layer of its own: it learns at 1, too, without `head_lr_scale`.
+    (`fc_norm`) is no layer of its own: it also learns at 1, without `head_lr_scale`.
 
     Args:
         encoder: A timm model without classifier.

@@ -432,14 +432,17 @@ def _loading(run: History) -> Part | None:
     folder = timm_folder(run.folder)
     if folder is None:
         return None
+    config = json.loads((folder / "config.json").read_text())
     # timm's distilled DeiTs read two tokens that nothing trains
-    distilled = "_distilled_" in json.loads((folder / "config.json").read_text()).get("architecture", "")
+    distilled = "_distilled_" in config.get("architecture", "")
+    class_token = config.get("global_pool") == "token" and not distilled  # of runs of earlier releases
+    given = "its class token" if class_token else "the mean of its patch tokens"
     read = "model.eval().forward_features(images)[:, 2:].mean(1)" if distilled else "model.eval()(images)"
     code = (
         "import timm\n\n"
         f"model = timm.create_model({'local-dir:' + str(folder)!r}, pretrained=True)\n"
         "# images (N, channels, height, width), normalised with model.pretrained_cfg['mean'] and ['std']\n"
-        f"embedding = {read}  # (N, width): of a ViT, the mean of its patch tokens\n"
+        f"embedding = {read}  # (N, width): of a ViT, {given}\n"
     )
     text = f"A plain timm folder; mpp export {run.folder} OUT copies and verifies it."
     return Part("load", "Load the encoder", [text], code=code)

@@ -23,7 +23,19 @@ TOLERANCE = 1e-4
 """Largest difference of features, over their largest value, that counts as the same: float32 on other hardware."""
 HEAD = "head.safetensors"
 """Beside the encoder of a fine-tuned model, where timm has no place for its head."""
-VERIFY = """
+READ = """
+reference = load_file(folder + "/reference.safetensors")
+with torch.no_grad():
+    features = model.forward_features(reference["images"])
+    found = {"features": features}
+    if "embedding" in reference:
+        found["embedding"] = model.forward_head(features, pre_logits=True)
+    if "logits" in reference:
+        found["logits"] = model(reference["images"])
+"""
+"""Part of a program: what a timm `model` gives for the reference images in `folder`, by name, as `found`."""
+VERIFY = (
+    """
 import json, sys
 import torch, timm
 from safetensors.torch import load_file
@@ -34,14 +46,9 @@ stored = load_file(folder + "/model.safetensors")
 state = model.state_dict()
 missing, extra = sorted(state.keys() - stored.keys()), sorted(stored.keys() - state.keys())
 changed = [k for k in state.keys() & stored.keys() if not torch.equal(state[k], stored[k])]
-reference = load_file(folder + "/reference.safetensors")
-with torch.no_grad():
-    features = model.forward_features(reference["images"])
-    found = {"features": features}
-    if "embedding" in reference:
-        found["embedding"] = model.forward_head(features, pre_logits=True)
-    if "logits" in reference:
-        found["logits"] = model(reference["images"])
+"""
+    + READ
+    + """
 differences = [
     float((found[k] - reference[k]).abs().max() / reference[k].abs().max().clamp_min(1e-12)) for k in found
 ]
@@ -49,6 +56,7 @@ difference = float("nan") if any(d != d for d in differences) else max(differenc
 print(json.dumps(dict(missing=missing, extra=extra, changed=changed, difference=difference,
     parameters=sum(p.numel() for p in model.parameters()))))
 """
+)
 """Runs in a clean process: no mpp, only what a user of the artifact has."""
 
 

@@ -332,7 +332,7 @@ def _listed(folder: str) -> list[str]:
 
 
 def _of_parquet(folder: str, spec: str) -> str:
-    """The end of a message about a folder without images: what to do where Parquet files lie in it; else ""."""
+    """The end of a message about a folder without images: what to do if it holds Parquet files; else nothing."""
     return f"; {packed_first(spec)}" if any(Path(folder).rglob("*.parquet")) else ""
 
 

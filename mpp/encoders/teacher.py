@@ -20,9 +20,9 @@ from mpp.types import Images
 class FrozenTeacher(nn.Module):
     """The mean of the last `layers` blocks, each token layer-normed without affine, in eval mode, no gradient.
 
-    Averaging normalised blocks: data2vec (Baevski et al. 2022, section 3.3). norm_average: layer-norm the average, too.
-    mean, std: what the model wants its pixels normalised by; None: as the images come, and at their size. ValueError
-    where blocks differ in width.
+    Averaging normalised blocks: data2vec (Baevski et al. 2022, section 3.3). norm_average: layer-norm the average
+    as well. mean, std: what the model's pixels are normalised by; None: as the images come, and at their size.
+    ValueError if blocks differ in width.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from mpp.exporting import Artifact, reading_line
-from mpp.verifying import HEAD
+from mpp.verifying import HEAD, READ
 
 EXTRA, NEEDS = "", ()
 
@@ -40,7 +40,8 @@ def write(artifact: Artifact, folder: Path) -> str:
     return "weights.safetensors"
 
 
-VERIFY = """
+VERIFY = (
+    """
 import json, sys
 import timm, torch
 from safetensors.torch import load_file
@@ -48,13 +49,7 @@ folder = sys.argv[1]
 made = json.load(open(folder + "/architecture.json"))
 model = timm.create_model(made["architecture"], num_classes=made["num_classes"], **made["model_args"]).eval()
 model.load_state_dict(load_file(folder + "/weights.safetensors"))
-reference = load_file(folder + "/reference.safetensors")
-with torch.no_grad():
-    features = model.forward_features(reference["images"])
-    found = {"features": features}
-    if "embedding" in reference:
-        found["embedding"] = model.forward_head(features, pre_logits=True)
-    if made["num_classes"]:
-        found["logits"] = model(reference["images"])
-runs = [(found, [0, 1])]
 """
+    + READ
+    + "runs = [(found, [0, 1])]\n"
+)

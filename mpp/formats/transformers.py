@@ -118,11 +118,11 @@ def _written(transformers: Any, config: dict[str, Any], artifact: Artifact, fold
         width = config["hidden_size"]  # its pooler gives the class token as it is
         found |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     config["architectures"] = [base]
+    # the poolers of ViT and DeiT give the class token; BEiT's also does without use_mean_pooling
+    pools_patches = getattr(artifact.timm, "global_pool", None) != "token"
     if kind == "pvt_v2":
         config["embedding"] = "map"
-    elif (kind in ("vit", "deit") or not config.get("use_mean_pooling", True)) and getattr(
-        artifact.timm, "global_pool", None
-    ) != "token":
+    elif pools_patches and (kind in ("vit", "deit") or not config.get("use_mean_pooling", True)):
         config |= {"embedding": "patches", "prefix_tokens": artifact.timm.num_prefix_tokens}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(
