@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import select
@@ -57,9 +58,34 @@ def _no_more_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Terminal(io.FileIO):
+    """A terminal that may be closed while a run goes on: what it no longer takes is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def _outlast_terminals() -> None:
+    """Let stdout and stderr be written to after their terminal was closed, as a run that was left alone does."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or somebody's own stream
+            if os.isatty(stream.fileno()):
+                raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+                lasting = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True)
+                setattr(sys, name, lasting)
+
+
 def _clear_away_when_ended() -> None:
     """A command that fills a folder beside the new one takes it away when it is asked to end, as on Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for asked in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(asked) is not signal.SIG_IGN:  # by nohup
+            signal.signal(asked, lambda number, _: sys.exit(128 + number))
 
 
 def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
@@ -87,6 +113,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
+        _outlast_terminals()
         try:
             result = super().invoke(ctx)
             _part()
@@ -167,6 +194,12 @@ def _progress_aside(as_json: bool) -> Any:
 _JSON = click.option(
     "--json", "as_json", is_flag=True, help="For scripts: the result as JSON; what is said meanwhile goes to stderr."
 )
+_EXTENSION = click.option(
+    "--image-extension",
+    default=None,
+    metavar="EXT",
+    help="Member of a sample that is its image, such as rgb.png; default: the one with the shortest name.",
+)
 
 
 @main.command()
@@ -183,9 +216,18 @@ _JSON = click.option(
 )
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
 @click.option("--part", default="1/1", show_default=True, metavar="I/N", help="The I-th of N such calls into one OUT.")
+@_EXTENSION
 @_JSON
 def pack(
-    source: str, out: str, images_per_shard: int, labels: bool | None, seed: int, workers: int, part: str, as_json: bool
+    source: str,
+    out: str,
+    images_per_shard: int,
+    labels: bool | None,
+    seed: int,
+    workers: int,
+    part: str,
+    image_extension: str | None,
+    as_json: bool,
 ) -> None:
     """Images of SOURCE -> shards with their indexes in OUT. Interrupted, the same call goes on.
 
@@ -212,6 +254,7 @@ def pack(
             seed=seed,
             workers=workers,
             part=(int(share[1]), int(share[2])),
+            image_extension=image_extension,
             on_shard=on_shard,
         )
     if as_json:
@@ -230,36 +273,41 @@ def pack(
 @main.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--cache-dir", default=None, help="For remote shards, and where the shards' folder cannot be written.")
+@_EXTENSION
 @_JSON
-def index(shards: tuple[str, ...], cache_dir: str | None, as_json: bool) -> None:
+def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str | None, as_json: bool) -> None:
     """Check tar shards made elsewhere and write their indexes: folders, files, patterns or URLs."""
-    from mpp.data.index import expand, index_shard
+    from mpp.data.index import expand
     from mpp.data.listing import write_listing
     from mpp.data.remote import is_remote
     from mpp.data.store import Store
+    from mpp.data.walk import LeftOut
 
-    store, faults = Store(cache_dir), list[str]()
+    store, faults, left_out = Store(cache_dir, image_extension=image_extension), list[str](), LeftOut()
     good = dict[str, dict[str, Any]]()  # indexes by folder and name
     images = labeled = 0
     names = expand(shards, "SHARDS")
     for name in names:
         try:
             local = str(store.fetch(name)) if is_remote(name) else name
-            found = index_shard(local, store.cache_dir, fresh=True)
+            found = store.index_local(local, fresh=True)
             table = found.table
         except UserError as error:
             faults.append(str(error))
             continue
         if not is_remote(name):
             good.setdefault(os.path.dirname(name), {})[os.path.basename(name)] = found
+        left_out.add_all(found.left_out, f"{name}: ")
         images, labeled = images + len(table), labeled + int((table[:, 3] >= 0).sum())
         if len(table) == 0:
             click.echo(f"warning: {name}: no images in it", err=True)
-    for folder, indexes in good.items():
+    for folder, indexes in good.items() if image_extension is None else ():
         write_listing(folder or ".", indexes)
-    known = {"images": images, "labeled": labeled, "shards": len(names), "faults": faults}
+    known = {"images": images, "labeled": labeled, "shards": len(names), "faults": faults, "left_out": left_out.found}
     said = f"{images} images, {labeled} with labels, in {len(names) - len(faults)} good shards of {len(names)}"
     click.echo(_json(known) if as_json else said)
+    if left_out and not as_json:
+        click.echo(left_out)
     if faults:
         raise UserError("\n".join(faults))
 

@@ -225,12 +225,12 @@ class StopRequest:
         return self.by is not None
 
     def listen(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR1 set the request; a second SIGINT stops at once.
+        """From now on the signals of `ending_signals` set the request; a second SIGINT stops at once.
 
         Outside the main thread (a notebook's, a server's) signals are left as they are.
         """
         with suppress(ValueError):  # not the main thread
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in ending_signals():
                 self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -240,7 +240,8 @@ class StopRequest:
                 return
             raise KeyboardInterrupt
         self.by, self.at = signal.Signals(number).name, now
-        print(f"{self.by}: finishing the step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
+        with suppress(OSError):  # a terminal that was closed takes no words
+            print(f"{self.by}: finishing the step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
 
     def of_all(self, accelerator: Accelerator) -> str:
         """The name of the signal that some process got, the same on all of them, which call this together."""
@@ -257,9 +258,15 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Signals by which a run is asked to end. A closed terminal sends SIGHUP, which `nohup` has ignored."""
+    hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    return [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *hangup]
+
+
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Let SIGTERM, SIGINT and SIGUSR1 end what runs inside at once: SystemExit(128 + number), or KeyboardInterrupt.
+    """Let the signals of `ending_signals` end what runs inside at once: SystemExit(128 + number), or KeyboardInterrupt.
 
     They also do if a shell started the process in the background, which leaves SIGINT ignored. Outside the main thread
     signals are left as they are.
@@ -272,7 +279,7 @@ def ending_on_signals() -> Iterator[None]:
 
     before: dict[int, Any] = {}
     with suppress(ValueError):  # not the main thread
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in ending_signals():
             before[number] = signal.signal(number, end)
     try:
         yield

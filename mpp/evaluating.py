@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from mpp import distributed, exporting
 from mpp.data.labeled import CentreDataset, Labeled, open_labeled, split
 from mpp.data.loader import batches
 from mpp.diagnostics.plots import Level, Line, draw
-from mpp.errors import UserError, one_line
+from mpp.errors import MppWarning, UserError, one_line
 from mpp.features import EncoderReader, PixelReader, Place, Read, Table, read_table
 from mpp.metrics import duration, environment
 from mpp.probes import ARMS, PROTOCOL, attentive, knn, linear
@@ -34,6 +35,7 @@ from mpp.recipe import EvaluateRecipe
 from mpp.records import write_json, write_status
 from mpp.rng import Purpose, stream, torch_seed
 from mpp.runfolder import opened
+from mpp.unreadable import check_images
 from mpp.verdict import aligned
 
 T = TypeVar("T")
@@ -125,7 +127,7 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
 
     UserError for everything the user can correct.
     """
-    recipe = recipe.model_copy(update={"data": exporting.read_as(recipe.encoder, recipe.data)})
+    recipe = recipe.model_copy(update={"data": exporting.read_as(recipe.encoder, recipe.data, warn=True)})
     if resume not in ("never", "auto"):
         raise UserError(f"--resume {resume}: each arm has a result of its own; allowed: auto, never")
     accelerator = distributed.start(recipe.precision)
@@ -209,18 +211,22 @@ def _arms(recipe: EvaluateRecipe) -> list[str]:
 
 def _open(recipe: EvaluateRecipe) -> _Data:
     keys = recipe.data
-    train = open_labeled(keys.train, key="data.train", classes=None, **keys.caching())
-    val = open_labeled(keys.val, key="data.val", classes=train.classes, **keys.caching())
+    train = open_labeled(keys.train, key="data.train", classes=None, **keys.opening())
+    val = open_labeled(keys.val, key="data.val", classes=train.classes, **keys.opening())
     if len(val.labels) == 0:
         raise UserError(f"data.val: no images in {', '.join(keys.val)}")
     if len(train.classes) < 2:
-        raise UserError(f"data.train: one class alone, {train.classes[0]}; a probe wants two at least")
+        raise UserError(f"data.train: only one class ({train.classes[0]}); at least two are needed")
     if train.fingerprint() == val.fingerprint():
         raise UserError("data.val: the same images as data.train; the accuracy would say nothing")
     chosen = train.subset(labels_per_class=keys.labels_per_class, fraction=keys.fraction, seed=recipe.seed)
     fit, tune = split(train.strata[chosen], recipe.tune_fraction, recipe.seed)
     if len(tune) == 0:
         raise UserError("data.train: to choose by, some class needs two images at least")
+    for key, images in (("data.train", train), ("data.val", val)):
+        doubts = [f"{key}: {images.left_out}"] if images.left_out else []
+        for doubt in doubts + check_images(images, key, keys.decoding(), keys.max_bad_fraction):
+            warnings.warn(doubt, MppWarning, stacklevel=4)
     return _Data(train, val, chosen[fit], chosen[tune])
 
 

@@ -32,7 +32,7 @@ from mpp import faults
 from mpp.encoders.timm_encoder import create_at_size, create_timm_model
 from mpp.errors import MppWarning, UserError, one_line, reason, without_secrets
 from mpp.metrics import environment
-from mpp.recipe import Architecture, FinetuneRecipe, ImageData, PretrainRecipe, dump_recipe
+from mpp.recipe import DECODING, Architecture, FinetuneRecipe, ImageData, PretrainRecipe, dump_recipe
 from mpp.records import encoder_folder, timm_folder, write_json
 from mpp.verifying import HEAD, TOLERANCE, Verified, check_head, sha256, verified_at, verify, weights_sha256
 
@@ -359,18 +359,66 @@ def own_normalisation(source: str, channels: int) -> tuple[list[float], list[flo
         return None
 
 
-def read_as(source: str, data: Data) -> Data:
-    """A recipe's data with the range of values that the encoder's images had, where it gives none."""
+def read_as(source: str, data: Data, *, warn: bool) -> Data:
+    """Fill in how an encoder's images were read, where a recipe does not say it: channels, value_range, nodata.
+
+    Args:
+        source: The encoder, as a recipe names it.
+        warn: Say it if the recipe gives other channels than the encoder has.
+
+    Raises:
+        UserError: The recipe's keys do not go together with what is filled in.
+    """
     folder = timm_folder(source)
-    stated = stored_recipe(folder).get("data", {}).get("value_range") if folder else None
-    if not stated or data.value_range is not None:
-        return data
-    return data.model_copy(update={"value_range": tuple(stated)})
+    stored = stored_recipe(folder).get("data", {}) if folder else {}
+    filled: dict[str, Any] = {}
+    own = _channels(folder) if folder else None
+    if own is not None and own != data.channels:
+        if "channels" not in data.model_fields_set:
+            filled["channels"] = own
+        elif warn:
+            warnings.warn(
+                f"data.channels: {data.channels}, but the encoder was trained with {own}: its first layer is summed up "
+                f"or repeated. Left out, {own} is taken",
+                MppWarning,
+                stacklevel=4,
+            )
+    for key in ("value_range", "nodata"):
+        if stored.get(key) is not None and getattr(data, key) is None and own in (None, filled.get("channels", own)):
+            filled[key] = tuple(stored[key]) if isinstance(stored[key], list) else stored[key]
+    found = data.model_copy(update=filled)
+    for key in ("mean", "std"):
+        given = getattr(found, key)
+        if given is not None and len(given) != found.channels:
+            raise UserError(f"data.{key}: has {len(given)} values; the encoder has {found.channels} channels")
+    if found.nodata is not None and found.eight_bit:
+        raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
+    return found
+
+
+def _channels(folder: Path) -> int | None:
+    """Of the images that the encoder in a timm folder takes; None if it does not say."""
+    try:
+        found = json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][0]
+        return found if type(found) is int and found > 0 else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def decoding_of(folder: Path, channels: int) -> dict[str, Any]:
+    """How the images of the run that made a timm folder were read, as `decode_crop` takes it."""
+    stored = stored_recipe(folder)
+    data = stored.get("data", {})
+    found = {key: tuple(value) if isinstance(value, list) else value for key in DECODING if (value := data.get(key))}
+    found = DECODING | found | {"channels": channels}
+    value_range = value_range_of(stored, channels)
+    return found if value_range is None else found | {"value_range": value_range, "nodata": data.get("nodata")}
 
 
 def normalised_as(source: str, data: Data, *, warn: bool) -> Data:
-    """A recipe's data with the encoder's own mean and std where it gives none; a warning where it gives others."""
-    data = read_as(source, data)
+    """Fill in all that an encoder's images were read and normalised with, where a recipe does not say it: what
+    `read_as` fills in, mean and std. A warning if the recipe gives other values than the encoder's."""
+    data = read_as(source, data, warn=warn)
     own = own_normalisation(source, data.channels)
     if own is None:
         return data

@@ -12,7 +12,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,6 +58,7 @@ from mpp.records import write_json, write_status
 from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import DATA, opened
 from mpp.supervised import Dense, Supervised, build, over_views, save
+from mpp.unreadable import check_images, count_unreadable, unread_classes
 from mpp.verdict import Estimate, Verdict, table
 
 RESULT = "result.json"
@@ -89,6 +90,8 @@ class FinetuneResult:
     """Accuracy against labels, where there are several numbers of them."""
     signal: str | None = None
     """The name of the signal that stopped the run."""
+    unread_classes: tuple[str, ...] = ()
+    """Classes of the validation images of which not one could be read."""
 
     @property
     def score(self) -> dict[str, Estimate]:
@@ -102,7 +105,8 @@ class FinetuneResult:
 
     def table(self) -> str:
         """For people."""
-        return table(self.verdicts)
+        found = table(self.verdicts)
+        return f"{found}\n{_without(self.unread_classes)}" if self.unread_classes else found
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,14 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
     rank, world, out = accelerator.process_index, accelerator.num_processes, Path(recipe.out)
     stop_request = until_the_end.enter_context(distributed.StopRequest())
     watch = until_the_end.enter_context(Watch(rank, world, out, hang_timeout_s=recipe.hang_timeout_s))
-    train = _open(recipe, "train", None)
-    val = _open(recipe, "val", train.classes)
-    arms = _arms(recipe)
     exporting.check_source(recipe.encoder, key="encoder", more=("scratch",))
     data = exporting.normalised_as(recipe.encoder, recipe.data, warn=accelerator.is_main_process)
     recipe = recipe.model_copy(update={"data": data})
+    train = _open(recipe, "train", None)
+    val = _open(recipe, "val", train.classes)
+    arms = _arms(recipe)
     _check(recipe, accelerator, arms, train, val)
+    doubts = distributed.on_main(accelerator, partial(_doubts, recipe, train, val))
     fingerprint = _fingerprint(recipe, train, val)
     until_the_end.enter_context(opened(accelerator, recipe, resume, fingerprint=fingerprint))
 
@@ -164,11 +169,8 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
         _record_data(recipe, train, val, fingerprint)
         if taken := distributed.cores_in_use(accelerator):
             warnings.warn(taken, MppWarning, stacklevel=2)
-        for images in (train, val):
-            if isinstance(images, Detected) and images.left_out:
-                more = len(images.left_out) - 1
-                what = f"{images.left_out[0]}: left out" + (f", and {more} more like it" if more else "")
-                warnings.warn(what, MppWarning, stacklevel=2)
+        for doubt in doubts:
+            warnings.warn(doubt, MppWarning, stacklevel=2)
 
     cells = _cells(recipe, arms)
     measured: dict[Cell, dict[str, float]] = {}
@@ -195,7 +197,8 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
         verdicts.append(Verdict.of(count, of_arm, _task(recipe).headline))
     most = next(c for c in cells if c.labels_per_class == verdicts[-1].labels_per_class)
     plot = out / PLOT if len(verdicts) > 1 else None
-    result = FinetuneResult(out, "finished", tuple(verdicts), most.folder / "encoder", plot)
+    unread = distributed.on_main(accelerator, partial(_unread_classes, most.folder))
+    result = FinetuneResult(out, "finished", tuple(verdicts), most.folder / "encoder", plot, unread_classes=unread)
     if accelerator.is_main_process:
         if plot:
             _plot(result, plot)
@@ -208,6 +211,7 @@ def _finetune(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> 
                 "verdicts": [asdict(v) for v in verdicts],
                 "seeds": list(recipe.seeds),
                 "val_images": len(val),
+                "unread_classes": list(unread),
                 "encoder": str(result.encoder),
             },
         )
@@ -253,9 +257,19 @@ def _in_pretraining(recipe: FinetuneRecipe, val: Images) -> Leak | None:
         data = load_recipe(Path(recipe.encoder) / "recipe.yaml", PretrainRecipe).data
         if any(map(is_remote, data.shards)):
             return None  # not fetched for this
-        return leak(val.reader, PackedReader(ShardImages(data.shards, key="data.shards", **data.caching())))
+        return leak(val.reader, PackedReader(ShardImages(data.shards, key="data.shards", **data.opening())))
     except UserError:
         return None
+
+
+def _doubts(recipe: FinetuneRecipe, train: Images, val: Images) -> list[str]:
+    """Warnings about the images: what was left out, and what `check_images` finds. UserError as it raises."""
+    found = []
+    for key, images in (("data.train", train), ("data.val", val)):
+        if images.left_out:
+            found.append(f"{key}: {images.left_out}")
+        found += check_images(images, key, recipe.data.decoding(), recipe.data.max_bad_fraction)
+    return found
 
 
 def _cells(recipe: FinetuneRecipe, arms: list[str]) -> list[Cell]:
@@ -293,7 +307,7 @@ def _open(recipe: FinetuneRecipe, split_name: Literal["train", "val"], classes: 
         return open_segmented(places, key=key, classes=classes, ignore_index=recipe.task.ignore_index)
     if task.labels == "boxes":
         return open_detected(places, key=key, classes=classes)
-    reading = {**recipe.data.caching(), "several": task.labels == "classes"}
+    reading = {**recipe.data.opening(), "several": task.labels == "classes"}
     return open_labeled(places, key=key, classes=classes, **reading)
 
 
@@ -337,10 +351,15 @@ def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], tr
     world = accelerator.num_processes
     if len(val) == 0:
         raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
+    if _task(recipe).labels in ("mask", "boxes") and not recipe.data.eight_bit:
+        raise UserError(f"task: {recipe.task.name}: for images of 8 bit with 1, 3 or 4 channels alone")
     if _task(recipe).labels in ("class", "mask") and len(train.classes) < 2:
         raise UserError(
-            f"data.train: one class alone, {', '.join(train.classes) or 'none'}; classification wants two at least"
+            f"data.train: only one class ({', '.join(train.classes) or 'none'}); at least two are needed"
+            + _of_two_values(recipe, train)
         )
+    if _task(recipe).labels == "classes" and not len(train.classes):
+        raise UserError(f"data.train: {', '.join(recipe.data.train)}: not one image has a label")
     for count in recipe.data.label_counts():
         subset = train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
         if recipe.early_stop and not len(split(train.strata[subset], recipe.early_stop.fraction, 0)[1]):
@@ -357,6 +376,17 @@ def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], tr
             lora.add(model.encoder, **recipe.lora.model_dump())
     if recipe.distill:
         _distillation(recipe, accelerator, model, train.classes)
+
+
+def _of_two_values(recipe: FinetuneRecipe, train: Images) -> str:
+    """The end of a message about masks of one class, for those that hold another value beside it."""
+    if not isinstance(train, Segmented) or not train.ignored:
+        return ""
+    value = recipe.task.ignore_index
+    return (
+        f". The masks also hold the value {value} at {train.ignored} pixels; it is task.ignore_index and counts for "
+        f"nothing. If {value} is the second class, write it as 1"
+    )
 
 
 def _augmentation(recipe: FinetuneRecipe) -> Any:
@@ -469,6 +499,7 @@ def _run_cell(
     # ---- resume
     checkpoints, best_of = folder / "checkpoints", folder / "best"
     state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "given_up": False, "skipped": 0}
+    state |= {"bad": 0}
     path = distributed.on_main(accelerator, partial(checkpoint.newest, checkpoints))
     start_step = 0
     model.to(accelerator.device)
@@ -518,6 +549,7 @@ def _run_cell(
     stream_of_batches = batches(dataset, sampler, workers=data.workers, pin_memory=pin)
     log.status("running", step=start_step)
     best, best_step, worse, skipped = state["best"], state["best_step"], state["worse"], state["skipped"]
+    bad = state["bad"]
     statistics = nonfinite.Statistics(model, needed=recipe.max_skipped_steps > 0)
     given_up = state["given_up"]
     step, began, steps_since = start_step, time.monotonic(), 0
@@ -543,8 +575,9 @@ def _run_cell(
             accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(control.stop_request)]
         )
         if new_bad:
-            for line in distributed.gathered(accelerator, bad_lines):  # each process knows of its own alone
-                log.say(f"unreadable, replaced by its neighbour: {line}")
+            lines = distributed.gathered(accelerator, bad_lines)  # each process knows only its own
+            seen = (step + 1) * optim.global_batch_size
+            bad = count_unreadable(bad, int(new_bad), lines, seen, data.max_bad_fraction, log)
         finite = math.isfinite(float(grad_norm)) and math.isfinite(loss)
         if not finite:
             skipped += 1
@@ -604,6 +637,7 @@ def _run_cell(
                 "worse": worse,
                 "given_up": given_up,
                 "skipped": skipped,
+                "bad": bad,
             }
             save_it = partial(checkpoint.save_together, accelerator, averaged=averaged)
             try:
@@ -635,6 +669,8 @@ def _run_cell(
             f"{task.headline} {100 * found.metrics[task.headline]:.2f} %"
             + (f", {found.unreadable} unreadable images left out" if found.unreadable else "")
         )
+        if found.unread_classes:
+            log.say(f"warning: {_without(found.unread_classes)}")
         log.status("finished", step=step)
         of_class = None if found.per_class is None else dict(zip(train.classes, found.per_class, strict=True))
         write_json(
@@ -643,6 +679,7 @@ def _run_cell(
                 "metrics": found.metrics,
                 **({f"{task.headline}_per_class": of_class} if of_class is not None else {}),
                 "unreadable": found.unreadable,
+                "unread_classes": found.unread_classes,
                 "step": step,
                 "fingerprint": fingerprint,
             },
@@ -747,6 +784,17 @@ class Judged(NamedTuple):
     per_class: list[float | None] | None
     """The headline metric of each class, None where it has none; of tasks that have it so."""
     unreadable: int
+    unread_classes: list[str]
+    """Classes that have images, of which not one could be read; of tasks with one label an image."""
+
+
+def _unread_classes(cell: Path) -> tuple[str, ...]:
+    """Classes whose validation images could not be read, as a finished cell has noted."""
+    return tuple(json.loads((cell / RESULT).read_text()).get("unread_classes", ()))
+
+
+def _without(classes: Sequence[str]) -> str:
+    return f"data.val: not one image of {', '.join(classes)} could be read; the scores are of the other classes only"
 
 
 def _judge(
@@ -766,7 +814,7 @@ def _judge(
     at_once = EVALUATION_BATCH if isinstance(images, Labeled) else WHOLE_IMAGES
     size = min(at_once, recipe.optim.max_batch_per_device)
     parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-    own, readable = [], 0
+    own, read, unreadable_lines = [], list[int](), list[str]()
     model.eval()
     views = 1 if headline_only else recipe.data.val_views  # those on the way are many
     dataset = _judging_dataset(recipe, images, views)
@@ -781,23 +829,28 @@ def _judge(
     with torch.no_grad(), accelerator.autocast():
         for batch in batches(dataset, parts, workers=recipe.data.workers, pin_memory=False):
             there = batch.readable
-            readable += int(there.sum())
+            read += batch.positions[there].tolist()
+            unreadable_lines += batch.bad
             if not there.any():
                 continue
             x, labels = batch.images, batch.labels
             if isinstance(images, Labeled):  # crops have zeros where whole images leave out what cannot be read
                 x, labels = x[there], labels[there]
             own.append(model.task.judge(run, x, labels, recipe.data.image_size))
-    own, readable = distributed.gathered(accelerator, own), sum(distributed.gathered(accelerator, [readable]))
+    own, read = distributed.gathered(accelerator, own), distributed.gathered(accelerator, read)
     if not own:
-        raise UserError(f"{key}: not one image can be read")
+        lines = distributed.gathered(accelerator, unreadable_lines)
+        raise UserError(f"{key}: not one image can be read; the first: {lines[0]}")
     metrics = model.task.metrics(own, headline_only=headline_only)
     if math.isnan(metrics[model.task.headline]):
         raise UserError(f"{key}: none of these images has a label to judge by")
     each = None
     if not headline_only and hasattr(model.task, "per_class"):
         each = [None if math.isnan(v) else v for v in model.task.per_class(own).tolist()]
-    return Judged(metrics, each, len(chosen) - readable)
+    lost: list[str] = []
+    if isinstance(images, Labeled) and not images.several:
+        lost = unread_classes(images, read, chosen.tolist())
+    return Judged(metrics, each, len(chosen) - len(read), lost)
 
 
 def _show(recipe: FinetuneRecipe, model: Dense, images: Segmented | Detected, out: Path) -> None:

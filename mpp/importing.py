@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mpp import exporting, keymap
 from mpp.encoders.timm_encoder import create_timm_model, timm_names
-from mpp.errors import UserError, one_line
+from mpp.errors import MppWarning, UserError, one_line
 from mpp.keymap import MadeOf
 from mpp.layouts import transformers
 from mpp.records import check_new
@@ -46,6 +46,8 @@ BESIDE = (
 )
 """Classes of configurations and metrics that SimMIM, mmpretrain and others save beside weights; nothing is made of
 them."""
+MOST_CLASSES = 100
+"""Of objects beside the weights, that are left out; a pickle of more is no checkpoint (a guess)."""
 DEEPEST = 8
 """Dictionaries in one another that are looked into."""
 
@@ -180,8 +182,8 @@ def import_weights(
     if missing and not (partial and covered):
         holds = f"it holds {_some(list(found))}" if found else "it holds no weights by name"
         raise UserError(
-            f"{file}: {len(missing)} of {len(wanted)} weights of {model}: missing: {_some(missing)}; {holds}"
-            + _advice(encoder, missing, found, prefix)
+            f"{file}: {len(missing)} of {len(wanted)} weights of {model}: missing: {_some(missing)}"
+            f"{_advice(encoder, missing, found, prefix)}; {holds}"
         )
     own = {name: _taken(made, found_there, prefix, file) for name, made in covered.items()}
     encoder.load_state_dict(wanted | _fitting(own, wanted, f"{file}: ", model))
@@ -488,17 +490,42 @@ def _opened(file: Path, trust: bool) -> Any:
         if first.startswith(b"PK"):
             _compare_checksums(file)
         # training programs keep their arguments and metrics beside the weights
-        with (
-            torch.serialization.safe_globals(_harmless()),
-            warnings.catch_warnings(action="ignore"),
-            open(file, "rb") as stream,
-        ):
-            return torch.load(stream, map_location="cpu", weights_only=True)  # of a path it would believe the ending
+        return _plain_parts(file)
     except Exception as error:  # torch, zipfile and pickle each have their own
-        refused = re.search(r"(?i)unsupported (?:global: )?(?:GLOBAL|class) (\S+)", str(error))
-        if refused:
+        if refused := _REFUSED.search(str(error)):
             raise UserError(f"{file}: holds more than tensors and plain containers: {_some([refused[1]])}") from error
         raise UserError(f"{file}: damaged, or not of torch.save: {type(error).__name__}") from error
+
+
+_REFUSED = re.compile(r"(?i)unsupported (?:global: )?(?:GLOBAL|class) (\S+)")
+
+
+def _plain_parts(file: Path) -> Any:
+    """The tensors and plain containers of a pickle. Of objects of other classes, whose code is never looked for, a
+    dictionary is left; a warning names the classes.
+
+    torch's loader says which class it meets and does not know; it is then told to put a dictionary in its place.
+    """
+    left_out: list[str] = []
+    while True:
+        stand_ins: list[Any] = [(_Nothing, name) for name in left_out]
+        # training programs keep their arguments and metrics beside the weights
+        with (
+            torch.serialization.safe_globals([*_harmless(), *stand_ins]),
+            warnings.catch_warnings(action="ignore"),
+            open(file, "rb") as stream,  # of a path torch would believe the ending
+        ):
+            try:
+                found = torch.load(stream, map_location="cpu", weights_only=True)
+                break
+            except Exception as error:
+                refused = _REFUSED.search(str(error))
+                if not refused or refused[1] in left_out or len(left_out) == MOST_CLASSES:
+                    raise
+                left_out.append(refused[1])
+    if left_out:
+        warnings.warn(f"{file}: left out objects of {_some(left_out)}; tensors are read", MppWarning, stacklevel=4)
+    return found
 
 
 class _Nothing:

@@ -247,7 +247,7 @@ def plan(
         raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
     data, optim = recipe.data, recipe.optim
     model, grid = build_model(recipe)
-    opened = ShardImages(data.shards, key="data.shards", **data.caching()) if images is None else None
+    opened = ShardImages(data.shards, key="data.shards", **data.opening()) if images is None else None
     own = opened.counts if opened is not None else [images or 0]
     held_out = held_out_rows(own, data.held_out)
     counts = [n - int(h) for n, h in zip(own, held_out, strict=True)]

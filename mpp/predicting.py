@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mpp import exporting
 from mpp.data.decode import decode_crop, view_boxes
+from mpp.data.files import read_regular
 from mpp.data.images import images_of
 from mpp.diagnostics.plots import confusion, gallery
 from mpp.errors import BadImage, UserError
 from mpp.predicting_dense import BOX_COLUMNS, predict_dense
-from mpp.recipe import DECODING
 from mpp.records import encoder_folder
 from mpp.supervised import over_views
 from mpp.verifying import has_head
@@ -78,9 +78,7 @@ class Predictor:
         config: Any = self.model.pretrained_cfg
         self.channels, *size = config["input_size"]
         self.size = (int(size[0]), int(size[1]))
-        self.decoding = DECODING | {"channels": self.channels}
-        if (value_range := exporting.value_range_of(recipe, self.channels)) is not None:
-            self.decoding["value_range"] = value_range
+        self.decoding = exporting.decoding_of(folder, self.channels)
         self.fraction = float(config.get("crop_pct") or 1.0)
         self.mean, self.std = (
             255 * torch.tensor(config[key]).view(-1, 1, 1).to(self.device) for key in ("mean", "std")
@@ -117,9 +115,9 @@ def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, s
         readable, crops = [], []
         for name in images[start : start + BATCH]:
             try:
-                crops.append(predictor.crops(Path(name).read_bytes()))
-            except (OSError, BadImage) as error:
-                unreadable[name] = getattr(error, "strerror", None) or str(error)
+                crops.append(predictor.crops(read_regular(name)))
+            except BadImage as error:
+                unreadable[name] = str(error)
                 continue
             readable.append(name)
         if readable:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mpp.data.dense import fit_inside, fit_shorter_side, image_bytes, on_canvas, scaled_to, whole_image, within
+from mpp.data.dense import fit_inside, fit_shorter_side, on_canvas, scaled_to, whole_image, within
+from mpp.data.files import read_regular
 from mpp.diagnostics.overlays import LEAST_SCORE, colours, over_boxes, over_pixels
 from mpp.errors import BadImage, UserError
 from mpp.supervised import Dense, load_dense
@@ -38,7 +39,7 @@ class DensePredictor:
 
     def read(self, path: str) -> Tensor:
         """(C, h, w) uint8. BadImage."""
-        image = whole_image(image_bytes(path), **self.recipe.data.decoding())
+        image = whole_image(read_regular(path), **self.recipe.data.decoding())
         self.fit(int(image.shape[1]), int(image.shape[2]))
         return image
 

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from mpp import checkpoint, distributed, exporting, faults, nonfinite
 from mpp.build import build_mask, build_model
 from mpp.data.ahead import Ahead
-from mpp.data.images import ShardImages, held_out_rows
-from mpp.data.labeled import open_labeled
+from mpp.data.images import ShardImages, evenly, held_out_rows
+from mpp.data.labeled import PackedReader, open_labeled
 from mpp.data.loader import Crop, PretrainDataset, batches
 from mpp.data.order import MicroBatches, Order, lanes_read_by
 from mpp.data.transfer import on_device
@@ -37,9 +37,8 @@ from mpp.runfolder import DATA, opened
 from mpp.sharding import Whole, shard, whole_value
 from mpp.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
 from mpp.types import Batch
+from mpp.unreadable import LOOKED_AT, coarse, count_unreadable
 
-LEAST_BAD_IMAGES = 100
-"""A run never stops for fewer unreadable images than this."""
 RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
 SPREAD_IMAGES = 256
@@ -90,7 +89,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
 
     # ---- model, data, optimizer
     model, mask_grid = build_model(recipe)
-    images = ShardImages(data.shards, key="data.shards", **data.caching())
+    images = ShardImages(data.shards, key="data.shards", **data.opening())
     held_out = held_out_rows(images.counts, data.held_out)
     counts = np.asarray(images.counts) - held_out
     order = Order(counts, global_batch=optim.global_batch_size, seed=recipe.seed, lanes=data.lanes, window=data.window)
@@ -170,6 +169,12 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")
     if taken := distributed.cores_in_use(accelerator):
         log.say(f"note: {taken}")
+    if images.left_out:
+        log.say(f"note: data.shards: {images.left_out}")
+    if accelerator.is_main_process:
+        looked_at = PackedReader(images, few=True)
+        for line in coarse(looked_at, evenly(sum(images.counts), LOOKED_AT), "data.shards", data.decoding()):
+            log.say(f"warning: {line}")
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.encoder.modules()) and world > 1:
@@ -276,7 +281,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
             if new_bad:
                 lines = distributed.gathered(accelerator, past.bad_lines)  # each process knows of its own alone
                 most = data.max_bad_fraction
-                bad = _count_bad(bad, int(new_bad), lines, seen + optim.global_batch_size, most, log)
+                bad = count_unreadable(bad, int(new_bad), lines, seen + optim.global_batch_size, most, log)
 
         lr = lr_scale * scheduled_lr(
             step,
@@ -410,8 +415,8 @@ def _probe(recipe: PretrainRecipe, model: MaskedPatchModel) -> OnlineProbe:
     """UserError where the images are not as they must be. On every process alike, so that none waits for another."""
     keys, data = recipe.probe, recipe.data
     assert keys is not None
-    train = open_labeled(keys.train, key="probe.train", classes=None, **data.caching())
-    val = open_labeled(keys.val, key="probe.val", classes=train.classes, **data.caching())
+    train = open_labeled(keys.train, key="probe.train", classes=None, **data.opening())
+    val = open_labeled(keys.val, key="probe.val", classes=train.classes, **data.opening())
     if len(train.classes) < 2 or not len(val.labels):
         raise UserError("probe: wants two classes at least in probe.train, and images in probe.val")
     reading = data.decoding()
@@ -475,18 +480,3 @@ def _draw(
         keep(log.out, step, found)
     except OSError as error:
         log.say(f"warning: the pictures of step {step} are not kept: {error.strerror or error}")
-
-
-def _count_bad(before: int, new: int, lines: list[str], seen: int, max_fraction: float, log: RunLog) -> int:
-    """The new count of unreadable images; a line at the 1st, 10th, 100th …, UserError above the allowed fraction."""
-    bad = before + new
-    for line in lines:
-        log.note(f"unreadable: {line}")
-    if new and (before == 0 or math.floor(math.log10(bad)) > math.floor(math.log10(before))):
-        log.say(f"{bad} unreadable images so far, replaced by their neighbours; last: {lines[-1]}")
-    if bad >= LEAST_BAD_IMAGES and bad > max_fraction * seen:
-        raise UserError(
-            f"data.max_bad_fraction: {bad} of {seen} images could not be read, allowed are {max_fraction:.2%}; "
-            f"they are named in {log.out}/train.log"
-        )
-    return bad

@@ -33,6 +33,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from mpp import registry
+from mpp.data.walk import IMAGE, IMAGE_ENDINGS
 from mpp.errors import UserError, without_secrets
 from mpp.records import differing, flat_keys
 from mpp.types import (
@@ -142,6 +143,13 @@ def _growing(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
+def _of_an_image(extension: str) -> str:
+    extension = extension.removeprefix(".")
+    if not IMAGE.search(f"x.{extension}") or "/" in extension:
+        raise ValueError(f"what follows the name of a sample, ending in one of {IMAGE_ENDINGS}")
+    return extension
+
+
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -184,6 +192,10 @@ Tracker = Literal["tensorboard", "wandb", "trackio"]
 Probe = Literal["knn", "linear", "attentive"]
 
 
+Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "PPM"]
+"""Of images, as Pillow names them, and numpy's."""
+
+
 class ImageData(Section):
     """How images are read, common to both jobs."""
 
@@ -196,6 +208,10 @@ class ImageData(Section):
     They are read with all their bits then. Where it is not given, it is the encoder's; where that has none, images
     of 1, 3 and 4 channels are read as 8 bit, and for others it is 0 and the largest number of their type, of
     floating-point numbers 0 and 1."""
+    nodata: Float | None = None
+    """Of images that are not of 8 bit: the value of pixels where nothing was measured, -9999; TIFFs may name it
+    themselves. These pixels, and those that are not a number, get the mean of their channel. An image of which more
+    than half is missing is a bad image."""
     mean: tuple[Fraction, ...] | None = None
     """Of each channel, of pixels in [0, 1]; default: that of the weights it starts from, else 0.5."""
     std: tuple[Annotated[PositiveFloat, Field(le=1)], ...] | None = None
@@ -204,17 +220,13 @@ class ImageData(Section):
     """Probability of a horizontal flip in training."""
     workers: NonNegativeInt = 2
     """Loader processes per training process."""
-    formats: Annotated[tuple[Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY"], ...], Field(min_length=1)] = (
-        "JPEG",
-        "PNG",
-        "WEBP",
-        "BMP",
-        "TIFF",
-        "NPY",
-    )
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "NPY", "PPM")
     """Image formats that are decoded; any other is a bad image."""
     max_image_pixels: Annotated[PositiveInt, Field(le=178_000_000)] = 64_000_000
     """Images with more pixels are bad images, refused from their header."""
+    image_extension: Annotated[str, AfterValidator(_of_an_image)] | None = None
+    """Of tar shards whose samples hold several images, `7.rgb.png` and `7.depth.png`: what follows the sample's name in
+    that of the image to take, rgb.png. Default: the shortest name, and of `7.jpg` and `7.png` the first."""
     cache_dir: FilePath | None = None
     """Folder for copies of remote shards and for indexes that cannot lie beside their shards; default
     $MPP_CACHE or ~/.cache/mpp."""
@@ -246,11 +258,14 @@ class ImageData(Section):
         """What the readers of images want to know, as their arguments."""
         found: dict[str, Any] = {"channels": self.channels, "formats": self.formats}
         found["max_image_pixels"] = self.max_image_pixels
-        return found if self.eight_bit else found | {"value_range": self.value_range or "type"}
+        if self.eight_bit:
+            return found
+        return found | {"value_range": self.value_range or "type", "nodata": self.nodata}
 
-    def caching(self) -> dict[str, Any]:
-        """The same of copies of remote shards."""
-        return {"cache_dir": self.cache_dir, "cache_limit_bytes": self.cache_limit_gb * 1e9}
+    def opening(self) -> dict[str, Any]:
+        """What whoever opens shards wants to know, as its arguments."""
+        keys = {"cache_dir": self.cache_dir, "cache_limit_bytes": self.cache_limit_gb * 1e9}
+        return keys | {"image_extension": self.image_extension}
 
     def mean_std(self) -> tuple[list[float], list[float]]:
         return list(self.mean or [0.5] * self.channels), list(self.std or [0.5] * self.channels)
@@ -481,6 +496,8 @@ class LabeledData(ImageData):
     """Train on so many images of each class, drawn by the seed."""
     fraction: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Train on this fraction of each class, drawn by the seed; at least one image of each."""
+    max_bad_fraction: Fraction = 0.05
+    """Nothing starts if more of the images looked at beforehand than this fraction, and at least 2, cannot be read."""
     val_crop_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Validation: the central crop is this fraction of the resized image's side (ImageNet recipes: 0.875)."""
 
@@ -775,7 +792,7 @@ MAY_CHANGE = {
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
     "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp", "data.resize_on",
-    "data.shards",  # where they lie: what they hold has a fingerprint
+    "data.shards", "data.train", "data.val",  # where they are: what they hold has a fingerprint
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
 decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""
@@ -1225,5 +1242,13 @@ def differences(old: Job, new: Job) -> list[str]:
     return [
         f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
         for key in differing([a, b])
-        if key not in MAY_CHANGE and key.split(".")[0] != "probe"
+        if key not in MAY_CHANGE and key.split(".")[0] != "probe" and not _is_harmless(key, a.get(key), b.get(key))
     ]
+
+
+def _is_harmless(key: str, before: Any, now: Any) -> bool:
+    """Whether a key that may not change may change so: to more formats of images, which leaves those that were read
+    before as they are; or to another folder with an encoder, whose weights are part of the fingerprint."""
+    if key == "data.formats":
+        return set(before or ()) <= set(now or ())
+    return key in ("encoder", "compare") and isinstance(now, str) and os.path.isdir(now)

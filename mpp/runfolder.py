@@ -114,6 +114,8 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         others = sorted(p.name for p in out.iterdir() if p.name != LOCK) if out.exists() else []
     except OSError as error:
         raise UserError(f"out: {out}: {error.strerror}") from error
+    if RECIPE in others and _came_to_nothing(out):
+        others = []  # its records are replaced
     if others and resume == "never":
         raise UserError(f"out: {out} is not empty; go on with --resume auto, or give another folder")
     if others and RECIPE not in others:
@@ -142,6 +144,14 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{path}: the data changed since (shards, their sizes or their images); start a new run")
     return OpenRun(out, path)
+
+
+def _came_to_nothing(out: Path) -> bool:
+    """Whether a run ended before it had a checkpoint, a result or a line of metrics: there is nothing to go on from,
+    and a corrected recipe may have its folder. A run in progress holds the folder's lock."""
+    kept = (p for pattern in ("metrics.jsonl", "result.json") for p in out.rglob(pattern) if p.stat().st_size)
+    folders = (p for name in ("checkpoints", "encoder", "non-finite") for p in out.rglob(name) if p.is_dir())
+    return next(kept, None) is None and next(folders, None) is None
 
 
 def _same_recipe(run: Path, recipe: Job) -> None:

@@ -17,7 +17,7 @@ LAYERS = [
     {"recipe", "data"},
     {
         "model", "contract", "optim", "checkpoint", "distributed", "metrics", "runfolder", "build", "exporting",
-        "features", "liveness", "nonfinite",
+        "features", "liveness", "nonfinite", "unreadable",
     },
     {"diagnostics", "importing", "monitor", "distillation", "supervised", "lora", "formats"},
     {"predicting_dense", "symptoms", "modelcard"},
@@ -35,6 +35,8 @@ WITHIN_LAYER = {
     "contract": {"model"},
     "build": {"model", "contract", "exporting"},
     "exporting": {"metrics"},
+    "recipe": {"data"},
+    "unreadable": {"metrics"},
 }
 """Layers are ordered; these few look sideways, and nothing looks back at them."""
 ONLY_IN = {

@@ -20,6 +20,8 @@ NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ValueRange = tuple[float, float] | Literal["type"]
 """What counts as 0 and 1: two values; or those of the file's own type: 0 and its largest whole number, or 0 and 1."""
+MOST_MISSING = 0.5
+"""Of an image's values; one of which more is missing shows too little (a guess)."""
 PARSING = threading.Lock()
 """numpy parses headers by Python's ast, in which CPython 3.11 now and then raises a SystemError where two threads are
 (python/cpython issue 106905)."""
@@ -72,7 +74,10 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
             raise BadImage(f"a TIFF of {frame.photometric.name}, whose numbers are not brightness")
         if (turned := frame.tags.get("Orientation")) is not None and turned.value != 1:
             raise BadImage(f"a TIFF with orientation {turned.value}")
-        return _channels_first(series.asarray(), channels)
+        array = _channels_first(series.asarray(), channels)
+        # GDAL's tag, which is not always a number
+        nodata = frame.nodata if isinstance(frame.nodata, int | float) and "GDAL_NODATA" in frame.tags else None
+        return array if nodata is None else fill_missing(array, nodata)
 
 
 def _check(shape: tuple[int, ...], dtype: Any, channels: int, max_image_pixels: int) -> None:
@@ -102,6 +107,31 @@ def _channels_first(array: np.ndarray, channels: int) -> np.ndarray:
     if array.ndim == 2:
         return array[None]
     return array.transpose(2, 0, 1) if array.shape[2] == channels else array
+
+
+def fill_missing(array: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Put the mean of a channel in the place of its missing values: NaN, infinities and `nodata`.
+
+    Args:
+        array: (C, H, W) of any numbers.
+        nodata: The value that says that nothing was measured there; None: there is no such value.
+
+    Raises:
+        BadImage: More than MOST_MISSING of the values are missing.
+    """
+    missing = ~np.isfinite(array) if array.dtype.kind == "f" else np.zeros(array.shape, dtype=bool)
+    if nodata is not None:
+        missing |= array == nodata
+    if not missing.any():
+        return array
+    if missing.mean() > MOST_MISSING:
+        raise BadImage(f"{missing.mean():.0%} of its values are missing, more than {MOST_MISSING:.0%}")
+    filled = array.copy()
+    there = array[~missing].astype(np.float64)
+    for channel, lacks in zip(filled, missing, strict=True):
+        known = channel[~lacks].astype(np.float64)
+        channel[lacks] = (known if known.size else there).mean()
+    return filled
 
 
 def scaled(array: np.ndarray, value_range: ValueRange) -> Tensor:

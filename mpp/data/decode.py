@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mpp.data.arrays import NPY, TIFF, ValueRange, read_array, scaled
+from mpp.data.arrays import NPY, TIFF, ValueRange, fill_missing, read_array, scaled
 from mpp.errors import BadImage
 
 Box = tuple[int, int, int, int]
@@ -49,6 +49,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Channels -> Pillow mode."""
 CORNER_FRACTION = 0.875
 """Side of a corner crop over the image's: 224 of 256 px (Krizhevsky et al. 2012, section 4.1)."""
+PNG = b"\x89PNG"
 GREY = 128  # what lies behind transparent pixels
 
 
@@ -122,16 +123,17 @@ def decode_cut(
     formats: tuple[str, ...],
     max_image_pixels: int,
     value_range: ValueRange | None = None,
+    nodata: float | None = None,
 ) -> Cut:
     """-> (channels, h, w) uint8, to be resized to `size` (H, W).
 
     `choose_box(width, height)` picks the crop once the size is known. value_range: float32 in [0, 255] instead, of
-    images with any number of channels and bits. BadImage where the bytes are no image of `formats`, too large,
-    truncated or otherwise not decodable.
+    images with any number of channels and bits; `nodata` and values that are not finite are missing then, see
+    `fill_missing`. BadImage where the bytes are no image of `formats`, too large, truncated or otherwise not decodable.
     """
     if value_range is not None:
         reading: Any = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
-        array = _numbers(data, value_range, **reading)
+        array = _numbers(data, value_range, nodata, **reading)
         left, top, w, h = choose_box(array.shape[2], array.shape[1])
         return Cut.whole(scaled(array[:, top : top + h, left : left + w], value_range))
     if data[:2] == b"\xff\xd8" and channels != 4 and "JPEG" in formats:
@@ -144,17 +146,46 @@ def decode_cut(
     return Cut.whole(tensor[:, top : top + h, left : left + w])
 
 
-def _numbers(data: bytes, value_range: ValueRange, *, channels: int, **reading: Any) -> np.ndarray:
-    """(C, h, w) of the whole image, with all its bits. BadImage."""
+def _numbers(
+    data: bytes, value_range: ValueRange, nodata: float | None = None, *, channels: int, **reading: Any
+) -> np.ndarray:
+    """(C, h, w) of the whole image, with all its bits and without missing values. BadImage."""
     array = read_array(data, channels=channels, **reading)
     if array is None:  # of 8 bit, most likely; of 16 bit where it is grey
         if channels not in MODES:
-            raise BadImage(f"not a TIFF or .npy; wants {channels} channels")
+            raise BadImage(f"not a TIFF or .npy; wants {channels} channels (data.channels)")
         pixels = decode_pillow(data, channels=channels, **reading, deep=True)
         array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
         if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow has no deep colours
             raise BadImage("read as 8 bit, which data.value_range is not; TIFF, .npy and grey PNG have all their bits")
-    return array
+    return fill_missing(array, nodata)
+
+
+class Deep(NamedTuple):
+    """The values of an image of 16 bit."""
+
+    largest: float
+    most: float
+    """What its type holds."""
+
+
+def deep_values(data: bytes, decoding: dict[str, Any]) -> Deep | None:
+    """The largest value of an image of 16 bit; None for images of other kinds. BadImage.
+
+    decoding: as `decode_cut` takes it.
+    """
+    if "value_range" in decoding:
+        array = _numbers(data, **decoding)
+    elif (data.startswith(PNG) and data[24:25] == b"\x10") or data.startswith(TIFF):
+        pixels = decode_pillow(data, **{**decoding, "channels": 1}, deep=True)
+        if not pixels.mode.startswith("I"):
+            return None
+        array = np.asarray(pixels)
+    else:
+        return None
+    if array.dtype.kind not in "ui" or array.dtype.itemsize != 2:
+        return None
+    return Deep(float(array.max()), float(np.iinfo(array.dtype).max))
 
 
 def resize(cut: Cut, size: tuple[int, int]) -> Tensor:

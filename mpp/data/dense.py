@@ -21,8 +21,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mpp.data.decode import GREY, Box, decode_crop, decode_pillow, random_box
-from mpp.data.index import images_below
+from mpp.data.files import read_regular
 from mpp.data.labeled import FileReader, LabeledBatch, draw_fraction, file_size
+from mpp.data.walk import LeftOut, images_below
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream
 
@@ -37,6 +38,8 @@ class _Dense:
 
     images: list[str]
     classes: list[str]
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False, kw_only=True)
+    """Files that are neither images nor masks, and annotations that have no pixel of their image"""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,6 +65,8 @@ class Segmented(_Dense):
     masks: list[str]
     pixels: np.ndarray
     """(images, classes) int64: pixels of each class"""
+    ignored: int = 0
+    """Pixels with the value that counts for nothing"""
 
     def fingerprint(self) -> str:
         """What the images and their labels are, not where they lie."""
@@ -93,8 +98,6 @@ class Detected(_Dense):
     """(n, 5) float32 of each image: x0, y0, x1, y1 in pixels, area"""
     labels: list[np.ndarray]
     """(n, 2) int64 of each image: class, whether it stands for a crowd"""
-    left_out: list[str] = field(default_factory=list)
-    """A line for each annotation that has no pixel of its image"""
 
     def fingerprint(self) -> str:
         """What the images and their labels are, not where they lie."""
@@ -154,11 +157,13 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
     for part in ("images", "masks"):
         if not os.path.isdir(os.path.join(root, part)):
             raise UserError(f"{key}: {root}: no folder {part}/ in it; task: segment wants images/ and masks/")
-    images = images_below(os.path.join(root, "images"))
+    images, left_out = images_below(os.path.join(root, "images"))
     if not images:
-        raise UserError(f"{key}: {root}/images: no images in it")
+        raise UserError(f"{key}: {root}/images: no images in it" + (f"; {left_out}" if left_out else ""))
+    masks, other_files = images_below(os.path.join(root, "masks"))
+    left_out.add_all(other_files, "masks/")
     of_image = _by_stem(images, os.path.join(root, "images"), key)
-    of_mask = _by_stem(images_below(os.path.join(root, "masks")), os.path.join(root, "masks"), key)
+    of_mask = _by_stem(masks, os.path.join(root, "masks"), key)
     for one, other, word in ((of_image, of_mask, "mask"), (of_mask, of_image, "image")):
         alone = [path for stem, path in one.items() if stem not in other]
         if alone:
@@ -171,6 +176,7 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
     if faults:
         raise UserError(f"{key}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if faults[1:] else ""))
     counts = np.stack([count for _, count in found])
+    ignored = int(counts[:, ignore_index].sum())
     counts[:, ignore_index] = 0
     listed = _listed_classes(root)
     if classes and listed and listed != classes:
@@ -187,7 +193,7 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
             f"{key}: {first}: the value {used[-1]}, where the classes are 0 to {len(known) - 1} "
             f"and task.ignore_index is {ignore_index}"
         )
-    return Segmented(images, known, masks, counts[:, : len(known)])
+    return Segmented(images, known, masks, counts[:, : len(known)], ignored, left_out=left_out)
 
 
 def _one_folder(spec: tuple[str, ...], key: str, what: str) -> str:
@@ -333,7 +339,7 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         raise UserError(f"{key}: {path}: no images in it")
     boxes: list[list[list[float]]] = [[] for _ in images]
     labels: list[list[list[int]]] = [[] for _ in images]
-    left_out: list[str] = []
+    left_out = LeftOut()
     for i, entry in enumerate(lists["annotations"]):
         for name, allowed in (("image_id", numbers), ("category_id", class_of)):
             if of("annotations", i, name, (int,), "a number") not in allowed:
@@ -355,19 +361,19 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         width, height = sizes[place] or (math.inf, math.inf)
         corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
         if corners[0] >= corners[2] or corners[1] >= corners[3]:  # COCO has a few without height
-            left_out.append(f"{path}: annotations[{i}].bbox: no pixel of its image: {json.dumps(box)}")
+            left_out.add("no pixel of its image", f"{path}: annotations[{i}].bbox: {json.dumps(box)}")
             continue
         boxes[place].append([*corners, area])
         labels[place].append([class_of[entry["category_id"]], int(crowd)])
     if not any(1 - crowd for of_image in labels for _, crowd in of_image):
-        raise UserError(f"{key}: {path}: annotations: not one box" + (f"; {left_out[0]}" if left_out else ""))
+        raise UserError(f"{key}: {path}: annotations: not one box" + (f"; {left_out}" if left_out else ""))
     return Detected(
         images,
         known,
         sizes,
         [np.array(b, dtype=np.float32).reshape(-1, 5) for b in boxes],
         [np.array(b, dtype=np.int64).reshape(-1, 2) for b in labels],
-        left_out,
+        left_out=left_out,
     )
 
 
@@ -433,7 +439,7 @@ class DenseDataset(Dataset[LabeledBatch]):
                 return chosen[-1]
 
             try:
-                image = decode_crop(image_bytes(self.data.images[number]), box, self.size, **self.decoding)
+                image = decode_crop(read_regular(self.data.images[number]), box, self.size, **self.decoding)
                 labels = self.data.cropped(number, chosen[-1], self.size, flip)
             except BadImage as error:
                 bad.append(f"{self.data.images[number]}: {error}")
@@ -466,7 +472,7 @@ class WholeDataset(Dataset[LabeledBatch]):
         for i, number in enumerate(keys):
             name = self.data.images[number]
             try:
-                image = whole_image(image_bytes(name), **self.decoding)
+                image = whole_image(read_regular(name), **self.decoding)
                 h, w = int(image.shape[1]), int(image.shape[2])
                 self.data.check(number, w, h)
                 scaled = scaled_to(image, within(self.fit(h, w), self.decoding["max_image_pixels"]))
@@ -526,14 +532,6 @@ def within(size: tuple[int, int], max_image_pixels: int) -> tuple[int, int]:
 
 def _together(labels: Sequence[Any]) -> Any:
     return torch.stack(list(labels)) if isinstance(labels[0], Tensor) else list(labels)
-
-
-def image_bytes(path: str) -> bytes:
-    """Of a file. BadImage."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadImage(error.strerror or str(error)) from error
 
 
 def _jittered(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:

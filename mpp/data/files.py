@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mpp.data.index import COLUMNS, ShardIndex, cannot_list, images_among, packed_first
+from mpp.data.index import COLUMNS, ShardIndex, packed_first
+from mpp.data.walk import LeftOut, list_images
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream
 
@@ -21,36 +22,6 @@ MOST_IMAGE_BYTES = 1 << 30
 """Of a file that is read at once: 64 megapixels of 16-bit RGBA, uncompressed, are half of it."""
 STATS_AT_A_TIME = 32
 """Questions for sizes of files, which may lie on a server."""
-
-
-def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """(files with an image's name, the others and why not), as paths below `source` with /, sorted.
-
-    Links are followed once. UserError for a folder that may not be read: its images would be missing in silence.
-    """
-    files, skipped, seen = [], [], set()
-    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=cannot_list):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        hidden = [name for name in subfolders if name.startswith(".")]
-        subfolders[:] = sorted(set(subfolders) - set(hidden))
-        images = images_among(name for name in names if not name.startswith("."))
-        for name in sorted(names + hidden):
-            path = os.path.relpath(os.path.join(folder, name), source).replace(os.sep, "/")
-            if name.startswith("."):  # .ipynb_checkpoints/, .thumbnails/, ._photo.jpg
-                skipped.append((path, "hidden"))
-            elif "\t" in path or "\n" in path:
-                skipped.append((repr(path), "tab or newline in the name"))
-            elif name not in images:
-                skipped.append((path, "not an image by its name"))
-            elif not os.path.isfile(os.path.join(folder, name)):  # a pipe would be waited for
-                skipped.append((path, "not a file"))
-            else:
-                files.append(path)
-    return sorted(files), skipped
 
 
 def read_manifest(path: str, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
@@ -85,24 +56,28 @@ def is_place(name: str) -> bool:
     return os.path.isdir(name) or name.lower().endswith(".csv")
 
 
-def places(name: str, key: str) -> tuple[str, list[str]]:
-    """(folder that the paths are below, paths) of a folder of images, or of those that a CSV file names.
+def places(name: str, key: str) -> tuple[str, list[str], LeftOut]:
+    """Find images that are files of their own: those of a folder, or those that a CSV file names.
 
-    UserError where there are none.
+    Returns:
+        (the folder that the paths are below, paths, what was left out).
+
+    Raises:
+        UserError: There are none.
     """
     if os.path.isdir(name):
-        files, _ = list_images(name)
+        files, left_out = list_images(name)
         if not files:
             if any(Path(name).rglob("*.parquet")):
                 raise UserError(f"{key}: '{name}': {packed_first(name)}")
             raise UserError(f"{key}: '{name}': no such shard, and no image; a folder must hold *.tar files or images")
-        return name, files
-    return os.path.dirname(name), [values["image"] for _, values in read_manifest(name, ["image"])]
+        return name, files, LeftOut.of(left_out)
+    return os.path.dirname(name), [values["image"] for _, values in read_manifest(name, ["image"])], LeftOut()
 
 
 def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
     """Files as if they lay in shards, mixed as `mpp pack` mixes them: (a name, its table) of each. UserError."""
-    folder, paths = places(name, key)
+    folder, paths, left_out = places(name, key)
     order = stream(0, Purpose.PACK).permutation(len(paths))
     with ThreadPoolExecutor(STATS_AT_A_TIME) as threads:
         parts = [paths[i : i + FILES_PER_SHARD] for i in range(0, len(paths), FILES_PER_SHARD)]
@@ -116,7 +91,8 @@ def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
         own = order[start : start + FILES_PER_SHARD].tolist()
         table = np.full((len(own), len(COLUMNS)), -1, dtype=np.int64)
         table[:, 0], table[:, 1] = 0, [sizes[i] for i in own]
-        index = ShardIndex(table, int(table[:, 1].sum()), 0, tuple(paths[i] for i in own), folder)
+        index = ShardIndex(table, int(table[:, 1].sum()), 0, tuple(paths[i] for i in own), folder, left_out)
+        left_out = LeftOut()  # named once, with the first part
         found.append((f"{name}, part {start // FILES_PER_SHARD}", index))
     return found
 

@@ -6,6 +6,7 @@ Images that are files of their own are read as they are, as if they lay in shard
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,12 @@ from typing import TypeVar
 import numpy as np
 
 from mpp.data.files import check_bytes, is_place, read_file, shards_of
-from mpp.data.index import ShardIndex, expand, fingerprint, images_below, index_shard, member_name
+from mpp.data.index import ShardIndex, expand, fingerprint, member_name
 from mpp.data.listing import LISTING, Entry, Indexes, entry_of, read_listing
 from mpp.data.remote import is_remote
 from mpp.data.store import Store
-from mpp.errors import BadImage, UserError
+from mpp.data.walk import LeftOut, archives_in, images_below
+from mpp.errors import BadImage, MppWarning, UserError
 
 INDEXES_AT_A_TIME = 8  # small files of a server far away, most likely
 OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit of 1024
@@ -36,6 +38,7 @@ class ShardImages:
     """Indexed shards. UserError where they cannot be read or hold no image.
 
     Remote ones are fetched when they are read: `require` says at once whether the cache can hold what that takes.
+    `left_out` says what was not taken for an image.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class ShardImages:
         key: str,
         cache_dir: str | None = None,
         cache_limit_bytes: float = 200e9,
+        image_extension: str | None = None,
     ) -> None:
+        """image_extension: which member of a sample is its image, see `samples_among`."""
         named = expand(spec, key, files=True)
-        self.store = Store(cache_dir, cache_limit_bytes)
+        self.store = Store(cache_dir, cache_limit_bytes, image_extension)
         folders = {_folder(name) for name in named if not is_place(name)}
         listings = {folder: self._listing(folder) for folder in folders if folder is not None}
         with ThreadPoolExecutor(INDEXES_AT_A_TIME) as threads:
@@ -58,8 +63,21 @@ class ShardImages:
         self._entries = [entry_of(index) if isinstance(index, ShardIndex) else index for _, index in found]
         self.indexes = Indexes(len(found), known, self._open_index)
         self.counts = [entry.images for entry in self._entries]
+        self.left_out = LeftOut()
+        self._lasting_names: list[str] = []
+        for (name, index), entry in zip(found, self._entries, strict=True):
+            if isinstance(index, ShardIndex) and index.files:
+                self.left_out.add_all(entry.left_out, f"{index.folder}/")
+                self._lasting_names.append(name.rpartition(", ")[2])
+            else:
+                self.left_out.add_all(entry.left_out, f"{name}: ")
+                self._lasting_names.append(name)
         if sum(self.counts) == 0:
-            raise UserError(f"{key}: no images in {self.names[0]}" + (" …" if len(self.names) > 1 else ""))
+            where = self.names[0] + (" …" if len(self.names) > 1 else "")
+            reason = f"; {self.left_out}" if self.left_out else ""
+            if image_extension:
+                reason = f"; data.image_extension is {image_extension}, as in x.{image_extension}"
+            raise UserError(f"{key}: no images in {where}{reason}")
         self._open: OrderedDict[int, int] = OrderedDict()
         self._pid = os.getpid()
 
@@ -67,7 +85,9 @@ class ShardImages:
         return self.__dict__ | {"_open": OrderedDict()}
 
     def _listing(self, folder: str) -> dict[str, Entry]:
-        """{} where there is none."""
+        """{} where there is none. It is of the indexes without `image_extension` alone."""
+        if self.store.image_extension:
+            return {}
         return self.store.listing(folder) if is_remote(folder) else read_listing(Path(folder) / LISTING)
 
     def _indexed(
@@ -86,7 +106,7 @@ class ShardImages:
         return [(name, listed or self._own_index(name))]
 
     def _own_index(self, name: str) -> ShardIndex:
-        return self.store.index(name) if is_remote(name) else index_shard(name, self.store.cache_dir)
+        return self.store.index(name) if is_remote(name) else self.store.index_local(name)
 
     def _open_index(self, shard: int) -> ShardIndex:
         name = self.names[shard]
@@ -111,7 +131,10 @@ class ShardImages:
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint(self.names, (e.size_bytes for e in self._entries), (e.digest for e in self._entries))
+        """It stays the same if the data move to another place."""
+        return fingerprint(
+            self._lasting_names, (e.size_bytes for e in self._entries), (e.digest for e in self._entries)
+        )
 
     def _descriptor(self, shard: int) -> int:
         if self._pid != os.getpid():  # a forked worker keeps its own list
@@ -212,13 +235,19 @@ def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:
 
 
 def images_of(places: Sequence[str]) -> list[str]:
-    """Files as they are, folders as the images in them, sorted. UserError where there is nothing."""
+    """Files as they are, folders as the images in them, sorted. Warns of what folders hold that is not taken.
+
+    Raises:
+        UserError: A place or its images are missing.
+    """
     found: list[str] = []
     for place in places:
         if os.path.isdir(place):
-            inside = images_below(place)
+            inside, left_out = images_below(place)
             if not inside:
-                raise UserError(f"{place}: no images in it")
+                raise UserError(f"{place}: no images in it" + (f"; {left_out}" if left_out else ""))
+            if left_out:
+                warnings.warn(f"{place}: {left_out}", MppWarning, stacklevel=2)
             found += inside
         elif os.path.exists(place):
             found.append(place)
@@ -230,7 +259,7 @@ def images_of(places: Sequence[str]) -> list[str]:
 def holds_shards(place: str) -> bool:
     """Whether a place is one of shards: a tar file, a pattern, an URL, or a folder with tar files in it."""
     if os.path.isdir(place):
-        return any(name.endswith(".tar") for name in os.listdir(place))
+        return bool(archives_in(place))
     if os.path.isfile(place):
         return place.endswith(".tar")
     return place.endswith(".tar") or is_remote(place) or any(c in place for c in "*?{[")

@@ -20,24 +20,26 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
 
 from mpp.data.arrays import PARSING
 from mpp.data.remote import is_remote
+from mpp.data.samples import samples_among
+from mpp.data.walk import IMAGE, LeftOut, archives_in, list_images
 from mpp.errors import UserError, meant, without_secrets
 
-IMAGE = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif|npy)$", re.IGNORECASE)
-LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
-FORMAT = 2
-"""1: before .npy files were images."""
+FORMAT = 3
+"""1: before .npy files were images. 2: all images of a sample, and labels by names up to the first dot alone."""
 BLOCK = 512
 MOST_INDEX_BYTES = 256 << 20
 """Of the index of a shard that is not at hand: 6 million images (a guess)."""
+MOST_REASONS = 20
+"""For members left out of a shard, in an index from elsewhere; there are fewer."""
 MOST_PACKED = 1_000_000
 """Shards of a packing that are looked for by name."""
 COLUMNS = ("image_offset", "image_size", "label_offset", "label_size", "label_is_json")
@@ -54,23 +56,8 @@ class ShardIndex:
     files: tuple[str, ...] = ()
     """Where the images are files of their own: their paths below `folder`, a row of the table each."""
     folder: str = ""
-
-
-def key_of(name: str) -> str:
-    """WebDataset's sample key: the member's path up to the first dot of its last part."""
-    folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.split('.')[0]}"
-
-
-def images_among(names: Iterable[str]) -> set[str]:
-    """Those that are images by their names; an .npy only where no image of another kind has its key: it is something
-    else of the same sample then, an embedding or a map of depths."""
-    found = [name for name in names if IMAGE.search(name)]
-    arrays = {name for name in found if name.lower().endswith(".npy")}
-    if not arrays:
-        return set(found)
-    others = {key_of(name) for name in found if name not in arrays}
-    return {name for name in found if name not in arrays or key_of(name) not in others}
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    """Members or files that could be taken for images or labels and are not."""
 
 
 def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, int, int]], int] | None:
@@ -141,8 +128,15 @@ def _regular_file(path: str) -> os.stat_result:
     return found
 
 
-def scan(path: str) -> ShardIndex:
-    """Read a local shard's headers. UserError for a missing, unreadable, cut or corrupt file."""
+def scan(path: str, image_extension: str | None = None) -> ShardIndex:
+    """Read a local shard's headers.
+
+    Args:
+        image_extension: See `samples_among`.
+
+    Raises:
+        UserError: The file is missing, cannot be read, is cut off or corrupt.
+    """
     _regular_file(path)  # before it is opened: a pipe would wait for its other end
     try:
         fd = os.open(path, os.O_RDONLY)
@@ -154,25 +148,24 @@ def scan(path: str) -> ShardIndex:
             raise UserError(f"{path}: empty file, not a tar")
         members, end = _members_by_hopping(fd, size.st_size, path) or _members_by_tarfile(path)
         if os.pread(fd, 2 * BLOCK, end) != bytes(2 * BLOCK):
-            before = len(images_among([name for name, _, _ in members]))
+            before = sum(bool(IMAGE.search(name)) for name, _, _ in members)
             raise UserError(
                 f"{path}: cut off: ends at byte {size.st_size} without tar's two end blocks, after {before} images"
             )
     finally:
         os.close(fd)
-    labels = {key_of(n): (o, s, int(n.lower().endswith("json"))) for n, o, s in members if LABEL.search(n)}
-    # A .cls is the label itself; a .json beside it holds whatever else is known of the sample.
-    labels |= {key_of(n): (o, s, 0) for n, o, s in members if n.lower().endswith(".cls")}
-    images = images_among([n for n, _, _ in members])
-    rows = [(o, s, *labels.get(key_of(n), (-1, -1, 0))) for n, o, s in members if n in images]
-    return ShardIndex(np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)), size.st_size, size.st_mtime_ns)
+    rows, left_out = samples_among(members, image_extension)
+    table = np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS))
+    return ShardIndex(table, size.st_size, size.st_mtime_ns, left_out=left_out)
 
 
-def index_path(shard: str, cache_dir: str | None = None) -> Path:
-    """Where a shard's index lies: beside it, or in the cache folder."""
+def index_path(shard: str, cache_dir: str | None = None, image_extension: str | None = None) -> Path:
+    """Where a shard's index is: beside it, or in the cache folder. Each `image_extension` has an index of its own."""
+    extension = f".{image_extension}" if image_extension else ""
     if cache_dir is None:
-        return Path(shard + ".index.npz")
-    return Path(cache_dir) / "indexes" / (hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32] + ".npz")
+        return Path(f"{shard}{extension}.index.npz")
+    name = hashlib.sha256(os.path.abspath(shard).encode()).hexdigest()[:32]
+    return Path(cache_dir) / "indexes" / f"{name}{extension}.npz"
 
 
 def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardIndex | None:
@@ -187,7 +180,10 @@ def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardInd
         with PARSING, np.load(file, allow_pickle=False) as z:
             if int(z["format"]) != FORMAT or z["table"].dtype != np.int64 or z["table"].shape[1:] != (len(COLUMNS),):
                 return None
-            found = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]))
+            left_out = left_out_from(json.loads(str(z["left_out"])))
+            if left_out is None:
+                return None
+            found = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]), left_out=left_out)
     except (OSError, ValueError, KeyError, EOFError, OverflowError, TypeError, zlib.error, zipfile.BadZipFile):
         return None
     except (NotImplementedError, RuntimeError):  # a zip of another kind, or encrypted
@@ -214,6 +210,7 @@ def write_index(path: Path, index: ShardIndex) -> bool:
             table=index.table,
             size_bytes=np.int64(index.size_bytes),
             mtime_ns=np.int64(index.mtime_ns),
+            left_out=np.str_(json.dumps(index.left_out.found)),
         )
 
     return write_whole(path, write)
@@ -238,19 +235,33 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> bool:
     return True
 
 
-def index_shard(shard: str, cache_dir: str, *, fresh: bool = False) -> ShardIndex:
-    """The index of a local shard: a stored one if it still fits the file, else a new scan, stored.
+def left_out_from(stored: Any) -> LeftOut | None:
+    """What a stored index or listing says of members left out; None if it is not in that form."""
+    if not isinstance(stored, dict) or len(stored) > MOST_REASONS:
+        return None
+    found = {}
+    for reason, about in stored.items():
+        if not isinstance(about, list) or [type(value) for value in about] != [int, str]:
+            return None
+        found[reason] = (about[0], about[1])
+    return LeftOut(found)
 
-    Stored beside the shard, or in `cache_dir` where that folder cannot be written.
-    fresh: scan even if a stored one fits.
+
+def index_shard(shard: str, cache_dir: str, *, fresh: bool = False, image_extension: str | None = None) -> ShardIndex:
+    """Read or make the index of a local shard. A new one is stored beside the shard, or in `cache_dir` if the shard's
+    folder cannot be written.
+
+    Args:
+        fresh: Scan the shard even if a stored index fits it.
+        image_extension: See `samples_among`.
     """
     found = _regular_file(shard)
-    candidates = [index_path(shard), index_path(shard, cache_dir)]
+    candidates = [index_path(shard, folder, image_extension) for folder in (None, cache_dir)]
     for path in [] if fresh else candidates:
         stored = read_index(path, found.st_size)
         if stored and (stored.size_bytes, stored.mtime_ns) == (found.st_size, found.st_mtime_ns):
             return stored
-    index = scan(shard)
+    index = scan(shard, image_extension)
     any(write_index(path, index) for path in candidates)
     return index
 
@@ -289,9 +300,9 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
             if is_remote(name):
                 matches = [name]
             elif os.path.isdir(name):
-                matches = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+                _may_look(name, key)
+                matches = [os.path.join(name, archive) for archive in archives_in(name)]
                 if not matches and files:
-                    _may_look(name, key)
                     matches = [name]
                 elif matches:
                     _check_shards_of(name, key)
@@ -332,11 +343,13 @@ def packed_first(parquet: str) -> str:
 
 def _check_shards_of(folder: str, key: str) -> None:
     """UserError where a folder holds more than shards, images beside them, or less than what was packed into it."""
-    there = os.listdir(folder)
-    if images := images_among(n for n in there if not n.startswith(".") and not n.endswith(".npz")):
+    there = archives_in(folder)
+    images, _ = list_images(folder)
+    if images:
         raise UserError(
-            f"{key}: '{folder}': holds shards and {len(images)} images beside them, such as {min(images)}; which are "
-            f"meant? {os.path.join(folder, '*.tar')} names the shards"
+            f"{key}: '{folder}': holds {len(there)} shards, such as {there[0]}, and {len(images)} images, such as "
+            f"{images[0]}. Move the ones that are not meant elsewhere; '{os.path.join(folder, '*.tar')}' names the "
+            "shards alone"
         )
     try:
         about = json.loads((Path(folder) / "dataset.json").read_text())
@@ -349,7 +362,7 @@ def _check_shards_of(folder: str, key: str) -> None:
             f"{key}: '{folder}': was not packed to its end; the same `mpp pack` again, every part of it, finishes it"
         )
     lost = sorted({packed_name(k) for k in range(min(packed, MOST_PACKED))} - set(there))
-    if lost and sum(name.endswith(".tar") for name in there) < packed:  # they may have got other names
+    if lost and len(there) < packed:  # they may have got other names
         raise UserError(
             f"{key}: '{folder}': {len(lost)} of its {packed} shards are missing, such as {lost[0]}; copy them again, "
             f"or pack into a new folder. {os.path.join(folder, '*.tar')} means those that are there"
@@ -381,20 +394,6 @@ def member_name(shard: str, image_offset: int) -> str:
             return tarfile.TarInfo.frombuf(f.read(BLOCK), "utf-8", "surrogateescape").name
     except (OSError, tarfile.TarError):
         return ""
-
-
-def cannot_list(error: OSError) -> None:
-    """For `os.walk`, which otherwise passes over a folder that it may not read, with all that lies in it."""
-    raise UserError(f"{error.filename}: {error.strerror}") from error
-
-
-def images_below(folder: str) -> list[str]:
-    """Image files in a folder and below, sorted, but hidden ones. UserError for a folder it may not read."""
-    return sorted(
-        os.path.join(inner, name)
-        for inner, _, names in os.walk(folder, onerror=cannot_list)
-        for name in images_among(name for name in names if not name.startswith("."))
-    )
 
 
 def class_names(folder: str) -> list[str] | None:

@@ -9,7 +9,7 @@ import os
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from mpp.data.decode import decode_crop, decode_pillow, view_boxes
 from mpp.data.files import read_manifest, read_regular
 from mpp.data.images import ShardImages, evenly, holds_shards, images_of
-from mpp.data.index import class_names, images_below, packed_first
+from mpp.data.index import class_names, packed_first
+from mpp.data.walk import LeftOut, archives_in, is_hidden, list_images
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream, torch_seed
 
@@ -118,6 +119,8 @@ class Labeled:
     labels: np.ndarray
     """(images,) int64, indexes into `classes`; or (images, classes) bool where an image may have several, or none"""
     classes: list[str]
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
+    """Files and members that are not among the images"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -197,30 +200,34 @@ def open_labeled(
     classes: list[str] | None,
     cache_dir: str | None,
     cache_limit_bytes: float,
+    image_extension: str | None = None,
     several: bool = False,
 ) -> Labeled:
     """A class-folder tree, shards with `.cls` / `.json` labels (a folder that holds *.tar is shards), or a CSV file.
 
-    classes: those of the training data, which validation must share. several: an image may have several labels, or
-    none. UserError where labels are missing.
+    classes: those of the training data, which validation must share. image_extension: which member of a sample is its
+    image, see `samples_among`. several: an image may have several labels, or none. UserError where labels are missing.
     """
     if len(spec) == 1 and spec[0].lower().endswith(".csv"):
         paths, named = _read_csv(spec[0], several)
         return _named(
             FileReader(paths), named, [f"{spec[0]}:{i + 2}" for i in range(len(paths))], key, classes, several
         )
-    if len(spec) == 1 and os.path.isdir(spec[0]) and not any(n.endswith(".tar") for n in _listed(spec[0])):
+    if len(spec) == 1 and os.path.isdir(spec[0]) and not archives_in(spec[0]):
         found = _folder(spec[0], key, classes)
         if several:
-            return Labeled(found.reader, np.eye(len(found.classes), dtype=bool)[found.labels], found.classes)
+            return replace(found, labels=np.eye(len(found.classes), dtype=bool)[found.labels])
         return found
-    images = ShardImages(spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes)
+    images = ShardImages(
+        spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes, image_extension=image_extension
+    )
     images.require(range(len(images.names)), "labeled images are read in no order: that takes")
     reader = PackedReader(images)
     if several:
         rows = [(shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
         places = [images.name(*at) for at in rows]
-        return _named(reader, [_labels(images, *at) for at in rows], places, key, classes, several)
+        found = _named(reader, [_labels(images, *at) for at in rows], places, key, classes, several)
+        return replace(found, left_out=images.left_out)
     values = [_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
     # what `mpp pack` left in each folder: the numbers in the shards of a folder count in its own list
     folders = [os.path.dirname(name) for name in images.names]
@@ -241,7 +248,7 @@ def open_labeled(
                 f"{key}: {reader.name(i)}: label {name!r} is none of the {len(known)} classes of the training data"
             )
         labels.append(index[name])
-    return Labeled(reader, np.array(labels, dtype=np.int64), known)
+    return Labeled(reader, np.array(labels, dtype=np.int64), known, images.left_out)
 
 
 def _classes_of(values: list[str | int], key: str) -> list[str]:
@@ -259,8 +266,11 @@ def _classes_of(values: list[str | int], key: str) -> list[str]:
 def _read_csv(path: str, several: bool) -> tuple[list[str], list[list[str]]]:
     """-> image files and the names of their classes. UserError with the line of what is wrong."""
     column = "labels" if several else "label"
+    rows = read_manifest(path, ["image", column])
+    if several:
+        _check_separator(path, [(number, row[column]) for number, row in rows])
     paths, labels = [], []
-    for number, row in read_manifest(path, ["image", column]):
+    for number, row in rows:
         value = row[column]
         names = [name.strip() for name in value.split(";") if name.strip()] if several else [value.strip()]
         if not several and not names[0]:
@@ -268,6 +278,18 @@ def _read_csv(path: str, several: bool) -> tuple[list[str], list[list[str]]]:
         paths.append(os.path.join(os.path.dirname(path), row["image"]))
         labels.append(names)
     return paths, labels
+
+
+def _check_separator(path: str, values: list[tuple[int, str]]) -> None:
+    """UserError where labels seem to be separated by something else than a semicolon: all of a value would be one."""
+    if any(";" in value for _, value in values):
+        return
+    for number, value in values:
+        if found := re.search(r"[,|]", value):
+            raise UserError(
+                f"{path}:{number}: labels: '{value}': several labels are separated by ';', not by '{found[0]}'. If "
+                "this is one label, end it with ';'"
+            )
 
 
 def _labels(images: ShardImages, shard: int, row: int) -> list[str]:
@@ -307,10 +329,11 @@ def _named(
 def _label(images: ShardImages, shard: int, row: int) -> str | int:
     stored = images.read_label(shard, row)
     if stored is None:
-        raise UserError(f"{images.name(shard, row)}: no label beside it (.cls, or .json with a 'label')")
+        why = f"; {images.left_out}" if images.left_out else ""
+        raise UserError(f"{images.name(shard, row)}: no label beside it (.cls, or .json with a 'label'){why}")
     data, is_json = stored
     try:
-        value = json.loads(data)["label"] if is_json else data.decode().strip()
+        value = json.loads(data)["label"] if is_json else data.decode("utf-8-sig").strip()
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{images.name(shard, row)}: its {'.json has no' if is_json else '.cls is no'} 'label'"
@@ -337,24 +360,31 @@ def _of_parquet(folder: str, spec: str) -> str:
 
 
 def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
-    found = sorted(n for n in _listed(spec) if os.path.isdir(os.path.join(spec, n)) and not n.startswith("."))
+    found = sorted(n for n in _listed(spec) if os.path.isdir(os.path.join(spec, n)) and not is_hidden(n))
     if not found:
         what = "holds neither *.tar shards nor a folder for each class"
         raise UserError(f"{key}: {spec} {what}{_of_parquet(spec, spec)}")
     if found == ["images", "masks"]:
         raise UserError(f"{key}: {spec} holds images/ and masks/, for task: segment; wants a folder for each class")
     known = classes or found
+    files, left_out = list_images(spec)
+    members: dict[str, list[str]] = {name: [] for name in found}
+    for path in files:
+        if "/" in path:
+            members[path.split("/", 1)[0]].append(os.path.join(spec, path))
+        else:
+            left_out.append((path, "in no folder of a class"))
     paths, labels = [], []
-    for name in found:
-        members = images_below(os.path.join(spec, name))
-        if members and name not in known:
+    for name, own in members.items():
+        if own and name not in known:
             raise UserError(f"{key}: {spec}/{name}: no such class in the training data ({', '.join(known[:5])} …)")
-        if not members and classes is None:
-            parquet = _of_parquet(os.path.join(spec, name), spec)
-            raise UserError(f"{key}: {spec}/{name}: a class folder without images{parquet}")
-        paths += members
-        labels += [known.index(name) for _ in members]
-    return Labeled(FileReader(paths), np.array(labels, dtype=np.int64), known)
+        if not own and classes is None:
+            reason = [(path, why) for path, why in left_out if path == name or path.startswith(f"{name}/")]
+            why = _of_parquet(os.path.join(spec, name), spec) or (f"; {LeftOut.of(reason)}" if reason else "")
+            raise UserError(f"{key}: {spec}/{name}: a class folder without images{why}")
+        paths += own
+        labels += [known.index(name) for _ in own]
+    return Labeled(FileReader(paths), np.array(labels, dtype=np.int64), known, LeftOut.of(left_out))
 
 
 @dataclass

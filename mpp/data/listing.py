@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-from mpp.data.index import BLOCK, ShardIndex, digest, write_whole
+from mpp.data.index import BLOCK, ShardIndex, digest, left_out_from, write_whole
+from mpp.data.walk import LeftOut
 
 LISTING = "index.json"
-FORMAT = 1
+FORMAT = 2
+"""1: without what was left out of each shard."""
 MOST_LISTING_BYTES = 256 << 20
 """Of the listing of a folder that is not at hand: some two million shards (a guess)."""
 INDEXES_HELD = 512
@@ -30,10 +32,11 @@ class Entry(NamedTuple):
     size_bytes: int
     mtime_ns: int
     digest: str
+    left_out: LeftOut
 
 
 def entry_of(index: ShardIndex) -> Entry:
-    return Entry(len(index.table), index.size_bytes, index.mtime_ns, digest(index))
+    return Entry(len(index.table), index.size_bytes, index.mtime_ns, digest(index), index.left_out)
 
 
 def write_listing(folder: str | Path, found: Mapping[str, ShardIndex]) -> bool:
@@ -41,9 +44,13 @@ def write_listing(folder: str | Path, found: Mapping[str, ShardIndex]) -> bool:
     path = Path(folder) / LISTING
     entries = {name: entry for name, entry in read_listing(path).items() if (path.parent / name).is_file()}
     entries |= {name: entry_of(index) for name, index in found.items()}
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(list(entries[name]))}" for name in sorted(entries))
+    lines = ",\n".join(f"{json.dumps(name)}: {_as_json(entries[name])}" for name in sorted(entries))
     text = f'{{"format": {FORMAT}, "columns": {json.dumps(Entry._fields)}, "shards": {{\n{lines}\n}}}}\n'
     return write_whole(path, lambda f: f.write(text.encode()))
+
+
+def _as_json(entry: Entry) -> str:
+    return json.dumps([*entry[:-1], entry.left_out.found])
 
 
 def read_listing(path: Path) -> dict[str, Entry]:
@@ -66,9 +73,13 @@ def parse_listing(data: bytes) -> dict[str, Entry]:
 
 
 def _plausible(values: Any) -> Entry | None:
-    if not isinstance(values, list) or [type(v) for v in values] != [int, int, int, str]:
+    if not isinstance(values, list) or [type(v) for v in values] != [int, int, int, str, dict]:
         return None
-    entry = Entry(*values)
+    left_out = left_out_from(values[-1])
+    if left_out is None:
+        return None
+    images, size_bytes, mtime_ns, found, _ = values
+    entry = Entry(images, size_bytes, mtime_ns, found, left_out)
     inside = 0 <= entry.images <= entry.size_bytes // BLOCK and entry.size_bytes < 1 << 63
     return entry if inside and re.fullmatch(r"[0-9a-f]{64}", entry.digest) else None
 

@@ -46,6 +46,8 @@ class Crop:
     """Resize and flip random crops where the model runs (`cuts`)."""
     value_range: ValueRange | None = None
     """Of images that are not read as 8 bit."""
+    nodata: float | None = None
+    """The value of missing pixels in them."""
 
     def random(self, data: bytes, rng: np.random.Generator) -> Tensor:
         """(C, H, W): crop and flip of the sample that this generator belongs to."""
@@ -71,6 +73,7 @@ class Crop:
             formats=self.formats,
             max_image_pixels=self.max_image_pixels,
             value_range=self.value_range,
+            nodata=self.nodata,
         )
 
     @property
@@ -182,7 +185,7 @@ def _serve_the_parent_alone(worker: int) -> None:
 
     Workers end when the loop closes the loader, or with its process.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     end_with(os.getppid())
     shown = sys.excepthook

@@ -22,9 +22,10 @@ from PIL import Image, UnidentifiedImageError
 
 from mpp.data.arrays import NPY, TIFF
 from mpp.data.children import end_with
-from mpp.data.index import IMAGE, index_shard, packed_name
+from mpp.data.index import index_shard, packed_name
 from mpp.data.listing import write_listing
 from mpp.data.sources import Source, open_source
+from mpp.data.walk import IMAGE
 from mpp.errors import UserError
 
 DESCRIPTION = "dataset.json"
@@ -59,19 +60,27 @@ def pack(
     seed: int = 0,
     workers: int = 2,
     part: tuple[int, int] = (1, 1),
+    image_extension: str | None = None,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Packed:
     """Write the images of `source` as shards into `out`, files in an order shuffled by `seed`.
 
-    labels: with the label of each image: of a folder the first folder below `source`; None: if every image has one.
-    The images' bytes are copied as they are. Interrupted, the same call goes on where it stopped. part: (i, n), the
-    i-th of n calls, on as many machines, that share `out` or whose outputs are put into one folder; the one that finds
-    all shards there finishes. on_shard(done, of) is called as shards are finished.
-    UserError where there are no images, or `out` holds something else.
+    Interrupted, the same call goes on where it stopped. The images' bytes are copied as they are.
+
+    Args:
+        labels: Pack the label of each image, in a folder the name of the first folder below `source`; None: if every
+            image has one.
+        part: (i, n), the i-th of n calls, on as many machines, that share `out` or whose outputs are put into one
+            folder. The call that finds all shards there finishes.
+        image_extension: Of tar shards, which member of a sample is its image; see `samples_among`.
+        on_shard: Called with (done, of) as shards are finished.
+
+    Raises:
+        UserError: There are no images, or `out` holds something else.
     """
     if os.path.isdir(source) and Path(out).resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"{out}: lies in {source}; give a folder beside it")
-    found = open_source(source, labels=labels, seed=seed)
+    found = open_source(source, labels=labels, seed=seed, image_extension=image_extension)
     shards = -(-found.samples // images_per_shard)
     if not 1 <= part[0] <= part[1]:
         raise UserError(f"--part: {part[0]}/{part[1]}: the first of three is 1/3, the last 3/3")

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpp.data.files import list_images, read_manifest, read_regular
+from mpp.data.files import read_manifest, read_regular
 from mpp.data.images import ShardImages
 from mpp.data.index import class_names
 from mpp.data.labeled import PackedReader
+from mpp.data.walk import IMAGE_ENDINGS, LeftOut, archives_in, list_images
 from mpp.errors import BadImage, UserError, how_to_get
 from mpp.rng import Purpose, stream
 
@@ -54,11 +55,18 @@ class Source(Protocol):
         ...
 
 
-def open_source(source: str, *, labels: bool | None, seed: int) -> Source:
-    """UserError where there is nothing, or not what was asked for."""
+def open_source(source: str, *, labels: bool | None, seed: int, image_extension: str | None = None) -> Source:
+    """Open what `mpp pack` is given.
+
+    Args:
+        image_extension: Of tar shards: which member of a sample is its image, see `samples_among`.
+
+    Raises:
+        UserError: There is nothing, or not what was asked for.
+    """
     if os.path.isdir(source):
-        if any(name.endswith(".tar") for name in os.listdir(source)):
-            return Shards(source, labels)
+        if archives_in(source):
+            return Shards(source, labels, image_extension)
         if (parquet := _parquet_below(source)) and not list_images(source)[0]:
             return Parquet(parquet, labels)
         return Files.of_folder(source, labels, seed)
@@ -68,7 +76,7 @@ def open_source(source: str, *, labels: bool | None, seed: int) -> Source:
     if matches and all(match.endswith(".parquet") for match in matches):
         return Parquet(matches, labels)
     if source.endswith(".tar") or "{" in source:
-        return Shards(source, labels)
+        return Shards(source, labels, image_extension)
     raise UserError(
         f"{source}: no such folder"
         if not os.path.exists(source)
@@ -110,7 +118,7 @@ class Files:
         """The first folder below `source` is an image's class; labels None: if every image lies in one."""
         files, skipped = list_images(source)
         if not files:
-            raise UserError(f"{source}: no images found (by name: .jpg .jpeg .png .webp .bmp .tif .tiff .gif .npy)")
+            raise UserError(f"{source}: no images found (by name: {IMAGE_ENDINGS})" + _but(skipped))
         in_folders = all("/" in f for f in files)
         if labels and not in_folders:
             stray = next(f for f in files if "/" not in f)
@@ -295,6 +303,11 @@ class Parquet:
         return label
 
 
+def _but(left_out: list[tuple[str, str]]) -> str:
+    """The end of a message about a folder without images."""
+    return f"; {LeftOut.of(left_out)}" if left_out else ""
+
+
 def _pyarrow() -> Any:
     try:
         import pyarrow.parquet
@@ -317,11 +330,14 @@ def _reason(error: BaseException) -> str:
 class Shards:
     """Tar shards made elsewhere, in their order: packed anew, in shards of equal size. Numbers of classes stay."""
 
-    def __init__(self, source: str, labels: bool | None) -> None:
-        self.reader = PackedReader(ShardImages(source, key="SOURCE"))
+    def __init__(self, source: str, labels: bool | None, image_extension: str | None) -> None:
+        self.reader = PackedReader(ShardImages(source, key="SOURCE", image_extension=image_extension))
         indexes = self.reader.images.indexes
         self.samples = sum(self.reader.images.counts)
-        self.skipped = list[tuple[str, str]]()
+        self.skipped = [
+            (name, f"{reason}{f' ({count} in all)' if count > 1 else ''}")
+            for reason, (count, name) in self.reader.images.left_out.found.items()
+        ]
         self.identity = self.reader.fingerprint().encode()
         folder = source if os.path.isdir(source) else os.path.dirname(source)
         self.classes = [] if labels is False else class_names(folder) or []

@@ -52,7 +52,11 @@ class Store:
     is never asked for again: it is what its server had when it was fetched.
     """
 
-    def __init__(self, cache_dir: str | None = None, limit_bytes: float = 200e9) -> None:
+    def __init__(
+        self, cache_dir: str | None = None, limit_bytes: float = 200e9, image_extension: str | None = None
+    ) -> None:
+        """image_extension: which member of a sample is its image, see `samples_among`."""
+        self.image_extension = image_extension
         self.cache_dir = cache_dir or default_cache_dir()
         self.folder = Path(self.cache_dir) / "shards"
         self.limit_bytes = limit_bytes
@@ -81,7 +85,7 @@ class Store:
     def index(self, url: str) -> ShardIndex:
         """Of a shard: as it was once fetched, else as it lies beside it (see `mpp index`), else it is fetched."""
         target = self.target(url)
-        stored = index_path(str(target))
+        stored = self._stored_index(target)
         index = read_index(stored)
         if index is None:
             index = self._index_elsewhere(url)
@@ -139,11 +143,18 @@ class Store:
     def _index_of(self, target: Path) -> ShardIndex | None:
         """None where it has left the cache."""
         try:
-            return index_shard(str(target), self.cache_dir)
+            return self.index_local(str(target))
         except UserError:
             if target.exists():
                 raise
             return None
+
+    def index_local(self, shard: str, *, fresh: bool = False) -> ShardIndex:
+        """The index of a file, see `index_shard`."""
+        return index_shard(shard, self.cache_dir, fresh=fresh, image_extension=self.image_extension)
+
+    def _stored_index(self, target: Path) -> Path:
+        return index_path(str(target), image_extension=self.image_extension)
 
     def listing(self, folder: str) -> dict[str, Entry]:
         """Of the shards below an URL, as it lies beside them; {} where there is none."""
@@ -156,7 +167,8 @@ class Store:
     def _index_elsewhere(self, url: str) -> ShardIndex | None:
         """The index that lies beside a remote shard; None where there is none that could be of a shard."""
         try:
-            with remote.opened(remote.next_to(url, ".index.npz")) as answer:
+            beside = remote.next_to(url, str(index_path("", image_extension=self.image_extension)))
+            with remote.opened(beside) as answer:
                 return read_index(io.BytesIO(answer.stream.read(MOST_INDEX_BYTES)))
         except remote.FAULTS:  # servers say in many ways that they have no such file
             return None
@@ -170,7 +182,7 @@ class Store:
             raise
         with self._room():  # whoever counts sees it by the one name or the other
             os.replace(part, target)
-        write_index(index_path(str(target)), index)
+        write_index(self._stored_index(target), index)
 
     def _download(self, url: str, part: Path) -> ShardIndex:
         have, furthest, tries, version = 0, 0, 0, None
@@ -207,7 +219,7 @@ class Store:
                 time.sleep(min(max(PAUSE_S * 2**tries, remote.wished_pause_s(error)), MOST_PAUSE_S))
         os.truncate(part, have)
         try:
-            return scan(str(part))
+            return scan(str(part), self.image_extension)
         except UserError as error:  # a login page with status 200, say: never let it into the cache
             raise UserError(f"{url}: what arrived is no shard: {str(error).removeprefix(f'{part}: ')}") from error
 

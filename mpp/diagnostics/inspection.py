@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,8 @@ from mpp.diagnostics import plots, views
 from mpp.diagnostics.measures import LEAST_IMAGES
 from mpp.diagnostics.observing import Subject, attend, see_all
 from mpp.diagnostics.views import View
-from mpp.errors import BadImage, UserError, one_line
+from mpp.errors import BadImage, MppWarning, UserError, one_line
 from mpp.history import INSPECTION, INSPECTION_INDEX
-from mpp.recipe import DECODING
 from mpp.records import timm_folder, write_json
 
 ATTENTION_IMAGES = 16
@@ -63,7 +63,8 @@ def _open(source: str, *, random: bool, device: torch.device, key: str) -> Subje
     folder = timm_folder(source)
     if folder and exporting.stored_recipe(folder).get("data", {}).get("value_range"):
         raise UserError(f"{key}: {source} wants images with data.value_range; here they are read as 8 bit")
-    return Subject(source, model, (int(size[0]), int(size[1])), channels, mean, std)
+    decoding = exporting.decoding_of(folder or Path(source), channels)
+    return Subject(source, model, (int(size[0]), int(size[1])), channels, mean, std, decoding)
 
 
 def _centre(size: tuple[int, int], width: int, height: int) -> Any:
@@ -76,17 +77,18 @@ def _read(subjects: Sequence[Subject], places: Sequence[str], count: int, shown:
     What cannot be read is passed over. UserError where too few are left.
     """
     found: list[list[Tensor]] = []
-    first_fault = ""
+    faults: list[str] = []
     for reader, number in sample(places, count, "IMAGES"):
         try:
             data = reader.read(number)
-            found.append(
-                [decode_crop(data, partial(_centre, s.size), s.size, channels=s.channels, **DECODING) for s in subjects]
-            )
+            found.append([decode_crop(data, partial(_centre, s.size), s.size, **s.decoding) for s in subjects])
         except BadImage as error:
-            first_fault = first_fault or f"; unreadable: {reader.name(number)}: {error}"
+            faults.append(f"{reader.name(number)}: {error}")
     if len(found) < LEAST_IMAGES:
-        raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are wanted; got {len(found)}{first_fault}")
+        first = f"; unreadable: {faults[0]}" if faults else ""
+        raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are wanted; got {len(found)}{first}")
+    if faults:
+        warnings.warn(f"IMAGES: {len(faults)} cannot be read; the first: {faults[0]}", MppWarning, stacklevel=3)
     chosen = evenly(len(found), shown)
     order = chosen + [i for i in range(len(found)) if i not in chosen]
     return [torch.stack([images[i] for i in order]) for images in zip(*found, strict=True)]

@@ -35,6 +35,8 @@ class Subject:
     channels: int
     mean: Tensor
     std: Tensor
+    decoding: dict[str, Any] = field(default_factory=dict)
+    """How its images are read, as `decode_crop` takes it"""
 
     def normalised(self, raw: Tensor) -> Tensor:
         return (raw.to(self.mean.device).float() / 255 - self.mean) / self.std

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from mpp import checkpoint
 from mpp.build import build_mask, build_model
 from mpp.data.decode import centre_box, decode_crop
+from mpp.data.files import read_regular
 from mpp.data.images import evenly, images_of
 from mpp.data.loader import draw_masks
 from mpp.diagnostics.kept import FOLDER, KEY, check_png, through_training
 from mpp.diagnostics.sheets import save_png, scaled, sheet, stacked
-from mpp.errors import BadImage, UserError
+from mpp.errors import BadImage, MppWarning, UserError
 from mpp.model import Reconstruction
 from mpp.recipe import PretrainRecipe, load_recipe
 
@@ -45,7 +47,6 @@ def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path
     for name in images:
         if Path(out).exists() and Path(name).exists() and Path(out).samefile(name):
             raise UserError(f"--out {out}: is one of the images; give another file")
-    images = [name for place in images for name in _images_of(place)]
     check_png(out)
     recipe = load_recipe(Path(run) / "recipe.yaml", PretrainRecipe)
     path = checkpoint.newest(Path(run) / "checkpoints")
@@ -54,39 +55,54 @@ def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path
     model, grid = build_model(recipe)
     checkpoint.load(path, model)
     model.eval()
-    batch = torch.stack([_read(name, recipe) for name in images])
-    units = draw_masks(build_mask(recipe), grid, 0.5, recipe.seed, range(len(images)))
+    batch = torch.stack([image for place in images for image in _read_place(place, recipe)])
+    units = draw_masks(build_mask(recipe), grid, 0.5, recipe.seed, range(len(batch)))
     found = model.reconstruct(batch, units.hidden, units.noise, units.count)
     if not found:
         names = ", ".join(o.name for o in model.objectives)
         raise UserError(f"{run}: target {names}: has no picture; those with one: pixels, norm_pixels, colours, hog")
     blocks = []
     for drawn in found:
-        rows = [[tile(p.images[i]) for p in drawn.panels] for i in range(len(images))]
+        rows = [[tile(p.images[i]) for p in drawn.panels] for i in range(len(batch))]
         title = f"target {drawn.target}" if len(found) > 1 else None
         blocks.append(sheet(rows, [p.title for p in drawn.panels], title=title))
     return save_png(stacked(blocks), Path(out))
 
 
-def _images_of(place: str) -> list[str]:
-    """A file as it is; of a folder a few, evenly."""
+def _read_place(place: str, recipe: PretrainRecipe) -> list[Tensor]:
+    """The image of a file; of a folder a few, spread evenly, with a warning of those that cannot be read.
+
+    Raises:
+        UserError: The file, or every image looked at in the folder, cannot be read.
+    """
     if not os.path.isdir(place):
-        return [place]
+        return [_read(place, recipe)]
     found = images_of([place])
-    return [found[i] for i in evenly(len(found), OF_A_FOLDER)]
+    images, faults = [], []
+    for name in [found[i] for i in evenly(len(found), OF_A_FOLDER)]:
+        try:
+            images.append(_read(name, recipe))
+        except UserError as error:
+            faults.append(str(error))
+    if not images:
+        raise UserError(f"{place}: not one image looked at can be read; the first: {faults[0]}")
+    if faults:
+        warnings.warn(f"{len(faults)} unreadable images are left out; the first: {faults[0]}", MppWarning, stacklevel=3)
+    return images
 
 
 def _read(name: str, recipe: PretrainRecipe) -> Tensor:
+    """The central crop of an image file. UserError if it cannot be read."""
     data = recipe.data
     try:
         return decode_crop(
-            Path(name).read_bytes(),
+            read_regular(name),
             lambda w, h: centre_box(w, h, data.image_size),
             data.image_size,
             **data.decoding(),
         )
-    except (OSError, BadImage) as error:
-        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+    except BadImage as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 # ---- through training ------------------------------------------------------------------------------------------------

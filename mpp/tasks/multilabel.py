@@ -45,16 +45,20 @@ class MultilabelTask(nn.Module):
         """
         from torchmetrics.functional import classification as found  # a second, and only here
 
+        def of_each_class(binary: Callable[..., Tensor]) -> Tensor:
+            """(classes,) of a metric of one class against its absence."""
+            return torch.stack([binary(p, t) for p, t in zip(probabilities.T, truth.T, strict=True)])
+
         logits, labels = (torch.cat(t) for t in zip(*judged, strict=True))
-        classes, truth, probabilities = logits.shape[1], labels.long(), logits.float().sigmoid()
+        truth, probabilities = labels.long(), logits.float().sigmoid()
         occurs, lacks = truth.bool().any(0), (1 - truth).bool().any(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torchmetrics', of classes that never occur
-            precision = found.multilabel_average_precision(probabilities, truth, classes, average="none")
+            precision = of_each_class(found.binary_average_precision)
             headline = {"map": float(precision[occurs].double().mean()) if bool(occurs.any()) else 0.0}
             if headline_only:
                 return headline
-            auroc = found.multilabel_auroc(probabilities, truth, classes, average="none")
+            auroc = of_each_class(found.binary_auroc)
         both = occurs & lacks
         return {
             **headline,

@@ -124,7 +124,7 @@ BAD: list[tuple[bytes, int, str]] = [
     (npy(np.zeros((2, 4, 4, 5), np.uint8)), 5, "an array of 2×4×4×5; wants 5 channels"),
     (npy(np.zeros((4, 4), np.complex64)), 1, "values of complex64"),
     (npy(np.zeros((4, 4), bool)), 1, "values of bool"),
-    (npy(np.array([[np.nan, 1], [np.inf, 1]])), 1, "2 values are not finite"),
+    (npy(np.array([[np.nan, 1], [np.inf, -np.inf]])), 1, "75% of its values are missing, more than 50%"),
     (npy(np.zeros((0, 4), np.uint8)), 1, "4×0 pixels"),
     (npy(np.zeros((101, 100), np.uint8)), 1, "100×101 pixels, over max_image_pixels 10000"),
     (npy(np.zeros((4, 4), np.uint8))[:-1], 1, "cut off"),

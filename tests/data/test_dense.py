@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,7 @@ def test_boxes_end_with_their_image(rectangles: Path) -> None:
     path.write_text(json.dumps(values))
     data = detected(rectangles)
     assert data.boxes[0][1:, :4].tolist() == [[0, 0, 30, 30]]
-    assert [line.split("annotations[")[1] for line in data.left_out] == [
-        "5].bbox: no pixel of its image: [300, 5, 10, 10]", "6].bbox: no pixel of its image: [5, 5, 10, 0]"
-    ]  # fmt: skip
+    assert re.search(r"2 \(no pixel of its image\), .*annotations\[5\]\.bbox: \[300, 5, 10, 10\]", str(data.left_out))
     whole = data.cropped(0, (0, 0, 60, 40), (40, 60), False)
     assert whole["boxes"].shape == (2, 4), "what lies beyond the image is not what a crop has hidden"
     for entry in values["images"]:

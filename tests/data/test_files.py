@@ -80,8 +80,13 @@ def test_what_is_no_file_of_its_own(image_folder: Path, tmp_path: Path) -> None:
 def test_shards_that_are_not_all_of_a_folder(shards: Path, image_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(shards, tmp_path / "s")
     shutil.copy(next(image_folder.rglob("*.jpg")), folder / "a.jpg")
-    with pytest.raises(UserError, match=r"holds shards and 1 images beside them, such as a\.jpg; .*s/\*\.tar names"):
+    with pytest.raises(UserError, match=r"holds 3 shards, .* and 1 images, such as a\.jpg\. .*s/\*\.tar' names"):
         opened(folder)
+    (folder / "unpacked").mkdir()
+    (folder / "a.jpg").rename(folder / "unpacked" / "a.jpg")
+    with pytest.raises(UserError, match=r"holds 3 shards, .* and 1 images, such as unpacked/a\.jpg"):
+        opened(folder)
+    (folder / "unpacked" / "a.jpg").rename(folder / "a.jpg")
     assert len(opened(f"{folder}/*.tar").names) == 3
     pack(str(image_folder), str(tmp_path / "part"), images_per_shard=20, workers=1, part=(1, 2))
     with pytest.raises(UserError, match="was not packed to its end"):

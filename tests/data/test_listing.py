@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from mpp.cli import main
-from mpp.data import images as images_module
+from mpp.data import store as store_module
 from mpp.data.images import ShardImages
 from mpp.data.index import index_path
 from mpp.data.listing import INDEXES_HELD, LISTING, Indexes, parse_listing, read_listing, write_listing
@@ -38,8 +38,8 @@ def folder(shards: Path, tmp_path: Path) -> Path:
 
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Indexes that are opened from now on."""
-    found, real = list[str](), images_module.index_shard
-    monkeypatch.setattr(images_module, "index_shard", lambda name, *rest: found.append(name) or real(name, *rest))
+    found, real = list[str](), store_module.index_shard
+    monkeypatch.setattr(store_module, "index_shard", lambda name, *a, **k: found.append(name) or real(name, *a, **k))
     return found
 
 
@@ -89,7 +89,7 @@ def test_a_shard_that_is_another_one(folder: Path, dated: bool) -> None:
             images.read(0, 0)
 
 
-GOOD = [3, 10_240, 5, "0" * 64]
+GOOD = [3, 10_240, 5, "0" * 64, {"hidden": [2, "._a.jpg"]}]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ GOOD = [3, 10_240, 5, "0" * 64]
         "[]",
         "null",
         '{"format": 1}',
-        '{"format": 1, "shards": []}',
-        json.dumps({"format": 2, "shards": {"a.tar": GOOD}}),
+        '{"format": 2, "shards": []}',
+        json.dumps({"format": 1, "shards": {"a.tar": GOOD}}),
         "[" * 100_000,
         *(
-            json.dumps({"format": 1, "shards": {"a.tar": [*GOOD[:i], value, *GOOD[i + 1 :]]}})
+            json.dumps({"format": 2, "shards": {"a.tar": [*GOOD[:i], value, *GOOD[i + 1 :]]}})
             for i, value in [
                 (0, -1),
                 (0, 21),
@@ -114,9 +114,13 @@ GOOD = [3, 10_240, 5, "0" * 64]
                 (3, "0"),
                 (3, 7),
                 (3, "g" * 64),
+                (4, []),
+                (4, {"hidden": 1}),
+                (4, {"hidden": [1, 2]}),
+                (4, {str(i): [1, "a.jpg"] for i in range(21)}),
             ]
         ),
-        json.dumps({"format": 1, "shards": {"a.tar": GOOD[:3]}}),
+        json.dumps({"format": 2, "shards": {"a.tar": GOOD[:4]}}),
     ],
 )
 def test_what_is_no_listing_is_passed_over(text: str, folder: Path) -> None:
@@ -126,7 +130,7 @@ def test_what_is_no_listing_is_passed_over(text: str, folder: Path) -> None:
 
 
 def test_a_good_one(folder: Path) -> None:
-    found = parse_listing(json.dumps({"format": 1, "shards": {"a.tar": GOOD, "b.tar": 7}}).encode())
+    found = parse_listing(json.dumps({"format": 2, "shards": {"a.tar": GOOD, "b.tar": 7}}).encode())
     assert list(found) == ["a.tar"]
     assert sorted(read_listing(folder / LISTING)) == [f"shard-{i:06d}.tar" for i in range(3)]
 
@@ -140,7 +144,7 @@ def test_parts_are_merged(image_folder: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "all" / "dataset.json").unlink()  # of one part alone
     done = CliRunner().invoke(main, ["index", str(tmp_path / "all"), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.output) == {"images": 60, "labeled": 60, "shards": 6, "faults": []}
+    assert json.loads(done.output) == {"images": 60, "labeled": 60, "shards": 6, "faults": [], "left_out": {}}
     asked = opened(monkeypatch)
     assert ShardImages(str(tmp_path / "all"), key="k").counts == [10] * 6
     assert asked == []

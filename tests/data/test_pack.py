@@ -91,8 +91,9 @@ def test_what_is_no_image_is_listed_and_left_out(tmp_path: Path) -> None:
         "a/empty.png",
         "a/notes.txt",
         "'a/tab\\there.jpg'",
+        "a/loop",
     }
-    assert len((tmp_path / "out" / "skipped.tsv").read_text().splitlines()) == 4
+    assert len((tmp_path / "out" / "skipped.tsv").read_text().splitlines()) == 5
     names = [k.rsplit(".", 1)[1] for k in members(tmp_path / "out") if not k.endswith("cls")]
     assert sorted(names) == ["jpg", "png"], "the member's name says what it is"
 

@@ -1,0 +1,148 @@
+"""Images that cannot be read: looked for before a run begins, counted while it runs, and not too many of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpp.data.decode import Deep, decode_crop, deep_values
+from mpp.data.images import evenly
+from mpp.data.labeled import Labeled, Reader
+from mpp.errors import BadImage, UserError
+from mpp.metrics import RunLog
+
+LOOKED_AT = 64
+"""Images that are opened before a run begins; more if there are more classes, one of each (a guess)."""
+LEAST_UNREADABLE = 2
+"""Of labeled images looked at, before they are too many: a single one ends no run."""
+LEAST_IN_TRAINING = 100
+"""Unreadable images before they are too many while a run goes on."""
+SMALL_PX = 32
+"""Side to which images are decoded here; a small one is quick."""
+USED_PART = 4
+"""Images whose largest value is this many times smaller than what their type holds are dark, or coarse."""
+
+
+def check_images(images: Any, key: str, decoding: dict[str, Any], max_bad_fraction: float) -> list[str]:
+    """Open some labeled images, of every class if there are few classes, before anything is trained.
+
+    Args:
+        images: What `open_labeled`, `open_segmented` or `open_detected` returned.
+        key: Where the recipe names them, for messages.
+        decoding: As `decode_crop` takes it.
+
+    Returns:
+        Warnings: classes of which no image could be read, images of 16 bit that would be read too coarsely.
+
+    Raises:
+        UserError: More than `max_bad_fraction` of the files are missing, or of those opened cannot be read.
+    """
+    reader: Reader = images.reader
+    missing = np.flatnonzero(reader.sizes() < 0)
+    _check_count(len(missing), len(images), key, max_bad_fraction, lambda: _reason(reader, int(missing[0]), decoding))
+    chosen = _spread(images)
+    faults = {i: fault for i in chosen if (fault := _reason(reader, i, decoding))}
+    _check_count(len(faults), len(chosen), key, max_bad_fraction, lambda: next(iter(faults.values())))
+    warnings = []
+    if isinstance(images, Labeled) and not images.several:
+        lost = unread_classes(images, [i for i in chosen if i not in faults], chosen)
+        if lost:
+            warnings.append(f"{key}: of {', '.join(lost)} not one of the images looked at can be read")
+    return warnings + coarse(reader, [i for i in chosen if i not in faults][:LOOKED_AT], key, decoding)
+
+
+def unread_classes(images: Labeled, read: Sequence[int], of: Sequence[int] | None = None) -> list[str]:
+    """Names of the classes that have images, and none among those read.
+
+    Args:
+        read: Numbers of images that could be read.
+        of: Numbers of the images that were tried; None: all.
+    """
+    tried = images.labels if of is None else images.labels[list(of)]
+    return [images.classes[label] for label in sorted(set(tried.tolist()) - set(images.labels[list(read)].tolist()))]
+
+
+def coarse(reader: Reader, numbers: Sequence[int], key: str, decoding: dict[str, Any]) -> list[str]:
+    """Warn if images of 16 bit use a small part of their range and `data.value_range` does not say which."""
+    found: list[Deep] = []
+    for i in numbers:
+        try:
+            deep = deep_values(reader.read(i), decoding)
+        except BadImage:
+            continue
+        if deep is not None:
+            found.append(deep)
+    if not found or decoding.get("value_range") not in (None, "type"):
+        return []
+    largest, most = max(deep.largest for deep in found), max(deep.most for deep in found)
+    if largest * USED_PART > most or largest <= 0:
+        return []
+    bits = math.ceil(math.log2(largest + 1))
+    what = f"{key}: the largest value of {len(found)} images is {largest:g}, of {most:g} that their type holds"
+    if "value_range" in decoding:
+        return [f"{what}: they are read as dark; data.value_range=[0,{2**bits - 1}] reads them in full"]
+    levels = int(largest) // 257 + 1
+    return [
+        f"{what}: read as 8 bit they keep {levels} grey levels. data.channels=1 data.value_range=[0,{2**bits - 1}] "
+        "reads all of them"
+    ]
+
+
+def count_unreadable(before: int, new: int, lines: list[str], seen: int, max_bad_fraction: float, log: RunLog) -> int:
+    """Count images that a loader replaced, and name them in the log.
+
+    Args:
+        before: Unreadable images of the steps before.
+        new: Those of this step, over all processes.
+        lines: A line for each of them.
+        seen: Images of all steps so far.
+
+    Returns:
+        The new count. It is said at the 1st, 10th, 100th ….
+
+    Raises:
+        UserError: There are more than `max_bad_fraction`, and at least LEAST_IN_TRAINING.
+    """
+    bad = before + new
+    for line in lines:
+        log.note(f"unreadable: {line}")
+    if new and (before == 0 or math.floor(math.log10(bad)) > math.floor(math.log10(before))):
+        log.say(f"{bad} unreadable images so far, replaced by their neighbours; last: {lines[-1]}")
+    if bad >= LEAST_IN_TRAINING and bad > max_bad_fraction * seen:
+        raise UserError(
+            f"data.max_bad_fraction: {bad} of {seen} images could not be read, allowed are {max_bad_fraction:.2%}; "
+            f"they are named in {log.out}/train.log"
+        )
+    return bad
+
+
+def _spread(images: Any) -> list[int]:
+    """Numbers of images to look at, ascending: as many of each class as LOOKED_AT allows, and one at least."""
+    if not isinstance(images, Labeled) or images.several:
+        return evenly(len(images), LOOKED_AT)
+    members = [np.flatnonzero(images.labels == label) for label in np.unique(images.labels)]
+    each = max(LOOKED_AT // max(len(members), 1), 1)
+    return sorted(int(own[at]) for own in members for at in evenly(len(own), each))
+
+
+def _reason(reader: Reader, i: int, decoding: dict[str, Any]) -> str | None:
+    """`name: why` of an image that cannot be read; None if it can be."""
+    try:
+        decode_crop(reader.read(i), lambda width, height: (0, 0, width, height), (SMALL_PX, SMALL_PX), **decoding)
+    except BadImage as error:
+        return f"{reader.name(i)}: {error}"
+    return None
+
+
+def _check_count(bad: int, of: int, key: str, max_bad_fraction: float, first: Callable[[], str | None]) -> None:
+    """UserError for too many. first: names the first one, with the reason."""
+    if bad and bad == of:
+        raise UserError(f"{key}: not one image can be read; the first: {first()}")
+    if bad >= LEAST_UNREADABLE and bad > max_bad_fraction * of:
+        raise UserError(
+            f"{key}: {bad} of {of} images looked at cannot be read; the first: {first()}. data.max_bad_fraction allows "
+            f"{max_bad_fraction:.2%}"
+        )
