@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import re
 import select
@@ -19,9 +18,10 @@ import click
 import mpp
 from mpp.errors import MppWarning, ToldElsewhere, UserError, there, without_secrets
 from mpp.records import check_new
+from mpp.streams import outlast
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
-RANK = os.environ.get("RANK", "0")
+RANK = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else "0"
 LESS_MEMORY = (
     "Allowed: a smaller optim.max_batch_per_device; in pretraining encoder.grad_checkpointing=true and fsdp=true, too. "
     "`mpp plan` says what fits"
@@ -58,29 +58,6 @@ def _no_more_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _Terminal(io.FileIO):
-    """A terminal that may be closed while a run goes on: what it no longer takes is dropped."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data) or 0
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return len(data)
-
-
-def _outlast_terminals() -> None:
-    """Let stdout and stderr be written to after their terminal was closed, as a run that was left alone does."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or somebody's own stream
-            if os.isatty(stream.fileno()):
-                raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
-                lasting = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True)
-                setattr(sys, name, lasting)
-
-
 def _clear_away_when_ended() -> None:
     """A command that fills a folder beside the new one takes it away when it is asked to end, as on Ctrl-C."""
     for asked in (signal.SIGTERM, signal.SIGHUP):
@@ -113,7 +90,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
-        _outlast_terminals()
+        outlast()
         try:
             result = super().invoke(ctx)
             _part()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import signal
+import socket
 import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +25,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, parse_flag_from_env
 
-from mpp import faults
+from mpp import faults, streams
 from mpp.errors import MppWarning, ToldElsewhere, UserError, how_to_get, one_line
 
 PROJECT = "mpp"
@@ -36,6 +38,11 @@ SPARE_LOAD = 0.75
 """Of one core, that other work may take before it is spoken of (a guess)."""
 SAME_PRESS_S = 1.0
 """A second SIGINT within so many seconds is the same Ctrl-C: torchrun passes on what the terminal sent to all."""
+
+COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+"""Variables of launchers that hold whole numbers."""
+LAUNCHERS = (*COUNTS, "MASTER_ADDR", "ACCELERATE_", "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "FORK_LAUNCHED")
+"""How names of variables begin that Accelerate reads."""
 
 T = TypeVar("T")
 
@@ -50,12 +57,13 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     the other processes do not come.
     """
     faults.announce()
+    check_launch(os.environ)
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; {how_to_get(name)}")
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         # on CPUs they would do nothing, on GPUs write one process's part as all, or take the update out of the loop
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+        if _is_set(f"ACCELERATE_USE_{engine}"):
             said = f"allowed: a launch without --use_{engine.lower()} (distributed_type: MULTI_GPU)"
             raise UserError(f"accelerate's {engine}: {said}; `mpp pretrain` has fsdp=true")
     cuda = torch.cuda.is_available()
@@ -66,6 +74,7 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     if cuda:
         multiply_in_tf32(precision == "tf32")
     bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    given = sorted(n for n in os.environ if n.startswith(LAUNCHERS))
     # An earlier run of this process may have had another precision; the process group stays.
     AcceleratorState._reset_state()
     try:
@@ -79,8 +88,58 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
         rank, world, host, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         said = f"process {rank} of {world} did not find the others at {host}:{port}: {one_line(error)}"
         raise UserError(said) from error
+    except (ValueError, RuntimeError) as error:  # Accelerate's and torch's, of variables that are half set or garbage
+        raise UserError(
+            f"the launcher's environment does not hold together: {one_line(error)}. Start the run by torchrun or "
+            f"`accelerate launch`, or unset {', '.join(given)}"
+        ) from error
     write_attention_out(bf16 and not cuda)
     return accelerator
+
+
+def _is_set(variable: str) -> bool:
+    """Whether a launcher's switch is on. UserError if it is neither on nor off."""
+    try:
+        return bool(parse_flag_from_env(variable))
+    except ValueError as error:
+        raise UserError(f"{variable}: '{os.environ[variable]}' in the environment; must be true or false") from error
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Check the variables by which a launcher says which process of how many this one is.
+
+    Raises:
+        UserError: One is no number of its kind, or some are missing: the run would wait for processes that never come.
+    """
+    numbers: dict[str, int] = {}
+    for name in COUNTS:
+        value = environment.get(name)
+        if value is None:
+            continue
+        if not re.fullmatch(r"-?[0-9]{1,9}", value):
+            raise UserError(f"{name}: '{value}' in the environment, not a whole number; start by torchrun, or unset it")
+        numbers[name] = int(value)
+    if "LOCAL_RANK" not in numbers and numbers.get("WORLD_SIZE", 1) <= 1:
+        return  # one process, whatever else is there
+    world, rank = numbers.get("WORLD_SIZE", 1), numbers.get("RANK", 0)
+    missing = [name for name in ("RANK", "MASTER_ADDR") if not environment.get(name)]
+    missing += ["WORLD_SIZE"] if rank > 0 and "WORLD_SIZE" not in numbers else []
+    if missing:
+        there = ", ".join(name for name in COUNTS if name in numbers)
+        raise UserError(
+            f"{there} {'are' if ', ' in there else 'is'} in the environment, but not {', '.join(missing)}; start the "
+            f"run by torchrun, or unset {there}"
+        )
+    least = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    most = {"RANK": world - 1, "MASTER_PORT": 65535}
+    for name, number in sorted(numbers.items(), reverse=True):  # WORLD_SIZE first: RANK is below it
+        if not least.get(name, 0) <= number <= most.get(name, number):
+            end = f" and at most {most[name]}" if name in most else ""
+            raise UserError(f"{name}: {number} in the environment; must be at least {least.get(name, 0)}{end}")
+    try:
+        socket.getaddrinfo(environment["MASTER_ADDR"], None)
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR: {environment['MASTER_ADDR']}: {error.strerror or error}") from error
 
 
 def cpu_has_bf16() -> bool:
@@ -239,21 +298,31 @@ class StopRequest:
             if now - self.at < SAME_PRESS_S:
                 return
             raise KeyboardInterrupt
-        self.by, self.at = signal.Signals(number).name, now
-        with suppress(OSError):  # a terminal that was closed takes no words
-            print(f"{self.by}: finishing the step, then saving (Ctrl-C again stops at once)", file=sys.stderr)
+        self.at = now
+        again = " (Ctrl-C again stops at once)" if number == signal.SIGINT else ""
+        self._stop(signal.Signals(number).name, again)
+
+    def _stop(self, by: str, note: str = "") -> None:
+        """Set the request. The words go past Python's streams, which may be in the middle of a line."""
+        if by == "SIGPIPE" and self.by:
+            return
+        self.by = by
+        with suppress(OSError):
+            os.write(2, f"{by}: finishing the step, then saving{note}\n".encode())
 
     def of_all(self, accelerator: Accelerator) -> str:
         """The name of the signal that some process got, the same on all of them, which call this together."""
         return next((by for by in gathered(accelerator, [self.by]) if by), signal.SIGTERM.name)
 
     def __enter__(self) -> StopRequest:
+        streams.on_broken_pipe = lambda: self._stop("SIGPIPE")
         return self
 
     def __exit__(self, *_: object) -> None:
         """Signals are what they were. It is the last to leave: a launcher that ends the processes of a run in which one
         has died must not end them before they have said so.
         """
+        streams.on_broken_pipe = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

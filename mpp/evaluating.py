@@ -110,6 +110,17 @@ class EvaluateResult:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Arm:
+    """What one encoder, or control, got."""
+
+    scores: list[Score]
+    judged: list[int]
+    """Validation images of each class that could be read"""
+    unreadable: list[str]
+    """A line for each image, of both parts, that could not be read"""
+
+
 @dataclass
 class _Data:
     """Labeled images in the parts that the probes need."""
@@ -166,7 +177,7 @@ def _evaluate(
     out = Path(recipe.out)
     write_json(out / "env.json", environment())
     write_status(out, "running")
-    scores: dict[str, list[Score]] = {}
+    arms: dict[str, _Arm] = {}
     took_s: list[float] = []
     for number, (arm, found) in enumerate(readers.items()):
         folder = out / "arms" / arm
@@ -180,12 +191,19 @@ def _evaluate(
             reader = found.reader if found else PixelReader()
             done = _run_arm(recipe, accelerator, reader.to(accelerator.device), data, size, folder)
             reader.cpu()
-            write_json(folder / RESULT, {"fingerprint": fingerprint, "scores": [asdict(s) for s in done]})
+            write_json(folder / RESULT, {"fingerprint": fingerprint, **asdict(done)})
             took_s.append(time.monotonic() - began)
-        scores[arm] = done
+        arms[arm] = done
 
-    counts = np.bincount(data.val.labels, minlength=len(data.val.classes))
-    result = EvaluateResult(out, scores, float(counts.max() / counts.sum()), out / PLOT, len(data.tune))
+    own = arms["encoder"]
+    lost = [name for name, judged in zip(data.val.classes, own.judged, strict=True) if not judged]
+    lost = sorted(set(lost) & {data.val.classes[label] for label in data.val.labels})
+    if own.unreadable:
+        of_classes = f"; not one of {', '.join(lost)} in data.val" if lost else ""
+        what = f"{len(own.unreadable)} images could not be read and are left out, such as {own.unreadable[0]}"
+        warnings.warn(f"{what}{of_classes}", MppWarning, stacklevel=3)
+    scores = {arm: found.scores for arm, found in arms.items()}
+    result = EvaluateResult(out, scores, max(own.judged) / sum(own.judged), out / PLOT, len(data.tune))
     _plot(result)
     best = {
         arm: {probe: asdict(s) for probe in recipe.probes if (s := result.best(arm, probe))} for arm in result.scores
@@ -198,6 +216,8 @@ def _evaluate(
             "chosen_by": result.chosen_by,
             "train_images": len(data.fit) + len(data.tune),
             "val_images": len(data.val.labels),
+            "val_images_read": sum(own.judged),
+            "unreadable": own.unreadable,
             "scores": {arm: [asdict(s) for s in found] for arm, found in scores.items()},
         },
     )
@@ -263,26 +283,28 @@ def _fingerprint(recipe: EvaluateRecipe, data: _Data) -> str:
     return exporting.fingerprint(data.train.fingerprint(), data.val.fingerprint(), recipe.encoder, recipe.compare)
 
 
-def _finished(folder: Path, fingerprint: str) -> list[Score] | None:
-    """The scores of an arm that is done. UserError where they are of other data or weights."""
+def _finished(folder: Path, fingerprint: str) -> _Arm | None:
+    """An arm that is done. UserError where it is of other data or weights."""
     try:
         stored = json.loads((folder / RESULT).read_text())
-        scores, before = [Score(**s) for s in stored["scores"]], stored["fingerprint"]
+        found = _Arm([Score(**s) for s in stored["scores"]], stored["judged"], stored["unreadable"])
+        before = stored["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if before != fingerprint:
         raise UserError(f"{folder}: the data or the encoder changed since; start a new run")
-    return scores
+    return found
 
 
 def _run_arm(
     recipe: EvaluateRecipe, accelerator: Any, reader: nn.Module, data: _Data, size: tuple[int, int], folder: Path
-) -> list[Score]:
+) -> _Arm:
     """Every probe at every place of one encoder."""
     device, scores = accelerator.device, list[Score]()
     keys, classes = recipe.data, len(data.train.classes)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
     progress = _Progress()
+    judged, unreadable = np.bincount(data.val.labels, minlength=classes), list[str]()
 
     def images(
         of: Labeled, numbers: np.ndarray, batch_size: int, what: str, *, time_left: bool = True
@@ -309,8 +331,10 @@ def _run_arm(
             read, images(data.val, everything, keys.batch_size, "validation images"), len(everything), 0,
             folder / "features" / "val", device,
         )  # fmt: skip
+        judged, unreadable = np.bincount(val.labels, minlength=classes), train.unreadable + val.unreadable
         if len(val.labels) == 0 or train.first in (0, len(train.labels)):
-            raise UserError(f"data.{'train' if len(val.labels) else 'val'}: not one image can be read")
+            key = "train" if len(val.labels) else "val"
+            raise UserError(f"data.{key}: not one image can be read; the first: {unreadable[0]}")
         for place in progress.shown(train.features, f"{folder.name}: probes, layer and pooling", len(train.features)):
             if "knn" in recipe.probes:
                 scores.append(_knn(recipe, place, train, val, classes, device))
@@ -331,7 +355,7 @@ def _run_arm(
 
         scores += _attentive(recipe, data, tokens, classes, device)
     folder.mkdir(parents=True, exist_ok=True)
-    return scores
+    return _Arm(scores, judged.tolist(), unreadable)
 
 
 class _Progress:

@@ -360,7 +360,8 @@ def own_normalisation(source: str, channels: int) -> tuple[list[float], list[flo
 
 
 def read_as(source: str, data: Data, *, warn: bool) -> Data:
-    """Fill in how an encoder's images were read, where a recipe does not say it: channels, value_range, nodata.
+    """Fill in how an encoder's images were read, where a recipe does not say it: channels, formats,
+    max_image_pixels, value_range, nodata.
 
     Args:
         source: The encoder, as a recipe names it.
@@ -383,6 +384,9 @@ def read_as(source: str, data: Data, *, warn: bool) -> Data:
                 MppWarning,
                 stacklevel=4,
             )
+    for key in DECODING:
+        if stored.get(key) and key not in data.model_fields_set:
+            filled[key] = tuple(stored[key]) if isinstance(stored[key], list) else stored[key]
     for key in ("value_range", "nodata"):
         if stored.get(key) is not None and getattr(data, key) is None and own in (None, filled.get("channels", own)):
             filled[key] = tuple(stored[key]) if isinstance(stored[key], list) else stored[key]

@@ -114,6 +114,8 @@ class Table(NamedTuple):
     """(n,) int64"""
     first: int
     """How many of them are of the first part."""
+    unreadable: list[str]
+    """A line for each image that could not be read"""
 
 
 def read_table(
@@ -133,7 +135,9 @@ def read_table(
     files: dict[Place, np.ndarray] = {}
     labels = np.empty(images, dtype=np.int64)
     seen = written = first_written = 0
+    unreadable: list[str] = []
     for batch in batches:
+        unreadable += batch.bad
         readable = batch.readable
         found = reader(batch.images.to(device)).pooled
         if not files:
@@ -150,7 +154,7 @@ def read_table(
         labels[written : written + count] = batch.labels[readable].numpy()
         first_written += int(readable[: max(first - seen, 0)].sum())
         seen, written = seen + len(readable), written + count
-    return Table({place: f[:written] for place, f in files.items()}, labels[:written], first_written)
+    return Table({place: f[:written] for place, f in files.items()}, labels[:written], first_written, unreadable)
 
 
 def _check_space(folder: Path, wanted: int) -> None:

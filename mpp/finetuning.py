@@ -268,6 +268,9 @@ def _doubts(recipe: FinetuneRecipe, train: Images, val: Images) -> list[str]:
     for key, images in (("data.train", train), ("data.val", val)):
         if images.left_out:
             found.append(f"{key}: {images.left_out}")
+        if isinstance(images, Detected) and images.cut:
+            many = f"{len(images.cut)} boxes run past their image and are cut off"
+            found.append(f"{key}: {many}, such as {images.cut[0]}; a box is [x, y, width, height] in pixels")
         found += check_images(images, key, recipe.data.decoding(), recipe.data.max_bad_fraction)
     return found
 
@@ -358,8 +361,6 @@ def _check(recipe: FinetuneRecipe, accelerator: Accelerator, arms: list[str], tr
             f"data.train: only one class ({', '.join(train.classes) or 'none'}); at least two are needed"
             + _of_two_values(recipe, train)
         )
-    if _task(recipe).labels == "classes" and not len(train.classes):
-        raise UserError(f"data.train: {', '.join(recipe.data.train)}: not one image has a label")
     for count in recipe.data.label_counts():
         subset = train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
         if recipe.early_stop and not len(split(train.strata[subset], recipe.early_stop.fraction, 0)[1]):
@@ -437,8 +438,9 @@ def _finished(cell: Path, fingerprint: str) -> dict[str, float] | None:
     """The metrics of a cell that is done. UserError where they were measured on other data."""
     try:
         result = json.loads((cell / RESULT).read_text())
-        metrics, before = {k: float(v) for k, v in result["metrics"].items()}, result["fingerprint"]
-    except (OSError, ValueError, KeyError, AttributeError):
+        metrics = {k: math.nan if v is None else float(v) for k, v in result["metrics"].items()}
+        before = result["fingerprint"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     if before != fingerprint:
         raise UserError(f"{cell}: the data or the encoder changed since; start a new run")
@@ -669,6 +671,8 @@ def _run_cell(
             f"{task.headline} {100 * found.metrics[task.headline]:.2f} %"
             + (f", {found.unreadable} unreadable images left out" if found.unreadable else "")
         )
+        for line in found.unreadable_lines:
+            log.note(f"unreadable, data.val: {line}")
         if found.unread_classes:
             log.say(f"warning: {_without(found.unread_classes)}")
         log.status("finished", step=step)
@@ -784,6 +788,8 @@ class Judged(NamedTuple):
     per_class: list[float | None] | None
     """The headline metric of each class, None where it has none; of tasks that have it so."""
     unreadable: int
+    unreadable_lines: list[str]
+    """A line for each of them."""
     unread_classes: list[str]
     """Classes that have images, of which not one could be read; of tasks with one label an image."""
 
@@ -838,8 +844,8 @@ def _judge(
                 x, labels = x[there], labels[there]
             own.append(model.task.judge(run, x, labels, recipe.data.image_size))
     own, read = distributed.gathered(accelerator, own), distributed.gathered(accelerator, read)
+    lines = distributed.gathered(accelerator, unreadable_lines)
     if not own:
-        lines = distributed.gathered(accelerator, unreadable_lines)
         raise UserError(f"{key}: not one image can be read; the first: {lines[0]}")
     metrics = model.task.metrics(own, headline_only=headline_only)
     if math.isnan(metrics[model.task.headline]):
@@ -850,7 +856,7 @@ def _judge(
     lost: list[str] = []
     if isinstance(images, Labeled) and not images.several:
         lost = unread_classes(images, read, chosen.tolist())
-    return Judged(metrics, each, len(chosen) - len(read), lost)
+    return Judged(metrics, each, len(chosen) - len(read), lines, lost)
 
 
 def _show(recipe: FinetuneRecipe, model: Dense, images: Segmented | Detected, out: Path) -> None:

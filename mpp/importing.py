@@ -490,21 +490,29 @@ def _opened(file: Path, trust: bool) -> Any:
         if first.startswith(b"PK"):
             _compare_checksums(file)
         # training programs keep their arguments and metrics beside the weights
-        return _plain_parts(file)
+        found, left_out = _plain_parts(file)
     except Exception as error:  # torch, zipfile and pickle each have their own
         if refused := _REFUSED.search(str(error)):
             raise UserError(f"{file}: holds more than tensors and plain containers: {_some([refused[1]])}") from error
         raise UserError(f"{file}: damaged, or not of torch.save: {type(error).__name__}") from error
+    if left_out:
+        warnings.warn(
+            f"{file}: objects of {_some(left_out)} are left out; tensors beside them are read", MppWarning, stacklevel=4
+        )
+    return found
 
 
 _REFUSED = re.compile(r"(?i)unsupported (?:global: )?(?:GLOBAL|class) (\S+)")
 
 
-def _plain_parts(file: Path) -> Any:
-    """The tensors and plain containers of a pickle. Of objects of other classes, whose code is never looked for, a
-    dictionary is left; a warning names the classes.
+def _plain_parts(file: Path) -> tuple[Any, list[str]]:
+    """Read the tensors and plain containers of a pickle, and leave out objects of other classes.
 
-    torch's loader says which class it meets and does not know; it is then told to put a dictionary in its place.
+    torch's loader says which class it meets and does not know; it is then told to put a dictionary in its place. The
+    code of these classes is never looked for.
+
+    Returns:
+        (what the file holds, names of the classes that were left out).
     """
     left_out: list[str] = []
     while True:
@@ -523,9 +531,7 @@ def _plain_parts(file: Path) -> Any:
                 if not refused or refused[1] in left_out or len(left_out) == MOST_CLASSES:
                     raise
                 left_out.append(refused[1])
-    if left_out:
-        warnings.warn(f"{file}: left out objects of {_some(left_out)}; tensors are read", MppWarning, stacklevel=4)
-    return found
+    return found, left_out
 
 
 class _Nothing:

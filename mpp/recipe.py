@@ -151,7 +151,19 @@ def _of_an_image(extension: str) -> str:
 
 
 def _listed(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str) or type(value) is int else value
+
+
+def _no_words_for_switches(args: dict[str, Any]) -> dict[str, Any]:
+    """Python takes any text for true, "no" and "false", too."""
+    for key, value in args.items():
+        if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "true", "false"):
+            raise ValueError(f"{key}: '{value}' is text; write true or false")
+    return args
+
+
+TimmArgs = Annotated[dict[str, Any], AfterValidator(_no_words_for_switches)]
+"""Arguments of a timm model, by name."""
 
 
 def _each_once(values: tuple[int, ...]) -> tuple[int, ...]:
@@ -178,7 +190,12 @@ def _path(value: str) -> str:
     return os.path.expanduser(value)
 
 
-FilePath = Annotated[str, AfterValidator(_path)]
+def _number_as_name(value: Any) -> Any:
+    """A folder may be called 2024, which YAML reads as a number."""
+    return str(value) if type(value) is int else value
+
+
+FilePath = Annotated[str, BeforeValidator(_number_as_name, json_schema_input_type=str), AfterValidator(_path)]
 """A file, folder, pattern or URL; `~` is the home folder."""
 Places = Annotated[
     tuple[FilePath, ...],
@@ -304,7 +321,7 @@ class Encoder(Section):
     name: str = "vit_base_patch16_224"
     """Name of the timm model; or the folder of a run or an export, such as `mpp import` makes, whose weights and
     architecture it starts from."""
-    args: dict[str, Any] = {}
+    args: TimmArgs = {}
     """timm's arguments for it, such as patch_size, embed_dim, depth, num_heads, drop_path_rate."""
     pretrained: Bool = False
     """Start from timm's published weights of this name."""
@@ -411,7 +428,7 @@ class Run(Job):
     it stay in either case."""
     max_skipped_steps: NonNegativeInt = 0
     """Steps whose loss or gradient is not finite that are left out, before one stops the run."""
-    hang_timeout_s: Annotated[PositiveFloat, Field(ge=5)] = 1800.0
+    hang_timeout_s: Annotated[PositiveFloat, Field(ge=5, le=1e9)] = 1800.0
     """A process that makes no progress for so long ends the run, which names it; on slow storage reading a batch and
     saving must fit in it (a guess)."""
     trackers: Annotated[
@@ -537,7 +554,7 @@ class Architecture(Section):
 
     name: str | None = None
     """timm's name, for `encoder: scratch` only."""
-    args: dict[str, Any] = {}
+    args: TimmArgs = {}
     """timm's arguments. For a run or an export they change its own, such as `window_size: 7` for a Swin that was
     pretrained with windows of 6 at 192 px."""
 
@@ -803,14 +820,16 @@ R = TypeVar("R", bound=Job)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core numbers and booleans; PyYAML's own reads `1e-4` as a string and `yes` as true."""
+    """YAML 1.2's core numbers and booleans, of whole numbers the decimal ones alone. PyYAML's own reads `1e-4` as a
+    string, `yes` as true, `010` as 8 and `12:30` as 750."""
 
 
-_KEPT = ("null", "int", "merge", "value")
+_KEPT = ("null", "merge", "value")
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] in _KEPT]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false|True|False)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -820,6 +839,8 @@ _Loader.add_implicit_resolver(
     ),
     list("-+.0123456789"),
 )
+
+TEXT_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "merge", "value"))
 
 Key = tuple[str | int, ...]
 
@@ -835,7 +856,10 @@ def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[Key, str]]:
             for k, v in node.value:
                 inner = (*key, k.value)
                 place = f"{source}:{k.start_mark.line + 1}"
-                if inner in places:
+                if not isinstance(k, yaml.ScalarNode) or k.tag not in TEXT_TAGS:
+                    shown = k.value if isinstance(k, yaml.ScalarNode) else "a list or mapping"
+                    errors.append(f"{place}: {dotted((*key, shown))}: keys must be text; put quotes around this one")
+                elif inner in places:
                     errors.append(
                         f"{place}: {dotted(inner)}: given twice; first at line {places[inner].rsplit(':')[-1]}"
                     )
@@ -852,7 +876,7 @@ def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[Key, str]]:
         if node is not None:
             walk(node, ())
     # constructors of tags such as !!float and !!timestamp raise what they like; an alias may hold itself
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -945,6 +969,8 @@ def _override_value(what: str, value: Any) -> Any:
     """A string is read as YAML, but for what only a path or pattern can be: `*.tar`, `runs/try #2`."""
     if not isinstance(value, str) or value.startswith(("*", "&", "!", "@", "%", "`")):
         return value
+    if not value.isprintable():  # names of files may hold bytes that are no text, which YAML does not take
+        return value
     try:
         node = yaml.compose(value, _Loader)
         if node is not None and value[node.end_mark.index :].lstrip().startswith("#"):
@@ -952,7 +978,7 @@ def _override_value(what: str, value: Any) -> Any:
         if isinstance(node, yaml.MappingNode):
             return parse_yaml(value, what)[0]  # a key given twice is an error here, too
         return yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{what}: not a YAML value: {value}") from error
 
 
@@ -1052,7 +1078,7 @@ def checked(
     if isinstance(recipe, Mapping):
         values = deepcopy(dict(recipe))
     elif isinstance(recipe, job):
-        values = recipe.model_dump(mode="json")
+        values = recipe.model_dump(mode="json", exclude_unset=True)  # which keys were given may matter, see `read_as`
     elif isinstance(recipe, Job):
         raise UserError(f"this is a recipe of `mpp {recipe.job}`, not of `mpp {job.model_fields['job'].default}`")
     else:

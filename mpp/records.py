@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -20,8 +21,17 @@ _CHECKPOINT = re.compile(r"step-(\d{8})")
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file as a whole: a reader never sees half of one."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    """A number that is none becomes null: JSON has no other word for it, and many readers refuse Python's NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_status(out: Path, state: str, **more: Any) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, Strict, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator, Strict, WithJsonSchema
 from torch import Tensor
 
 
@@ -31,12 +31,19 @@ def no_bool(value: object) -> object:
     return value
 
 
+def _countable(value: int) -> int:
+    """Numbers far above any of use do not fit where they go: a float, an integer of C's."""
+    if value > 10**15:
+        raise ValueError("must be at most 10^15")
+    return value
+
+
 Bool = Annotated[bool, Strict()]
 """`yes` is a string in YAML 1.2 and stays one."""
 Int = Annotated[int, BeforeValidator(no_bool)]
 Float = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
-PositiveInt = Annotated[int, BeforeValidator(no_bool), Field(ge=1)]
-NonNegativeInt = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
+PositiveInt = Annotated[int, BeforeValidator(no_bool), AfterValidator(_countable), Field(ge=1)]
+NonNegativeInt = Annotated[int, BeforeValidator(no_bool), AfterValidator(_countable), Field(ge=0)]
 PositiveFloat = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, BeforeValidator(no_bool), Field(ge=0, allow_inf_nan=False)]
 OpenFraction = Annotated[float, BeforeValidator(no_bool), Field(gt=0, lt=1)]

@@ -186,7 +186,7 @@ def test_json_of_what_stands_and_is_known(shards: Path, tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         return json.loads(done.stdout)
 
-    assert said("index", str(shards)) == {"images": 60, "labeled": 60, "shards": 3, "faults": []}
+    assert said("index", str(shards)) == {"images": 60, "labeled": 60, "shards": 3, "faults": [], "left_out": {}}
     (tmp_path / "cut.tar").write_bytes((shards / "shard-000000.tar").read_bytes()[:5000])
     bad = CliRunner().invoke(main, ["index", str(tmp_path / "cut.tar"), "--json"])
     assert bad.exit_code == 2

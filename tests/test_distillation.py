@@ -212,6 +212,7 @@ def renamed(cell: Path, out: Path, names: list[str]) -> Path:
     return out
 
 
+@pytest.mark.filterwarnings("ignore:data.channels. 1, but the encoder:mpp.errors.MppWarning")
 def test_wrong_teachers(shards: Path, run: Path, teacher: Path, tmp_path: Path) -> None:  # noqa: F811
     other = renamed(teacher, tmp_path / "other", ["disc", "ring"])
     for source, changes, message in [

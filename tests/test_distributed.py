@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpp import distributed
-from mpp.distributed import multiply_in_tf32, ranks_here, start
+from mpp.distributed import check_launch, multiply_in_tf32, ranks_here, start
 from mpp.errors import UserError
 
 
@@ -31,6 +31,50 @@ def test_the_processes_of_a_machine(
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     assert list(ranks_here(rank, world)) == expected
+
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"LOCAL_RANK": "0"},
+            "LOCAL_RANK is in the environment, but not RANK, MASTER_ADDR; start the run by torchrun, or",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1"},
+            "RANK, WORLD_SIZE are in the environment, but not MASTER_ADDR; .*unset RANK, W",
+        ),
+        ({**WHOLE, "MASTER_ADDR": ""}, "but not MASTER_ADDR"),
+        ({**WHOLE, "RANK": "2"}, "RANK: 2 in the environment; must be at least 0 and at most 1"),
+        ({**WHOLE, "RANK": "-1"}, "RANK: -1 in the environment; must be at least 0"),
+        ({**WHOLE, "WORLD_SIZE": "0"}, "WORLD_SIZE: 0 in the environment; must be at least 1"),
+        ({**WHOLE, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE: 0 in the environment; must be at least 1"),
+        ({**WHOLE, "MASTER_PORT": "99999"}, "MASTER_PORT: 99999 in the environment; .* at most 65535"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK: '' in the environment, not a whole number"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE: 'x' in the environment, not a whole number; start by torchrun, or unset it"),
+        ({**WHOLE, "MASTER_ADDR": "nowhere.invalid"}, r"MASTER_ADDR: nowhere\.invalid: "),
+    ],
+)
+def test_half_of_a_launcher_s_environment(given: dict[str, str], message: str) -> None:
+    """A run would wait for processes that never come, or fail in words of torch's."""
+    with pytest.raises(UserError, match=message):
+        check_launch(given)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, WHOLE, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "80"}, {"SLURM_NTASKS": "4"}]
+)
+def test_an_environment_that_holds_together(given: dict[str, str]) -> None:
+    check_launch(given)
+
+
+def test_a_switch_of_accelerate_s_that_is_neither_on_nor_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "maybe")
+    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP: 'maybe' in the environment; must be true or false"):
+        start("fp32")
 
 
 class Called(TorchDispatchMode):

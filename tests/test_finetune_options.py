@@ -206,7 +206,7 @@ def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path:
             return real(recipe, accelerator, model, images, chosen, key, **rest)
         best = tmp_path / "o" / CELL / "best"
         there.append(sorted(int(p.name[5:]) for p in best.iterdir()) if best.exists() else [])
-        return Judged({"accuracy": next(scores)}, None, 0)
+        return Judged({"accuracy": next(scores)}, None, 0, [], [])
 
     monkeypatch.setattr(finetuning, "_judge", rising)
     tuned(shards, tmp_path / "o", run, early_stop={"every_steps": 2}, checkpoint_every_steps=5)

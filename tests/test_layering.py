@@ -9,7 +9,7 @@ import mpp
 
 PACKAGE = Path(mpp.__file__).parent
 LAYERS = [
-    {"errors", "faults"},
+    {"errors", "faults", "streams"},
     {"rng", "types", "verdict", "keymap", "records"},
     {"history", "verifying"},
     {"patches", "pyramid", "sharding", "weight_init"},

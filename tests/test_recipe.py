@@ -95,7 +95,15 @@ WRONG = {
     "classes compared by distance": ("target: mean_color\nloss: mse\n", [], "r.yaml:8: loss: mse is not for classes, which target mean_color has; allowed with it: cross_entropy"),
     "values compared as classes": ("loss: cross_entropy\n", [], "r.yaml:7: loss: cross_entropy is not for values, which target norm_pixels has; allowed with it: cosine, l1, mse, smooth_l1"),
     "a scale that is no mapping": ("scales: {tiny: 3}\n", [], "r.yaml:7: scales.tiny: must be keys with values, such as optim.steps: 3; got 3"),
-    "a scale of numbers": ("scales: {tiny: {3: 1}}\n", [], "r.yaml:7: scales.tiny: must be keys with values"),
+    "a number with a leading zero": ("", ["optim.clip_grad_norm=12:30"], "command line: optim.clip_grad_norm: input should be a valid number"),
+    "minutes for a count": ("", ["seed=12:30"], "command line: seed: input should be a valid integer"),
+    "a number far too large": ("", ["data.window=1" + "0" * 400], "command line: data.window: must be at most 10^15"),
+    "a key that is a number": ("5: 1\n", [], "r.yaml:7: 5: keys must be text; put quotes around this one"),
+    "a key that is true": ("encoder: {true: 1}\n", [], "r.yaml:7: encoder.true: keys must be text"),
+    "a tag of another type": ("seed: !!bool maybe\n", [], "r.yaml: not valid YAML: "),
+    "no for a switch of timm's": ("", ["encoder.args.qkv_bias=no"], "command line: encoder.args.qkv_bias: 'no' is text; write true or false"),
+    "a member that is no image": ("", ["data.image_extension=cls"], "command line: data.image_extension: what follows the name of a sample"),
+    "a scale of numbers": ("scales: {tiny: {3: 1}}\n", [], "r.yaml:7: scales.tiny.3: keys must be text"),
     "twice in one value": ("", ["mask={name: block, ratio: 0.4, ratio: 0.5}"], "command line: mask:1: ratio: given twice"),
     "a scale on the command line": ("", ["scales.tiny.seed=3"], "command line: scales.tiny.seed: scales are the recipe's own; give the key itself"),
     "an endless block": ("", ["mask=block", "mask.max_aspect=1e308"], "command line: mask.max_aspect: must be >= 1 and <= 100"),
@@ -110,6 +118,24 @@ def test_each_wrong_recipe_has_its_line(what: str, tmp_path: Path) -> None:
     lines = errors(BASE + added, tmp_path, *overrides)
     assert len(lines) == 1
     assert lines[0].startswith(line)
+
+
+def test_numbers_are_what_people_read(tmp_path: Path) -> None:
+    """Not YAML 1.1's octal numbers; folders may be called like numbers."""
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE + "seed: 010\n")
+    given = {"out": "010", "data.shards": "2024", "data.image_extension": ".rgb.png"}
+    recipe = load_recipe(path, PretrainRecipe, given)
+    assert (recipe.seed, recipe.out, recipe.data.shards) == (10, "010", ("2024",))
+    assert recipe.data.image_extension == "rgb.png"
+
+
+def test_formats_may_be_added_when_a_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE)
+    few, more = (load_recipe(path, PretrainRecipe, {"data.formats": f}) for f in ("[PNG]", "[GIF, PNG]"))
+    assert differences(few, more) == []
+    assert differences(more, few) == ["data.formats: was ['GIF', 'PNG'], now ['PNG']"]
 
 
 def test_all_errors_at_once(tmp_path: Path) -> None:
@@ -282,6 +308,7 @@ def tiny_encoder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:data.channels. 1, but the encoder:mpp.errors.MppWarning")
 @pytest.mark.parametrize("path", CLASSIFYING, ids=lambda p: p.stem)
 def test_every_fine_tune_runs_at_tiny_scale(path: Path, tiny_encoder: Path, shards: Path, tmp_path: Path) -> None:
     """Those of places are run where the guides run them."""

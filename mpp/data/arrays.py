@@ -43,7 +43,24 @@ def read_array(data: bytes, *, channels: int, formats: tuple[str, ...], max_imag
     return None
 
 
-def _npy(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
+def check_npy(data: bytes) -> None:
+    """BadImage for an .npy file that holds no image, whatever the number of channels: by its header."""
+    try:
+        shape, dtype, start = _npy_header(data)
+        if dtype.kind not in "uif" or dtype.hasobject:
+            raise BadImage(f"values of {dtype}; read are whole and floating-point numbers")
+        if len(shape) not in (2, 3) or 0 in shape:
+            raise BadImage(f"an array of {'×'.join(map(str, shape))}, not an image")
+        if len(data) - start < math.prod(shape) * dtype.itemsize:
+            raise BadImage("cut off")
+    except BadImage:
+        raise
+    except Exception as error:  # numpy raises anything on hostile bytes
+        raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """(shape, type, where the values begin). BadImage, or whatever numpy raises."""
     with PARSING:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
@@ -51,11 +68,16 @@ def _npy(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
         if version not in reader:
             raise BadImage(f"npy of version {version}")
         shape, _, dtype = reader[version](stream)
-        _check(shape, dtype, channels, max_image_pixels)
-        if len(data) - stream.tell() < math.prod(shape) * dtype.itemsize:
-            raise BadImage("cut off")
-        stream.seek(0)
-        return _channels_first(np.load(stream, allow_pickle=False), channels)
+        return shape, dtype, stream.tell()
+
+
+def _npy(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
+    shape, dtype, start = _npy_header(data)
+    _check(shape, dtype, channels, max_image_pixels)
+    if len(data) - start < math.prod(shape) * dtype.itemsize:
+        raise BadImage("cut off")
+    with PARSING:
+        return _channels_first(np.load(io.BytesIO(data), allow_pickle=False), channels)
 
 
 def _tiff(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:

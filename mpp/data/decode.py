@@ -272,7 +272,7 @@ def _check_pages(data: bytes) -> None:
 
 
 @contextmanager
-def _ours_is_the_limit() -> Iterator[None]:
+def own_pixel_limit() -> Iterator[None]:
     """Of pixels: Pillow has one of its own, above which it refuses, whatever a recipe allows. Its warnings of damaged
     metadata are for nobody who has a million images."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -297,7 +297,7 @@ def decode_pillow(
     if data.startswith(NPY):
         return _of_array(data, channels=channels, formats=formats, max_image_pixels=max_image_pixels)
     try:
-        with _ours_is_the_limit():
+        with own_pixel_limit():
             image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "NPY"])
             _check_size(image.width, image.height, max_image_pixels)
             _check_pages(data)

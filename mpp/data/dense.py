@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,12 +23,14 @@ from torchvision.transforms.v2 import functional as F
 
 from mpp.data.decode import GREY, Box, decode_crop, decode_pillow, random_box
 from mpp.data.files import read_regular
-from mpp.data.labeled import FileReader, LabeledBatch, draw_fraction, file_size
+from mpp.data.labeled import FileReader, LabeledBatch, class_name, draw_fraction, file_size
 from mpp.data.walk import LeftOut, images_below
-from mpp.errors import BadImage, UserError
+from mpp.errors import BadImage, UserError, one_line
 from mpp.rng import Purpose, stream
 
 CLASSES = "classes.txt"
+MOST_OUTSIDE_PX = 1
+"""By which a box may run past its image, from rounding."""
 LEAST_VISIBLE = 0.25
 """A box of which a crop leaves less is no longer one (guess)."""
 
@@ -98,6 +101,8 @@ class Detected(_Dense):
     """(n, 5) float32 of each image: x0, y0, x1, y1 in pixels, area"""
     labels: list[np.ndarray]
     """(n, 2) int64 of each image: class, whether it stands for a crowd"""
+    cut: list[str] = field(default_factory=list, compare=False)
+    """Where the boxes are that run past their image: they were cut off at its edge"""
 
     def fingerprint(self) -> str:
         """What the images and their labels are, not where they lie."""
@@ -111,7 +116,7 @@ class Detected(_Dense):
         """BadImage where the file is not of the size that its boxes were drawn on."""
         stated = self.sizes[i]
         if stated is not None and stated != (width, height):
-            raise BadImage(f"{width}×{height} pixels, its annotations say {stated[0]}×{stated[1]}")
+            raise BadImage(f"{width}×{height} pixels upright, its annotations say {stated[0]}×{stated[1]}")
 
     def cropped(self, i: int, box: Box, size: tuple[int, int], flip: bool) -> dict[str, Tensor]:
         """boxes (n, 4) float32 in the crop's pixels, labels (n,) int64; crowds and what is hardly visible left out."""
@@ -220,12 +225,17 @@ def _listed_classes(root: str) -> list[str] | None:
     if not os.path.exists(path):
         return None
     try:
-        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8, from byte {error.start} on") from error
+    names = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
     while names and not names[-1]:
         names.pop()
     for number, name in enumerate(names, 1):
+        if name:
+            class_name(name, f"{path}:{number}")
         if not name or name in names[: number - 1]:
             raise UserError(f"{path}:{number}: {'no name' if not name else f'{name} a second time'}; one class a line")
     if not names or len(names) > 255:
@@ -251,7 +261,9 @@ def _size_of(image: str) -> tuple[int, int] | None:
     try:
         with Image.open(image) as opened:
             width, height = opened.size
-            return (height, width) if opened.getexif().get(0x0112, 1) >= 5 else (width, height)
+            # of TIFFs Pillow has the size upright already
+            turned = opened.format != "TIFF" and opened.getexif().get(0x0112, 1) >= 5
+            return (height, width) if turned else (width, height)
     except Exception:  # decoders raise anything on hostile bytes
         return None
 
@@ -260,7 +272,10 @@ def _read_mask(path: str) -> np.ndarray:
     """(h, w) uint8. BadImage."""
     try:
         with open(path, "rb") as file:
-            depth, colours = file.read(26)[24:26]
+            start = file.read(26)
+        if len(start) < 26:
+            raise BadImage(f"a file of {len(start)} bytes, not a PNG")
+        depth, colours = start[24:26]
         with Image.open(path, formats=("PNG",)) as mask:
             if mask.mode not in ("L", "P", "1"):
                 raise BadImage(f"a mask has one channel of class numbers; this PNG is {mask.mode}")
@@ -269,7 +284,7 @@ def _read_mask(path: str) -> np.ndarray:
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
-        raise BadImage(f"no PNG that can be read ({type(error).__name__})") from error
+        raise BadImage(f"not a PNG that can be read: {one_line(error) or type(error).__name__}") from error
 
 
 # ---- boxes -------------------------------------------------------------------------------------------------------
@@ -287,7 +302,9 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         folder = _one_folder(spec, key, "annotations.json and images/, or [annotations.json, folder of its images]")
         path, root = os.path.join(folder, "annotations.json"), os.path.join(folder, "images")
     try:
-        values = json.loads(Path(path).read_bytes())
+        values = json.loads(read_regular(path), object_pairs_hook=_each_key_once)
+    except BadImage as error:
+        raise UserError(f"{key}: {path}: {error}") from error
     except OSError as error:
         raise UserError(f"{key}: {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -302,6 +319,8 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
 
     def of(part: str, i: int, name: str, kinds: tuple[type, ...], words: str) -> Any:
         value = lists[part][i].get(name)
+        if int in kinds and isinstance(value, float) and value.is_integer():  # as some tools write whole numbers
+            value = int(value)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise UserError(f"{key}: {path}: {part}[{i}].{name}: wants {words}; got {json.dumps(value)}")
         return value
@@ -311,17 +330,20 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         number = of("categories", i, "id", (int,), "a number")
         if number in named:
             raise UserError(f"{key}: {path}: categories[{i}].id: {number} a second time")
-        named[number] = of("categories", i, "name", (str,), "a name")
+        name = class_name(of("categories", i, "name", (str,), "a name"), f"{key}: {path}: categories[{i}].name")
+        if name in named.values():
+            raise UserError(f"{key}: {path}: categories[{i}].name: '{name}' a second time; names must differ")
+        named[number] = name
     known = classes or [named[number] for number in sorted(named)]
-    if not known or len(set(named.values())) != len(named) or not all(named.values()):
-        raise UserError(f"{key}: {path}: categories: wants one at least, and different names")
+    if not known:
+        raise UserError(f"{key}: {path}: categories: at least one is needed")
     for name in named.values():
         if name not in known:
             raise UserError(f"{key}: {path}: categories: '{name}' is none of the {len(known)} of the training data")
     class_of = {number: known.index(name) for number, name in named.items()}
 
     numbers: dict[int, int] = {}
-    images, sizes = [], list[tuple[int, int] | None]()
+    images, sizes, listed = [], list[tuple[int, int] | None](), set[str]()
     for i in range(len(lists["images"])):
         number = of("images", i, "id", (int,), "a number")
         if number in numbers:
@@ -330,16 +352,21 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         file = os.path.join(root, of("images", i, "file_name", (str,), "a file name"))
         if not os.path.isfile(file):
             raise UserError(f"{key}: {path}: images[{i}].file_name: no such file: {file}")
+        if file in listed:
+            raise UserError(f"{key}: {path}: images[{i}].file_name: {file} a second time")
+        listed.add(file)
         images.append(file)
         entry = lists["images"][i]
         stated = "width" in entry or "height" in entry
         width, height = (of("images", i, side, (int,), "pixels") if stated else 0 for side in ("width", "height"))
+        if stated and (width < 1 or height < 1):
+            raise UserError(f"{key}: {path}: images[{i}]: {width}×{height} pixels; both sides must be at least 1")
         sizes.append((width, height) if stated else _size_of(file))
     if not images:
         raise UserError(f"{key}: {path}: no images in it")
     boxes: list[list[list[float]]] = [[] for _ in images]
     labels: list[list[list[int]]] = [[] for _ in images]
-    left_out = LeftOut()
+    left_out, cut, relative = LeftOut(), list[str](), True
     for i, entry in enumerate(lists["annotations"]):
         for name, allowed in (("image_id", numbers), ("category_id", class_of)):
             if of("annotations", i, name, (int,), "a number") not in allowed:
@@ -356,25 +383,48 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
             raise UserError(f"{key}: {path}: annotations[{i}].iscrowd: wants 0 or 1; got {json.dumps(crowd)}")
         x, y, w, h = map(float, box)
         area = entry.get("area")
-        area = float(area) if area is not None and _is_number(area) else w * h
-        place = numbers[entry["image_id"]]
+        if area is not None and not (_is_number(area) and area >= 0):
+            raise UserError(
+                f"{key}: {path}: annotations[{i}].area: must be a number of pixels; got {json.dumps(area)}. Without it "
+                "the area is that of the box"
+            )
+        area = w * h if area is None else float(area)
+        where = f"{path}: annotations[{i}].bbox"
+        place = numbers[int(entry["image_id"])]
         width, height = sizes[place] or (math.inf, math.inf)
         corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
         if corners[0] >= corners[2] or corners[1] >= corners[3]:  # COCO has a few without height
-            left_out.add("no pixel of its image", f"{path}: annotations[{i}].bbox: {json.dumps(box)}")
+            left_out.add("no pixel of its image", f"{where}: {json.dumps(box)}")
             continue
+        relative = relative and x + w <= 1 and y + h <= 1
+        if corners[2] < x + w - MOST_OUTSIDE_PX or corners[3] < y + h - MOST_OUTSIDE_PX:
+            cut.append(f"{where}: {json.dumps(box)}")
         boxes[place].append([*corners, area])
-        labels[place].append([class_of[entry["category_id"]], int(crowd)])
+        labels[place].append([class_of[int(entry["category_id"])], int(crowd)])
     if not any(1 - crowd for of_image in labels for _, crowd in of_image):
         raise UserError(f"{key}: {path}: annotations: not one box" + (f"; {left_out}" if left_out else ""))
+    if relative:
+        raise UserError(
+            f"{key}: {path}: annotations: every box ends within 1 px; boxes are in pixels, not in parts of 1"
+        )
     return Detected(
         images,
         known,
         sizes,
         [np.array(b, dtype=np.float32).reshape(-1, 5) for b in boxes],
         [np.array(b, dtype=np.int64).reshape(-1, 2) for b in labels],
+        cut,
         left_out=left_out,
     )
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """ValueError for an object of JSON that has a key twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,28 +26,59 @@ STATS_AT_A_TIME = 32
 """Questions for sizes of files, which may lie on a server."""
 
 
-def read_manifest(path: str, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """(line, values of these columns) of a CSV file's rows. UserError with the line of what is wrong."""
+def read_manifest(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:
+    """Read a CSV file of images.
+
+    Names of columns are compared without upper case, and names and values without the spaces around them.
+
+    Args:
+        columns: Those that must be there; `image` has a value in every row.
+        optional: Those that are read if they are there.
+
+    Returns:
+        (line, value of each column) of every row that is not blank.
+
+    Raises:
+        UserError: With the line of what is wrong.
+    """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.reader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    if not rows or not set(columns) <= set(rows[0]):
-        wanted = " and ".join(columns)
+        text = read_regular(path).decode("utf-8-sig")
+    except BadImage as error:
+        raise UserError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}:1: wants the column{'s' if len(columns) > 1 else ''} {wanted}; "
-            f"got {', '.join(rows[0]) if rows else 'nothing'}"
-        )
-    found = []
-    for number, row in enumerate(rows[1:], 2):
-        if not row:
-            continue  # a blank line
-        if any("\0" in value for value in row):
-            raise UserError(f"{path}:{number}: a zero byte")
-        if len(row) != len(rows[0]):
-            raise UserError(f"{path}:{number}: {len(row)} columns, where the first line has {len(rows[0])}")
-        found.append((number, {column: row[rows[0].index(column)] for column in columns}))
+            f"{path}: not text in UTF-8, from byte {error.start} on; a spreadsheet saves it as 'CSV UTF-8'"
+        ) from error
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        wanted = [*columns, *(name for name in optional if name in header)]
+        if not set(columns) <= set(header):
+            separated = next((mark for mark in (";", "\t") if mark in text.partition("\n")[0]), None)
+            raise UserError(
+                f"{path}:1: needs the column{'s' if len(columns) > 1 else ''} {' and '.join(columns)}; "
+                f"got {', '.join(header) or 'nothing'}"
+                + (f". Columns are separated by commas, not by {separated!r}" if separated else "")
+            )
+        if twice := [name for name in wanted if header.count(name) > 1]:
+            raise UserError(f"{path}:1: two columns are called {twice[0]}")
+        found, last = [], reader.line_num
+        for row in reader:
+            line, last = last + 1, reader.line_num
+            if not any(value.strip() for value in row):
+                continue
+            if len(row) != len(header):
+                raise UserError(f"{path}:{line}: {len(row)} columns, where the first line has {len(header)}")
+            values = {name: row[header.index(name)].strip() for name in wanted}
+            for name, value in values.items():
+                if odd := re.search(r"[\0\n\r\t]", value):
+                    what = {"\0": "a zero byte", "\t": "a tab"}.get(odd[0], "a line break; is a quote left open?")
+                    raise UserError(f"{path}:{line}: {name}: {what}")
+            if not values.get("image", "."):
+                raise UserError(f"{path}:{line}: no image")
+            found.append((line, values))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}; is a quote left open?") from error
     if not found:
         raise UserError(f"{path}: no images in it")
     return found

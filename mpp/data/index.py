@@ -355,7 +355,7 @@ def _check_shards_of(folder: str, key: str) -> None:
         about = json.loads((Path(folder) / "dataset.json").read_text())
         unfinished = "images_listed" in about and "images" not in about
         packed = -(-int(about["images_listed"]) // int(about["images_per_shard"])) if "images_listed" in about else 0
-    except (OSError, ValueError, TypeError, KeyError, ArithmeticError):
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError):
         return
     if unfinished:
         raise UserError(
@@ -397,10 +397,21 @@ def member_name(shard: str, image_offset: int) -> str:
 
 
 def class_names(folder: str) -> list[str] | None:
-    """Class names that `mpp pack` left beside the shards of a folder, or None."""
+    """Read the class names that `mpp pack` left beside the shards of a folder; None if there are none.
+
+    Raises:
+        UserError: The file cannot be read: numbers would take the place of the names.
+    """
+    path = Path(folder) / "dataset.json"
     try:
-        data = json.loads((Path(folder) / "dataset.json").read_text())
-        names = data.get("classes")
-        return [str(n) for n in names] if names else None
-    except (OSError, ValueError, AttributeError):
+        names = json.loads(path.read_bytes().decode("utf-8-sig")).get("classes")
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        said = getattr(error, "strerror", None) or "not an object of JSON in UTF-8"
+        raise UserError(f"{path}: {said}; it names the classes of the shards beside it") from error
+    if not names:
+        return None
+    if not isinstance(names, list) or len({str(name) for name in names}) < len(names) or None in names:
+        raise UserError(f"{path}: classes: must be a list of different names")
+    return [str(name) for name in names]

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,11 +209,13 @@ def open_labeled(
     classes: those of the training data, which validation must share. image_extension: which member of a sample is its
     image, see `samples_among`. several: an image may have several labels, or none. UserError where labels are missing.
     """
-    if len(spec) == 1 and spec[0].lower().endswith(".csv"):
-        paths, named = _read_csv(spec[0], several)
-        return _named(
-            FileReader(paths), named, [f"{spec[0]}:{i + 2}" for i in range(len(paths))], key, classes, several
-        )
+    if manifests := [place for place in spec if place.lower().endswith(".csv")]:
+        if len(spec) > 1:
+            raise UserError(f"{key}: {', '.join(spec)}: labels are read from one CSV file, and nothing beside it")
+        rows = _read_csv(manifests[0], several)
+        reader = FileReader([image for _, image, _ in rows])
+        where = [f"{manifests[0]}:{line}" for line, _, _ in rows]
+        return _named(reader, [names for *_, names in rows], where, key, classes, several)
     if len(spec) == 1 and os.path.isdir(spec[0]) and not archives_in(spec[0]):
         found = _folder(spec[0], key, classes)
         if several:
@@ -222,11 +225,11 @@ def open_labeled(
         spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes, image_extension=image_extension
     )
     images.require(range(len(images.names)), "labeled images are read in no order: that takes")
-    reader = PackedReader(images)
+    packed = PackedReader(images)
     if several:
-        rows = [(shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
-        places = [images.name(*at) for at in rows]
-        found = _named(reader, [_labels(images, *at) for at in rows], places, key, classes, several)
+        numbers = [(shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
+        places = [images.name(*at) for at in numbers]
+        found = _named(packed, [_labels(images, *at) for at in numbers], places, key, classes, several)
         return replace(found, left_out=images.left_out)
     values = [_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
     # what `mpp pack` left in each folder: the numbers in the shards of a folder count in its own list
@@ -240,15 +243,15 @@ def open_labeled(
     labels = []
     for i, value in enumerate(values):
         name = value if isinstance(value, str) else str(value)
-        own = listed[folders[reader.at(i)[0]]]
+        own = listed[folders[packed.at(i)[0]]]
         if own is not None and isinstance(value, int):
             name = own[value] if value < len(own) else f"{value}, beyond the {len(own)} of dataset.json"
         if name not in index:
             raise UserError(
-                f"{key}: {reader.name(i)}: label {name!r} is none of the {len(known)} classes of the training data"
+                f"{key}: {packed.name(i)}: label {name!r} is none of the {len(known)} classes of the training data"
             )
         labels.append(index[name])
-    return Labeled(reader, np.array(labels, dtype=np.int64), known, images.left_out)
+    return Labeled(packed, np.array(labels, dtype=np.int64), known, images.left_out)
 
 
 def _classes_of(values: list[str | int], key: str) -> list[str]:
@@ -263,21 +266,26 @@ def _classes_of(values: list[str | int], key: str) -> list[str]:
     return [str(n) for n in range(max(numbers) + 1)]
 
 
-def _read_csv(path: str, several: bool) -> tuple[list[str], list[list[str]]]:
-    """-> image files and the names of their classes. UserError with the line of what is wrong."""
+def _read_csv(path: str, several: bool) -> list[tuple[int, str, list[str]]]:
+    """(line, image file, names of its classes) of each row. UserError with the line of what is wrong."""
     column = "labels" if several else "label"
     rows = read_manifest(path, ["image", column])
     if several:
         _check_separator(path, [(number, row[column]) for number, row in rows])
-    paths, labels = [], []
+    found, first = [], dict[str, tuple[int, list[str]]]()
     for number, row in rows:
-        value = row[column]
-        names = [name.strip() for name in value.split(";") if name.strip()] if several else [value.strip()]
-        if not several and not names[0]:
+        value, image = row[column], row["image"]
+        if not value and not several:
             raise UserError(f"{path}:{number}: no label")
-        paths.append(os.path.join(os.path.dirname(path), row["image"]))
-        labels.append(names)
-    return paths, labels
+        names = [name.strip() for name in value.split(";") if name.strip()] if several else [value]
+        line, before = first.setdefault(image, (number, names))
+        if before != names:
+            raise UserError(
+                f"{path}:{number}: {image} a second time with another label, {', '.join(names) or 'none'}; line {line} "
+                f"says {', '.join(before) or 'none'}"
+            )
+        found.append((number, os.path.join(os.path.dirname(path), image), names))
+    return found
 
 
 def _check_separator(path: str, values: list[tuple[int, str]]) -> None:
@@ -301,7 +309,7 @@ def _labels(images: ShardImages, shard: int, row: int) -> list[str]:
         values = None
     if not isinstance(values, list) or not all(isinstance(v, str | int) and not isinstance(v, bool) for v in values):
         raise UserError(f"{name}: wants a .json beside it with 'labels', a list of names")
-    return [str(value) for value in values]
+    return [class_name(str(value), name) for value in values]
 
 
 def _named(
@@ -313,6 +321,8 @@ def _named(
     several: bool,
 ) -> Labeled:
     """From the names of each image's classes. UserError, with its place, for one that is no class of the training."""
+    if several and not any(named):
+        raise UserError(f"{key}: not one image has a label; the first: {places[0]}")
     known = classes if classes is not None else sorted({name for names in named for name in names})
     index = {name: i for i, name in enumerate(known)}
     labels = np.zeros((len(named), len(known)), dtype=bool)
@@ -326,24 +336,45 @@ def _named(
     return Labeled(reader, labels if several else labels.argmax(1).astype(np.int64), known)
 
 
-def _label(images: ShardImages, shard: int, row: int) -> str | int:
+def class_name(value: str, where: str) -> str:
+    """Strip the name of a class. UserError for one that is empty, or holds what is no text."""
+    name = value.strip().removeprefix("\ufeff")
+    if not name:
+        raise UserError(f"{where}: an empty label")
+    if odd := [c for c in name if unicodedata.category(c) in ("Cc", "Cs")]:
+        raise UserError(f"{where}: label {value!r} holds the character {odd[0]!r}, which is no text")
+    return name
+
+
+def stored_label(images: ShardImages, shard: int, row: int) -> str | int | None:
+    """The label of an image in a shard, a number or a name; None if it has none. UserError for what is neither."""
     stored = images.read_label(shard, row)
-    if stored is None:
+    return None if stored is None else _parsed_label(*stored, where=images.name(shard, row))
+
+
+def _label(images: ShardImages, shard: int, row: int) -> str | int:
+    label = stored_label(images, shard, row)
+    if label is None:
         why = f"; {images.left_out}" if images.left_out else ""
         raise UserError(f"{images.name(shard, row)}: no label beside it (.cls, or .json with a 'label'){why}")
-    data, is_json = stored
+    return label
+
+
+def _parsed_label(data: bytes, is_json: bool, where: str) -> str | int:
     try:
-        value = json.loads(data)["label"] if is_json else data.decode("utf-8-sig").strip()
+        value = json.loads(data)["label"] if is_json else data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: its {'.json' if is_json else '.cls'} is not text in UTF-8") from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(
-            f"{images.name(shard, row)}: its {'.json has no' if is_json else '.cls is no'} 'label'"
-        ) from None
+        raise UserError(f"{where}: its .json has no 'label'") from None
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise UserError(f"{images.name(shard, row)}: a label is a number or a name; got {value!r}")
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value):
-        value = int(value)
+        raise UserError(f"{where}: a label is a whole number or a name; got {json.dumps(value)}")
+    if isinstance(value, str):
+        value = class_name(value, where)
+        if re.fullmatch(r"-?(0|[1-9][0-9]{0,8})", value):  # 007 is a name, and another one than 7
+            value = int(value)
     if isinstance(value, int) and value < 0:
-        raise UserError(f"{images.name(shard, row)}: label {value} is negative")
+        raise UserError(f"{where}: label {value} is negative")
     return value
 
 

@@ -20,13 +20,14 @@ from pathlib import Path
 import webdataset
 from PIL import Image, UnidentifiedImageError
 
-from mpp.data.arrays import NPY, TIFF
+from mpp.data.arrays import NPY, TIFF, check_npy
 from mpp.data.children import end_with
+from mpp.data.decode import own_pixel_limit
 from mpp.data.index import index_shard, packed_name
 from mpp.data.listing import write_listing
 from mpp.data.sources import Source, open_source
 from mpp.data.walk import IMAGE
-from mpp.errors import UserError
+from mpp.errors import BadImage, UserError
 
 DESCRIPTION = "dataset.json"
 SKIPPED = "skipped.tsv"
@@ -159,9 +160,13 @@ def _claim(out: Path, description: dict[str, object]) -> None:
 def extension_of(data: bytes) -> str:
     """Of an image file by what it holds. ValueError, with the reason, where it is none that is read."""
     if data.startswith(NPY):
+        try:
+            check_npy(data)
+        except BadImage as error:
+            raise ValueError(str(error)) from error
         return "npy"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with own_pixel_limit(), Image.open(io.BytesIO(data)) as image:
             found = (image.format or "").lower().replace("jpeg", "jpg").replace("mpo", "jpg")  # cameras' JPEGs
     except UnidentifiedImageError as error:
         if data.startswith(TIFF):  # of many channels, or deep ones

@@ -17,7 +17,7 @@ import numpy as np
 from mpp.data.files import read_manifest, read_regular
 from mpp.data.images import ShardImages
 from mpp.data.index import class_names
-from mpp.data.labeled import PackedReader
+from mpp.data.labeled import PackedReader, stored_label
 from mpp.data.walk import IMAGE_ENDINGS, LeftOut, archives_in, list_images
 from mpp.errors import BadImage, UserError, how_to_get
 from mpp.rng import Purpose, stream
@@ -129,23 +129,13 @@ class Files:
     @classmethod
     def of_manifest(cls, source: str, labels: bool | None, seed: int) -> Files:
         """Columns `image` and, with labels, `label`; paths are below the CSV file's folder."""
-        try:
-            rows = read_manifest(source, ["image", "label"]) if labels is not False else []
-        except UserError:
-            if labels:
-                raise
-            rows = []
-        named = [row["label"].strip() for _, row in rows]
-        if rows and not all(named):
-            if labels:
-                raise UserError(f"{source}:{rows[named.index('')][0]}: no label")
-            named = []
-        rows = rows or read_manifest(source, ["image"])
-        files = [row["image"] for _, row in rows]
-        for line, row in rows:
-            if "\t" in row["image"] or "\n" in row["image"] or not row["image"]:
-                raise UserError(f"{source}:{line}: image: {row['image']!r}: a path without tabs or newlines")
-        return cls._mixed(os.path.dirname(source), files, named or None, seed, [])
+        rows = read_manifest(
+            source, ["image", "label"] if labels else ["image"], optional=[] if labels is False else ["label"]
+        )
+        named = [row["label"] for _, row in rows if "label" in row]
+        if not all(named):
+            raise UserError(f"{source}:{rows[named.index('')][0]}: no label; --no-labels leaves all of them out")
+        return cls._mixed(os.path.dirname(source), [row["image"] for _, row in rows], named or None, seed, [])
 
     @classmethod
     def _mixed(
@@ -356,8 +346,8 @@ class Shards:
         for i in range(first, end):
             label: int | str | None = None
             where = self.reader.name(i)
-            if self.labeled and (stored := self.reader.images.read_label(*self.reader.at(i))) is not None:
-                label = stored[0].decode("utf-8", "replace").strip()  # a number, or the name of a class
+            if self.labeled:
+                label = stored_label(self.reader.images, *self.reader.at(i))
             try:
                 yield where, self.reader.read(i), label
             except BadImage as error:

@@ -84,6 +84,24 @@ def test_ranges() -> None:
         cut(colours, 3, (0.0, 65535.0))
 
 
+def test_missing_values_get_the_mean_of_their_channel() -> None:
+    """A few NaN, or GDAL's nodata, at the border of a tile do not make it a bad image."""
+    tile = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    holed = tile.copy()
+    holed[0, 0, 0], holed[1, 2, 3] = np.nan, np.inf
+    found = cut(npy(np.moveaxis(holed, 0, -1)), 2, (0.0, 255.0))
+    expected = torch.from_numpy(tile.copy())
+    expected[0, 0, 0], expected[1, 2, 3] = float(tile[0].flat[1:].mean()), float(tile[1].flat[:-1].mean())
+    torch.testing.assert_close(found, expected)
+    deep = np.array([[[10, 20, 30], [-9999, 40, 50]]], dtype=np.int16)
+    box: Any = {"channels": 1, "value_range": (0.0, 255.0), **READING}
+    assert decode_cut(npy(deep), whole, (4, 4), nodata=-9999, **box).pixels[0, 1, 0] == 30
+    tagged = tiff(deep[0], photometric="minisblack", extratags=[(42113, "s", 6, "-9999", True)])
+    assert cut(tagged, 1, (0.0, 255.0))[0, 1].tolist() == [30, 40, 50]
+    with pytest.raises(BadImage, match="67% of its values are missing"):
+        decode_cut(npy(np.array([[7, 7, 1]])), whole, (4, 4), nodata=7, **box)
+
+
 def test_crops_and_resizes_like_other_images() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     as_numbers, as_pixels = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -240,7 +241,7 @@ def test_an_image_on_its_side(rectangles: Path) -> None:
     coco = json.loads((rectangles / "annotations.json").read_text())
     coco["images"][0] |= {"file_name": "0.jpg", "width": 40, "height": 60}
     (rectangles / "annotations.json").write_text(json.dumps(coco))
-    with pytest.raises(BadImage, match="60×40 pixels, its annotations say 40×60"):
+    with pytest.raises(BadImage, match="60×40 pixels upright, its annotations say 40×60"):
         detected(rectangles).check(0, 60, 40)
 
 
@@ -294,7 +295,7 @@ def _all_ignored(f: Path) -> None:
         (_twice, "images/2.bmp and .*images/2.png: which of them"),
         (_other_size, "masks/2.png: 3×3 pixels, its image 50×50"),
         (_colours, "masks/2.png: a mask has one channel of class numbers; this PNG is RGB"),
-        (_broken, "masks/2.png: no PNG that can be read"),
+        (_broken, "masks/2.png: a file of 7 bytes, not a PNG"),
         (_too_large, "masks/2.png: the value 9, where the classes are 0 to 1 and task.ignore_index is 255"),
         (_same_names, "classes.txt:3: a a second time; one class a line"),
         (_gap, "classes.txt:2: no name; one class a line"),
@@ -329,7 +330,12 @@ def test_masks_that_do_not_fit(rectangles: Path, change: Any, words: str) -> Non
         (("images", 2, "id"), 0, r"images\[2\].id: 0 a second time"),
         (("images", 2, "width"), "50", r'images\[2\].width: wants pixels; got "50"'),
         (("categories", 0, "name"), 3, r"categories\[0\].name: wants a name; got 3"),
-        (("categories",), [], "categories: wants one at least, and different names"),
+        (("categories",), [], "categories: at least one is needed"),
+        (("images", 0, "width"), 0, r"images\[0\]: 0×\d+ pixels; both sides must be at least 1"),
+        (("images", 1, "file_name"), "0.png", r"images\[1\].file_name: .*0.png a second time"),
+        (("annotations", 1, "area"), -5, r"annotations\[1\].area: must be a number of pixels; got -5"),
+        (("annotations", 1, "area"), math.nan, r"annotations\[1\].area: must be a number of pixels; got NaN"),
+        (("categories", 0, "name"), "  ", r"categories\[0\].name: an empty label"),
         (("images",), {}, "wants lists of objects named images, annotations and categories"),
         (("images",), [], r"annotations\[0\].image_id: there is no image 0|no images in it"),
     ],

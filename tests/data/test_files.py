@@ -68,7 +68,7 @@ def test_what_is_no_file_of_its_own(image_folder: Path, tmp_path: Path) -> None:
             with pytest.raises(BadImage, match="not a file"):
                 images.read(0, row)
     (tmp_path / "list.csv").write_text("image\na\0b.jpg\n")
-    with pytest.raises(UserError, match="list.csv:2: a zero byte"):
+    with pytest.raises(UserError, match="list.csv:2: image: a zero byte"):
         opened(tmp_path / "list.csv")
     for twice in (f"{image_folder}/", str(image_folder)):
         with pytest.raises(UserError, match="is named twice"):
@@ -112,8 +112,8 @@ def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
     assert images.counts == [7]
     assert sorted(images.name(0, r) for r in range(7)) == sorted(map(str, some))
     for text, message in (
-        ("", "list.csv:1: wants the column image; got nothing"),
-        ("file\na.jpg\n", "list.csv:1: wants the column image; got file"),
+        ("", "list.csv:1: needs the column image; got nothing"),
+        ("file\na.jpg\n", "list.csv:1: needs the column image; got file"),
         ("image,x\na.jpg\n", "list.csv:2: 1 columns, where the first line has 2"),
         ("image\n", "list.csv: no images in it"),
     ):

@@ -213,9 +213,15 @@ def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
     packed = pack(str(tmp_path / "b.csv"), str(tmp_path / "unlabeled"), workers=1)
     assert (packed.images, packed.classes, packed.skipped) == (8, [], [("none.jpg", "No such file or directory")])
     for text, options, message in (
-        ("image\na.jpg\n", {"labels": True}, "a.csv:1: wants the columns image and label; got image"),
+        ("image\na.jpg\n", {"labels": True}, "a.csv:1: needs the columns image and label; got image"),
         ("image,label\na.jpg,\n", {"labels": True}, "a.csv:2: no label"),
-        ('image\n"a\tb.jpg"\n', {}, "a.csv:2: image: 'a.tb.jpg': a path without tabs"),
+        ('image\n"a\tb.jpg"\n', {}, "a.csv:2: image: a tab"),
+        ("image,label\na.jpg,cat\nb.jpg,\n", {}, "a.csv:3: no label; --no-labels leaves all of them out"),
+        ('image,label\na.jpg,"cat\nb.jpg,dog\n', {}, "a.csv:3: unexpected end of data; is a quote left open?"),
+        ('image,label\na.jpg,"cat\nb.jpg,dog"\n', {}, "a.csv:2: label: a line break; is a quote left open?"),
+        ("image;label\na.jpg;cat\n", {}, "a.csv:1: needs the column image; got image;label. Columns are separated by"),
+        ("image,image\na.jpg,b.jpg\n", {}, "a.csv:1: two columns are called image"),
+        ("image,label\n,cat\n", {}, "a.csv:2: no image"),
     ):
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(UserError, match=message):

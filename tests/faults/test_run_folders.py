@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import pytest
 
 import mpp
 from mpp import checkpoint
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from mpp.records import steps
 from mpp.runfolder import Lock
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import JOBS, Job, Left, Nursery, left, records_of, steps_logged
+from tests.test_finetuning import recipe as finetune_recipe
 
 
 def stopped(job: Job) -> None:
@@ -109,6 +111,54 @@ def test_what_changed_is_refused(job: str, nursery: Nursery, folder: Path) -> No
     images = {f"{i:03d}": (encoded(drawn_image(90 + i), "PNG"), str(i % 2)) for i in range(21)}
     labeled_shard(folder / "shards" / "shard-000001.tar", images)
     assert "changed since" in refused()
+
+
+@pytest.mark.promise("Data that lie in another place are the same data: a run goes on with them")
+@pytest.mark.parametrize("job", JOBS)
+def test_data_that_moved(job: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named with a slash at the end, by another path to the same folder, or copied elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(image_folder, "photos")
+    mpp.pretrain(pretrain_recipe("photos", "p", **{"optim.steps": 3, "checkpoint_every_steps": 1}))
+
+    def go_on(place: str, resume: str = "auto") -> Any:
+        if job == "pretrain":
+            values = pretrain_recipe(place, "run", **{"optim.steps": 3, "checkpoint_every_steps": 1})
+            return mpp.pretrain(values, resume=resume)
+        changes = {"data.train": place, "data.val": "photos", "data.labels_per_class": 4, "seeds": [0]}
+        changes |= {"optim.steps": 3, "beside_scratch": False}
+        encoder = "p" if place == "photos" else "./p/"
+        return mpp.finetune(finetune_recipe(Path(place), "run", encoder, **changes), resume=resume)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "data.val: .*among data.train|data.val: the same images", MppWarning)
+        assert go_on("photos", "never").state == "finished"
+        os.rename("photos", "moved")
+        shutil.copytree("moved", "photos")
+        for place in ("photos/", "./photos", "moved"):
+            assert go_on(place).state == "finished", place
+        os.remove("moved/disc/002.jpg")
+        with pytest.raises(UserError, match="the data changed since"):
+            go_on("moved")
+
+
+@pytest.mark.promise("The folder of a run that ended before it had anything is free for the corrected command")
+def test_a_run_that_came_to_nothing(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "run"
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise UserError("data.val: a fault that is found late")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mpp.pretraining.on_device", fails)
+        patched.setattr("mpp.pretraining.batches", fails)
+        with pytest.raises(UserError, match="found late"):
+            mpp.pretrain(pretrain_recipe(shards, out))
+    assert (out / "recipe.yaml").exists()
+    corrected = pretrain_recipe(shards, out, **{"optim.base_lr": 0.01, "optim.steps": 2})
+    assert mpp.pretrain(corrected).state == "finished"
+    with pytest.raises(UserError, match="is not empty; go on with --resume auto"):
+        mpp.pretrain(corrected)
 
 
 def labeled_shard(path: Path, images: dict[str, tuple[bytes, str]]) -> None:

@@ -19,12 +19,17 @@ from tests.faults.conftest import RECIPES, Bench
 from tests.faults.processes import JOBS, Left, Nursery, children, free_port, left, records_of, status, steps_logged
 
 LONG = {"optim.steps": 150, "checkpoint_every_steps": 10000}
-SAVED = "SIGTERM or SIGINT, to one rank or to all: a checkpoint after the step, exit code 143 or 130 of all"
+SAVED = (
+    "SIGTERM, SIGINT or SIGHUP, to one rank or to all: a checkpoint after the step, exit code 143, 130 or 129 of all"
+)
 
 
 @pytest.mark.promise(SAVED)
 @pytest.mark.parametrize("which", [pytest.param([0], marks=pytest.mark.exhaustive), [1], [0, 1]])
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (signal.SIGINT, signal.SIGHUP))],
+)
 @pytest.mark.parametrize("job", JOBS)
 def test_a_signal_saves(
     job: str,

@@ -17,7 +17,7 @@ from sklearn import metrics as theirs
 
 import mpp
 from mpp.data.labeled import Labeled, open_labeled, split
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from mpp.recipe import FinetuneRecipe, check_recipe
 from mpp.tasks.multilabel import MultilabelTask
 from tests.conftest import encoded
@@ -152,10 +152,22 @@ def test_shards_and_class_folders(image_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"t\.csv:1: wants the columns image and labels; got nothing"),
-        ("file,labels\na,b\n", r"t\.csv:1: wants the columns image and labels; got file, labels"),
+        ("", r"t\.csv:1: needs the columns image and labels; got nothing"),
+        ("file,labels\na,b\n", r"t\.csv:1: needs the columns image and labels; got file, labels"),
         ("image,labels\n", r"t\.csv: no images in it"),
         ("image,labels\na.png,b,c\n", r"t\.csv:2: 3 columns, where the first line has 2"),
+        (
+            'image,labels\na.png,b\nc.png,"b,c"\n',
+            r"t\.csv:3: labels: 'b,c': several labels are separated by ';', not by ','",
+        ),
+        (
+            "image,labels\na.png,b|c\n",
+            r"t\.csv:2: labels: 'b|c': .* not by '\|'. If this is one label, end it with ';'",
+        ),
+        (
+            "image,labels\na.png,b;c\na.png,b\n",
+            r"t\.csv:3: a.png a second time with another label, b; line 2 says b, c",
+        ),
         ("image,labels\na.png,b\nc.png,b;purple\n", r"t\.csv:3: 'purple' is none of the 1 classes of the training"),
     ],
 )
@@ -163,6 +175,27 @@ def test_wrong_tables(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         opened(tmp_path / "t.csv", classes=["b"])
+
+
+def test_a_comma_in_a_label(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('image,labels\na.png,"stork, white;"\nb.png,owl\n')
+    assert opened(tmp_path / "t.csv").classes == ["owl", "stork, white"]
+
+
+def test_one_finding_present_or_not(tables: Path, tmp_path: Path) -> None:
+    """A single class is judged against its absence; without any label there is nothing to learn."""
+    rows = [f"images/{i}.png,{'tumour' if i % 3 == 0 else ''}" for i in range(12)]
+    (tables / "one.csv").write_text("\n".join(["image,labels", *rows]) + "\n")
+    one = {"data.train": str(tables / "one.csv"), "data.val": str(tables / "one.csv")}
+    with pytest.warns(MppWarning, match="the same images as data.train"):
+        result = tuned(tables, tmp_path / "o", **one)
+    metrics = result.verdicts[0].metrics["scratch"]
+    assert 0 < metrics["map"].mean <= 1
+    assert 0 <= metrics["auroc"].mean <= 1
+    (tables / "none.csv").write_text("image,labels\nimages/0.png,\nimages/1.png,\n")
+    for part in ("train", "val"):
+        with pytest.raises(UserError, match=rf"data\.{part}: not one image has a label; the first: .*none\.csv:2"):
+            tuned(tables, tmp_path / part, **{**one, f"data.{part}": str(tables / "none.csv")})
 
 
 def test_a_table_without_a_label(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_one_class_alone_and_nothing_to_judge_by(shapes: Path, tmp_path: Path) -
     for part in ("train", "val"):
         for path in (tmp_path / "s" / part / "masks").iterdir():
             Image.new("L", (32, 32), 0).save(path)
-    with pytest.raises(UserError, match=r"data\.train: one class alone"):
+    with pytest.raises(UserError, match=r"data\.train: only one class \(0\)"):
         mpp.finetune(recipe(tmp_path / "s", tmp_path / "b"))
 
 

@@ -1,0 +1,133 @@
+"""Output that never ends a run: closed terminals, pipes that nobody reads, full disks, other encodings."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mpp.records import read_metrics, steps
+from tests.conftest import command, pretrain_values
+
+pytestmark = pytest.mark.slow
+LONG = {"optim.steps": 100_000, "checkpoint_every_steps": 100_000, "log_every_steps": 1}
+
+
+@pytest.fixture
+def started(shards: Path, tmp_path: Path) -> Any:
+    """Start a long pretraining run; it is killed in the end."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*words: str, before: str = "", env: dict[str, str] | None = None, **streams: Any) -> Any:
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(pretrain_values(shards, tmp_path / "run", **LONG)))
+        line = f"{before} {sys.executable} -m mpp pretrain {tmp_path / 'r.yaml'} {' '.join(words)}"
+        run = subprocess.Popen(
+            ["bash", "-c", line], start_new_session=True, env={**os.environ, **(env or {})}, **streams
+        )
+        processes.append(run)
+        return run
+
+    yield start
+    for run in processes:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def wait_for(happens: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def logged(run: Path, count: int) -> Callable[[], bool]:
+    return lambda: len(read_metrics(run)) >= count if run.exists() else False
+
+
+def saved_by(run: Path, why: str) -> None:
+    """A checkpoint of the last step, and a status that says what ended the run."""
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["why"]) == ("stopped", why)
+    (found,) = steps(run / "checkpoints")
+    assert int(found.name[5:]) == read_metrics(run)[-1]["step"] == status["step"]
+
+
+@pytest.mark.promise("A closed terminal (SIGHUP, then no output any more): a checkpoint after the step, exit code 129")
+def test_a_terminal_that_is_closed(started: Any, tmp_path: Path) -> None:
+    """The kernel sends SIGHUP, and every later write to the terminal fails."""
+    ours, theirs = pty.openpty()
+    take_terminal = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    run = started(
+        "data.workers=1",
+        before=f"exec {sys.executable} -c '{take_terminal}'",
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    while not logged(tmp_path / "run", 5)():
+        os.read(ours, 65536)
+    os.close(ours)
+    assert run.wait(60) == 129
+    saved_by(tmp_path / "run", "SIGHUP")
+
+
+def test_a_run_outlives_its_terminal_if_it_ignores_the_signal(started: Any, tmp_path: Path) -> None:
+    """As after `disown`, or below `nohup`: it goes on, and saves when it is asked to."""
+    ours, theirs = pty.openpty()
+    run = started(before="trap '' HUP; exec", stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    while not logged(tmp_path / "run", 5)():
+        os.read(ours, 65536)
+    os.close(ours)
+    os.kill(run.pid, signal.SIGHUP)
+    at = len(read_metrics(tmp_path / "run"))
+    wait_for(logged(tmp_path / "run", at + 20))
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(60) == 143
+    saved_by(tmp_path / "run", "SIGTERM")
+
+
+def test_ctrl_c_in_a_pipeline_saves(started: Any, tmp_path: Path) -> None:
+    """It ends `tee`, too, so that nobody reads what the run says while it saves."""
+    run = started("2>&1 | tee", str(tmp_path / "log"), "; exit ${PIPESTATUS[0]}", stdout=subprocess.DEVNULL)
+    wait_for(logged(tmp_path / "run", 5))
+    os.killpg(run.pid, signal.SIGINT)
+    wait_for(lambda: json.loads((tmp_path / "run" / "status.json").read_text())["state"] != "running")
+    saved_by(tmp_path / "run", "SIGINT")
+
+
+@pytest.mark.promise("A pipe that nobody reads any more: a checkpoint after the step, exit code 141")
+def test_a_pipe_that_nobody_reads(started: Any, tmp_path: Path) -> None:
+    run = started("| head -n 3; exit ${PIPESTATUS[0]}", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert run.wait(60) == 141
+    saved_by(tmp_path / "run", "SIGPIPE")
+
+
+@pytest.mark.parametrize("stream", ["> /dev/full", "2> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "2> >(exec true)"])
+def test_words_that_go_nowhere(stream: str, started: Any, tmp_path: Path) -> None:
+    run = started(stream, before="exec", stdout=subprocess.DEVNULL)
+    wait_for(logged(tmp_path / "run", 5))
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.wait(60) == 143
+    saved_by(tmp_path / "run", "SIGTERM")
+
+
+def test_an_output_in_ascii(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(pretrain_values(shards, tmp_path / "run", **{"optim.steps": 1})))
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = command("pretrain", tmp_path / "r.yaml", environment=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "1 steps of 16 (1 \\xd7 1 \\xd7 16)" in done.stdout
