@@ -247,6 +247,7 @@ def _record_data(recipe: FinetuneRecipe, train: Images, val: Images, fingerprint
             "val_images": len(val),
             "val_in_train": found.to_json(),
             "val_in_pretraining": pretrained_on.to_json() if pretrained_on else None,
+            "left_out": {"train": train.left_out.found, "val": val.left_out.found},
         },
     )
 

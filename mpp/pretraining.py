@@ -37,8 +37,10 @@ from mpp.runfolder import DATA, opened
 from mpp.sharding import Whole, shard, whole_value
 from mpp.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
 from mpp.types import Batch
-from mpp.unreadable import LOOKED_AT, coarse, count_unreadable
+from mpp.unreadable import coarse, count_unreadable
 
+LOOKED_AT = 16
+"""Images whose range of values is looked at before the first step."""
 RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
 SPREAD_IMAGES = 256
@@ -154,6 +156,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
                 "shards": len(images.names),
                 "images": int(sum(counts)),
                 "held_out": int(held_out.sum()),
+                "left_out": images.left_out.found,
             },
         )
     log.say(
@@ -173,7 +176,8 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         log.say(f"note: data.shards: {images.left_out}")
     if accelerator.is_main_process:
         looked_at = PackedReader(images, few=True)
-        for line in coarse(looked_at, evenly(sum(images.counts), LOOKED_AT), "data.shards", data.decoding()):
+        few = evenly(sum(images.counts), LOOKED_AT)
+        for line in coarse(looked_at, few, "data.shards", data.decoding()):
             log.say(f"warning: {line}")
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")

@@ -82,7 +82,7 @@ def batch(first: int, n: int, bad: tuple[int, ...] = ()) -> Any:
     labels = torch.arange(first, first + n)
     images = labels.view(-1, 1, 1, 1).expand(-1, 3, 4, 4).to(torch.uint8)
     readable = torch.tensor([int(i) not in bad for i in labels])
-    return SimpleNamespace(images=images, labels=labels, readable=readable)
+    return SimpleNamespace(images=images, labels=labels, bad=[f"image {n}" for n in bad], readable=readable)
 
 
 def test_unreadable_images_are_left_out(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ FORMAT = 3
 BLOCK = 512
 MOST_INDEX_BYTES = 256 << 20
 """Of the index of a shard that is not at hand: 6 million images (a guess)."""
+TABLES = (".tsv", ".txt", ".xlsx", ".xls", ".ods", ".json", ".jsonl")
+"""Endings of files that people may take for lists of images."""
 MOST_REASONS = 20
 """For members left out of a shard, in an index from elsewhere; there are fewer."""
 MOST_PACKED = 1_000_000
@@ -146,6 +148,8 @@ def scan(path: str, image_extension: str | None = None) -> ShardIndex:
         size = os.fstat(fd)
         if size.st_size == 0:
             raise UserError(f"{path}: empty file, not a tar")
+        if size.st_size < BLOCK or path.lower().endswith(TABLES):
+            raise UserError(f"{path}: not a tar file; a table of images is a CSV file whose name ends in .csv")
         members, end = _members_by_hopping(fd, size.st_size, path) or _members_by_tarfile(path)
         if os.pread(fd, 2 * BLOCK, end) != bytes(2 * BLOCK):
             before = sum(bool(IMAGE.search(name)) for name, _, _ in members)

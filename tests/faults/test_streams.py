@@ -20,6 +20,8 @@ from mpp.records import read_metrics, steps
 from tests.conftest import command, pretrain_values
 
 pytestmark = pytest.mark.slow
+CLOSED = "A terminal that is closed: a checkpoint after the step, exit code 129; below nohup and disown the run goes on"
+LOST = "Output that nobody takes (no reader, a full disk, closed, ASCII) ends no run before its checkpoint is written"
 LONG = {"optim.steps": 100_000, "checkpoint_every_steps": 100_000, "log_every_steps": 1}
 
 
@@ -62,7 +64,7 @@ def saved_by(run: Path, why: str) -> None:
     assert int(found.name[5:]) == read_metrics(run)[-1]["step"] == status["step"]
 
 
-@pytest.mark.promise("A closed terminal (SIGHUP, then no output any more): a checkpoint after the step, exit code 129")
+@pytest.mark.promise(CLOSED)
 def test_a_terminal_that_is_closed(started: Any, tmp_path: Path) -> None:
     """The kernel sends SIGHUP, and every later write to the terminal fails."""
     ours, theirs = pty.openpty()
@@ -84,6 +86,7 @@ def test_a_terminal_that_is_closed(started: Any, tmp_path: Path) -> None:
     saved_by(tmp_path / "run", "SIGHUP")
 
 
+@pytest.mark.promise(CLOSED)
 def test_a_run_outlives_its_terminal_if_it_ignores_the_signal(started: Any, tmp_path: Path) -> None:
     """As after `disown`, or below `nohup`: it goes on, and saves when it is asked to."""
     ours, theirs = pty.openpty()
@@ -100,6 +103,7 @@ def test_a_run_outlives_its_terminal_if_it_ignores_the_signal(started: Any, tmp_
     saved_by(tmp_path / "run", "SIGTERM")
 
 
+@pytest.mark.promise(LOST)
 def test_ctrl_c_in_a_pipeline_saves(started: Any, tmp_path: Path) -> None:
     """It ends `tee`, too, so that nobody reads what the run says while it saves."""
     run = started("2>&1 | tee", str(tmp_path / "log"), "; exit ${PIPESTATUS[0]}", stdout=subprocess.DEVNULL)
@@ -109,13 +113,14 @@ def test_ctrl_c_in_a_pipeline_saves(started: Any, tmp_path: Path) -> None:
     saved_by(tmp_path / "run", "SIGINT")
 
 
-@pytest.mark.promise("A pipe that nobody reads any more: a checkpoint after the step, exit code 141")
+@pytest.mark.promise(LOST)
 def test_a_pipe_that_nobody_reads(started: Any, tmp_path: Path) -> None:
     run = started("| head -n 3; exit ${PIPESTATUS[0]}", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert run.wait(60) == 141
     saved_by(tmp_path / "run", "SIGPIPE")
 
 
+@pytest.mark.promise(LOST)
 @pytest.mark.parametrize("stream", ["> /dev/full", "2> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "2> >(exec true)"])
 def test_words_that_go_nowhere(stream: str, started: Any, tmp_path: Path) -> None:
     run = started(stream, before="exec", stdout=subprocess.DEVNULL)
@@ -125,6 +130,7 @@ def test_words_that_go_nowhere(stream: str, started: Any, tmp_path: Path) -> Non
     saved_by(tmp_path / "run", "SIGTERM")
 
 
+@pytest.mark.promise(LOST)
 def test_an_output_in_ascii(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(pretrain_values(shards, tmp_path / "run", **{"optim.steps": 1})))
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
