@@ -12,7 +12,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -59,7 +59,7 @@ from mpp.rng import Purpose, torch_seed
 from mpp.runfolder import DATA, opened
 from mpp.supervised import Dense, Supervised, build, over_views, save
 from mpp.unreadable import check_images, count_unreadable, unread_classes
-from mpp.verdict import Estimate, Verdict, table
+from mpp.verdict import Estimate, Verdict, name_unread, table
 
 RESULT = "result.json"
 PLOT = "label_efficiency.png"
@@ -106,7 +106,7 @@ class FinetuneResult:
     def table(self) -> str:
         """For people."""
         found = table(self.verdicts)
-        return f"{found}\n{_without(self.unread_classes)}" if self.unread_classes else found
+        return f"{found}\n{name_unread(self.unread_classes)}" if self.unread_classes else found
 
 
 @dataclass(frozen=True)
@@ -675,7 +675,7 @@ def _run_cell(
         for line in found.unreadable_lines:
             log.note(f"unreadable, data.val: {line}")
         if found.unread_classes:
-            log.say(f"warning: {_without(found.unread_classes)}")
+            log.say(f"warning: {name_unread(found.unread_classes)}")
         log.status("finished", step=step)
         of_class = None if found.per_class is None else dict(zip(train.classes, found.per_class, strict=True))
         write_json(
@@ -798,10 +798,6 @@ class Judged(NamedTuple):
 def _unread_classes(cell: Path) -> tuple[str, ...]:
     """Classes whose validation images could not be read, as a finished cell has noted."""
     return tuple(json.loads((cell / RESULT).read_text()).get("unread_classes", ()))
-
-
-def _without(classes: Sequence[str]) -> str:
-    return f"data.val: not one image of {', '.join(classes)} could be read; the scores are of the other classes only"
 
 
 def _judge(

@@ -30,7 +30,7 @@ from mpp.history import INSPECTION, History, read_inspection, read_run, settings
 from mpp.probes import ARMS, PROTOCOL
 from mpp.records import timm_folder
 from mpp.symptoms import DAMAGED, Symptom, symptoms
-from mpp.verdict import conclude, stored_estimate
+from mpp.verdict import conclude, name_unread, stored_estimate
 
 FILE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -307,6 +307,8 @@ def _finetune(run: History, pictures: Pictures) -> Part:
             labels = f"{v['labels_per_class']} labels a class: " if len(verdicts) > 1 else ""
             text = labels + conclude(stored_estimate(v["gain"])).text
             part.text.append(f"{text[0].upper()}{text[1:]}.")
+    if unread := run.result.get("unread_classes"):
+        part.text.append(f"{name_unread(unread)}.")
     if len(verdicts) > 1:
         lines = []
         for arm in scored:

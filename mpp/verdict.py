@@ -60,6 +60,11 @@ def conclude(gain: Estimate) -> Conclusion:
     return Conclusion("not_shown", f"a gain is not shown with {seeds} seeds: its 95 % interval holds zero")
 
 
+def name_unread(classes: Sequence[str]) -> str:
+    """Say which classes had no validation image that could be read; the same words everywhere."""
+    return f"data.val: not one image of {', '.join(classes)} could be read; the scores are of the other classes only"
+
+
 def stored_estimate(value: Mapping[str, Any]) -> Estimate:
     """An estimate as result.json has it, where a half-width that is no number is null or NaN."""
     width = value.get("half_width")

@@ -108,6 +108,7 @@ def test_fine_tuning_looks_before_it_trains(run: Path, tmp_path: Path) -> None: 
     assert (cell["unreadable"], cell["unread_classes"]) == (10, ["ring"])
     log = (tmp_path / "ft" / "pretrained-seed0" / "train.log").read_text()
     assert log.count("unreadable, data.val: ") == 10
+    assert "not one image of ring could be read" in mpp.report(tmp_path / "ft").read_text()
 
 
 def test_unreadable_training_images_are_counted_and_too_many_end_the_run(
