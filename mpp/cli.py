@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 import click
 
 import mpp
-from mpp.errors import MppWarning, ToldElsewhere, UserError, there, without_secrets
+from mpp.errors import MppWarning, ToldElsewhere, UserError, printable, there, without_secrets
 from mpp.records import check_new
-from mpp.streams import outlast
+from mpp.streams import keep_output_open
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
 RANK = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else "0"
@@ -67,7 +67,7 @@ def _clear_away_when_ended() -> None:
 
 def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
     """Ours are for the user, one line; other people's keep their place in the code."""
-    message = without_secrets(str(message))
+    message = printable(without_secrets(str(message)))
     text = f"warning: {message}" if issubclass(category, MppWarning) else f"{filename}:{lineno}: {message}"
     click.echo(text, err=True)
 
@@ -90,7 +90,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         warnings.showwarning = _show_warning  # type: ignore[assignment]
-        outlast()
+        keep_output_open()
         try:
             result = super().invoke(ctx)
             _part()
@@ -171,11 +171,24 @@ def _progress_aside(as_json: bool) -> Any:
 _JSON = click.option(
     "--json", "as_json", is_flag=True, help="For scripts: the result as JSON; what is said meanwhile goes to stderr."
 )
+
+
+def _check_extension(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """As a recipe's `data.image_extension` is checked."""
+    from mpp.data.walk import checked_extension
+
+    try:
+        return None if value is None else checked_extension(value)
+    except ValueError as error:
+        raise UserError(f"--image-extension: '{value}': {error}") from error
+
+
 _EXTENSION = click.option(
     "--image-extension",
     default=None,
     metavar="EXT",
-    help="Member of a sample that is its image, such as rgb.png; default: the one with the shortest name.",
+    callback=_check_extension,
+    help="Ending of the image to read of each sample, such as rgb.png; default: see docs/inputs.md.",
 )
 
 
@@ -274,12 +287,13 @@ def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str |
             continue
         if not is_remote(name):
             good.setdefault(os.path.dirname(name), {})[os.path.basename(name)] = found
-        left_out.add_all(found.left_out, f"{name}: ")
+        left_out.add_all(found.left_out, f"{without_secrets(name)}: ")
         images, labeled = images + len(table), labeled + int((table[:, 3] >= 0).sum())
         if len(table) == 0:
             click.echo(f"warning: {name}: no images in it", err=True)
-    for folder, indexes in good.items() if image_extension is None else ():
-        write_listing(folder or ".", indexes)
+    if image_extension is None:  # a listing is of the indexes that everybody reads
+        for folder, indexes in good.items():
+            write_listing(folder or ".", indexes)
     known = {"images": images, "labeled": labeled, "shards": len(names), "faults": faults, "left_out": left_out.found}
     said = f"{images} images, {labeled} with labels, in {len(names) - len(faults)} good shards of {len(names)}"
     click.echo(_json(known) if as_json else said)

@@ -7,8 +7,8 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -36,6 +36,8 @@ TF32_FROM = (8, 0)
 """Compute capability."""
 SPARE_LOAD = 0.75
 """Of one core, that other work may take before it is spoken of (a guess)."""
+WAIT_TOLD_S = 10.0
+"""Processes find each other in less, most often; after so long a line says what is waited for (a guess)."""
 SAME_PRESS_S = 1.0
 """A second SIGINT within so many seconds is the same Ctrl-C: torchrun passes on what the terminal sent to all."""
 
@@ -77,6 +79,12 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
     given = sorted(n for n in os.environ if n.startswith(LAUNCHERS))
     # An earlier run of this process may have had another precision; the process group stays.
     AcceleratorState._reset_state()
+    rank, world, host, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    waiting = threading.Timer(
+        WAIT_TOLD_S, lambda: print(f"waiting for the other processes at {host}:{port}", flush=True)
+    )
+    waiting.daemon = True
+    waiting.start()
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
@@ -85,14 +93,17 @@ def start(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = 
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=hang_timeout_s + 60))],
         )
     except torch.distributed.DistError as error:
-        rank, world, host, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         said = f"process {rank} of {world} did not find the others at {host}:{port}: {one_line(error)}"
         raise UserError(said) from error
-    except (ValueError, RuntimeError) as error:  # Accelerate's and torch's, of variables that are half set or garbage
+    except ValueError as error:  # Accelerate's and torch's, of variables that are half set or garbage
+        if not given:
+            raise
         raise UserError(
-            f"the launcher's environment does not hold together: {one_line(error)}. Start the run by torchrun or "
+            f"the launcher's environment cannot be used: {one_line(error)}. Start the run by torchrun or "
             f"`accelerate launch`, or unset {', '.join(given)}"
         ) from error
+    finally:
+        waiting.cancel()
     write_attention_out(bf16 and not cuda)
     return accelerator
 
@@ -136,10 +147,6 @@ def check_launch(environment: Mapping[str, str]) -> None:
         if not least.get(name, 0) <= number <= most.get(name, number):
             end = f" and at most {most[name]}" if name in most else ""
             raise UserError(f"{name}: {number} in the environment; must be at least {least.get(name, 0)}{end}")
-    try:
-        socket.getaddrinfo(environment["MASTER_ADDR"], None)
-    except OSError as error:
-        raise UserError(f"MASTER_ADDR: {environment['MASTER_ADDR']}: {error.strerror or error}") from error
 
 
 def cpu_has_bf16() -> bool:

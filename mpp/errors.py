@@ -20,7 +20,7 @@ def without_secrets(text: str) -> str:
     return _PARAMETER.sub(r"\1***", _IN_URL.sub("***@", text))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """With what a terminal would obey, escape sequences above all, written out: names in files may hold it."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -29,7 +29,7 @@ class UserError(Exception):
     """An input the user can correct. The command line prints each line of it and exits with code 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(_printable(without_secrets(message)))
+        super().__init__(printable(without_secrets(message)))
 
 
 class ToldElsewhere(UserError):

@@ -218,6 +218,7 @@ def _evaluate(
             "val_images": len(data.val.labels),
             "val_images_read": sum(own.judged),
             "unreadable": own.unreadable,
+            "unread_classes": lost,
             "scores": {arm: [asdict(s) for s in found] for arm, found in scores.items()},
         },
     )
@@ -346,14 +347,20 @@ def _run_arm(
 
     # ---- tokens, read in every epoch
     if "attentive" in recipe.probes and isinstance(reader, EncoderReader):
+        unread, unread_val = dict.fromkeys(unreadable), set[int]()
 
         def tokens(of: Labeled, numbers: np.ndarray, what: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
             for batch in images(of, numbers, recipe.attentive.batch_size, what, time_left=False):
                 readable = batch.readable.to(device)
+                unread.update(dict.fromkeys(batch.bad))
+                if of is data.val:
+                    unread_val.update(batch.positions[~batch.readable].tolist())
                 found = read(batch.images.to(device), tokens=True)
                 yield {k: v[readable] for k, v in found.tokens.items()}, batch.labels.to(device)[readable]
 
         scores += _attentive(recipe, data, tokens, classes, device)
+        unreadable = list(unread)
+        judged = np.bincount(np.delete(data.val.labels, sorted(unread_val)), minlength=classes)
     folder.mkdir(parents=True, exist_ok=True)
     return _Arm(scores, judged.tolist(), unreadable)
 

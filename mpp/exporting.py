@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,20 +384,30 @@ def read_as(source: str, data: Data, *, warn: bool) -> Data:
                 MppWarning,
                 stacklevel=4,
             )
-    for key in DECODING:
-        if stored.get(key) and key not in data.model_fields_set:
-            filled[key] = tuple(stored[key]) if isinstance(stored[key], list) else stored[key]
-    for key in ("value_range", "nodata"):
-        if stored.get(key) is not None and getattr(data, key) is None and own in (None, filled.get("channels", own)):
-            filled[key] = tuple(stored[key]) if isinstance(stored[key], list) else stored[key]
+    if "max_image_pixels" not in data.model_fields_set and stored.get("max_image_pixels"):
+        filled["max_image_pixels"] = max(stored["max_image_pixels"], data.max_image_pixels)
+    if "formats" not in data.model_fields_set:
+        filled["formats"] = _all_formats(stored)
+    given = data.nodata is not None
+    if own in (None, filled.get("channels", data.channels)):  # ranges of other channels are of other images
+        for key in ("value_range", "nodata"):
+            if stored.get(key) is not None and getattr(data, key) is None:
+                filled[key] = tuple(stored[key]) if isinstance(stored[key], list) else stored[key]
     found = data.model_copy(update=filled)
     for key in ("mean", "std"):
-        given = getattr(found, key)
-        if given is not None and len(given) != found.channels:
-            raise UserError(f"data.{key}: has {len(given)} values; the encoder has {found.channels} channels")
-    if found.nodata is not None and found.eight_bit:
+        values = getattr(found, key)
+        if values is not None and len(values) != found.channels:
+            raise UserError(f"data.{key}: has {len(values)} values; the encoder has {found.channels} channels")
+    if given and found.eight_bit:
         raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
+    if not found.eight_bit and getattr(found, "resize_on", "cpu") != "cpu":
+        raise UserError("data.resize_on: device: the encoder's images are not of 8 bit; allowed: cpu")
     return found
+
+
+def _all_formats(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """Formats of images: those that are read unless a recipe says otherwise, and those of a stored recipe."""
+    return tuple(dict.fromkeys((*DECODING["formats"], *stored.get("formats", ()))))
 
 
 def _channels(folder: Path) -> int | None:
@@ -413,8 +423,8 @@ def decoding_of(folder: Path, channels: int) -> dict[str, Any]:
     """How the images of the run that made a timm folder were read, as `decode_crop` takes it."""
     stored = stored_recipe(folder)
     data = stored.get("data", {})
-    found = {key: tuple(value) if isinstance(value, list) else value for key in DECODING if (value := data.get(key))}
-    found = DECODING | found | {"channels": channels}
+    found: dict[str, Any] = {"channels": channels, "formats": _all_formats(data)}
+    found["max_image_pixels"] = max(data.get("max_image_pixels", 0), DECODING["max_image_pixels"])
     value_range = value_range_of(stored, channels)
     return found if value_range is None else found | {"value_range": value_range, "nodata": data.get("nodata")}
 

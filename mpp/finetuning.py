@@ -560,12 +560,13 @@ def _run_cell(
         faults.point("train.step_begins")
         prepared.train()  # also after a measurement
         model.encoder.train(step >= thaws_at)  # a frozen one keeps its batch norms' statistics, too
-        micro_losses, bad_lines = [], []
+        micro_losses, bad_lines, replaced = [], [], 0
         statistics.remember()
         for m in range(accumulate):
             watch.at(step, "reading images")
             batch = next(stream_of_batches)
             bad_lines += batch.bad
+            replaced += batch.replaced
             watch.at(step, "computing")
             with nullcontext() if m == accumulate - 1 else accelerator.no_sync(prepared):
                 own_loss = micro_loss(prepared, batch.images, batch.labels, int(batch.positions[0])) / accumulate
@@ -575,7 +576,7 @@ def _run_cell(
         grad_norm = accelerator.clip_grad_norm_(trained, optim.clip_grad_norm or math.inf)
         watch.at(step, "exchanging losses")
         loss, new_bad, stopping = distributed.total(
-            accelerator, [float(torch.stack(micro_losses).sum()) / world, len(bad_lines), bool(control.stop_request)]
+            accelerator, [float(torch.stack(micro_losses).sum()) / world, replaced, bool(control.stop_request)]
         )
         if new_bad:
             lines = distributed.gathered(accelerator, bad_lines)  # each process knows only its own

@@ -491,6 +491,8 @@ def _opened(file: Path, trust: bool) -> Any:
             _compare_checksums(file)
         # training programs keep their arguments and metrics beside the weights
         found, left_out = _plain_parts(file)
+    except UserError:
+        raise
     except Exception as error:  # torch, zipfile and pickle each have their own
         if refused := _REFUSED.search(str(error)):
             raise UserError(f"{file}: holds more than tensors and plain containers: {_some([refused[1]])}") from error
@@ -502,17 +504,16 @@ def _opened(file: Path, trust: bool) -> Any:
     return found
 
 
-_REFUSED = re.compile(r"(?i)unsupported (?:global: )?(?:GLOBAL|class) (\S+)")
-
-
 def _plain_parts(file: Path) -> tuple[Any, list[str]]:
     """Read the tensors and plain containers of a pickle, and leave out objects of other classes.
 
-    torch's loader says which class it meets and does not know; it is then told to put a dictionary in its place. The
-    code of these classes is never looked for.
+    A dictionary takes the place of such an object. The code of its class is never looked for.
 
     Returns:
         (what the file holds, names of the classes that were left out).
+
+    Raises:
+        UserError: An object is of a kind, such as a list with methods of its own, that no dictionary can stand for.
     """
     left_out: list[str] = []
     while True:
@@ -524,14 +525,35 @@ def _plain_parts(file: Path) -> tuple[Any, list[str]]:
             open(file, "rb") as stream,  # of a path torch would believe the ending
         ):
             try:
-                found = torch.load(stream, map_location="cpu", weights_only=True)
-                break
+                return torch.load(stream, map_location="cpu", weights_only=True), left_out
             except Exception as error:
-                refused = _REFUSED.search(str(error))
-                if not refused or refused[1] in left_out or len(left_out) == MOST_CLASSES:
+                unknown = _unknown_classes(file, error, left_out)
+                if not unknown and left_out and not _REFUSED.search(str(error)):
+                    raise UserError(
+                        f"{file}: objects of {_some(left_out)} cannot be left out; save the weights alone: "
+                        "torch.save(model.state_dict(), …)"
+                    ) from error
+                if not unknown:
                     raise
-                left_out.append(refused[1])
-    return found, left_out
+                left_out += unknown
+
+
+def _unknown_classes(file: Path, error: Exception, known: list[str]) -> list[str]:
+    """Classes in a pickle that torch refuses and that are not in `known`, at most MOST_CLASSES of all."""
+    refused = _REFUSED.search(str(error))
+    if not refused or refused[1] in known:
+        return []
+    try:  # all at once, without loading anything; of files in torch's present format
+        with torch.serialization.safe_globals(_harmless()):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # of an older format: one class after the other, as torch meets them
+        found = [refused[1]]
+    new = [name for name in dict.fromkeys([refused[1], *found]) if name not in known]
+    return new if len(known) + len(new) <= MOST_CLASSES else []
+
+
+_REFUSED = re.compile(r"(?i)unsupported (?:global: )?(?:GLOBAL|class) (\S+)")
+"""How torch names the class that it refuses."""
 
 
 class _Nothing:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from mpp import faults
-from mpp.errors import MppWarning, UserError, without_secrets
+from mpp.errors import MppWarning, UserError, printable, without_secrets
 from mpp.records import write_status
 
 PACKAGES = (
@@ -191,14 +191,14 @@ class RunLog:
     def note(self, text: str) -> None:
         """A line of train.log alone."""
         if self.active:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {without_secrets(text)}")
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(without_secrets(text))}")
 
     def say(self, text: str) -> None:
         """A line for people: train.log and the terminal."""
         if not self.active:
             return
         self.note(text)
-        text = without_secrets(text)
+        text = printable(without_secrets(text))
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         else:

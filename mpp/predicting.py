@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,7 @@ def predict_files(
                 raise UserError(f"--{option}: {source} tells of places, not of whole images; allowed: 1")
         if out is not None:
             _check_writable(Path(out))
-        rows, unreadable = predict_dense(source, images_of(places), folder=report)
+        rows, unreadable = predict_dense(source, images_of(list(map(_images_part, places))), folder=report)
         if out is not None:
             _write_csv(Path(out), list(rows[0]) if rows else BOX_COLUMNS, [list(row.values()) for row in rows])
         return rows, unreadable, None
@@ -190,6 +191,13 @@ def predict_files(
     if judged is not None:
         _write_report(judged, Path(report))  # type: ignore[arg-type]
     return rows, unreadable, judged
+
+
+def _images_part(place: str) -> str:
+    """A folder with images/ and masks/, or annotations, is a labeled data set, of which images/ holds the images."""
+    labels = any(os.path.exists(os.path.join(place, name)) for name in ("masks", "annotations.json"))
+    images = os.path.join(place, "images")
+    return images if labels and os.path.isdir(images) else place
 
 
 def _check_writable(path: Path) -> None:

@@ -37,9 +37,9 @@ from mpp.runfolder import DATA, opened
 from mpp.sharding import Whole, shard, whole_value
 from mpp.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
 from mpp.types import Batch
-from mpp.unreadable import coarse, count_unreadable
+from mpp.unreadable import count_unreadable, find_coarse_images
 
-LOOKED_AT = 16
+RANGE_IMAGES = 16
 """Images whose range of values is looked at before the first step."""
 RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
@@ -87,6 +87,8 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         own = exporting.normalised_as(recipe.encoder.name, recipe.data, warn=accelerator.is_main_process)
         recipe = recipe.model_copy(update={"data": own})
     data, optim = recipe.data, recipe.optim
+    if data.nodata is not None and data.eight_bit:
+        raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
 
     # ---- model, data, optimizer
@@ -174,11 +176,8 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         log.say(f"note: {taken}")
     if images.left_out:
         log.say(f"note: data.shards: {images.left_out}")
-    if accelerator.is_main_process:
-        looked_at = PackedReader(images, few=True)
-        few = evenly(sum(images.counts), LOOKED_AT)
-        for line in coarse(looked_at, few, "data.shards", data.decoding()):
-            log.say(f"warning: {line}")
+    for line in distributed.on_main(accelerator, partial(_look_at_range, images, data.decoding())):
+        log.say(f"warning: {line}")
     for line in held_out_batch.bad:
         log.say(f"unreadable, held out: {line}")
     if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.encoder.modules()) and world > 1:
@@ -484,3 +483,9 @@ def _draw(
         keep(log.out, step, found)
     except OSError as error:
         log.say(f"warning: the pictures of step {step} are not kept: {error.strerror or error}")
+
+
+def _look_at_range(images: ShardImages, decoding: dict[str, Any]) -> list[str]:
+    """Look at a few images before the first step; see `find_coarse_images`."""
+    chosen = evenly(sum(images.counts), RANGE_IMAGES)
+    return find_coarse_images(PackedReader(images, few=True), chosen, "data.shards", decoding)

@@ -33,7 +33,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from mpp import registry
-from mpp.data.walk import IMAGE, IMAGE_ENDINGS
+from mpp.data.walk import checked_extension
 from mpp.errors import UserError, without_secrets
 from mpp.records import differing, flat_keys
 from mpp.types import (
@@ -143,13 +143,6 @@ def _growing(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-def _of_an_image(extension: str) -> str:
-    extension = extension.removeprefix(".")
-    if not IMAGE.search(f"x.{extension}") or "/" in extension:
-        raise ValueError(f"what follows the name of a sample, ending in one of {IMAGE_ENDINGS}")
-    return extension
-
-
 def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) or type(value) is int else value
 
@@ -241,9 +234,9 @@ class ImageData(Section):
     """Image formats that are decoded; any other is a bad image."""
     max_image_pixels: Annotated[PositiveInt, Field(le=178_000_000)] = 64_000_000
     """Images with more pixels are bad images, refused from their header."""
-    image_extension: Annotated[str, AfterValidator(_of_an_image)] | None = None
+    image_extension: Annotated[str, AfterValidator(checked_extension)] | None = None
     """Of tar shards whose samples hold several images, `7.rgb.png` and `7.depth.png`: what follows the sample's name in
-    that of the image to take, rgb.png. Default: the shortest name, and of `7.jpg` and `7.png` the first."""
+    that of the image to read, rgb.png. Default: every image whose name does not begin with that of another one."""
     cache_dir: FilePath | None = None
     """Folder for copies of remote shards and for indexes that cannot lie beside their shards; default
     $MPP_CACHE or ~/.cache/mpp."""
@@ -969,7 +962,7 @@ def _override_value(what: str, value: Any) -> Any:
     """A string is read as YAML, but for what only a path or pattern can be: `*.tar`, `runs/try #2`."""
     if not isinstance(value, str) or value.startswith(("*", "&", "!", "@", "%", "`")):
         return value
-    if not value.isprintable():  # names of files may hold bytes that are no text, which YAML does not take
+    if re.search(r"[\ud800-\udfff]", value):  # bytes in a file's name that are not text, which YAML does not take
         return value
     try:
         node = yaml.compose(value, _Loader)

@@ -19,6 +19,8 @@ from mpp.records import RECIPE, is_checkpoint, read_state
 
 DATA = "data.json"
 LOCK = ".lock"
+RECORDS = (RECIPE, DATA, "env.json", "status.json", "train.log", "metrics.jsonl")
+"""What a run writes before its first step is done."""
 _held: set[Path] = set()
 """Folders this process writes into: the system's locks keep out other processes alone."""
 
@@ -114,7 +116,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         others = sorted(p.name for p in out.iterdir() if p.name != LOCK) if out.exists() else []
     except OSError as error:
         raise UserError(f"out: {out}: {error.strerror}") from error
-    if RECIPE in others and _came_to_nothing(out):
+    if RECIPE in others and _is_unused(out):
         others = []  # its records are replaced
     if others and resume == "never":
         raise UserError(f"out: {out} is not empty; go on with --resume auto, or give another folder")
@@ -146,12 +148,19 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
     return OpenRun(out, path)
 
 
-def _came_to_nothing(out: Path) -> bool:
-    """Whether a run ended before it had a checkpoint, a result or a line of metrics: there is nothing to go on from,
-    and a corrected recipe may have its folder. A run in progress holds the folder's lock."""
-    kept = (p for pattern in ("metrics.jsonl", "result.json") for p in out.rglob(pattern) if p.stat().st_size)
-    folders = (p for name in ("checkpoints", "encoder", "non-finite") for p in out.rglob(name) if p.is_dir())
-    return next(kept, None) is None and next(folders, None) is None
+def _is_unused(out: Path) -> bool:
+    """Whether a run ended before it had a checkpoint, a result or a line of metrics, and nothing else is there.
+
+    There is nothing to go on from then, and a corrected recipe may have the folder. A run in progress holds its lock.
+    """
+    if read_state(out) == "finished":
+        return False
+    for path in out.rglob("*"):
+        if path.is_dir() or path.parent == out / "reconstructions":
+            continue
+        if path.name not in (*RECORDS, LOCK) or (path.name == "metrics.jsonl" and path.stat().st_size):
+            return False
+    return True
 
 
 def _same_recipe(run: Path, recipe: Job) -> None:

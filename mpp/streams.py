@@ -24,9 +24,9 @@ on_broken_pipe: Callable[[], object] | None = None
 class _Lasting(io.FileIO):
     """The file of a stream, whose failed writes are dropped while a run is in progress."""
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any) -> Any:
         try:
-            return super().write(data) or 0
+            return super().write(data)  # None if a pipe that does not wait is full
         except OSError as error:
             # a closed terminal is no error outside of a run either: nobody could read about it
             if error.errno not in LOST or (on_broken_pipe is None and error.errno != errno.EIO):
@@ -36,7 +36,7 @@ class _Lasting(io.FileIO):
             return len(data)
 
 
-def outlast() -> None:
+def keep_output_open() -> None:
     """Let stdout and stderr of this process take any text, and fail as the module says. Streams that somebody else has
     put in their place stay as they are."""
     for name in ("stdout", "stderr"):
@@ -46,5 +46,6 @@ def outlast() -> None:
         elif stream is getattr(sys, f"__{name}__"):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+                buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
                 raw = io.BufferedWriter(_Lasting(stream.fileno(), "w", closefd=False))
-                setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
+                setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", **buffering))

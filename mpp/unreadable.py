@@ -16,6 +16,8 @@ from mpp.metrics import RunLog
 
 LOOKED_AT = 64
 """Images that are opened before a run begins; more if there are more classes, one of each (a guess)."""
+MOST_LOOKED_AT = 256
+"""Images that are opened of many classes (a guess)."""
 LEAST_UNREADABLE = 2
 """Of labeled images looked at, before they are too many: a single one ends no run."""
 LEAST_IN_TRAINING = 100
@@ -44,14 +46,15 @@ def check_images(images: Any, key: str, decoding: dict[str, Any], max_bad_fracti
     missing = np.flatnonzero(reader.sizes() < 0)
     _check_count(len(missing), len(images), key, max_bad_fraction, lambda: _reason(reader, int(missing[0]), decoding))
     chosen = _spread(images)
-    faults = {i: fault for i in chosen if (fault := _reason(reader, i, decoding))}
+    # one after the other: decoding changes settings of Pillow and of Python's warnings, which all threads share
+    faults = {i: reason for i in chosen if (reason := _reason(reader, i, decoding))}
     _check_count(len(faults), len(chosen), key, max_bad_fraction, lambda: next(iter(faults.values())))
     warnings = []
     if isinstance(images, Labeled) and not images.several:
         lost = unread_classes(images, [i for i in chosen if i not in faults], chosen)
         if lost:
             warnings.append(f"{key}: of {', '.join(lost)} not one of the images looked at can be read")
-    return warnings + coarse(reader, [i for i in chosen if i not in faults][:LOOKED_AT], key, decoding)
+    return warnings + find_coarse_images(reader, [i for i in chosen if i not in faults][:LOOKED_AT], key, decoding)
 
 
 def unread_classes(images: Labeled, read: Sequence[int], of: Sequence[int] | None = None) -> list[str]:
@@ -65,8 +68,10 @@ def unread_classes(images: Labeled, read: Sequence[int], of: Sequence[int] | Non
     return [images.classes[label] for label in sorted(set(tried.tolist()) - set(images.labels[list(read)].tolist()))]
 
 
-def coarse(reader: Reader, numbers: Sequence[int], key: str, decoding: dict[str, Any]) -> list[str]:
+def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decoding: dict[str, Any]) -> list[str]:
     """Warn if images of 16 bit use a small part of their range and `data.value_range` does not say which."""
+    if decoding.get("value_range") not in (None, "type"):
+        return []
     found: list[Deep] = []
     for i in numbers:
         try:
@@ -75,20 +80,21 @@ def coarse(reader: Reader, numbers: Sequence[int], key: str, decoding: dict[str,
             continue
         if deep is not None:
             found.append(deep)
-    if not found or decoding.get("value_range") not in (None, "type"):
+    if not found:
         return []
-    largest, most = max(deep.largest for deep in found), max(deep.most for deep in found)
+    smallest, largest = min(deep.smallest for deep in found), max(deep.largest for deep in found)
+    most = max(deep.most for deep in found)
     if largest * USED_PART > most or largest <= 0:
         return []
-    bits = math.ceil(math.log2(largest + 1))
-    what = f"{key}: the largest value of {len(found)} images is {largest:g}, of {most:g} that their type holds"
+    high = 2 ** math.ceil(math.log2(largest + 1)) - 1 if smallest >= 0 else int(largest)
+    advice = f"data.value_range=[{int(min(smallest, 0))},{high}]"
+    what = (
+        f"{key}: values of {len(found)} images run from {smallest:g} to {largest:g}, of {most:g} that their type holds"
+    )
     if "value_range" in decoding:
-        return [f"{what}: they are read as dark; data.value_range=[0,{2**bits - 1}] reads them in full"]
+        return [f"{what}: they are read as dark; {advice} reads them in full"]
     levels = int(largest) // 257 + 1
-    return [
-        f"{what}: read as 8 bit they keep {levels} grey levels. data.channels=1 data.value_range=[0,{2**bits - 1}] "
-        "reads all of them"
-    ]
+    return [f"{what}: read as 8 bit they keep {levels} grey levels. data.channels=1 {advice} reads all of them"]
 
 
 def count_unreadable(before: int, new: int, lines: list[str], seen: int, max_bad_fraction: float, log: RunLog) -> int:
@@ -97,7 +103,7 @@ def count_unreadable(before: int, new: int, lines: list[str], seen: int, max_bad
     Args:
         before: Unreadable images of the steps before.
         new: Those of this step, over all processes.
-        lines: A line for each of them.
+        lines: A line for each file that was passed over: several for one image if its neighbours cannot be read either.
         seen: Images of all steps so far.
 
     Returns:
@@ -120,10 +126,13 @@ def count_unreadable(before: int, new: int, lines: list[str], seen: int, max_bad
 
 
 def _spread(images: Any) -> list[int]:
-    """Numbers of images to look at, ascending: as many of each class as LOOKED_AT allows, and one at least."""
+    """Choose the images to look at, ascending: as many of each class as LOOKED_AT allows, and one at least; of at most
+    MOST_LOOKED_AT classes."""
     if not isinstance(images, Labeled) or images.several:
         return evenly(len(images), LOOKED_AT)
-    members = [np.flatnonzero(images.labels == label) for label in np.unique(images.labels)]
+    by_class = np.argsort(images.labels, kind="stable")
+    members = np.split(by_class, np.flatnonzero(np.diff(images.labels[by_class])) + 1)
+    members = [members[i] for i in evenly(len(members), MOST_LOOKED_AT)]
     each = max(LOOKED_AT // max(len(members), 1), 1)
     return sorted(int(own[at]) for own in members for at in evenly(len(own), each))
 

@@ -55,7 +55,6 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
         ({**WHOLE, "MASTER_PORT": "99999"}, "MASTER_PORT: 99999 in the environment; .* at most 65535"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK: '' in the environment, not a whole number"),
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE: 'x' in the environment, not a whole number; start by torchrun, or unset it"),
-        ({**WHOLE, "MASTER_ADDR": "nowhere.invalid"}, r"MASTER_ADDR: nowhere\.invalid: "),
     ],
 )
 def test_half_of_a_launcher_s_environment(given: dict[str, str], message: str) -> None:
@@ -64,9 +63,7 @@ def test_half_of_a_launcher_s_environment(given: dict[str, str], message: str) -
         check_launch(given)
 
 
-@pytest.mark.parametrize(
-    "given", [{}, WHOLE, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "80"}, {"SLURM_NTASKS": "4"}]
-)
+@pytest.mark.parametrize("given", [{}, WHOLE, {"RANK": "0"}, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "80"}])
 def test_an_environment_that_holds_together(given: dict[str, str]) -> None:
     check_launch(given)
 

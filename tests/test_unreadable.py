@@ -14,7 +14,7 @@ from PIL import Image
 import mpp
 from mpp.data.labeled import FileReader, Labeled
 from mpp.errors import MppWarning, UserError
-from mpp.unreadable import check_images, coarse, unread_classes
+from mpp.unreadable import check_images, find_coarse_images, unread_classes
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 from tests.test_finetuning import recipe, run  # noqa: F401 (a fixture)
 
@@ -73,15 +73,20 @@ def images_of_16_bit(folder: Path, largest: int) -> FileReader:
 def test_coarse_images_are_said(tmp_path: Path) -> None:
     """X-rays of 12 bit in files of 16: as 8 bit 16 grey levels are left of 4096."""
     xrays, full = images_of_16_bit(tmp_path / "a", 4095), images_of_16_bit(tmp_path / "b", 60000)
-    (line,) = coarse(xrays, range(3), "k", READING)
+    (line,) = find_coarse_images(xrays, range(3), "k", READING)
     assert line == (
-        "k: the largest value of 3 images is 4095, of 65535 that their type holds: read as 8 bit they keep 16 grey "
+        "k: values of 3 images run from 0 to 4095, of 65535 that their type holds: read as 8 bit they keep 16 grey "
         "levels. data.channels=1 data.value_range=[0,4095] reads all of them"
     )
-    (dark,) = coarse(xrays, range(3), "k", {**GREY, "value_range": "type"})
+    (dark,) = find_coarse_images(xrays, range(3), "k", {**GREY, "value_range": "type"})
     assert "they are read as dark; data.value_range=[0,4095] reads them in full" in dark
-    assert coarse(full, range(3), "k", READING) == []
-    assert coarse(xrays, range(3), "k", {**GREY, "value_range": (0.0, 4095.0)}) == []
+    np.save(tmp_path / "ct.npy", np.array([[-1000, 2000]], dtype=np.int16))
+    ct = FileReader([str(tmp_path / "ct.npy")])
+    signed = {**GREY, "formats": ("NPY",), "value_range": "type"}
+    (line,) = find_coarse_images(ct, [0], "k", signed)
+    assert "data.value_range=[-1000,2000] reads them in full" in line
+    assert find_coarse_images(full, range(3), "k", READING) == []
+    assert find_coarse_images(xrays, range(3), "k", {**GREY, "value_range": (0.0, 4095.0)}) == []
 
 
 def tree(folder: Path, bad: dict[str, int], seed: int = 0) -> Path:
@@ -94,7 +99,6 @@ def tree(folder: Path, bad: dict[str, int], seed: int = 0) -> Path:
 
 
 def test_fine_tuning_looks_before_it_trains(run: Path, tmp_path: Path) -> None:  # noqa: F811
-    """The folder of a run that came to nothing is free for the corrected command."""
     train, val = tree(tmp_path / "train", {}), tree(tmp_path / "val", {"ring": 10}, 1)
     data = {"data.train": str(train), "data.val": str(val), "optim.steps": 2, "seeds": [0], "beside_scratch": False}
     with pytest.raises(UserError, match=r"data\.val: 10 of 30 images .*ring/0\.png"):
@@ -127,10 +131,11 @@ def test_unreadable_training_images_are_counted_and_too_many_end_the_run(
         mpp.finetune(recipe(train, tmp_path / "ft2", run, **data, **{"data.max_bad_fraction": 0.01}))
 
 
-def test_an_evaluation_counts_what_it_read(run: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("probe", ["knn", "attentive"])
+def test_an_evaluation_counts_what_it_read(probe: str, run: Path, tmp_path: Path) -> None:  # noqa: F811
     """Chance is that of the images that were judged."""
     train, val = tree(tmp_path / "train", {}), tree(tmp_path / "val", {"disc": 4, "ring": 10}, 1)
-    keys = {"out": str(tmp_path / "e"), "probes": "[knn]", "controls": False, "data.workers": 0}
+    keys = {"out": str(tmp_path / "e"), "probes": f"[{probe}]", "controls": False, "data.workers": 0}
     data = {"data.train": str(train), "data.val": str(val), "data.max_bad_fraction": 0.5}
     with pytest.warns(MppWarning) as told:
         result = mpp.evaluate(run, **keys, **data)
@@ -140,6 +145,7 @@ def test_an_evaluation_counts_what_it_read(run: Path, tmp_path: Path) -> None:  
     assert result.chance == 10 / 16
     found = json.loads((tmp_path / "e" / "result.json").read_text())
     assert (found["val_images"], found["val_images_read"], len(found["unreadable"])) == (30, 16, 14)
+    assert found["unread_classes"] == ["ring"]
 
 
 def test_pretraining_says_what_it_leaves_out_and_how_it_reads(tmp_path: Path) -> None:
@@ -150,4 +156,4 @@ def test_pretraining_says_what_it_leaves_out_and_how_it_reads(tmp_path: Path) ->
     mpp.pretrain(pretrain_recipe(tmp_path / "in", tmp_path / "run", **{"optim.steps": 1}))
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"note: data.shards: left out: 1 (not an image by its name), {tmp_path}/in/notes.txt" in log
-    assert "warning: data.shards: the largest value of 16 images is 4095" in log
+    assert "warning: data.shards: values of 16 images run from 0 to 4095" in log

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,15 +28,18 @@ PARSING = threading.Lock()
 (python/cpython issue 106905)."""
 
 
-def read_array(data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int) -> np.ndarray | None:
-    """(C, H, W) as it is stored, where these bytes are of a format of this module's; None for others. BadImage."""
+def read_array(
+    data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int, nodata: float | None = None
+) -> np.ndarray | None:
+    """(C, H, W) of numbers as they are stored, with missing ones filled in, if these bytes are of a format of this
+    module's; None for others. BadImage."""
     try:
         if data.startswith(NPY):
             if "NPY" not in formats:
                 raise BadImage(f"not an image of {', '.join(formats)}")
-            return _npy(data, channels, max_image_pixels)
+            return fill_missing(_npy(data, channels, max_image_pixels), [] if nodata is None else [nodata])
         if data.startswith(TIFF) and "TIFF" in formats:
-            return _tiff(data, channels, max_image_pixels)
+            return _tiff(data, channels, max_image_pixels, nodata)
     except (BadImage, UserError):
         raise
     except Exception as error:  # both raise anything on hostile bytes
@@ -80,7 +84,7 @@ def _npy(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
         return _channels_first(np.load(io.BytesIO(data), allow_pickle=False), channels)
 
 
-def _tiff(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
+def _tiff(data: bytes, channels: int, max_image_pixels: int, nodata: float | None) -> np.ndarray:
     try:
         import tifffile
     except ModuleNotFoundError as error:
@@ -98,8 +102,8 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
             raise BadImage(f"a TIFF with orientation {turned.value}")
         array = _channels_first(series.asarray(), channels)
         # GDAL's tag, which is not always a number
-        nodata = frame.nodata if isinstance(frame.nodata, int | float) and "GDAL_NODATA" in frame.tags else None
-        return array if nodata is None else fill_missing(array, nodata)
+        named = "GDAL_NODATA" in frame.tags and isinstance(frame.nodata, int | float)
+        return fill_missing(array, [*([frame.nodata] if named else []), *([] if nodata is None else [nodata])])
 
 
 def _check(shape: tuple[int, ...], dtype: Any, channels: int, max_image_pixels: int) -> None:
@@ -131,28 +135,36 @@ def _channels_first(array: np.ndarray, channels: int) -> np.ndarray:
     return array.transpose(2, 0, 1) if array.shape[2] == channels else array
 
 
-def fill_missing(array: np.ndarray, nodata: float | None) -> np.ndarray:
-    """Put the mean of a channel in the place of its missing values: NaN, infinities and `nodata`.
+def fill_missing(array: np.ndarray, nodata: Sequence[float]) -> np.ndarray:
+    """Put the mean of a channel in the place of its missing values: NaN, infinities and those in `nodata`.
 
     Args:
         array: (C, H, W) of any numbers.
-        nodata: The value that says that nothing was measured there; None: there is no such value.
+        nodata: Values that say that nothing was measured there.
 
     Raises:
         BadImage: More than MOST_MISSING of the values are missing.
     """
+    if array.dtype.kind != "f" and not nodata:
+        return array
     missing = ~np.isfinite(array) if array.dtype.kind == "f" else np.zeros(array.shape, dtype=bool)
-    if nodata is not None:
-        missing |= array == nodata
+    with np.errstate(over="ignore"):  # a nodata value may be too large for the image's own type
+        for value in nodata:
+            missing |= array == np.float64(value).astype(array.dtype) if array.dtype.kind == "f" else array == value
     if not missing.any():
         return array
     if missing.mean() > MOST_MISSING:
         raise BadImage(f"{missing.mean():.0%} of its values are missing, more than {MOST_MISSING:.0%}")
     filled = array.copy()
-    there = array[~missing].astype(np.float64)
+    of_all = None
     for channel, lacks in zip(filled, missing, strict=True):
-        known = channel[~lacks].astype(np.float64)
-        channel[lacks] = (known if known.size else there).mean()
+        if not lacks.any():
+            continue
+        if lacks.all():
+            of_all = array[~missing].astype(np.float64).mean() if of_all is None else of_all
+            channel[:] = of_all
+        else:
+            channel[lacks] = channel[~lacks].astype(np.float64).mean()
     return filled
 
 

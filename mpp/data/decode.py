@@ -150,7 +150,7 @@ def _numbers(
     data: bytes, value_range: ValueRange, nodata: float | None = None, *, channels: int, **reading: Any
 ) -> np.ndarray:
     """(C, h, w) of the whole image, with all its bits and without missing values. BadImage."""
-    array = read_array(data, channels=channels, **reading)
+    array = read_array(data, channels=channels, nodata=nodata, **reading)
     if array is None:  # of 8 bit, most likely; of 16 bit where it is grey
         if channels not in MODES:
             raise BadImage(f"not a TIFF or .npy; wants {channels} channels (data.channels)")
@@ -158,19 +158,21 @@ def _numbers(
         array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
         if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow has no deep colours
             raise BadImage("read as 8 bit, which data.value_range is not; TIFF, .npy and grey PNG have all their bits")
-    return fill_missing(array, nodata)
+        return fill_missing(array, [] if nodata is None else [nodata])
+    return array
 
 
 class Deep(NamedTuple):
     """The values of an image of 16 bit."""
 
+    smallest: float
     largest: float
     most: float
     """What its type holds."""
 
 
 def deep_values(data: bytes, decoding: dict[str, Any]) -> Deep | None:
-    """The largest value of an image of 16 bit; None for images of other kinds. BadImage.
+    """The smallest and largest value of an image of 16 bit; None for images of other kinds. BadImage.
 
     decoding: as `decode_cut` takes it.
     """
@@ -185,7 +187,7 @@ def deep_values(data: bytes, decoding: dict[str, Any]) -> Deep | None:
         return None
     if array.dtype.kind not in "ui" or array.dtype.itemsize != 2:
         return None
-    return Deep(float(array.max()), float(np.iinfo(array.dtype).max))
+    return Deep(float(array.min()), float(array.max()), float(np.iinfo(array.dtype).max))
 
 
 def resize(cut: Cut, size: tuple[int, int]) -> Tensor:

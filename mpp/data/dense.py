@@ -22,13 +22,15 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from mpp.data.decode import GREY, Box, decode_crop, decode_pillow, random_box
-from mpp.data.files import read_regular
+from mpp.data.files import open_regular, read_regular
 from mpp.data.labeled import FileReader, LabeledBatch, class_name, draw_fraction, file_size
 from mpp.data.walk import LeftOut, images_below
 from mpp.errors import BadImage, UserError, one_line
 from mpp.rng import Purpose, stream
 
 CLASSES = "classes.txt"
+MOST_SIDE_PX = 1_000_000
+"""Of an image, in annotations (a guess)."""
 MOST_OUTSIDE_PX = 1
 """By which a box may run past its image, from rounding."""
 LEAST_VISIBLE = 0.25
@@ -172,7 +174,8 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
     for one, other, word in ((of_image, of_mask, "mask"), (of_mask, of_image, "image")):
         alone = [path for stem, path in one.items() if stem not in other]
         if alone:
-            raise UserError(f"{key}: {len(alone)} files without {word}, the first: {alone[0]}")
+            reason = f"; {left_out}" if left_out else ""
+            raise UserError(f"{key}: {len(alone)} files without {word}, the first: {alone[0]}{reason}")
     masks = [of_mask[stem] for stem in of_image]
     images = list(of_image.values())
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
@@ -302,13 +305,14 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         folder = _one_folder(spec, key, "annotations.json and images/, or [annotations.json, folder of its images]")
         path, root = os.path.join(folder, "annotations.json"), os.path.join(folder, "images")
     try:
-        values = json.loads(read_regular(path), object_pairs_hook=_each_key_once)
+        with open_regular(path) as annotations:
+            values = json.loads(annotations.read(), object_pairs_hook=_each_key_once)
     except BadImage as error:
         raise UserError(f"{key}: {path}: {error}") from error
     except OSError as error:
         raise UserError(f"{key}: {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{key}: {path}: no JSON: {error}") from error
+        raise UserError(f"{key}: {path}: cannot be read as JSON: {str(error).split(';')[0]}") from error
     lists: dict[str, list[dict[str, Any]]] = {}
     for part in ("images", "annotations", "categories"):
         entries = values.get(part) if isinstance(values, dict) else None
@@ -351,7 +355,8 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         numbers[number] = i
         file = os.path.join(root, of("images", i, "file_name", (str,), "a file name"))
         if not os.path.isfile(file):
-            raise UserError(f"{key}: {path}: images[{i}].file_name: no such file: {file}")
+            what = "not a file" if os.path.exists(file) else "no such file"
+            raise UserError(f"{key}: {path}: images[{i}].file_name: {what}: {file}")
         if file in listed:
             raise UserError(f"{key}: {path}: images[{i}].file_name: {file} a second time")
         listed.add(file)
@@ -359,8 +364,8 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         entry = lists["images"][i]
         stated = "width" in entry or "height" in entry
         width, height = (of("images", i, side, (int,), "pixels") if stated else 0 for side in ("width", "height"))
-        if stated and (width < 1 or height < 1):
-            raise UserError(f"{key}: {path}: images[{i}]: {width}×{height} pixels; both sides must be at least 1")
+        if stated and not (1 <= width <= MOST_SIDE_PX and 1 <= height <= MOST_SIDE_PX):
+            raise UserError(f"{key}: {path}: images[{i}]: width, height: must be from 1 to {MOST_SIDE_PX} pixels")
         sizes.append((width, height) if stated else _size_of(file))
     if not images:
         raise UserError(f"{key}: {path}: no images in it")
@@ -397,7 +402,7 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
             left_out.add("no pixel of its image", f"{where}: {json.dumps(box)}")
             continue
         relative = relative and x + w <= 1 and y + h <= 1
-        if corners[2] < x + w - MOST_OUTSIDE_PX or corners[3] < y + h - MOST_OUTSIDE_PX:
+        if max(-x, -y, x + w - width, y + h - height) > MOST_OUTSIDE_PX:
             cut.append(f"{where}: {json.dumps(box)}")
         boxes[place].append([*corners, area])
         labels[place].append([class_of[int(entry["category_id"])], int(crowd)])
@@ -459,18 +464,20 @@ class DenseDataset(Dataset[LabeledBatch]):
         self.size, self.scale, self.ratio, self.flip, self.color_jitter = size, scale, ratio, flip, color_jitter
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
-        bad: list[str] = []
         try:
-            samples = [self._sample(position, place, bad) for position, _, place in keys]
+            samples = [self._sample(position, place) for position, _, place in keys]
         except UserError as error:
             return error
-        images, labels = zip(*samples, strict=True)
+        images, labels, passed_over = zip(*samples, strict=True)
+        bad = [line for lines in passed_over for line in lines]
         readable = torch.ones(len(keys), dtype=torch.bool)
         positions = torch.tensor([k[0] for k in keys])
-        return LabeledBatch(torch.stack(images), _together(labels), positions, readable, bad)
+        replaced = sum(map(bool, passed_over))
+        return LabeledBatch(torch.stack(images), _together(labels), positions, readable, bad, replaced)
 
-    def _sample(self, position: int, place: int, bad: list[str]) -> tuple[Tensor, Any]:
-        """The image and its labels."""
+    def _sample(self, position: int, place: int) -> tuple[Tensor, Any, list[str]]:
+        """The image, its labels, and a line for each unreadable one in whose place it stands."""
+        bad: list[str] = []
         for step in range(len(self.subset)):
             number = int(self.subset[(place + step) % len(self.subset)])
             rng = stream(self.seed, Purpose.AUGMENT, position)
@@ -496,7 +503,7 @@ class DenseDataset(Dataset[LabeledBatch]):
                 continue
             if self.color_jitter:
                 image = _jittered(image, rng, self.color_jitter)
-            return (image.flip(-1) if flip else image), labels
+            return (image.flip(-1) if flip else image), labels, bad
         raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
 
 

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import numpy as np
 
@@ -42,19 +43,24 @@ def read_manifest(path: str, columns: Sequence[str], optional: Sequence[str] = (
         UserError: With the line of what is wrong.
     """
     try:
-        text = read_regular(path).decode("utf-8-sig")
+        with open_regular(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+            return _rows(path, text, columns, optional)
     except BadImage as error:
         raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not text in UTF-8, from byte {error.start} on; a spreadsheet saves it as 'CSV UTF-8'"
-        ) from error
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+        raise UserError(f"{path}: not text in UTF-8; a spreadsheet saves it as 'CSV UTF-8'") from error
+
+
+def _rows(path: str, text: TextIO, columns: Sequence[str], optional: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """What `read_manifest` returns."""
+    reader = csv.reader(text, skipinitialspace=True, strict=True)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
         wanted = [*columns, *(name for name in optional if name in header)]
         if not set(columns) <= set(header):
-            separated = next((mark for mark in (";", "\t") if mark in text.partition("\n")[0]), None)
+            separated = next((mark for mark in (";", "\t") if mark in ",".join(header)), None)
             raise UserError(
                 f"{path}:1: needs the column{'s' if len(columns) > 1 else ''} {' and '.join(columns)}; "
                 f"got {', '.join(header) or 'nothing'}"
@@ -63,15 +69,16 @@ def read_manifest(path: str, columns: Sequence[str], optional: Sequence[str] = (
         if twice := [name for name in wanted if header.count(name) > 1]:
             raise UserError(f"{path}:1: two columns are called {twice[0]}")
         found, last = [], reader.line_num
+        places = {name: header.index(name) for name in wanted}
         for row in reader:
             line, last = last + 1, reader.line_num
             if not any(value.strip() for value in row):
                 continue
             if len(row) != len(header):
                 raise UserError(f"{path}:{line}: {len(row)} columns, where the first line has {len(header)}")
-            values = {name: row[header.index(name)].strip() for name in wanted}
+            values = {name: row[place].strip() for name, place in places.items()}
             for name, value in values.items():
-                if odd := re.search(r"[\0\n\r\t]", value):
+                if odd := _ODD.search(value):
                     what = {"\0": "a zero byte", "\t": "a tab"}.get(odd[0], "a line break; is a quote left open?")
                     raise UserError(f"{path}:{line}: {name}: {what}")
             if not values.get("image", "."):
@@ -82,6 +89,10 @@ def read_manifest(path: str, columns: Sequence[str], optional: Sequence[str] = (
     if not found:
         raise UserError(f"{path}: no images in it")
     return found
+
+
+_ODD = re.compile(r"[\0\n\r\t]")
+"""Characters that no path or label holds."""
 
 
 def is_place(name: str) -> bool:
@@ -151,6 +162,13 @@ def check_bytes(size: int) -> None:
     """BadImage for a file that is too large to be read into memory."""
     if size > MOST_IMAGE_BYTES:
         raise BadImage(f"a file of {size} bytes; allowed are {MOST_IMAGE_BYTES}")
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Open a file. BadImage for what is none: a pipe would be waited for. OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BadImage("not a file")
+    return open(path, "rb")
 
 
 def read_regular(path: str) -> bytes:

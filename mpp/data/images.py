@@ -22,8 +22,8 @@ from mpp.data.index import ShardIndex, expand, fingerprint, member_name
 from mpp.data.listing import LISTING, Entry, Indexes, entry_of, read_listing
 from mpp.data.remote import is_remote
 from mpp.data.store import Store
-from mpp.data.walk import LeftOut, archives_in, images_below
-from mpp.errors import BadImage, MppWarning, UserError
+from mpp.data.walk import LeftOut, archives_in, images_below, list_images
+from mpp.errors import BadImage, MppWarning, UserError, without_secrets
 
 INDEXES_AT_A_TIME = 8  # small files of a server far away, most likely
 OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit of 1024
@@ -52,6 +52,8 @@ class ShardImages:
     ) -> None:
         """image_extension: which member of a sample is its image, see `samples_among`."""
         named = expand(spec, key, files=True)
+        if image_extension and (folder := next(filter(is_place, named), None)):
+            raise UserError(f"data.image_extension: for tar shards; '{folder}' holds files of images")
         self.store = Store(cache_dir, cache_limit_bytes, image_extension)
         folders = {_folder(name) for name in named if not is_place(name)}
         listings = {folder: self._listing(folder) for folder in folders if folder is not None}
@@ -63,14 +65,14 @@ class ShardImages:
         self._entries = [entry_of(index) if isinstance(index, ShardIndex) else index for _, index in found]
         self.indexes = Indexes(len(found), known, self._open_index)
         self.counts = [entry.images for entry in self._entries]
-        self.left_out = LeftOut()
+        self.left_out = _below_shards(spec)
         self._lasting_names: list[str] = []
         for (name, index), entry in zip(found, self._entries, strict=True):
             if isinstance(index, ShardIndex) and index.files:
                 self.left_out.add_all(entry.left_out, f"{index.folder}/")
                 self._lasting_names.append(name.rpartition(", ")[2])
             else:
-                self.left_out.add_all(entry.left_out, f"{name}: ")
+                self.left_out.add_all(entry.left_out, f"{without_secrets(name)}: ")
                 self._lasting_names.append(name)
         if sum(self.counts) == 0:
             where = self.names[0] + (" …" if len(self.names) > 1 else "")
@@ -213,6 +215,16 @@ class ShardImages:
         return blank, bad
 
 
+def _below_shards(spec: str | tuple[str, ...]) -> LeftOut:
+    """Images that lie below folders of shards, where only the shards are read."""
+    left_out = LeftOut()
+    for place in [spec] if isinstance(spec, str) else spec:
+        if os.path.isdir(place) and archives_in(place):
+            images, _ = list_images(place)
+            left_out.add_all(LeftOut.of((name, "image in a folder below shards") for name in images), f"{place}/")
+    return left_out
+
+
 def _folder(shard: str) -> str | None:
     """Of a shard; None where an URL's end is a signature that holds for the shard alone."""
     if is_remote(shard):
@@ -245,7 +257,8 @@ def images_of(places: Sequence[str]) -> list[str]:
         if os.path.isdir(place):
             inside, left_out = images_below(place)
             if not inside:
-                raise UserError(f"{place}: no images in it" + (f"; {left_out}" if left_out else ""))
+                shards = "; shards are not read here" if archives_in(place) else ""
+                raise UserError(f"{place}: no images in it{shards}" + (f"; {left_out}" if left_out else ""))
             if left_out:
                 warnings.warn(f"{place}: {left_out}", MppWarning, stacklevel=2)
             found += inside

@@ -29,8 +29,8 @@ from braceexpand import braceexpand
 
 from mpp.data.arrays import PARSING
 from mpp.data.remote import is_remote
-from mpp.data.samples import samples_among
-from mpp.data.walk import IMAGE, LeftOut, archives_in, list_images
+from mpp.data.samples import REASONS, samples_among
+from mpp.data.walk import IMAGE, MOST_LETTERS, LeftOut, archives_in, images_among, is_hidden
 from mpp.errors import UserError, meant, without_secrets
 
 FORMAT = 3
@@ -40,8 +40,6 @@ MOST_INDEX_BYTES = 256 << 20
 """Of the index of a shard that is not at hand: 6 million images (a guess)."""
 TABLES = (".tsv", ".txt", ".xlsx", ".xls", ".ods", ".json", ".jsonl")
 """Endings of files that people may take for lists of images."""
-MOST_REASONS = 20
-"""For members left out of a shard, in an index from elsewhere; there are fewer."""
 MOST_PACKED = 1_000_000
 """Shards of a packing that are looked for by name."""
 COLUMNS = ("image_offset", "image_size", "label_offset", "label_size", "label_is_json")
@@ -174,7 +172,7 @@ def index_path(shard: str, cache_dir: str | None = None, image_extension: str | 
 
 def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardIndex | None:
     """A stored index of a shard, of so many bytes if known; None where it is none, or cannot be of that shard."""
-    most_bytes = MOST_INDEX_BYTES if size_bytes is None else size_bytes * 8 * len(COLUMNS) // BLOCK + 10_000
+    most_bytes = MOST_INDEX_BYTES if size_bytes is None else size_bytes * 8 * len(COLUMNS) // BLOCK + 30_000
     try:
         with zipfile.ZipFile(file) as packed:  # what it says of its size, before anything is unpacked
             if sum(part.file_size for part in packed.infolist()) > most_bytes:
@@ -184,7 +182,7 @@ def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardInd
         with PARSING, np.load(file, allow_pickle=False) as z:
             if int(z["format"]) != FORMAT or z["table"].dtype != np.int64 or z["table"].shape[1:] != (len(COLUMNS),):
                 return None
-            left_out = left_out_from(json.loads(str(z["left_out"])))
+            left_out = left_out_from(json.loads(z["left_out"].tobytes()))
             if left_out is None:
                 return None
             found = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]), left_out=left_out)
@@ -214,7 +212,7 @@ def write_index(path: Path, index: ShardIndex) -> bool:
             table=index.table,
             size_bytes=np.int64(index.size_bytes),
             mtime_ns=np.int64(index.mtime_ns),
-            left_out=np.str_(json.dumps(index.left_out.found)),
+            left_out=np.frombuffer(json.dumps(index.left_out.found).encode(), dtype=np.uint8),
         )
 
     return write_whole(path, write)
@@ -240,14 +238,17 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> bool:
 
 
 def left_out_from(stored: Any) -> LeftOut | None:
-    """What a stored index or listing says of members left out; None if it is not in that form."""
-    if not isinstance(stored, dict) or len(stored) > MOST_REASONS:
+    """What a stored index or listing says of members; None if it cannot be what mpp wrote: it may be a server's."""
+    if not isinstance(stored, dict):
         return None
     found = {}
     for reason, about in stored.items():
-        if not isinstance(about, list) or [type(value) for value in about] != [int, str]:
+        if reason not in REASONS or not isinstance(about, list) or [type(value) for value in about] != [int, str]:
             return None
-        found[reason] = (about[0], about[1])
+        count, name = about
+        if not 0 < count < 1 << 53 or len(name) > MOST_LETTERS:
+            return None
+        found[reason] = (count, name)
     return LeftOut(found)
 
 
@@ -348,13 +349,8 @@ def packed_first(parquet: str) -> str:
 def _check_shards_of(folder: str, key: str) -> None:
     """UserError where a folder holds more than shards, images beside them, or less than what was packed into it."""
     there = archives_in(folder)
-    images, _ = list_images(folder)
-    if images:
-        raise UserError(
-            f"{key}: '{folder}': holds {len(there)} shards, such as {there[0]}, and {len(images)} images, such as "
-            f"{images[0]}. Move the ones that are not meant elsewhere; '{os.path.join(folder, '*.tar')}' names the "
-            "shards alone"
-        )
+    if images := images_among(n for n in os.listdir(folder) if not is_hidden(n)):
+        raise UserError(holds_both(key, folder, there, sorted(images)))
     try:
         about = json.loads((Path(folder) / "dataset.json").read_text())
         unfinished = "images_listed" in about and "images" not in about
@@ -371,6 +367,15 @@ def _check_shards_of(folder: str, key: str) -> None:
             f"{key}: '{folder}': {len(lost)} of its {packed} shards are missing, such as {lost[0]}; copy them again, "
             f"or pack into a new folder. {os.path.join(folder, '*.tar')} means those that are there"
         )
+
+
+def holds_both(key: str, folder: str, archives: list[str], images: list[str]) -> str:
+    """What to say of a folder that holds tar files and images."""
+    return (
+        f"{key}: '{folder}': holds {len(archives)} shards, such as {archives[0]}, and {len(images)} images, such as "
+        f"{images[0]}. Move the ones that are not meant elsewhere; '{os.path.join(folder, '*.tar')}' names the shards "
+        "only"
+    )
 
 
 def packed_name(number: int) -> str:

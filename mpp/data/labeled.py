@@ -9,6 +9,7 @@ import os
 import random
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,9 +23,9 @@ from torch.utils.data import Dataset
 from mpp.data.decode import decode_crop, decode_pillow, view_boxes
 from mpp.data.files import read_manifest, read_regular
 from mpp.data.images import ShardImages, evenly, holds_shards, images_of
-from mpp.data.index import class_names, packed_first
+from mpp.data.index import class_names, holds_both, packed_first
 from mpp.data.walk import LeftOut, archives_in, is_hidden, list_images
-from mpp.errors import BadImage, UserError
+from mpp.errors import BadImage, MppWarning, UserError
 from mpp.rng import Purpose, stream, torch_seed
 
 LOOKED_INTO = 16
@@ -103,6 +104,8 @@ def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[Reader
     """
     of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
     packed = PackedReader(ShardImages(of_shards, key=key), few=True) if of_shards else None
+    if packed and packed.images.left_out:
+        warnings.warn(f"{key}: {packed.images.left_out}", MppWarning, stacklevel=3)
     files = FileReader(images_of(of_files))
     first = sum(packed.images.counts) if packed else 0
     total = first + len(files.paths)
@@ -221,6 +224,9 @@ def open_labeled(
         if several:
             return replace(found, labels=np.eye(len(found.classes), dtype=bool)[found.labels])
         return found
+    for place in spec:  # class folders beside their archive
+        if os.path.isdir(place) and (archives := archives_in(place)) and (unpacked := list_images(place)[0]):
+            raise UserError(holds_both(key, place, archives, unpacked))
     images = ShardImages(
         spec, key=key, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes, image_extension=image_extension
     )
@@ -432,6 +438,9 @@ class LabeledBatch:
     readable: Tensor
     """(B,) bool: False where an image could not be read, and pixels and label are zeros, or, of whole ones, left out"""
     bad: list[str]
+    """A line for each file that could not be read"""
+    replaced: int = 0
+    """Training images in whose place another one stands"""
 
     def pin_memory(self) -> LabeledBatch:
         if isinstance(self.images, Tensor) and isinstance(self.labels, Tensor):
@@ -453,23 +462,24 @@ class LabeledDataset(Dataset[LabeledBatch]):
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
         try:
-            bad: list[str] = []
-            samples = [self._sample(position, place, bad) for position, _, place in keys]
+            samples = [self._sample(position, place) for position, _, place in keys]
         except UserError as error:
             return error
-        images, numbers = zip(*samples, strict=True)
+        images, numbers, passed_over = zip(*samples, strict=True)
         readable = torch.ones(len(keys), dtype=torch.bool)
         positions = torch.tensor([k[0] for k in keys])
-        return LabeledBatch(torch.stack(images), _of(self.data, list(numbers)), positions, readable, bad)
+        labels, bad = _of(self.data, list(numbers)), [line for lines in passed_over for line in lines]
+        return LabeledBatch(torch.stack(images), labels, positions, readable, bad, sum(map(bool, passed_over)))
 
-    def _sample(self, position: int, place: int, bad: list[str]) -> tuple[Tensor, int]:
-        """The image, augmented, and its number."""
+    def _sample(self, position: int, place: int) -> tuple[Tensor, int, list[str]]:
+        """The image, augmented, its number, and a line for each unreadable one in whose place it stands."""
+        bad: list[str] = []
         for step in range(len(self.subset)):
             number = int(self.subset[(place + step) % len(self.subset)])
             try:
                 data = self.data.reader.read(number)
                 if "value_range" in self.decoding:
-                    return self.augment(data, stream(self.seed, Purpose.AUGMENT, position)), number
+                    return self.augment(data, stream(self.seed, Purpose.AUGMENT, position)), number, bad
                 image = decode_pillow(data, **self.decoding)
             except BadImage as error:
                 bad.append(f"{self.data.reader.name(number)}: {error}")
@@ -478,7 +488,7 @@ class LabeledDataset(Dataset[LabeledBatch]):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks every device: 0.6 ms
-            return torch.as_tensor(self.augment(image)), number
+            return torch.as_tensor(self.augment(image)), number, bad
         raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from mpp.data.walk import ARRAY_BESIDE, HIDDEN, IMAGE, LeftOut, is_hidden
+from mpp.data.walk import ARRAY_BESIDE, HIDDEN, IMAGE, SHARED_NAME, LeftOut, is_hidden
 
 LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
 PREFERRED = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "tif", "tiff", "bmp", "gif")
@@ -19,6 +19,8 @@ ANOTHER_IMAGE = "another image of the same sample; data.image_extension chooses 
 REPLACED = "replaced by a later member of the same name"
 ONE_LABEL = "label of a name up to the first dot that several images have"
 SEVERAL_LABELS = "one of several labels of a sample"
+REASONS = (HIDDEN, ARRAY_BESIDE, ANOTHER_IMAGE, REPLACED, ONE_LABEL, SEVERAL_LABELS, SHARED_NAME)
+"""All that an index may say of members; those of a server's indexes are not believed otherwise."""
 
 Member = tuple[str, int, int]
 """(name, offset, size) of a file in a tar."""
@@ -33,12 +35,14 @@ def key_of(name: str) -> str:
 
 
 def samples_among(members: Iterable[Member], image_extension: str | None = None) -> tuple[list[Row], LeftOut]:
-    """Find the images of a tar, one for each sample, and their labels.
+    """Find the images of a tar and their labels.
 
     Args:
         members: In the tar's order.
-        image_extension: What follows the key of a sample in the name of its image, such as rgb.png. None: the image
-            with the shortest name; of two as short the one whose ending comes first in PREFERRED.
+        image_extension: What follows the key of a sample in the name of its image, such as rgb.png: one image for each
+            sample. None: `7.seg.png` beside `7.jpg` is left out, and of `7.jpg` and `7.png` the one whose ending comes
+            first in PREFERRED is taken. `7.rgb.png` and `7.depth.png` may be images of two samples and are both taken;
+            if such names come again and again, they are counted.
 
     Returns:
         A row for each image, by ascending offset, and what was left out.
@@ -52,16 +56,28 @@ def samples_among(members: Iterable[Member], image_extension: str | None = None)
         elif LABEL.search(name):
             labels.setdefault(key_of(name), []).append(name)
     rows = []
+    several: dict[tuple[str, ...], list[str]] = {}
     for key, own in images.items():
         of_key = labels.get(key, [])
         chosen = _with_extension(own, image_extension) if image_extension else _one_each(own, of_key)
         for name in sorted(set(own) - set(chosen)):
             left_out.add(ARRAY_BESIDE if name.lower().endswith(".npy") else ANOTHER_IMAGE, name)
-        for name, label in _labeled(chosen, of_key, left_out):
+        pairs = _labeled(chosen, of_key, left_out)
+        if len(pairs) > 1 and not any(label for _, label in pairs):
+            several.setdefault(tuple(sorted(_extension(name) for name in chosen)), []).extend(chosen)
+        for name, label in pairs:
             *_, offset, size = named[name]
             place = named[label][1:] if label else (-1, -1)
             rows.append((offset, size, *place, int(label is not None and _is_json(label))))
+    for names in several.values():
+        if len({key_of(name) for name in names}) > 1:  # v1.000.jpg and v1.001.jpg have one key, and it comes once
+            left_out.add(SHARED_NAME, names[0], len(names))
     return sorted(rows), left_out
+
+
+def _extension(name: str) -> str:
+    """What follows the key in a member's name, in lower case."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _by_name(members: Iterable[Member]) -> tuple[dict[str, Member], LeftOut]:
@@ -87,7 +103,7 @@ def _stem(name: str) -> str:
 
 def _with_extension(images: list[str], image_extension: str) -> list[str]:
     """Those whose file's name goes on so after its first dot."""
-    return [name for name in images if name.rpartition("/")[2].partition(".")[2].lower() == image_extension.lower()]
+    return [name for name in images if _extension(name) == image_extension]
 
 
 def _one_each(images: list[str], labels: list[str]) -> list[str]:

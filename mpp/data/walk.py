@@ -6,16 +6,35 @@ import os
 import re
 from collections.abc import Iterable
 
-from mpp.errors import UserError
+from mpp.errors import UserError, printable
 
 IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|gif|p[bgnp]m|npy)$", re.IGNORECASE)
 IMAGE_ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm .npy"
-"""The same, for messages."""
+"""The endings that IMAGE matches, for messages."""
 NOT_FOR_PEOPLE = ("__MACOSX", "@eaDir")
 """Folders that macOS and Synology put beside images: they hold metadata and previews."""
 HIDDEN = "hidden"
 ARRAY_BESIDE = "array beside an image of the same name"
 NOT_BY_NAME = "not an image by its name"
+BREAKS_LINES = "tab or line break in the name"
+SHARED_NAME = (
+    "share their name up to the first dot with others and are all read; data.image_extension takes one of each"
+)
+"""Of images that are taken, though a sample may hold several of them."""
+MOST_LETTERS = 300
+"""Of a name that is shown."""
+
+
+def checked_extension(extension: str) -> str:
+    """What follows the name of a sample in that of its image, `rgb.png`, in lower case and without a dot before it.
+
+    Raises:
+        ValueError: No image ends so.
+    """
+    extension = extension.removeprefix(".").lower()
+    if not IMAGE.search(f"x.{extension}") or "/" in extension:
+        raise ValueError(f"what follows the name of a sample, ending in one of {IMAGE_ENDINGS}")
+    return extension
 
 
 class LeftOut:
@@ -26,18 +45,18 @@ class LeftOut:
 
     @classmethod
     def of(cls, names: Iterable[tuple[str, str]]) -> LeftOut:
-        """names: (name, reason) of each."""
+        """Count (name, reason) pairs."""
         left_out = cls()
         for name, reason in names:
             left_out.add(reason, name)
         return left_out
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        before, first = self.found.get(reason, (0, name))
+        before, first = self.found.get(reason, (0, name[:MOST_LETTERS]))
         self.found[reason] = (before + count, first)
 
     def add_all(self, other: LeftOut, prefix: str = "") -> None:
-        """prefix: put before the names of the other."""
+        """Add the counts of another one, with `prefix` before its names."""
         for reason, (count, name) in other.found.items():
             self.add(reason, prefix + name, count)
 
@@ -45,9 +64,16 @@ class LeftOut:
         return bool(self.found)
 
     def __str__(self) -> str:
-        return "left out: " + "; ".join(
-            f"{count} ({reason}), {'such as ' * (count > 1)}{name}" for reason, (count, name) in self.found.items()
-        )
+        parts = [
+            f"{count} ({reason}), {'such as ' * (count > 1)}{name}"
+            for reason, (count, name) in self.found.items()
+            if reason != SHARED_NAME
+        ]
+        lines = [f"left out: {'; '.join(parts)}"] if parts else []
+        if SHARED_NAME in self.found:
+            count, name = self.found[SHARED_NAME]
+            lines.append(f"{count} images {SHARED_NAME}, such as {name}")
+        return printable("; ".join(lines))
 
 
 def is_hidden(name: str) -> bool:
@@ -76,41 +102,52 @@ def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
         UserError: A folder may not be read. Its images would be missing in silence.
     """
     files, left_out, seen = [], [], dict[str, str]()
-    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=_cannot_list):
-        below = os.path.relpath(folder, source).replace(os.sep, "/")
-        prefix = "" if below == "." else below + "/"
-        real = os.path.realpath(folder)
+    folders = [""]
+    while folders:
+        below = folders.pop()
+        place = os.path.join(source, below).rstrip("/") or "/"
+        real = os.path.realpath(place)
         if real in seen:
-            subfolders.clear()
-            left_out.append((below, f"a link to {seen[real]}, which is listed already"))
+            left_out.append((below.rstrip("/"), f"the same folder as {seen[real] or 'the one it is in'}"))
             continue
-        seen[real] = below
-        hidden = [name for name in subfolders if is_hidden(name)]
-        subfolders[:] = sorted(set(subfolders) - set(hidden))
-        images = images_among(name for name in names if not is_hidden(name))
-        for name in sorted(names + hidden):
-            reason = _reason_against(name, os.path.join(folder, name), name in images)
-            if reason:
-                left_out.append((prefix + name if reason != _BREAKS_LINES else repr(prefix + name), reason))
+        seen[real] = below.rstrip("/")
+        inner = []
+        entries = _entries(place)
+        images = images_among(entry.name for entry in entries if not is_hidden(entry.name))
+        for entry in entries:
+            name = below + entry.name
+            if entry.is_dir() and not is_hidden(entry.name):
+                inner.append((entry.is_symlink(), name + "/"))
+            elif re.search(r"[\t\n\r]", name):  # records name one file a line, with tabs between the columns
+                left_out.append((repr(name), BREAKS_LINES))
+            elif reason := _reason_against(entry, entry.name in images):
+                left_out.append((name, reason))
             else:
-                files.append(prefix + name)
+                files.append(name)
+        # links last, so that a folder keeps its own name; the list is read from its end
+        folders += [name for _, name in sorted(inner, reverse=True)]
     return sorted(files), left_out
 
 
-_BREAKS_LINES = "tab or line break in the name"
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name. UserError if it may not be read: its images would be missing in silence."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror}") from error
 
 
-def _reason_against(name: str, path: str, is_image: bool) -> str | None:
-    """Why a name of a folder is not taken; None if it is."""
-    if is_hidden(name):
+def _reason_against(entry: os.DirEntry[str], is_image: bool) -> str | None:
+    """Why a file of a folder is not taken; None if it is."""
+    if is_hidden(entry.name):
         return HIDDEN
     if not is_image:
-        return ARRAY_BESIDE if IMAGE.search(name) else NOT_BY_NAME
-    if re.search(r"[\t\n\r]", path):  # records name one file a line, with tabs between the columns
-        return _BREAKS_LINES
-    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would wait for its other end
-        return "not a file"
-    return None
+        return ARRAY_BESIDE if IMAGE.search(entry.name) else NOT_BY_NAME
+    # reading a pipe would wait for its other end; a link without its file is an image that cannot be read
+    if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+        return None
+    return "not a file"
 
 
 def images_below(folder: str) -> tuple[list[str], LeftOut]:
@@ -121,16 +158,5 @@ def images_below(folder: str) -> tuple[list[str], LeftOut]:
 
 def archives_in(folder: str) -> list[str]:
     """List the tar files of a folder itself by their names, without hidden ones. UserError if it may not be read."""
-    try:
-        return sorted(
-            entry.name
-            for entry in os.scandir(folder)
-            if entry.name.endswith(".tar") and not is_hidden(entry.name) and not entry.is_dir()
-        )
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from error
-
-
-def _cannot_list(error: OSError) -> None:
-    """For `os.walk`, which otherwise passes over a folder that it may not read, with all that lies in it."""
-    raise UserError(f"{error.filename}: {error.strerror}") from error
+    entries = _entries(folder)
+    return [e.name for e in entries if e.name.endswith(".tar") and not is_hidden(e.name) and not e.is_dir()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpp.data.images import ShardImages
-from mpp.data.index import index_path, index_shard, scan
+from mpp.data.index import index_path, index_shard, left_out_from, scan
 from mpp.data.labeled import open_labeled
 from mpp.data.pack import pack
 from mpp.data.samples import ANOTHER_IMAGE, ONE_LABEL, REPLACED, SEVERAL_LABELS, samples_among
-from mpp.data.walk import ARRAY_BESIDE, HIDDEN
+from mpp.data.walk import ARRAY_BESIDE, HIDDEN, SHARED_NAME, LeftOut
 from mpp.errors import UserError
 from tests.conftest import drawn_image, encoded
 from tests.data.test_labeled import tar_with
@@ -66,11 +67,43 @@ def test_the_image_of_a_sample_can_be_chosen() -> None:
     assert found(names, "png") == ({"c.png": None}, {ANOTHER_IMAGE: 4})
 
 
-@given(st.lists(st.sampled_from(["a", "b", "c/a"]), min_size=1, max_size=4), st.permutations(range(6)))
-def test_the_order_of_the_members_does_not_matter(keys: list[str], order: list[int]) -> None:
-    names = [f"{key}.{i}.{ending}" for i, key in enumerate(keys) for ending in ("jpg", "cls")]
-    mixed = [names[i] for i in order if i < len(names)] + names[6:]
-    assert found(mixed)[0] == {name: name[:-3] + "cls" for name in names if name.endswith("jpg")}
+PARTS = [f"{stem}.{ending}" for stem in ("a", "a.seg", "a.0", "b.rgb", "b.depth") for ending in ("jpg", "png", "cls")]
+
+
+@given(
+    st.lists(st.sampled_from(PARTS), unique=True, max_size=8).flatmap(
+        lambda n: st.tuples(st.just(n), st.permutations(n))
+    )
+)
+def test_the_order_of_the_members_does_not_matter(both: tuple[list[str], list[str]]) -> None:
+    assert found(both[0]) == found(both[1])
+
+
+def test_names_that_come_again_and_again_are_counted() -> None:
+    """They are one sample's images, most likely; numbers in names of photographs come once."""
+    pairs, counted = found([f"{i}.{part}.png" for i in range(3) for part in ("rgb", "depth")])
+    assert (len(pairs), counted) == (6, {SHARED_NAME: 6})
+    assert found([f"v1.{i}.jpg" for i in range(3)])[1] == {}
+    labeled = [f"v{v}.{i}.{ending}" for v in range(2) for i in range(2) for ending in ("jpg", "cls")]
+    assert found(labeled)[1] == {}
+    line = "6 images share their name up to the first dot with others and are all read; .*, such as 0.rgb.png"
+    assert re.fullmatch(line, str(LeftOut({SHARED_NAME: (6, "0.rgb.png")})))
+
+
+def test_what_a_server_says_of_members_is_not_believed() -> None:
+    good = {HIDDEN: [2, "._a.jpg"]}
+    known = left_out_from(good)
+    assert known
+    assert known.found == {HIDDEN: (2, "._a.jpg")}
+    for bad in (
+        {"free text": [1, "a"]},
+        {HIDDEN: [-1, "a"]},
+        {HIDDEN: [1 << 60, "a"]},
+        {HIDDEN: [1, "a" * 301]},
+        {HIDDEN: [True, "a"]},
+    ):
+        assert left_out_from(bad) is None
+    assert "\x1b" not in str(LeftOut({HIDDEN: (1, "._\x1b[31m")}))
 
 
 def test_an_index_keeps_what_was_left_out(tmp_path: Path) -> None:

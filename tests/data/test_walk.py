@@ -46,7 +46,7 @@ LEFT = {
     "cat/.ipynb_checkpoints": "hidden",
     "dog/._0.png": "hidden",
     "dog/@eaDir": "hidden",
-    "dog/loop": "a link to dog, which is listed already",
+    "dog/loop": "the same folder as dog",
     "dog/raw.heic": "not an image by its name",
     "readme.txt": "not an image by its name",
 }
@@ -107,13 +107,25 @@ def test_a_class_without_images_says_what_it_holds(tmp_path: Path) -> None:
         images_of([str(tmp_path / "cat")])
 
 
-def test_an_archive_beside_its_unpacked_images_is_not_taken_for_them(classes: Path) -> None:
+def test_a_folder_keeps_its_own_name_beside_a_link_to_it(tmp_path: Path) -> None:
+    (tmp_path / "z_real").mkdir()
+    (tmp_path / "z_real" / "0.png").touch()
+    (tmp_path / "a_link").symlink_to(tmp_path / "z_real")
+    assert list_images(str(tmp_path)) == (["z_real/0.png"], [("a_link", "the same folder as z_real")])
+    (tmp_path / "tab\there").mkdir()
+    (tmp_path / "tab\there" / "1.png").touch()
+    assert list_images(str(tmp_path / "tab\there")) == (["1.png"], []), "only names below the folder are written down"
+
+
+def test_an_archive_beside_its_unpacked_images_is_not_taken_for_them(classes: Path, shards: Path) -> None:
     assert archives_in(str(classes)) == []
     (classes / "cat.tar").write_bytes(bytes(10240))
     with pytest.raises(UserError, match=r"holds 1 shards, such as cat\.tar, and 7 images, such as cat/0\.jpg"):
         open_labeled((str(classes),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
-    with pytest.raises(UserError, match=r"holds 1 shards, such as cat\.tar, and 7 images"):
-        ShardImages(str(classes), key="k")
+    (classes / "cat.tar").write_bytes((shards / "shard-000000.tar").read_bytes())
+    images = ShardImages(str(classes), key="k")
+    assert images.counts == [25]
+    assert images.left_out.found["image in a folder below shards"] == (7, f"{classes}/cat/0.jpg")
 
 
 def test_what_was_left_out_in_a_line() -> None:

@@ -155,10 +155,15 @@ def test_a_run_that_came_to_nothing(shards: Path, tmp_path: Path, monkeypatch: p
         with pytest.raises(UserError, match="found late"):
             mpp.pretrain(pretrain_recipe(shards, out))
     assert (out / "recipe.yaml").exists()
+    shutil.copytree(out, tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="mine is not empty"):
+        mpp.pretrain(pretrain_recipe(shards, tmp_path / "mine", **{"optim.steps": 2}))
     corrected = pretrain_recipe(shards, out, **{"optim.base_lr": 0.01, "optim.steps": 2})
     assert mpp.pretrain(corrected).state == "finished"
-    with pytest.raises(UserError, match="is not empty; go on with --resume auto"):
-        mpp.pretrain(corrected)
+    for taken in (out, shutil.copytree(out / "encoder", tmp_path / "export")):
+        with pytest.raises(UserError, match="is not empty; go on with --resume auto"):
+            mpp.pretrain(pretrain_recipe(shards, taken, **{"optim.steps": 2}))
 
 
 def labeled_shard(path: Path, images: dict[str, tuple[bytes, str]]) -> None:

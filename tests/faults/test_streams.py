@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +60,22 @@ def logged(run: Path, count: int) -> Callable[[], bool]:
     return lambda: len(read_metrics(run)) >= count if run.exists() else False
 
 
+def terminal() -> tuple[int, int]:
+    """Both ends of a terminal of 24 lines and 80 columns, on which a bar is drawn."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    return ours, theirs
+
+
+def read_until(happens: Callable[[], bool], terminal: int, seconds: float = 60) -> None:
+    """Take what a terminal shows until something happens."""
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it did not happen"
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+
+
 def saved_by(run: Path, why: str) -> None:
     """A checkpoint of the last step, and a status that says what ended the run."""
     status = json.loads((run / "status.json").read_text())
@@ -67,7 +87,7 @@ def saved_by(run: Path, why: str) -> None:
 @pytest.mark.promise(CLOSED)
 def test_a_terminal_that_is_closed(started: Any, tmp_path: Path) -> None:
     """The kernel sends SIGHUP, and every later write to the terminal fails."""
-    ours, theirs = pty.openpty()
+    ours, theirs = terminal()
     take_terminal = (
         "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
     )
@@ -79,8 +99,7 @@ def test_a_terminal_that_is_closed(started: Any, tmp_path: Path) -> None:
         stderr=theirs,
     )
     os.close(theirs)
-    while not logged(tmp_path / "run", 5)():
-        os.read(ours, 65536)
+    read_until(logged(tmp_path / "run", 5), ours)
     os.close(ours)
     assert run.wait(60) == 129
     saved_by(tmp_path / "run", "SIGHUP")
@@ -89,11 +108,10 @@ def test_a_terminal_that_is_closed(started: Any, tmp_path: Path) -> None:
 @pytest.mark.promise(CLOSED)
 def test_a_run_outlives_its_terminal_if_it_ignores_the_signal(started: Any, tmp_path: Path) -> None:
     """As after `disown`, or below `nohup`: it goes on, and saves when it is asked to."""
-    ours, theirs = pty.openpty()
+    ours, theirs = terminal()
     run = started(before="trap '' HUP; exec", stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    while not logged(tmp_path / "run", 5)():
-        os.read(ours, 65536)
+    read_until(logged(tmp_path / "run", 5), ours)
     os.close(ours)
     os.kill(run.pid, signal.SIGHUP)
     at = len(read_metrics(tmp_path / "run"))
