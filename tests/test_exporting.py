@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import mpp
+from mpp import exporting
 from mpp.errors import UserError
 from mpp.exporting import sha256
+from mpp.recipe import DECODING, FinetuneData
 from tests.conftest import pretrain_recipe
 
 
@@ -39,6 +43,46 @@ def export_of_run(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(export_of_run: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(export_of_run, tmp_path / "e"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "found"),
+    [
+        ({}, {}, {"channels": 1, "value_range": None, "nodata": None}),
+        ({"value_range": [0, 4095], "nodata": -1}, {}, {"channels": 1, "value_range": (0, 4095), "nodata": -1}),
+        ({"value_range": [0, 4095]}, {"value_range": [0, 9]}, {"value_range": (0, 9)}),
+        (
+            {"value_range": [0, 4095], "nodata": -1},
+            {"channels": 3},
+            {"channels": 3, "value_range": None, "nodata": None},
+        ),
+        ({"formats": ["GIF"], "max_image_pixels": 10}, {}, {"formats": (*DECODING["formats"], "GIF")}),
+        ({"formats": ["GIF"]}, {"formats": ["PNG"]}, {"formats": ("PNG",)}),
+        ({"max_image_pixels": 10}, {}, {"max_image_pixels": DECODING["max_image_pixels"]}),
+        ({"max_image_pixels": 10}, {"max_image_pixels": 20}, {"max_image_pixels": 20}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:data.channels. 3, but the encoder:mpp.errors.MppWarning")
+def test_images_are_read_as_the_encoder_s(
+    stored: dict[str, Any], given: dict[str, Any], found: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where a recipe does not say otherwise; a range of other channels is of other images."""
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": {"input_size": [1, 16, 16]}}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": stored}))
+    places = {"image_size": 16, "train": "a", "val": "b"}
+    data = exporting.read_as(str(tmp_path), FinetuneData.model_validate({**places, **given}), warn=True)
+    assert {key: getattr(data, key) for key in found} == found
+
+
+def test_nodata_without_a_range_is_refused(tmp_path: Path) -> None:
+    data = FinetuneData.model_validate({"image_size": 16, "train": "a", "val": "b", "nodata": 0})
+    with pytest.raises(UserError, match=r"data\.nodata: only with data\.value_range"):
+        exporting.read_as("scratch", data, warn=True)
+    with pytest.raises(UserError, match=r"data\.nodata: only with data\.value_range"):
+        mpp.pretrain(pretrain_recipe("none", tmp_path / "run", **{"data.nodata": 0}))
 
 
 def test_plain_timm_loads_it(run: Path, exported: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import mpp
-from mpp.data.labeled import FileReader, Labeled
+from mpp.data.labeled import FileReader, Labeled, LabeledDataset
 from mpp.errors import MppWarning, UserError
 from mpp.unreadable import check_images, find_coarse_images, unread_classes
 from tests.conftest import drawn_image, encoded, pretrain_recipe
@@ -129,6 +129,18 @@ def test_unreadable_training_images_are_counted_and_too_many_end_the_run(
     monkeypatch.setattr("mpp.finetuning.check_images", lambda *_: [])
     with pytest.raises(UserError, match=r"data\.max_bad_fraction: \d+ of \d+ images could not be read"):
         mpp.finetune(recipe(train, tmp_path / "ft2", run, **data, **{"data.max_bad_fraction": 0.01}))
+
+
+def test_a_run_of_unreadable_images_counts_each_once(tmp_path: Path) -> None:
+    """Each stands for the good image after them, however many files are passed over on the way."""
+    data = labeled(tmp_path, {"cat": 8}, {"cat": 4})
+
+    def augment(image: Image.Image) -> np.ndarray:
+        return np.asarray(image).transpose(2, 0, 1)
+
+    batch = LabeledDataset(data, np.arange(8), augment, 0, **READING).__getitems__([(i, 0, i) for i in range(8)])
+    assert not isinstance(batch, UserError)
+    assert (batch.replaced, len(batch.bad)) == (4, 4 + 3 + 2 + 1)
 
 
 @pytest.mark.parametrize("probe", ["knn", "attentive"])

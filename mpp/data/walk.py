@@ -102,9 +102,9 @@ def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
         UserError: A folder may not be read. Its images would be missing in silence.
     """
     files, left_out, seen = [], [], dict[str, str]()
-    folders = [""]
-    while folders:
-        below = folders.pop()
+    folders, links = [""], list[str]()
+    while folders or links:
+        below = folders.pop() if folders else links.pop(0)  # links last, so that a folder keeps its own name
         place = os.path.join(source, below).rstrip("/") or "/"
         real = os.path.realpath(place)
         if real in seen:
@@ -117,15 +117,14 @@ def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
         for entry in entries:
             name = below + entry.name
             if entry.is_dir() and not is_hidden(entry.name):
-                inner.append((entry.is_symlink(), name + "/"))
+                (links if entry.is_symlink() else inner).append(name + "/")
             elif re.search(r"[\t\n\r]", name):  # records name one file a line, with tabs between the columns
                 left_out.append((repr(name), BREAKS_LINES))
             elif reason := _reason_against(entry, entry.name in images):
                 left_out.append((name, reason))
             else:
                 files.append(name)
-        # links last, so that a folder keeps its own name; the list is read from its end
-        folders += [name for _, name in sorted(inner, reverse=True)]
+        folders += reversed(inner)  # the list is read from its end
     return sorted(files), left_out
 
 

@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from mpp.cli import main
 from mpp.data import remote
 from mpp.data import store as store_module
 from mpp.data.images import ShardImages
 from mpp.data.index import index_path
+from mpp.data.samples import ANOTHER_IMAGE
 from mpp.data.store import Store
+from mpp.data.walk import HIDDEN
 from mpp.errors import MppWarning, UserError
+from tests.conftest import drawn_image, encoded
+from tests.data.test_labeled import tar_with
 from tests.data.test_loader import shard_of
 from tests.http_server import Served, serve
 
@@ -106,6 +112,23 @@ def test_a_few_images_are_read_without_their_shards(served: Served, shards: Path
     served.ranges = False
     assert images.read(0, 3, few=True) == local.read(0, 3)
     assert served.whole() == 3, "of a server that sends no parts it is fetched, too"
+
+
+def test_what_is_left_out_of_a_remote_shard_is_named_without_secrets(served: Served, cache: Path) -> None:
+    """By image_extension, too: a server may hold an index for each."""
+    image = encoded(drawn_image(0))
+    tar_with(served.folder / "pairs.tar", {"a.jpg": image, "a.seg.png": image, "._a.jpg": b"?"})
+    url = f"{served.url}/pairs.tar?X-Amz-Signature=SECRET"
+    images = ShardImages(url, key="k", cache_dir=str(cache))
+    assert (images.counts, {reason: count for reason, (count, _) in images.left_out.found.items()}) == (
+        [1],
+        {HIDDEN: 1, ANOTHER_IMAGE: 1},
+    )
+    assert "SECRET" not in str(images.left_out.found)
+    assert "pairs.tar" in str(images.left_out)
+    masks = ShardImages(url, key="k", cache_dir=str(cache), image_extension="seg.png")
+    assert (masks.counts, masks.read(0, 0)) == ([1], image)
+    assert "SECRET" not in CliRunner().invoke(main, ["index", url, "--cache-dir", str(cache)]).output
 
 
 def test_a_part_of_another_shard_of_the_same_size_is_not_believed(served: Served, cache: Path, tmp_path: Path) -> None:

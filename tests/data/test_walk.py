@@ -110,8 +110,11 @@ def test_a_class_without_images_says_what_it_holds(tmp_path: Path) -> None:
 def test_a_folder_keeps_its_own_name_beside_a_link_to_it(tmp_path: Path) -> None:
     (tmp_path / "z_real").mkdir()
     (tmp_path / "z_real" / "0.png").touch()
-    (tmp_path / "a_link").symlink_to(tmp_path / "z_real")
-    assert list_images(str(tmp_path)) == (["z_real/0.png"], [("a_link", "the same folder as z_real")])
+    (tmp_path / "b").mkdir()
+    for link in ("a_link", "b/link"):
+        (tmp_path / link).symlink_to(tmp_path / "z_real")
+    same = "the same folder as z_real"
+    assert list_images(str(tmp_path)) == (["z_real/0.png"], [("a_link", same), ("b/link", same)])
     (tmp_path / "tab\there").mkdir()
     (tmp_path / "tab\there" / "1.png").touch()
     assert list_images(str(tmp_path / "tab\there")) == (["1.png"], []), "only names below the folder are written down"
