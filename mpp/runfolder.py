@@ -156,7 +156,8 @@ def _is_unused(out: Path) -> bool:
     if read_state(out) == "finished":
         return False
     for path in out.rglob("*"):
-        if path.is_dir() or path.parent == out / "reconstructions":
+        features = path.relative_to(out).parts[0] == "arms" and path.suffix == ".npy"  # an evaluation reads them anew
+        if path.is_dir() or path.parent == out / "reconstructions" or features:
             continue
         if path.name not in (*RECORDS, LOCK) or (path.name == "metrics.jsonl" and path.stat().st_size):
             return False

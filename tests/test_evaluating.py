@@ -71,6 +71,25 @@ def test_all_arms(shards: Path, run: Path, tmp_path: Path) -> None:
         assert line in result.table()
 
 
+def test_one_that_came_to_nothing_leaves_its_folder_to_the_next(
+    shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had read features, and fails before its first result; the corrected command needs no other folder."""
+
+    def fails(*_: Any) -> None:
+        raise UserError("a fault that is found late")
+
+    brief: dict[str, Any] = {"out": str(tmp_path / "e"), "probes": ["knn"], "controls": False}
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluating, "_knn", fails)
+        with pytest.raises(UserError, match="found late"):
+            mpp.evaluate(run, **brief, **keys(shards))
+    assert list((tmp_path / "e").rglob("*.npy"))
+    assert mpp.evaluate(run, **brief, **keys(shards, **{"knn.k": [1]})).scores
+    with pytest.raises(UserError, match="is not empty"):
+        mpp.evaluate(run, **brief, **keys(shards))
+
+
 def test_the_features_kept_are_those_probed(shards: Path, run: Path, tmp_path: Path) -> None:
     """And scikit-learn, given the same files, says the same."""
     from sklearn.neighbors import KNeighborsClassifier

@@ -111,7 +111,7 @@ def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
             left_out.append((below.rstrip("/"), f"the same folder as {seen[real] or 'the one it is in'}"))
             continue
         seen[real] = below.rstrip("/")
-        inner = []
+        inner: list[str] = []
         entries = _entries(place)
         images = images_among(entry.name for entry in entries if not is_hidden(entry.name))
         for entry in entries:

@@ -114,15 +114,17 @@ def under_torchrun(path: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
             os.killpg(run.pid, signal.SIGKILL)
 
 
-@pytest.mark.promise("Under torchrun: SIGTERM to it, or Ctrl-C to its whole group, saves; the run goes on bit-equal")
-@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGINT to the group"])
+@pytest.mark.promise(
+    "Under torchrun: SIGTERM or SIGHUP to it, or Ctrl-C to its whole group, saves; the run goes on bit-equal"
+)
+@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGHUP to torchrun", "SIGINT to the group"])
 def test_under_torchrun(how: str, bench: Bench) -> None:
     path, out = bench.recipe("pretrain", **LONG), bench.folder / "run"
     with under_torchrun(path, out) as run:
-        if how == "SIGTERM to torchrun":
-            run.terminate()
-        else:
+        if how == "SIGINT to the group":
             os.killpg(run.pid, signal.SIGINT)
+        else:
+            run.send_signal(signal.SIGTERM if how == "SIGTERM to torchrun" else signal.SIGHUP)
         assert run.wait(30) == 1, "torchrun's own code after a signal"
     assert status(out)["state"] == "stopped", bench.log.read_text()
     (saved,) = steps(out / "checkpoints")

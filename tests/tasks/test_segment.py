@@ -298,8 +298,16 @@ def test_one_class_alone_and_nothing_to_judge_by(shapes: Path, tmp_path: Path) -
     for part in ("train", "val"):
         for path in (tmp_path / "s" / part / "masks").iterdir():
             Image.new("L", (32, 32), 0).save(path)
-    with pytest.raises(UserError, match=r"data\.train: only one class \(0\)"):
+    with pytest.raises(UserError, match=r"data\.train: only one class \(0\); at least two are needed$"):
         mpp.finetune(recipe(tmp_path / "s", tmp_path / "b"))
+    half = np.zeros((32, 32), dtype=np.uint8)
+    half[16:] = 255
+    for part in ("train", "val"):
+        for path in (tmp_path / "s" / part / "masks").iterdir():
+            Image.fromarray(half).save(path)
+    said = r"only one class \(0\).* also hold the value 255 at \d+ pixels; it is task\.ignore_index .* write it as 1"
+    with pytest.raises(UserError, match=said):
+        mpp.finetune(recipe(tmp_path / "s", tmp_path / "c"))
 
 
 def test_masks_are_no_classes_of_images(shapes: Path, tmp_path: Path) -> None:
