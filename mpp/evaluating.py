@@ -245,8 +245,7 @@ def _open(recipe: EvaluateRecipe) -> _Data:
     if len(tune) == 0:
         raise UserError("data.train: to choose by, some class needs two images at least")
     for key, images in (("data.train", train), ("data.val", val)):
-        doubts = [f"{key}: {images.left_out}"] if images.left_out else []
-        for doubt in doubts + check_images(images, key, keys.decoding(), keys.max_bad_fraction):
+        for doubt in check_images(images, key, keys.decoding(), keys.max_bad_fraction):
             warnings.warn(doubt, MppWarning, stacklevel=4)
     return _Data(train, val, chosen[fit], chosen[tune])
 

@@ -388,7 +388,6 @@ def read_as(source: str, data: Data, *, warn: bool) -> Data:
         filled["max_image_pixels"] = max(stored["max_image_pixels"], data.max_image_pixels)
     if "formats" not in data.model_fields_set:
         filled["formats"] = _all_formats(stored)
-    given = data.nodata is not None
     if own in (None, filled.get("channels", data.channels)):  # ranges of other channels are of other images
         for key in ("value_range", "nodata"):
             if stored.get(key) is not None and getattr(data, key) is None:
@@ -398,8 +397,7 @@ def read_as(source: str, data: Data, *, warn: bool) -> Data:
         values = getattr(found, key)
         if values is not None and len(values) != found.channels:
             raise UserError(f"data.{key}: has {len(values)} values; the encoder has {found.channels} channels")
-    if given and found.eight_bit:
-        raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
+    found.check_nodata()
     if not found.eight_bit and getattr(found, "resize_on", "cpu") != "cpu":
         raise UserError("data.resize_on: device: the encoder's images are not of 8 bit; allowed: cpu")
     return found

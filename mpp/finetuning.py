@@ -264,11 +264,9 @@ def _in_pretraining(recipe: FinetuneRecipe, val: Images) -> Leak | None:
 
 
 def _doubts(recipe: FinetuneRecipe, train: Images, val: Images) -> list[str]:
-    """Warnings about the images: what was left out, and what `check_images` finds. UserError as it raises."""
+    """Warnings about the images: boxes that are cut off, and what `check_images` finds. Raises as it does."""
     found = []
     for key, images in (("data.train", train), ("data.val", val)):
-        if images.left_out:
-            found.append(f"{key}: {images.left_out}")
         if isinstance(images, Detected) and images.cut:
             many = f"{len(images.cut)} boxes run past their image and are cut off"
             found.append(f"{key}: {many}, such as {images.cut[0]}; a box is [x, y, width, height] in pixels")
@@ -501,8 +499,8 @@ def _run_cell(
 
     # ---- resume
     checkpoints, best_of = folder / "checkpoints", folder / "best"
-    state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "given_up": False, "skipped": 0}
-    state |= {"bad": 0}
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "best_step": 0, "worse": 0, "given_up": False}
+    state |= {"skipped": 0, "bad": 0}
     path = distributed.on_main(accelerator, partial(checkpoint.newest, checkpoints))
     start_step = 0
     model.to(accelerator.device)

@@ -87,8 +87,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         own = exporting.normalised_as(recipe.encoder.name, recipe.data, warn=accelerator.is_main_process)
         recipe = recipe.model_copy(update={"data": own})
     data, optim = recipe.data, recipe.optim
-    if data.nodata is not None and data.eight_bit:
-        raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
+    data.check_nodata()
     accumulate = distributed.accumulation(optim.global_batch_size, world, optim.max_batch_per_device)
 
     # ---- model, data, optimizer

@@ -264,6 +264,11 @@ class ImageData(Section):
         """Whether images are read as uint8."""
         return self.value_range is None and self.channels in (1, 3, 4)
 
+    def check_nodata(self) -> None:
+        """UserError for a nodata that nothing reads; what the encoder's folder says must be filled in before."""
+        if self.nodata is not None and self.eight_bit:
+            raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
+
     def decoding(self) -> dict[str, Any]:
         """What the readers of images want to know, as their arguments."""
         found: dict[str, Any] = {"channels": self.channels, "formats": self.formats}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -37,24 +38,30 @@ def check_images(images: Any, key: str, decoding: dict[str, Any], max_bad_fracti
         decoding: As `decode_crop` takes it.
 
     Returns:
-        Warnings: classes of which no image could be read, images of 16 bit that would be read too coarsely.
+        Warnings: what is not among the images, classes of which no image could be read, images of 16 bit that would be
+        read too coarsely.
 
     Raises:
         UserError: More than `max_bad_fraction` of the files are missing, or of those opened cannot be read.
     """
     reader: Reader = images.reader
     missing = np.flatnonzero(reader.sizes() < 0)
-    _check_count(len(missing), len(images), key, max_bad_fraction, lambda: _reason(reader, int(missing[0]), decoding))
+    _check_count(len(missing), len(images), key, max_bad_fraction, lambda: _reason(reader, int(missing[0])))
     chosen = _spread(images)
     # one after the other: decoding changes settings of Pillow and of Python's warnings, which all threads share
-    faults = {i: reason for i in chosen if (reason := _reason(reader, i, decoding))}
+    faults, deep = {}, list[Deep]()
+    for i in chosen:
+        try:
+            deep += _look_at(reader.read(i), decoding)
+        except BadImage as error:
+            faults[i] = f"{reader.name(i)}: {error}"
     _check_count(len(faults), len(chosen), key, max_bad_fraction, lambda: next(iter(faults.values())))
-    warnings = []
+    warnings = [f"{key}: {images.left_out}"] if images.left_out else []
     if isinstance(images, Labeled) and not images.several:
         lost = unread_classes(images, [i for i in chosen if i not in faults], chosen)
         if lost:
             warnings.append(f"{key}: of {', '.join(lost)} not one of the images looked at can be read")
-    return warnings + find_coarse_images(reader, [i for i in chosen if i not in faults][:LOOKED_AT], key, decoding)
+    return warnings + _name_coarse(deep, key, decoding)
 
 
 def unread_classes(images: Labeled, read: Sequence[int], of: Sequence[int] | None = None) -> list[str]:
@@ -70,16 +77,27 @@ def unread_classes(images: Labeled, read: Sequence[int], of: Sequence[int] | Non
 
 def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decoding: dict[str, Any]) -> list[str]:
     """Warn if images of 16 bit use a small part of their range and `data.value_range` does not say which."""
-    if decoding.get("value_range") not in (None, "type"):
-        return []
     found: list[Deep] = []
-    for i in numbers:
-        try:
-            deep = deep_values(reader.read(i), decoding)
-        except BadImage:
-            continue
-        if deep is not None:
-            found.append(deep)
+    for i in numbers if _range_is_open(decoding) else ():
+        with suppress(BadImage):
+            found += filter(None, [deep_values(reader.read(i), decoding)])
+    return _name_coarse(found, key, decoding)
+
+
+def _range_is_open(decoding: dict[str, Any]) -> bool:
+    """Whether the recipe leaves open which values count."""
+    return decoding.get("value_range") in (None, "type")
+
+
+def _look_at(data: bytes, decoding: dict[str, Any]) -> list[Deep]:
+    """Decode an image; its values if it is of 16 bit and the recipe leaves open which count. BadImage."""
+    decode_crop(data, lambda width, height: (0, 0, width, height), (SMALL_PX, SMALL_PX), **decoding)
+    deep = deep_values(data, decoding) if _range_is_open(decoding) else None
+    return [] if deep is None else [deep]
+
+
+def _name_coarse(found: Sequence[Deep], key: str, decoding: dict[str, Any]) -> list[str]:
+    """A line if these values of images use a small part of the range of their type."""
     if not found:
         return []
     smallest, largest = min(deep.smallest for deep in found), max(deep.largest for deep in found)
@@ -137,16 +155,16 @@ def _spread(images: Any) -> list[int]:
     return sorted(int(own[at]) for own in members for at in evenly(len(own), each))
 
 
-def _reason(reader: Reader, i: int, decoding: dict[str, Any]) -> str | None:
-    """`name: why` of an image that cannot be read; None if it can be."""
+def _reason(reader: Reader, i: int) -> str:
+    """`name: why` of a file that is not there."""
     try:
-        decode_crop(reader.read(i), lambda width, height: (0, 0, width, height), (SMALL_PX, SMALL_PX), **decoding)
+        reader.read(i)
     except BadImage as error:
         return f"{reader.name(i)}: {error}"
-    return None
+    return f"{reader.name(i)}: came back meanwhile"
 
 
-def _check_count(bad: int, of: int, key: str, max_bad_fraction: float, first: Callable[[], str | None]) -> None:
+def _check_count(bad: int, of: int, key: str, max_bad_fraction: float, first: Callable[[], str]) -> None:
     """UserError for too many. first: names the first one, with the reason."""
     if bad and bad == of:
         raise UserError(f"{key}: not one image can be read; the first: {first()}")

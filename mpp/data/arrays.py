@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 import threading
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -37,34 +36,35 @@ def read_array(
         if data.startswith(NPY):
             if "NPY" not in formats:
                 raise BadImage(f"not an image of {', '.join(formats)}")
-            return fill_missing(_npy(data, channels, max_image_pixels), [] if nodata is None else [nodata])
+            return fill_missing(_npy(data, channels, max_image_pixels), nodata)
         if data.startswith(TIFF) and "TIFF" in formats:
             return _tiff(data, channels, max_image_pixels, nodata)
     except (BadImage, UserError):
         raise
     except Exception as error:  # both raise anything on hostile bytes
-        raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        raise _bad(error) from None
     return None
 
 
 def check_npy(data: bytes) -> None:
     """BadImage for an .npy file that holds no image, whatever the number of channels: by its header."""
     try:
-        shape, dtype, start = _npy_header(data)
-        if dtype.kind not in "uif" or dtype.hasobject:
-            raise BadImage(f"values of {dtype}; read are whole and floating-point numbers")
-        if len(shape) not in (2, 3) or 0 in shape:
-            raise BadImage(f"an array of {'×'.join(map(str, shape))}, not an image")
-        if len(data) - start < math.prod(shape) * dtype.itemsize:
-            raise BadImage("cut off")
+        shape, _ = _npy_header(data)
     except BadImage:
         raise
     except Exception as error:  # numpy raises anything on hostile bytes
-        raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        raise _bad(error) from None
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise BadImage(f"an array of {'×'.join(map(str, shape))}, not an image")
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """(shape, type, where the values begin). BadImage, or whatever numpy raises."""
+def _bad(error: Exception) -> BadImage:
+    """What somebody else's reader raised, as a reason in one line."""
+    return BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """(shape, type) of numbers that are all there. BadImage, or whatever numpy raises."""
     with PARSING:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
@@ -72,14 +72,14 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         if version not in reader:
             raise BadImage(f"npy of version {version}")
         shape, _, dtype = reader[version](stream)
-        return shape, dtype, stream.tell()
+    _check_type(dtype)
+    if len(data) - stream.tell() < math.prod(shape) * dtype.itemsize:
+        raise BadImage("cut off")
+    return shape, dtype
 
 
 def _npy(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
-    shape, dtype, start = _npy_header(data)
-    _check(shape, dtype, channels, max_image_pixels)
-    if len(data) - start < math.prod(shape) * dtype.itemsize:
-        raise BadImage("cut off")
+    _check(*_npy_header(data), channels, max_image_pixels)
     with PARSING:
         return _channels_first(np.load(io.BytesIO(data), allow_pickle=False), channels)
 
@@ -103,13 +103,18 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int, nodata: float | Non
         array = _channels_first(series.asarray(), channels)
         # GDAL's tag, which is not always a number
         named = "GDAL_NODATA" in frame.tags and isinstance(frame.nodata, int | float)
-        return fill_missing(array, [*([frame.nodata] if named else []), *([] if nodata is None else [nodata])])
+        return fill_missing(array, frame.nodata if named else None, nodata)
+
+
+def _check_type(dtype: Any) -> None:
+    """BadImage for values that are no numbers to be read."""
+    if dtype is None or dtype.kind not in "uif" or dtype.hasobject:
+        raise BadImage(f"values of {dtype}; read are whole and floating-point numbers")
 
 
 def _check(shape: tuple[int, ...], dtype: Any, channels: int, max_image_pixels: int) -> None:
     """BadImage, from the header alone."""
-    if dtype is None or dtype.kind not in "uif" or dtype.hasobject:
-        raise BadImage(f"values of {dtype}; read are whole and floating-point numbers")
+    _check_type(dtype)
     height, width = _places(shape, channels)[1:]
     if height < 1 or width < 1:
         raise BadImage(f"{width}×{height} pixels")
@@ -135,21 +140,22 @@ def _channels_first(array: np.ndarray, channels: int) -> np.ndarray:
     return array.transpose(2, 0, 1) if array.shape[2] == channels else array
 
 
-def fill_missing(array: np.ndarray, nodata: Sequence[float]) -> np.ndarray:
+def fill_missing(array: np.ndarray, *nodata: float | None) -> np.ndarray:
     """Put the mean of a channel in the place of its missing values: NaN, infinities and those in `nodata`.
 
     Args:
         array: (C, H, W) of any numbers.
-        nodata: Values that say that nothing was measured there.
+        nodata: Values that say that nothing was measured there; None stands for no value.
 
     Raises:
         BadImage: More than MOST_MISSING of the values are missing.
     """
-    if array.dtype.kind != "f" and not nodata:
+    values = [value for value in nodata if value is not None]
+    if array.dtype.kind != "f" and not values:
         return array
     missing = ~np.isfinite(array) if array.dtype.kind == "f" else np.zeros(array.shape, dtype=bool)
     with np.errstate(over="ignore"):  # a nodata value may be too large for the image's own type
-        for value in nodata:
+        for value in values:
             missing |= array == np.float64(value).astype(array.dtype) if array.dtype.kind == "f" else array == value
     if not missing.any():
         return array

@@ -158,7 +158,7 @@ def _numbers(
         array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
         if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow has no deep colours
             raise BadImage("read as 8 bit, which data.value_range is not; TIFF, .npy and grey PNG have all their bits")
-        return fill_missing(array, [] if nodata is None else [nodata])
+        return fill_missing(array, nodata)
     return array
 
 

@@ -113,7 +113,7 @@ def test_what_changed_is_refused(job: str, nursery: Nursery, folder: Path) -> No
     assert "changed since" in refused()
 
 
-@pytest.mark.promise("Data that lie in another place are the same data: a run goes on with them")
+@pytest.mark.promise("Data that were moved are the same data: a run continues with them")
 @pytest.mark.parametrize("job", JOBS)
 def test_data_that_moved(job: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named with a slash at the end, by another path to the same folder, or copied elsewhere."""

@@ -24,7 +24,9 @@ from mpp.records import read_metrics, steps
 from tests.conftest import command, pretrain_values
 
 pytestmark = pytest.mark.slow
-CLOSED = "A terminal that is closed: a checkpoint after the step, exit code 129; below nohup and disown the run goes on"
+CLOSED = (
+    "A terminal that is closed: a checkpoint after the step, exit code 129; with nohup and disown the run continues"
+)
 LOST = "Output that nobody takes (no reader, a full disk, closed, ASCII) ends no run before its checkpoint is written"
 LONG = {"optim.steps": 100_000, "checkpoint_every_steps": 100_000, "log_every_steps": 1}
 
