@@ -398,8 +398,6 @@ def read_as(source: str, data: Data, *, warn: bool) -> Data:
         if values is not None and len(values) != found.channels:
             raise UserError(f"data.{key}: has {len(values)} values; the encoder has {found.channels} channels")
     found.check_nodata()
-    if not found.eight_bit and getattr(found, "resize_on", "cpu") != "cpu":
-        raise UserError("data.resize_on: device: the encoder's images are not of 8 bit; allowed: cpu")
     return found
 
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpp import checkpoint, distributed
-from mpp.data.cuts import finished
 from mpp.distributed import Accelerator
 from mpp.errors import MppWarning, UserError, one_line
 from mpp.records import write_json
@@ -83,7 +82,7 @@ def left_out(
     try:
         folder = checkpoint.save_together(accelerator, out / FOLDER, step, model, None, {}, keep=KEPT)
         own = {"step": step, "world": accelerator.num_processes, **record}
-        _write(folder / f"rank{accelerator.process_index}", dataset, keys, own, accelerator.device)
+        _write(folder / f"rank{accelerator.process_index}", dataset, keys, own)
     except (UserError, OSError, SafetensorError, RuntimeError) as error:  # memory of the device, too
         fault = one_line(error)
     faults = [f for f in distributed.gathered(accelerator, [fault]) if f]
@@ -101,15 +100,12 @@ def _write(
     dataset: Any,
     keys: Sequence[Sequence[tuple[int, int, int]]],
     record: dict[str, Any],
-    device: torch.device,
 ) -> None:
     """One process's share: NAME.safetensors and NAME.json. name: without an ending."""
     batches = [dataset.__getitems__(list(of_batch)) for of_batch in keys]  # pure: as they were
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
-        if getattr(batch, "cuts", None) is not None:
-            finished(batch.tensors_by(lambda t: t.to(device)), dataset.crop.size)
     tensors = {at: t for i, b in enumerate(batches) for at, t in _flat(vars(b), str(i)).items()}
     save_file({at: t.contiguous().clone() for at, t in tensors.items()}, name.with_suffix(".safetensors"))
     counts = [getattr(batch, "hidden_units", None) for batch in batches]

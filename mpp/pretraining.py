@@ -101,7 +101,6 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
         scale=data.crop_scale,
         ratio=data.crop_ratio,
         flip=data.flip,
-        on_device=data.resize_on == "device",
         **data.decoding(),
     )
     mask = build_mask(recipe)
@@ -205,7 +204,7 @@ def _pretrain(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> 
     )
     cuda = accelerator.device.type == "cuda"
     loaded = batches(dataset, sampler, workers=data.workers, pin_memory=cuda)
-    stream_of_batches = on_device(loaded, accelerator.device, crop.size) if cuda or crop.on_device else loaded
+    stream_of_batches = on_device(loaded, accelerator.device) if cuda else loaded
     pictures_every = kept_every(total_steps, recipe.skill_every_steps)
     prepared.train()
     log.status("running", step=step)

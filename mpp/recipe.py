@@ -254,8 +254,8 @@ class ImageData(Section):
     @model_validator(mode="after")
     def _eight_bit_alone(self) -> Self:
         if not self.eight_bit:
-            for key, off in (("resize_on", "cpu"), ("auto_augment", None), ("color_jitter", None)):
-                if getattr(self, key, off) != off:
+            for key in ("auto_augment", "color_jitter"):
+                if getattr(self, key, None) is not None:
                     raise ValueError(f"{key}: for images of 8 bit with 1, 3 or 4 channels alone, without value_range")
         return self
 
@@ -300,9 +300,6 @@ class PretrainData(ImageData):
     """Random resized crop: range of the crop's area (MAE: 0.2 to 1; SimMIM: 0.67 to 1)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Random resized crop: range of the crop's aspect ratio."""
-    resize_on: Literal["cpu", "device"] = "cpu"
-    """device: the loader decodes and cuts, the model's device resizes and flips: with photographs of 375×500 a quarter
-    less for the loader to do, and more bytes to carry. For many images a second on a GPU. It rounds otherwise."""
     held_out: PositiveInt = 256
     """Images taken from the ends of the shards, never trained on, for the skill."""
     max_bad_fraction: Fraction = 0.001
@@ -311,6 +308,14 @@ class PretrainData(ImageData):
     """Most runs of shards that are read side by side; see `data/order.py`. Fewer need less of `cache_limit_gb`."""
     window: PositiveInt = 4096
     """Samples shuffled at a time within a lane."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_removed_key(cls, values: Any) -> Any:
+        """Recipes that runs wrote while `resize_on` existed hold its default, which is what happens now."""
+        if isinstance(values, dict) and values.get("resize_on") == "cpu":
+            return {key: value for key, value in values.items() if key != "resize_on"}
+        return values
 
 
 class Encoder(Section):
@@ -806,7 +811,7 @@ MAY_CHANGE = {
     "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
-    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp", "data.resize_on",
+    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp",
     "data.shards", "data.train", "data.val",  # where they are: what they hold has a fingerprint
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches

@@ -78,23 +78,12 @@ Ratio = Annotated[
 """Part of the mask units that is hidden: a number in (0, 1), or a range from which each batch draws its own."""
 
 
-class Cuts(NamedTuple):
-    """Where the images of a batch are among its pixels, before they are resized and flipped."""
-
-    table: Tensor
-    """(B, 3) int64: height, width, whether it is to be flipped."""
-    boxes: Tensor
-    """(B, 4) float32: top, left, height, width of the crop among these pixels; fractions if the decoder shrank them."""
-    largest: tuple[int, int]
-    """Height and width, plain ints."""
-
-
 @dataclass
 class Batch:
     """One micro-batch of pretraining, as the loader's workers make it."""
 
     images: Tensor
-    """(B, C, H, W) uint8, cropped and flipped, not normalised; with `cuts` (pixels of all images, C) uint8."""
+    """(B, C, H, W) uint8, cropped and flipped, not normalised; float32 in [0, 255] for images with a value range."""
     mask: Tensor
     """(B, uh, uw) bool."""
     noise: Tensor
@@ -109,14 +98,10 @@ class Batch:
     """Samples whose image could not be read and was replaced by a neighbour."""
     bad: list[str] = field(default_factory=list)
     """One line for each image that could not be read; a search for a neighbour may meet several."""
-    cuts: Cuts | None = None
-    """Where images are resized on the device, until they are."""
 
     def tensors_by(self, act: Callable[[Tensor], Tensor]) -> Batch:
         """What the model computes with, replaced by what `act` makes of it; the rest stays with the host."""
         self.images, self.mask, self.noise = act(self.images), act(self.mask), act(self.noise)
-        if self.cuts is not None:
-            self.cuts = self.cuts._replace(table=act(self.cuts.table), boxes=act(self.cuts.boxes))
         return self
 
     def pin_memory(self) -> Batch:

@@ -125,7 +125,7 @@ def test_where_nothing_compiles_it_is_said(
         mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", compile=True))
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, "resized on the device"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_steady_step_asks_the_device_for_nothing(
     objective: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +155,7 @@ def test_a_steady_step_asks_the_device_for_nothing(
     recipe = pretrain_recipe(
         shards,
         tmp_path / "run",
-        **OBJECTIVES.get(objective, {"data.resize_on": "device"}),
+        **OBJECTIVES[objective],
         **{"log_every_steps": 100, "skill_every_steps": 100, "checkpoint_every_steps": 100, "data.workers": 1},
         **{"optim.steps": 6, "reconstruct_images": 0, "max_skipped_steps": 3},
     )

@@ -456,3 +456,11 @@ def test_a_small_scale_is_for_cpus(path: Path) -> None:
     recipe = load_any(path, given_to(path), scale="small")
     assert recipe.data.image_size == (64, 64)  # type: ignore[attr-defined]
     assert recipe.optim.epochs is None  # type: ignore[attr-defined]
+
+
+def test_a_recipe_from_before_resize_on_was_removed(tmp_path: Path) -> None:
+    """Runs wrote the key with its default, `cpu`, which is what happens now; `device` is refused."""
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE.replace("  image_size: 32\n", "  image_size: 32\n  resize_on: cpu\n"))
+    assert "resize_on" not in dump_recipe(load_recipe(path, PretrainRecipe))
+    assert errors(path.read_text().replace("cpu", "device"), tmp_path)[0].startswith("r.yaml:5: data.resize_on: unknown key")

@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from mpp.data.ahead import Ahead
 from mpp.data.arrays import ValueRange
 from mpp.data.children import end_with
-from mpp.data.cuts import fits, packed
-from mpp.data.decode import GREY, Cut, centre_box, decode_cut, random_box, resize
+from mpp.data.decode import GREY, centre_box, decode_crop, random_box
 from mpp.data.images import ShardImages
 from mpp.errors import UserError
 from mpp.rng import Purpose, Streams, stream
@@ -42,8 +41,6 @@ class Crop:
     flip: float
     formats: tuple[str, ...]
     max_image_pixels: int
-    on_device: bool = False
-    """Resize and flip random crops where the model runs (`cuts`)."""
     value_range: ValueRange | None = None
     """Of images that are not read as 8 bit."""
     nodata: float | None = None
@@ -51,21 +48,16 @@ class Crop:
 
     def random(self, data: bytes, rng: np.random.Generator) -> Tensor:
         """(C, H, W): crop and flip of the sample that this generator belongs to."""
-        cut, flip = self.cut(data, rng)
-        image = resize(cut, self.size)
-        return image.flip(-1) if flip else image
-
-    def cut(self, data: bytes, rng: np.random.Generator) -> tuple[Cut, bool]:
-        """The same crop before it is resized, and whether it is to be flipped."""
         flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
-        return self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio)), flip
+        image = self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio))
+        return image.flip(-1) if flip else image
 
     def centre(self, data: bytes) -> Tensor:
         """(C, H, W) uint8: the largest centred crop."""
-        return resize(self._decode(data, lambda w, h: centre_box(w, h, self.size)), self.size)
+        return self._decode(data, lambda w, h: centre_box(w, h, self.size))
 
-    def _decode(self, data: bytes, choose_box: Any) -> Cut:
-        return decode_cut(
+    def _decode(self, data: bytes, choose_box: Any) -> Tensor:
+        return decode_crop(
             data,
             choose_box,
             self.size,
@@ -129,11 +121,8 @@ class PretrainDataset(Dataset[Batch]):
     def batch(self, keys: list[tuple[int, int, int]], *, centre: bool = False) -> Batch:
         """centre: for held-out images: no randomness in the crop, the middle of a range of mask ratios."""
         size = (self.crop.channels, *self.crop.size)
-        cutting = self.crop.on_device and not centre
-        images = torch.empty((0 if cutting else len(keys), *size), dtype=self.crop.dtype)
+        images = torch.empty((len(keys), *size), dtype=self.crop.dtype)
         grey = torch.full(size, GREY, dtype=torch.uint8)
-        cut_out: list[Cut] = []
-        flipped = [False] * len(keys)
         step = keys[0][0] // self.global_batch
         draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
         masks = draw_masks(self.mask, self.mask_grid, draw, self.seed, [position for position, _, _ in keys])
@@ -141,25 +130,16 @@ class PretrainDataset(Dataset[Batch]):
         replaced, crops = 0, Streams(self.seed, Purpose.CROP)
         for i, (position, shard, row) in enumerate(keys):
 
-            def cut(data: bytes, i: int = i, position: int = position) -> Cut:
-                found, flipped[i] = self.crop.cut(data, crops.at(position))
-                return found if fits(found, self.crop.size) else Cut.whole(resize(found, self.crop.size))
-
             def crop(data: bytes, position: int = position) -> Tensor:
                 return self.crop.centre(data) if centre else self.crop.random(data, crops.at(position))
 
             last = int(self.train_counts[shard])
             rows = range(last) if row < last else range(last, self.images.counts[shard])
-            if cutting:
-                cut_out_here, passed_over = self.images.load(shard, row, rows, cut, blank=Cut.whole(grey))
-                cut_out.append(cut_out_here)
-            else:
-                images[i], passed_over = self.images.load(shard, row, rows, crop, blank=grey, few=centre)
+            images[i], passed_over = self.images.load(shard, row, rows, crop, blank=grey, few=centre)
             bad += passed_over
             replaced += bool(passed_over)
-        pixels, cuts = packed(cut_out, flipped) if cutting else (images, None)
         return Batch(
-            pixels,
+            images,
             masks.hidden,
             masks.noise,
             torch.tensor([k[0] for k in keys]),
@@ -167,7 +147,6 @@ class PretrainDataset(Dataset[Batch]):
             masks.count,
             replaced,
             bad,
-            cuts,
         )
 
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from mpp.data.cuts import finished
 from mpp.types import Batch
 
 
-def on_device(batches: Iterator[Batch], device: torch.device, size: tuple[int, int]) -> Iterator[Batch]:
-    """The same batches, their tensors on the device, images of (H, W): one batch ahead, on a stream of their own.
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, their tensors on the device: one batch ahead, on a stream of their own.
 
     Worth it where batches come from pinned memory: the host then waits for none of it. A CPU has nothing to gain.
     """
@@ -25,8 +24,8 @@ def on_device(batches: Iterator[Batch], device: torch.device, size: tuple[int, i
         if batch is not None:
             side.wait_stream(module.current_stream())  # it takes memory again that the batch before last was read from
             with module.stream(side):
-                finished(batch.tensors_by(lambda t: t.to(device, non_blocking=True)), size)
-                underway.append((batch, side.record_event()))
+                moved = batch.tensors_by(lambda t: t.to(device, non_blocking=True))
+                underway.append((moved, side.record_event()))
         if len(underway) > (1 if batch is not None else 0):
             here, copied = underway.popleft()
             module.current_stream().wait_event(copied)

@@ -247,7 +247,6 @@ def test_pretraining_fine_tuning_and_prediction(bands: Path, tmp_path: Path) -> 
 def test_what_is_not_for_such_images(bands: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"target": {"name": "mean_color"}}, "target: mean_color takes classes from pixels of 8 bit"),
-        ({"data.resize_on": "device"}, "resize_on: for images of 8 bit with 1, 3 or 4 channels alone"),
         ({"data.value_range": [5, 5]}, "two finite numbers, the smaller one first"),
         ({"data.channels": 0}, "data.channels"),
         ({"data.channels": 5000}, "data.channels"),

@@ -37,7 +37,7 @@ def test_the_same_batches_one_ahead(count: int, device: str) -> None:
             taken += 1
             yield batch_of(number).pin_memory() if device == "cuda" else batch_of(number)
 
-    for number, batch in enumerate(on_device(batches(), torch.device(device), (4, 4))):
+    for number, batch in enumerate(on_device(batches(), torch.device(device))):
         assert taken == min(number + 2, count)
         expected = batch_of(number)
         for name in ("images", "mask", "noise"):
@@ -53,4 +53,4 @@ def test_an_error_of_the_loader_comes_through() -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        list(on_device(batches(), torch.device("cpu"), (4, 4)))
+        list(on_device(batches(), torch.device("cpu")))

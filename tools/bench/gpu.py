@@ -34,7 +34,7 @@ CONTESTANTS = (
     OURS, f"{OURS}, compiled", "mpp MAE", "lightly MAE", "transformers MAE", "vit-pytorch MAE", "transformers SimMIM",
     "mpp SimMIM",
 )  # fmt: skip
-INPUT = ("mpp", "mpp, resized on the device", "torchvision ImageFolder", "webdataset + torchvision")
+INPUT = ("mpp", "torchvision ImageFolder", "webdataset + torchvision")
 INPUT_COPIES = 10
 """Of each photograph: loaders that begin again at the end of their data must not do so all the time."""
 ROUNDS, TURN_S = 3, 1.5

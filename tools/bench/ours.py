@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from mpp.build import build_mask, build_model
 from mpp.data.images import ShardImages
 from mpp.data.loader import Crop, PretrainDataset, batches, draw_masks
 from mpp.data.order import MicroBatches, Order
-from mpp.data.transfer import on_device
 from mpp.distributed import compile_forward, write_attention_out
 from mpp.evaluating import evaluate
 from mpp.exporting import export_model, trained_by
@@ -27,7 +25,6 @@ from mpp.masks.uniform import UniformMask
 from mpp.recipe import EvaluateRecipe, PretrainRecipe
 
 COMPILED = ", compiled"
-RESIZED_THERE = "mpp, resized on the device"
 PREDICT_FRACTION = 1 / 3
 """CrossMAE, Fu et al. 2024, table 2c: a third of the hidden cells is as good as all."""
 
@@ -116,27 +113,21 @@ STEP["GEMM"] = lambda size, decoder, precision, device="cpu", batch=0: Gemm(prec
 class Input:
     """A unit of work is a batch, masks and all, normalised as the model does it.
 
-    workers: that read; 0: this process, alone. resized_on_device: by a GPU where there is one; batches then go there.
+    workers: processes that read; 0: this process alone.
     """
 
-    def __init__(
-        self, pictures: str, side_px: int, batch: int, workers: int = 0, *, resized_on_device: bool = False
-    ) -> None:
+    def __init__(self, pictures: str, side_px: int, batch: int, workers: int = 0) -> None:
         torch.set_num_threads(1)  # as in a loader's worker
         images = ShardImages(f"{pictures}-shards", key="data.shards")
         order = Order(images.counts, global_batch=batch, seed=0)
         size = (side_px, side_px)
-        crop = Crop(size, 3, CROP_SCALE, (3 / 4, 4 / 3), 0.5, ("JPEG",), 64_000_000, resized_on_device)
+        crop = Crop(size, 3, CROP_SCALE, (3 / 4, 4 / 3), 0.5, ("JPEG",), 64_000_000)
         grid = (side_px // (4 if side_px < 224 else 16),) * 2
         dataset = PretrainDataset(images, crop, UniformMask(ratio=MASK_RATIO), grid, 0, images.counts, batch)
-        self.cuda = resized_on_device and torch.cuda.is_available()
-        device = torch.device("cuda" if self.cuda else "cpu")
         self.batches = batches(
-            dataset, MicroBatches(order, seen=0, steps=10**9, accumulate=1), workers=workers, pin_memory=self.cuda
+            dataset, MicroBatches(order, seen=0, steps=10**9, accumulate=1), workers=workers, pin_memory=False
         )
-        if resized_on_device:
-            self.batches = on_device(self.batches, device, size)
-        self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+        self.mean, self.std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
         self.facts: dict[str, Any] = {}
 
     def run(self, count: int) -> int:
@@ -144,12 +135,10 @@ class Input:
         for _ in range(count):
             raw = next(self.batches).images
             images += len((raw - 255 * self.mean).div_(255 * self.std))
-        if self.cuda:
-            torch.cuda.synchronize()
         return images
 
 
-INPUT: dict[str, Callable[..., Input]] = {"mpp": Input, RESIZED_THERE: partial(Input, resized_on_device=True)}
+INPUT: dict[str, Callable[..., Input]] = {"mpp": Input}
 
 
 class Kept:
