@@ -463,4 +463,6 @@ def test_a_recipe_from_before_resize_on_was_removed(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(BASE.replace("  image_size: 32\n", "  image_size: 32\n  resize_on: cpu\n"))
     assert "resize_on" not in dump_recipe(load_recipe(path, PretrainRecipe))
-    assert errors(path.read_text().replace("cpu", "device"), tmp_path)[0].startswith("r.yaml:5: data.resize_on: unknown key")
+    assert errors(path.read_text().replace("cpu", "device"), tmp_path)[0].startswith(
+        "r.yaml:5: data.resize_on: unknown key"
+    )
