@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-from mpp import __version__, registry
+from mpp import __version__
+from mpp.recipe import registry
 
 HERE = Path(__file__).resolve().parent
 
@@ -34,28 +35,20 @@ autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": True, "exclude-members": "model_config"}
 autodoc_preserve_defaults = True
 
-KINDS = {
-    "masks": "Masks",
-    "corruptions": "Corruptions",
-    "targets": "Targets",
-    "losses": "Losses",
-    "heads": "Heads",
-    "tasks": "Tasks of fine-tuning",
-}
+TITLES = {kind: f"{kind.capitalize()}s".replace("sss", "sses") for kind in registry.KINDS}
 
 
 def components() -> str:
     """One page of every component that is a file in its folder."""
     lines = ["Components", "==========", "", "Each is one file, whose name is the name in a recipe; the keyword-only"]
     lines += ["arguments of its class are its keys. See :doc:`../extending`.", ""]
-    for folder, title in KINDS.items():
+    for kind, title in TITLES.items():
         lines += [title, "-" * len(title), ""]
-        for name in registry.names(folder):
-            cls = registry.component(folder, name)
-            keys = registry.recipe_arguments(cls)
-            lines += [f"``{name}``", "^" * (len(name) + 4), "", *inspect.cleandoc(cls.__doc__ or "").splitlines(), ""]
-            for key, p in keys.items():
-                default = "required" if p.default is inspect.Parameter.empty else f"default ``{p.default!r}``"
+        for name in registry.names(kind):
+            found = registry.declaration(kind, name)
+            lines += [f"``{name}``", "^" * (len(name) + 4), "", *found.doc.splitlines(), ""]
+            for key, argument in found.arguments.items():
+                default = "required" if argument.default is ... else f"default ``{argument.default!r}``"
                 lines += [f"* ``{key}``, {default}"]
             lines += [""]
     return "\n".join(lines)
@@ -65,14 +58,23 @@ def recipes() -> str:
     """One page of every key of every recipe, in the schema's own words."""
     from pydantic_core import PydanticUndefined
 
-    from mpp import recipe
+    from mpp.recipe import evaluate, finetune, pretrain, sections
+    from mpp.recipe.sections import Section
 
     lines = ["Keys of recipes", "===============", ""]
     lines += ["A key of a section is written with a dot: ``data.shards``, ``optim.base_lr``. What a key may be is in"]
     lines += ["the schema, too: ``mpp recipe schema pretrain``.", ""]
-    for name, cls in vars(recipe).items():
-        own = inspect.isclass(cls) and issubclass(cls, recipe.Section) and cls.__module__ == recipe.__name__
-        if not own or name in ("Section", "Job", "Run", "ImageData", "LabeledData", "Optim"):
+    modules = (sections, pretrain, finetune, evaluate)
+    found = {n: c for m in modules for n, c in vars(m).items() if getattr(c, "__module__", "") == m.__name__}
+    for name, cls in found.items():
+        if not (inspect.isclass(cls) and issubclass(cls, Section)) or name in (
+            "Section",
+            "Job",
+            "Run",
+            "ImageData",
+            "LabeledData",
+            "Optim",
+        ):
             continue  # those that others are made from
         job = f"mpp {name.removesuffix('Recipe').lower()}"
         title = f"``{job}``" if name.endswith("Recipe") else f"Section ``{name}``"

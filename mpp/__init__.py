@@ -18,21 +18,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpp.errors import BadImage, MppWarning, UserError, there
-from mpp.records import check_new, encoder_folder
+from mpp.runs.records import check_new, encoder_folder
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpp.diagnostics.inspection import Inspection
-    from mpp.evaluating import EvaluateResult
-    from mpp.finetuning import FinetuneResult
-    from mpp.importing import Imported
-    from mpp.planning import Plan
-    from mpp.predicting import Report
-    from mpp.pretraining import PretrainResult
-    from mpp.recipe import EvaluateRecipe, FinetuneRecipe, Job, PretrainRecipe
-    from mpp.replaying import Replayed
-    from mpp.verifying import Verified
+    from mpp.evaluation.result import EvaluateResult
+    from mpp.exchange.import_weights import Imported
+    from mpp.exchange.verify import Verified
+    from mpp.finetuning.predict_images import Report
+    from mpp.finetuning.run import FinetuneResult
+    from mpp.inspection.replay import Replayed
+    from mpp.inspection.run import Inspection
+    from mpp.planning.plan import Plan
+    from mpp.pretraining.loop import PretrainResult
+    from mpp.recipe.evaluate import EvaluateRecipe
+    from mpp.recipe.finetune import FinetuneRecipe
+    from mpp.recipe.pretrain import PretrainRecipe
+    from mpp.recipe.sections import Job
 
 __version__ = "0.1.0"
 
@@ -56,10 +59,13 @@ def pretrain(
     scale: one of the recipe's own sets of overrides, such as "tiny".
     UserError for everything the user can correct.
     """
-    from mpp import pretraining
-    from mpp.recipe import PretrainRecipe, checked
+    from mpp.recipe.loading import checked
+    from mpp.recipe.pretrain import PretrainRecipe
 
-    return pretraining.pretrain(checked(recipe, PretrainRecipe, overrides, scale), resume)
+    found = checked(recipe, PretrainRecipe, overrides, scale)  # mistakes are reported before torch is imported
+    from mpp.pretraining import loop
+
+    return loop.pretrain(found, resume)
 
 
 def finetune(
@@ -70,10 +76,13 @@ def finetune(
     **overrides: Any,
 ) -> FinetuneResult:
     """Fine-tuning on labeled images, beside the same from scratch. Arguments as in `pretrain`."""
-    from mpp import finetuning
-    from mpp.recipe import FinetuneRecipe, checked
+    from mpp.recipe.finetune import FinetuneRecipe
+    from mpp.recipe.loading import checked
 
-    return finetuning.finetune(checked(recipe, FinetuneRecipe, overrides, scale), resume)
+    found = checked(recipe, FinetuneRecipe, overrides, scale)
+    from mpp.finetuning import run
+
+    return run.finetune(found, resume)
 
 
 def evaluate(
@@ -89,12 +98,15 @@ def evaluate(
     encoder: a run, an export or a name of timm's; None: the recipe's. Other arguments as in `pretrain`;
     `data.train` and `data.val` are all that has no default.
     """
-    from mpp import evaluating
-    from mpp.recipe import EvaluateRecipe, checked
+    from mpp.recipe.evaluate import EvaluateRecipe
+    from mpp.recipe.loading import checked
 
     if encoder is not None:
         overrides = {"encoder": Path(encoder), **overrides}
-    return evaluating.evaluate(checked(recipe or {"job": "evaluate"}, EvaluateRecipe, overrides, scale), resume)
+    found = checked(recipe or {"job": "evaluate"}, EvaluateRecipe, overrides, scale)
+    from mpp.evaluation import run
+
+    return run.evaluate(found, resume)
 
 
 def predict(
@@ -115,7 +127,7 @@ def predict(
         raise UserError(f"views: {views}; allowed: 1, 2, 10")
     there(encoder, *images)
     encoder_folder(encoder)
-    from mpp import predicting
+    from mpp.finetuning import predict_images as predicting
 
     return predicting.predict_files(encoder, images, views=views, top=top, out=out, report=report)  # type: ignore[arg-type]
 
@@ -135,7 +147,7 @@ def inspect(
     places: shards, image files or folders. compare: another encoder. images: how many are measured, shown: drawn.
     random: with random weights, as a control. PNG, SVG and JSON of each view go to `out`, default RUN/inspect.
     """
-    from mpp.diagnostics import inspection
+    from mpp.inspection import run as inspection
 
     return inspection.inspect_encoder(
         encoder, places, out=out, compare=compare, images=images, shown=shown, random=random
@@ -147,14 +159,14 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
 
     runs: a pretraining run with the fine-tunes and evaluations of its encoder, or several runs to compare.
     """
-    from mpp import reporting
+    from mpp.reporting.page import report
 
-    return reporting.report([runs] if isinstance(runs, str | Path) else runs, out)
+    return report([runs] if isinstance(runs, str | Path) else runs, out)
 
 
 def replay(run: str | Path, step: int | None = None) -> Replayed:
     """Run a step of a run again whose loss or gradient was not finite. step: which; default: the last that was kept."""
-    from mpp import replaying
+    from mpp.inspection import replay as replaying
 
     return replaying.replay(run, step)
 
@@ -174,10 +186,12 @@ def plan(
     device: a name, or "cpu": this one. mfu: the part of their peak that it reaches. images: how many there are; None:
     the data are opened. UserError.
     """
-    from mpp import planning
-    from mpp.recipe import PretrainRecipe, checked
+    from mpp.recipe.loading import checked
+    from mpp.recipe.pretrain import PretrainRecipe
 
     found = checked(recipe, PretrainRecipe, overrides, scale)
+    from mpp.planning import plan as planning
+
     return planning.plan(found, devices=devices, device=device, mfu=mfu, images=images)
 
 
@@ -189,10 +203,11 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
     check_new(Path(out))
     encoder_folder(run)
     if format == "timm":
-        from mpp import modelcard, verifying
+        from mpp.exchange import card as modelcard
+        from mpp.exchange.verify import export_timm_folder
 
-        return verifying.export(run, out, modelcard.sections(run))
-    from mpp import converting
+        return export_timm_folder(run, out, modelcard.sections(run))
+    from mpp.exchange import convert as converting
 
     return converting.export(run, out, format)
 
@@ -200,7 +215,7 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
 def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
     """Verify an export and send it to a Hugging Face hub, as OWNER/NAME; -> its address. UserError."""
     there(folder)
-    from mpp import uploading
+    from mpp.exchange import upload as uploading
 
     return uploading.upload(folder, repository, public=public)
 
@@ -208,37 +223,37 @@ def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
 def import_weights(file: str | Path, out: str | Path, **options: Any) -> Imported:
     """Weights from elsewhere, a file or a folder of transformers' or timm's, as a verified folder of a timm model.
 
-    Options: model, args, image_size, channels, mean, std, prefix, partial, trust; see `mpp.importing.import_weights`.
+    Options: model, args, image_size, channels, mean, std, prefix, partial, trust; see `mpp.exchange.import_weights`.
     UserError where any of the encoder's weights is not there as it should be.
     """
     there(file)
     check_new(Path(out))
-    from mpp import importing
+    from mpp.exchange.import_weights import import_weights
 
-    return importing.import_weights(file, out, **options)
+    return import_weights(file, out, **options)
 
 
 def verify(folder: str | Path) -> Verified:
     """Load an export in a clean process, as its users do, and compare. UserError where anything differs."""
-    from mpp import verifying
+    from mpp.exchange.verify import is_timm_export, verify_timm_folder
 
-    if verifying.is_timm_export(folder):
-        return verifying.verify(folder)
-    from mpp import converting
+    if is_timm_export(folder):
+        return verify_timm_folder(folder)
+    from mpp.exchange import convert as converting
 
     return converting.verify(folder)
 
 
 def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
     """A plain timm model with the weights of a run or an export; `timm_args` such as num_classes, img_size."""
-    from mpp import exporting
+    from mpp.encoders.sources import load_encoder
 
-    return exporting.load_encoder(source, **timm_args)
+    return load_encoder(source, **timm_args)
 
 
 def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: Any) -> Job:
     """Read and check a recipe of any job. UserError with a line for each thing that is wrong."""
-    from mpp.recipe import load_any
+    from mpp.recipe.loading import load_any
 
     return load_any(path, overrides, scale)
 

@@ -1,6 +1,6 @@
 """`python -m mpp`"""
 
-from mpp.cli import main
+from mpp.cli.app import main
 
 if __name__ == "__main__":
     main(prog_name="mpp")

@@ -66,7 +66,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as shards with labels, 25 + 25 + 10 images."""
-    from mpp.data.pack import pack
+    from mpp.data.shards.pack import pack
 
     out = tmp_path_factory.mktemp("shards")
     pack(str(image_folder), str(out), images_per_shard=25, workers=1)
@@ -95,14 +95,15 @@ def pretrain_values(shards: Path | str, out: Path | str, **changes: Any) -> dict
         "checkpoint_every_steps": 5,
         "skill_every_steps": 10,
     }
-    from mpp.recipe import apply_overrides
+    from mpp.recipe.overrides import apply_overrides
 
     apply_overrides(values, {}, changes)
     return values
 
 
 def pretrain_recipe(shards: Path | str, out: Path | str, **changes: Any) -> Any:
-    from mpp.recipe import PretrainRecipe, check_recipe
+    from mpp.recipe.loading import check_recipe
+    from mpp.recipe.pretrain import PretrainRecipe
 
     return check_recipe(pretrain_values(shards, out, **changes), PretrainRecipe)
 

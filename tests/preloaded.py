@@ -28,7 +28,7 @@ def run(words: list[str], cwd: str) -> dict[str, Any]:
                 nothing = os.open(os.devnull, os.O_RDONLY)
                 for source, target in ((nothing, 0), (said.fileno(), 1), (said.fileno(), 2)):
                     os.dup2(source, target)
-                from mpp.cli import main
+                from mpp.cli.app import main
 
                 sys.argv = ["mpp", *words]
                 main(words, "mpp")

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import mpp
-from mpp.recipe import PretrainRecipe, check_recipe
+from mpp.recipe.loading import check_recipe
+from mpp.recipe.pretrain import PretrainRecipe
 
 
 def main() -> None:

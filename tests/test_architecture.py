@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mpp import contract
 from mpp.encoders.support import Family
+from mpp.objective import contract
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "ARCHITECTURE.md").read_text()
@@ -25,7 +25,7 @@ def test_an_objective_is_one_file(shards: Path, tmp_path: Path) -> None:
     for part in ("mpp", "tests", "recipes"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "mpp/targets/luma.py").write_text(EXAMPLES["mpp/targets/luma.py"])
+    (tmp_path / "mpp/objective/targets/luma.py").write_text(EXAMPLES["mpp/objective/targets/luma.py"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
 
     def python(*words: str) -> str:

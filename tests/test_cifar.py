@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import mpp
-from mpp.data.pack import pack
-from mpp.records import read_metrics
+from mpp.data.shards.pack import pack
+from mpp.runs.records import read_metrics
 from tests.conftest import ROOT
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-images.tar.gz"

@@ -14,11 +14,13 @@ import sys
 
 import torch
 
-from mpp import planning
-from mpp.build import build_mask, build_model
-from mpp.data.loader import draw_masks
-from mpp.optim import adamw, pretrain_groups
-from mpp.recipe import PretrainRecipe, load_recipe, parse_overrides
+from mpp.objective.build import build_mask, build_model
+from mpp.objective.mask_drawing import draw_masks
+from mpp.planning.plan import plan
+from mpp.recipe.loading import load_recipe
+from mpp.recipe.overrides import parse_overrides
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.training.optimizer import adamw, pretrain_groups
 
 IMAGES = 32
 FIXED = {
@@ -38,7 +40,7 @@ def main(words: list[str]) -> None:
     if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # which glibc reads when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
     recipe = load_recipe(words[0], PretrainRecipe, {**FIXED, **parse_overrides(words[1:])})
-    planned = planning.plan(recipe, images=1_281_167)
+    planned = plan(recipe, images=1_281_167)
     gc.collect()
     before = memory_bytes("VmRSS")
     model, grid = build_model(recipe)

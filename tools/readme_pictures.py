@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mpp.diagnostics.kept import Kept, pasted, read_kept, strip
-from mpp.history import INSPECTION
+from mpp.runs.history import INSPECTION
+from mpp.runs.pictures import Kept, pasted, read_kept, strip
 
 ROWS = 3
 STEPS = 5

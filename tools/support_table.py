@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from mpp import contract
-from mpp.diagnostics.models import markdown
-from mpp.encoders.support import FAMILIES, TABLE
+from mpp.encoders.support import FAMILIES, TABLE, markdown
+from mpp.objective import contract
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BETWEEN = re.compile(r"(<!-- support table: .* -->\n).*?(<!-- end -->)", re.DOTALL)

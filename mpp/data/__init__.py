@@ -1,1 +1,0 @@
-"""Images: shards -> index -> order -> decode and crop -> batches."""

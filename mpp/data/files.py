@@ -14,7 +14,7 @@ from typing import BinaryIO, TextIO
 
 import numpy as np
 
-from mpp.data.index import COLUMNS, ShardIndex, packed_first
+from mpp.data.shards.index import COLUMNS, ShardIndex, packed_first
 from mpp.data.walk import LeftOut, list_images
 from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream

@@ -2,117 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import random
 import re
-import unicodedata
-import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from mpp.data.decode import decode_crop, decode_pillow, view_boxes
-from mpp.data.files import read_manifest, read_regular
-from mpp.data.images import ShardImages, evenly, holds_shards, images_of
-from mpp.data.index import class_names, holds_both, packed_first
+from mpp.data.class_labels import classes_of_parquet, listed_classes, read_label, read_labels
+from mpp.data.files import read_manifest
+from mpp.data.readers import FileReader, PackedReader, Reader
+from mpp.data.shards.index import class_names, holds_both
+from mpp.data.shards.reader import ShardImages
+from mpp.data.subsets import draw_fraction
 from mpp.data.walk import LeftOut, archives_in, is_hidden, list_images
-from mpp.errors import BadImage, MppWarning, UserError
-from mpp.rng import Purpose, stream, torch_seed
-
-LOOKED_INTO = 16
-"""Files whose bytes are part of a fingerprint."""
-
-
-class Reader(Protocol):
-    """Bytes, names and sizes in bytes of images, by number."""
-
-    def read(self, i: int) -> bytes: ...
-    def name(self, i: int) -> str: ...
-    def sizes(self) -> np.ndarray: ...
-    def fingerprint(self) -> str: ...
-
-
-class FileReader:
-    """Files of images."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
-
-    def read(self, i: int) -> bytes:
-        return read_regular(self.paths[i])
-
-    def name(self, i: int) -> str:
-        return self.paths[i]
-
-    def sizes(self) -> np.ndarray:
-        return np.asarray([file_size(path) for path in self.paths], dtype=np.int64)
-
-    def fingerprint(self) -> str:
-        """Of names and sizes, and of what a few hold: arrays are all of one size."""
-        digest = hashlib.sha256()
-        for i in evenly(len(self.paths), LOOKED_INTO):
-            with contextlib.suppress(OSError, BadImage):
-                digest.update(self.read(i))
-        return "\0".join([*(f"{os.path.basename(p)}:{file_size(p)}" for p in self.paths), digest.hexdigest()])
-
-
-def file_size(path: str) -> int:
-    """In bytes; -1 for what is not there."""
-    try:
-        return os.path.getsize(path)
-    except OSError:  # a broken link: an image that cannot be read
-        return -1
-
-
-class PackedReader:
-    """Images in shards. few: no more than a few of each shard will be read, for which remote ones are not fetched."""
-
-    def __init__(self, images: ShardImages, *, few: bool = False) -> None:
-        self.images, self.few = images, few
-        self.first = np.concatenate([[0], np.cumsum(images.counts)])
-
-    def at(self, i: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self.first, i, side="right")) - 1
-        return shard, i - int(self.first[shard])
-
-    def read(self, i: int) -> bytes:
-        return self.images.read(*self.at(i), few=self.few)
-
-    def name(self, i: int) -> str:
-        return self.images.name(*self.at(i))
-
-    def sizes(self) -> np.ndarray:
-        return np.concatenate([index.table[:, 1] for index in self.images.indexes])
-
-    def fingerprint(self) -> str:
-        return self.images.fingerprint
-
-
-def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[Reader, int]]:
-    """`count` images, or as many as there are, evenly spread over all of them: whence, and their number there.
-
-    places: shards, see `holds_shards`; image files; folders of images, however deep. UserError where there is nothing.
-    """
-    of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
-    packed = PackedReader(ShardImages(of_shards, key=key), few=True) if of_shards else None
-    if packed and packed.images.left_out:
-        warnings.warn(f"{key}: {packed.images.left_out}", MppWarning, stacklevel=3)
-    files = FileReader(images_of(of_files))
-    first = sum(packed.images.counts) if packed else 0
-    total = first + len(files.paths)
-    if total == 0:
-        raise UserError(f"{key}: no images given")
-    for at in evenly(total, count):
-        yield (packed, at) if packed and at < first else (files, at - first)
+from mpp.errors import UserError
+from mpp.rng import Purpose, stream
 
 
 @dataclass(frozen=True)
@@ -163,40 +68,6 @@ class Labeled:
         return np.sort(np.concatenate(chosen))
 
 
-def draw_fraction(images: int, fraction: float | None, seed: int) -> np.ndarray:
-    """Numbers of so large a part of all images, one at least, ascending; None: all."""
-    if fraction is None:
-        return np.arange(images)
-    return np.sort(stream(seed, Purpose.SUBSET).permutation(images)[: max(round(images * fraction), 1)])
-
-
-def split(strata: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, tune): places in `strata`, ascending; of each, `fraction` is for tuning and one at least for fitting.
-
-    A pure function of its arguments.
-    """
-    rng, tune = stream(seed, Purpose.TUNE), []
-    for label in np.unique(strata):
-        members = np.flatnonzero(strata == label)
-        take = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        tune.append(rng.permutation(members)[:take])
-    chosen = np.sort(np.concatenate(tune))
-    return np.setdiff1d(np.arange(len(strata)), chosen), chosen
-
-
-def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Places in `labels`, with repetitions, such that every class that occurs comes as often as the largest does.
-
-    Members of a class come equally often, but for the last round, which is drawn.
-    """
-    rng, most, chosen = stream(seed, Purpose.BALANCE), np.bincount(labels).max(), []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        rounds, rest = divmod(most, len(members))
-        chosen += [np.tile(members, rounds), rng.permutation(members)[:rest]]
-    return np.sort(np.concatenate(chosen))
-
-
 def open_labeled(
     spec: tuple[str, ...],
     *,
@@ -235,9 +106,9 @@ def open_labeled(
     if several:
         numbers = [(shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
         places = [images.name(*at) for at in numbers]
-        found = _named(packed, [_labels(images, *at) for at in numbers], places, key, classes, several)
+        found = _named(packed, [read_labels(images, *at) for at in numbers], places, key, classes, several)
         return replace(found, left_out=images.left_out)
-    values = [_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
+    values = [read_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
     # what `mpp pack` left in each folder: the numbers in the shards of a folder count in its own list
     folders = [os.path.dirname(name) for name in images.names]
     listed = {folder: class_names(folder) for folder in dict.fromkeys(folders)}
@@ -306,18 +177,6 @@ def _check_separator(path: str, values: list[tuple[int, str]]) -> None:
             )
 
 
-def _labels(images: ShardImages, shard: int, row: int) -> list[str]:
-    """`labels` of a sample's .json: a list of names. UserError."""
-    stored, name = images.read_label(shard, row), images.name(shard, row)
-    try:
-        values = json.loads(stored[0])["labels"] if stored is not None and stored[1] else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        values = None
-    if not isinstance(values, list) or not all(isinstance(v, str | int) and not isinstance(v, bool) for v in values):
-        raise UserError(f"{name}: wants a .json beside it with 'labels', a list of names")
-    return [class_name(str(value), name) for value in values]
-
-
 def _named(
     reader: Reader,
     named: list[list[str]],
@@ -342,65 +201,11 @@ def _named(
     return Labeled(reader, labels if several else labels.argmax(1).astype(np.int64), known)
 
 
-def class_name(value: str, where: str) -> str:
-    """Strip the name of a class. UserError for one that is empty, or holds what is no text."""
-    name = value.strip().removeprefix("\ufeff")
-    if not name:
-        raise UserError(f"{where}: an empty label")
-    if odd := [c for c in name if unicodedata.category(c) in ("Cc", "Cs")]:
-        raise UserError(f"{where}: label {value!r} holds the character {odd[0]!r}, which is no text")
-    return name
-
-
-def stored_label(images: ShardImages, shard: int, row: int) -> str | int | None:
-    """The label of an image in a shard, a number or a name; None if it has none. UserError for what is neither."""
-    stored = images.read_label(shard, row)
-    return None if stored is None else _parsed_label(*stored, where=images.name(shard, row))
-
-
-def _label(images: ShardImages, shard: int, row: int) -> str | int:
-    label = stored_label(images, shard, row)
-    if label is None:
-        why = f"; {images.left_out}" if images.left_out else ""
-        raise UserError(f"{images.name(shard, row)}: no label beside it (.cls, or .json with a 'label'){why}")
-    return label
-
-
-def _parsed_label(data: bytes, is_json: bool, where: str) -> str | int:
-    try:
-        value = json.loads(data)["label"] if is_json else data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: its {'.json' if is_json else '.cls'} is not text in UTF-8") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{where}: its .json has no 'label'") from None
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise UserError(f"{where}: a label is a whole number or a name; got {json.dumps(value)}")
-    if isinstance(value, str):
-        value = class_name(value, where)
-        if re.fullmatch(r"-?(0|[1-9][0-9]{0,8})", value):  # 007 is a name, and another one than 7
-            value = int(value)
-    if isinstance(value, int) and value < 0:
-        raise UserError(f"{where}: label {value} is negative")
-    return value
-
-
-def _listed(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from error
-
-
-def _of_parquet(folder: str, spec: str) -> str:
-    """The end of a message about a folder without images: what to do if it holds Parquet files; else nothing."""
-    return f"; {packed_first(spec)}" if any(Path(folder).rglob("*.parquet")) else ""
-
-
 def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
-    found = sorted(n for n in _listed(spec) if os.path.isdir(os.path.join(spec, n)) and not is_hidden(n))
+    found = sorted(n for n in listed_classes(spec) if os.path.isdir(os.path.join(spec, n)) and not is_hidden(n))
     if not found:
         what = "holds neither *.tar shards nor a folder for each class"
-        raise UserError(f"{key}: {spec} {what}{_of_parquet(spec, spec)}")
+        raise UserError(f"{key}: {spec} {what}{classes_of_parquet(spec, spec)}")
     if found == ["images", "masks"]:
         raise UserError(f"{key}: {spec} holds images/ and masks/, for task: segment; wants a folder for each class")
     known = classes or found
@@ -417,112 +222,8 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
             raise UserError(f"{key}: {spec}/{name}: no such class in the training data ({', '.join(known[:5])} …)")
         if not own and classes is None:
             reason = [(path, why) for path, why in left_out if path == name or path.startswith(f"{name}/")]
-            why = _of_parquet(os.path.join(spec, name), spec) or (f"; {LeftOut.of(reason)}" if reason else "")
+            why = classes_of_parquet(os.path.join(spec, name), spec) or (f"; {LeftOut.of(reason)}" if reason else "")
             raise UserError(f"{key}: {spec}/{name}: a class folder without images{why}")
         paths += own
         labels += [known.index(name) for _ in own]
     return Labeled(FileReader(paths), np.array(labels, dtype=np.int64), known, LeftOut.of(left_out))
-
-
-@dataclass
-class LabeledBatch:
-    """One micro-batch of labeled images."""
-
-    images: Any
-    """(B, C, H, W) uint8; or a list of (C, h, w), where whole images are judged"""
-    labels: Any
-    """(B,) int64, or (B, classes) float32 where images may have several; (B, H, W) uint8 masks, a list of them where
-    whole images are judged; or boxes, a dictionary of tensors for each image"""
-    positions: Tensor
-    """(B,) int64"""
-    readable: Tensor
-    """(B,) bool: False where an image could not be read, and pixels and label are zeros, or, of whole ones, left out"""
-    bad: list[str]
-    """A line for each file that could not be read"""
-    replaced: int = 0
-    """Training images in whose place another one stands"""
-
-    def pin_memory(self) -> LabeledBatch:
-        if isinstance(self.images, Tensor) and isinstance(self.labels, Tensor):
-            self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
-        return self
-
-
-class LabeledDataset(Dataset[LabeledBatch]):
-    """Augmented training images of a subset; keys are (position, 0, place in the subset).
-
-    augment: PIL image -> (C, H, W) uint8, drawing from python's, numpy's and torch's global generators (as timm's
-    transforms do); they are seeded for each sample from (seed, position). A bad image is replaced by the next
-    of the subset. Of images that are not of 8 bit, which have a `value_range` in `decoding`: (bytes, a
-    generator) -> (C, H, W) float32.
-    """
-
-    def __init__(self, data: Labeled, subset: np.ndarray, augment: Any, seed: int, **decoding: Any) -> None:
-        self.data, self.subset, self.augment, self.seed, self.decoding = data, subset, augment, seed, decoding
-
-    def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
-        try:
-            samples = [self._sample(position, place) for position, _, place in keys]
-        except UserError as error:
-            return error
-        images, numbers, passed_over = zip(*samples, strict=True)
-        readable = torch.ones(len(keys), dtype=torch.bool)
-        positions = torch.tensor([k[0] for k in keys])
-        labels, bad = _of(self.data, list(numbers)), [line for lines in passed_over for line in lines]
-        return LabeledBatch(torch.stack(images), labels, positions, readable, bad, sum(map(bool, passed_over)))
-
-    def _sample(self, position: int, place: int) -> tuple[Tensor, int, list[str]]:
-        """The image, augmented, its number, and a line for each unreadable one in whose place it stands."""
-        bad: list[str] = []
-        for step in range(len(self.subset)):
-            number = int(self.subset[(place + step) % len(self.subset)])
-            try:
-                data = self.data.reader.read(number)
-                if "value_range" in self.decoding:
-                    return self.augment(data, stream(self.seed, Purpose.AUGMENT, position)), number, bad
-                image = decode_pillow(data, **self.decoding)
-            except BadImage as error:
-                bad.append(f"{self.data.reader.name(number)}: {error}")
-                continue
-            seed = torch_seed(self.seed, Purpose.AUGMENT, position)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks every device: 0.6 ms
-            return torch.as_tensor(self.augment(image)), number, bad
-        raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
-
-
-def _of(data: Labeled, numbers: list[int]) -> Tensor:
-    """Labels of these images."""
-    found = torch.from_numpy(data.labels[numbers])
-    return found.float() if data.several else found
-
-
-class CentreDataset(Dataset[LabeledBatch]):
-    """Central crops for evaluation; keys are numbers of images.
-
-    views: 1 or 2: (B, C, H, W); 10: corners, too, (B, 5, C, H, W). Mirror images are left to the model's device.
-    """
-
-    def __init__(
-        self, data: Labeled, size: tuple[int, int], fraction: float, *, views: int = 1, **decoding: Any
-    ) -> None:
-        self.data, self.size, self.boxes = data, size, view_boxes(views, size, fraction)
-        self.decode = decoding
-
-    def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
-        shape = (len(keys), len(self.boxes), self.decode["channels"], *self.size)
-        images = torch.zeros(shape, dtype=torch.float32 if "value_range" in self.decode else torch.uint8)
-        readable, bad = torch.ones(len(keys), dtype=torch.bool), []
-        for i, number in enumerate(keys):
-            try:
-                data = self.data.reader.read(number)
-                for view, box in enumerate(self.boxes):
-                    images[i, view] = decode_crop(data, box, self.size, **self.decode)
-            except BadImage as error:
-                images[i], readable[i] = 0, False
-                bad.append(f"{self.data.reader.name(number)}: {error}")
-            except UserError as error:
-                return error
-        together = images[:, 0] if len(self.boxes) == 1 else images
-        return LabeledBatch(together, _of(self.data, keys), torch.tensor(keys), readable, bad)

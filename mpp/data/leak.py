@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mpp.data.decode import decode_pillow
-from mpp.data.images import evenly
-from mpp.data.labeled import Reader
+from mpp.data.decoding.decode import decode_pillow
+from mpp.data.readers import Reader
+from mpp.data.shards.reader import evenly
 from mpp.errors import BadImage
 
 MOST_CHECKED = 2000

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mpp.types import Batch
+from mpp.data.batch import Batch
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -7,10 +7,8 @@ import re
 from collections.abc import Iterable
 
 from mpp.errors import UserError, printable
+from mpp.recipe.values import IMAGE
 
-IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|gif|p[bgnp]m|npy)$", re.IGNORECASE)
-IMAGE_ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm .npy"
-"""The endings that IMAGE matches, for messages."""
 NOT_FOR_PEOPLE = ("__MACOSX", "@eaDir")
 """Folders that macOS and Synology put beside images: they hold metadata and previews."""
 HIDDEN = "hidden"
@@ -23,18 +21,6 @@ SHARED_NAME = (
 """Of images that are taken, though a sample may hold several of them."""
 MOST_LETTERS = 300
 """Of a name that is shown."""
-
-
-def checked_extension(extension: str) -> str:
-    """What follows the name of a sample in that of its image, `rgb.png`, in lower case and without a dot before it.
-
-    Raises:
-        ValueError: No image ends so.
-    """
-    extension = extension.removeprefix(".").lower()
-    if not IMAGE.search(f"x.{extension}") or "/" in extension:
-        raise ValueError(f"what follows the name of a sample, ending in one of {IMAGE_ENDINGS}")
-    return extension
 
 
 class LeftOut:

@@ -1,1 +1,0 @@
-"""The adapter between masked-patch pretraining and timm's encoders."""

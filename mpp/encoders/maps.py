@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mpp.errors import UserError, one_line
-from mpp.types import FeatureMaps
 
 MAPS = 4
 """Of a plain encoder: evenly spaced blocks, the last one among them (as in BEiT's segmenter, Bao et al. 2022); of a
@@ -80,3 +79,12 @@ def freeze_unread(model: nn.Module, outputs: Iterable[Tensor]) -> None:
     for p in model.parameters():
         if id(p) not in read:
             p.requires_grad_(False)
+
+
+class FeatureMaps(NamedTuple):
+    """What an encoder gives a task that predicts at every place, block by block (stage by stage), first to last."""
+
+    dims: tuple[int, ...]
+    """Width of each map."""
+    strides: tuple[int, ...]
+    """Pixels per cell of each map; all the same in plain encoders."""

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpp.patches import patches_at
-from mpp.types import gather_cells
+from mpp.encoders.cells import gather_cells, patches_at
 
 PROBE_TOKENS = 5
 TOLERANCE = 1e-9

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpp.runs.verdict import aligned
+
 FAMILIES_THAT_DROP = frozenset({"VisionTransformer", "VisionTransformerDistilled", "Eva"})
 """Class names whose blocks take any subset of tokens: absolute positions added before block 0, or rotary ones
 given to each block. BEiT and rel-pos ViTs have biases between all pairs of places, the others windows, strides
@@ -103,3 +105,40 @@ def table() -> list[dict[str, Any]]:
     """What the contract tests found for each of FAMILIES, in their order."""
     rows: list[dict[str, Any]] = json.loads(TABLE.read_text())
     return rows
+
+
+COLUMNS = ("family", "timm models", "stem", "mask tokens", "pixel patch", "drop, join late")
+
+
+def support_rows(rows: list[dict[str, Any]] | None = None) -> list[tuple[str, ...]]:
+    """The support table as words, a tuple for each family under COLUMNS."""
+    return [
+        (
+            row["title"],
+            row["models"],
+            " or ".join(stem.split(" ")[0] for stem in row["stem"]) or "none",
+            *(_verdict(row["ways"], ways) for ways in (["token"], ["pixel"], ["drop", "joining"])),
+        )
+        for row in rows or table()
+    ]
+
+
+def _verdict(found: dict[str, list[str]], ways: list[str]) -> str:
+    offered = [way for way in ways if way in found]
+    if not offered:
+        return "no"
+    return "fails" if any(found[way] for way in offered) else "yes"
+
+
+def markdown(rows: list[dict[str, Any]] | None = None) -> str:
+    """The support table for the README."""
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
+    for title, models, stem, *verdicts in support_rows(rows):
+        code = (" or ".join(f"`{word}`" for word in stem.split(" or ")), *verdicts)
+        lines.append((title, ", ".join(f"`{word}`" for word in models.split(", ")), *code))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def text() -> str:
+    """The support table for a terminal."""
+    return "\n".join(aligned([COLUMNS, *support_rows()], gap=2))

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
+from mpp.data.batch import Images
+from mpp.encoders.adapter import TimmEncoder, create_timm_model
 from mpp.errors import UserError, one_line
-from mpp.records import timm_folder
-from mpp.types import Images
+from mpp.runs.records import timm_folder
 
 
 class FrozenTeacher(nn.Module):

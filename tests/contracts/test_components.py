@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpp import registry
-from mpp.build import build_model
-from mpp.data.loader import draw_masks
+from mpp.data.batch import NOISE, Images, Units
+from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.cells import Cells, EncoderOutput, gather_cells, patchify, repeat_cells, unpatchify
 from mpp.encoders.teacher import frozen_copy, frozen_teacher
-from mpp.encoders.timm_encoder import TimmEncoder, create_timm_model
 from mpp.errors import UserError
-from mpp.patches import effective_rank, hidden_cells, image_share, patchify, repeat_cells, unpatchify, visible_cells
+from mpp.evaluation.rank import effective_rank, image_share
+from mpp.objective.build import build_model
+from mpp.objective.grid import hidden_cells, visible_cells
+from mpp.objective.interfaces import CorruptionContext, TargetContext
+from mpp.objective.mask_drawing import draw_masks
+from mpp.recipe import registry
 from mpp.rng import Purpose, stream
-from mpp.types import NOISE, Cells, CorruptionContext, EncoderOutput, Images, TargetContext, Units, gather_cells
 from tests.conftest import pretrain_recipe
 
 GRID, CELL_PX = (3, 5), 4
@@ -64,33 +68,62 @@ def target_of(name: str, channels: int = 3, cell_px: int = CELL_PX, grid: tuple[
         )
         return frozen_copy(TimmEncoder(model, size), **asked)
 
-    if channels == 13 and "bits" in registry.recipe_arguments(registry.component("targets", name)):
+    if channels == 13 and "bits" in registry.declaration("target", name).arguments:
         args = {"bits": 1, **args}
     if name == "teacher":
         vit = {"patch_size": cell_px, "embed_dim": 24, "depth": 2, "num_heads": 2}
         args = {"teacher": "vit_tiny_patch16_224", "pretrained": False, "args": vit, **args}
-    return registry.component("targets", name)(TargetContext(channels, cell_px, grid, teacher, student), **args)
+    return registry.component("target", name)(TargetContext(channels, cell_px, grid, teacher, student), **args)
 
 
-@pytest.mark.parametrize("folder", registry.SUFFIX)
-def test_name_is_file_is_class_and_documented(folder: str) -> None:
-    for name in registry.names(folder):
-        cls = registry.component(folder, name)
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_what_the_source_declares_is_what_the_class_has(kind: str) -> None:
+    """Recipes are checked by the source of a component; runs use its class."""
+    for name in registry.names(kind):
+        cls, declared = registry.component(kind, name), registry.declaration(kind, name)
         assert cls.__doc__, f"{cls} has no docstring"
-        assert cls.__module__ == f"mpp.{folder}.{name}"
-        for key, parameter in registry.recipe_arguments(cls).items():
-            assert parameter.annotation is not parameter.empty, f"{cls}: {key} has no type to check recipes with"
+        assert declared.doc == inspect.getdoc(cls)
+        assert cls.__module__ == f"mpp.{registry.KINDS[kind].folder}.{name}".replace("/", ".")
+        parameters = inspect.signature(cls, eval_str=True).parameters.values()
+        keys = {p.name: (str(p.annotation), p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert {key: (str(annotation), default) for key, (annotation, default) in declared.arguments.items()} == {
+            key: (annotation, registry.REQUIRED if default is inspect.Parameter.empty else default)
+            for key, (annotation, default) in keys.items()
+        }
+        for key, value in declared.constants.items():
+            assert getattr(cls, key) == value
+        for key in keys:
             assert f"`{key}`" in cls.__doc__, f"{cls}: {key} is not documented"
 
 
 def test_a_file_without_its_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("mpp.masks.grid.GridMask")
-    with pytest.raises(UserError, match=r"mpp/masks/grid\.py: wants a class GridMask"):
-        registry.component("masks", "grid")
+    monkeypatch.delattr("mpp.objective.masks.grid.GridMask")
+    with pytest.raises(UserError, match=r"mpp/objective/masks/grid\.py: class GridMask is missing"):
+        registry.component("mask", "grid")
+
+
+WRONG_FILES = {
+    "class Other:\n    pass\n": r"class WrongMask is missing",
+    "class WrongMask:\n    def __init__(self, *, ratio=0.5): ...\n": r"wrong\.py:2: ratio: a recipe key needs an annotation",
+    "class WrongMask:\n    def __init__(self, *, ratio: Share): ...\n": r"wrong\.py:2: ratio: name 'Share' is not defined",
+}
+
+
+@pytest.mark.parametrize("source", WRONG_FILES)
+def test_a_component_that_recipes_cannot_read_is_named(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mpp" / "objective" / "masks"
+    folder.mkdir(parents=True)
+    (folder / "wrong.py").write_text(source)
+    monkeypatch.setattr(registry, "PACKAGE", tmp_path / "mpp")
+    monkeypatch.setattr(registry, "names", lambda kind: ("wrong",))
+    with pytest.raises(UserError, match=WRONG_FILES[source]):
+        registry.declaration.__wrapped__("mask", "wrong")
 
 
 def test_a_mask_that_hides_another_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = registry.component("masks", "uniform")(ratio=0.5)
+    mask = registry.component("mask", "uniform")(ratio=0.5)
     monkeypatch.setattr(type(mask), "count", lambda self, grid, draw: 3)
     monkeypatch.setattr(type(mask), "__call__", lambda self, grid, count, rng: np.eye(4, dtype=bool))
     with pytest.raises(UserError, match="mask: UniformMask says it hides 3 units of 4×4, and hides 4; it must"):
@@ -99,15 +132,15 @@ def test_a_mask_that_hides_another_number_is_named(monkeypatch: pytest.MonkeyPat
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(KeyError, match="uniform"):
-        registry.component("masks", "unifrom")
+        registry.component("mask", "unifrom")
 
 
 def mask_of(name: str, ratio: Any) -> Any:
-    cls = registry.component("masks", name)
-    return cls(**({"ratio": ratio} if "ratio" in registry.recipe_arguments(cls) else {}))
+    cls = registry.component("mask", name)
+    return cls(**({"ratio": ratio} if "ratio" in registry.declaration("mask", name).arguments else {}))
 
 
-@pytest.mark.parametrize("name", registry.names("masks"))
+@pytest.mark.parametrize("name", registry.names("mask"))
 @settings(max_examples=60, deadline=None)
 @given(
     gh=st.integers(1, 9),
@@ -135,7 +168,7 @@ def test_masks_hide_the_count_they_say(
         assert (again == drawn[0]).all(), "a mask must be a pure function of its generator"
 
 
-@pytest.mark.parametrize("name", registry.names("masks"))
+@pytest.mark.parametrize("name", registry.names("mask"))
 def test_masks_differ_between_positions_and_reach_every_cell(name: str) -> None:
     mask = mask_of(name, 0.4)
     count = mask.count((6, 6), 0.5)
@@ -158,7 +191,7 @@ def test_an_inverse_block_keeps_one_block_in_view() -> None:
         visible = ~mask((8, 8), 48, stream(0, Purpose.MASK, i))
         assert neighbours(visible) >= 20, "16 units in a block of 4 × 4 have 24 borders, in one of 3 × 6 less"
         assert neighbours(~uniform((8, 8), 48, stream(0, Purpose.MASK, i))) < 20
-    fixed = registry.component("masks", "inverse_block")(ratio=0.75, roll=False)
+    fixed = registry.component("mask", "inverse_block")(ratio=0.75, roll=False)
     seen = np.mean([~fixed((8, 8), 48, stream(0, Purpose.MASK, i)) for i in range(400)], 0)
     rolled = np.mean([~mask((8, 8), 48, stream(0, Purpose.MASK, i)) for i in range(400)], 0)
     assert seen[3:5, 3:5].mean() > 3 * seen[0, 0], "without rolling, corners are seldom in view"
@@ -166,19 +199,19 @@ def test_an_inverse_block_keeps_one_block_in_view() -> None:
 
 
 def test_a_grid_is_regular() -> None:
-    mask = registry.component("masks", "grid")(period=3)
+    mask = registry.component("mask", "grid")(period=3)
     for i in range(20):
         rows, cols = np.nonzero(~mask((7, 9), mask.count((7, 9), 0.0), stream(0, Purpose.MASK, i)))
         assert set(np.diff(np.unique(rows))) == {3}
         assert set(np.diff(np.unique(cols))) == {3}
     with pytest.raises(ValueError, match="period: 2 or more"):
-        registry.component("masks", "grid")(period=1)
+        registry.component("mask", "grid")(period=1)
 
 
 class TestAttentionMask:
     def build(self, strength: float) -> Any:
         vit = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
-        mask = registry.component("masks", "attention")(
+        mask = registry.component("mask", "attention")(
             teacher="vit_tiny_patch16_224", pretrained=False, args=vit, strength=strength
         )
         torch.manual_seed(0)
@@ -210,16 +243,16 @@ class TestAttentionMask:
         assert set(guided.flatten().tolist()) == {0.0, 1.0}
 
     def test_teachers_without_readable_attention_are_refused(self) -> None:
-        mask = registry.component("masks", "attention")(teacher="pvt_v2_b0", pretrained=False)
+        mask = registry.component("mask", "attention")(teacher="pvt_v2_b0", pretrained=False)
         with pytest.raises(ValueError, match="teacher: attention is read from plain ViTs; got a Pyramid"):
             mask.guide(lambda **asked: frozen_teacher(channels=3, grid=(2, 2), **asked))
 
 
-@pytest.mark.parametrize("name", registry.names("corruptions"))
+@pytest.mark.parametrize("name", registry.names("corruption"))
 class TestCorruptions:
     def build(self, name: str) -> Any:
         torch.manual_seed(0)
-        return registry.component("corruptions", name)(CorruptionContext(8, 3, CELL_PX))
+        return registry.component("corruption", name)(CorruptionContext(8, 3, CELL_PX))
 
     def test_nothing_of_a_hidden_unit_is_left(self, name: str) -> None:
         corruption, raw = self.build(name), raw_of(3)
@@ -255,7 +288,7 @@ class TestCorruptions:
 
 
 def test_bert_masks_copies_and_keeps_the_parts_it_says() -> None:
-    corruption = registry.component("corruptions", "bert")(CorruptionContext(8, 3, CELL_PX), random=0.2, keep=0.3)
+    corruption = registry.component("corruption", "bert")(CorruptionContext(8, 3, CELL_PX), random=0.2, keep=0.3)
     images, units = images_of(raw_of(3)), Units(hidden_of(4, count=10), 10, noise_of(4))
     out, kept = corruption(images, units), corruption.kept(units)
     assert kept.flatten(1).sum(1).tolist() == [3] * 4
@@ -273,11 +306,11 @@ def test_bert_masks_copies_and_keeps_the_parts_it_says() -> None:
 @pytest.mark.parametrize(("random", "keep"), [(0.6, 0.5), (0.0, 1.0)])
 def test_bert_refuses_parts_that_are_no_parts(random: float, keep: float) -> None:
     with pytest.raises(ValueError, match="at most 1|hides nothing"):
-        registry.component("corruptions", "bert")(CorruptionContext(8, 3, CELL_PX), random=random, keep=keep)
+        registry.component("corruption", "bert")(CorruptionContext(8, 3, CELL_PX), random=random, keep=keep)
 
 
 def test_random_patches_draw_from_all_visible_ones() -> None:
-    corruption = registry.component("corruptions", "random_patch")(CorruptionContext(8, 3, CELL_PX))
+    corruption = registry.component("corruption", "random_patch")(CorruptionContext(8, 3, CELL_PX))
     raw = raw_of(3)[:1].expand(200, -1, -1, -1)
     units = Units(hidden_of(4)[:1].expand(200, -1, -1), 6, torch.rand(200, len(NOISE), *GRID))
     images = images_of(raw)
@@ -289,7 +322,7 @@ def test_random_patches_draw_from_all_visible_ones() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4, 13])
-@pytest.mark.parametrize("name", registry.names("targets"))
+@pytest.mark.parametrize("name", registry.names("target"))
 class TestTargets:
     def hide_other_pixels(self, images: Images, hidden: torch.Tensor) -> Images:
         pixels = repeat_cells(hidden, CELL_PX).unsqueeze(1)
@@ -425,7 +458,7 @@ class TestTeachers:
         assert target(images_of(raw_of(3))).shape == (4, 15, 24)
 
     def test_an_export_teaches_with_its_weights(self, tmp_path: Path) -> None:
-        from mpp.exporting import save_encoder, trained_by
+        from mpp.encoders.folder import save_encoder, trained_by
 
         recipe = pretrain_recipe("none", "none", **{"data.image_size": (12, 20), "data.mean": [0.2, 0.3, 0.4]})
         model = build_model(recipe)[0].eval()
@@ -504,9 +537,9 @@ def test_effective_rank_of_known_matrices() -> None:
     assert effective_rank(two) == pytest.approx(2)
 
 
-@pytest.mark.parametrize("name", registry.names("losses"))
+@pytest.mark.parametrize("name", registry.names("loss"))
 def test_losses_are_scalar_float32_means(name: str) -> None:
-    loss = registry.component("losses", name)()
+    loss = registry.component("loss", name)()
     prediction = torch.randn(4, 6, 8).bfloat16()
     if loss.of == "classes":
         target = torch.randint(0, 4, (4, 6, 2))  # 2 of 4 classes
@@ -530,17 +563,17 @@ def test_losses_have_the_value_of_their_formula() -> None:
         ("smooth_l1", {"beta": 2.0}, (0.25 + 2.0) / 2),
         ("cosine", {}, 1.0),
     ):
-        assert float(registry.component("losses", name)(**args)(prediction, target)) == pytest.approx(expected)
+        assert float(registry.component("loss", name)(**args)(prediction, target)) == pytest.approx(expected)
     logits = torch.tensor([[[0.0, np.log(3), 0.0, 0.0]]])  # two predictions of two classes: 1/4, 3/4 and 1/2, 1/2
-    found = registry.component("losses", "cross_entropy")()(logits, torch.tensor([[[1, 0]]]))
+    found = registry.component("loss", "cross_entropy")()(logits, torch.tensor([[[1, 0]]]))
     assert float(found) == pytest.approx((np.log(4 / 3) + np.log(2)) / 2)
 
 
 HEADS_AND_LAYOUTS = [
     (name, layout)
-    for name in registry.names("heads")
+    for name in registry.names("head")
     for layout in ("raster", "visible", "visible+predicted")
-    if not (registry.component("heads", name).needs_hidden_tokens and layout == "visible")  # refused by the model
+    if not (registry.component("head", name).needs_hidden_tokens and layout == "visible")  # refused by the model
 ]
 
 
@@ -548,7 +581,7 @@ HEADS_AND_LAYOUTS = [
 class TestHeads:
     def build(self, name: str, layout: str) -> Any:
         torch.manual_seed(0)
-        return registry.component("heads", name)(16, 10, layout != "visible").eval()
+        return registry.component("head", name)(16, 10, layout != "visible").eval()
 
     def features(self, layout: str, cells: Cells) -> EncoderOutput:
         tokens = {"raster": 15, "visible": 9, "visible+predicted": 15}[layout]
@@ -574,4 +607,4 @@ class TestHeads:
 def test_a_decoder_width_that_heads_do_not_divide_is_refused() -> None:
     for name in ("transformer", "cross_attention"):
         with pytest.raises(ValueError, match="multiple of 4"):
-            registry.component("heads", name)(16, 10, True, dim=30)
+            registry.component("head", name)(16, 10, True, dim=30)

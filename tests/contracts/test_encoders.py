@@ -13,15 +13,15 @@ from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
-from mpp import contract
-from mpp.build import build_model
-from mpp.contract import MECHANISMS, Subject, batch_of, shaken
+from mpp.encoders.adapter import TimmEncoder
+from mpp.encoders.cells import Cells, Corrupted
 from mpp.encoders.shortcuts import embeds_at, runs_for
 from mpp.encoders.support import FAMILIES, TRIED, Family, table
-from mpp.encoders.timm_encoder import TimmEncoder
 from mpp.errors import MppWarning, UserError
-from mpp.model import MaskedPatchModel
-from mpp.types import Cells, Corrupted
+from mpp.objective import contract
+from mpp.objective.build import build_model
+from mpp.objective.contract import MECHANISMS, Subject, batch_of, shaken
+from mpp.objective.model import MaskedPatchModel
 from tests.conftest import pretrain_recipe
 
 BY_TITLE = {f.title: f for f in FAMILIES}
@@ -89,7 +89,7 @@ class TestTheContractNotices:
 
     def test_hidden_pixels_that_are_not_blanked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for way in ("token", "drop"):
-            monkeypatch.setattr(f"mpp.corruptions.{way}.blank_hidden", lambda images, hidden: images)
+            monkeypatch.setattr(f"mpp.objective.corruptions.{way}.blank_hidden", lambda images, hidden: images)
         hybrid = Subject.of(BY_TITLE["ResNet-ViT, small stem"])  # kernels reach over patch borders
         assert "a hidden pixel reaches a prediction" in contract.check(hybrid, "drop", ("no leak",))["no leak"]
 
@@ -350,7 +350,7 @@ def test_a_family_nobody_tried_may_be_trained_where_the_probe_holds() -> None:
 
 
 def test_a_family_nobody_tried_is_refused_where_it_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpp.corruptions.token.blank_hidden", lambda images, hidden: images)
+    monkeypatch.setattr("mpp.objective.corruptions.token.blank_hidden", lambda images, hidden: images)
     with pytest.raises(UserError, match="encoder.name: regnety_002: .*a hidden pixel reaches a prediction"):
         build_model(recipe_of("regnety_002", (64, 96)))
 

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from mpp import contract, registry
-from mpp.build import build_mask, build_model
-from mpp.contract import shaken
-from mpp.data.loader import draw_masks
+from mpp.encoders.cells import EncoderOutput, patchify, unpatchify
 from mpp.errors import UserError
-from mpp.model import MaskedPatchModel
-from mpp.patches import patchify, unpatchify
-from mpp.recipe import checked
-from mpp.types import EncoderOutput
+from mpp.objective import contract
+from mpp.objective.build import build_mask, build_model
+from mpp.objective.contract import shaken
+from mpp.objective.mask_drawing import draw_masks
+from mpp.objective.model import MaskedPatchModel
+from mpp.pretraining.measure import measure_collapse, warn_of_poor_targets
+from mpp.recipe import registry
+from mpp.recipe.loading import checked
 from tests.conftest import drawn_image, pretrain_recipe
 
 TINY_VIT = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -50,7 +51,7 @@ def batch_of(model: MaskedPatchModel, recipe: Any, number: int = 8) -> tuple[Any
 
 
 def works(corruption: str, head: str, encoder: str, unit_px: int) -> bool:
-    c, h = registry.component("corruptions", corruption), registry.component("heads", head)
+    c, h = registry.component("corruption", corruption), registry.component("head", head)
     if c.mechanism == "drop":
         return encoder == "vit" and unit_px >= 4 and not h.needs_hidden_tokens
     if c.mechanism == "token" and encoder == "vit" and unit_px < 4:
@@ -61,7 +62,7 @@ def works(corruption: str, head: str, encoder: str, unit_px: int) -> bool:
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("unit_px", [2, 4])
 @pytest.mark.parametrize(
-    ("corruption", "head"), list(itertools.product(registry.names("corruptions"), registry.names("heads")))
+    ("corruption", "head"), list(itertools.product(registry.names("corruption"), registry.names("head")))
 )
 def test_no_composition_leaks(corruption: str, head: str, encoder: str, unit_px: int) -> None:
     """And those that cannot work are refused in one line, before any data is read."""
@@ -79,7 +80,7 @@ def test_no_composition_leaks(corruption: str, head: str, encoder: str, unit_px:
         contract.no_leak(model, training=training)
 
 
-@pytest.mark.parametrize("mask", registry.names("masks"))
+@pytest.mark.parametrize("mask", registry.names("mask"))
 @pytest.mark.parametrize("unit_px", [4, 8])
 def test_every_mask_goes_with_every_way_of_hiding(mask: str, unit_px: int) -> None:
     changes: dict[str, Any] = {"data.image_size": (16, 24), "mask.name": mask, "mask.unit_px": unit_px}
@@ -95,12 +96,12 @@ def test_every_mask_goes_with_every_way_of_hiding(mask: str, unit_px: int) -> No
         assert (layout.cells.hidden.flatten(1).sum(1) == count * (unit_px // 4) ** 2).all()
 
 
-@pytest.mark.parametrize("target", registry.names("targets"))
-@pytest.mark.parametrize("loss", registry.names("losses"))
+@pytest.mark.parametrize("target", registry.names("target"))
+@pytest.mark.parametrize("loss", registry.names("loss"))
 def test_every_target_with_every_loss_learns_or_is_refused(target: str, loss: str) -> None:
     changes = {**NEEDS.get(target, {}), "target.name": target, "loss.name": loss}
-    of = registry.component("targets", target).of
-    if registry.component("losses", loss).of != of:
+    of = registry.component("target", target).of
+    if registry.component("loss", loss).of != of:
         with pytest.raises(
             UserError, match=f"loss: {loss} is not for {of}, which target {target} has; allowed with it"
         ):
@@ -116,7 +117,7 @@ def test_every_target_with_every_loss_learns_or_is_refused(target: str, loss: st
     assert torch.isfinite(own + trivial).all()
 
 
-@pytest.mark.parametrize("target", registry.names("targets"))
+@pytest.mark.parametrize("target", registry.names("target"))
 def test_the_loss_where_none_is_named(target: str) -> None:
     recipe = pretrain_recipe("none", "none", **NEEDS.get(target, {}), **{"target.name": target})
     assert recipe.loss.name == ("cross_entropy" if "color" in target else "mse")
@@ -213,20 +214,20 @@ class TestSeveralTargets:
 
 def test_images_of_one_colour_are_doubted() -> None:
     model = model_of(**{"target.name": "mean_color"})
-    (line,) = model.doubts(torch.full((8, 3, 16, 16), 200, dtype=torch.uint8))
+    (line,) = warn_of_poor_targets(model, torch.full((8, 3, 16, 16), 200, dtype=torch.uint8))
     assert "mean_color: its classes carry 0.00 bits" in line
-    assert model.doubts(torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)) == []
+    assert warn_of_poor_targets(model, torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)) == []
 
 
 def test_the_rank_of_targets_that_may_collapse() -> None:
     model = model_of(**{"target.name": "ema_teacher"})
-    rank, share = model.collapse(photos((16, 16)))["ema_teacher"]
+    rank, share = measure_collapse(model, photos((16, 16)))["ema_teacher"]
     assert rank > 2
     assert share > 0.1
     with torch.no_grad():
         for p in model.objectives[0].target.parameters():
             p.zero_()
         model.objectives[0].target.teacher.model.blocks[-1].mlp.fc2.bias.copy_(torch.arange(32.0))
-    rank, share = model.collapse(photos((16, 16)))["ema_teacher"]
+    rank, share = measure_collapse(model, photos((16, 16)))["ema_teacher"]
     assert (rank, share) == pytest.approx((1, 0), abs=1e-3)
-    assert model_of().collapse(photos((16, 16))) == {}
+    assert measure_collapse(model_of(), photos((16, 16))) == {}

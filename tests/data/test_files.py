@@ -10,10 +10,10 @@ import pytest
 
 import mpp
 from mpp.data import files
-from mpp.data.images import ShardImages
-from mpp.data.pack import pack
+from mpp.data.shards.pack import pack
+from mpp.data.shards.reader import ShardImages
 from mpp.errors import BadImage, UserError
-from mpp.records import read_metrics
+from mpp.runs.records import read_metrics
 from tests.conftest import command, pretrain_recipe
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from timm.data import create_transform
 
-from mpp.data.labeled import CentreDataset, LabeledDataset, open_labeled
+from mpp.data.labeled import open_labeled
+from mpp.data.labeled_sets import CentreDataset, LabeledDataset
 from mpp.errors import BadImage, UserError
 from tests.conftest import drawn_image, encoded
 
@@ -96,7 +97,7 @@ def test_labels_that_cannot_be_used(tmp_path: Path, label: dict[str, bytes], mes
 
 
 def test_numbers_of_two_packed_sets_mean_the_names_they_had(tmp_path: Path) -> None:
-    from mpp.data.pack import pack
+    from mpp.data.shards.pack import pack
 
     for part, names in (("train", "abc"), ("val", "ac")):
         for name in names:
@@ -112,7 +113,7 @@ def test_numbers_of_two_packed_sets_mean_the_names_they_had(tmp_path: Path) -> N
 
 
 def test_two_packed_sets_side_by_side_have_the_classes_of_both(tmp_path: Path) -> None:
-    from mpp.data.pack import pack
+    from mpp.data.shards.pack import pack
 
     for part, names in (("pets", ("cat", "dog")), ("fruit", ("apple", "dog"))):
         for name in names:

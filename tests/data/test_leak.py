@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from mpp.data import leak as leaking
-from mpp.data.images import ShardImages, holds_shards
-from mpp.data.labeled import FileReader, PackedReader, sample
 from mpp.data.leak import leak
+from mpp.data.readers import FileReader, PackedReader, sample
+from mpp.data.shards.reader import ShardImages, holds_shards
 from mpp.errors import UserError
 from tests.conftest import drawn_image, encoded
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from mpp.data import loader
-from mpp.data.images import REPLACEMENTS, ShardImages, held_out_rows
-from mpp.data.loader import Crop, PretrainDataset, batches
+from mpp.data.batch import Batch
+from mpp.data.crop import Crop
+from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
+from mpp.data.shards.reader import REPLACEMENTS, ShardImages, held_out_rows
 from mpp.errors import UserError
-from mpp.masks.uniform import UniformMask
-from mpp.types import Batch
+from mpp.objective.masks.uniform import UniformMask
+from mpp.pretraining.dataset import PretrainDataset
 from tests.conftest import drawn_image, encoded
 
 CROP = Crop((16, 12), 3, (0.3, 1.0), (0.75, 4 / 3), 0.5, ("JPEG", "PNG"), 10**6)
@@ -166,7 +167,7 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch(
         def __iter__(self) -> Iterator[Any]:
             raise error
 
-    monkeypatch.setattr(loader, "DataLoader", Breaks)
+    monkeypatch.setattr("mpp.data.loader.DataLoader", Breaks)
     dataset = PretrainDataset(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0, [25, 25, 10], 12)
     with pytest.raises(UserError, match=r"data\.workers: .*EOFError|Connection reset.* Go on with --resume auto"):
         list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mpp.data.batch import Batch
 from mpp.data.transfer import on_device
-from mpp.types import Batch
 
 
 def batch_of(number: int) -> Batch:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mpp.data.dense import open_segmented
-from mpp.data.images import ShardImages, images_of
 from mpp.data.labeled import open_labeled
-from mpp.data.pack import pack
+from mpp.data.masks import open_segmented
+from mpp.data.shards.pack import pack
+from mpp.data.shards.reader import ShardImages, images_of
 from mpp.data.walk import LeftOut, archives_in, images_among, list_images
 from mpp.errors import MppWarning, UserError
 from tests.conftest import drawn_image, encoded

@@ -24,10 +24,10 @@ import timm  # noqa: F401
 import torch
 import torchvision.transforms.v2  # noqa: F401
 
-import mpp.evaluating
-import mpp.finetuning
-import mpp.pretraining
-import mpp.replaying
+import mpp.evaluation.run
+import mpp.finetuning.run
+import mpp.inspection.replay
+import mpp.pretraining.loop
 
 torch.set_num_threads(1)
 
@@ -77,9 +77,9 @@ def child(request: dict[str, Any]) -> None:
         obey_modes()
     faulthandler.register(signal.SIGUSR2)  # what a job that hangs was doing
     if request.get("record"):
-        mpp.pretraining.batches = recording(mpp.pretraining.batches, request["record"])  # type: ignore[attr-defined]
+        mpp.pretraining.loop.loop.batches = recording(mpp.pretraining.loop.loop.batches, request["record"])  # type: ignore[attr-defined]
     sys.argv = ["mpp", *request["words"]]
-    from mpp.cli import main
+    from mpp.cli.app import main
 
     code = 1
     try:

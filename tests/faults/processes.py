@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from mpp.records import read_metrics
+from mpp.runs.records import read_metrics
 from tests.conftest import ROOT, pretrain_values
 
 WAIT_S = 120.0
@@ -65,7 +65,7 @@ class Nursery:
     ) -> Job:
         """`mpp WORDS` on so many ranks; its output goes to `log`.
 
-        fault: see mpp/faults.py. bound_by_modes: as a user who is not root. file_bytes: of a file, at most. record:
+        fault: see mpp/parallel/faults.py. bound_by_modes: as a user who is not root. file_bytes: of a file, at most. record:
         a file that gets a line for each sample of pretraining.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def pretraining(shards: Path, path: Path, out: Path, **changes: Any) -> Path:
 
 def finetuning(shards: Path, path: Path, out: Path, **changes: Any) -> Path:
     """A recipe with accumulation, an average of the weights, early stopping, mixup, erasing and drop path."""
-    from mpp.recipe import apply_overrides
+    from mpp.recipe.overrides import apply_overrides
 
     values: dict[str, Any] = {
         "job": "finetune",

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from mpp.records import read_metrics
+from mpp.runs.records import read_metrics
 from tests.conftest import ROOT, drawn_image, encoded
 from tests.data.test_loader import shard_of
 from tests.faults.processes import children, launched, left, pretraining

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mpp.data.decode import decode_crop
-from mpp.data.images import ShardImages
-from mpp.data.index import index_path, index_shard, scan
+from mpp.data.decoding.decode import decode_crop
+from mpp.data.shards.index import index_path, index_shard, scan
+from mpp.data.shards.reader import ShardImages
 from mpp.errors import BadImage, UserError
-from mpp.records import read_metrics
+from mpp.runs.records import read_metrics
 from tests.conftest import drawn_image, encoded
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import Nursery

@@ -16,19 +16,20 @@ import numpy as np
 import pytest
 
 from mpp.data.files import MOST_IMAGE_BYTES
-from mpp.data.images import MOST_LABEL_BYTES, ShardImages
-from mpp.data.index import COLUMNS, FORMAT, index_path, index_shard
-from mpp.data.labeled import FileReader
+from mpp.data.readers import FileReader
+from mpp.data.shards.index import COLUMNS, FORMAT, index_path, index_shard
+from mpp.data.shards.reader import MOST_LABEL_BYTES, ShardImages
 from mpp.errors import BadImage, UserError, without_secrets
-from mpp.metrics import RunLog
-from mpp.recipe import PretrainRecipe, load_recipe
+from mpp.recipe.loading import load_recipe
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.runs.log import RunLog
 from tests.conftest import Runs, drawn_image, encoded
 from tests.data.test_loader import shard_of
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import Nursery
 from tests.faults.test_bad_data import tar_of
 from tests.http_server import serve
-from tests.test_reporting import Page
+from tests.reporting.test_report import Page
 
 NOT_RUN = "Nothing a recipe, a shard, an index or a checkpoint holds is ever run: no pipes, no YAML tags, no pickles"
 

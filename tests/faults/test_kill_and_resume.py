@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpp import checkpoint
-from mpp.records import read_metrics, steps
+from mpp.runs import checkpoint
+from mpp.runs.records import read_metrics, steps
 from tests.faults.conftest import RECIPES, Bench
 from tests.faults.processes import JOBS, records_of, steps_logged
 

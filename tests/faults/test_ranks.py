@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mpp import checkpoint
-from mpp.liveness import SILENT_S
-from mpp.records import read_metrics
+from mpp.parallel.liveness import SILENT_S
+from mpp.runs import checkpoint
+from mpp.runs.records import read_metrics
 from tests.conftest import drawn_image, encoded
 from tests.data.test_loader import shard_of
 from tests.faults.conftest import RECIPES, Bench

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import drawn_image, encoded
+from tests.data.shards.test_store import cached_bytes
 from tests.data.test_loader import shard_of
-from tests.data.test_store import cached_bytes
 from tests.faults.conftest import Bench
 from tests.faults.processes import free_port, left, status, steps_logged
 from tests.http_server import Served, serve
@@ -30,7 +30,7 @@ NEARLY_IN_ORDER = {"data.lanes": 2, "data.window": 10, "data.workers": 1, "optim
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 10 images each, with indexes."""
-    from mpp.data.index import index_shard
+    from mpp.data.shards.index import index_shard
 
     folder = tmp_path_factory.mktemp("many")
     for i in range(SHARDS):

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 import mpp
-from mpp import checkpoint
 from mpp.errors import MppWarning, UserError
-from mpp.records import steps
-from mpp.runfolder import Lock
+from mpp.runs import checkpoint
+from mpp.runs.folder import Lock
+from mpp.runs.records import steps
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import JOBS, Job, Left, Nursery, left, records_of, steps_logged
-from tests.test_finetuning import recipe as finetune_recipe
+from tests.finetuning.test_finetuning import recipe as finetune_recipe
 
 
 def stopped(job: Job) -> None:
@@ -150,8 +150,8 @@ def test_a_run_that_came_to_nothing(shards: Path, tmp_path: Path, monkeypatch: p
         raise UserError("data.val: a fault that is found late")
 
     with monkeypatch.context() as patched:
-        patched.setattr("mpp.pretraining.on_device", fails)
-        patched.setattr("mpp.pretraining.batches", fails)
+        patched.setattr("mpp.pretraining.loop.on_device", fails)
+        patched.setattr("mpp.pretraining.loop.batches", fails)
         with pytest.raises(UserError, match="found late"):
             mpp.pretrain(pretrain_recipe(shards, out))
     assert (out / "recipe.yaml").exists()

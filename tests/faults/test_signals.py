@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mpp.records import steps
+from mpp.runs.records import steps
 from tests.conftest import ROOT
 from tests.faults.conftest import RECIPES, Bench
 from tests.faults.processes import JOBS, Left, Nursery, children, free_port, left, records_of, status, steps_logged

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mpp.records import read_metrics, steps
+from mpp.runs.records import read_metrics, steps
 from tests.conftest import command, pretrain_values
 
 pytestmark = pytest.mark.slow

@@ -14,9 +14,9 @@ import ours
 import whole
 from sizes import SIZES
 
-from mpp.data.images import ShardImages
-from mpp.data.index import index_shard
 from mpp.data.order import MicroBatches, Order
+from mpp.data.shards.index import index_shard
+from mpp.data.shards.reader import ShardImages
 
 IMAGES = tuple(10**n for n in range(3, 10))
 IMAGES_PER_SHARD = 10_000

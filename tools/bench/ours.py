@@ -13,16 +13,21 @@ from sizes import CROP_SCALE, EVALUATION_BATCH, MASK_RATIO, MEAN, SIZES, STD, Si
 from torch import Tensor
 from training import Gemm, TrainStep, photographs
 
-from mpp import checkpoint
-from mpp.build import build_mask, build_model
-from mpp.data.images import ShardImages
-from mpp.data.loader import Crop, PretrainDataset, batches, draw_masks
+from mpp.data.crop import Crop
+from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
-from mpp.distributed import compile_forward, write_attention_out
-from mpp.evaluating import evaluate
-from mpp.exporting import export_model, trained_by
-from mpp.masks.uniform import UniformMask
-from mpp.recipe import EvaluateRecipe, PretrainRecipe
+from mpp.data.shards.reader import ShardImages
+from mpp.encoders.folder import trained_by
+from mpp.evaluation.run import evaluate
+from mpp.exchange.verify import export_model
+from mpp.objective.build import build_mask, build_model
+from mpp.objective.mask_drawing import draw_masks
+from mpp.objective.masks.uniform import UniformMask
+from mpp.parallel.devices import compile_forward, write_attention_out
+from mpp.pretraining.dataset import PretrainDataset
+from mpp.recipe.evaluate import EvaluateRecipe
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.runs import checkpoint
 
 COMPILED = ", compiled"
 PREDICT_FRACTION = 1 / 3

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-import mpp.data.pack
+import mpp.data.shards.pack
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
 """In colour, CC0 or public domain (tools/demo_images.py has the sources)."""
@@ -67,7 +67,9 @@ def main(out: Path, only: Collection[str] = tuple(SIZES), copies: int = 1) -> No
             made.save(folder / f"{i:05d}.jpg", quality=QUALITY)
             for copy in range(1, copies):
                 shutil.copy(folder / f"{i:05d}.jpg", folder / f"{i:05d}-{copy}.jpg")
-        mpp.data.pack.pack(str(out / size), str(out / f"{size}-shards"), images_per_shard=max(count * copies // 4, 1))
+        mpp.data.shards.pack.pack(
+            str(out / size), str(out / f"{size}-shards"), images_per_shard=max(count * copies // 4, 1)
+        )
 
 
 if __name__ == "__main__":

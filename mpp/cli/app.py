@@ -1,0 +1,148 @@
+"""The commands: arguments in, one function called, its result printed. No logic, and no torch before it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import click
+
+import mpp
+from mpp.errors import MppWarning, ToldElsewhere, UserError, printable, without_secrets
+from mpp.parallel.streams import keep_output_open
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
+RANK = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else "0"
+LESS_MEMORY = (
+    "Allowed: a smaller optim.max_batch_per_device; in pretraining encoder.grad_checkpointing=true and fsdp=true, too. "
+    "`mpp plan` says what fits"
+)
+OF_THE_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Of errors that name no file: a write says no more."""
+TRAINING = ("pretrain", "finetune")
+
+
+def _say_usage(error: click.UsageError) -> NoReturn:
+    """In a line; click would take four."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        raise error
+    command = error.ctx.command_path if error.ctx else "mpp"
+    click.echo(f"{command}: {error.format_message()} See {command} --help", err=True)
+    sys.exit(2)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that was closed at its other end."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return False
+
+
+def _no_more_output() -> None:
+    """What is buffered for a stdout that takes nothing is dropped; Python would try again, and complain, at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    """Ours are for the user, one line; other people's keep their place in the code."""
+    message = printable(without_secrets(str(message)))
+    text = f"warning: {message}" if issubclass(category, MppWarning) else f"{filename}:{lineno}: {message}"
+    click.echo(text, err=True)
+
+
+def part() -> None:
+    """Leave the process group in good order: a process that just ends may abort on a thread that still waits for it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+class Commands(click.Group):
+    """A user's error is one line for each thing that is wrong, and exit code 2; never a traceback."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except click.UsageError as error:
+            _say_usage(error)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        keep_output_open()
+        try:
+            result = super().invoke(ctx)
+            part()
+            return result
+        except ToldElsewhere:
+            sys.exit(2)
+        except UserError as error:
+            who = "" if RANK == "0" else f"process {RANK}: "
+            for line in str(error).splitlines():
+                click.echo(who + line, err=True)
+            sys.exit(2)
+        except click.UsageError as error:
+            _say_usage(error)
+        except BrokenPipeError:
+            if not _nobody_reads():
+                raise
+            _no_more_output()
+            if ctx.invoked_subcommand in TRAINING:
+                click.echo("nobody reads the output any more; go on with --resume auto", err=True)
+            sys.exit(128 + signal.SIGPIPE)  # as a program that the signal itself ends
+        except OSError as error:
+            if error.filename is None and error.errno not in OF_THE_STORAGE:  # not about the user's files
+                raise
+            where = "a file, or the output" if error.filename is None else os.fsdecode(error.filename)
+            if error.filename is None:
+                _no_more_output()
+            click.echo(f"{where}: {error.strerror}", err=True)
+            sys.exit(2)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+                raise
+            click.echo(f"out of memory on the device: {str(error).splitlines()[0]} {LESS_MEMORY}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("mpp: interrupted", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mpp.__version__)
+def main() -> None:
+    """Masked-patch pretraining on unlabeled images, fine-tuning on labeled ones, export of the encoder."""
+
+
+def to_json(value: Any) -> str:
+    """One object, in which numbers that are none are null."""
+    import dataclasses
+    import json
+    import math
+
+    def plain(item: Any) -> Any:
+        if dataclasses.is_dataclass(item) and not isinstance(item, type):
+            return {field.name: plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
+        if isinstance(item, dict):
+            return {str(key): plain(inner) for key, inner in item.items()}
+        if isinstance(item, list | tuple | set):
+            return [plain(inner) for inner in item]
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        return item if isinstance(item, str | int | float | bool | None) else str(item)
+
+    return json.dumps(plain(value), indent=1)
+
+
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="For scripts: the result as JSON; what is said meanwhile goes to stderr."
+)

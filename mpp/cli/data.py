@@ -1,0 +1,143 @@
+"""Commands that prepare images: pack, index."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Any
+
+import click
+
+from mpp.cli.app import JSON, main, to_json
+from mpp.errors import UserError, without_secrets
+
+
+def _check_extension(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """As a recipe's `data.image_extension` is checked."""
+    from mpp.recipe.values import checked_extension
+
+    try:
+        return None if value is None else checked_extension(value)
+    except ValueError as error:
+        raise UserError(f"--image-extension: '{value}': {error}") from error
+
+
+_EXTENSION = click.option(
+    "--image-extension",
+    default=None,
+    metavar="EXT",
+    callback=_check_extension,
+    help="Ending of the image to read of each sample, such as rgb.png; default: see docs/inputs.md.",
+)
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out")
+@click.option("--images-per-shard", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--labels/--no-labels",
+    default=None,
+    help="Class folders become labels; default: if every image is in one.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**56 - 1), help="Of the order of the images."
+)
+@click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
+@click.option("--part", default="1/1", show_default=True, metavar="I/N", help="The I-th of N such calls into one OUT.")
+@_EXTENSION
+@JSON
+def pack(
+    source: str,
+    out: str,
+    images_per_shard: int,
+    labels: bool | None,
+    seed: int,
+    workers: int,
+    part: str,
+    image_extension: str | None,
+    as_json: bool,
+) -> None:
+    """Images of SOURCE -> shards with their indexes in OUT. Interrupted, the same call goes on.
+
+    SOURCE: a folder of images, a CSV file (image, label), Parquet files or a folder of them, tar shards to pack anew.
+    """
+    from tqdm import tqdm
+
+    from mpp.data.shards import pack as packing
+
+    share = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
+    if share is None:
+        raise UserError(f"--part: '{part}': the first of three is 1/3, the last 3/3")
+    with tqdm(unit="shard", disable=not sys.stderr.isatty()) as bar:
+
+        def on_shard(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        packed = packing.pack(
+            source,
+            out,
+            images_per_shard=images_per_shard,
+            labels=labels,
+            seed=seed,
+            workers=workers,
+            part=(int(share[1]), int(share[2])),
+            image_extension=image_extension,
+            on_shard=on_shard,
+        )
+    if as_json:
+        return click.echo(to_json(packed))
+    named = f"{len(packed.classes)} classes" if packed.classes else "with labels, numbers without names"
+    kind = f"{named} (pretraining passes over them; --no-labels leaves them out)" if packed.labeled else "no labels"
+    click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
+    if packed.shards_missing:
+        click.echo(f"{packed.shards_missing} shards are not here yet; the part that comes last finishes")
+    for path, why in packed.skipped[:10]:
+        click.echo(f"skipped: {path}: {why}".encode("utf-8", "backslashreplace").decode())
+    if len(packed.skipped) > 10:
+        click.echo(f"… {len(packed.skipped)} files skipped in all; see {os.path.join(out, packing.SKIPPED)}")
+
+
+@main.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--cache-dir", default=None, help="For remote shards, and where the shards' folder cannot be written.")
+@_EXTENSION
+@JSON
+def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str | None, as_json: bool) -> None:
+    """Check tar shards made elsewhere and write their indexes: folders, files, patterns or URLs."""
+    from mpp.data.shards.index import expand
+    from mpp.data.shards.listing import write_listing
+    from mpp.data.shards.remote import is_remote
+    from mpp.data.shards.store import Store
+    from mpp.data.walk import LeftOut
+
+    store, faults, left_out = Store(cache_dir, image_extension=image_extension), list[str](), LeftOut()
+    good = dict[str, dict[str, Any]]()  # indexes by folder and name
+    images = labeled = 0
+    names = expand(shards, "SHARDS")
+    for name in names:
+        try:
+            local = str(store.fetch(name)) if is_remote(name) else name
+            found = store.index_local(local, fresh=True)
+            table = found.table
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        if not is_remote(name):
+            good.setdefault(os.path.dirname(name), {})[os.path.basename(name)] = found
+        left_out.add_all(found.left_out, f"{without_secrets(name)}: ")
+        images, labeled = images + len(table), labeled + int((table[:, 3] >= 0).sum())
+        if len(table) == 0:
+            click.echo(f"warning: {name}: no images in it", err=True)
+    if image_extension is None:  # a listing is of the indexes that everybody reads
+        for folder, indexes in good.items():
+            write_listing(folder or ".", indexes)
+    known = {"images": images, "labeled": labeled, "shards": len(names), "faults": faults, "left_out": left_out.found}
+    said = f"{images} images, {labeled} with labels, in {len(names) - len(faults)} good shards of {len(names)}"
+    click.echo(to_json(known) if as_json else said)
+    if left_out and not as_json:
+        click.echo(left_out)
+    if faults:
+        raise UserError("\n".join(faults))

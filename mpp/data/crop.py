@@ -1,0 +1,57 @@
+"""Random and central crops of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp.data.decoding.arrays import ValueRange
+from mpp.data.decoding.decode import centre_box, decode_crop, random_box
+
+
+@dataclass
+class Crop:
+    """How an image becomes a training sample."""
+
+    size: tuple[int, int]
+    """(H, W) in pixels"""
+    channels: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+    formats: tuple[str, ...]
+    max_image_pixels: int
+    value_range: ValueRange | None = None
+    """Of images that are not read as 8 bit."""
+    nodata: float | None = None
+    """The value of missing pixels in them."""
+
+    def random(self, data: bytes, rng: np.random.Generator) -> Tensor:
+        """(C, H, W): crop and flip of the sample that this generator belongs to."""
+        flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
+        image = self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio))
+        return image.flip(-1) if flip else image
+
+    def centre(self, data: bytes) -> Tensor:
+        """(C, H, W) uint8: the largest centred crop."""
+        return self._decode(data, lambda w, h: centre_box(w, h, self.size))
+
+    def _decode(self, data: bytes, choose_box: Any) -> Tensor:
+        return decode_crop(
+            data,
+            choose_box,
+            self.size,
+            channels=self.channels,
+            formats=self.formats,
+            max_image_pixels=self.max_image_pixels,
+            value_range=self.value_range,
+            nodata=self.nodata,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8 if self.value_range is None else torch.float32

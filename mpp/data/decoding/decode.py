@@ -1,0 +1,339 @@
+"""Bytes -> a cropped image, of uint8 or, with a range of values, of float32 in [0, 255]. The header is read first;
+whatever is wrong is a BadImage with the reason.
+
+JPEGs go through simplejpeg, decoded at a fraction of their size where the crop is at least twice the target;
+everything else, and JPEGs with rotation, CMYK or a fault, through Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from mpp.data.decoding.arrays import NPY, TIFF, ValueRange, fill_missing, read_array, scaled
+from mpp.errors import BadImage
+
+Box = tuple[int, int, int, int]
+"""left, top, width, height in pixels"""
+
+
+class Cut(NamedTuple):
+    """Pixels of an image, and the part of them that becomes the crop."""
+
+    pixels: Tensor
+    """(C, h, w), often a part of a larger image in memory."""
+    box: tuple[float, float, float, float]
+    """top, left, height, width: whole numbers, unless a JPEG was decoded at a fraction of its size."""
+
+    @staticmethod
+    def whole(pixels: Tensor) -> Cut:
+        return Cut(pixels, (0.0, 0.0, float(pixels.shape[1]), float(pixels.shape[2])))
+
+    @property
+    def is_whole(self) -> bool:
+        return self.box == (0, 0, *self.pixels.shape[1:])
+
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Channels -> Pillow mode."""
+CORNER_FRACTION = 0.875
+"""Side of a corner crop over the image's: 224 of 256 px (Krizhevsky et al. 2012, section 4.1)."""
+PNG = b"\x89PNG"
+GREY = 128  # what lies behind transparent pixels
+
+
+def random_box(
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """A random resized crop (Szegedy et al. 2015, section 6): area in `scale`, aspect log-uniform in `ratio`.
+
+    After ten misses, as torchvision: the largest centred box whose aspect lies in `ratio`.
+    """
+    for _ in range(10):
+        area = rng.uniform(*scale) * width * height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w, h = width, height
+    if width / height > ratio[1]:
+        w = max(round(height * ratio[1]), 1)
+    elif width / height < ratio[0]:
+        h = max(round(width / ratio[0]), 1)
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def centre_box(width: int, height: int, size: tuple[int, int], fraction: float = 1.0) -> Box:
+    """The largest centred box of the aspect of `size` (H, W), its sides times `fraction`."""
+    aspect = size[1] / size[0]
+    w = min(width, height * aspect) * fraction
+    h = w / aspect
+    w, h = max(round(w), 1), max(round(h), 1)
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def view_boxes(views: int, size: tuple[int, int], fraction: float) -> list[Callable[[int, int], Box]]:
+    """Where to crop (H, W) for so many views of an image: the centre; with ten of them the corners, too.
+
+    The other half of two or ten views are their mirror images.
+    """
+
+    def at_corner(x: float, y: float) -> Callable[[int, int], Box]:
+        def box(width: int, height: int) -> Box:
+            _, _, w, h = centre_box(width, height, size, CORNER_FRACTION)
+            return round(x * (width - w)), round(y * (height - h)), w, h
+
+        return box
+
+    corners = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)] if views == 10 else []
+    return [lambda width, height: centre_box(width, height, size, fraction), *(at_corner(*c) for c in corners)]
+
+
+def decode_crop(
+    data: bytes,
+    choose_box: Callable[[int, int], Box],
+    size: tuple[int, int],
+    **decoding: Any,
+) -> Tensor:
+    """-> (channels, H, W) of `size` (H, W): what `decode_cut` gives for the same arguments, resized."""
+    return resize(decode_cut(data, choose_box, size, **decoding), size)
+
+
+def decode_cut(
+    data: bytes,
+    choose_box: Callable[[int, int], Box],
+    size: tuple[int, int],
+    *,
+    channels: int,
+    formats: tuple[str, ...],
+    max_image_pixels: int,
+    value_range: ValueRange | None = None,
+    nodata: float | None = None,
+) -> Cut:
+    """-> (channels, h, w) uint8, to be resized to `size` (H, W).
+
+    `choose_box(width, height)` picks the crop once the size is known. value_range: float32 in [0, 255] instead, of
+    images with any number of channels and bits; `nodata` and values that are not finite are missing then, see
+    `fill_missing`. BadImage where the bytes are no image of `formats`, too large, truncated or otherwise not decodable.
+    """
+    if value_range is not None:
+        reading: Any = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
+        array = _numbers(data, value_range, nodata, **reading)
+        left, top, w, h = choose_box(array.shape[2], array.shape[1])
+        return Cut.whole(scaled(array[:, top : top + h, left : left + w], value_range))
+    if data[:2] == b"\xff\xd8" and channels != 4 and "JPEG" in formats:
+        cut = _jpeg(data, choose_box, size, channels, max_image_pixels)
+        if cut is not None:
+            return cut
+    pixels = decode_pillow(data, channels=channels, formats=formats, max_image_pixels=max_image_pixels)
+    left, top, w, h = choose_box(pixels.width, pixels.height)
+    tensor = torch.from_numpy(np.atleast_3d(np.array(pixels))).permute(2, 0, 1)
+    return Cut.whole(tensor[:, top : top + h, left : left + w])
+
+
+def _numbers(
+    data: bytes, value_range: ValueRange, nodata: float | None = None, *, channels: int, **reading: Any
+) -> np.ndarray:
+    """(C, h, w) of the whole image, with all its bits and without missing values. BadImage."""
+    array = read_array(data, channels=channels, nodata=nodata, **reading)
+    if array is None:  # of 8 bit, most likely; of 16 bit where it is grey
+        if channels not in MODES:
+            raise BadImage(f"not a TIFF or .npy; wants {channels} channels (data.channels)")
+        pixels = decode_pillow(data, channels=channels, **reading, deep=True)
+        array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
+        if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow has no deep colours
+            raise BadImage("read as 8 bit, which data.value_range is not; TIFF, .npy and grey PNG have all their bits")
+        return fill_missing(array, nodata)
+    return array
+
+
+class Deep(NamedTuple):
+    """The values of an image of 16 bit."""
+
+    smallest: float
+    largest: float
+    most: float
+    """What its type holds."""
+
+
+def deep_values(data: bytes, decoding: dict[str, Any]) -> Deep | None:
+    """The smallest and largest value of an image of 16 bit; None for images of other kinds. BadImage.
+
+    decoding: as `decode_cut` takes it.
+    """
+    if "value_range" in decoding:
+        array = _numbers(data, **decoding)
+    elif (data.startswith(PNG) and data[24:25] == b"\x10") or data.startswith(TIFF):
+        pixels = decode_pillow(data, **{**decoding, "channels": 1}, deep=True)
+        if not pixels.mode.startswith("I"):
+            return None
+        array = np.asarray(pixels)
+    else:
+        return None
+    if array.dtype.kind not in "ui" or array.dtype.itemsize != 2:
+        return None
+    return Deep(float(array.min()), float(array.max()), float(np.iinfo(array.dtype).max))
+
+
+def resize(cut: Cut, size: tuple[int, int]) -> Tensor:
+    """-> (C, H, W). As torchvision's, to the bit, without what it does around it: a third faster for small images.
+
+    torch resizes whole pixels only; Pillow takes a box with fractions.
+    """
+    if not cut.is_whole:
+        top, left, height, width = cut.box
+        array = cut.pixels.permute(1, 2, 0).contiguous().numpy()
+        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
+    found = F.interpolate(cut.pixels[None], size, mode="bicubic", antialias=True)[0]
+    return found if found.dtype == torch.uint8 else found.clamp_(0, 255)  # which uint8 is clamped to already
+
+
+def _jpeg(
+    data: bytes,
+    choose_box: Callable[[int, int], Box],
+    size: tuple[int, int],
+    channels: int,
+    max_image_pixels: int,
+) -> Cut | None:
+    """The fast path; None where Pillow must look (rotation, CMYK, warnings of the decoder)."""
+    if b"Exif\0\0" in data[:65536] and _orientation(data) != 1:
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):  # KeyError: a header cut before its colour space
+        return None
+    _check_size(width, height, max_image_pixels)
+    if colours not in ("YCbCr", "RGB", "Gray"):
+        return None
+    left, top, w, h = choose_box(width, height)
+    shrink = min(w / size[1], h / size[0])
+    least = {"min_width": int(width / shrink), "min_height": int(height / shrink)} if shrink >= 2 else {}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", strict=True, **least)
+    except (ValueError, KeyError):
+        return None
+    # libjpeg decodes at n/8 of the size and rounds the number of pixels up. The crop then seldom ends between two
+    # pixels: those that it touches are kept, with the place of the crop among them. Eighths are exact as floats.
+    longer = max(width, height)
+    fraction = round(8 * max(pixels.shape[:2]) / longer) / 8 if least else 1.0
+    x, y, w_there, h_there = (value * fraction for value in (left, top, w, h))
+    first_x, first_y = int(x), int(y)
+    end_x, end_y = math.ceil(x + w_there), math.ceil(y + h_there)
+    touched = torch.from_numpy(pixels).permute(2, 0, 1)[:, first_y:end_y, first_x:end_x]
+    return Cut(touched, (y - first_y, x - first_x, h_there, w_there))
+
+
+def _orientation(data: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return image.getexif().get(0x0112, 1)
+    except Exception:  # whatever Pillow raises on broken metadata; the pixels decide
+        return 1
+
+
+def _check_size(width: int, height: int, max_image_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImage(f"{width}×{height} pixels")
+    if width * height > max_image_pixels:
+        raise BadImage(f"{width}×{height} pixels, over max_image_pixels {max_image_pixels}")
+
+
+def _check_pages(data: bytes) -> None:
+    """BadImage for a stack in a TIFF, of which one page would be read. A second page of another size is a thumbnail."""
+    if not data.startswith(TIFF):
+        return
+    try:
+        with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+            first = image.size, image.mode
+            image.seek(1)
+            stack = (image.size, image.mode) == first
+    except Exception:  # there is no second page, or none that can be read: the first one decides
+        return
+    if stack:
+        raise BadImage(
+            "a TIFF of several pages of one size; data.channels, and data.value_range where that is 1, 3 or 4, read "
+            "pages as channels"
+        )
+
+
+@contextmanager
+def own_pixel_limit() -> Iterator[None]:
+    """Of pixels: Pillow has one of its own, above which it refuses, whatever a recipe allows. Its warnings of damaged
+    metadata are for nobody who has a million images."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def decode_pillow(
+    data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int, deep: bool = False
+) -> Image.Image:
+    """The whole image, upright, in the mode of `channels`. BadImage as in `decode_crop`.
+
+    EXIF rotation applied, transparency over grey, 16 bits divided by 257, CMYK and palette converted, first
+    frame of an animation, no stacks of pages. deep: grey of 16 bits as it is.
+    """
+    if not data:
+        raise BadImage("empty file")
+    if data.startswith(NPY):
+        return _of_array(data, channels=channels, formats=formats, max_image_pixels=max_image_pixels)
+    try:
+        with own_pixel_limit():
+            image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "NPY"])
+            _check_size(image.width, image.height, max_image_pixels)
+            _check_pages(data)
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if deep and channels == 1 and image.mode.startswith("I;16"):
+                return image
+            return _to_mode(image, MODES[channels])
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image of {', '.join(formats)}") from None
+    except Exception as error:  # decoders raise anything on hostile bytes: OSError, SyntaxError, struct.error, …
+        raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+
+
+def _of_array(data: bytes, **reading: Any) -> Image.Image:
+    """An .npy file of 8-bit pixels. BadImage."""
+    array = read_array(data, **reading)
+    if array is None or array.dtype != np.uint8:
+        raise BadImage(f"values of {array.dtype if array is not None else None}: say by data.value_range what they are")
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, in any of Pillow's spellings
+        values = np.asarray(image.convert("I")).clip(0, 65535) // 257
+        image = Image.fromarray(values.astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("floating-point pixels")
+    if mode == "RGBA":
+        return image.convert("RGBA")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        behind = Image.new("RGBA", image.size, (GREY, GREY, GREY, 255))
+        image = Image.alpha_composite(behind, image)
+    return image.convert(mode)

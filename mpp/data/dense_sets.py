@@ -1,0 +1,180 @@
+"""Images labeled at places: a mask beside each, or COCO's boxes; their crops for training, and whole for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from mpp.data.decoding.decode import GREY, Box, decode_crop, decode_pillow, random_box
+from mpp.data.files import read_regular
+from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.places import Detected, Segmented
+from mpp.errors import BadImage, UserError
+from mpp.rng import Purpose, stream
+
+
+class DenseDataset(Dataset[LabeledBatch]):
+    """Random resized crops of a subset with their labels; keys are (position, 0, place in the subset).
+
+    All of it is a pure function of (seed, position). A bad image is replaced by the next of the subset.
+    """
+
+    def __init__(
+        self,
+        data: Segmented | Detected,
+        subset: np.ndarray,
+        seed: int,
+        *,
+        size: tuple[int, int],
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        flip: float,
+        color_jitter: float | None,
+        **decoding: Any,
+    ) -> None:
+        """size: (H, W) px; scale, ratio: ranges of a crop's area and aspect. decoding: as `decode_crop` wants it."""
+        self.data, self.subset, self.seed, self.decoding = data, subset, seed, decoding
+        self.size, self.scale, self.ratio, self.flip, self.color_jitter = size, scale, ratio, flip, color_jitter
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
+        try:
+            samples = [self._sample(position, place) for position, _, place in keys]
+        except UserError as error:
+            return error
+        images, labels, passed_over = zip(*samples, strict=True)
+        bad = [line for lines in passed_over for line in lines]
+        readable = torch.ones(len(keys), dtype=torch.bool)
+        positions = torch.tensor([k[0] for k in keys])
+        replaced = sum(map(bool, passed_over))
+        return LabeledBatch(torch.stack(images), _together(labels), positions, readable, bad, replaced)
+
+    def _sample(self, position: int, place: int) -> tuple[Tensor, Any, list[str]]:
+        """The image, its labels, and a line for each unreadable one in whose place it stands."""
+        bad: list[str] = []
+        for step in range(len(self.subset)):
+            number = int(self.subset[(place + step) % len(self.subset)])
+            rng = stream(self.seed, Purpose.AUGMENT, position)
+            flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
+            chosen: list[Box] = []
+
+            def box(
+                width: int,
+                height: int,
+                number: int = number,
+                rng: np.random.Generator = rng,
+                chosen: list[Box] = chosen,
+            ) -> Box:
+                self.data.check(number, width, height)
+                chosen.append(random_box(rng, width, height, self.scale, self.ratio))
+                return chosen[-1]
+
+            try:
+                image = decode_crop(read_regular(self.data.images[number]), box, self.size, **self.decoding)
+                labels = self.data.cropped(number, chosen[-1], self.size, flip)
+            except BadImage as error:
+                bad.append(f"{self.data.images[number]}: {error}")
+                continue
+            if self.color_jitter:
+                image = _jittered(image, rng, self.color_jitter)
+            return (image.flip(-1) if flip else image), labels, bad
+        raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
+
+
+class WholeDataset(Dataset[LabeledBatch]):
+    """Whole images with their labels for evaluation; keys are numbers of images. Unreadable ones are left out.
+
+    fit: image size (h, w) -> the size it is scaled to. size: (H, W) of the canvas in whose upper left the image is put,
+    over grey; None: no canvas, and a list of images.
+    """
+
+    def __init__(
+        self,
+        data: Segmented | Detected,
+        fit: Callable[[int, int], tuple[int, int]],
+        size: tuple[int, int] | None,
+        **decoding: Any,
+    ) -> None:
+        self.data, self.fit, self.size, self.decoding = data, fit, size, decoding
+
+    def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
+        images, labels = list[Tensor](), []
+        readable, bad = torch.ones(len(keys), dtype=torch.bool), []
+        for i, number in enumerate(keys):
+            name = self.data.images[number]
+            try:
+                image = whole_image(read_regular(name), **self.decoding)
+                h, w = int(image.shape[1]), int(image.shape[2])
+                self.data.check(number, w, h)
+                scaled = scaled_to(image, within(self.fit(h, w), self.decoding["max_image_pixels"]))
+                labels.append(self.data.whole(number, scaled.shape[2] / w, (h, w)))
+            except BadImage as error:
+                readable[i] = False
+                bad.append(f"{name}: {error}")
+                continue
+            images.append(scaled if self.size is None else on_canvas(scaled, self.size))
+        together: Any = images if self.size is None or not images else torch.stack(images)
+        return LabeledBatch(together, labels, torch.tensor(keys), readable, bad)
+
+
+def whole_image(data: bytes, **decoding: Any) -> Tensor:
+    """(C, h, w) uint8. BadImage."""
+    pixels = decode_pillow(data, **decoding)
+    return torch.from_numpy(np.atleast_3d(np.array(pixels))).permute(2, 0, 1)
+
+
+def scaled_to(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return image if tuple(image.shape[1:]) == size else F.resize(image, list(size), InterpolationMode.BICUBIC)
+
+
+def on_canvas(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The image in the upper left of a grey one of (H, W)."""
+    canvas = torch.full((image.shape[0], *size), GREY, dtype=torch.uint8)
+    canvas[:, : image.shape[1], : image.shape[2]] = image
+    return canvas
+
+
+def fit_shorter_side(side_px: int, window: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
+    """Sizes with this shorter side, and no smaller than the window (H, W)."""
+
+    def fit(h: int, w: int) -> tuple[int, int]:
+        scale = max(side_px / min(h, w), window[0] / h, window[1] / w)
+        return max(round(h * scale), window[0]), max(round(w * scale), window[1])
+
+    return fit
+
+
+def fit_inside(size: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
+    """The largest size of the same aspect within (H, W)."""
+
+    def fit(h: int, w: int) -> tuple[int, int]:
+        scale = min(size[0] / h, size[1] / w)
+        return max(round(h * scale), 1), max(round(w * scale), 1)
+
+    return fit
+
+
+def within(size: tuple[int, int], max_image_pixels: int) -> tuple[int, int]:
+    """BadImage where an image would be too large once it is scaled: a thin one grows with its shorter side."""
+    if size[0] * size[1] > max_image_pixels:
+        raise BadImage(f"{size[1]}×{size[0]} pixels once it is scaled, over max_image_pixels {max_image_pixels}")
+    return size
+
+
+def _together(labels: Sequence[Any]) -> Any:
+    return torch.stack(list(labels)) if isinstance(labels[0], Tensor) else list(labels)
+
+
+def _jittered(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
+    """Brightness, contrast and, in colour, saturation, each times a factor of 1 ± strength, in this order."""
+    changes = [F.adjust_brightness, F.adjust_contrast, *([F.adjust_saturation] if image.shape[0] >= 3 else [])]
+    seen, rest = image[:3], image[3:]  # transparency is no colour
+    for change in changes:
+        seen = change(seen, rng.uniform(max(1 - strength, 0), 1 + strength))
+    return torch.cat([seen, rest])

@@ -1,0 +1,121 @@
+"""Datasets of labeled images: augmented for training, centre-cropped for validation."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mpp.data.decoding.decode import decode_crop, decode_pillow, view_boxes
+from mpp.data.labeled import Labeled
+from mpp.errors import BadImage, UserError
+from mpp.rng import Purpose, stream, torch_seed
+
+
+@dataclass
+class LabeledBatch:
+    """One micro-batch of labeled images."""
+
+    images: Any
+    """(B, C, H, W) uint8; or a list of (C, h, w), where whole images are judged"""
+    labels: Any
+    """(B,) int64, or (B, classes) float32 where images may have several; (B, H, W) uint8 masks, a list of them where
+    whole images are judged; or boxes, a dictionary of tensors for each image"""
+    positions: Tensor
+    """(B,) int64"""
+    readable: Tensor
+    """(B,) bool: False where an image could not be read, and pixels and label are zeros, or, of whole ones, left out"""
+    bad: list[str]
+    """A line for each file that could not be read"""
+    replaced: int = 0
+    """Training images in whose place another one stands"""
+
+    def pin_memory(self) -> LabeledBatch:
+        if isinstance(self.images, Tensor) and isinstance(self.labels, Tensor):
+            self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
+        return self
+
+
+class LabeledDataset(Dataset[LabeledBatch]):
+    """Augmented training images of a subset; keys are (position, 0, place in the subset).
+
+    augment: PIL image -> (C, H, W) uint8, drawing from python's, numpy's and torch's global generators (as timm's
+    transforms do); they are seeded for each sample from (seed, position). A bad image is replaced by the next
+    of the subset. Of images that are not of 8 bit, which have a `value_range` in `decoding`: (bytes, a
+    generator) -> (C, H, W) float32.
+    """
+
+    def __init__(self, data: Labeled, subset: np.ndarray, augment: Any, seed: int, **decoding: Any) -> None:
+        self.data, self.subset, self.augment, self.seed, self.decoding = data, subset, augment, seed, decoding
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
+        try:
+            samples = [self._sample(position, place) for position, _, place in keys]
+        except UserError as error:
+            return error
+        images, numbers, passed_over = zip(*samples, strict=True)
+        readable = torch.ones(len(keys), dtype=torch.bool)
+        positions = torch.tensor([k[0] for k in keys])
+        labels, bad = _of(self.data, list(numbers)), [line for lines in passed_over for line in lines]
+        return LabeledBatch(torch.stack(images), labels, positions, readable, bad, sum(map(bool, passed_over)))
+
+    def _sample(self, position: int, place: int) -> tuple[Tensor, int, list[str]]:
+        """The image, augmented, its number, and a line for each unreadable one in whose place it stands."""
+        bad: list[str] = []
+        for step in range(len(self.subset)):
+            number = int(self.subset[(place + step) % len(self.subset)])
+            try:
+                data = self.data.reader.read(number)
+                if "value_range" in self.decoding:
+                    return self.augment(data, stream(self.seed, Purpose.AUGMENT, position)), number, bad
+                image = decode_pillow(data, **self.decoding)
+            except BadImage as error:
+                bad.append(f"{self.data.reader.name(number)}: {error}")
+                continue
+            seed = torch_seed(self.seed, Purpose.AUGMENT, position)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks every device: 0.6 ms
+            return torch.as_tensor(self.augment(image)), number, bad
+        raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
+
+
+def _of(data: Labeled, numbers: list[int]) -> Tensor:
+    """Labels of these images."""
+    found = torch.from_numpy(data.labels[numbers])
+    return found.float() if data.several else found
+
+
+class CentreDataset(Dataset[LabeledBatch]):
+    """Central crops for evaluation; keys are numbers of images.
+
+    views: 1 or 2: (B, C, H, W); 10: corners, too, (B, 5, C, H, W). Mirror images are left to the model's device.
+    """
+
+    def __init__(
+        self, data: Labeled, size: tuple[int, int], fraction: float, *, views: int = 1, **decoding: Any
+    ) -> None:
+        self.data, self.size, self.boxes = data, size, view_boxes(views, size, fraction)
+        self.decode = decoding
+
+    def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
+        shape = (len(keys), len(self.boxes), self.decode["channels"], *self.size)
+        images = torch.zeros(shape, dtype=torch.float32 if "value_range" in self.decode else torch.uint8)
+        readable, bad = torch.ones(len(keys), dtype=torch.bool), []
+        for i, number in enumerate(keys):
+            try:
+                data = self.data.reader.read(number)
+                for view, box in enumerate(self.boxes):
+                    images[i, view] = decode_crop(data, box, self.size, **self.decode)
+            except BadImage as error:
+                images[i], readable[i] = 0, False
+                bad.append(f"{self.data.reader.name(number)}: {error}")
+            except UserError as error:
+                return error
+        together = images[:, 0] if len(self.boxes) == 1 else images
+        return LabeledBatch(together, _of(self.data, keys), torch.tensor(keys), readable, bad)

@@ -1,0 +1,102 @@
+"""Bytes, names and sizes of images by number: from files, or from shards."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mpp.data.files import read_regular
+from mpp.data.shards.reader import ShardImages, evenly, holds_shards, images_of
+from mpp.errors import BadImage, MppWarning, UserError
+
+LOOKED_INTO = 16
+"""Files whose bytes are part of a fingerprint."""
+
+
+class Reader(Protocol):
+    """Bytes, names and sizes in bytes of images, by number."""
+
+    def read(self, i: int) -> bytes: ...
+    def name(self, i: int) -> str: ...
+    def sizes(self) -> np.ndarray: ...
+    def fingerprint(self) -> str: ...
+
+
+class FileReader:
+    """Files of images."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def read(self, i: int) -> bytes:
+        return read_regular(self.paths[i])
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def sizes(self) -> np.ndarray:
+        return np.asarray([file_size(path) for path in self.paths], dtype=np.int64)
+
+    def fingerprint(self) -> str:
+        """Of names and sizes, and of what a few hold: arrays are all of one size."""
+        digest = hashlib.sha256()
+        for i in evenly(len(self.paths), LOOKED_INTO):
+            with contextlib.suppress(OSError, BadImage):
+                digest.update(self.read(i))
+        return "\0".join([*(f"{os.path.basename(p)}:{file_size(p)}" for p in self.paths), digest.hexdigest()])
+
+
+def file_size(path: str) -> int:
+    """In bytes; -1 for what is not there."""
+    try:
+        return os.path.getsize(path)
+    except OSError:  # a broken link: an image that cannot be read
+        return -1
+
+
+class PackedReader:
+    """Images in shards. few: no more than a few of each shard will be read, for which remote ones are not fetched."""
+
+    def __init__(self, images: ShardImages, *, few: bool = False) -> None:
+        self.images, self.few = images, few
+        self.first = np.concatenate([[0], np.cumsum(images.counts)])
+
+    def at(self, i: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.first, i, side="right")) - 1
+        return shard, i - int(self.first[shard])
+
+    def read(self, i: int) -> bytes:
+        return self.images.read(*self.at(i), few=self.few)
+
+    def name(self, i: int) -> str:
+        return self.images.name(*self.at(i))
+
+    def sizes(self) -> np.ndarray:
+        return np.concatenate([index.table[:, 1] for index in self.images.indexes])
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint
+
+
+def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[Reader, int]]:
+    """`count` images, or as many as there are, evenly spread over all of them: whence, and their number there.
+
+    places: shards, see `holds_shards`; image files; folders of images, however deep. UserError where there is nothing.
+    """
+    of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
+    packed = PackedReader(ShardImages(of_shards, key=key), few=True) if of_shards else None
+    if packed and packed.images.left_out:
+        warnings.warn(f"{key}: {packed.images.left_out}", MppWarning, stacklevel=3)
+    files = FileReader(images_of(of_files))
+    first = sum(packed.images.counts) if packed else 0
+    total = first + len(files.paths)
+    if total == 0:
+        raise UserError(f"{key}: no images given")
+    for at in evenly(total, count):
+        yield (packed, at) if packed and at < first else (files, at - first)

@@ -1,0 +1,227 @@
+"""`mpp pack`: images from anywhere -> shards in WebDataset's format, with their indexes.
+
+Sources (`sources.py`) are a folder, a CSV file, Parquet files or tar shards. Each knows how many samples it has and
+reads any run of them, so that every shard is written by itself, by any process, here or on another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import webdataset
+from PIL import Image, UnidentifiedImageError
+
+from mpp.data.decoding.arrays import NPY, TIFF, check_npy
+from mpp.data.decoding.decode import own_pixel_limit
+from mpp.data.shards.index import index_shard, packed_name
+from mpp.data.shards.listing import write_listing
+from mpp.data.shards.sources import Source, open_source
+from mpp.errors import BadImage, UserError
+from mpp.parallel.children import end_with
+from mpp.recipe.values import IMAGE
+
+DESCRIPTION = "dataset.json"
+SKIPPED = "skipped.tsv"
+SOURCES = "sources.tsv"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` returns."""
+
+    shards: int
+    shards_written: int
+    """Fewer than `shards` where an earlier, interrupted call had written some."""
+    shards_missing: int
+    """Those that other parts are still to write."""
+    images: int
+    """In the shards that are there."""
+    labeled: bool
+    classes: list[str]
+    """Empty for unlabeled data, and for numbers of which nobody says what they stand for."""
+    skipped: list[tuple[str, str]]
+    """(where in the source, why) of everything that was left out."""
+
+
+def pack(
+    source: str,
+    out: str,
+    *,
+    images_per_shard: int = 1000,
+    labels: bool | None = None,
+    seed: int = 0,
+    workers: int = 2,
+    part: tuple[int, int] = (1, 1),
+    image_extension: str | None = None,
+    on_shard: Callable[[int, int], None] | None = None,
+) -> Packed:
+    """Write the images of `source` as shards into `out`, files in an order shuffled by `seed`.
+
+    Interrupted, the same call goes on where it stopped. The images' bytes are copied as they are.
+
+    Args:
+        labels: Pack the label of each image, in a folder the name of the first folder below `source`; None: if every
+            image has one.
+        part: (i, n), the i-th of n calls, on as many machines, that share `out` or whose outputs are put into one
+            folder. The call that finds all shards there finishes.
+        image_extension: Of tar shards, which member of a sample is its image; see `samples_among`.
+        on_shard: Called with (done, of) as shards are finished.
+
+    Raises:
+        UserError: There are no images, or `out` holds something else.
+    """
+    if os.path.isdir(source) and Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"{out}: lies in {source}; give a folder beside it")
+    found = open_source(source, labels=labels, seed=seed, image_extension=image_extension)
+    shards = -(-found.samples // images_per_shard)
+    if not 1 <= part[0] <= part[1]:
+        raise UserError(f"--part: {part[0]}/{part[1]}: the first of three is 1/3, the last 3/3")
+    description = {
+        "format": 1,
+        "images_listed": found.samples,
+        "images_per_shard": images_per_shard,
+        "seed": seed,
+        "classes": found.classes,
+        "files_sha256": hashlib.sha256(found.identity).hexdigest(),
+    }
+    _claim(Path(out), description)
+    paths = [os.path.join(out, packed_name(k)) for k in range(shards)]
+    jobs = [
+        (found, path, k * images_per_shard, min((k + 1) * images_per_shard, found.samples))
+        for k, path in enumerate(paths)
+        if k % part[1] == part[0] - 1
+    ]
+    pending = [job for job in jobs if not os.path.exists(job[1])]
+    try:
+        if workers <= 1 or len(pending) <= 1:
+            for done, job in enumerate(pending, 1):
+                _write_shard(*job)
+                if on_shard:
+                    on_shard(len(jobs) - len(pending) + done, len(jobs))
+        else:
+            with ProcessPoolExecutor(min(workers, len(pending)), initializer=end_with, initargs=(os.getpid(),)) as pool:
+                futures = [pool.submit(_write_shard, *job) for job in pending]
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    if on_shard:
+                        on_shard(len(jobs) - len(pending) + done, len(jobs))
+    except BrokenProcessPool as error:
+        raise UserError("a packing process died (out of memory?); run the same command again to go on") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror}; run the same command again to go on") from error
+
+    there = [path for path in paths if os.path.exists(path)]
+    indexes = {os.path.basename(path): index_shard(path, out) for path in there}
+    images = sum(len(index.table) for index in indexes.values())
+    skipped = list(found.skipped)
+    for path in there:
+        skipped += [tuple(line.split("\t")) for line in _lines(f"{path}.skipped")]  # type: ignore[misc]
+    missing = len(paths) - len(there)
+    if not missing:
+        sources = [line for path in paths for line in _lines(f"{path}.sources")]
+        _write_text(os.path.join(out, SOURCES), "".join(f"{line}\n" for line in sources))
+        _write_text(os.path.join(out, SKIPPED), "".join(f"{where}\t{why}\n" for where, why in skipped))
+        if images == 0:
+            raise UserError(f"{source}: none of {found.samples} could be read as an image; see {out}/{SKIPPED}")
+        write_listing(out, indexes)
+        _write_text(os.path.join(out, DESCRIPTION), json.dumps({**description, "images": images}, indent=1))
+    return Packed(len(paths), len(pending), missing, images, found.labeled, found.classes, sorted(skipped))
+
+
+def _claim(out: Path, description: dict[str, object]) -> None:
+    """Take an empty or new folder, or one that the same call began."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / DESCRIPTION).exists():
+            # beside what another part is writing at this moment
+            if stray := next((p for p in out.iterdir() if not p.name.startswith(DESCRIPTION)), None):
+                raise UserError(f"{out}: not empty (holds {stray.name}); give a new folder")
+            _write_text(str(out / DESCRIPTION), json.dumps(description, indent=1))
+            return
+        before = json.loads((out / DESCRIPTION).read_text())
+    except FileExistsError as error:
+        raise UserError(f"{out}: is a file; give a new folder") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
+    changed = [k for k, v in description.items() if before.get(k) != v]
+    if changed:
+        raise UserError(f"{out}: holds shards of another call ({', '.join(changed)} differ); give a new folder")
+
+
+def extension_of(data: bytes) -> str:
+    """Of an image file by what it holds. ValueError, with the reason, where it is none that is read."""
+    if data.startswith(NPY):
+        try:
+            check_npy(data)
+        except BadImage as error:
+            raise ValueError(str(error)) from error
+        return "npy"
+    try:
+        with own_pixel_limit(), Image.open(io.BytesIO(data)) as image:
+            found = (image.format or "").lower().replace("jpeg", "jpg").replace("mpo", "jpg")  # cameras' JPEGs
+    except UnidentifiedImageError as error:
+        if data.startswith(TIFF):  # of many channels, or deep ones
+            return "tiff"
+        raise ValueError("not an image by its content") from error
+    except Exception as error:  # Pillow's readers raise anything on damaged files
+        raise ValueError(
+            str(getattr(error, "strerror", None) or error).replace("\t", " ").replace("\n", " ")
+        ) from error
+    if not IMAGE.search(f"x.{found}"):
+        raise ValueError(f"format {found} is not read")
+    return found
+
+
+def _write_shard(source: Source, shard: str, first: int, end: int) -> None:
+    """One shard, under a temporary name until it is whole and on the disk."""
+    part = f"{shard}.part"
+    sources, skipped = [], []
+    with open(part, "wb") as f:
+        with webdataset.TarWriter(
+            f, mtime=0
+        ) as writer:  # an int, a float would need pax headers; fixed: the same images give the same bytes
+            for number, (where, data, label) in enumerate(source.read(first, end), first):
+                try:
+                    if isinstance(data, str):
+                        raise ValueError(data)
+                    extension = extension_of(data)
+                except ValueError as error:
+                    skipped.append(f"{where}\t{error}")
+                    continue
+                key = f"{number:09d}"
+                sample: dict[str, object] = {"__key__": key, extension: data}
+                if label is not None:
+                    sample["cls"] = label
+                writer.write(sample)
+                sources.append(f"{os.path.basename(shard)}\t{key}.{extension}\t{where}")
+        f.flush()
+        os.fsync(f.fileno())
+    _write_text(f"{shard}.sources", "".join(f"{s}\n" for s in sources))
+    _write_text(f"{shard}.skipped", "".join(f"{s}\n" for s in skipped))
+    os.replace(part, shard)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]
+    except FileNotFoundError:
+        return []
+
+
+def _write_text(path: str, text: str) -> None:
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"  # parts may finish at the same time
+    try:
+        Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, path) from error

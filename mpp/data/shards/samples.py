@@ -1,0 +1,161 @@
+"""Which members of a tar shard are images, and which label belongs to each.
+
+WebDataset's naming: members with the same path up to the first dot of the file's name are one sample, `a/7.jpg` and
+`a/7.cls`. Names of files may hold dots themselves (`scan_v1.000.jpg`), so a label belongs first of all to the image
+whose whole name it has but for the ending.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from mpp.data.walk import ARRAY_BESIDE, HIDDEN, SHARED_NAME, LeftOut, is_hidden
+from mpp.recipe.values import IMAGE
+
+LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
+PREFERRED = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "tif", "tiff", "bmp", "gif")
+"""Of several images of a sample, by their endings: photographs before what may be a mask."""
+ANOTHER_IMAGE = "another image of the same sample; data.image_extension chooses which"
+REPLACED = "replaced by a later member of the same name"
+ONE_LABEL = "label of a name up to the first dot that several images have"
+SEVERAL_LABELS = "one of several labels of a sample"
+REASONS = (HIDDEN, ARRAY_BESIDE, ANOTHER_IMAGE, REPLACED, ONE_LABEL, SEVERAL_LABELS, SHARED_NAME)
+"""All that an index may say of members; those of a server's indexes are not believed otherwise."""
+
+Member = tuple[str, int, int]
+"""(name, offset, size) of a file in a tar."""
+Row = tuple[int, int, int, int, int]
+"""(offset and size of an image, offset and size of its label, whether that is JSON); -1 where there is no label."""
+
+
+def key_of(name: str) -> str:
+    """WebDataset's key of a sample: the member's path up to the first dot of its last part."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.split('.')[0]}"
+
+
+def samples_among(members: Iterable[Member], image_extension: str | None = None) -> tuple[list[Row], LeftOut]:
+    """Find the images of a tar and their labels.
+
+    Args:
+        members: In the tar's order.
+        image_extension: What follows the key of a sample in the name of its image, such as rgb.png: one image for each
+            sample. None: `7.seg.png` beside `7.jpg` is left out, and of `7.jpg` and `7.png` the one whose ending comes
+            first in PREFERRED is taken. `7.rgb.png` and `7.depth.png` may be images of two samples and are both taken;
+            if such names come again and again, they are counted.
+
+    Returns:
+        A row for each image, by ascending offset, and what was left out.
+    """
+    named, left_out = _by_name(members)
+    images: dict[str, list[str]] = {}
+    labels: dict[str, list[str]] = {}
+    for name in named:
+        if IMAGE.search(name):
+            images.setdefault(key_of(name), []).append(name)
+        elif LABEL.search(name):
+            labels.setdefault(key_of(name), []).append(name)
+    rows = []
+    several: dict[tuple[str, ...], list[str]] = {}
+    for key, own in images.items():
+        of_key = labels.get(key, [])
+        chosen = _with_extension(own, image_extension) if image_extension else _one_each(own, of_key)
+        for name in sorted(set(own) - set(chosen)):
+            left_out.add(ARRAY_BESIDE if name.lower().endswith(".npy") else ANOTHER_IMAGE, name)
+        pairs = _labeled(chosen, of_key, left_out)
+        if len(pairs) > 1 and not any(label for _, label in pairs):
+            several.setdefault(tuple(sorted(_extension(name) for name in chosen)), []).extend(chosen)
+        for name, label in pairs:
+            *_, offset, size = named[name]
+            place = named[label][1:] if label else (-1, -1)
+            rows.append((offset, size, *place, int(label is not None and _is_json(label))))
+    for names in several.values():
+        if len({key_of(name) for name in names}) > 1:  # v1.000.jpg and v1.001.jpg have one key, and it comes once
+            left_out.add(SHARED_NAME, names[0], len(names))
+    return sorted(rows), left_out
+
+
+def _extension(name: str) -> str:
+    """What follows the key in a member's name, in lower case."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def _by_name(members: Iterable[Member]) -> tuple[dict[str, Member], LeftOut]:
+    """The images and labels among the members by their names; of several with one name the last, as tar has it."""
+    found: dict[str, Member] = {}
+    left_out = LeftOut()
+    for member in members:
+        name = member[0].removeprefix("./")
+        if not (IMAGE.search(name) or LABEL.search(name)):
+            continue
+        if any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
+            left_out.add(HIDDEN, name)
+            continue
+        if found.pop(name, None):
+            left_out.add(REPLACED, name)
+        found[name] = member
+    return found, left_out
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _with_extension(images: list[str], image_extension: str) -> list[str]:
+    """Those whose file's name goes on so after its first dot."""
+    return [name for name in images if _extension(name) == image_extension]
+
+
+def _one_each(images: list[str], labels: list[str]) -> list[str]:
+    """Of images with one key, those that are images of samples of their own.
+
+    An image whose stem goes on where the stem of another one ends (`7.seg.png` beside `7.jpg`) belongs to the sample of
+    that one, unless it has a class label of its own (`7.seg.cls`).
+    """
+    if len(images) == 1:
+        return images
+    stems = {_stem(name) for name in images}
+    own_labels = {_stem(name) for name in labels if name.lower().endswith(".cls")}
+    samples: dict[str, list[str]] = {}
+    for name in images:
+        stem = _stem(name)
+        folder, _, base = stem.rpartition("/")
+        parts = base.split(".")
+        prefixes = [f"{folder}/{'.'.join(parts[:n])}" if folder else ".".join(parts[:n]) for n in range(1, len(parts))]
+        owner = stem if stem in own_labels else next((prefix for prefix in prefixes if prefix in stems), stem)
+        samples.setdefault(owner, []).append(name)
+
+    def rank(name: str) -> tuple[int, int, str]:
+        ending = name.rpartition(".")[2].lower()
+        return len(_stem(name)), PREFERRED.index(ending) if ending in PREFERRED else len(PREFERRED), name
+
+    return [min(names, key=rank) for names in samples.values()]
+
+
+def _labeled(images: list[str], labels: list[str], left_out: LeftOut) -> list[tuple[str, str | None]]:
+    """(image, its label or None) of images with one key, a .cls before a .json, which may hold anything.
+
+    A label of the image's own stem comes first. Any other one of the key is the label of its only image; it could be
+    of any of several, so it is taken for none of them.
+    """
+    found = []
+    by_stem: dict[str, list[str]] = {}
+    for label in labels:
+        by_stem.setdefault(_stem(label), []).append(label)
+    for name in images:
+        own = by_stem.pop(_stem(name), [])
+        found.append((name, min(own, key=_is_json) if own else None))
+    rest = sorted(label for of_stem in by_stem.values() for label in of_stem)
+    missing = [name for name, label in found if label is None]
+    if not rest or not missing:
+        return found
+    classes = [label for label in rest if not _is_json(label)] or rest
+    if len(images) == len(classes) == 1:
+        return [(images[0], classes[0])]
+    left_out.add(ONE_LABEL if len(images) > 1 else SEVERAL_LABELS, classes[0], len(classes))
+    return found
+
+
+def _is_json(label: str) -> bool:
+    return label.lower().endswith(".json")

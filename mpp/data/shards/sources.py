@@ -1,0 +1,356 @@
+"""Where `mpp pack` takes images from: a folder, a CSV file, Parquet files as Hugging Face has them, or tar shards."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpp.data.class_labels import stored_label
+from mpp.data.files import read_manifest, read_regular
+from mpp.data.readers import PackedReader
+from mpp.data.shards.index import class_names
+from mpp.data.shards.reader import ShardImages
+from mpp.data.walk import LeftOut, archives_in, list_images
+from mpp.errors import BadImage, UserError, how_to_get
+from mpp.recipe.values import IMAGE_ENDINGS
+from mpp.rng import Purpose, stream
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixel_values", "image_bytes", "bytes")
+MOST_CLASSES = 1_000_000
+"""Where nobody names them (a guess)."""
+MOST_NAMED, FEW_NAMES = 0.5, 100
+"""Names of so many of the images, and more than so many, are captions, not classes (a guess)."""
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
+"""Names that Parquet files give their columns, likeliest first."""
+
+Sample = tuple[str, bytes | str, int | str | None]
+"""(where it is from, its bytes or why there are none, its label)."""
+
+
+class Source(Protocol):
+    """Images by number. It travels to other processes."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def labeled(self) -> bool: ...
+
+    classes: list[str]
+    """Empty where there are no labels, or numbers of which nobody says what they stand for."""
+    skipped: list[tuple[str, str]]
+    """(where, why) of what is no image by its name."""
+    identity: bytes
+    """What tells it from another source: names and numbers, not where they lie."""
+
+    def read(self, first: int, end: int) -> Iterator[Sample]:
+        """Samples first … end - 1. UserError where the source itself cannot be read."""
+        ...
+
+
+def open_source(source: str, *, labels: bool | None, seed: int, image_extension: str | None = None) -> Source:
+    """Open what `mpp pack` is given.
+
+    Args:
+        image_extension: Of tar shards: which member of a sample is its image, see `samples_among`.
+
+    Raises:
+        UserError: There is nothing, or not what was asked for.
+    """
+    if os.path.isdir(source):
+        if archives_in(source):
+            return Shards(source, labels, image_extension)
+        if (parquet := _parquet_below(source)) and not list_images(source)[0]:
+            return Parquet(parquet, labels)
+        return Files.of_folder(source, labels, seed)
+    if source.lower().endswith(".csv"):
+        return Files.of_manifest(source, labels, seed)
+    matches = sorted(glob.glob(source)) if glob.has_magic(source) and not os.path.exists(source) else [source]
+    if matches and all(match.endswith(".parquet") for match in matches):
+        return Parquet(matches, labels)
+    if source.endswith(".tar") or "{" in source:
+        return Shards(source, labels, image_extension)
+    raise UserError(
+        f"{source}: no such folder"
+        if not os.path.exists(source)
+        else f"{source}: neither a folder nor a .csv, .parquet or .tar file"
+    )
+
+
+def _parquet_below(folder: str) -> list[str]:
+    """As `datasets` lays them out: data/train-00000-of-00010.parquet."""
+    found = [p for p in Path(folder).glob("**/*.parquet") if p.is_file()]
+    shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    splits = {m[1] for p in shown if (m := re.match(r"(train|test|validation|valid|val|dev)\b", p.name))}
+    if len(splits) > 1:
+        raise UserError(
+            f"{folder}: holds the splits {', '.join(sorted(splits))}; give one of them, such as "
+            f"'{os.path.dirname(shown[0])}/{min(splits, key=lambda s: (s != 'train', s))}-*.parquet'"
+        )
+    return sorted(map(str, shown))
+
+
+@dataclass
+class Files:
+    """Image files, in an order shuffled by a seed."""
+
+    folder: str
+    paths: list[str]
+    """Below the folder, in the order in which they are packed."""
+    labels: list[int] | None
+    classes: list[str]
+    identity: bytes
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def labeled(self) -> bool:
+        return self.labels is not None
+
+    @classmethod
+    def of_folder(cls, source: str, labels: bool | None, seed: int) -> Files:
+        """The first folder below `source` is an image's class; labels None: if every image lies in one."""
+        files, skipped = list_images(source)
+        if not files:
+            raise UserError(f"{source}: no images found (by name: {IMAGE_ENDINGS})" + _but(skipped))
+        in_folders = all("/" in f for f in files)
+        if labels and not in_folders:
+            stray = next(f for f in files if "/" not in f)
+            raise UserError(f"{source}: labels are the first folder's name, but {stray} lies in none")
+        named = [f.split("/", 1)[0] for f in files] if (in_folders if labels is None else labels) else None
+        return cls._mixed(source, files, named, seed, skipped)
+
+    @classmethod
+    def of_manifest(cls, source: str, labels: bool | None, seed: int) -> Files:
+        """Columns `image` and, with labels, `label`; paths are below the CSV file's folder."""
+        rows = read_manifest(
+            source, ["image", "label"] if labels else ["image"], optional=[] if labels is False else ["label"]
+        )
+        named = [row["label"] for _, row in rows if "label" in row]
+        if not all(named):
+            raise UserError(f"{source}:{rows[named.index('')][0]}: no label; --no-labels leaves all of them out")
+        return cls._mixed(os.path.dirname(source), [row["image"] for _, row in rows], named or None, seed, [])
+
+    @classmethod
+    def _mixed(
+        cls, folder: str, files: list[str], named: list[str] | None, seed: int, skipped: list[tuple[str, str]]
+    ) -> Files:
+        classes = sorted(set(named)) if named else []
+        numbers = {name: i for i, name in enumerate(classes)}
+        order = stream(seed, Purpose.PACK).permutation(len(files)).tolist()
+        labels = [numbers[named[n]] for n in order] if named else None
+        identity = "\0".join(files).encode("utf-8", "surrogateescape")
+        return cls(folder, [files[n] for n in order], labels, classes, identity, skipped)
+
+    @property
+    def samples(self) -> int:
+        return len(self.paths)
+
+    def read(self, first: int, end: int) -> Iterator[Sample]:
+        for i in range(first, end):
+            label = self.labels[i] if self.labels is not None else None
+            try:
+                yield self.paths[i], read_regular(os.path.join(self.folder, self.paths[i])), label
+            except BadImage as error:
+                yield self.paths[i], str(error), label
+
+
+class Parquet:
+    """Parquet files with a column of image files, a struct of bytes and path or bytes alone; in their order.
+
+    Row groups are read one at a time, and of them these columns alone.
+    """
+
+    def __init__(self, files: list[str], labels: bool | None) -> None:
+        parquet = _pyarrow()
+        self.files, self.skipped = files, list[tuple[str, str]]()
+        self.image = self.label = ""
+        self.classes: list[str] = []
+        self.text = False
+        """Whether the column of labels holds names in place of numbers."""
+        self.groups: list[tuple[int, int]] = []
+        """(file, row group) of each."""
+        counts = []
+        for number, file in enumerate(files):
+            try:
+                with parquet.ParquetFile(file) as opened:
+                    if not opened.metadata.num_rows:
+                        continue  # its columns may have no type
+                    self._columns(file, opened.schema_arrow, labels)
+                    groups = opened.metadata.num_row_groups
+                    counts += [opened.metadata.row_group(g).num_rows for g in range(groups)]
+                    self.groups += [(number, g) for g in range(groups)]
+            except (OSError, ValueError, KeyError) as error:  # pyarrow's are kinds of these
+                raise UserError(f"{file}: {_reason(error)}") from error
+        self.wanted = labels
+        self.ends = np.cumsum(counts).tolist() if counts else []
+        if not self.samples:
+            raise UserError(f"{files[0]}: no rows" + (" …" if len(files) > 1 else ""))
+        if self.text:
+            self.classes = self._names()
+            self.label = self.label if self.classes else ""
+        self.labeled = bool(self.label)
+        self._numbers = {name: number for number, name in enumerate(self.classes)}
+        sizes = [f"{os.path.basename(file)}:{os.path.getsize(file)}" for file in files]
+        self.identity = "\0".join([self.image, self.label, *sizes]).encode("utf-8", "surrogateescape")
+
+    @property
+    def samples(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def _columns(self, file: str, schema: Any, labels: bool | None) -> None:
+        """Find them in the first file; UserError where another has none of that name."""
+        names = schema.names
+        if not self.image:
+            fitting = [name for name in names if _holds_bytes(schema.field(name).type)]
+            self.image = next((name for name in IMAGE_COLUMNS if name in fitting), fitting[0] if fitting else "")
+            if not self.image:
+                raise UserError(f"{file}: no column of image bytes among {', '.join(names)}")
+            if labels is not False:
+                self.label, self.classes, self.text = self._labels(file, schema, labels)
+                empty = [n for n in LABEL_COLUMNS if n in names and str(schema.field(n).type) == "null"]
+                if empty and not self.label:
+                    raise UserError(f"{file}: column {empty[0]}: holds nothing; --no-labels leaves it out")
+        missing = [name for name in (self.image, self.label) if name and name not in names]
+        if missing:
+            raise UserError(f"{file}: has no column {', '.join(missing)}, which {self.files[0]} has")
+        if not _holds_bytes(schema.field(self.image).type):
+            raise UserError(f"{file}: column {self.image}: holds {schema.field(self.image).type}, not bytes of images")
+        if self.label and self._labels(file, schema, labels) != (self.label, self.classes, self.text):
+            raise UserError(f"{file}: column {self.label}: other labels or names of classes than {self.files[0]} has")
+
+    def _labels(self, file: str, schema: Any, labels: bool | None) -> tuple[str, list[str], bool]:
+        """(column, names of its classes where Hugging Face's ClassLabel says them, whether it holds names itself)"""
+        try:
+            said = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        except (KeyError, TypeError, ValueError):
+            said = {}
+        kinds = {name: str(schema.field(name).type) for name in LABEL_COLUMNS if name in schema.names}
+        for name, kind in kinds.items():
+            if kind.startswith(("int", "uint")):
+                about = said.get(name) if isinstance(said, dict) else None
+                classes = about.get("names") if isinstance(about, dict) else None
+                return name, [str(c) for c in classes] if isinstance(classes, list) else [], False
+        for name, kind in kinds.items():
+            if re.match(r"(dictionary<values=)?(large_)?string", kind):
+                return name, [], True
+        if labels:
+            raise UserError(f"{file}: no column of whole numbers or names called {', '.join(LABEL_COLUMNS)}")
+        return "", [], False
+
+    def _row_group(self, number: int, group: int, columns: list[str]) -> Any:
+        """A table of these columns. UserError."""
+        try:
+            with _pyarrow().ParquetFile(self.files[number]) as opened:
+                return opened.read_row_group(group, columns=columns)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
+
+    def _names(self) -> list[str]:
+        """Those that occur in all files, sorted, numbers by their size; of the column of labels alone.
+
+        [] where they are captions: hardly two images have the same, and nobody asked for labels.
+        """
+        found = set[str]()
+        for number, group in self.groups:
+            column = self._row_group(number, group, [self.label]).column(self.label)
+            found.update(name for name in column.unique().to_pylist() if name)
+        if not self.wanted and len(found) > max(self.samples * MOST_NAMED, FEW_NAMES):
+            return []
+        return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+
+    def read(self, first: int, end: int) -> Iterator[Sample]:
+        columns = [name for name in (self.image, self.label) if name]
+        at = bisect.bisect_right(self.ends, first)
+        while first < end:
+            number, group = self.groups[at]
+            begins = self.ends[at - 1] if at else 0
+            part = self._row_group(number, group, columns).slice(first - begins, min(end, self.ends[at]) - first)
+            images = part.column(self.image).to_pylist()
+            labels = part.column(self.label).to_pylist() if self.label else [None] * len(images)
+            for row, (image, label) in enumerate(zip(images, labels, strict=True), first - begins):
+                data = image.get("bytes") if isinstance(image, dict) else image
+                where = f"{os.path.basename(self.files[number])}: row group {group}, row {row}"
+                yield where, data if data else "no bytes in it", self._checked(label, where)
+            first, at = self.ends[at], at + 1
+
+    def _checked(self, label: int | str | None, where: str) -> int | None:
+        """Negative ones stand for none, as in test sets. UserError for a class that there is not."""
+        if isinstance(label, str):
+            label = self._numbers.get(label)
+        if label is None or label < 0:
+            if self.wanted:
+                raise UserError(f"{where}: has no label")
+            return None
+        if label >= (len(self.classes) or MOST_CLASSES):
+            raise UserError(f"{where}: label {label} of {len(self.classes) or MOST_CLASSES} classes")
+        return label
+
+
+def _but(left_out: list[tuple[str, str]]) -> str:
+    """The end of a message about a folder without images."""
+    return f"; {LeftOut.of(left_out)}" if left_out else ""
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise UserError(f"Parquet files need pyarrow: {how_to_get('parquet')}") from error
+    return pyarrow.parquet
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column's type is bytes, or a struct with some."""
+    if str(kind).startswith("struct"):
+        return any(kind.field(i).name == "bytes" and _holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return str(kind) in ("binary", "large_binary", "binary_view")
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class Shards:
+    """Tar shards made elsewhere, in their order: packed anew, in shards of equal size. Numbers of classes stay."""
+
+    def __init__(self, source: str, labels: bool | None, image_extension: str | None) -> None:
+        self.reader = PackedReader(ShardImages(source, key="SOURCE", image_extension=image_extension))
+        indexes = self.reader.images.indexes
+        self.samples = sum(self.reader.images.counts)
+        self.skipped = [
+            (name, f"{reason}{f' ({count} in all)' if count > 1 else ''}")
+            for reason, (count, name) in self.reader.images.left_out.found.items()
+        ]
+        self.identity = self.reader.fingerprint().encode()
+        folder = source if os.path.isdir(source) else os.path.dirname(source)
+        self.classes = [] if labels is False else class_names(folder) or []
+        # one pass, since many indexes are read anew when they are asked for again
+        known = [] if labels is False else [(i.table[:, 3].min(initial=0), i.table[:, 4].any()) for i in indexes]
+        self.labeled = labels is not False and all(least >= 0 for least, _ in known)
+        if labels and not self.labeled:
+            raise UserError(f"{source}: labels were asked for, but not every image has one")
+        if self.labeled and any(in_json for _, in_json in known):
+            raise UserError(
+                f"{source}: its labels lie in .json, which is not packed; the shards can be used as they are, or "
+                "--no-labels leaves the labels out"
+            )
+
+    def read(self, first: int, end: int) -> Iterator[Sample]:
+        for i in range(first, end):
+            label: int | str | None = None
+            where = self.reader.name(i)
+            if self.labeled:
+                label = stored_label(self.reader.images, *self.reader.at(i))
+            try:
+                yield where, self.reader.read(i), label
+            except BadImage as error:
+                yield where, str(error), label

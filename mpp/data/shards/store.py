@@ -1,0 +1,301 @@
+"""Remote shards: copied when they are needed, once for all processes of a machine, into a bounded cache."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import os
+import time
+import urllib.parse
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mpp.data.shards import remote
+from mpp.data.shards.index import (
+    BLOCK,
+    MOST_INDEX_BYTES,
+    ShardIndex,
+    begins_member,
+    index_path,
+    index_shard,
+    read_index,
+    scan,
+    write_index,
+)
+from mpp.data.shards.listing import LISTING, MOST_LISTING_BYTES, Entry, parse_listing
+from mpp.errors import MppWarning, UserError, without_secrets
+
+TRIES = 8
+"""In a row that bring no further byte."""
+PAUSE_S, MOST_PAUSE_S = 0.1, 60.0
+"""Doubled with each try: 8 tries take half a minute (a guess)."""
+CHUNK_BYTES = 1 << 20
+WHOLE_ABOVE = 0.25
+"""Where more than this share of a shard has been read in parts, it is fetched whole (a guess)."""
+
+
+def default_cache_dir() -> str:
+    return os.environ.get("MPP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "mpp")
+
+
+class Store:
+    """A cache folder of remote shards, at most `limit_bytes` large, shared by every process of the machine.
+
+    What was used least recently leaves it first, and is fetched again when it is needed again. A shard that is there
+    is never asked for again: it is what its server had when it was fetched.
+    """
+
+    def __init__(
+        self, cache_dir: str | None = None, limit_bytes: float = 200e9, image_extension: str | None = None
+    ) -> None:
+        """image_extension: which member of a sample is its image, see `samples_among`."""
+        self.image_extension = image_extension
+        self.cache_dir = cache_dir or default_cache_dir()
+        self.folder = Path(self.cache_dir) / "shards"
+        self.limit_bytes = limit_bytes
+        self._known: dict[str, tuple[int, int, int]] = {}
+        """Which file of a shard was found to fit its index, as this process last saw it: inode, size, mtime."""
+        self._in_parts: dict[str, int] = {}
+
+    def target(self, url: str) -> Path:
+        """Where a shard's copy lies, if it is there."""
+        return self.folder / _name_of(url)
+
+    def fetch(self, url: str, *, wait: bool = True) -> Path | None:
+        """The local copy of a shard, made or used now. UserError where it cannot be had after TRIES tries.
+
+        wait: where another process fetches it; else None then.
+        """
+        target = self.target(url)
+        with self._locked(target.with_name(target.name + ".lock"), wait=wait) as locked:
+            if not locked:
+                return None
+            if not target.exists():
+                self._copy(url, target)
+            _use(target)
+        return target
+
+    def index(self, url: str) -> ShardIndex:
+        """Of a shard: as it was once fetched, else as it lies beside it (see `mpp index`), else it is fetched."""
+        target = self.target(url)
+        stored = self._stored_index(target)
+        index = read_index(stored)
+        if index is None:
+            index = self._index_elsewhere(url)
+            if index is not None:
+                write_index(stored, index)
+        for _ in range(TRIES):
+            if index is not None:
+                return index
+            self.fetch(url)
+            index = read_index(stored) or self._index_of(target)
+        raise UserError(f"{url}: left {self.folder} each time before it was read: something empties it")
+
+    def read(self, url: str, index: ShardIndex, offset: int, size: int, *, few: bool = False) -> bytes:
+        """Bytes of a shard. UserError where it is another one than its index says, or cannot be had.
+
+        few: no more than a little of it will be read, for which it is not fetched.
+        """
+        if few and not self.target(url).exists():
+            self._in_parts[url] = self._in_parts.get(url, 0) + size
+            if self._in_parts[url] <= WHOLE_ABOVE * index.size_bytes:
+                with contextlib.suppress(*remote.FAULTS):  # fetching says what is wrong
+                    found = remote.read_part(url, offset - BLOCK, BLOCK + size, index.size_bytes)
+                    if found is not None and begins_member(found, size):
+                        return found[BLOCK:]
+        fd = self._open(url, index)
+        try:
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)  # one that stays open takes its place on the disk though it has left the cache
+
+    def _open(self, url: str, index: ShardIndex) -> int:
+        target = self.target(url)
+        while True:
+            try:
+                fd = os.open(target, os.O_RDONLY)
+            except (FileNotFoundError, NotADirectoryError):
+                self.fetch(url)
+                continue
+            except OSError as error:
+                raise UserError(f"{target}: {error.strerror}") from error
+            found = os.fstat(fd)
+            file = (found.st_ino, found.st_size, found.st_mtime_ns)
+            if self._known.get(url) == file:
+                if time.time_ns() - found.st_atime_ns > 1_000_000_000:
+                    _use(target)
+                return fd
+            os.close(fd)
+            now = self._index_of(target)
+            if now is None:
+                continue
+            if now.size_bytes != index.size_bytes or not np.array_equal(now.table, index.table):
+                raise UserError(f"{url}: changed since it was indexed; start again")
+            self._known[url] = file
+
+    def _index_of(self, target: Path) -> ShardIndex | None:
+        """None where it has left the cache."""
+        try:
+            return self.index_local(str(target))
+        except UserError:
+            if target.exists():
+                raise
+            return None
+
+    def index_local(self, shard: str, *, fresh: bool = False) -> ShardIndex:
+        """The index of a file, see `index_shard`."""
+        return index_shard(shard, self.cache_dir, fresh=fresh, image_extension=self.image_extension)
+
+    def _stored_index(self, target: Path) -> Path:
+        return index_path(str(target), image_extension=self.image_extension)
+
+    def listing(self, folder: str) -> dict[str, Entry]:
+        """Of the shards below an URL, as it lies beside them; {} where there is none."""
+        try:
+            with remote.opened(f"{folder}/{LISTING}") as answer:
+                return parse_listing(answer.stream.read(MOST_LISTING_BYTES))
+        except remote.FAULTS:
+            return {}
+
+    def _index_elsewhere(self, url: str) -> ShardIndex | None:
+        """The index that lies beside a remote shard; None where there is none that could be of a shard."""
+        try:
+            beside = remote.next_to(url, str(index_path("", image_extension=self.image_extension)))
+            with remote.opened(beside) as answer:
+                return read_index(io.BytesIO(answer.stream.read(MOST_INDEX_BYTES)))
+        except remote.FAULTS:  # servers say in many ways that they have no such file
+            return None
+
+    def _copy(self, url: str, target: Path) -> None:
+        part = target.with_name(target.name + ".part")
+        try:
+            index = self._download(url, part)
+        except UserError:
+            part.unlink(missing_ok=True)
+            raise
+        with self._room():  # whoever counts sees it by the one name or the other
+            os.replace(part, target)
+        write_index(self._stored_index(target), index)
+
+    def _download(self, url: str, part: Path) -> ShardIndex:
+        have, furthest, tries, version = 0, 0, 0, None
+        while True:
+            try:
+                with (
+                    remote.opened(url, start=have, version=version) as answer,
+                    open(part, "r+b" if have else "wb") as out,
+                ):
+                    have, version, total = answer.start, answer.version, answer.total
+                    if total is not None:
+                        self._make_room(url, part, total)
+                    out.seek(have)
+                    while chunk := answer.stream.read(CHUNK_BYTES):
+                        if total is None:
+                            self._make_room(url, part, have + len(chunk))
+                        out.write(chunk)
+                        have += len(chunk)
+                if total is not None and have != total:
+                    raise OSError(f"{have} of {total} bytes arrived")
+                break
+            except remote.FAULTS as error:
+                tries, furthest = (1, have) if have > furthest else (tries + 1, furthest)
+                if version is None or isinstance(error, remote.Changed):
+                    have = 0
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    advice = "lower data.cache_limit_gb, or give another data.cache_dir"
+                    raise UserError(f"{url}: no space left in {self.folder}: {advice}") from error
+                words = str(error) or type(error).__name__
+                if tries == TRIES or remote.is_final(error):
+                    raise UserError(f"{url}: {words} (tried {tries} times)") from error
+                if tries == 2:  # once may happen to anybody
+                    warnings.warn(f"{url}: {words}; asking again", MppWarning, stacklevel=2)
+                time.sleep(min(max(PAUSE_S * 2**tries, remote.wished_pause_s(error)), MOST_PAUSE_S))
+        os.truncate(part, have)
+        try:
+            return scan(str(part), self.image_extension)
+        except UserError as error:  # a login page with status 200, say: never let it into the cache
+            raise UserError(f"{url}: what arrived is no shard: {str(error).removeprefix(f'{part}: ')}") from error
+
+    def _make_room(self, url: str, part: Path, size: int) -> None:
+        """Give `part` its full size on the disk, once there is room for it: what is oldest leaves.
+
+        UserError where it alone is too large.
+        """
+        while True:
+            with self._room():
+                sizes, oldest = self._files(but=part)
+                total = sum(sizes.values())
+                for path in oldest:
+                    if total + size <= self.limit_bytes:
+                        break
+                    path.unlink(missing_ok=True)
+                    total -= sizes[path]
+                if total + size <= self.limit_bytes:
+                    os.truncate(part, size)
+                    return
+            if total == 0:
+                raise UserError(
+                    f"data.cache_limit_gb: {url} takes {size / 1e9:.6g} GB; allowed are {self.limit_bytes / 1e9:.6g}"
+                )
+            time.sleep(0.05)  # others are being fetched, and may leave after
+
+    def _files(self, *, but: Path) -> tuple[dict[Path, int], list[Path]]:
+        """Bytes of what takes space here, and which of it may leave, the least recently used first."""
+        sizes, used = {}, {}
+        for path in self.folder.iterdir():
+            if path == but or not path.name.endswith((".tar", ".tar.part")):
+                continue
+            if path.suffix == ".part":
+                with self._locked(path.with_suffix(".lock"), wait=False) as abandoned:
+                    if abandoned:  # by a process that died
+                        path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                found = path.stat()
+                sizes[path] = found.st_size
+                if path.suffix == ".tar":
+                    used[path] = found.st_atime_ns
+        return sizes, sorted(used, key=lambda path: used[path])
+
+    def _room(self) -> contextlib.AbstractContextManager[bool]:
+        """In which nothing else comes, leaves or is counted."""
+        return self._locked(self.folder / "room.lock")
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
+        """Held by one process, and one thread of it, at a time; False where it is held and not waited for."""
+        with contextlib.ExitStack() as until_the_end:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = until_the_end.enter_context(open(path, "w"))
+            except OSError as error:
+                raise UserError(f"data.cache_dir: {path.parent}: {error.strerror}") from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+@functools.cache
+def _name_of(url: str) -> str:
+    """Of a shard's copy; another signature is not another shard. Remembered: it is asked for with each image."""
+    try:
+        base = os.path.basename(urllib.parse.urlsplit(url).path)
+    except ValueError as error:
+        raise UserError(f"{url}: {error}") from error
+    digest = hashlib.sha256(without_secrets(url).encode()).hexdigest()[:16]
+    return f"{digest}-{base.removesuffix('.tar')[-100:]}.tar"
+
+
+def _use(path: Path) -> None:
+    """Mark it as used now. Its mtime stays: its index is known by it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

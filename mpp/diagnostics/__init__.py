@@ -1,1 +1,0 @@
-"""Pictures and numbers that show what was learned."""

@@ -1,0 +1,254 @@
+"""Write an encoder as a timm folder, with a reference output that proves it loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from mpp.encoders.checksums import HEAD, TOLERANCE, sha256
+from mpp.errors import UserError, reason, without_secrets
+from mpp.parallel import faults
+from mpp.recipe.dump import dump_recipe
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.runs.environment import environment
+from mpp.runs.records import write_json
+
+NOT_INHERITED = (
+    "hf_hub_id",
+    "hf_hub_filename",
+    "url",
+    "file",
+    "origin_url",
+    "paper_name",
+    "paper_ids",
+    "notes",
+    "license",
+)
+"""Keys of timm's pretrained_cfg that speak of other weights than these."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an encoder is made for, and how it came to be."""
+
+    mean: Sequence[float]
+    """Of pixels in [0, 1], by channel; with std what its images are normalised with."""
+    std: Sequence[float]
+    input_size: tuple[int, int, int]
+    """(channels, H, W), in pixels."""
+    made: str
+    """A sentence of its model card; limits: another."""
+    limits: str
+    crop_fraction: float = 1.0
+    """Of the image's shorter side that is read."""
+    recipe: str | None = None
+    """The file recipe.yaml; None where there was none."""
+    pixels: str = "pixels in [0, 1]"
+    """What mean and std speak of."""
+
+
+def pool_patches(model: Any) -> None:
+    """Let a timm model give the mean of its patch tokens for an image, if it gives the class token or attention's pool.
+
+    Pretraining trains the patch tokens. What it makes of the class token depends on the objective, and nothing trains
+    the attention that some encoders (SigLIP, Perception Encoder) pool with. timm's distilled DeiTs pool in one way
+    only: they stay as they are, see `has_embedding`.
+    """
+    if getattr(model, "global_pool", None) in ("token", "map") and hasattr(model, "reset_classifier"):
+        with suppress(AssertionError):
+            model.reset_classifier(0, "avg")
+
+
+def has_embedding(model: Any) -> bool:
+    """Whether what a timm model gives for an image is worth reading: not the class token of a distilled DeiT without
+    a classifier, which reads two tokens that nobody trained."""
+    return bool(model.num_classes) or type(model).__name__ != "VisionTransformerDistilled"
+
+
+def reading_line(model: Any) -> str:
+    """The line of a card that makes an embedding or logits of images with a timm model."""
+    if model.num_classes:
+        return "logits = model.eval()(images)"
+    if has_embedding(model):
+        return "embedding = model.eval()(images)"
+    return f"embedding = model.eval().forward_features(images)[:, {model.num_prefix_tokens}:].mean(1)"
+
+
+def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
+    """Of what this recipe trained."""
+    if isinstance(recipe, PretrainRecipe):
+        made = (
+            f"Masked-patch pretraining without labels: mask {recipe.mask.name}, corruption {recipe.corruption.name}, "
+            f"target {recipe.target.name}, head {recipe.head.name}, data `{', '.join(recipe.data.shards)}`."
+        )
+        limits = (
+            "The final norm was not trained, and a class token's own output only by decoders that read it: fine-tune, "
+            "or read the mean of the patch tokens, which is the embedding. `mpp finetune` tells how good the features "
+            "are, compared with the same from scratch."
+        )
+    else:
+        made = f"Fine-tuned on `{', '.join(recipe.data.train)}` from `{recipe.encoder}`."
+        limits = "Judged on the validation data named in recipe.yaml alone."
+    mean, std = recipe.data.mean_std()
+    return Origin(
+        mean=mean,
+        std=std,
+        input_size=(recipe.data.channels, *recipe.data.image_size),
+        made=f"{made} The whole recipe is in `recipe.yaml`.",
+        limits=limits,
+        crop_fraction=getattr(recipe.data, "val_crop_fraction", 1.0),
+        recipe=dump_recipe(recipe),
+        pixels=pixels_of(recipe.data.decoding().get("value_range")),
+    )
+
+
+def pixels_of(value_range: Any) -> str:
+    """What mean and std speak of, of images that were read so; None: as 8 bit."""
+    if value_range is None:
+        return "pixels in [0, 1]"
+    words = "0 and the largest number of their type" if value_range == "type" else str(list(value_range))
+    return f"values scaled to [0, 1] from {words}"
+
+
+def save_encoder(
+    model: nn.Module,
+    folder: Path,
+    origin: Origin,
+    metrics: dict[str, Any],
+    classes: list[str] | None = None,
+    head: tuple[dict[str, torch.Tensor], list[str]] | None = None,
+) -> None:
+    """Write a timm model as a timm folder with its proof. An earlier export of the same folder is replaced.
+
+    classes: of the model's own classifier. head: weights and classes of a head that timm does not know, for
+    `load_head`. UserError where it cannot be written.
+    """
+    aside = folder.with_name(folder.name + ".tmp")
+    training = model.training
+    model.eval()
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        timm.models.save_for_hf(
+            model,
+            str(aside),
+            model_config={"label_names": classes} if classes else None,
+            safe_serialization=True,
+            data_config={
+                "mean": list(origin.mean),
+                "std": list(origin.std),
+                "input_size": origin.input_size,
+                "crop_pct": origin.crop_fraction,
+                "interpolation": "bicubic",
+            },
+        )
+        config = json.loads((aside / "config.json").read_text())
+        # transformers' TimmWrapper passes num_classes itself and fails on a second one
+        config.get("model_args", {}).pop("num_classes", None)
+        for key in NOT_INHERITED:
+            config["pretrained_cfg"].pop(key, None)
+        config["pretrained_cfg"] |= {"tag": "mpp", "license": "unknown"}
+        write_json(aside / "config.json", config)
+        device = next(model.parameters()).device
+        images = torch.randn(2, *origin.input_size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            features = model.forward_features(images.to(device))  # type: ignore[operator]
+            reference = {"features": features}
+            if has_embedding(model):
+                reference["embedding"] = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+            if classes:
+                reference["logits"] = model(images.to(device))
+        save_file(
+            # some families give the same memory twice, which safetensors refuses
+            {"images": images, **{k: v.float().cpu().contiguous().clone() for k, v in reference.items()}},
+            aside / "reference.safetensors",
+        )
+        written = ["model.safetensors", "reference.safetensors"]
+        if head is not None:
+            state = {name: value.cpu().contiguous() for name, value in head[0].items()}
+            save_file(state, aside / HEAD, {"classes": json.dumps(head[1])})
+            written.append(HEAD)
+        for tensors in written:  # safetensors writes for the owner alone
+            shutil.copymode(aside / "config.json", aside / tensors)
+        if origin.recipe is not None:
+            (aside / "recipe.yaml").write_text(origin.recipe, encoding="utf-8")
+        write_json(
+            aside / "export.json",
+            {
+                "weights_sha256": sha256(aside / "model.safetensors"),
+                "files_sha256": {name: sha256(aside / name) for name in ("config.json", "reference.safetensors")},
+                **({"head_sha256": sha256(aside / HEAD)} if head is not None else {}),
+                "tolerance": TOLERANCE,
+                "metrics": metrics,
+                "environment": environment()["packages"],
+            },
+        )
+        (aside / "README.md").write_text(
+            without_secrets(
+                _card(
+                    config,
+                    origin,
+                    metrics,
+                    sum(p.numel() for p in model.parameters()),
+                    use=reading_line(model),
+                )
+            )
+        )
+        faults.point("export.written", aside / "model.safetensors")
+        shutil.rmtree(folder, ignore_errors=True)
+        faults.point("export.before_rename")
+        os.replace(aside, folder)
+        faults.point("export.renamed")
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
+    finally:
+        model.train(training)
+
+
+def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int, use: str) -> str:
+    """use: the line that makes an embedding or logits of images."""
+    width = config.get("num_classes") or config["num_features"]
+    how = f"{use}  # (N, {width}); images (N, channels, height, width), normalised as below\n"
+    kind = "classification" if config.get("num_classes") else "feature-extraction"
+    cfg = config["pretrained_cfg"]
+    rows = [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
+    values = "\n".join(["## Metrics", "", "| | |", "|---|---|", *rows]) + "\n\n" if rows else ""
+    return f"""---
+library_name: timm
+tags: [image-{kind}]
+---
+# {config["architecture"]}, {parameters / 1e6:.2f} M parameters
+
+{origin.made}
+
+## Use
+
+```python
+import timm
+model = timm.create_model("local-dir:FOLDER", pretrained=True)
+{how}```
+
+## Input
+
+{cfg["input_size"]} (channels, height, width), mean {cfg["mean"]}, std {cfg["std"]} of {origin.pixels}.
+Pooling: {config.get("global_pool", "none")}.
+
+{values}## Limits
+
+{origin.limits}
+
+`mpp verify FOLDER` loads it in a clean process and compares what it gives with `reference.safetensors`.
+"""

@@ -1,0 +1,253 @@
+"""One arm of an evaluation: an encoder or a control, its features, and every probe of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mpp.data.labeled import Labeled
+from mpp.data.labeled_sets import CentreDataset
+from mpp.data.loader import batches
+from mpp.encoders.images_of import for_channels
+from mpp.encoders.sources import check_size, open_encoder
+from mpp.errors import UserError
+from mpp.evaluation.features import EncoderReader, Place, Read, Table, read_table
+from mpp.evaluation.probes import attentive, knn, linear
+from mpp.evaluation.result import RESULT, Score, best_setting, named_classes
+from mpp.recipe.evaluate import EvaluateRecipe
+from mpp.rng import Purpose, stream, torch_seed
+from mpp.runs.log import format_duration
+
+T = TypeVar("T")
+LINE_EVERY_S = 10.0
+"""Between lines of progress, if there is no terminal for a bar."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one encoder, or control, got."""
+
+    scores: list[Score]
+    judged: list[int]
+    """Validation images of each class that could be read"""
+    unreadable: list[str]
+    """A line for each image, of both parts, that could not be read"""
+
+
+@dataclass
+class Data:
+    """Labeled images in the parts that the probes need."""
+
+    train: Labeled
+    val: Labeled
+    fit: np.ndarray
+    """Numbers of the training images that probes are fitted to while something is chosen…"""
+    tune: np.ndarray
+    """… and of those by which it is chosen."""
+
+
+@dataclass
+class _Opened:
+    """An encoder and the size of its images."""
+
+    reader: nn.Module
+    size: tuple[int, int]
+
+
+def open_reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
+    """UserError where the encoder cannot be had so."""
+    data = recipe.data
+    torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
+    source = recipe.compare if arm == "compare" else recipe.encoder
+    assert source is not None
+    model: Any = open_encoder(
+        source,
+        architecture=None if arm == "compare" else recipe.architecture,
+        image_size=data.image_size,
+        channels=data.channels,
+        pretrained=arm != "random",
+    )
+    own = model.pretrained_cfg
+    size = data.image_size or tuple(own["input_size"][1:])
+    check_size(model, size, source)
+    mean, std = (getattr(data, k) or for_channels(own[k], data.channels) for k in ("mean", "std"))
+    return _Opened(EncoderReader(model, recipe.layers, mean, std), (int(size[0]), int(size[1])))
+
+
+def finished_arm(folder: Path, fingerprint: str) -> Arm | None:
+    """An arm that is done. UserError where it is of other data or weights."""
+    try:
+        stored = json.loads((folder / RESULT).read_text())
+        found = Arm([Score(**s) for s in stored["scores"]], stored["judged"], stored["unreadable"])
+        before = stored["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if before != fingerprint:
+        raise UserError(f"{folder}: the data or the encoder changed since; start a new run")
+    return found
+
+
+def run_arm(
+    recipe: EvaluateRecipe, accelerator: Any, reader: nn.Module, data: Data, size: tuple[int, int], folder: Path
+) -> Arm:
+    """Every probe at every place of one encoder."""
+    device, scores = accelerator.device, list[Score]()
+    keys, classes = recipe.data, len(data.train.classes)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+    progress = _Progress()
+    judged, unreadable = np.bincount(data.val.labels, minlength=classes), list[str]()
+
+    def images(
+        of: Labeled, numbers: np.ndarray, batch_size: int, what: str, *, time_left: bool = True
+    ) -> Iterator[Any]:
+        dataset = CentreDataset(of, size, keys.val_crop_fraction, **keys.decoding())
+        parts = [numbers[i : i + batch_size].tolist() for i in range(0, len(numbers), batch_size)]
+        loaded = batches(dataset, parts, workers=keys.workers, pin_memory=device.type == "cuda")
+        yield from progress.shown(loaded, f"{folder.name}: {what}, batch", len(parts), time_left=time_left)
+
+    def read(pixels: Tensor, *, tokens: bool = False) -> Read:
+        """In the run's precision, and only this: whatever is trained on it is trained in float32."""
+        with accelerator.autocast():
+            return reader(pixels, tokens=tokens)
+
+    # ---- features, read once
+    if {"knn", "linear"} & set(recipe.probes):
+        both = np.concatenate([data.fit, data.tune])
+        train = read_table(
+            read, images(data.train, both, keys.batch_size, "training images"), len(both), len(data.fit),
+            folder / "features" / "train", device,
+        )  # fmt: skip
+        everything = np.arange(len(data.val.labels))
+        val = read_table(
+            read, images(data.val, everything, keys.batch_size, "validation images"), len(everything), 0,
+            folder / "features" / "val", device,
+        )  # fmt: skip
+        judged, unreadable = np.bincount(val.labels, minlength=classes), train.unreadable + val.unreadable
+        if len(val.labels) == 0 or train.first in (0, len(train.labels)):
+            key = "train" if len(val.labels) else "val"
+            raise UserError(f"data.{key}: not one image can be read; the first: {unreadable[0]}")
+        for place in progress.shown(train.features, f"{folder.name}: probes, layer and pooling", len(train.features)):
+            if "knn" in recipe.probes:
+                scores.append(_knn(recipe, place, train, val, classes, device))
+            if "linear" in recipe.probes:
+                scores.append(_linear(recipe, place, train, val, classes, device))
+        if not recipe.keep_features:
+            del train, val  # unmapped before they are deleted
+            shutil.rmtree(folder / "features")
+
+    # ---- tokens, read in every epoch
+    if "attentive" in recipe.probes and isinstance(reader, EncoderReader):
+        unread, unread_val = dict.fromkeys(unreadable), set[int]()
+
+        def tokens(of: Labeled, numbers: np.ndarray, what: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+            for batch in images(of, numbers, recipe.attentive.batch_size, what, time_left=False):
+                readable = batch.readable.to(device)
+                unread.update(dict.fromkeys(batch.bad))
+                if of is data.val:
+                    unread_val.update(batch.positions[~batch.readable].tolist())
+                found = read(batch.images.to(device), tokens=True)
+                yield {k: v[readable] for k, v in found.tokens.items()}, batch.labels.to(device)[readable]
+
+        scores += _attentive(recipe, data, tokens, classes, device)
+        unreadable = list(unread)
+        judged = np.bincount(np.delete(data.val.labels, sorted(unread_val)), minlength=classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Arm(scores, judged.tolist(), unreadable)
+
+
+class _Progress:
+    """How far an arm is: bars on a terminal, else a line every LINE_EVERY_S, however short the loops are."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def shown(self, items: Iterable[T], what: str, total: int, *, time_left: bool = True) -> Iterator[T]:
+        """The same items. time_left: of this loop; not if it is one of many."""
+        if sys.stderr.isatty():
+            yield from tqdm(items, what, total, leave=False)
+            return
+        began = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - self.last >= LINE_EVERY_S:
+                self.last = now
+                left = f", {format_duration((now - began) / done * (total - done))} left" if time_left else ""
+                print(f"{what} {done} of {total}{left}", flush=True)
+
+
+def _knn(recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes: int, device: torch.device) -> Score:
+    x, labels, first = train.features[place], train.labels, train.first
+    ks = recipe.knn.k
+    tuned = knn.accuracies(x[:first], labels[:first], x[first:], labels[first:], ks, classes, device)
+    k = best_setting(tuned, smaller=True)
+    found = knn.accuracies(x, labels, val.features[place], val.labels, sorted({*ks, k}), classes, device)
+    return Score("knn", *place, found[k], tuned[k], k, named_classes(found))
+
+
+def _linear(
+    recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes: int, device: torch.device
+) -> Score:
+    x, labels, first = train.features[place], train.labels, train.first
+    keys: Any = {"device": device, "max_iterations": recipe.linear.max_iterations}
+    tuned: dict[float, float] = {}
+    fitted = None
+    for decay in sorted(recipe.linear.weight_decay, reverse=True):  # from strong to weak, each from the one before
+        fitted = linear.fit(x[:first], labels[:first], classes, decay, start=fitted, **keys)
+        tuned[decay] = float((fitted.predict(x[first:]) == labels[first:]).mean())
+    decay = best_setting(tuned, smaller=False)
+    fitted = linear.fit(x, labels, classes, decay, **keys)
+    accuracy = float((fitted.predict(val.features[place]) == val.labels).mean())
+    return Score("linear", *place, accuracy, tuned[decay], decay, named_classes(tuned))
+
+
+def _attentive(recipe: EvaluateRecipe, data: Data, tokens: Any, classes: int, device: torch.device) -> list[Score]:
+    """A probe for each layer and learning rate, all trained at once; then the best of each layer again, on all."""
+    keys = recipe.attentive
+
+    def trained(numbers: np.ndarray, wanted: list[tuple[str, float]], what: str) -> list[Any]:
+        torch.manual_seed(torch_seed(recipe.seed, Purpose.PROBE))
+        probes = [(layer, lr, attentive.AttentiveProbe(dims[layer], classes).to(device)) for layer, lr in wanted]
+
+        began = time.monotonic()
+
+        def epoch_of(epoch: int) -> Iterator[Any]:
+            left = (
+                f", {format_duration((time.monotonic() - began) / epoch * (keys.epochs - epoch))} left" if epoch else ""
+            )
+            said = f"{what}, epoch {epoch + 1} of {keys.epochs}{left}"
+            return tokens(data.train, stream(recipe.seed, Purpose.PROBE, epoch).permutation(numbers), said)
+
+        steps = -(-len(numbers) // keys.batch_size)
+        attentive.train(probes, epoch_of, epochs=keys.epochs, steps_per_epoch=steps, weight_decay=keys.weight_decay)
+        return probes
+
+    first, _ = next(iter(tokens(data.train, data.fit[:1], "one image")))
+    dims = {layer: x.shape[-1] for layer, x in first.items()}
+    probes = trained(data.fit, [(layer, lr) for layer in dims for lr in keys.lr], "attentive, choosing")
+    right, images = attentive.count_correct(probes, tokens(data.train, data.tune, "attentive, choosing"))
+    sweeps: dict[str, dict[float, float]] = {layer: {} for layer in dims}
+    for (layer, lr, _), correct in zip(probes, right, strict=True):
+        sweeps[layer][lr] = correct / max(images, 1)
+    chosen = [(layer, best_setting(sweep, smaller=True)) for layer, sweep in sweeps.items()]
+    probes = trained(np.concatenate([data.fit, data.tune]), chosen, "attentive")
+    right, images = attentive.count_correct(
+        probes, tokens(data.val, np.arange(len(data.val.labels)), "attentive, validation")
+    )
+    if images == 0:
+        raise UserError("data.val: not one image can be read")
+    return [
+        Score("attentive", layer, "attention", n / images, sweeps[layer][lr], lr, named_classes(sweeps[layer]))
+        for (layer, lr, _), n in zip(probes, right, strict=True)
+    ]

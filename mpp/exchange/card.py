@@ -1,0 +1,137 @@
+"""What a model card tells of the run behind an encoder: data, recipe, cost, probes. From its records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mpp.errors import UserError, without_secrets
+from mpp.evaluation.probes import PROTOCOL
+from mpp.runs.history import History, read_run
+
+PRETRAINING = ("encoder.name", "data.image_size", "mask", "corruption", "target", "loss", "head", "predict_fraction")
+FINETUNING = (
+    "encoder",
+    "task",
+    "data.image_size",
+    "data.labels_per_class",
+    "data.fraction",
+    "frozen",
+    "drop_path_rate",
+)
+OPTIM = ("optim.epochs", "optim.steps", "optim.global_batch_size", "optim.base_lr", "precision", "seed", "seeds")
+
+
+def sections(source: str | Path) -> list[tuple[str, str]]:
+    """(title, text) of what is known of a run, or of the cell of a fine-tune; nothing where it is none."""
+    place = Path(source)
+    place = place.parent if place.name == "encoder" else place
+    if not (place / "status.json").exists():
+        return []  # an export keeps its recipe, too, and has a card
+    try:
+        run, cell = read_run(place), None
+    except UserError:
+        try:
+            run, cell = read_run(place.parent), place.name
+        except UserError:
+            return []
+        if run.job != "finetune":
+            return []
+    shown = _pretrained(run) if run.job == "pretrain" else _finetuned(run, cell) if run.job == "finetune" else []
+    return [(title, without_secrets(text)) for title, text in shown if text]
+
+
+def _pretrained(run: History) -> list[tuple[str, str]]:
+    data, places = run.data, run.setting("data.shards", [])
+    lines = [f"Images without labels from {_list(places)}."]
+    if "images" in data:
+        lines.append(
+            f"{data['images']} for training in {data.get('shards', '?')} shards, {data.get('held_out', 0)} more held "
+            f"out to measure the skill. Fingerprint `{str(data.get('fingerprint', ''))[:16]}`."
+        )
+    if bad := run.last("skipped_images"):
+        lines.append(f"{int(bad)} could not be read.")
+    probes = []
+    if (skill := run.last("skill")) is not None:
+        probes.append(
+            f"Skill on held-out images: {skill:.3f} (0: as good as guessing the mean, 1: every hidden patch exactly)."
+        )
+    if (probed := run.last("probe_accuracy")) is not None:
+        probes.append(f"Linear probe while it trained: {probed:.1%}, of the best layer on the images it was judged by.")
+    probes += _evaluated(run.folder / "evaluation")
+    probes.append(
+        "What it is worth on your task is what `mpp finetune` says, which runs the same from scratch beside it."
+    )
+    return [
+        ("Data", " ".join(lines)),
+        ("Recipe", _table(run, (*PRETRAINING, *OPTIM))),
+        ("Cost", _cost(run, run.env)),
+        ("Probes", "\n\n".join(probes)),
+    ]
+
+
+def _finetuned(run: History, cell: str | None) -> list[tuple[str, str]]:
+    own = next((c for c in run.cells if c.name == cell), None)
+    places = (
+        f"Labeled images from {_list(run.setting('data.train', []))}, judged on {_list(run.setting('data.val', []))}."
+    )
+    return [
+        ("Data", places),
+        ("Recipe", _table(run, (*FINETUNING, *OPTIM))),
+        ("Cost", _cost(own, run.env) if own else ""),
+    ]
+
+
+def _evaluated(folder: Path) -> list[str]:
+    """Of `mpp evaluate`, beside its controls."""
+    try:
+        found = read_run(folder).result
+        best, chance = found["best"], float(found["chance"])
+        probes = list(best["encoder"])
+        arms = {"encoder": "this encoder", "random": "at random initialisation", "pixels": "raw pixels"}
+        rows = [
+            f"| {words} | " + " | ".join(_percent(best.get(arm, {}).get(p)) for p in probes) + " |"
+            for arm, words in arms.items()
+        ]
+        head = [f"| frozen features | {' | '.join(probes)} |", "|---" * (len(probes) + 1) + "|"]
+        last = [f"| the most frequent class | {' | '.join([f'{100 * chance:.1f} %'] * len(probes))} |"]
+        said = f"Fitted to {found['train_images']} labeled images, judged on {found['val_images']}."
+        if "linear" in probes:
+            said += f" {PROTOCOL[0].upper()}{PROTOCOL[1:]}."
+        return ["\n".join([*head, *rows, *last]), said]
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _percent(score: dict[str, Any] | None) -> str:
+    return f"{100 * float(score['accuracy']):.1f} %" if score else "–"
+
+
+def _cost(run: History, env: dict[str, Any]) -> str:
+    if not run.metrics:
+        return ""
+    devices, processes = env.get("devices", []), env.get("processes", 1)
+    # on one machine, what its environment told; several machines have more
+    kind = f"{processes} process{'es' if processes != 1 else ''}, on {', '.join(sorted(set(map(str, devices)))) or '?'}"
+    if devices == ["cpu"]:
+        kind += f" ({env.get('torch_threads', '?')} threads each)"
+    last, hours = run.metrics[-1], run.hours()[-1]
+    took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    return f"{last['step']} steps, {last['seen']} images seen, {took} of training; {kind}."
+
+
+def _table(run: History, keys: tuple[str, ...]) -> str:
+    rows = []
+    for key in keys:
+        value = run.setting(key)
+        if value is None or value == "auto":
+            continue
+        if isinstance(value, dict):
+            rest = ", ".join(f"{k} {v}" for k, v in value.items() if k != "name" and v is not None)
+            value = f"{value.get('name', '')}{f' ({rest})' if rest else ''}"
+        rows.append(f"| {key} | {value} |")
+    return "\n".join(["| key | value |", "|---|---|", *rows, "", "All of it: `recipe.yaml`."])
+
+
+def _list(places: Any) -> str:
+    return ", ".join(f"`{p}`" for p in ([places] if isinstance(places, str) else places)) or "?"

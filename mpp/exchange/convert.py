@@ -1,0 +1,224 @@
+"""An encoder in the formats of others, each reloaded in a clean process and compared before it is handed over.
+
+A folder of any format holds what was written, `reference.safetensors` (images and what the encoder makes of them),
+`export.json` (format, checksums, tolerance, normalisation), `recipe.yaml` and a model card.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import pkgutil
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpp.encoders.checksums import has_head, sha256, weights_sha256
+from mpp.encoders.folder import has_embedding
+from mpp.encoders.images_of import stored_recipe, value_range_of
+from mpp.encoders.sources import class_names, load_encoder
+from mpp.errors import UserError, how_to_get, one_line
+from mpp.exchange import card as modelcard
+from mpp.exchange.artifact import Artifact
+from mpp.exchange.verify import (
+    Verified,
+    check_files,
+    found_in_clean_process,
+    is_timm_export,
+    tolerance_of,
+    verified_at,
+    verify_timm_folder,
+    with_sections,
+)
+from mpp.finetuning.model import load_dense
+from mpp.runs.environment import environment
+from mpp.runs.records import check_beside, check_new, encoder_folder, write_json
+
+FORMAT = 1
+"""Of export.json where it names a format."""
+COMPARE = """
+import json
+assert "mpp" not in sys.modules
+differences = [0.0]
+for found, rows in runs:
+    for name, value in found.items():
+        wanted = reference[name][rows]
+        assert tuple(value.shape) == tuple(wanted.shape), f"{name}: {tuple(value.shape)}, wanted {tuple(wanted.shape)}"
+        differences.append(float(abs(value - wanted).max()) / max(float(abs(wanted).max()), 1e-12))
+print(json.dumps(dict(difference=float("nan") if any(d != d for d in differences) else max(differences))))
+"""
+"""Follows a format's `VERIFY`, which leaves `runs`: outputs by name, and the rows of `reference` they are to equal."""
+
+
+def formats() -> list[str]:
+    """timm's folder first."""
+    package = importlib.import_module("mpp.exchange.formats")
+    return ["timm", *sorted(m.name for m in pkgutil.iter_modules(package.__path__))]
+
+
+class _Outputs(nn.Module):
+    """What an encoder gives, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.model.forward_features(images)
+        found = {"features": features}
+        if has_embedding(self.model):
+            found["embedding"] = self.model.forward_head(features, pre_logits=True)
+        if self.model.num_classes:
+            found["logits"] = self.model.forward_head(features)
+        return found
+
+
+class _Places(nn.Module):
+    """The logits of every pixel."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.model(images)}
+
+
+def export(run: str | Path, out: str | Path, format: str) -> Verified:
+    """Write the encoder of a run or an export to `out`, with its classifier or head of segmentation, and verify it.
+
+    format: any but timm's, which `mpp.exchange.verify.export_timm_folder` writes.
+
+    UserError where `out` is not new or empty, the format wants a package that is not there, or has no place for it.
+    """
+    if format not in formats():
+        raise UserError(f"--format: '{format}': allowed are {', '.join(formats())}")
+    check_new(Path(out))
+    told = modelcard.sections(run)
+    module = _module(format)
+    artifact = _artifact(run, format)
+    check_beside(Path(out), artifact.source)
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        try:
+            kind = module.write(artifact, folder)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # torch, onnx and transformers fail in their own ways on what they do not know
+            family = type(artifact.timm).__name__
+            raise UserError(f"--format {format}: {family}: {type(error).__name__}: {one_line(error)}") from error
+        written = sorted(p.name for p in folder.iterdir())
+        save_file({k: v.contiguous().clone() for k, v in artifact.reference.items()}, folder / "reference.safetensors")
+        for name in written:
+            shutil.copymode(artifact.source / "config.json", folder / name)
+        if (artifact.source / "recipe.yaml").exists():
+            shutil.copy(artifact.source / "recipe.yaml", folder)
+        cfg = artifact.config["pretrained_cfg"]
+        write_json(
+            folder / "export.json",
+            {
+                "format": format,
+                "format_version": FORMAT,
+                "kind": kind,
+                "files_sha256": {name: sha256(folder / name) for name in [*written, "reference.safetensors"]},
+                "tolerance": artifact.tolerance,
+                "parameters": sum(p.numel() for p in artifact.model.parameters()),
+                "outputs": list(artifact.outputs),
+                "classes": artifact.classes,
+                "task": artifact.task,
+                "normalisation": {key: cfg.get(key) for key in ("mean", "std", "input_size", "crop_pct")}
+                | {"value_range": artifact.value_range},
+                "environment": environment()["packages"],
+            },
+        )
+        use = module.use(artifact, folder).strip().replace("FOLDER", Path(out).resolve().name)
+        (folder / "README.md").write_text(_card(artifact, kind, use, told), encoding="utf-8")
+
+    return verified_at(Path(out), make, verify)
+
+
+def verify(folder: str | Path) -> Verified:
+    """Load an export in a clean process, as its users do, and compare. UserError where anything differs."""
+    path = Path(folder)
+    if is_timm_export(path):
+        return verify_timm_folder(path)
+    about: Any = json.loads((path / "export.json").read_text())
+    format = about["format"]
+    try:
+        known = about["format_version"] <= FORMAT and format in formats()
+        tolerance, parameters, kind = float(about["tolerance"]), int(about["parameters"]), str(about["kind"])
+        checksums = dict(about["files_sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no readable export.json") from error
+    if not known:
+        raise UserError(f"{path}: of a newer release: format {format}, version {about['format_version']}")
+    module = _module(format)
+    check_files(path, checksums)
+    if "reference.safetensors" not in checksums:
+        raise UserError(f"{path}: no readable export.json")
+    found = found_in_clean_process(path, module.VERIFY + COMPARE, "cannot be loaded")
+    difference = float(found["difference"])
+    if not difference <= tolerance:  # nan, too
+        raise UserError(f"{path}: outputs differ by {difference:.2e}, allowed is {tolerance:.0e}")
+    return Verified(path, difference, parameters, through=f"{format} ({kind})")
+
+
+def _module(format: str) -> Any:
+    module = importlib.import_module(f"mpp.exchange.formats.{format}")
+    missing = [name for name in module.NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format {format}: needs {', '.join(missing)}: {how_to_get(module.EXTRA)}")
+    return module
+
+
+def _artifact(run: str | Path, format: str) -> Artifact:
+    source = encoder_folder(run)
+    recipe_of: Any = stored_recipe(source)
+    tolerance = tolerance_of(source)
+    weights_sha256(source)
+    config = json.loads((source / "config.json").read_text())
+    try:
+        reference = load_file(source / "reference.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{source}: no readable reference.safetensors: nothing to compare with") from error
+    encoder: Any = load_encoder(source).eval()
+    classes = class_names(source) if encoder.num_classes else None
+    if not has_head(source) or format == "safetensors":
+        model: nn.Module = _Outputs(encoder)
+    else:
+        dense, recipe, classes = load_dense(source)
+        if recipe.task.name != "segment" or format == "transformers":
+            raise UserError(
+                f"--format {format}: has no place for a head of task: {recipe.task.name}; allowed: "
+                + ("timm, safetensors, onnx, torch_export" if recipe.task.name == "segment" else "timm, safetensors")
+            )
+        model, encoder = _Places(dense), dense.encoder
+        reference = {"images": reference["images"]}
+    with torch.no_grad():
+        outputs = model(reference["images"])
+    reference = {"images": reference["images"], **{k: reference.get(k, v) for k, v in outputs.items()}}
+    task = recipe_of.get("task", {}).get("name")
+    value_range = value_range_of(recipe_of, config["pretrained_cfg"]["input_size"][0])
+    return Artifact(
+        source, encoder, model.eval(), tuple(outputs), config, classes, reference, tolerance, task, value_range
+    )
+
+
+def _card(artifact: Artifact, kind: str, use: str, told: list[tuple[str, str]]) -> str:
+    """That of the timm folder, for another way to load it."""
+    try:
+        own = (artifact.source / "README.md").read_text(encoding="utf-8")
+    except OSError:
+        own = ""
+    library = "library_name: transformers\n" if "from transformers" in use else ""
+    own = re.sub(r"(?ms)^library_name: timm\n", library, own)
+    own = re.sub(r"(?ms)^## Use\n.*?(?=^## )", lambda _: f"## Use\n\n```python\n{use}\n```\n\n{kind}.\n\n", own)
+    return with_sections(own, told)

@@ -1,0 +1,203 @@
+"""Hugging Face transformers' names: ViT, ViT-MAE, DeiT, BEiT, Swin and PVT v2.
+
+The first naming is that of its files, which releases 4 and 5 write and read; the second that of 5's modules.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpp.exchange.naming_rules import Rule, Trained, rule
+
+
+def _block(timm: str, file: str, module: str, attention: str) -> tuple[Rule, ...]:
+    """Of a transformer block: its place in timm, in files and in modules. attention: what files call its inner part."""
+    inner, last = f"{file}.attention.{attention}", f"{{{file.count('{')}}}"  # the group after those of the place
+    return (
+        rule(
+            timm + r"attn\.qkv\.(.+)",
+            " ".join(f"{inner}.{part}.{last}" for part in ("query", "key", "value")),
+            " ".join(f"{module}.attention.{part}_proj.{last}" for part in "qkv"),
+        ),
+        rule(timm + r"attn\.q_bias", f"{inner}.query.bias", f"{module}.attention.q_proj.bias"),
+        rule(timm + r"attn\.v_bias", f"{inner}.value.bias", f"{module}.attention.v_proj.bias"),
+        rule(timm + r"attn\.proj\.(.+)", f"{file}.attention.output.dense.{last}", f"{module}.attention.o_proj.{last}"),
+        rule(timm + r"norm1\.(.+)", f"{file}.layernorm_before.{last}", f"{module}.layernorm_before.{last}"),
+        rule(timm + r"norm2\.(.+)", f"{file}.layernorm_after.{last}", f"{module}.layernorm_after.{last}"),
+        rule(timm + r"mlp\.fc1\.(.+)", f"{file}.intermediate.dense.{last}", f"{module}.mlp.fc1.{last}"),
+        rule(timm + r"mlp\.fc2\.(.+)", f"{file}.output.dense.{last}", f"{module}.mlp.fc2.{last}"),
+        rule(timm + r"gamma_([12])", f"{file}.lambda_{last}", f"{module}.lambda_{last}"),
+        rule(
+            timm + r"attn\.(relative_position_bias_table)",
+            *([f"{inner}.{last}"] if attention == "self" else [f"{inner}.relative_position_bias.{last}"]),
+            f"{module}.attention.relative_position_bias.{last}",
+            f"{module}.relative_position_bias.{last}",
+        ),
+    )
+
+
+def _stage_before(match: re.Match[str]) -> str:
+    return f"encoder.layers.{int(match[1]) - 1}.downsample.{match[2]}"
+
+
+TRAINED = (Trained("MAE", (r"(^|\.)decoder\.decoder_embed\.weight$",), masked=True),)
+VIT = (
+    rule(r"cls_token", "embeddings.cls_token"),
+    rule(r"dist_token", "embeddings.distillation_token"),
+    rule(r"pos_embed", "embeddings.position_embeddings"),
+    rule(r"patch_embed\.proj\.(.+)", "embeddings.patch_embeddings.projection.{0}"),
+    *_block(r"blocks\.(\d+)\.", "encoder.layer.{0}", "layers.{0}", "attention"),
+    rule(r"norm\.(.+)", "layernorm.{0}"),
+    rule(r"fc_norm\.(.+)", "pooler.layernorm.{0}"),
+)
+"""And BEiT, whose norm of the mean of its tokens is said to be the pooler's."""
+
+STAGE = "encoder.layers.{0}.blocks.{1}"
+SWIN = (
+    rule(r"patch_embed\.proj\.(.+)", "embeddings.patch_embeddings.projection.{0}"),
+    rule(r"patch_embed\.norm\.(.+)", "embeddings.norm.{0}"),
+    *_block(r"layers\.(\d+)\.blocks\.(\d+)\.", STAGE, STAGE, "self"),
+    rule(r"layers\.(\d+)\.downsample\.(.+)", _stage_before),
+    rule(r"norm\.(.+)", "layernorm.{0}"),
+)
+
+_PVT = r"stages\.(\d+)\.blocks\.(\d+)\."
+PVT_V2 = (
+    rule(r"patch_embed\.proj\.(.+)", "encoder.layers.0.patch_embedding.proj.{0}"),
+    rule(r"patch_embed\.norm\.(.+)", "encoder.layers.0.patch_embedding.layer_norm.{0}"),
+    rule(r"stages\.(\d+)\.downsample\.proj\.(.+)", "encoder.layers.{0}.patch_embedding.proj.{1}"),
+    rule(r"stages\.(\d+)\.downsample\.norm\.(.+)", "encoder.layers.{0}.patch_embedding.layer_norm.{1}"),
+    rule(_PVT + r"norm([12])\.(.+)", STAGE + ".layer_norm_{2}.{3}"),
+    rule(_PVT + r"attn\.q\.(.+)", STAGE + ".attention.query.{2}"),
+    rule(_PVT + r"attn\.kv\.(.+)", f"{STAGE}.attention.key.{{2}} {STAGE}.attention.value.{{2}}"),
+    rule(_PVT + r"attn\.proj\.(.+)", STAGE + ".attention.proj.{2}"),
+    rule(_PVT + r"attn\.sr\.(.+)", STAGE + ".attention.spatial_reduction.{2}"),
+    rule(_PVT + r"attn\.norm\.(.+)", STAGE + ".attention.layer_norm.{2}"),
+    rule(_PVT + r"mlp\.fc([12])\.(.+)", STAGE + ".mlp.dense{2}.{3}"),
+    rule(_PVT + r"mlp\.dwconv\.(.+)", STAGE + ".mlp.dwconv.dwconv.{2}"),
+    rule(r"stages\.(\d+)\.norm\.(.+)", "encoder.layers.{0}.layer_norm.{1}"),
+)
+RULES = (*VIT, *SWIN, *PVT_V2)
+
+SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
+"""timm's word for (width, depth, heads)."""
+ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+"""Theirs and timm's, None: its own."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a config.json describes, in timm's words."""
+
+    name: str
+    args: dict[str, Any]
+    """All that it says."""
+    defaults: dict[str, Any]
+    """What these are where nothing is said, by the name."""
+    norm_eps: float
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """Arguments that are not the name's."""
+        return {key: value for key, value in self.args.items() if value != self.defaults.get(key)}
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Where a key is left out, transformers' default holds. ValueError, KeyError or TypeError where it is none."""
+    kind, act = config["model_type"], config.get("hidden_act", "gelu")
+    if kind not in MODELS:
+        raise ValueError(f"model_type: '{kind}': allowed are {', '.join(MODELS)}")
+    allowed = ACTIVATIONS if kind in ("vit", "vit_mae", "deit") else {"gelu": None}  # timm's others have one alone
+    if act not in allowed:
+        raise ValueError(f"hidden_act: '{act}': allowed are {', '.join(allowed)}")
+    name, args, defaults = MODELS[kind](config)
+    if allowed[act]:
+        args["act_layer"] = allowed[act]
+    eps = config.get("layer_norm_eps", {"swin": 1e-5, "pvt_v2": 1e-6}.get(kind, 1e-12))
+    return Architecture(name, args, defaults, float(eps))
+
+
+Described = tuple[str, dict[str, Any], dict[str, Any]]
+"""timm's name, arguments, and what these are where nothing is said."""
+
+
+def _vit(config: Mapping[str, Any]) -> Described:
+    kind, width = config["model_type"], config.get("hidden_size", 768)
+    shape = {
+        "embed_dim": width,
+        "depth": config.get("num_hidden_layers", 12),
+        "num_heads": config.get("num_attention_heads", 12),
+    }
+    names = {"deit": "deit_{}_distilled_patch16_224", "beit": "beit_{}_patch16_224"}
+    sizes = {"deit": ("tiny", "small", "base"), "beit": ("base", "large")}.get(kind, SIZES.values())
+    size = SIZES.get(tuple(shape.values()))
+    size = size if size in sizes else "base"
+    named = next(numbers for numbers, word in SIZES.items() if word == size)
+    args = shape | {
+        "patch_size": config.get("patch_size", 16),
+        "mlp_ratio": _ratio(config.get("intermediate_size", 3072), width),
+        "qkv_bias": config.get("qkv_bias", True),
+    }
+    defaults: dict[str, Any] = dict(zip(shape, named, strict=True)) | {
+        "patch_size": 16,
+        "mlp_ratio": 4,
+        "qkv_bias": True,
+    }
+    if kind == "beit":
+        for key, wanted in (
+            ("use_relative_position_bias", True),
+            ("use_shared_relative_position_bias", False),
+            ("use_absolute_position_embeddings", False),
+        ):
+            if bool(config.get(key, False)) != wanted:
+                raise ValueError(
+                    f"{key}: must be {str(wanted).lower()}: timm's BEiTs have a bias of their own in each block"
+                )
+        args |= {
+            "init_values": config.get("layer_scale_init_value", 0.1),
+            "global_pool": "avg" if config.get("use_mean_pooling", True) else "token",
+        }
+        defaults |= {"init_values": 0.1 if size == "base" else 1e-5, "global_pool": "avg"}
+    return names.get(kind, "vit_{}_patch16_224").format(size), args, defaults
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Of which timm takes the whole part: one that does not fall below it by rounding."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+
+
+def _swin(config: Mapping[str, Any]) -> Described:
+    if config.get("use_absolute_embeddings"):
+        raise ValueError("use_absolute_embeddings: must be false: timm's Swins have relative positions alone")
+    defaults = {
+        "patch_size": 4,
+        "embed_dim": 96,
+        "depths": [2, 2, 6, 2],
+        "num_heads": [3, 6, 12, 24],
+        "window_size": 7,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+    }
+    return "swin_tiny_patch4_window7_224", {key: config.get(key, value) for key, value in defaults.items()}, defaults
+
+
+def _pvt_v2(config: Mapping[str, Any]) -> Described:
+    for key, own in (("patch_sizes", [7, 3, 3, 3]), ("strides", [4, 2, 2, 2])):
+        if list(config.get(key, own)) != own:
+            raise ValueError(f"{key}: {config[key]}: timm's PVTs have {own}")
+    theirs = {"embed_dims": "hidden_sizes", "num_heads": "num_attention_heads", "linear": "linear_attention"}
+    defaults = {
+        "depths": [2, 2, 2, 2],
+        "embed_dims": [32, 64, 160, 256],
+        "num_heads": [1, 2, 5, 8],
+        "sr_ratios": [8, 4, 2, 1],
+        "mlp_ratios": [8, 8, 4, 4],
+        "linear": False,
+        "qkv_bias": True,
+    }
+    return "pvt_v2_b0", {key: config.get(theirs.get(key, key), value) for key, value in defaults.items()}, defaults
+
+
+MODELS = {"vit": _vit, "vit_mae": _vit, "deit": _vit, "beit": _vit, "swin": _swin, "pvt_v2": _pvt_v2}
+"""Their model_type, and what reads its configuration."""

@@ -1,0 +1,181 @@
+"""An exported encoder, copied, loaded by plain timm in a clean process, and compared. Without torch in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from mpp.encoders.checksums import check_head, has_head, sha256, weights_sha256
+from mpp.encoders.folder import Origin, save_encoder
+from mpp.errors import UserError, reason
+from mpp.runs.records import check_beside, check_new, encoder_folder
+
+
+def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
+    """Write a timm model to `out` and verify it there. UserError where `out` is not new or empty."""
+    return verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}), verify_timm_folder)
+
+
+READ = """
+reference = load_file(folder + "/reference.safetensors")
+with torch.no_grad():
+    features = model.forward_features(reference["images"])
+    found = {"features": features}
+    if "embedding" in reference:
+        found["embedding"] = model.forward_head(features, pre_logits=True)
+    if "logits" in reference:
+        found["logits"] = model(reference["images"])
+"""
+"""Part of a program: what a timm `model` gives for the reference images in `folder`, by name, as `found`."""
+VERIFY = (
+    """
+import json, sys
+import torch, timm
+from safetensors.torch import load_file
+folder, keys = sys.argv[1], json.load(open(sys.argv[1] + "/export.json"))
+assert "mpp" not in sys.modules
+model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
+stored = load_file(folder + "/model.safetensors")
+state = model.state_dict()
+missing, extra = sorted(state.keys() - stored.keys()), sorted(stored.keys() - state.keys())
+changed = [k for k in state.keys() & stored.keys() if not torch.equal(state[k], stored[k])]
+"""
+    + READ
+    + """
+differences = [
+    float((found[k] - reference[k]).abs().max() / reference[k].abs().max().clamp_min(1e-12)) for k in found
+]
+difference = float("nan") if any(d != d for d in differences) else max(differences)
+print(json.dumps(dict(missing=missing, extra=extra, changed=changed, difference=difference,
+    parameters=sum(p.numel() for p in model.parameters()))))
+"""
+)
+"""Runs in a clean process: no mpp, only what a user of the artifact has."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify_timm_folder` found; raised as UserError where it does not hold."""
+
+    folder: Path
+    difference: float
+    """Largest difference of features and embedding over the largest reference value."""
+    parameters: int
+    through: str = "plain timm"
+    """What loaded it."""
+
+
+def export_timm_folder(run: str | Path, out: str | Path, told: Sequence[tuple[str, str]] = ()) -> Verified:
+    """Copy a run's encoder to `out` and verify it there. UserError where `out` is not new or empty.
+
+    told: (title, text) of sections for its model card.
+    """
+    source = encoder_folder(run)
+    check_beside(Path(out), source)
+
+    def copied(folder: Path) -> None:
+        tolerance_of(source)  # what is wrong with the source is said with its name, not that of the copy
+        weights_sha256(source)
+        shutil.copytree(source, folder)
+        if told:
+            card = folder / "README.md"
+            own = card.read_text(encoding="utf-8") if card.exists() else ""
+            card.write_text(with_sections(own, told), encoding="utf-8")
+
+    return verified_at(Path(out), copied, verify_timm_folder)
+
+
+def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Path], Verified]) -> Verified:
+    """A new folder that comes into being once what is made for it was verified by `check`. UserError."""
+    check_new(target)
+    try:
+        parent = target.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as aside:
+            copy = Path(aside) / "encoder"
+            make(copy)
+            try:
+                verified = check(copy)
+            except UserError as error:
+                raise UserError(str(error).replace(str(copy), str(target))) from error
+            if target.exists():  # an empty folder, perhaps somebody's working folder
+                for file in copy.iterdir():
+                    os.replace(file, target / file.name)
+            else:
+                os.replace(copy, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: cannot be written: {reason(error)}") from error
+    return replace(verified, folder=target)
+
+
+def is_timm_export(folder: str | Path) -> bool:
+    """Whether a folder is verified as timm's. So is a folder that is no export; `verify_timm_folder` refuses it."""
+    try:
+        return json.loads((Path(folder) / "export.json").read_text()).get("format", "timm") == "timm"
+    except (OSError, ValueError, AttributeError):
+        return True
+
+
+def verify_timm_folder(folder: str | Path) -> Verified:
+    """Load an export through plain timm in a clean process and compare. UserError where anything differs."""
+    path = encoder_folder(folder)
+    allowed = tolerance_of(path)
+    weights_sha256(path)
+    if has_head(path):
+        check_head(path)
+    if not (path / "reference.safetensors").is_file():
+        raise UserError(f"{path}: reference.safetensors is missing: nothing to compare with")
+    found = found_in_clean_process(path, VERIFY, "plain timm cannot load it")
+    for what in ("missing", "extra", "changed"):
+        if found[what]:
+            raise UserError(f"{path}: {what} weights after loading: {', '.join(found[what][:5])}")
+    if not found["difference"] <= allowed:
+        raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {allowed:.0e}")
+    # names of classes, mean and std, which no feature shows
+    check_files(path, json.loads((path / "export.json").read_text()).get("files_sha256", {}))
+    return Verified(path, found["difference"], found["parameters"])
+
+
+def found_in_clean_process(folder: Path, program: str, otherwise: str) -> Any:
+    """What a program prints of a folder, as JSON in its last line. UserError, `otherwise`, where it fails."""
+    # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", program, str(folder)], capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        lines = process.stderr.strip().splitlines()
+        raise UserError(f"{folder}: {otherwise}: {lines[-1] if lines else 'no message'}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def check_files(folder: Path, checksums: dict[str, str]) -> None:
+    """UserError where a file of an export is not what was written."""
+    for name, stated in checksums.items():
+        if sha256(folder / Path(name).name) != stated:
+            raise UserError(f"{folder / name}: does not match the checksum of its export")
+
+
+def tolerance_of(folder: Path) -> float:
+    """Of an export's features. UserError where it does not say."""
+    try:
+        return float(json.loads((folder / "export.json").read_text())["tolerance"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: no readable export.json: not an export of `mpp`") from error
+
+
+def with_sections(card: str, told: Sequence[tuple[str, str]]) -> str:
+    """A model card with more sections, before its limits."""
+    text = "".join(f"## {title}\n\n{what}\n\n" for title, what in told if f"## {title}\n" not in card)
+    before, limits, after = card.partition("## Limits\n")
+    return before + text + limits + after

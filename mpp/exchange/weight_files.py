@@ -1,0 +1,299 @@
+"""Open weights of other projects, as tensors alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import stat
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from mpp.errors import MppWarning, UserError, one_line
+from mpp.exchange.naming import transformers
+
+NAMED, LETTERS = 5, 80
+"""Weights that a message names, and how much of a name."""
+BESIDE = (
+    "yacs.config.CfgNode",
+    "mmengine.config.config.ConfigDict",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "mmcv.utils.config.ConfigDict",
+    "addict.addict.Dict",
+)
+"""Classes of configurations and metrics that SimMIM, mmpretrain and others save beside weights; nothing is made of
+them."""
+MOST_CLASSES = 100
+"""Of objects beside the weights, that are left out; a pickle of more is no checkpoint (a guess)."""
+DEEPEST = 8
+"""Dictionaries in one another that are looked into."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found at a place: weights by name, and what is said of them beside."""
+
+    tensors: dict[str, Tensor]
+    model: str | None = None
+    args: Mapping[str, Any] | None = None
+    image_size: tuple[int, int] | None = None
+    channels: int | None = None
+    mean_std: tuple[list[float], list[float]] | None = None
+    own: Mapping[str, Any] | None = None
+    """Its arguments where they are not those of its name."""
+    norm_eps: float | None = None
+    patches: bool = False
+    """Whether its config.json says that the embedding of an image is the mean of the patch tokens."""
+
+
+def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
+    """named: the model is known, a folder need not say it; given: so are mean and std. UserError."""
+    if not file.is_dir():
+        return Source(count_weights(file, trust))
+    try:
+        config: Any = json.loads((file / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a mapping")
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: not a file, nor a folder with a config.json beside weights") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}/config.json: {one_line(error)}") from error
+    tensors: dict[str, Tensor] = {}
+    for part in _weight_files(file):
+        tensors |= count_weights(part, trust)
+    try:
+        if "architecture" in config:  # timm's own
+            own = config.get("pretrained_cfg", {})
+            channels, *size = own.get("input_size", (3, 224, 224))
+            mean_std = ([float(v) for v in own["mean"]], [float(v) for v in own["std"]]) if "mean" in own else None
+            said = {"in_chans", "img_size", "num_classes"}  # elsewhere
+            args = {key: value for key, value in config.get("model_args", {}).items() if key not in said}
+            name = config["architecture"]
+            if not isinstance(name, str) or ":" in name:
+                raise ValueError(f"architecture: {name!r}: not a name of timm's")
+            if mean_std is not None:
+                _check_normalisation(*mean_std)
+            return Source(tensors, name, args, (size[0], size[1]), channels, mean_std, args)
+        found = transformers.architecture(config)
+        side: Any = config.get("image_size", 224)
+        height, width = side if isinstance(side, list) else (side, side)
+        return Source(
+            tensors,
+            found.name,
+            found.args,
+            (height, width),
+            config.get("num_channels", 3),
+            None if given else _processor(file),
+            found.own,
+            found.norm_eps,
+            config.get("embedding") == "patches",
+        )
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
+        if named:
+            return Source(tensors)
+        what = f"no key {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{file}/config.json: {what}; or give the timm model by --model") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that a folder of transformers' keeps weights in. UserError where there are none."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+        listed = folder / f"{name}.index.json"
+        if listed.exists():
+            try:
+                parts = sorted(set(json.loads(listed.read_text())["weight_map"].values()))
+                return [folder / Path(part).name for part in parts]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{listed}: not a list of weights' files") from error
+    raise UserError(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
+
+
+def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
+    """Mean and std, of pixels in [0, 1], of transformers' image processor, where one lies beside. ValueError."""
+    try:
+        found: Any = json.loads((folder / "preprocessor_config.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"preprocessor_config.json: {one_line(error)}") from error
+    try:
+        factor = 255 * float(found.get("rescale_factor", 1 / 255)) if found.get("do_rescale", True) else 255.0
+        if not found.get("do_normalize", True):
+            mean, std = [0.0] * 3, [1 / factor] * 3
+        else:
+            mean, std = ([float(v) / factor for v in found[f"image_{key}"]] for key in ("mean", "std"))
+    except KeyError:
+        return None
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"preprocessor_config.json: {one_line(error)}") from error
+    _check_normalisation(mean, std)
+    return mean, std
+
+
+def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """ValueError where they are not of pixels in [0, 1]."""
+    if not (all(0 <= v <= 1 for v in mean) and all(0 < v <= 1 for v in std)):
+        raise ValueError(
+            f"mean {list(mean)} and std {list(std)} are not of pixels in [0, 1]; say them by --mean and --std"
+        )
+
+
+def count_weights(file: Path, trust: bool) -> dict[str, Tensor]:
+    return dict(_tensors(open_weights(file, trust), set()))
+
+
+def open_weights(file: Path, trust: bool) -> Any:
+    """What a file holds: by its first bytes, whatever its name."""
+    try:
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise UserError(f"{file}: not a file")
+        with open(file, "rb") as stream:
+            first = stream.read(9)
+            if first[8:] == b"{":
+                stream.seek(0)
+                return load(stream.read())
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror or error}") from error
+    except Exception as error:  # safetensors has its own, and some of Python's
+        raise UserError(f"{file}: no whole safetensors file: {one_line(error)}") from error
+    if not first.startswith((b"PK", b"\x80")):
+        raise UserError(f"{file}: neither a safetensors file nor one of torch's")
+    if not trust:
+        raise UserError(
+            f"{file}: a pickle, which may run any code when it is opened. If you trust where it is from, --trust opens "
+            "it as tensors and plain containers alone (torch's weights_only)"
+        )
+    try:
+        if first.startswith(b"PK"):
+            _compare_checksums(file)
+        # training programs keep their arguments and metrics beside the weights
+        found, left_out = _plain_parts(file)
+    except UserError:
+        raise
+    except Exception as error:  # torch, zipfile and pickle each have their own
+        if refused := _REFUSED.search(str(error)):
+            raise UserError(
+                f"{file}: holds more than tensors and plain containers: {name_some([refused[1]])}"
+            ) from error
+        raise UserError(f"{file}: damaged, or not of torch.save: {type(error).__name__}") from error
+    if left_out:
+        warnings.warn(
+            f"{file}: objects of {name_some(left_out)} are left out; tensors beside them are read",
+            MppWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def _plain_parts(file: Path) -> tuple[Any, list[str]]:
+    """Read the tensors and plain containers of a pickle, and leave out objects of other classes.
+
+    A dictionary takes the place of such an object. The code of its class is never looked for.
+
+    Returns:
+        (what the file holds, names of the classes that were left out).
+
+    Raises:
+        UserError: An object is of a kind, such as a list with methods of its own, that no dictionary can stand for.
+    """
+    left_out: list[str] = []
+    while True:
+        stand_ins: list[Any] = [(_Nothing, name) for name in left_out]
+        # training programs keep their arguments and metrics beside the weights
+        with (
+            torch.serialization.safe_globals([*_harmless(), *stand_ins]),
+            warnings.catch_warnings(action="ignore"),
+            open(file, "rb") as stream,  # of a path torch would believe the ending
+        ):
+            try:
+                return torch.load(stream, map_location="cpu", weights_only=True), left_out
+            except Exception as error:
+                unknown = _unknown_classes(file, error, left_out)
+                if not unknown and left_out and not _REFUSED.search(str(error)):
+                    raise UserError(
+                        f"{file}: objects of {name_some(left_out)} cannot be left out; save the weights alone: "
+                        "torch.save(model.state_dict(), …)"
+                    ) from error
+                if not unknown:
+                    raise
+                left_out += unknown
+
+
+def _unknown_classes(file: Path, error: Exception, known: list[str]) -> list[str]:
+    """Classes in a pickle that torch refuses and that are not in `known`, at most MOST_CLASSES of all."""
+    refused = _REFUSED.search(str(error))
+    if not refused or refused[1] in known:
+        return []
+    try:  # all at once, without loading anything; of files in torch's present format
+        with torch.serialization.safe_globals(_harmless()):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # of an older format: one class after the other, as torch meets them
+        found = [refused[1]]
+    new = [name for name in dict.fromkeys([refused[1], *found]) if name not in known]
+    return new if len(known) + len(new) <= MOST_CLASSES else []
+
+
+_REFUSED = re.compile(r"(?i)unsupported (?:global: )?(?:GLOBAL|class) (\S+)")
+"""How torch names the class that it refuses."""
+
+
+class _Nothing:
+    """What is made of objects beside the weights: a dictionary, whose attributes nobody reads."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        return OrderedDict()
+
+
+def _harmless() -> list[Any]:
+    """Classes that torch's weights_only does not know and that run nothing: arguments, configurations, numbers."""
+    core: Any = np._core.multiarray  # type: ignore[attr-defined]
+    arrays = [
+        (getattr(core, n), f"numpy.{c}.multiarray.{n}") for n in ("scalar", "_reconstruct") for c in ("core", "_core")
+    ]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"}
+    return [argparse.Namespace, np.ndarray, np.dtype, *kinds, *arrays, *((_Nothing, name) for name in BESIDE)]
+
+
+def _compare_checksums(file: Path) -> None:
+    """BadZipFile where a part is not what was written: torch does not look."""
+    with zipfile.ZipFile(file) as packed:
+        for part in packed.infolist():
+            if part.CRC:  # torch may have been told to write none
+                with packed.open(part) as stream:
+                    while stream.read(1 << 20):
+                        pass
+
+
+def _tensors(loaded: Any, seen: set[int], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Weights of nested dictionaries by name, the keys before them. seen: dictionaries that were looked into."""
+    if isinstance(loaded, dict) and depth < DEEPEST and id(loaded) not in seen:
+        seen.add(id(loaded))  # one that holds itself under many names would take for ever
+        for key, value in dict.items(loaded):  # whatever a pickle says that its `items` are
+            if isinstance(value, Tensor):
+                plain = type(value) is Tensor  # a Parameter may have attributes of a pickle's making
+                yield prefix + str(key), value if plain else torch.Tensor.as_subclass(value, Tensor)
+            else:
+                yield from _tensors(value, seen, f"{prefix}{key}.", depth + 1)
+
+
+def name_some(names: list[str]) -> str:
+    """Return the first of these names, each cut to a readable length, and how many more there are."""
+    more = len(names) - NAMED
+    shown = (json.dumps(n)[1:-1] for n in names[:NAMED])
+    cut = [n if len(n) <= LETTERS else n[:LETTERS] + "…" for n in shown]
+    return ", ".join(cut) + (f" and {more} more" if more > 0 else "")

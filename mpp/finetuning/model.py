@@ -1,0 +1,233 @@
+"""Models of fine-tuning: a timm encoder and a task's head, built from a recipe, and kept as a timm folder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpp.encoders.checksums import HEAD
+from mpp.encoders.folder import save_encoder, trained_by
+from mpp.encoders.maps import probe_maps, read_maps
+from mpp.encoders.sources import check_size, load_encoder, load_head, open_encoder
+from mpp.errors import UserError, one_line
+from mpp.recipe import registry
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.rng import Purpose, torch_seed
+from mpp.runs.records import encoder_folder
+
+
+class Supervised(nn.Module):
+    """What the models of all tasks have: `encoder`, `task`, and the normalisation of their images."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: nn.Module, task: nn.Module, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+        self.task: Any = task
+        self.distilled: nn.Module | None = None
+        """The head of a distillation token."""
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 -> float32."""
+        return (images.float() - self.mean) / self.std
+
+    def run(self, images: Tensor) -> Any:
+        """(B, C, H, W) uint8, on any device -> outputs."""
+        return self(self.normalise(images.to(self.mean.device)))
+
+
+class Classifier(Supervised):
+    """The encoder, pooled, and a task's head; a second one for the distillation token, where a teacher has one."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        task: nn.Module,
+        mean: list[float],
+        std: list[float],
+        distilled: nn.Module | None = None,
+    ) -> None:
+        super().__init__(encoder, task, mean, std)
+        self.distilled = distilled
+
+    def forward(self, x: Tensor, targets: Any = None) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, C, H, W) normalised -> (B, classes) logits; those of both heads apart in training."""
+        if self.distilled is None:
+            return self.task(self.encoder(x))
+        tokens = self.encoder.forward_features(x)
+        first, second = self.task(tokens[:, 0]), self.distilled(tokens[:, 1])
+        return (first, second) if self.training else (first + second) / 2
+
+
+class Dense(Supervised):
+    """Maps of some of the encoder's blocks, `indices`, and a task that predicts at every place."""
+
+    def __init__(
+        self, encoder: nn.Module, task: nn.Module, mean: list[float], std: list[float], indices: list[int]
+    ) -> None:
+        super().__init__(encoder, task, mean, std)
+        self.indices = indices
+
+    def forward(self, x: Tensor, targets: Any = None) -> Any:
+        """(B, C, H, W) normalised -> the task's outputs; `targets` of a batch in training."""
+        size = (x.shape[-2], x.shape[-1])
+        return self.task(read_maps(self.encoder, x, self.indices), size, targets if self.training else None)
+
+
+def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool, several: bool) -> Tensor:
+    """(B, crops, C, H, W) uint8 -> (B, classes) float32 probabilities: means over the crops, and their mirror images.
+
+    run: (n, C, H, W) uint8 -> (n, classes) logits. several: each class by itself, where images may have several.
+    """
+
+    def probable(images: Tensor) -> Tensor:
+        logits = run(images).float()
+        return logits.sigmoid() if several else logits.softmax(-1)
+
+    flat = crops.flatten(0, 1)
+    found = probable(flat)
+    if mirrored:
+        found = (found + probable(flat.flip(-1))) / 2
+    return found.unflatten(0, (len(crops), -1)).mean(1)
+
+
+def is_dense(recipe: FinetuneRecipe) -> bool:
+    """Whether the task predicts at every place."""
+    return registry.component("task", recipe.task.name).labels in ("mask", "boxes")
+
+
+def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supervised:
+    """The model of a cell, initialised from its seed. UserError where the encoder cannot be had so."""
+    torch.manual_seed(torch_seed(seed, Purpose.INIT))
+    encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
+    if is_dense(recipe):
+        return _dense(recipe, encoder, num_classes)
+    wanted = "avg" if recipe.pool == "mean" else "token"
+    if wanted == "token" and getattr(encoder, "num_prefix_tokens", 0) == 0:
+        raise UserError(f"pool: token: {type(encoder).__name__} has no class token here; allowed: mean")
+    if wanted == "avg" and type(encoder).__name__ == "VisionTransformerDistilled":
+        raise UserError("pool: mean: timm's distilled DeiTs read their class and distillation tokens; allowed: token")
+    encoder = _pooled(recipe, encoder, wanted, seed)
+    check_size(encoder, recipe.data.image_size)
+    width = _width(encoder, recipe)
+    task = registry.build("task", recipe.task, width, num_classes)
+    distilled = None
+    if recipe.distill and type(encoder).__name__ == "VisionTransformerDistilled":
+        distilled = registry.build("task", recipe.task, width, num_classes)
+    return Classifier(encoder, task, *recipe.data.mean_std(), distilled)
+
+
+def _pooled(recipe: FinetuneRecipe, encoder: Any, wanted: str, seed: int) -> Any:
+    """The encoder with timm's pooling `wanted`, and its norm after it or before, as the recipe says. UserError.
+
+    timm drops the final norm's weights in silence if the pooling changes, so the weights are carried over here. A norm
+    in a new place is a new norm.
+    """
+    takes = inspect.signature(type(encoder).__init__).parameters
+    key = next((key for key in ("fc_norm", "use_fc_norm") if key in takes), None)
+    if recipe.fc_norm is not None and key is None:
+        raise UserError(f"fc_norm: timm's {type(encoder).__name__} has its norm in one place; allowed: null")
+    norms_after = key is not None and not isinstance(encoder.fc_norm, nn.Identity)
+    norm_after = recipe.fc_norm if recipe.fc_norm is not None else norms_after and wanted == "avg"
+    own = getattr(encoder, "global_pool", wanted)
+    # convolutional families have a pooling layer there, over the map
+    if (own == wanted or not isinstance(own, str)) and norm_after == norms_after:
+        return encoder
+    torch.manual_seed(torch_seed(seed, Purpose.INIT))
+    built = _encoder(recipe, pretrained=False, pool={"global_pool": wanted, **({key: norm_after} if key else {})})
+    missing, extra = built.load_state_dict(encoder.state_dict(), strict=False)
+    # attention that pooled (SigLIP, Perception Encoder) has no part in a mean
+    strange = [name for name in missing if not name.startswith(("norm.", "fc_norm."))]
+    strange += [name for name in extra if not name.startswith(("norm.", "fc_norm.", "attn_pool."))]
+    if strange:
+        raise UserError(
+            f"pool: {recipe.pool}: {type(encoder).__name__} has other weights then: {', '.join(strange[:3])}"
+        )
+    return built
+
+
+def _dense(recipe: FinetuneRecipe, encoder: Any, num_classes: int) -> Dense:
+    if getattr(encoder, "feature_info", None):
+        check_size(encoder, recipe.data.image_size)
+    indices, maps = probe_maps(encoder, recipe.data.image_size)
+    task = registry.build("task", recipe.task, maps, num_classes)
+    return Dense(encoder, task, *recipe.data.mean_std(), indices)
+
+
+@torch.no_grad()
+def _width(encoder: nn.Module, recipe: FinetuneRecipe) -> int:
+    """Of what the encoder gives for an image; some families widen it after pooling. UserError where it does not run."""
+    blank = torch.zeros(1, recipe.data.channels, *recipe.data.image_size)
+    try:
+        found = encoder.eval()(blank)
+    except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
+        words, size = one_line(error), "×".join(map(str, recipe.data.image_size))
+        raise UserError(f"data.image_size: {type(encoder).__name__} does not run at {size} px: {words}") from error
+    encoder.train()
+    if found.ndim != 2:
+        raise UserError(f"encoder: {type(encoder).__name__} gives {tuple(found.shape[1:])} for an image, not a vector")
+    return int(found.shape[1])
+
+
+def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] | None) -> Any:
+    return open_encoder(
+        recipe.encoder,
+        architecture=recipe.architecture,
+        image_size=recipe.data.image_size,
+        channels=recipe.data.channels,
+        pretrained=pretrained,
+        **({"drop_path_rate": recipe.drop_path_rate} if recipe.drop_path_rate else {}),
+        **(pool or {}),
+    )
+
+
+def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
+    """The fine-tuned model as a timm folder: with its classifier where timm's is the same linear layers, with a file
+    for the head of a task that predicts at every place."""
+    encoder, folder, origin = model.encoder, cell / "encoder", trained_by(recipe)
+    if isinstance(model, Dense):
+        save_encoder(encoder, folder, origin, metrics, head=(model.task.state_dict(), classes))
+        return
+    tasks: list[Any] = [task for task in (model.task, model.distilled) if task is not None]
+    if tasks[0].hidden is None and hasattr(encoder, "reset_classifier"):
+        encoder.reset_classifier(len(classes))
+        found = encoder.get_classifier()
+        theirs = list(found) if isinstance(found, tuple) else [found]
+        # the mean of one layer over two tokens is that layer over their mean, which is what was trained
+        tasks = tasks * len(theirs) if len(tasks) == 1 else tasks
+        if len(theirs) == len(tasks) and all(isinstance(layer, nn.Linear) for layer in theirs):
+            for layer, task in zip(theirs, tasks, strict=True):
+                layer.load_state_dict(task.out.state_dict())
+            encoder.to(tasks[0].out.weight.device)
+            save_encoder(encoder, folder, origin, metrics, classes)
+            return
+        encoder.reset_classifier(0)
+    save_encoder(encoder, folder, origin, metrics)
+
+
+def load_dense(source: str | Path) -> tuple[Dense, FinetuneRecipe, list[str]]:
+    """A fine-tuned model of a task that predicts at every place, its recipe and its classes, from a cell or its export.
+
+    UserError where it is not whole.
+    """
+    from mpp.recipe.loading import load_recipe
+
+    folder = encoder_folder(source)
+    recipe = load_recipe(folder / "recipe.yaml", FinetuneRecipe)
+    encoder = load_encoder(folder, num_classes=0)
+    state, classes = load_head(folder)
+    model = _dense(recipe, encoder, len(classes))
+    try:
+        model.task.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{folder}/{HEAD}: does not fit its recipe: {one_line(error)}") from error
+    return model.eval(), recipe, classes

@@ -1,0 +1,231 @@
+"""What a fine-tuned encoder says of images, with probabilities; where the classes are known, its mistakes."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp.data.decoding.decode import decode_crop, view_boxes
+from mpp.data.files import read_regular
+from mpp.data.shards.reader import images_of
+from mpp.drawing.plots import confusion, gallery
+from mpp.encoders.checksums import has_head
+from mpp.encoders.images_of import decoding_of, stored_recipe
+from mpp.encoders.sources import class_names, load_encoder
+from mpp.errors import BadImage, UserError
+from mpp.finetuning.model import over_views
+from mpp.finetuning.predict_places import BOX_COLUMNS, predict_dense
+from mpp.runs.records import encoder_folder
+
+BATCH = 64
+WORST = 24
+"""Mistakes that are drawn."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was said of one image."""
+
+    image: str
+    probabilities: np.ndarray
+    """(classes,) float32, mean over views"""
+    pixels: Tensor
+    """(C, H, W) uint8, the central crop"""
+
+    @property
+    def said(self) -> int:
+        return int(self.probabilities.argmax())
+
+
+@dataclass
+class Report:
+    """Predictions beside the true classes."""
+
+    classes: list[str]
+    counts: np.ndarray
+    """(true, said) int64"""
+    mistakes: list[tuple[Prediction, int]] = field(default_factory=list)
+    """(prediction, true class), the surest first"""
+
+    @property
+    def accuracy(self) -> float:
+        return float(np.trace(self.counts) / max(self.counts.sum(), 1))
+
+
+class Predictor:
+    """A fine-tuned cell, or its export, with its classifier. UserError where it has none."""
+
+    model: Any
+
+    def __init__(self, source: str | Path, views: Literal[1, 2, 10] = 1) -> None:
+        """views: 1: the central crop; 2: and mirrored; 10: the corners, too (Krizhevsky et al. 2012, section 4.1)."""
+        folder = encoder_folder(source)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = load_encoder(folder).eval().to(self.device)
+        names = class_names(folder)
+        if not self.model.num_classes or not names:
+            raise UserError(f"{source}: no classifier with class names in it; give a fine-tuned cell or its export")
+        self.classes = names
+        self.views = views
+        recipe = stored_recipe(folder)
+        self.several = recipe.get("task", {}).get("name") == "multilabel"
+        config: Any = self.model.pretrained_cfg
+        self.channels, *size = config["input_size"]
+        self.size = (int(size[0]), int(size[1]))
+        self.decoding = decoding_of(folder, self.channels)
+        self.fraction = float(config.get("crop_pct") or 1.0)
+        self.mean, self.std = (
+            255 * torch.tensor(config[key]).view(-1, 1, 1).to(self.device) for key in ("mean", "std")
+        )
+
+    def crops(self, data: bytes) -> Tensor:
+        """(crops, C, H, W) uint8 of an image file; the central one first. BadImage."""
+
+        boxes = view_boxes(self.views, self.size, self.fraction)
+        return torch.stack([decode_crop(data, b, self.size, **self.decoding) for b in boxes])
+
+    @torch.no_grad()
+    def probabilities(self, crops: Tensor) -> Tensor:
+        """(B, crops, C, H, W) uint8 -> (B, classes) float32, mean over crops and, with more views than one, mirrors.
+
+        Of all classes together, or of each by itself where images may have several.
+        """
+
+        def run(images: Tensor) -> Tensor:
+            return self.model((images.to(self.device).float() - self.mean) / self.std)
+
+        return over_views(run, crops, mirrored=self.views > 1, several=self.several).cpu()
+
+
+def _drawable(pixels: Tensor) -> Tensor:
+    """(C, H, W) as an image was read -> uint8 of 1 or 3 channels, the first ones."""
+    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
+    return shown if pixels.dtype == torch.uint8 and len(pixels) in (1, 3, 4) else shown.round().to(torch.uint8)
+
+
+def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, str]) -> Iterator[Prediction]:
+    """In the order of the images. Those that cannot be read are put into `unreadable` with the reason."""
+    for start in range(0, len(images), BATCH):
+        readable, crops = [], []
+        for name in images[start : start + BATCH]:
+            try:
+                crops.append(predictor.crops(read_regular(name)))
+            except BadImage as error:
+                unreadable[name] = str(error)
+                continue
+            readable.append(name)
+        if readable:
+            found = predictor.probabilities(torch.stack(crops)).numpy()
+            for name, own, p in zip(readable, crops, found, strict=True):
+                yield Prediction(name, p, _drawable(own[0]))
+
+
+def predict_files(
+    source: str | Path,
+    places: Sequence[str],
+    *,
+    views: Literal[1, 2, 10] = 1,
+    top: int = 1,
+    out: str | Path | None = None,
+    report: str | Path | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, str], Report | None]:
+    """-> a row for each image, what could not be read and why, and the report.
+
+    top: classes named in a row. out: the rows as CSV. report: a folder for the confusion matrix and the worst mistakes;
+    the folder that an image lies in is its true class then. Of a model of task: segment or detect, which has neither
+    views nor top: rows, folder and no report, see `predict_dense`. UserError for what the user can correct.
+    """
+    if has_head(encoder_folder(source)):
+        for option, value in (("views", views), ("top", top)):
+            if value != 1:
+                raise UserError(f"--{option}: {source} tells of places, not of whole images; allowed: 1")
+        if out is not None:
+            _check_writable(Path(out))
+        rows, unreadable = predict_dense(source, images_of(list(map(_images_part, places))), folder=report)
+        if out is not None:
+            _write_csv(Path(out), list(rows[0]) if rows else BOX_COLUMNS, [list(row.values()) for row in rows])
+        return rows, unreadable, None
+    predictor = Predictor(source, views)
+    images = images_of(places)
+    for path in (out, Path(report) / "confusion.csv" if report is not None else None):
+        if path is not None:
+            _check_writable(Path(path))
+    index = {name: i for i, name in enumerate(predictor.classes)}
+    if report is not None:
+        if predictor.several:
+            raise UserError("--report: only for one label an image")
+        for name in images:
+            if Path(name).absolute().parent.name not in index:
+                raise UserError(
+                    f"--report: {name}: its folder is none of the classes ({', '.join(predictor.classes[:5])}"
+                    + (" …)" if len(index) > 5 else ")")
+                )
+    counts = np.zeros((len(index), len(index)), dtype=np.int64)
+    judged = Report(predictor.classes, counts) if report is not None else None
+    rows, unreadable = [], {}
+    for found in predict(predictor, images, unreadable):
+        order = np.argsort(-found.probabilities, kind="stable")[:top]
+        row: dict[str, Any] = {"image": found.image}
+        for rank, c in enumerate(order, 1):
+            suffix = "" if rank == 1 else f"_{rank}"
+            row |= {f"class{suffix}": predictor.classes[c], f"probability{suffix}": float(found.probabilities[c])}
+        rows.append(row)
+        if judged is not None:
+            true = index[Path(found.image).absolute().parent.name]
+            counts[true, found.said] += 1
+            if true != found.said:
+                surest = [*judged.mistakes, (found, true)]
+                judged.mistakes = sorted(surest, key=lambda m: -float(m[0].probabilities.max()))[:WORST]
+    if not rows:
+        name, why = next(iter(unreadable.items()))
+        raise UserError(f"not one image can be read; the first: {name}: {why}")
+    if out is not None:
+        _write_csv(Path(out), list(rows[0]), [list(row.values()) for row in rows])
+    if judged is not None:
+        _write_report(judged, Path(report))  # type: ignore[arg-type]
+    return rows, unreadable, judged
+
+
+def _images_part(place: str) -> str:
+    """A folder with images/ and masks/, or annotations, is a labeled data set, of which images/ holds the images."""
+    labels = any(os.path.exists(os.path.join(place, name)) for name in ("masks", "annotations.json"))
+    images = os.path.join(place, "images")
+    return images if labels and os.path.isdir(images) else place
+
+
+def _check_writable(path: Path) -> None:
+    """UserError where a file cannot be written, said before the images are read. What is in it stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+            csv.writer(f).writerows([header, *rows])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def _write_report(report: Report, folder: Path) -> None:
+    rows = [[name, *map(int, counts)] for name, counts in zip(report.classes, report.counts, strict=True)]
+    _write_csv(folder / "confusion.csv", ["true \\ said", *report.classes], rows)
+    confusion(report.counts, report.classes, folder / "confusion.png")
+    pictures = [
+        (p.pixels, f"{report.classes[true]}\nsaid {report.classes[p.said]}, {p.probabilities.max():.0%}")
+        for p, true in report.mistakes
+    ]
+    if pictures:
+        gallery(pictures, folder / "mistakes.png")

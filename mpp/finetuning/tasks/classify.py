@@ -1,0 +1,95 @@
+"""Classification: one label an image."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpp.recipe.values import Fraction, PositiveInt
+
+
+class ClassifyTask(nn.Module):
+    """The head that is put on the encoder's features, its loss and its metrics.
+
+    `label_smoothing`: Szegedy et al. 2016, section 7. `tanh_dim`: width of a tanh hidden layer before the
+    linear one (ViT, Dosovitskiy et al. 2021, section 3.1, their head in pretraining); None: linear alone.
+    """
+
+    labels = "class"
+    headline = "accuracy"
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        features_dim: int,
+        num_classes: int,
+        *,
+        label_smoothing: Fraction = 0.0,
+        tanh_dim: PositiveInt | None = None,
+    ) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weights", None, persistent=False)
+        self.hidden = nn.Linear(features_dim, tanh_dim) if tanh_dim else None
+        self.out = nn.Linear(tanh_dim or features_dim, num_classes)
+        nn.init.trunc_normal_(self.out.weight, std=2e-5)  # MAE's and BEiT's fine-tuning: start near zero
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, classes) logits."""
+        if self.hidden is not None:
+            features = torch.tanh(self.hidden(features))
+        return self.out(features)
+
+    def weigh(self, counts: Tensor) -> None:
+        """Let classes count as if all had as many images: weights go with 1 / counts, (classes,), and their mean is 1
+        over the images."""
+        self.class_weights = counts.sum() / (counts.gt(0).sum() * counts.clamp_min(1))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """labels: (B,) int64, or (B, classes) float where images were mixed."""
+        if self.class_weights is not None and labels.ndim == 1:
+            # of class numbers torch takes a weighted mean, which would depend on the batch
+            labels = F.one_hot(labels, logits.shape[1]).float()
+        smoothing, weights = self.label_smoothing, self.class_weights
+        return F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=smoothing)
+
+    def judge(
+        self, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, classes) float32 and labels (B,)."""
+        return run(images).float().cpu(), labels
+
+    def metrics(self, judged: list[tuple[Tensor, Tensor]], *, headline_only: bool = False) -> dict[str, float]:
+        """The metrics, none of which has a threshold.
+
+        balanced_accuracy: mean recall of the classes that occur. auroc, map: of each occurring class against the rest,
+        averaged. ece: expected calibration error in 15 bins (Guo et al. 2017).
+        """
+        logits, labels = (torch.cat(t) for t in zip(*judged, strict=True))
+        hits = (logits.argmax(-1) == labels).double()
+        if headline_only:
+            return {"accuracy": float(hits.mean())}
+        from torchmetrics.functional import classification as found  # a second, and only here
+
+        classes, probabilities = logits.shape[1], logits.float().softmax(-1)
+        occurring = torch.bincount(labels, minlength=classes).gt(0)
+        if int(occurring.sum()) == 1:  # no rest to tell it from
+            ranked = {}
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torchmetrics', of classes that never occur
+                auroc = found.multiclass_auroc(probabilities, labels, classes, average="none")
+                precision = found.multiclass_average_precision(probabilities, labels, classes, average="none")
+            ranked = {"auroc": float(auroc[occurring].mean()), "map": float(precision[occurring].mean())}
+        recall = torch.stack([hits[labels == c].mean() for c in occurring.nonzero().flatten()])
+        return {
+            "accuracy": float(hits.mean()),
+            "balanced_accuracy": float(recall.mean()),
+            **ranked,
+            "ece": float(found.multiclass_calibration_error(probabilities, labels, classes, n_bins=15)),
+        }

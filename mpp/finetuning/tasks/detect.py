@@ -1,0 +1,199 @@
+"""Detection: boxes with classes, by torchvision's detectors."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
+
+from mpp.encoders.maps import FeatureMaps
+from mpp.finetuning.pyramid import Pyramid
+from mpp.recipe.values import Fraction, PositiveInt
+
+
+class DetectTask(nn.Module):
+    """A torchvision detector on a pyramid over the encoder's maps, its losses and its metrics.
+
+    `detector`: fcos (Tian et al. 2019), retinanet (Lin et al. 2017) or faster_rcnn (Ren et al. 2015). `width`: channels
+    of every level. `finest`: cells of the first level along a cell of a plain encoder (ViTDet: 4); hierarchical ones
+    have levels of their own. `score_threshold`: detections below are dropped (torchvision: 0.05). `max_detections`: of
+    an image (COCO's evaluation counts 100).
+    """
+
+    labels = "boxes"
+    headline = "map"
+
+    def __init__(
+        self,
+        maps: FeatureMaps,
+        num_classes: int,
+        *,
+        detector: Literal["fcos", "retinanet", "faster_rcnn"] = "fcos",
+        width: PositiveInt = 128,
+        finest: Literal[1, 2, 4] = 4,
+        score_threshold: Fraction = 0.05,
+        max_detections: Annotated[PositiveInt, Field(le=100)] = 100,
+    ) -> None:
+        super().__init__()
+        if detector == "fcos" and width % 32:
+            raise ValueError(f"width: fcos normalises 32 groups of channels; got {width}, allowed are multiples of 32")
+        self.num_classes = num_classes
+        self.pyramid = Pyramid(maps, width, finest=finest, last_only=True)
+        handed, strides = _Handed(width), self.pyramid.strides
+        if strides[0] < 1:
+            raise ValueError(f"finest: {finest} makes cells of {strides[0]} px; allowed are cells of a pixel or more")
+        few: dict[str, Any] = {"detections_per_img": max_detections, "score_thresh": score_threshold}
+        built: Any
+        if detector == "fcos":
+            # one anchor a place; the level's stride says which sizes of boxes it takes
+            anchors = _Anchors([[s] for s in strides], [1.0], strides)
+            built = FCOS(handed, num_classes, anchor_generator=anchors, **few)
+        elif detector == "retinanet":
+            # their section 4: three sizes from 4 strides on, three aspects
+            sizes = [[4 * s * 2 ** (k / 3) for k in range(3)] for s in strides]
+            anchors = _Anchors(sizes, [0.5, 1.0, 2.0], strides)
+            built = RetinaNet(handed, num_classes, anchor_generator=anchors, **few)
+        else:
+            anchors = _Anchors([[8 * s] for s in strides], [0.5, 1.0, 2.0], strides)
+            pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], output_size=7, sampling_ratio=2)
+            # it would take the powers of 2 that are nearest
+            pool.scales = [1 / s for s in strides]
+            pool.map_levels = initLevelMapper(*(round(math.log2(s)) for s in (strides[0], strides[-1])))
+            built = FasterRCNN(
+                handed, num_classes + 1, rpn_anchor_generator=anchors, box_roi_pool=pool,
+                box_detections_per_img=max_detections, box_score_thresh=score_threshold,
+            )  # fmt: skip
+        built.transform = _AsTheyAre()
+        self.first_label = int(detector == "faster_rcnn")  # its class 0 is the background
+        self.detector: Any = built
+
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int], targets: Any = None) -> Any:
+        """In training the losses by name; else of each image boxes (n, 4) in its pixels, labels and scores (n,).
+
+        targets: of each image boxes (n, 4) as x0, y0, x1, y1 and labels (n,).
+        """
+        with torch.autocast(maps[0].device.type, enabled=False):  # boxes want more digits than bfloat16 has
+            levels = self.pyramid([m.float() for m in maps])
+            self.detector.backbone.maps = OrderedDict((str(i), level) for i, level in enumerate(levels))
+            images = list(maps[0].new_empty((len(maps[0]), 1, *size), dtype=torch.float32))
+            if targets is not None:
+                targets = [{"boxes": t["boxes"], "labels": t["labels"] + self.first_label} for t in targets]
+            try:
+                found = self.detector(images, targets)
+            finally:
+                self.detector.backbone.maps = None
+        if not self.training:
+            for detections in found:
+                detections["labels"] = detections["labels"] - self.first_label
+        return found
+
+    def loss(self, losses: dict[str, Tensor], targets: Any) -> Tensor:
+        return torch.stack(list(losses.values())).sum()
+
+    def judge(
+        self, run: Callable[[Tensor], Any], images: Tensor, targets: list[dict[str, Tensor]], size: tuple[int, int]
+    ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """(found, true) of each image, in the pixels of the file, on the CPU."""
+        return list(zip(self.predict(run, images, targets), targets, strict=True))
+
+    @torch.no_grad()
+    def predict(
+        self, run: Callable[[Tensor], Any], images: Tensor, targets: Sequence[dict[str, Tensor]]
+    ) -> list[dict[str, Tensor]]:
+        """Images shrunk into the upper left, `targets` with `scale` and `size` (h, w) of the file, -> boxes there."""
+        found = []
+        for detections, target in zip(run(images), targets, strict=True):
+            own = {key: value.detach().cpu() for key, value in detections.items()}
+            h, w = target["size"].tolist()
+            limits = torch.tensor([w, h, w, h], dtype=torch.float32)
+            boxes = (own["boxes"] / target["scale"]).clamp_min(0).minimum(limits)
+            there = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)  # a pixel at least, and not on the grey beside the image
+            found.append({"boxes": boxes[there], "scores": own["scores"][there], "labels": own["labels"][there]})
+        return found
+
+    def metrics(self, judged: list[Any], *, headline_only: bool = False) -> dict[str, float]:
+        """map: mean average precision over classes and overlaps 0.50 to 0.95, as COCO's own evaluation computes it;
+        map_50, map_75: at one overlap; map_small, …: of boxes below 32², 96² and above; mar_100: recall."""
+        result = self._coco(judged)
+        if headline_only:
+            return {"map": max(float(result["map"]), 0.0)}
+        wanted = ("map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+        # -1 stands for sizes that do not occur
+        return {"map": max(float(result["map"]), 0.0)} | {k: float(result[k]) for k in wanted if result[k] >= 0}
+
+    def per_class(self, judged: list[Any]) -> Tensor:
+        """(classes,) average precision; nan where a class does not occur."""
+        result = self._coco(judged, each=True)
+        found = torch.full((self.num_classes,), float("nan"), dtype=torch.float64)
+        places, values = torch.atleast_1d(result["classes"]), torch.atleast_1d(result["map_per_class"])
+        for place, value in zip(places.tolist(), values.tolist(), strict=True):
+            found[place] = value if value >= 0 else float("nan")
+        return found
+
+    def _coco(self, judged: list[Any], *, each: bool = False) -> Any:
+        from torchmetrics.detection import MeanAveragePrecision  # seconds, and only here
+
+        metric = MeanAveragePrecision(class_metrics=each)
+        for batch in judged:
+            metric.update(
+                [found for found, _ in batch],
+                [{key: true[key] for key in ("boxes", "labels", "iscrowd", "area")} for _, true in batch],
+            )
+        return metric.compute()
+
+
+class _Anchors(AnchorGenerator):
+    """Boxes of these sizes and aspects (height over width) about the centre of every cell.
+
+    torchvision's own stand at the cells' corners, are rounded to pixels, and take a level's stride to be the image's
+    side over its cells, rounded down: with patches of 14 px they drift by 32 px over 224.
+    """
+
+    def __init__(self, sizes: Sequence[Sequence[float]], aspects: Sequence[float], strides: Sequence[float]) -> None:
+        super().__init__(tuple(map(tuple, sizes)), (tuple(aspects),) * len(sizes))
+        self.level_strides = list(strides)
+        self.cell_anchors = []
+        for of_level in sizes:
+            half = [(s / math.sqrt(a) / 2, s * math.sqrt(a) / 2) for a in aspects for s in of_level]
+            self.cell_anchors.append(torch.tensor([[-w, -h, w, h] for w, h in half]))
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        found = []
+        for anchors, stride, level in zip(self.cell_anchors, self.level_strides, feature_maps, strict=True):
+            y, x = (stride * (torch.arange(n, device=level.device) + 0.5) for n in level.shape[-2:])
+            centres = torch.stack([*torch.meshgrid(y, x, indexing="ij")][::-1], -1).repeat(1, 1, 2).view(-1, 1, 4)
+            found.append((centres + anchors.to(level.device)).view(-1, 4))
+        return [torch.cat(found)] * len(image_list.image_sizes)
+
+
+class _Handed(nn.Module):
+    """Stands where a detector looks for its backbone, and gives it the maps that were made before."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.maps: OrderedDict[str, Tensor] | None = None
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        assert self.maps is not None
+        return self.maps
+
+
+class _AsTheyAre(nn.Module):
+    """Stands where a detector normalises and resizes: images come as they should be."""
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
+        return ImageList(torch.stack(images), [(i.shape[-2], i.shape[-1]) for i in images]), targets
+
+    def postprocess(self, result: Any, image_sizes: Any, original: Any) -> Any:
+        return result

@@ -1,0 +1,211 @@
+"""One pass over images through an encoder, keeping sums alone: what the views of `mpp inspect` are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpp.inspection import measures
+from mpp.inspection.measures import CkaTable
+from mpp.inspection.reading import AttentionRecorder, Layout, Passed, blocks, layout_of, watched
+
+BATCH = 32
+"""Images of a minibatch of CKA."""
+ATTENTION_BATCH = 4
+"""Attention is large: few images at a time."""
+NOTHING = 1e-6
+"""Of a block's input: what is added by less is rounding."""
+MOST_CELLS = 16
+"""Maps with more cells along a side are averaged down where pairs of places are compared."""
+
+
+@dataclass
+class Subject:
+    """An encoder with what it wants of images."""
+
+    name: str
+    model: Any
+    size: tuple[int, int]
+    channels: int
+    mean: Tensor
+    std: Tensor
+    decoding: dict[str, Any] = field(default_factory=dict)
+    """How its images are read, as `decode_crop` takes it"""
+
+    def normalised(self, raw: Tensor) -> Tensor:
+        return (raw.to(self.mean.device).float() / 255 - self.mean) / self.std
+
+    def maps(self, raw: Tensor) -> list[Tensor]:
+        """(B, C, H, W) uint8 -> the raw output of every block or stage, (B, D, h, w)."""
+        return list(
+            self.model.forward_intermediates(
+                self.normalised(raw), norm=False, output_fmt="NCHW", intermediates_only=True
+            )
+        )
+
+
+class Layer(NamedTuple):
+    """Sums over minibatches of what is asked of the maps of one block or stage."""
+
+    pooled: list[Tensor]
+    """(B, D) of each minibatch"""
+    cosines: list[Tensor]
+    """(N, N) of each minibatch, of tokens without their mean over images and places"""
+    raw_similarity: list[float]
+    origin: CkaTable
+    mean_map: Tensor
+    """(D, h, w): what the images have in common at each place"""
+
+
+@dataclass
+class Seen:
+    """What was read of all images."""
+
+    subject: Subject
+    shown: Tensor
+    """(few, C, H, W) uint8"""
+    shown_maps: list[Tensor]
+    layers: list[Layer]
+    grids: list[tuple[int, int]]
+    """Of each layer, after averaging down to `MOST_CELLS`."""
+    block_names: list[str]
+    own: CkaTable = field(default_factory=CkaTable)
+    own_updates: CkaTable = field(default_factory=CkaTable)
+    updates: list[int] = field(default_factory=list)
+    """Blocks whose input and output have one shape."""
+    skip_over_branch: list[list[float]] = field(default_factory=list)
+    other: CkaTable | None = None
+    cross: CkaTable | None = None
+    cross_updates: CkaTable | None = None
+
+
+def _smaller(maps: Tensor) -> Tensor:
+    """(B, D, h, w) averaged down to at most `MOST_CELLS` cells along a side."""
+    h, w = maps.shape[-2:]
+    return F.adaptive_avg_pool2d(maps, (min(h, MOST_CELLS), min(w, MOST_CELLS)))
+
+
+def _patches(raw: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(n, C, H, W) uint8 -> (n, N, C·p·p) float: the pixels under each cell, shrunk to 8 px where they are more."""
+    side = (min(raw.shape[-2] // grid[0], 8), min(raw.shape[-1] // grid[1], 8))
+    x = F.interpolate(raw.float(), (grid[0] * side[0], grid[1] * side[1]), mode="area")
+    x = x.unflatten(3, (grid[1], side[1])).unflatten(2, (grid[0], side[0]))  # (n, C, gh, a, gw, b)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+@torch.no_grad()
+def see_all(subjects: Sequence[Subject], images: Sequence[Tensor], shown: int) -> Seen:
+    """One pass over all images: of the first subject everything, of a second one what CKA wants."""
+    subject = subjects[0]
+    n = len(images[0])
+    parts = np.array_split(np.arange(n), max(n // BATCH, 1))
+    first = subject.maps(images[0][:shown])
+    grids = [tuple(_smaller(m).shape[-2:]) for m in first]
+    watched_blocks = [blocks(s.model) for s in subjects]
+    seen = Seen(
+        subject,
+        images[0][:shown],
+        first,
+        [Layer([], [], [], CkaTable(), torch.zeros_like(m[0], dtype=torch.float32)) for m in first],
+        [(int(h), int(w)) for h, w in grids],
+        [name for name, _ in watched_blocks[0]] or [f"stage {i + 1}" for i in range(len(first))],
+        skip_over_branch=[[] for _ in watched_blocks[0]],
+    )
+    if len(subjects) > 1:
+        seen.other, seen.cross, seen.cross_updates = CkaTable(), CkaTable(), CkaTable()
+    for part in parts:
+        grams: list[Tensor] = []
+        updates: list[Tensor] = []
+        for number, s in enumerate(subjects):
+            raw = images[number][part]
+            of_block: dict[int, Tensor] = {}
+            of_update: dict[int, Tensor] = {}
+
+            def see(i: int, passed: Passed, own: bool = number == 0, a: Any = of_block, b: Any = of_update) -> None:
+                a[i] = measures.gram(passed.after)
+                if passed.before.shape == passed.after.shape:
+                    branch = passed.after - passed.before
+                    b[i] = measures.gram(branch)
+                    if own:
+                        skip, added = (x.float().flatten(1).norm(dim=1) for x in (passed.before, branch))
+                        there = added > NOTHING * skip
+                        seen.skip_over_branch[i] += (skip[there] / added[there]).tolist()
+
+            with watched([module for _, module in watched_blocks[number]], see):
+                maps = s.maps(raw)
+            if not of_block:  # no residual blocks: its stages
+                of_block = {i: measures.gram(m) for i, m in enumerate(maps)}
+            grams.append(torch.stack([of_block[i] for i in sorted(of_block)]))
+            if of_update:
+                updates.append(torch.stack([of_update[i] for i in sorted(of_update)]))
+            if number == 0:
+                seen.updates = sorted(of_update)
+                pixels: dict[tuple[int, int], Tensor] = {}  # of each grid: plain encoders have one for all layers
+                for layer, grid, found in zip(seen.layers, seen.grids, maps, strict=True):
+                    tokens = _smaller(found.float()).flatten(2).transpose(1, 2)
+                    layer.mean_map.add_(found.float().sum(0) / n)
+                    layer.pooled.append(found.float().mean((2, 3)).cpu())
+                    layer.raw_similarity.append(measures.token_similarity(tokens))
+                    layer.cosines.append(measures.cosine_map(tokens - tokens.mean((0, 1))))
+                    if grid not in pixels:
+                        pixels[grid] = measures.grams(_patches(raw.to(tokens.device), grid))
+                    layer.origin.add(measures.grams(tokens), pixels[grid])
+        seen.own.add(grams[0], grams[0])
+        if seen.updates:
+            seen.own_updates.add(updates[0], updates[0])
+        if seen.other is not None and seen.cross is not None and seen.cross_updates is not None:
+            seen.other.add(grams[1], grams[1])
+            seen.cross.add(grams[0], grams[1])
+            if len(updates) > 1:
+                seen.cross_updates.add(updates[0], updates[1])
+    return seen
+
+
+@dataclass
+class Attention:
+    """What was read of one attention."""
+
+    layout: Layout | str
+    distance: Tensor | None = None
+    """(heads,) px, mean over the images; None where the places are not known"""
+    entropy: Tensor | None = None
+    whole: list[Tensor] = field(default_factory=list)
+    """(B, T, T) mean of the heads, of the shown images, where every place looks at every place"""
+
+
+@torch.no_grad()
+def attend(subject: Subject, raw: Tensor, shown: int) -> list[Attention]:
+    """In the order in which the model computes them; [] for a model without any."""
+    found: list[Attention] = []
+    for start in range(0, len(raw), ATTENTION_BATCH):
+        images = raw[start : start + ATTENTION_BATCH]
+        wanted = max(min(shown - start, len(images)), 0)
+
+        def keep(weights: Tensor, batch: int = len(images), wanted: int = wanted) -> Any:
+            layout = layout_of(subject.model, tuple(weights.shape), batch, subject.size)
+            if isinstance(layout, str):
+                return layout, None, None, None
+            patches = weights[:, :, layout.prefix :, layout.prefix :]
+            whole = weights[:wanted].mean(1) if layout.everywhere else None
+            distance = measures.mean_attention_distance(patches, layout.queries, layout.keys)
+            return layout, distance.cpu(), measures.attention_entropy(patches).cpu(), whole
+
+        with AttentionRecorder(keep) as recorder:
+            subject.maps(images)
+        if not found:
+            found = [Attention(layout) for layout, *_ in recorder.found]
+        for attention, (layout, distance, entropy, whole) in zip(found, recorder.found, strict=True):
+            attention.layout = layout
+            if distance is not None:
+                part = len(images) / len(raw)
+                attention.distance = distance * part + (0 if attention.distance is None else attention.distance)
+                attention.entropy = entropy * part + (0 if attention.entropy is None else attention.entropy)
+            if whole is not None:
+                attention.whole.append(whole.cpu())
+    return found

@@ -1,0 +1,180 @@
+"""What `mpp inspect` reads out of a timm model while it runs: attention, blocks, filters, positions.
+
+The model is not changed. Attention is taken where it is computed, by intercepting torch's functions: this is the only
+place where scaled_dot_product_attention is written out, since the fused one does not tell its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mpp.inspection.measures import places
+
+SQUARE_WINDOWS = ("SwinTransformer", "SwinTransformerV2")
+"""Families whose windows are squares of neighbouring cells; MaxViT's grids look alike and are not."""
+BLOCKS = ("Block", "Bottleneck", "InvertedResidual", "DepthwiseSeparable")
+"""Parts of the class names of timm's residual blocks; the outermost modules of such a name are a model's layers."""
+
+
+class AttentionRecorder(TorchFunctionMode):
+    """While it is entered, keeps the weights of every attention: (B, heads, queries, keys) float32 each, in order.
+
+    keep: what is made of each, at once, so that a large one need not be held.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.keep = keep
+        self.found: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            output, weights = _written_out(*args, **kwargs)
+            self.found.append(self.keep(weights))
+            return output
+        output = func(*args, **kwargs)
+        # families that never call the fused one
+        if func in (torch.softmax, Tensor.softmax, F.softmax) and output.ndim == 4:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if dim in (-1, 3):
+                self.found.append(self.keep(output.float()))
+        return output
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """torch's scaled_dot_product_attention without dropout -> (output, weights in float32)."""
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    scores = (q @ k.transpose(-2, -1)).float() * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -math.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    weights = scores.softmax(-1)
+    return weights.to(v.dtype) @ v, weights
+
+
+class Layout(NamedTuple):
+    """Where the queries and keys of an attention lie, in pixels, without class and register tokens."""
+
+    queries: Tensor
+    """(Nq, 2)"""
+    keys: Tensor
+    """(Nk, 2)"""
+    prefix: int
+    """Tokens before the patches, of queries and keys."""
+    grid: tuple[int, int]
+    """Of the queries."""
+    stride_px: int
+    everywhere: bool
+    """Every place looks at every place of the same grid: what attention rollout wants."""
+
+
+def layout_of(model: Any, weights: tuple[int, ...], images: int, size: tuple[int, int]) -> Layout | str:
+    """Of attention weights of this shape, from so many images of (H, W) px; or why it is not known."""
+    if len(weights) != 4:
+        return f"attention of {len(weights)} dimensions, over units whose places are not known"
+    if hasattr(model, "reroll"):
+        return f"{type(model).__name__} keeps its tokens in an order of its own"
+    batch, _, queries, keys = weights
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    info = getattr(model, "feature_info", None) or []
+    for stride in sorted({stage["reduction"] for stage in info}):
+        gh, gw = size[0] // stride, size[1] // stride
+        where = places((gh, gw), stride)
+        if batch == images and queries == keys == prefix + gh * gw:
+            return Layout(where, where, prefix, (gh, gw), stride, True)
+        if batch == images and queries == gh * gw and keys < queries:
+            shrunk = math.isqrt(queries // keys)
+            if shrunk * shrunk * keys == queries and gh % shrunk == 0 and gw % shrunk == 0:
+                coarse = places((gh // shrunk, gw // shrunk), stride * shrunk)
+                return Layout(where, coarse, 0, (gh, gw), stride, False)
+        side = math.isqrt(queries)
+        windows = batch // images
+        filled = windows == -(-gh // side) * -(-gw // side)  # the last ones are padded
+        if type(model).__name__ in SQUARE_WINDOWS and queries == keys == side * side and filled:
+            inside = places((side, side), stride)
+            return Layout(inside, inside, 0, (side, side), stride, False)
+    return f"{type(model).__name__} attends within parts of the image whose places are not known"
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A model's residual blocks in order, by name; [] where it has none that is called so."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if name and not inside and any(part in type(module).__name__ for part in BLOCKS):
+            found.append((name, module))
+    return found
+
+
+class Passed(NamedTuple):
+    """What went through a block."""
+
+    before: Tensor
+    after: Tensor
+
+
+@contextmanager
+def watched(modules: Sequence[nn.Module], see: Callable[[int, Passed], None]) -> Iterator[None]:
+    """While it is entered, `see` gets input and output of each of the modules, with its number."""
+
+    def hook(number: int) -> Any:
+        def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            see(number, Passed(_tensor(args), _tensor(out)))
+
+        return after
+
+    handles = [module.register_forward_hook(hook(i)) for i, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensor(value: Any) -> Tensor:
+    """The first tensor of what a module takes or gives."""
+    return value if isinstance(value, Tensor) else _tensor(value[0])
+
+
+def patch_filters(model: Any) -> Tensor | str:
+    """The weight of the first convolution over the image, (D, C, h, w); or why there is none to look at."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.weight.detach().float()
+        if isinstance(module, nn.Linear):
+            break
+    return "its image is not embedded by a convolution"
+
+
+def position_table(model: Any, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]] | str:
+    """The learned position of each cell, (N, D), and the grid; or why there is none."""
+    table = getattr(model, "pos_embed", None)
+    if not isinstance(table, Tensor) or table.ndim != 3:
+        name = type(model).__name__
+        return f"{name} has no table of positions that is read here (relative ones, rotary ones, several, or none)"
+    for stride in sorted({stage["reduction"] for stage in model.feature_info}):
+        grid = (size[0] // stride, size[1] // stride)
+        extra = table.shape[1] - grid[0] * grid[1]
+        if extra in (0, getattr(model, "num_prefix_tokens", 0)):
+            return table[0, extra:].detach().float(), grid
+    return f"its table of {table.shape[1]} positions is not that of the cells at this size"

@@ -1,0 +1,97 @@
+"""Reconstructions as pictures: of any images by a run's checkpoint, and of the same few images through training."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpp.data.decoding.decode import centre_box, decode_crop
+from mpp.data.files import read_regular
+from mpp.data.shards.reader import evenly, images_of
+from mpp.drawing.sheets import save_png, sheet, stacked
+from mpp.errors import BadImage, MppWarning, UserError
+from mpp.objective.build import build_mask, build_model
+from mpp.objective.mask_drawing import draw_masks
+from mpp.objective.reconstruct import reconstruct as draw_predictions
+from mpp.recipe.loading import load_recipe
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.runs import checkpoint
+from mpp.runs.pictures import check_png, through_training, tile
+
+OF_A_FOLDER = 8
+"""Images that are drawn, where a folder is named."""
+
+
+def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path:
+    """Draw what the newest checkpoint of a pretraining run predicts for images; a PNG, a row for each.
+
+    images: files; of a folder a few are taken, evenly. Without any: the run's own through
+    training, as a strip (.png) or an animation (.gif, .webp).
+    UserError where run or images cannot be read, or no target of the run has a picture.
+    """
+    if not images:
+        return through_training(run, out)
+    for name in images:
+        if Path(out).exists() and Path(name).exists() and Path(out).samefile(name):
+            raise UserError(f"--out {out}: is one of the images; give another file")
+    check_png(out)
+    recipe = load_recipe(Path(run) / "recipe.yaml", PretrainRecipe)
+    path = checkpoint.newest(Path(run) / "checkpoints")
+    if path is None:
+        raise UserError(f"{run}: no checkpoint to reconstruct with")
+    model, grid = build_model(recipe)
+    checkpoint.load(path, model)
+    model.eval()
+    batch = torch.stack([image for place in images for image in _read_place(place, recipe)])
+    units = draw_masks(build_mask(recipe), grid, 0.5, recipe.seed, range(len(batch)))
+    found = draw_predictions(model, batch, units.hidden, units.noise, units.count)
+    if not found:
+        names = ", ".join(o.name for o in model.objectives)
+        raise UserError(f"{run}: target {names}: has no picture; those with one: pixels, norm_pixels, colours, hog")
+    blocks = []
+    for drawn in found:
+        rows = [[tile(p.images[i]) for p in drawn.panels] for i in range(len(batch))]
+        title = f"target {drawn.target}" if len(found) > 1 else None
+        blocks.append(sheet(rows, [p.title for p in drawn.panels], title=title))
+    return save_png(stacked(blocks), Path(out))
+
+
+def _read_place(place: str, recipe: PretrainRecipe) -> list[Tensor]:
+    """The image of a file; of a folder a few, spread evenly, with a warning of those that cannot be read.
+
+    Raises:
+        UserError: The file, or every image looked at in the folder, cannot be read.
+    """
+    if not os.path.isdir(place):
+        return [_read(place, recipe)]
+    found = images_of([place])
+    images, faults = [], []
+    for name in [found[i] for i in evenly(len(found), OF_A_FOLDER)]:
+        try:
+            images.append(_read(name, recipe))
+        except UserError as error:
+            faults.append(str(error))
+    if not images:
+        raise UserError(f"{place}: not one image looked at can be read; the first: {faults[0]}")
+    if faults:
+        warnings.warn(f"{len(faults)} unreadable images are left out; the first: {faults[0]}", MppWarning, stacklevel=3)
+    return images
+
+
+def _read(name: str, recipe: PretrainRecipe) -> Tensor:
+    """The central crop of an image file. UserError if it cannot be read."""
+    data = recipe.data
+    try:
+        return decode_crop(
+            read_regular(name),
+            lambda w, h: centre_box(w, h, data.image_size),
+            data.image_size,
+            **data.decoding(),
+        )
+    except BadImage as error:
+        raise UserError(f"{name}: {error}") from error

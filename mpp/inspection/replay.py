@@ -1,0 +1,168 @@
+"""`mpp replay`: run a step again whose loss or gradient was not finite, and say where that began."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpp.errors import UserError
+from mpp.finetuning import lora
+from mpp.finetuning.model import build
+from mpp.finetuning.run import MicroLoss
+from mpp.objective.build import build_model
+from mpp.parallel.team import start_accelerator
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.loading import load_recipe
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.runs import checkpoint
+from mpp.runs.records import RECIPE, steps
+from mpp.training import nonfinite
+
+SAME = 1e-5
+"""Relative difference of a loss that counts as the same: sums in another order."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What came out."""
+
+    folder: Path
+    same: bool
+    """Whether every loss is what the run measured."""
+    lines: tuple[str, ...]
+    """For people: a line for each process's micro-batches, and what was found in those that are not finite."""
+
+
+def replay(run: str | Path, step: int | None = None) -> Replayed:
+    """Run the kept step of a run again, on one process. step: which; default: the last one that was kept.
+
+    run: of pretraining, or a cell of fine-tuning. UserError where no step is kept.
+    """
+    folder = Path(run)
+    if not steps(folder / nonfinite.FOLDER):
+        cells = [p.parent for p in sorted(folder.glob(f"*/{nonfinite.FOLDER}")) if steps(p)]
+        if len(cells) != 1:
+            which = f"; name one of {', '.join(map(str, cells))}" if cells else ""
+            raise UserError(f"{run}: no step was kept: all that it ran had a finite loss and gradient{which}")
+        folder = cells[0]
+    kept = steps(folder / nonfinite.FOLDER)
+    at = next((p for p in kept if step is None or p.name == f"step-{step:08d}"), None)
+    if at is None:
+        raise UserError(f"--step {step}: not kept; allowed: {', '.join(str(_step(p)) for p in kept)}")
+    shares = nonfinite.read(at)
+    model, loss_of = _pretraining(folder) if (folder / RECIPE).exists() else _finetuning(folder, shares[0])
+    checkpoint.load(at, model, checked=True)
+    model.train()
+    if not shares[0].record.get("encoder_learns", True):  # frozen still, and in eval mode then
+        model.encoder.eval()  # type: ignore[union-attr]
+    lines, same = [], True
+    for share in shares:
+        for m, batch in enumerate(share.micro_batches):
+            with _Began(model) as began:
+                losses = loss_of(share, m, batch)
+            losses.sum().backward()
+            found, before = losses.tolist(), [float(v) for v in share.record["losses"][m]]
+            same &= all(map(_same, found, before))
+            lines.append(f"process {share.rank}, micro-batch {m}: loss {_shown(found)}; in the run {_shown(before)}")
+            if not all(map(math.isfinite, found)):
+                lines.append(f"  first in {began.where}" if began.where else "  in the loss itself")
+                alone = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["images"]))]
+                with torch.no_grad():
+                    culprits = [i for i, b in enumerate(alone) if not loss_of(share, m, b).isfinite().all()]
+                if len(culprits) == len(alone) > 1:
+                    lines.append("  every image alone, too: the weights, most likely")
+                else:
+                    lines += [f"  alone, too: {share.record['samples'][m][i]}" for i in culprits]
+    gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    if gradients:
+        lines.append(f"{len(gradients)} parameters have gradients that are not finite, such as {gradients[0]}")
+    return Replayed(at, same, tuple(lines))
+
+
+LossOf = Callable[[nonfinite.Share, int, dict[str, Any]], Tensor]
+"""(a process's share, which of its micro-batches, its tensors or some of them) -> (losses,)."""
+
+
+def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
+    recipe = load_recipe(run / RECIPE, PretrainRecipe)
+    accelerator = start_accelerator(recipe.precision)
+    model, _ = build_model(recipe)
+    model.to(accelerator.device)
+
+    def loss_of(share: nonfinite.Share, m: int, batch: dict[str, Any]) -> Tensor:
+        torch.manual_seed(share.record["seeds"][m])
+        parts = [batch[k].to(accelerator.device) for k in ("images", "mask", "noise")]
+        with accelerator.autocast():
+            found: Tensor = model(*parts, share.record["hidden_units"][m])
+        return found
+
+    return model, loss_of
+
+
+def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, LossOf]:
+    recipe = load_recipe(cell.parent / RECIPE, FinetuneRecipe)
+    accelerator = start_accelerator(recipe.precision)
+    record = share.record
+    model = build(recipe, record["arm"], record["seed"], len(record["classes"]))
+    if recipe.lora and record["arm"] == "pretrained":
+        lora.add(model.encoder, **recipe.lora.model_dump())
+    if record["class_weights"] is not None:
+        model.task.class_weights = torch.tensor(record["class_weights"])
+    model.to(accelerator.device)
+    micro_loss = MicroLoss(recipe, accelerator, model, record["classes"], record["seed"])
+
+    def loss_of(share: nonfinite.Share, m: int, batch: dict[str, Any]) -> Tensor:
+        mixed = micro_loss.mix
+        if len(batch["images"]) % 2:  # one alone cannot be mixed
+            micro_loss.mix = None
+        with accelerator.autocast():
+            found = micro_loss(model, batch["images"], batch["labels"], share.record["seeds"][m])
+        micro_loss.mix = mixed
+        return found.view(1)
+
+    return model, loss_of
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+class _Began:
+    """Notes the first module whose output is not finite; a context."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.where = model, ""
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Began:
+        for name, module in self.model.named_modules():
+            if not list(module.children()):
+                self._hooks.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not self.where and isinstance(output, Tensor) and not output.isfinite().all():
+                self.where = f"{name} ({type(module).__name__})"
+
+        return look
+
+
+def _same(a: float, b: float) -> bool:
+    if math.isfinite(a) and math.isfinite(b):
+        return math.isclose(a, b, rel_tol=SAME)
+    return str(a) == str(b)
+
+
+def _shown(losses: list[float]) -> str:
+    return ", ".join(f"{v:.6g}" for v in losses)

@@ -1,0 +1,178 @@
+"""What an encoder learned, in pictures with their numbers: the interpretations of the ViT papers, on any model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpp.data.decoding.decode import centre_box, decode_crop
+from mpp.data.readers import sample
+from mpp.data.shards.reader import evenly
+from mpp.drawing import plots
+from mpp.encoders.images_of import decoding_of, for_channels, stored_recipe
+from mpp.encoders.sources import check_source, open_encoder
+from mpp.errors import BadImage, MppWarning, UserError, one_line
+from mpp.inspection import views
+from mpp.inspection.measures import LEAST_IMAGES
+from mpp.inspection.observing import Subject, attend, see_all
+from mpp.inspection.views import View
+from mpp.runs.history import INSPECTION, INSPECTION_INDEX
+from mpp.runs.records import timm_folder, write_json
+
+ATTENTION_IMAGES = 16
+"""Of which attention is read."""
+
+
+@dataclass
+class Inspection:
+    """What `inspect_encoder` returns."""
+
+    out: Path
+    encoder: str
+    images: int
+    views: list[View]
+    absent: dict[str, str]
+    """Title -> why this encoder has no such view."""
+
+    def table(self) -> str:
+        """For people."""
+        lines = [f"{view.title}: {view.summary}" for view in self.views]
+        return "\n".join(lines + [f"{title}: not here: {why}" for title, why in self.absent.items()])
+
+
+def _open(source: str, *, random: bool, device: torch.device, key: str) -> Subject:
+    """UserError where there is no such encoder, or it gives no maps."""
+    check_source(source, key=key)
+    torch.manual_seed(0)
+    model = open_encoder(source, architecture=None, image_size=None, channels=None, pretrained=not random)
+    model = model.eval().to(device)
+    if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
+        raise UserError(f"{key}: timm's {type(model).__name__} has no forward_intermediates: no layers to look at")
+    channels, *size = model.pretrained_cfg["input_size"]
+    mean, std = (
+        torch.tensor(for_channels(model.pretrained_cfg[k], channels), device=device).view(-1, 1, 1)
+        for k in ("mean", "std")
+    )
+    if channels not in (1, 3, 4):
+        raise UserError(f"{key}: {source} wants images of {channels} channels; images are read with 1, 3 or 4")
+    folder = timm_folder(source)
+    if folder and stored_recipe(folder).get("data", {}).get("value_range"):
+        raise UserError(f"{key}: {source} wants images with data.value_range; here they are read as 8 bit")
+    decoding = decoding_of(folder or Path(source), channels)
+    return Subject(source, model, (int(size[0]), int(size[1])), channels, mean, std, decoding)
+
+
+def _centre(size: tuple[int, int], width: int, height: int) -> Any:
+    return centre_box(width, height, size)
+
+
+def _read(subjects: Sequence[Subject], places: Sequence[str], count: int, shown: int) -> list[Tensor]:
+    """`count` images for each subject, (n, C, H, W) uint8, the first `shown` of them spread evenly over the rest.
+
+    What cannot be read is passed over. UserError where too few are left.
+    """
+    found: list[list[Tensor]] = []
+    faults: list[str] = []
+    for reader, number in sample(places, count, "IMAGES"):
+        try:
+            data = reader.read(number)
+            found.append([decode_crop(data, partial(_centre, s.size), s.size, **s.decoding) for s in subjects])
+        except BadImage as error:
+            faults.append(f"{reader.name(number)}: {error}")
+    if len(found) < LEAST_IMAGES:
+        first = f"; unreadable: {faults[0]}" if faults else ""
+        raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are wanted; got {len(found)}{first}")
+    if faults:
+        warnings.warn(f"IMAGES: {len(faults)} cannot be read; the first: {faults[0]}", MppWarning, stacklevel=3)
+    chosen = evenly(len(found), shown)
+    order = chosen + [i for i in range(len(found)) if i not in chosen]
+    return [torch.stack([images[i] for i in order]) for images in zip(*found, strict=True)]
+
+
+def inspect_encoder(
+    encoder: str | Path,
+    places: Sequence[str],
+    *,
+    out: str | Path | None = None,
+    compare: str | None = None,
+    images: int = 128,
+    shown: int = 4,
+    random: bool = False,
+) -> Inspection:
+    """Look at an encoder through images: PNG, SVG and JSON of each view, and `index.json`, in a folder.
+
+    encoder, compare: a run, an export, or a name of timm's. places: shards, image files, folders of images.
+    images: how many are measured; shown: how many are drawn. random: both with random weights, as a control.
+    out: default RUN/inspect, or inspect/NAME, with random weights inspect/NAME-random.
+    UserError for everything the user can correct.
+    """
+    source = str(encoder)
+    folder = Path(out) if out is not None else _own_folder(source, random)
+    if images < LEAST_IMAGES:
+        raise UserError(f"images: at least {LEAST_IMAGES}; got {images}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subjects = [_open(source, random=random, device=device, key="encoder")]
+    if compare is not None:
+        subjects.append(_open(compare, random=random, device=device, key="--compare"))
+    read = _read(subjects, places, images, shown)
+    subject = subjects[0]
+    try:
+        seen = see_all(subjects, read, shown)
+        attention = attend(subject, read[0][:ATTENTION_IMAGES], shown)
+    except RuntimeError as error:  # out of memory, above all
+        raise UserError(f"{source}: {one_line(error)}") from error
+    found: list[tuple[str, View | str]] = [
+        ("Features as colours", views.colours(seen)),
+        ("Spectrum, rank and collapse", views.spectrum(seen)),
+        ("Attention maps and rollout", views.attention_maps(subject, attention, read[0][:shown])),
+        ("Mean attention distance", views.attention_distance(subject, attention)),
+        ("Similarity of layers (linear CKA)", views.similarity(seen, subjects[1] if compare else None)),
+        ("Skip connections", views.skips(seen)),
+        ("Where a token stands", views.space(seen)),
+        ("Position embeddings", views.positions(subject)),
+        ("Filters of the patch embedding", views.filters(subject)),
+    ]
+    drawn = [view for _, view in found if isinstance(view, View)]
+    absent = {title: why for title, why in found if isinstance(why, str)}
+    _write(folder, source, len(read[0]), drawn, absent, random)
+    return Inspection(folder, source, len(read[0]), drawn, absent)
+
+
+def _own_folder(source: str, random: bool) -> Path:
+    """What random weights show is no part of a run."""
+    run = Path(source)
+    return (
+        run / INSPECTION
+        if (run / "encoder").is_dir() and not random
+        else Path(INSPECTION) / (run.name + "-random" * random)
+    )
+
+
+def _write(folder: Path, source: str, images: int, drawn: list[View], absent: dict[str, str], random: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for view in drawn:
+            plots.save(view.figure, folder / f"{view.name}.png")
+            (folder / f"{view.name}.svg").write_text(plots.svg(view.figure, view.name), encoding="utf-8")
+            write_json(folder / f"{view.name}.json", view.numbers)
+        write_json(
+            folder / INSPECTION_INDEX,
+            {
+                "encoder": source,
+                "random_weights": random,
+                "images": images,
+                "views": [
+                    {"name": v.name, "title": v.title, "caption": v.caption, "summary": v.summary} for v in drawn
+                ],
+                "absent": absent,
+            },
+        )
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror or error}") from error

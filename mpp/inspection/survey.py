@@ -1,0 +1,116 @@
+"""What is known of timm's models: the support table, and what a probe of one finds just now."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shlex
+from typing import Any
+
+from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.support import FAMILIES, TRIED, Family
+from mpp.errors import UserError
+from mpp.objective import contract
+from mpp.objective.contract import Subject
+
+
+def probe(name: str) -> dict[str, Any]:
+    """What the adapter finds on a model just now, at its smallest size, and whether it may be trained.
+
+    "may_be_trained": yes, "yes, with a warning", or no; then "why". UserError where timm has no such model.
+    """
+    try:
+        subject, encoder = _smallest(name)
+    except UserError as error:
+        if "timm" in str(error).partition(":")[2] and "has no model" in str(error):
+            raise
+        return {"model": name, "may_be_trained": "no", "why": str(error)}
+    found, ways = contract.probed(encoder), contract.offered(encoder)
+    of_class = [f for f in FAMILIES if f.family == encoder.family]
+    named = [f for f in of_class if any(fnmatch.fnmatch(name, p) for p in f.models.split(", "))]
+    parameters = [(p.numel(), p.requires_grad) for p in encoder.model.parameters()]
+    leaks, tried = contract.check(subject, ways[0], ("no leak",))["no leak"], encoder.family in TRIED
+    return {
+        "model": name,
+        "family": encoder.family,
+        "parameters": sum(count for count, _ in parameters),
+        "parameters_unread": sum(count for count, read in parameters if not read),
+        "image_size": list(subject.image_size),
+        "dim": found["dim"],
+        "stride_px": found["stride_px"],
+        "stem": list(found["stem"]),
+        "ways_of_hiding": list(ways),
+        "leak": leaks or None,
+        "contract": [f.title for f in named or of_class] if tried else None,
+        "toy": tiny_command(named[-1]) if named else None,
+        "may_be_trained": "no" if leaks else "yes" if tried else "yes, with a warning",
+    }
+
+
+def probe_text(found: dict[str, Any]) -> str:
+    """The same for a terminal."""
+    name = found["model"]
+    if "why" in found:
+        return f"{name}\n  may be trained: no: {found['why']}"
+    size, ways = "×".join(map(str, found["image_size"])), found["ways_of_hiding"]
+    lines = [
+        f"{name}: {found['family']}, {found['parameters'] / 1e6:.1f} M parameters, probed at {size} px",
+        f"  features: {found['dim']} wide, a cell of {found['stride_px']} px; image sizes are multiples of that",
+        f"  stem: {' or '.join(found['stem']) or 'none that takes mask tokens'}",
+        f"  ways of hiding: {', '.join(ways)}",
+        f"  not part of the features, so not pretrained: {found['parameters_unread']:,} parameters",
+        f"  leak check just now ({ways[0]}): {found['leak'] or 'no hidden pixel reaches a prediction'}",
+    ]
+    if found["contract"] is not None:
+        lines.append(f"  contract tests: pass for its family ({'; '.join(found['contract'])})")
+    else:
+        lines.append(f"  contract tests: never run on a {found['family']}; mpp models --check {name} runs them")
+    if found["toy"]:
+        lines.append(f"  in the tests, as a toy: {found['toy']}")
+    return "\n".join([*lines, f"  may be trained: {found['may_be_trained']}"])
+
+
+def tiny_overrides(family: Family) -> dict[str, Any]:
+    """What makes recipes/pretrain/simmim_vit_b16.yaml at its tiny scale a recipe of another family."""
+    args = {key: list(value) if isinstance(value, tuple) else value for key, value in family.args.items()}
+    return {
+        "encoder.name": family.example,
+        "encoder.args": args,
+        "data.image_size": list(family.image_size),
+        "mask.unit_px": None,
+    }
+
+
+def tiny_command(family: Family) -> str:
+    """The same as a command, for people."""
+    words = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in tiny_overrides(family).items()]
+    return f"mpp pretrain recipes/pretrain/simmim_vit_b16.yaml --scale tiny {' '.join(words)}"
+
+
+def check(name: str) -> tuple[str, bool]:
+    """Run the contract on any model of timm's at the smallest size it takes -> (what was found, whether all held)."""
+    subject, encoder = _smallest(name)
+    lines, held = [f"{name}: {encoder.family} at {'×'.join(map(str, subject.image_size))} px"], True
+    for way in contract.offered(encoder):
+        for what, fault in contract.check(subject, way).items():
+            lines.append(f"  {way}: {what}: {fault or 'holds'}")
+            held = held and not fault
+    lines.append(f"  may be trained: {'yes' if held else 'no'}")
+    return "\n".join(lines), held
+
+
+def _smallest(name: str) -> tuple[Subject, TimmEncoder]:
+    """The model at two by three cells where it takes that, else four by four, else its own size."""
+    own: Any = create_timm_model(name, image_size=None, in_chans=3, pretrained=False, args={}, key="models")
+    info = getattr(own, "feature_info", None)
+    stride = info[-1]["reduction"] if info else 32
+    *_, height, width = own.pretrained_cfg["input_size"]
+    last: UserError | None = None
+    own_size = (-(-height // stride) * stride, -(-width // stride) * stride)
+    for size in ((2 * stride, 3 * stride), (4 * stride, 4 * stride), own_size):
+        subject = Subject(name, {}, size)
+        try:
+            return subject, subject.encoder()
+        except UserError as error:
+            last = error
+    raise last or UserError(f"models: {name}: no size to try")

@@ -1,0 +1,367 @@
+"""Views of an encoder: from what was read of images to a picture with its numbers.
+
+One that an encoder has nothing for (attention in a convolutional network) gives the reason instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpp.data.shards.reader import evenly
+from mpp.drawing import plots
+from mpp.drawing.plots import Dots, Heat, Level, Line, Picture
+from mpp.evaluation.rank import effective_rank
+from mpp.inspection import measures
+from mpp.inspection.observing import Attention, Seen, Subject
+from mpp.inspection.reading import Layout, patch_filters, position_table
+
+SHOWN_PLACES = 8
+"""Rows and columns of places whose similarities are drawn."""
+SHOWN_FILTERS = 28
+"""Principal components of filters, as in Dosovitskiy et al. 2021, figure 7."""
+SHOWN_LAYERS = 4
+
+
+@dataclass
+class View:
+    """One picture with its numbers."""
+
+    name: str
+    title: str
+    caption: str
+    """How to read it."""
+    numbers: dict[str, Any]
+    figure: Any
+    summary: str
+    """The numbers in a line; the alternative text of the picture, too."""
+
+
+def positions(subject: Subject) -> View | str:
+    found = position_table(subject.model, subject.size)
+    if isinstance(found, str):
+        return found
+    table, (gh, gw) = found
+    if gh * gw == 1:
+        return "the image is one cell"
+    similar = measures.cosine_map(table).cpu()
+    where = measures.places((gh, gw), subject.size[0] / gh)
+    curve = measures.by_distance(similar, where, subject.size[0] / gh)
+    rows, cols = (evenly(n, SHOWN_PLACES) for n in (gh, gw))
+    grid = [[Picture(similar[r * gw + c].view(gh, gw).numpy()) for c in cols] for r in rows]
+    near, far = curve.value[0], curve.value[-1]
+    return View(
+        "positions",
+        "Position embeddings",
+        "Cosine of the position embedding of one cell with those of all others; a small map for each cell, where the "
+        "cell is. A bright spot that wanders with the cell: near cells have like positions. Bright rows and columns: "
+        "rows and columns are told apart.",
+        {"grid": [gh, gw], "distance_px": curve.distance_px, "mean_cosine": curve.value, "cosine": _rounded(similar)},
+        plots.pictures(
+            grid, title="cosine of each cell's position with all others, -1 dark to 1 bright", low=-1, high=1, side=0.75
+        ),
+        f"mean cosine {near:.2f} to the next cell, {far:.2f} to the farthest",
+    )
+
+
+def filters(subject: Subject) -> View | str:
+    weight = patch_filters(subject.model)
+    if isinstance(weight, str):
+        return weight
+    found = measures.components(weight, SHOWN_FILTERS)
+    shown = []
+    for vector in found.vectors.cpu():
+        colours = vector[:3] if len(vector) >= 3 else vector[:1].expand(3, -1, -1)
+        span = colours.abs().max().clamp_min(1e-12)
+        shown.append(Picture((0.5 + 0.5 * colours / span).permute(1, 2, 0).float().numpy()))
+    rows = [shown[i : i + 7] for i in range(0, len(shown), 7)]
+    share = found.share.tolist()
+    return View(
+        "filters",
+        "Filters of the patch embedding",
+        "Principal components of the first layer's filters, the largest first; grey is zero. Waves of growing "
+        "frequency and colour contrasts: a basis for what is in a patch. Noise: it has hardly learned.",
+        {"filters": len(weight), "size_px": list(weight.shape[2:]), "share_of_variance": share},
+        plots.pictures(rows, title="principal components of the first layer's filters", side=0.8),
+        f"{len(share)} components of {len(weight)} filters hold {sum(share):.0%} of their variance",
+    )
+
+
+def attention_distance(subject: Subject, found: list[Attention]) -> View | str:
+    if not found:
+        return f"{type(subject.model).__name__} computes no attention between places"
+    of_block, distance, entropy, uniform = [], [], [], []
+    for i, a in enumerate(found):
+        if isinstance(a.layout, Layout) and a.distance is not None and a.entropy is not None:
+            of_block.append(i + 1)
+            distance.append(a.distance.tolist())
+            entropy.append(a.entropy.tolist())
+            even = torch.full((1, 1, len(a.layout.queries), len(a.layout.keys)), 1.0)
+            uniform.append(float(measures.mean_attention_distance(even, a.layout.queries, a.layout.keys)))
+    if not of_block:
+        return str(found[0].layout)
+    x = [i for i, heads in zip(of_block, distance, strict=True) for _ in heads]
+    mean = [float(np.mean(heads)) for heads in distance]
+    numbers: dict[str, Any] = {
+        "block": of_block,
+        "distance_px": distance,
+        "uniform_distance_px": uniform,
+        "entropy": entropy,
+    }
+    left_out = len(found) - len(of_block)
+    if left_out:
+        numbers["left_out"] = left_out
+    figure = plots.lines(
+        {
+            "how far a head looks, px": [
+                Dots("a head", x, [d for heads in distance for d in heads]),
+                Line("mean", of_block, mean),
+                Line("even attention", of_block, uniform, dashed=True),
+            ],
+            "entropy of its attention, 1: even": [Dots("a head", x, [e for heads in entropy for e in heads])],
+        },
+        xlabel="block",
+        limits={"how far a head looks, px": (0, None), "entropy of its attention, 1: even": (0, 1.05)},
+        shared=False,
+        height=3.2,
+    )
+    return View(
+        "attention_distance",
+        "Mean attention distance",
+        "How far the patches of an image look, for each head of each block: distances weighted by attention. Heads "
+        "that look near beside heads that look far in the first blocks: local and global features side by side. All at "
+        "the dashed line: attention is even, as in an untrained encoder.",
+        numbers,
+        figure,
+        f"{mean[0]:.1f} px in the first block, {mean[-1]:.1f} px in the last (even attention: {uniform[-1]:.1f} px)",
+    )
+
+
+def attention_maps(subject: Subject, found: list[Attention], shown: Tensor) -> View | str:
+    if not found:
+        return f"{type(subject.model).__name__} computes no attention between places"
+    layouts = [a.layout for a in found if isinstance(a.layout, Layout) and a.layout.everywhere]
+    if len(layouts) < len(found) or len({(layout.grid, layout.prefix) for layout in layouts}) > 1:
+        return f"{type(subject.model).__name__} has blocks in which not every place looks at every place"
+    layout = layouts[0]
+    gh, gw = layout.grid
+    layers = evenly(len(found), 3)
+    whole = [torch.cat(a.whole) for a in found]  # (shown, T, T)
+    through = measures.rollout([w.unsqueeze(1) for w in whole])
+    query = (gh // 2) * gw + gw // 2
+    at = ((gh // 2 + 0.5) / gh, (gw // 2 + 0.5) / gw)
+    rows, of_rollout = [], []
+    for i, image in enumerate(shown[: len(whole[0])]):
+        picture = _pixels(image)
+        row = [Picture(picture, "image" if i == 0 else "", at=at)]
+        for layer in layers:
+            weights = whole[layer][i, layout.prefix :, layout.prefix :][query].view(gh, gw)
+            row.append(Picture(picture, f"block {layer + 1}" if i == 0 else "", over=weights.numpy(), at=at))
+        rolled = through[i, layout.prefix :, layout.prefix :]
+        of_rollout.append(rolled[query].view(gh, gw))
+        row.append(Picture(picture, "rollout" if i == 0 else "", over=of_rollout[-1].numpy(), at=at))
+        row.append(
+            Picture(
+                picture, "rollout, all\nplaces" if i == 0 else "", over=rolled.mean(0).view(gh, gw).numpy()
+            )
+        )  # fmt: skip
+        rows.append(row)
+    own = float(torch.stack([r.flatten()[query] / r.sum() for r in of_rollout]).mean())
+    return View(
+        "attention_maps",
+        "Attention maps and rollout",
+        "Where the patch at the cross looks, mean of the heads, in the first, a middle and the last block, each on its "
+        "own scale; then through all blocks together (attention rollout), from the cross and from all places.",
+        {
+            "query": [gh // 2, gw // 2],
+            "grid": [gh, gw],
+            "rollout": [_rounded(r, 5) for r in of_rollout],
+            "own_share": own,
+        },
+        plots.pictures(rows, title="where the patch at the cross looks"),
+        f"through all blocks the patch keeps {own:.0%} of its attention on itself",
+    )
+
+
+def similarity(seen: Seen, other: Subject | None) -> View:
+    own = seen.own.values().cpu().numpy()
+    panels = [Heat("its layers", own, "block", "block")]
+    numbers: dict[str, Any] = {"blocks": seen.block_names, "cka": _rounded(own)}
+    if seen.updates:
+        updates = seen.own_updates.values().cpu().numpy()
+        panels.append(Heat("what each block adds", updates, "block", "block"))
+        numbers["blocks_with_skip"] = [seen.block_names[i] for i in seen.updates]
+        numbers["cka_without_skip"] = _rounded(updates)
+    if other is not None and seen.other is not None and seen.cross is not None and seen.cross_updates is not None:
+        theirs, cross = (t.values().cpu().numpy() for t in (seen.other, seen.cross))
+        panels += [Heat("the other's layers", theirs, "block", "block")]
+        panels += [Heat("its layers, the other's", cross, "block of the other", "block")]
+        numbers |= {"other": other.name, "cka_other": _rounded(theirs), "cka_cross": _rounded(cross)}
+        between = seen.cross_updates.values().cpu().numpy() if seen.cross_updates.added else np.full((1, 1), np.nan)
+        if np.isfinite(between).any():  # residual branches that start at zero add nothing
+            panels.append(Heat("what each adds, the other's", between, "block of the other", "block"))
+            numbers["cka_cross_without_skip"] = _rounded(between)
+    ends = float(own[0, -1])
+    return View(
+        "similarity",
+        "Similarity of layers (linear CKA)",
+        "1: two layers hold the same up to a rotation, 0: nothing in common. One bright square: every layer resembles "
+        "every other, as in ViTs, whose skip connections carry everything on. Blocks along the diagonal: stages, as in "
+        "convolutional networks. What each block adds is its output less its input: without the skip connection.",
+        numbers,
+        plots.heats(panels, low=0, high=1, label="CKA", columns=min(len(panels), 3)),
+        f"first and last of {len(own)} blocks: {ends:.2f}, mean of all pairs {float(np.nanmean(own)):.2f}",
+    )
+
+
+def skips(seen: Seen) -> View | str:
+    if not seen.updates:
+        return "it has no blocks around which an input is carried on unchanged"
+    adding = [i for i in seen.updates if seen.skip_over_branch[i]]
+    if not adding:
+        return "its blocks add nothing to what they are given: their last layers are zero, or as good as"
+    x = [i + 1 for i in adding]
+    ratio = [float(np.mean(seen.skip_over_branch[i])) for i in adding]
+    return View(
+        "skips",
+        "Skip connections",
+        "Norm of what a block's skip connection carries on over the norm of what the block adds (its output less its "
+        "input, with whatever activation follows the sum; blocks that add nothing are left out). Above 1: the block "
+        "changes little of what comes in. A peak marks where a representation is handed on rather than made.",
+        {"block": x, "blocks": [seen.block_names[i] for i in adding], "skip_over_branch": ratio},
+        plots.lines(
+            {"carried on / added": [Line("", x, ratio), Level("as much", 1.0)]},
+            xlabel="block",
+            height=3.0,
+            limits={"carried on / added": (0, None)},
+        ),
+        f"{min(ratio):.1f} to {max(ratio):.1f}",
+    )
+
+
+def space(seen: Seen) -> View:
+    layers = evenly(len(seen.layers), SHOWN_LAYERS)
+    origin = [layer.origin.values().nan_to_num(0.0).cpu() for layer in seen.layers]
+    local = [measures.localised(o) for o in origin]
+    curves: list[Line] = []
+    numbers: dict[str, Any] = {"localised": local, "grid": seen.grids, "cosine_by_distance": []}
+    for i, layer in enumerate(seen.layers):
+        step = seen.subject.size[0] / seen.grids[i][0]
+        mean = torch.stack(layer.cosines).mean(0).cpu()
+        curve = measures.by_distance(mean, measures.places(seen.grids[i], step), step)
+        numbers["cosine_by_distance"].append(curve._asdict())
+        if i in layers:
+            curves.append(Line(f"{layer_word(seen)} {i + 1}", curve.distance_px, curve.value))
+    x = list(range(1, len(seen.layers) + 1))
+    return View(
+        "space",
+        "Where a token stands",
+        "Left: cosine between two patches of an image by their distance, without what all patches share. A line that "
+        "falls: neighbours resemble each other, places are kept apart. Flat at 1: all patches say the same. Right: "
+        "part of the tokens that resemble the pixels at their own place more than those anywhere else (CKA over "
+        "images); it falls where places mix.",
+        numbers,
+        plots.lines(
+            {"cosine of two patches": curves, "tokens that know their place": [Line("", x, local)]},
+            xlabel=("distance, px", layer_word(seen)),
+            limits={"tokens that know their place": (0, 1.05)},
+            shared=False,
+            height=3.2,
+        ),
+        f"{local[0]:.0%} of the tokens know their place in the first {layer_word(seen)}, {local[-1]:.0%} in the last",
+    )
+
+
+def spectrum(seen: Seen) -> View:
+    pooled = [torch.cat(layer.pooled) for layer in seen.layers]
+    spectra = [measures.spectrum(p) for p in pooled]
+    rank = [effective_rank(p) for p in pooled]
+    centred = [effective_rank(p - p.mean(0)) for p in pooled]
+    similar = [float(np.mean(layer.raw_similarity)) for layer in seen.layers]
+    without_mean = [measures.off_diagonal(torch.stack(layer.cosines).mean(0)) for layer in seen.layers]
+    x = list(range(1, len(pooled) + 1))
+    curves = []
+    for i in evenly(len(pooled), SHOWN_LAYERS):
+        kept = [v for v in spectra[i].tolist() if v > 1e-9]
+        curves.append(Line(f"{layer_word(seen)} {i + 1}", list(range(1, len(kept) + 1)), kept))
+    return View(
+        "spectrum",
+        "Spectrum, rank and collapse",
+        "Left: variance of the features of an image (mean of its patches) along their principal components; a line "
+        "that drops to nothing after few components: collapse. Middle: how many directions that makes (effective rank; "
+        "RankMe does not take off the mean). Right: mean cosine between the patches of one image; 1: all say the same.",
+        {
+            "images": len(pooled[0]),
+            "width": [p.shape[1] for p in pooled],
+            "rank": centred,
+            "rankme": rank,
+            "token_similarity": similar,
+            "token_similarity_without_mean": without_mean,
+            "spectrum": [_rounded(s, 8) for s in spectra],
+        },
+        plots.lines(
+            {
+                "share of the variance": curves,
+                "effective rank": [Line("centred", x, centred), Line("RankMe", x, rank, dashed=True)],
+                "similarity of patches": [
+                    Line("without the mean", x, without_mean),
+                    Line("raw", x, similar, None, True),
+                ],
+            },
+            xlabel=("component", layer_word(seen), layer_word(seen)),
+            shared=False,
+            height=3.2,
+            limits={"effective rank": (0, None)},
+            log_y_of=("share of the variance",),
+        ),
+        f"effective rank of the last {layer_word(seen)} {centred[-1]:.1f} of {pooled[-1].shape[1]} "
+        f"(RankMe {rank[-1]:.1f}), over {len(pooled[0])} images",
+    )
+
+
+def colours(seen: Seen) -> View:
+    layers = evenly(len(seen.shown_maps), SHOWN_LAYERS)
+    moved = {i: seen.shown_maps[i].float() - seen.layers[i].mean_map for i in layers}
+    coloured = {i: measures.colour_maps(moved[i]) for i in layers}
+    rows = []
+    for r, image in enumerate(seen.shown):
+        row = [Picture(_pixels(image), "image" if r == 0 else "")]
+        row += [
+            Picture(coloured[i][0][r].permute(1, 2, 0).cpu().numpy(), f"{layer_word(seen)} {i + 1}" if r == 0 else "")
+            for i in layers
+        ]
+        rows.append(row)
+    last = coloured[layers[-1]][1]
+    return View(
+        "colours",
+        "Features as colours",
+        "The first three principal components of the patch features of all these images as red, green and blue, "
+        "without what every image has at that place (its position, above all). Parts that mean the same to the encoder "
+        "have the same colour, in all images of a column.",
+        {"layers": [i + 1 for i in layers], "share_of_variance": [coloured[i][1] for i in layers]},
+        plots.pictures(rows, title="principal components of patch features as colours"),
+        f"three components hold {sum(last):.0%} of the variance of the last {layer_word(seen)}",
+    )
+
+
+def layer_word(seen: Seen) -> str:
+    """What its maps are the output of."""
+    plain = len({tuple(m.shape[-2:]) for m in seen.shown_maps}) == 1
+    return "block" if plain else "stage"
+
+
+def _pixels(raw: Tensor) -> np.ndarray:
+    """(C, H, W) uint8 -> (H, W, 3) in [0, 1]."""
+    x = raw[:3] if len(raw) >= 3 else raw[:1].expand(3, -1, -1)
+    return (x.permute(1, 2, 0).float() / 255).cpu().numpy()
+
+
+def _rounded(values: Any, digits: int = 4) -> Any:
+    array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    found = np.round(array.astype(float), digits).astype(object)
+    found[~np.isfinite(array.astype(float))] = None  # JSON has no NaN
+    return found.tolist()

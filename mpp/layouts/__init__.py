@@ -1,1 +1,0 @@
-"""Names that other projects give an encoder's weights, a file a project: `RULES`, see `mpp.keymap`."""

@@ -1,0 +1,202 @@
+"""From a recipe to its parts. What cannot work together is refused here, before any data is read."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.sources import load_encoder
+from mpp.encoders.support import TRIED
+from mpp.encoders.teacher import frozen_copy, frozen_teacher
+from mpp.errors import MppWarning, UserError
+from mpp.objective import contract
+from mpp.objective.interfaces import CorruptionContext, Mask, TargetContext
+from mpp.objective.model import MaskedPatchModel, Objective
+from mpp.objective.weight_init import init_as_mae
+from mpp.recipe import registry
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.rng import Purpose, torch_seed
+
+
+def build_mask(recipe: PretrainRecipe) -> Mask:
+    return registry.build("mask", recipe.mask)
+
+
+def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, int]]:
+    """The model, initialised from the recipe's seed, and the grid of mask units (uh, uw).
+
+    UserError for every combination that cannot work, with the keys.
+    """
+    size, channels = recipe.data.image_size, recipe.data.channels
+    _check_encoder_args(recipe.encoder.args)
+    torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
+    timm_model = _timm_model(recipe)
+    encoder = TimmEncoder(timm_model, size, recipe.mask.unit_px)
+    unit = recipe.mask.unit_px or encoder.stride
+    if unit % encoder.stride and encoder.stride % unit:
+        raise UserError(
+            f"mask.unit_px: must be a multiple of the encoder's stride, {encoder.stride} px, or divide it; got {unit}"
+        )
+    if size[0] % unit or size[1] % unit or size[0] * size[1] < 2 * unit * unit:
+        raise UserError(
+            f"data.image_size: must be multiples of the mask's unit, {unit} px, and at least two of them; "
+            f"got {size[0]}×{size[1]}"
+        )
+    mask = build_mask(recipe)
+    _check_corruption(recipe, encoder, unit)
+    stem_dim = encoder.stem.dim if encoder.stem else 0
+    corruption = registry.build("corruption", recipe.corruption, CorruptionContext(stem_dim, channels, unit))
+    objectives = _build_objectives(recipe, encoder, unit, corruption.hidden_enter)
+    mean, std = recipe.data.mean_std()
+    grid = (size[0] // unit, size[1] // unit)
+    try:
+        guide = mask.guide(partial(frozen_teacher, channels=channels, grid=grid, key="mask"))
+    except ValueError as error:
+        raise UserError(f"mask.{error}") from error
+    try:
+        model = MaskedPatchModel(
+            encoder,
+            corruption,
+            objectives,
+            unit_px=unit,
+            predict_fraction=recipe.predict_fraction,
+            guide=guide,
+            mean=mean,
+            std=std,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if recipe.encoder.grad_checkpointing:  # after teachers were copied, which have no backward pass
+        _checkpoint_activations(recipe, timm_model)
+    if encoder.family not in TRIED:
+        _try_now(model, recipe.encoder.name)
+    return model, grid
+
+
+def _timm_model(recipe: PretrainRecipe) -> Any:
+    """Random, or with the weights that it starts from."""
+    named, size, channels = recipe.encoder, recipe.data.image_size, recipe.data.channels
+    if named.weight_init != "timm" and (named.pretrained or Path(named.name).is_dir()):
+        raise UserError(f"encoder.weight_init: {named.weight_init} is for random weights; these have been trained")
+    if Path(named.name).is_dir():
+        for key in named.args:
+            if not key.endswith("drop_rate") and key != "drop_path_rate":
+                raise UserError(
+                    f"encoder.args.{key}: {named.name} is a folder, which has its own; allowed: drop rates. "
+                    f"None of the recipe's are taken with encoder='{{name: {named.name}}}'"
+                )
+        return load_encoder(named.name, num_classes=0, img_size=size, in_chans=channels, **named.args)
+    model: Any = create_timm_model(
+        named.name, image_size=size, in_chans=channels, pretrained=named.pretrained, args=named.args
+    )
+    if named.weight_init == "mae":
+        stride = model.feature_info[-1]["reduction"]
+        try:
+            init_as_mae(model, (size[0] // stride, size[1] // stride))
+        except ValueError as error:
+            raise UserError(f"encoder.weight_init: {error}") from error
+    return model
+
+
+def _build_objectives(
+    recipe: PretrainRecipe, encoder: TimmEncoder, unit_px: int, hidden_enter: bool
+) -> list[Objective]:
+    """The first target and the extra ones, with heads, losses and weights. UserError with the place of a wrong one."""
+    channels, cell_px = recipe.data.channels, min(unit_px, encoder.stride)
+    parts = encoder.stride // cell_px
+    grid = (recipe.data.image_size[0] // cell_px, recipe.data.image_size[1] // cell_px)
+
+    def student(**asked: Any) -> Any:
+        if parts > 1:
+            raise ValueError(f"mask.unit_px: {unit_px} px is less than the encoder's stride, {encoder.stride} px")
+        return frozen_copy(encoder, **asked)
+
+    objectives: list[Objective] = []
+    sections: list[tuple[str, Any]] = [("", recipe)]
+    sections += [(f"extra_targets.{i}.", s) for i, s in enumerate(recipe.extra_targets)]
+    for where, section in sections:
+        teacher = partial(frozen_teacher, channels=channels, grid=grid, key=f"{where}target")
+        context = TargetContext(channels, cell_px, grid, teacher, student)
+        target = registry.build(f"{where}target", section.target, context)
+        loss = registry.build(f"{where}loss", section.loss)
+        # each cell of the encoder predicts all of its parts, where mask units are smaller
+        head = registry.build(f"{where}head", section.head, encoder.dim, target.dim * parts * parts, hidden_enter)
+        name = section.target.name
+        while name in {o.name for o in objectives}:
+            name += "_"
+        objectives.append(Objective(name, target, head, loss, getattr(section, "weight", 1.0), where))
+    return objectives
+
+
+def _try_now(model: MaskedPatchModel, name: str) -> None:
+    """A leak check on the model of a family that no contract test has seen. UserError where it does not hold."""
+    subject = contract.shaken(copy.deepcopy(model))
+    try:
+        for training in (False, True):
+            contract.no_leak(subject, training=training)
+    except Exception as error:  # Broken, or whatever a family fails with that nobody has seen
+        raise UserError(f"encoder.name: {name}: {model.encoder.family}s are not supported: {error}") from error
+    warnings.warn(
+        f"encoder.name: {name}: no contract test has seen a {model.encoder.family}; no leak was found just now; "
+        f"`mpp models --check {name}` tries the rest",
+        MppWarning,
+        stacklevel=3,
+    )
+
+
+def _check_corruption(recipe: PretrainRecipe, encoder: TimmEncoder, unit: int) -> None:
+    """Whether this encoder can do what the corruption wants."""
+    cls = registry.component("corruption", recipe.corruption.name)
+    enter = getattr(recipe.corruption, "enter", 0)
+    by_dropping = cls.mechanism == "drop" or enter > 0
+    key = "corruption.name: drop" if cls.mechanism == "drop" else f"corruption.enter: {enter}"
+    if by_dropping and not encoder.drops:
+        raise UserError(
+            f"{key}: {encoder.family} cannot run on a part of its tokens (windows, strides, mixing or biases over "
+            "all places). Allowed with it: corruption.name: token with enter: 0, pixel_patch, zeros, random_patch, bert"
+        )
+    if by_dropping and unit % encoder.stride:
+        raise UserError(
+            f"{key}: mask units must be multiples of the encoder's stride, {encoder.stride} px, to drop their "
+            f"tokens; mask.unit_px is {unit}"
+        )
+    if cls.mechanism == "token" and encoder.stem is None:
+        if encoder.stems:
+            strides = " or ".join(str(s.stride) for s in encoder.stems)
+            raise UserError(
+                f"mask.unit_px: mask tokens need a multiple of the stem's stride, {strides} px; got {unit}. "
+                "Or use corruption.name: pixel_patch"
+            )
+        raise UserError(
+            f"corruption.name: {encoder.family} has no stem that takes mask tokens. "
+            "Allowed with it: pixel_patch, zeros, random_patch"
+        )
+    if enter >= encoder.depth > 0:
+        raise UserError(
+            f"corruption.enter: the encoder has blocks 0 to {encoder.depth - 1}; got {enter}. "
+            "To keep mask tokens out of it altogether: corruption.name: drop"
+        )
+
+
+def _checkpoint_activations(recipe: PretrainRecipe, model: Any) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError) as error:
+        raise UserError(f"encoder.grad_checkpointing: timm's {recipe.encoder.name} has none; use false") from error
+
+
+def _check_encoder_args(args: dict[str, Any]) -> None:
+    """What timm would take and then fail on at the first batch, or what pretraining does itself."""
+    if args.get("patch_drop_rate"):
+        raise UserError("encoder.args.patch_drop_rate: hiding patches is the mask's part; use mask.ratio")
+    for key, value in args.items():
+        if key.endswith(("drop_rate", "drop_path_rate")) and not (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+        ):
+            raise UserError(f"encoder.args.{key}: must be >= 0 and < 1; got {value!r}")

@@ -1,0 +1,63 @@
+"""Mean colours of cells as classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpp.encoders.cells import patchify
+
+
+def mean_patches(raw: Tensor, cell_px: int, side: int) -> Tensor:
+    """Mean colours of `side` × `side` parts of each cell: (B, C, H, W) -> (B, N, side², C) float32 in [0, 255].
+
+    raw: pixels as they were read. ValueError for anything but uint8, whose range is known: normalised pixels
+    would fall into other bins, or none.
+    """
+    if raw.dtype != torch.uint8:
+        raise ValueError(f"colours are taken from uint8 pixels, as they were read; got {raw.dtype}")
+    b, c = raw.shape[:2]
+    means = F.avg_pool2d(raw.float(), cell_px // side)
+    cells = patchify(means, side)  # (B, N, C·side²)
+    return cells.view(b, -1, c, side * side).transpose(2, 3)
+
+
+def colour_classes(means: Tensor, bits: int) -> Tensor:
+    """(..., C) in [0, 255] -> (...) int64: `bits` of each channel, the first channel highest."""
+    bins = (means * (2**bits / 256)).long()
+    place = 2 ** (bits * torch.arange(means.shape[-1] - 1, -1, -1, device=means.device))
+    return (bins * place).sum(-1)
+
+
+def colours(classes: Tensor, bits: int, channels: int) -> Tensor:
+    """(...) int64 -> (..., channels) float32 in [0, 1]: the middles of the bins of `colour_classes`."""
+    places = bits * torch.arange(channels - 1, -1, -1, device=classes.device)
+    bins = (classes.unsqueeze(-1) >> places) & (2**bits - 1)
+    return (bins.float() + 0.5) / 2**bits
+
+
+def count_colours(bits: int, channels: int) -> int:
+    """Classes of colours of `bits` a channel. ValueError above 65,536."""
+    if bits * channels > 16:
+        raise ValueError(f"bits: {bits} for {channels} channels makes more than 65,536 classes")
+    return 2 ** (bits * channels)
+
+
+def colour_parts(logits: Tensor, bits: int, channels: int, side: int, cell_px: int) -> Tensor:
+    """(B, N, side²·classes) -> (B, N, C·cell_px²) in [0, 1]: each part of a cell in the middle of its likeliest bin."""
+    likeliest = logits.unflatten(-1, (side * side, -1)).argmax(-1)
+    parts = colours(likeliest, bits, channels).unflatten(2, (side, side)).movedim(-1, 2)  # (B, N, C, side, side)
+    zoom = cell_px // side
+    return parts.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1).flatten(2)
+
+
+def marginal_logits(classes: Tensor, hidden: Tensor, count: int) -> Tensor:
+    """log of the histogram of `classes` (B, N, K) over visible cells -> (B, N, K·count), the same everywhere.
+
+    One is added to every class (Laplace), so that none is impossible.
+    """
+    seen = classes[~hidden.flatten(1)]
+    histogram = torch.bincount(seen.flatten(), minlength=count).float() + 1
+    logits = (histogram / histogram.sum()).log()
+    return logits.repeat(classes.shape[2]).expand(*classes.shape[:2], -1)

@@ -1,0 +1,56 @@
+"""Of the hidden units most get the mask token, some a random patch, some stay as they are (BERT's 80/10/10).
+
+BERT, Devlin et al. 2019, section 3.1; for patches, ViT, Dosovitskiy et al. 2021, appendix B.1.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpp.data.batch import NOISE, Images, Units
+from mpp.encoders.cells import Corrupted
+from mpp.objective.grid import blank_hidden, copy_visible, lowest
+from mpp.objective.interfaces import Corruption, CorruptionContext
+from mpp.recipe.values import Fraction
+
+
+class BertCorruption(Corruption):
+    """All hidden units are predicted, whatever stands in their place.
+
+    `random`: part of the hidden units that show another, visible unit of the same image.
+    `keep`: part of the hidden units that show themselves: the encoder cannot tell them from visible ones, so
+    it has to have something to say of every patch.
+    The rest gets the learnable mask token at the stem. Parts are rounded to whole units, equal in every image.
+    The skill is over all hidden units, kept ones too, and so a little higher than with `token`.
+    """
+
+    hidden_enter = True
+    mechanism = "token"
+
+    def __init__(self, context: CorruptionContext, *, random: Fraction = 0.1, keep: Fraction = 0.1) -> None:
+        super().__init__()
+        if random + keep > 1:
+            raise ValueError(f"random + keep: at most 1; got {random} + {keep}")
+        if keep == 1:
+            raise ValueError("keep: 1 hides nothing; it must be < 1")
+        self.random, self.keep = random, keep
+        self.mask_token = nn.Parameter(torch.empty(context.dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def _kinds(self, units: Units) -> tuple[Tensor, Tensor]:
+        """(copied, kept), both (B, uh, uw) bool: hidden units in the order of their noise."""
+        noise = units.noise[:, NOISE["kind"]].masked_fill(~units.hidden, 2.0)
+        keep, random = round(self.keep * units.count), round(self.random * units.count)
+        kept = lowest(noise, keep)
+        return lowest(noise, keep + random) & ~kept, kept
+
+    def forward(self, images: Images, units: Units) -> Corrupted:
+        copied, kept = self._kinds(units)
+        masked = units.hidden & ~copied & ~kept
+        source = units.noise[:, NOISE["source"]]
+        pixels = copy_visible(images.normalised, copied, units.hidden, units.count, source)
+        return Corrupted(blank_hidden(pixels, masked), self.mask_token, masked)
+
+    def kept(self, units: Units) -> Tensor | None:
+        return self._kinds(units)[1]

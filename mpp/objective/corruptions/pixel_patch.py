@@ -1,0 +1,27 @@
+"""A learnable patch of pixels stands at hidden units: works with any encoder, even one without a stem to hook."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mpp.data.batch import Images, Units
+from mpp.encoders.cells import Corrupted, repeat_cells
+from mpp.objective.interfaces import Corruption, CorruptionContext
+
+
+class PixelPatchCorruption(Corruption):
+    """The patch is as large as a mask unit and starts near the mean colour (std 0.02, as mask tokens do)."""
+
+    hidden_enter = True
+    mechanism = "pixel"
+
+    def __init__(self, context: CorruptionContext) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.empty(context.channels, context.unit_px, context.unit_px))
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, images: Images, units: Units) -> Corrupted:
+        hidden = repeat_cells(units.hidden, self.mask_token.shape[-1]).unsqueeze(1)
+        tiled = self.mask_token.repeat(1, units.hidden.shape[1], units.hidden.shape[2])
+        return Corrupted(torch.where(hidden, tiled, images.normalised))

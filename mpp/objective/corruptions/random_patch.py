@@ -1,0 +1,22 @@
+"""Hidden units show a visible unit of the same image, drawn at random (one third of ViT's appendix B.1.2)."""
+
+from __future__ import annotations
+
+from mpp.data.batch import NOISE, Images, Units
+from mpp.encoders.cells import Corrupted
+from mpp.objective.grid import copy_visible
+from mpp.objective.interfaces import Corruption, CorruptionContext
+
+
+class RandomPatchCorruption(Corruption):
+    """Copies come from visible units alone, so they reveal nothing of what is hidden."""
+
+    hidden_enter = True
+    mechanism = "pixel"
+
+    def __init__(self, context: CorruptionContext) -> None:
+        super().__init__()
+
+    def forward(self, images: Images, units: Units) -> Corrupted:
+        source = units.noise[:, NOISE["source"]]
+        return Corrupted(copy_visible(images.normalised, units.hidden, units.hidden, units.count, source))

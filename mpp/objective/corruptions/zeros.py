@@ -1,0 +1,21 @@
+"""Hidden pixels are zero after normalisation, nothing else: what tutorials on masked images do."""
+
+from __future__ import annotations
+
+from mpp.data.batch import Images, Units
+from mpp.encoders.cells import Corrupted
+from mpp.objective.grid import blank_hidden
+from mpp.objective.interfaces import Corruption, CorruptionContext
+
+
+class ZerosCorruption(Corruption):
+    """The mean colour stands at hidden units; the encoder is not told which they are."""
+
+    hidden_enter = True
+    mechanism = "pixel"
+
+    def __init__(self, context: CorruptionContext) -> None:
+        super().__init__()
+
+    def forward(self, images: Images, units: Units) -> Corrupted:
+        return Corrupted(blank_hidden(images.normalised, units.hidden))

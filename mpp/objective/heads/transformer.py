@@ -1,0 +1,69 @@
+"""A light transformer over visible tokens and mask tokens (MAE, He et al. 2022, section 3, the decoder)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpp.encoders.cells import EncoderOutput, gather_cells
+from mpp.objective.grid import decoder_dim, sincos_positions
+from mpp.objective.interfaces import Head
+from mpp.objective.weight_init import TOKEN_STD, init_linear_layers
+from mpp.recipe.values import Bool, PositiveInt
+
+NORM_EPS = 1e-6
+"""As MAE's published code has it."""
+
+
+class TransformerHead(Head):
+    """`dim`, `depth`, `num_heads` of the decoder; dim a multiple of 4 and of num_heads.
+    `prefix_tokens`: the decoder also reads the encoder's class and register tokens, as MAE's does; without them, the
+    class token's last output gets no gradient.
+
+    Defaults: half the encoder's width, depth 1, 4 heads (guesses), so that the head stays light compared with small
+    encoders; MAE's own 512 × 8 × 16 costs 6 to 7 times a CIFAR-sized encoder. If hidden cells were in the encoder
+    already (`hidden_enter`), their tokens take the place of the head's mask token.
+    """
+
+    needs_hidden_tokens = False
+    reads_visible = True
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        out_dim: int,
+        hidden_enter: bool,
+        *,
+        dim: PositiveInt | None = None,
+        depth: PositiveInt = 1,
+        num_heads: PositiveInt = 4,
+        prefix_tokens: Bool = True,
+    ) -> None:
+        super().__init__()
+        self.dim = decoder_dim(encoder_dim, dim, num_heads)
+        self.prefix_tokens = prefix_tokens
+        self.embed = nn.Sequential(nn.LayerNorm(encoder_dim, NORM_EPS), nn.Linear(encoder_dim, self.dim))
+        self.mask_token = None if hidden_enter else nn.Parameter(torch.randn(self.dim) * TOKEN_STD)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                self.dim, num_heads, 4 * self.dim, 0.0, "gelu", NORM_EPS, batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(self.dim, NORM_EPS)
+        self.out = nn.Linear(self.dim, out_dim)
+        init_linear_layers(self)
+
+    def forward(self, features: EncoderOutput) -> Tensor:
+        positions = sincos_positions(features.cells.grid, self.dim, features.tokens.device)
+        positions = positions.expand(len(features.tokens), -1, -1)
+        entered = features.predicted()
+        hidden: Tensor = self.mask_token if entered is None else self.embed(entered)  # type: ignore[assignment]
+        # class and register tokens have no place in the image, so they get no position
+        read = [self.embed(features.prefix)] if self.prefix_tokens and features.prefix is not None else []
+        read.append(self.embed(features.visible()) + gather_cells(positions, features.cells.visible))
+        read.append(hidden + gather_cells(positions, features.cells.predicted))
+        x = torch.cat(read, dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x[:, -features.cells.predicted.shape[1] :]))

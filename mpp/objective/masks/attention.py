@@ -1,0 +1,72 @@
+"""Cells that a teacher attends to are hidden first (AttMask, Kakogeorgiou et al. 2022, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpp.data.batch import Images
+from mpp.objective.grid import count_hidden, lowest
+from mpp.objective.interfaces import Mask
+from mpp.recipe.values import Bool, NonNegativeFloat, PositiveInt, Ratio
+
+
+class AttentionMask(Mask):
+    """The most attended units are hidden, loosened by chance; drawn where the teacher runs, not by the loader.
+
+    `ratio`: part of the units hidden (AttMask: 0.1 to 0.5 of the patches); a range is drawn per batch.
+    `teacher`: a plain ViT of timm's, or the folder of a run or an export.
+    `pretrained`: with timm's published weights. `args`: timm's arguments for it.
+    `strength`: 0 is uniform; units are drawn without replacement with probability ~ attention^strength. AttMask
+    hides the most attended without chance: a large number. 1 is a guess.
+    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+
+    That a unit is hidden tells the encoder that the teacher attends to it; nothing else of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        ratio: Ratio = 0.4,
+        teacher: str = "vit_small_patch16_224.dino",
+        pretrained: Bool = True,
+        args: dict[str, Any] = {},  # noqa: B006 (never changed)
+        strength: NonNegativeFloat = 1.0,
+        unit_px: PositiveInt | None = None,
+    ) -> None:
+        self.ratio, self.unit_px = ratio, unit_px
+        self.teacher, self.pretrained, self.args, self.strength = teacher, pretrained, args, strength
+
+    def count(self, grid: tuple[int, int], draw: float) -> int:
+        return count_hidden(grid[0] * grid[1], self.ratio, draw)
+
+    def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
+        """A uniform mask, which the guide replaces."""
+        mask = np.zeros(grid[0] * grid[1], dtype=bool)
+        mask[rng.permutation(mask.size)[:count]] = True
+        return mask.reshape(grid)
+
+    def guide(self, teacher: Callable[..., Any]) -> nn.Module:
+        """What makes the masks; see `AttentionGuide`."""
+        model = teacher(name=self.teacher, pretrained=self.pretrained, args=self.args)
+        model.check_attention()
+        return AttentionGuide(model, self.strength)
+
+
+class AttentionGuide(nn.Module):
+    """Weighted sampling without replacement by the Gumbel trick: the noise of each sample is its own."""
+
+    def __init__(self, teacher: Any, strength: float) -> None:
+        super().__init__()
+        self.teacher, self.strength = teacher, strength
+
+    @torch.no_grad()
+    def forward(self, images: Images, noise: Tensor, count: int) -> Tensor:
+        """noise (B, uh, uw) in [0, 1) -> (B, uh, uw) bool with `count` hidden in each image."""
+        attention = self.teacher.attention(images, (noise.shape[1], noise.shape[2])).view(noise.shape)
+        gumbel = -(-noise.clamp(1e-7, 1 - 1e-7).log()).log()
+        return lowest(-(self.strength * attention.clamp_min(1e-12).log() + gumbel), count)

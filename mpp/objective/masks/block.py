@@ -1,0 +1,52 @@
+"""Blockwise masking (BEiT, Bao et al. 2022, section 2.2 and algorithm 1), with an exact count."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mpp.objective.grid import count_hidden
+from mpp.objective.interfaces import Mask
+from mpp.recipe.values import Aspect, PositiveInt, Ratio
+
+
+class BlockMask(Mask):
+    """Rectangles of random aspect are hidden until `ratio` of the units is; the last one is trimmed.
+
+    `ratio`: part of the units hidden, exact after rounding (BEiT: 0.4); a range is drawn per batch.
+    `min_block`: smallest rectangle in units (BEiT: 16 on a 14×14 grid); capped at what is still to hide.
+    `max_aspect`: rectangles have aspects in [1 / max_aspect, max_aspect] (BEiT: 1 / 0.3).
+    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+
+    BEiT accepts a mask with fewer units than asked. Here every mask has the same count, which dropping
+    hidden tokens needs: the block that would overshoot loses random units.
+    """
+
+    def __init__(
+        self,
+        *,
+        ratio: Ratio = 0.4,
+        min_block: PositiveInt = 16,
+        max_aspect: Aspect = 1 / 0.3,
+        unit_px: PositiveInt | None = None,
+    ) -> None:
+        self.ratio, self.min_block, self.max_aspect, self.unit_px = ratio, min_block, max_aspect, unit_px
+
+    def count(self, grid: tuple[int, int], draw: float) -> int:
+        return count_hidden(grid[0] * grid[1], self.ratio, draw)
+
+    def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
+        gh, gw = grid
+        mask = np.zeros(grid, dtype=bool)
+        spread = abs(math.log(self.max_aspect))
+        while (left := count - int(mask.sum())) > 0:
+            area = rng.uniform(min(self.min_block, left), left)
+            aspect = math.exp(rng.uniform(-spread, spread))
+            h = min(max(round(math.sqrt(area * aspect)), 1), gh)
+            w = min(max(round(math.sqrt(area / aspect)), 1), gw)
+            top, side = rng.integers(gh - h + 1), rng.integers(gw - w + 1)
+            rows, cols = np.nonzero(~mask[top : top + h, side : side + w])
+            keep = rng.permutation(len(rows))[:left]
+            mask[top + rows[keep], side + cols[keep]] = True
+        return mask

@@ -1,0 +1,54 @@
+"""One block stays visible, the rest is hidden (data2vec 2.0, Baevski et al. 2023, section 3.4: inverse block)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from mpp.objective.grid import count_hidden
+from mpp.objective.interfaces import Mask
+from mpp.recipe.values import Aspect, Bool, PositiveInt, Ratio
+
+
+class InverseBlockMask(Mask):
+    """A rectangle of random aspect stays visible, with an exact count.
+
+    `ratio`: part of the units hidden, exact after rounding (data2vec 2.0: 0.8 for ViT-B); a range is drawn per batch.
+    `max_aspect`: the rectangle's aspect is in [1 / max_aspect, max_aspect] (a guess).
+    `roll`: the block may lie across the edges and go on at the other side, so that every unit is visible as
+    often; without it, units in the middle are.
+    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+
+    The paper keeps several overlapping blocks and adjusts at random; here it is one, whose last row is trimmed.
+    """
+
+    def __init__(
+        self,
+        *,
+        ratio: Ratio = 0.8,
+        max_aspect: Aspect = 1.5,
+        roll: Bool = True,
+        unit_px: PositiveInt | None = None,
+    ) -> None:
+        self.ratio, self.max_aspect, self.roll, self.unit_px = ratio, max_aspect, roll, unit_px
+
+    def count(self, grid: tuple[int, int], draw: float) -> int:
+        return count_hidden(grid[0] * grid[1], self.ratio, draw)
+
+    def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
+        gh, gw = grid
+        visible = gh * gw - count
+        spread = abs(math.log(self.max_aspect))
+        aspect = math.exp(rng.uniform(-spread, spread))
+        # a width for which the block fits into the grid's height, then as many rows as that takes
+        w = min(max(round(math.sqrt(visible / aspect)), -(-visible // gh)), gw)
+        h = -(-visible // w)
+        block = (np.arange(h * w) < visible).reshape(h, w)
+        if rng.random() < 0.5:
+            block = block[::-1]  # the trimmed row is above or below
+        mask = np.ones(grid, dtype=bool)
+        mask[:h, :w] = ~block
+        if self.roll:
+            return np.roll(mask, (rng.integers(gh), rng.integers(gw)), (0, 1))
+        return np.roll(mask, (rng.integers(gh - h + 1), rng.integers(gw - w + 1)), (0, 1))

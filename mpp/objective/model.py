@@ -1,0 +1,162 @@
+"""The objective: corrupt -> encode -> predict -> loss on predicted cells."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mpp.data.batch import NOISE, Images, Units
+from mpp.encoders.adapter import TimmEncoder
+from mpp.encoders.cells import Cells, Corrupted, gather_cells, patchify, repeat_cells, unpatchify
+from mpp.objective.grid import hidden_cells, lowest, visible_cells
+
+HEADS_WITHOUT_HIDDEN_TOKENS = "transformer, cross_attention"
+LEAST_BITS = 1.0
+"""Entropy of a target's classes below which a run warns (a guess; 512 colours of photographs carry 5 to 7)."""
+
+
+class Objective(nn.Module):
+    """One target with its head, its loss and its weight in the sum.
+
+    name: its key in the metrics. where: what comes before its keys in the recipe.
+    """
+
+    def __init__(self, name: str, target: Any, head: Any, loss: Any, weight: float = 1.0, where: str = "") -> None:
+        super().__init__()
+        self.name, self.weight, self.where = name, weight, where
+        self.target: Any = target
+        self.head: Any = head
+        self.loss: Any = loss
+
+
+class Layout(NamedTuple):
+    """One batch's mask, at each of its resolutions."""
+
+    units: Units
+    cells: Cells
+    """What is predicted and compared."""
+    encoder_cells: Cells
+    """The same on the encoder's output grid; another only where mask units are smaller than the stride."""
+
+
+class MaskedPatchModel(nn.Module):
+    """Mask × corruption × targets over one encoder; every target with a head and a loss of its own.
+
+    unit_px: side of a mask unit; it and the encoder's stride must be multiples one of the other (ValueError).
+    predict_fraction: part of the hidden units that is predicted, at least one (CrossMAE, Fu et al. 2024).
+    guide: makes the mask from images, noise and count, in place of the one that comes with the batch; or None.
+    mean, std: of each channel, of pixels in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        encoder: TimmEncoder,
+        corruption: Any,
+        objectives: list[Objective],
+        *,
+        unit_px: int,
+        predict_fraction: float,
+        guide: nn.Module | None,
+        mean: list[float],
+        std: list[float],
+    ) -> None:
+        super().__init__()
+        self.cell_px = min(unit_px, encoder.stride)
+        if unit_px % self.cell_px or encoder.stride % self.cell_px:
+            raise ValueError(f"units of {unit_px} px do not fit cells of {encoder.stride} px")
+        finer = unit_px < encoder.stride
+        for o in objectives:
+            if o.head.needs_hidden_tokens and not corruption.hidden_enter:
+                raise ValueError(
+                    f"{o.where}head.name: this head reads the encoder's tokens of hidden cells, which this corruption "
+                    f"never makes. Allowed with it: {HEADS_WITHOUT_HIDDEN_TOKENS}; or use corruption.name: token"
+                )
+            if finer and not o.head.needs_hidden_tokens:
+                raise ValueError(
+                    f"{o.where}head.name: mask units of {unit_px} px are parts of the encoder's cells of "
+                    f"{encoder.stride} px, which this head cannot split into hidden and visible ones. "
+                    "Allowed with them: linear, mlp"
+                )
+        self.encoder, self.corruption, self.guide = encoder, corruption, guide
+        self.objectives: Any = nn.ModuleList(objectives)
+        self.unit_px, self.predict_fraction = unit_px, predict_fraction
+        self.only_predicted = not any(o.head.reads_visible for o in objectives)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("weights", torch.tensor([o.weight for o in objectives]), persistent=False)
+
+    def images(self, raw: Tensor) -> Images:
+        """(B, C, H, W) uint8 -> the same, normalised beside it."""
+        return Images(raw, (raw - 255 * self.mean).div_(255 * self.std), self.mean, self.std)
+
+    def layout(self, images: Images, mask: Tensor, noise: Tensor, count: int, *, everything: bool = False) -> Layout:
+        """(B, uh, uw) bool, (B, 4, uh, uw), hidden units of each image -> which cells are hidden and predicted.
+
+        The predicted units are the hidden ones with the lowest noise. everything: predict all hidden cells,
+        whatever `predict_fraction` says.
+        """
+        if self.guide is not None:
+            mask = self.guide(images, noise[:, NOISE["guide"]], count)
+        units = Units(mask, count, noise)
+        factor = self.unit_px // self.cell_px
+        hidden = repeat_cells(mask, factor)
+        predicted_units = count if everything else max(round(self.predict_fraction * count), 1)
+        chosen = mask
+        if predicted_units < count:
+            chosen = lowest(noise[:, NOISE["predict"]].masked_fill(~mask, 2.0), predicted_units)
+        predicted = hidden_cells(repeat_cells(chosen, factor), predicted_units * factor * factor)
+        cells = Cells(hidden, visible_cells(hidden, count * factor * factor), predicted)
+        if self.cell_px == self.encoder.stride:
+            return Layout(units, cells, cells)
+        parts = self.encoder.stride // self.cell_px
+        coarse = hidden.unflatten(1, (-1, parts)).unflatten(3, (-1, parts)).any(4).any(2)
+        all_cells = torch.arange(coarse[0].numel(), device=mask.device).expand(len(mask), -1)
+        return Layout(units, cells, Cells(coarse, all_cells, all_cells))
+
+    def predict(self, images: Images, layout: Layout) -> list[Tensor]:
+        """-> (B, P, target.dim) for each objective."""
+        corrupted: Corrupted = self.corruption(images, layout.units)
+        features = self.encoder(corrupted, layout.encoder_cells, only_predicted=self.only_predicted)
+        predictions = [o.head(features) for o in self.objectives]
+        parts = self.encoder.stride // self.cell_px
+        if parts == 1:
+            return predictions
+        grid = layout.encoder_cells.grid  # each of the encoder's cells predicts all of its parts; keep those asked for
+        fine = (patchify(unpatchify(p, parts, grid), 1) for p in predictions)
+        return [gather_cells(p, layout.cells.predicted) for p in fine]
+
+    def forward(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> Tensor:
+        """(B, C, H, W) uint8 images, masks on units -> (objectives,) losses over predicted cells, not weighted."""
+        images = self.images(raw)
+        layout = self.layout(images, mask, noise, count)
+        return self._losses(self.predict(images, layout), self._targets(images, layout))
+
+    def _targets(self, images: Images, layout: Layout) -> list[Tensor]:
+        cells = layout.cells.predicted
+        return [o.target.at(images, cells) for o in self.objectives]
+
+    def _losses(self, predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
+        triples = zip(self.objectives, predictions, targets, strict=True)
+        return torch.stack([o.loss(prediction, target) for o, prediction, target in triples])
+
+    @torch.no_grad()
+    def losses_for_skill(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """(losses of the model, losses of the trivial predictors), both (objectives,), on the same predicted cells."""
+        images = self.images(raw)
+        layout = self.layout(images, mask, noise, count)
+        trivial = [
+            gather_cells(o.target.trivial(images, layout.cells.hidden), layout.cells.predicted) for o in self.objectives
+        ]
+        targets = self._targets(images, layout)
+        return self._losses(self.predict(images, layout), targets), self._losses(trivial, targets)
+
+    def after_step(self, step: int, total_steps: int, made: Tensor) -> None:
+        """Let targets that follow the encoder do so; after every optimizer step. made: see `Target.after_step`."""
+        for o in self.objectives:
+            o.target.after_step(self.encoder, step, total_steps, made)

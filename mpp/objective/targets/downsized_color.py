@@ -1,0 +1,42 @@
+"""A cell downsized to 4 × 4 colours of 3 bits a channel: 16 predictions of 512 classes (ViT, appendix B.1.2)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mpp.data.batch import Images
+from mpp.encoders.cells import unpatchify
+from mpp.objective.colours import colour_classes, colour_parts, count_colours, marginal_logits, mean_patches
+from mpp.objective.interfaces import Target, TargetContext
+from mpp.recipe.values import PositiveInt
+
+
+class DownsizedColorTarget(Target):
+    """`side` × `side` classes for each cell: the bins of the mean colours of its parts, of pixels as they are.
+
+    `side`: the paper has 4; it must divide the cell's side in pixels.
+    `bits`: of each channel; the paper has 3. At most 65,536 classes.
+    """
+
+    of = "classes"
+
+    def __init__(self, context: TargetContext, *, side: PositiveInt = 4, bits: PositiveInt = 3) -> None:
+        super().__init__()
+        if context.cell_px % side:
+            raise ValueError(f"side: must divide the cell, {context.cell_px} px; got {side}")
+        self.side, self.bits, self.channels, self.cell_px = side, bits, context.channels, context.cell_px
+        self.classes = count_colours(bits, context.channels)
+        self.dim = side * side * self.classes
+
+    def forward(self, images: Images) -> Tensor:
+        return colour_classes(mean_patches(images.raw, self.cell_px, self.side), self.bits)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
+        """The histogram of the visible cells of all these images, one for all parts of a cell."""
+        return marginal_logits(self(images), hidden, self.classes)
+
+    def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
+        """Each part of a cell in the middle of its most likely bin."""
+        parts = colour_parts(prediction, self.bits, self.channels, self.side, self.cell_px)
+        picture = unpatchify(parts, self.cell_px, (hidden.shape[1], hidden.shape[2]))
+        return (picture - images.mean) / images.std

@@ -1,0 +1,68 @@
+"""Features of a teacher that is the moving average of the encoder itself (data2vec, Baevski et al. 2022).
+
+Also the target of I-JEPA (Assran et al. 2023), there with the last block alone: `layers: 1`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpp.data.batch import Images
+from mpp.objective.interfaces import Target, TargetContext
+from mpp.parallel.sharding import own_part
+from mpp.recipe.values import Bool, Fraction, PositiveInt
+
+
+class EmaTeacherTarget(Target):
+    """The averaged last blocks of a copy of the encoder, which sees the whole image and follows slowly.
+
+    `layers`: last blocks that are averaged (data2vec for ViT-B: 6; the copy's own number at most).
+    `norm_average`: layer-norm the average once more (data2vec's released command does).
+    `decay`: of the moving average at the first step (data2vec for ViT-B: 0.9998; I-JEPA: 0.996).
+    `decay_end`: its end; in between it rises linearly (I-JEPA: 1).
+    Against collapse: every token of every block is layer-normed before averaging (data2vec, section 3.3), no
+    gradient goes into the copy; the effective rank of the targets and the share of them that depends on the image
+    are logged (`target_rank`, `target_share`), with a warning where they fall.
+    The skill is against a target that moves: it need not rise while the encoder gets better.
+    """
+
+    of = "values"
+    may_collapse = True
+
+    def __init__(
+        self,
+        context: TargetContext,
+        *,
+        layers: PositiveInt = 1,
+        norm_average: Bool = False,
+        decay: Fraction = 0.996,
+        decay_end: Fraction = 1.0,
+    ) -> None:
+        super().__init__()
+        if decay_end < decay:
+            raise ValueError(f"decay_end: must be no less than decay, {decay}; got {decay_end}")
+        if decay == 1:
+            raise ValueError("decay: must be < 1; at 1 the copy would stay as it starts")
+        self.grid, self.decay, self.decay_end = context.grid, decay, decay_end
+        self.teacher = context.student(layers=layers, norm_average=norm_average)
+        self.dim = self.teacher.dim
+
+    def forward(self, images: Images) -> Tensor:
+        return self.teacher(images, self.grid)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
+        """The mean feature of each cell over all these images: what can be said without looking at one."""
+        values = self(images)
+        return values.mean(0, keepdim=True).expand_as(values)
+
+    @torch.no_grad()
+    def after_step(self, encoder: nn.Module, step: int, total_steps: int, made: Tensor) -> None:
+        """Move the copy; `step` counts from 1. Buffers (batch statistics) are copied as they are."""
+        decay = self.decay + (self.decay_end - self.decay) * (step - 1) / max(total_steps - 1, 1)
+        theirs: nn.Module = encoder.model  # type: ignore[assignment]
+        own = self.teacher.model
+        copies = [own_part(p) for p in own.parameters()]  # cut alike where the run is sharded
+        torch._foreach_lerp_(copies, [own_part(p) for p in theirs.parameters()], [(1 - decay) * made] * len(copies))
+        for mine, other in zip(own.buffers(), theirs.buffers(), strict=True):
+            mine.copy_(other)

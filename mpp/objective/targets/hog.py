@@ -1,0 +1,94 @@
+"""Histograms of oriented gradients (MaskFeat, Wei et al. 2022, section 3.1; Dalal & Triggs 2005)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from mpp.data.batch import Images
+from mpp.encoders.cells import patchify, repeat_cells, unpatchify
+from mpp.objective.interfaces import Target, TargetContext
+from mpp.recipe.values import Int, PositiveInt
+
+Bins = Annotated[Int, Field(ge=2)]
+GLYPH_PX = 16  # least side of the drawing of a square
+EPSILON = 1e-3
+"""In the normalisation, sqrt(|v|² + ε²): a square without gradients gives zeros. One of bytes is far stronger."""
+
+
+class HogTarget(Target):
+    """For each channel, histograms of unsigned gradient directions over squares of the cell, each of length 1.
+
+    `orientations`: bins over 180 degrees (MaskFeat: 9).
+    `square_px`: side of the squares (MaskFeat: 8); None: 8, or the cell where that is smaller or no multiple of 8.
+
+    As MaskFeat's published code computes it: Sobel's gradients of the image reflected at its border, each pixel voting
+    with its magnitude for one bin, directions measured from the vertical, no window.
+    """
+
+    of = "values"
+
+    def __init__(
+        self,
+        context: TargetContext,
+        *,
+        orientations: Bins = 9,
+        square_px: PositiveInt | None = None,
+    ) -> None:
+        super().__init__()
+        if square_px is None:
+            square_px = math.gcd(8, context.cell_px) if context.cell_px > 8 else context.cell_px
+        if context.cell_px % square_px:
+            raise ValueError(f"square_px: must divide the cell, {context.cell_px} px; got {square_px}")
+        self.orientations, self.square_px = orientations, square_px
+        self.cell_px, self.side = context.cell_px, context.cell_px // square_px
+        self.dim = context.channels * orientations * self.side * self.side
+
+    def forward(self, images: Images) -> Tensor:
+        return self._histograms(images.raw, None)
+
+    def _histograms(self, raw: Tensor, counted: Tensor | None) -> Tensor:
+        """(B, N, dim). counted: (B, 1, H, W) bool, pixels that vote; None: all."""
+        x = F.pad(raw.float(), (1, 1, 1, 1), mode="reflect")
+        rows = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]  # smoothed along columns, (B, C, H, W + 2)
+        cols = x[..., :, :-2] + 2 * x[..., :, 1:-1] + x[..., :, 2:]  # smoothed along rows, (B, C, H + 2, W)
+        across, down = rows[..., :-2] - rows[..., 2:], cols[..., :-2, :] - cols[..., 2:, :]
+        angle = torch.atan2(across, down)
+        bins = (angle * (self.orientations / math.pi)).floor().long() % self.orientations
+        strength = torch.hypot(across, down)
+        if counted is not None:
+            strength = strength * counted
+        votes = [F.avg_pool2d(strength * (bins == k), self.square_px) for k in range(self.orientations)]
+        squares = torch.stack(votes, dim=2)
+        length = (squares.square().sum(2, keepdim=True) + EPSILON**2).sqrt()
+        return patchify((squares / length).flatten(1, 2), self.side)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
+        """The mean of each image's visible cells; pixels whose gradient reads a hidden cell do not vote."""
+        pixels = repeat_cells(hidden, self.cell_px).unsqueeze(1)
+        reads_hidden = F.max_pool2d(pixels.float(), 3, 1, 1) > 0
+        values = self._histograms(images.raw.masked_fill(pixels, 0), ~reads_hidden)
+        visible = (~hidden).flatten(1).unsqueeze(-1)
+        mean = (values * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
+        return mean.expand(-1, values.shape[1], -1)
+
+    def glyphs(self, values: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N, dim) -> (B, 1, k·H, k·W) in [0, 1]: in each square a line along the edges of each bin's gradients.
+
+        As bright as the bin, the mean of the channels; the values of a square have length 1.
+        """
+        squares = unpatchify(values.float(), self.side, grid)
+        bright = squares.unflatten(1, (-1, self.orientations)).mean(1).clamp(0, 1)  # (B, orientations, h, w)
+        side = self.square_px * -(-GLYPH_PX // self.square_px)
+        offset = torch.arange(side, device=values.device) - (side - 1) / 2
+        angle = (torch.arange(self.orientations, device=values.device) + 0.5) * (math.pi / self.orientations)
+        across = offset[None, None, :] * angle.sin()[:, None, None] + offset[None, :, None] * angle.cos()[:, None, None]
+        inside = (offset[None, :].square() + offset[:, None].square()).sqrt() <= side / 2
+        lines = (1.25 - across.abs()).clamp(0, 1) * inside  # (orientations, side, side)
+        drawn = (bright[:, :, :, None, :, None] * lines[None, :, None, :, None, :]).amax(1)
+        return drawn.flatten(3, 4).flatten(1, 2).unsqueeze(1)

@@ -1,0 +1,46 @@
+"""Features of a frozen teacher that sees the whole image (MVP, Wei et al. 2022; EVA, Fang et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mpp.data.batch import Images
+from mpp.objective.interfaces import Target, TargetContext
+from mpp.recipe.values import Bool, PositiveInt
+
+
+class TeacherTarget(Target):
+    """The teacher's patch features, each layer-normed without affine, at the cells of this encoder.
+
+    `teacher`: any timm model, or the folder of a run or an export, which comes with its weights.
+    `pretrained`: with timm's published weights. `args`: timm's arguments for it.
+    `layers`: last blocks that are averaged, after normalising each (data2vec, Baevski et al. 2022, section 3.3).
+
+    The teacher gets images at the size that gives it as many cells as this encoder has, normalised as it wants.
+    """
+
+    of = "values"
+
+    def __init__(
+        self,
+        context: TargetContext,
+        *,
+        teacher: str = "vit_base_patch16_224.dino",
+        pretrained: Bool = True,
+        args: dict[str, Any] = {},  # noqa: B006 (never changed)
+        layers: PositiveInt = 1,
+    ) -> None:
+        super().__init__()
+        self.grid = context.grid
+        self.teacher = context.teacher(name=teacher, pretrained=pretrained, args=args, layers=layers)
+        self.dim = self.teacher.dim
+
+    def forward(self, images: Images) -> Tensor:
+        return self.teacher(images, self.grid)
+
+    def trivial(self, images: Images, hidden: Tensor) -> Tensor:
+        """The mean feature of each cell over all these images: what can be said without looking at one."""
+        values = self(images)
+        return values.mean(0, keepdim=True).expand_as(values)

@@ -1,0 +1,67 @@
+"""Initial weights as papers' published codes draw them, where torch's or timm's differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpp.objective.grid import sincos_positions
+
+TOKEN_STD = 0.02
+"""Standard deviation of class and mask tokens (MAE, He et al. 2022, published code)."""
+
+
+def init_linear_layers(module: nn.Module) -> None:
+    """Draw every linear layer from Xavier's uniform distribution, with zero biases (MAE, He et al. 2022, A.1).
+
+    Query, key and value of an attention are one layer, as in MAE's published code. Norms are left as they are.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.MultiheadAttention):
+            nn.init.xavier_uniform_(part.in_proj_weight)
+            nn.init.zeros_(part.in_proj_bias)
+        elif isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def init_as_mae(model: Any, grid: tuple[int, int]) -> None:
+    """Initialise a ViT of timm's as MAE's encoder (He et al. 2022, A.1 and published code).
+
+    Linear layers and the patch embedding: Xavier's uniform distribution. Class and register tokens: N(0, 0.02²).
+    Positions: fixed sines and cosines, zero for the class token; they get no gradient.
+
+    Args:
+        model: A plain `VisionTransformer`, with or without a class token.
+        grid: Patches of an image, (gh, gw).
+
+    Raises:
+        ValueError: The model is of another kind.
+    """
+    positions = getattr(model, "pos_embed", None)
+    cells = grid[0] * grid[1]
+    kind = type(model).__name__
+    if (
+        kind != "VisionTransformer"
+        or positions is None
+        or positions.shape[1]
+        not in (
+            cells,
+            cells + model.num_prefix_tokens,
+        )
+    ):
+        raise ValueError(f"mae is for plain ViTs with a position for each patch; got {kind}")
+    init_linear_layers(model)
+    projection = model.patch_embed.proj.weight if hasattr(model.patch_embed, "proj") else None
+    if projection is not None:
+        nn.init.xavier_uniform_(projection.view(len(projection), -1))
+    for token in (model.cls_token, model.reg_token):
+        if token is not None:
+            nn.init.normal_(token, std=TOKEN_STD)
+    with torch.no_grad():
+        positions.zero_()
+        positions[0, -cells:] = sincos_positions(grid, positions.shape[2])
+    positions.requires_grad_(False)

@@ -1,0 +1,55 @@
+"""Devices a plan can be made for: memory and peak from datasheets, or this CPU as measured."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+MFU = 0.3
+"""Part of a device's peak that a run reaches, where nobody says (a guess)."""
+PRODUCT = 1024
+"""Side of the matrices that are multiplied to find a CPU's peak."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What its maker's datasheet states: memory, and dense peaks by precision."""
+
+    memory_gb: float
+    tflops: dict[str, float]
+
+
+DEVICES = {
+    "a100": Device(80, {"bf16": 312, "tf32": 156, "fp32": 19.5}),
+    "h100": Device(80, {"bf16": 989, "tf32": 494, "fp32": 67}),
+    "h200": Device(141, {"bf16": 989, "tf32": 494, "fp32": 67}),
+    "l40s": Device(48, {"bf16": 362, "tf32": 183, "fp32": 91.6}),
+    "a10": Device(24, {"bf16": 125, "tf32": 62.5, "fp32": 31.2}),
+    "rtx4090": Device(24, {"bf16": 165, "tf32": 82.6, "fp32": 82.6}),
+}
+"""NVIDIA's datasheets of each (H100 and H200: SXM), without sparsity."""
+CPU = "cpu"
+
+
+@cache
+def this_cpu() -> Device:
+    """What this machine's CPU reaches with the threads that torch takes, tried for a moment; and its memory."""
+    found = {}
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.ones(PRODUCT, PRODUCT, dtype=kind)
+        times = []
+        for _ in range(4):
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+        found[name] = 2 * PRODUCT**3 / min(times) / 1e12
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(memory / 1e9, found | {"tf32": found["fp32"]})
+
+
+def find_device(name: str) -> Device:
+    return this_cpu() if name == CPU else DEVICES[name]

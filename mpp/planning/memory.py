@@ -1,0 +1,111 @@
+"""Floating-point operations and bytes of one training step, counted on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from mpp.objective.build import build_mask
+from mpp.objective.mask_drawing import draw_masks
+from mpp.recipe.pretrain import PretrainRecipe
+
+CUDA_KEEPS = "what CUDA and its libraries keep for themselves, about 1 GB, and "
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of tensors that were made and are alive, now and at worst."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._see, out)
+        return out
+
+    def _see(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            size = storage.nbytes()
+            self._known.add(storage._cdata)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, storage._cdata, size)
+        return tensor
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention keeps for its backward pass; on the meta device torch would write it out."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _fused() -> Iterator[None]:
+    """Attention without a bias is fused on every device that trains."""
+    own = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any) -> Tensor:
+        return own(q, k, v, attn_mask, *args, **more) if attn_mask is not None else _Attention.apply(q, k, v)
+
+    # a mode of torch would not see what activation checkpointing runs again
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def count_step(
+    recipe: PretrainRecipe, model: Any, grid: tuple[int, int], micro: int, precision: str
+) -> tuple[float, int]:
+    """(floating-point operations, bytes at worst) of a forward and a backward pass of so many images."""
+    units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(micro))
+    meta = torch.device("meta")
+    model.to(meta).train()
+    dtype = torch.uint8 if recipe.data.eight_bit else torch.float32
+    images = torch.zeros(micro, recipe.data.channels, *recipe.data.image_size, dtype=dtype, device=meta)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+            losses = model(images, units.hidden.to(meta), units.noise.to(meta), units.count)
+        losses.sum().backward()
+        for p in model.parameters():
+            p.grad = None
+
+    with FlopCounterMode(display=False) as flop:  # by itself: it keeps tensors
+        step()
+    live = _Live([*model.parameters(), *model.buffers(), images])
+    with _fused(), live:
+        step()
+    return float(flop.get_total_flops()), live.peak
+
+
+def bytes_of(size: int) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.0f} kB"

@@ -1,0 +1,268 @@
+"""What a pretraining run will take, before it is begun: counted on the recipe's own model, nothing of it computed.
+
+One step of one device runs on torch's meta device, which knows shapes alone: its floating-point operations and the
+bytes that live at its worst moment are counted. How much of a device's peak a run reaches cannot be known before: it is
+asked for, or assumed and reported. On this machine's CPU a few real steps and batches are timed instead.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpp.data.crop import Crop
+from mpp.data.order import Order
+from mpp.data.shards.reader import ShardImages, held_out_rows
+from mpp.errors import UserError
+from mpp.objective.build import build_mask, build_model
+from mpp.objective.mask_drawing import draw_masks
+from mpp.objective.model import MaskedPatchModel
+from mpp.parallel.devices import cores
+from mpp.parallel.sharding import blocks
+from mpp.planning.devices import CPU, DEVICES, MFU, find_device
+from mpp.planning.memory import CUDA_KEEPS, bytes_of, count_step
+from mpp.pretraining.dataset import PretrainDataset
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.training.exchange import accumulation
+from mpp.training.optimizer import adamw, pretrain_groups, steps_of
+
+FP32, MOMENTS = 4, 8
+"""Bytes of a number, and of AdamW's two moments of it."""
+TRIED_S, TRIED_IMAGES = 2.0, 64
+"""How long steps are timed on this CPU, and from how many images reading is timed."""
+REST = 1.25
+"""What a step of a run takes compared with one that is timed alone, for batches that come from other processes and for
+records: 1.23 and 1.29 in two recipes (recipes/LOG.md)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See `text`."""
+
+    encoder: str
+    encoder_parameters: int
+    parameters: int
+    """With head, mask tokens and teachers."""
+    trained: int
+    flop_per_image: float
+    """Forward and backward; a multiplication and the addition after it are two."""
+    devices: int
+    device: str
+    global_batch_size: int
+    micro_batch: int
+    """Images that a device takes at once."""
+    accumulate: int
+    memory_bytes: dict[str, int]
+    """Of each device, by part."""
+    host_bytes: int
+    """Of a whole copy of a sharded model, on each process's host."""
+    images: int
+    """Trained on in an epoch."""
+    held_out: int
+    steps: int
+    epochs: float
+    mfu: float
+    """Part of the peak: asked for, assumed, or of this CPU what its steps reached."""
+    peak_tflops: float
+    seconds: float
+    read_images_per_s: float | None
+    """What all loader workers of this machine read in a second, if this CPU was tried and the data were opened."""
+    checkpoint_bytes: int
+    disk_bytes: int
+    """With as many checkpoints as are kept, one that is being written, and the encoder."""
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.memory_bytes.values())
+
+    @property
+    def images_per_s(self) -> float:
+        return self.steps * self.global_batch_size / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"device_bytes": self.device_bytes, "images_per_s": self.images_per_s}
+
+    def text(self) -> str:
+        """For people."""
+        size, total = find_device(self.device).memory_gb * 1e9, self.device_bytes
+        fits = "" if total < 0.9 * size else "  more than nine tenths of what it has: " + self._advice()
+        parts = "\n".join(f"  {name:<28}{bytes_of(value):>10}" for name, value in self.memory_bytes.items())
+        host = f"  {'on the host, a whole copy':<28}{bytes_of(self.host_bytes):>10}\n" if self.host_bytes else ""
+        return (
+            f"{self.encoder}: {self.encoder_parameters / 1e6:.1f} M parameters, "
+            f"{self.parameters / 1e6:.1f} M with all that belongs to it, {self.trained / 1e6:.1f} M trained\n"
+            f"{self.flop_per_image / 1e9:.2f} GFLOP an image, forward and backward\n"
+            f"{self.images} images an epoch, {self.held_out} more held out; {self.steps} steps of "
+            f"{self.global_batch_size} ({self.devices} × {self.accumulate} × {self.micro_batch}), "
+            f"{self.epochs:.1f} epochs\n"
+            f"memory of each {self.device}: {bytes_of(total)} of {bytes_of(int(size))}{fits}\n{parts}\n{host}"
+            f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
+            f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s{self._reading()}\n"
+            f"disk: {bytes_of(self.disk_bytes)}, {bytes_of(self.checkpoint_bytes)} a checkpoint\n"
+            f"not counted: {'' if self.device == CPU else CUDA_KEEPS}gaps between allocations"
+        )
+
+    def _reading(self) -> str:
+        if self.device != CPU:
+            return " to be read"
+        if self.read_images_per_s is None:
+            return "; reading them is not counted"
+        return f", with the loader, which alone reads {self.read_images_per_s:.0f} images/s, on the same cores"
+
+    def _advice(self) -> str:
+        return "optim.max_batch_per_device, encoder.grad_checkpointing=true or fsdp=true make it less"
+
+
+def plan(
+    recipe: PretrainRecipe,
+    *,
+    devices: int = 1,
+    device: str = "a100",
+    mfu: float | None = None,
+    images: int | None = None,
+) -> Plan:
+    """What a run of this recipe takes on so many devices.
+
+    device: of DEVICES, or "cpu": of this machine, whose steps and reading are timed for some seconds, with the threads
+    and workers that the run will have. mfu: None: MFU, of a CPU what it reaches. images: how many there are, held-out
+    ones too; None: the recipe's data are opened. UserError as for the run itself.
+    """
+    if device not in (*DEVICES, CPU):
+        raise UserError(f"--device: '{device}': allowed are {', '.join((*DEVICES, CPU))}")
+    if device == CPU and devices > 1:
+        raise UserError(f"--devices: {devices}: steps are timed in one process of this machine; allowed with cpu: 1")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
+    data, optim = recipe.data, recipe.optim
+    model, grid = build_model(recipe)
+    opened = ShardImages(data.shards, key="data.shards", **data.opening()) if images is None else None
+    own = opened.counts if opened is not None else [images or 0]
+    held_out = held_out_rows(own, data.held_out)
+    counts = [n - int(h) for n, h in zip(own, held_out, strict=True)]
+    order = Order(counts, global_batch=optim.global_batch_size, seed=0, lanes=data.lanes, window=data.window)
+    steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
+    accumulate = accumulation(optim.global_batch_size, devices, optim.max_batch_per_device)
+    micro = optim.global_batch_size // devices // accumulate
+
+    auto = "fp32" if device == CPU else "bf16"
+    precision = auto if recipe.precision == "auto" else recipe.precision
+    numbers = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    weights = FP32 * numbers + buffers
+    sharded = recipe.fsdp and devices > 1
+    gathered = 0
+    if sharded:  # a block is whole while it is run, and the next one is on its way; what is in none stays
+        sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks(model)), reverse=True)
+        gathered = FP32 * (sum(sizes[:2]) + max(numbers - sum(sizes), 0))
+    read_images_per_s, step_s, tflops = None, None, find_device(device).tflops[precision]
+    if device == CPU and mfu is None:  # before the model is moved to where there are shapes alone
+        read_s = _read_s(recipe, opened, grid) if opened is not None else 0.0
+        step_s = _step_s(recipe, model, grid, micro, accumulate, precision)
+    flop, peak = count_step(recipe, model, grid, micro, precision)
+    if step_s is not None:
+        mfu = flop / micro * optim.global_batch_size / step_s / (tflops * 1e12)
+        read_images_per_s = max(data.workers, 1) / read_s if read_s else None
+        step_s = REST * _with_loader(step_s, read_s * optim.global_batch_size, data.workers)
+    elif mfu is None:
+        mfu = MFU
+    share = devices if sharded else 1
+    memory = {
+        "weights": weights // share + gathered,
+        "gradients": FP32 * trained // share,
+        "AdamW's moments": MOMENTS * trained // share,
+        "activations, at worst": max(peak - FP32 * trained, 0),
+        "images": 2 * micro * data.channels * data.image_size[0] * data.image_size[1] * (1 if data.eight_bit else 4),
+    }
+    if devices > 1 and not sharded:
+        memory["buckets of DDP"] = FP32 * trained
+    encoder: Any = model.encoder.model
+    own_parameters = sum(p.numel() for p in encoder.parameters())
+    checkpoint = weights + MOMENTS * trained
+    seen = steps * optim.global_batch_size
+    return Plan(
+        encoder=recipe.encoder.name,
+        encoder_parameters=own_parameters,
+        parameters=numbers,
+        trained=trained,
+        flop_per_image=flop / micro,
+        devices=devices,
+        device=device,
+        global_batch_size=optim.global_batch_size,
+        micro_batch=micro,
+        accumulate=accumulate,
+        memory_bytes=memory,
+        host_bytes=weights if sharded else 0,
+        images=sum(counts),
+        held_out=int(held_out.sum()),
+        steps=steps,
+        epochs=seen / max(sum(counts), 1),
+        mfu=mfu,
+        peak_tflops=tflops,
+        seconds=steps * step_s if step_s is not None else seen * flop / micro / (devices * tflops * 1e12 * mfu),
+        read_images_per_s=read_images_per_s,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=checkpoint * (recipe.keep_checkpoints + 1) + FP32 * own_parameters,
+    )
+
+
+def _step_s(
+    recipe: PretrainRecipe, model: MaskedPatchModel, grid: tuple[int, int], micro: int, accumulate: int, precision: str
+) -> float:
+    """Seconds of a training step on this CPU, timed with the threads that torch takes.
+
+    A part of the micro-batch is enough if a whole one would take long.
+    """
+    model.train()
+    optimizer = adamw(pretrain_groups(model, recipe.optim.weight_decay), recipe.optim.betas)
+    dtype = torch.uint8 if recipe.data.eight_bit else torch.float32
+    count, per_image = min(micro, 2), list[float]()
+    until = time.monotonic() + TRIED_S
+    while len(per_image) < 3 or time.monotonic() < until:
+        units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(count))
+        images = torch.zeros(count, recipe.data.channels, *recipe.data.image_size, dtype=dtype)
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(images, units.hidden, units.noise, units.count)
+        losses.sum().backward()
+        per_image.append((time.perf_counter() - began) / count)
+        if count < micro:
+            count = min(4 * count, micro, max(int(TRIED_S / 4 / per_image[-1]), count))
+    began = time.perf_counter()
+    optimizer.step()
+    update_s = time.perf_counter() - began
+    optimizer.zero_grad(set_to_none=True)
+    return float(np.median(per_image[-3:])) * micro * accumulate + update_s
+
+
+def _read_s(recipe: PretrainRecipe, images: ShardImages, grid: tuple[int, int]) -> float:
+    """Seconds in which one process reads an image, crops it and draws its mask."""
+    data = recipe.data
+    crop = Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
+    counts = np.asarray(images.counts)
+    dataset = PretrainDataset(images, crop, build_mask(recipe), grid, 0, counts, 1)
+    places = [(s, r) for s, n in enumerate(counts.tolist()) for r in range(min(n, TRIED_IMAGES))][:TRIED_IMAGES]
+    keys = [(i, s, r) for i, (s, r) in enumerate(places)]
+    dataset.batch(keys[:1])  # opens what has to be opened
+    began = time.perf_counter()
+    dataset.batch(keys)
+    return (time.perf_counter() - began) / len(keys)
+
+
+def _with_loader(step_s: float, read_s: float, workers: int) -> float:
+    """Seconds of a step while the loader reads the next one on the same cores. read_s: of one process, for a step."""
+    if workers == 0:
+        return step_s + read_s
+    busy = step_s * min(torch.get_num_threads(), cores()) + read_s
+    return max(step_s, read_s / workers, busy / cores())
+
+
+def _duration(seconds: float) -> str:
+    for unit, scale in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * scale:
+            return f"{seconds / scale:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,81 @@
+"""The dataset of pretraining: read, crop, flip, mask, all of it a pure function of (seed, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mpp.data.batch import Batch
+from mpp.data.crop import Crop
+from mpp.data.decoding.decode import GREY
+from mpp.data.shards.ahead import Ahead
+from mpp.data.shards.reader import ShardImages
+from mpp.errors import UserError
+from mpp.objective.interfaces import Mask
+from mpp.objective.mask_drawing import draw_masks
+from mpp.rng import Purpose, Streams, stream
+
+
+class PretrainDataset(Dataset[Batch]):
+    """Keys are (position, shard, row); a list of keys makes a `Batch`.
+
+    train_counts: rows of each shard that are trained on; those after are held out. A bad image is replaced by
+    one of its own kind. global_batch: samples of one step, which all hide as many units. ahead: fetches remote shards.
+    """
+
+    def __init__(
+        self,
+        images: ShardImages,
+        crop: Crop,
+        mask: Mask,
+        mask_grid: tuple[int, int],
+        seed: int,
+        train_counts: Sequence[int] | np.ndarray,
+        global_batch: int,
+        ahead: Ahead | None = None,
+    ) -> None:
+        self.images, self.crop, self.mask, self.mask_grid, self.seed = images, crop, mask, mask_grid, seed
+        self.train_counts, self.global_batch, self.ahead = train_counts, global_batch, ahead
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> Batch | UserError:
+        try:
+            if self.ahead:
+                self.ahead.come_to(keys[0][0])
+            return self.batch(keys)
+        except UserError as error:
+            return error  # raised by `batches`, without the worker's traceback
+
+    def batch(self, keys: list[tuple[int, int, int]], *, centre: bool = False) -> Batch:
+        """centre: for held-out images: no randomness in the crop, the middle of a range of mask ratios."""
+        size = (self.crop.channels, *self.crop.size)
+        images = torch.empty((len(keys), *size), dtype=self.crop.dtype)
+        grey = torch.full(size, GREY, dtype=torch.uint8)
+        step = keys[0][0] // self.global_batch
+        draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
+        masks = draw_masks(self.mask, self.mask_grid, draw, self.seed, [position for position, _, _ in keys])
+        bad: list[str] = []
+        replaced, crops = 0, Streams(self.seed, Purpose.CROP)
+        for i, (position, shard, row) in enumerate(keys):
+
+            def crop(data: bytes, position: int = position) -> Tensor:
+                return self.crop.centre(data) if centre else self.crop.random(data, crops.at(position))
+
+            last = int(self.train_counts[shard])
+            rows = range(last) if row < last else range(last, self.images.counts[shard])
+            images[i], passed_over = self.images.load(shard, row, rows, crop, blank=grey, few=centre)
+            bad += passed_over
+            replaced += bool(passed_over)
+        return Batch(
+            images,
+            masks.hidden,
+            masks.noise,
+            torch.tensor([k[0] for k in keys]),
+            torch.tensor([k[1:] for k in keys]),
+            masks.count,
+            replaced,
+            bad,
+        )

@@ -1,0 +1,51 @@
+"""Write recipes: as YAML, as flat settings for trackers, as JSON schema for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from mpp.errors import without_secrets
+from mpp.recipe.flat import flat_keys
+from mpp.recipe.loading import RECIPES
+from mpp.recipe.sections import Job
+
+
+def json_schema(job: str) -> dict[str, Any]:
+    """Of a job's recipes as they are written, with every short form, for editors. It knows no rule between keys."""
+    found: dict[str, Any] = _with_limits(RECIPES[job].model_json_schema())
+    for section in (found, *found.get("$defs", {}).values()):  # a recipe may leave these to the command line
+        if "required" in section:
+            section["required"] = [
+                key for key in section["required"] if key not in ("shards", "train", "val", "encoder")
+            ]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+_LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _with_limits(node: Any) -> Any:
+    """pydantic leaves the limits of what a function looked at before under its own names, which say nothing there."""
+    if isinstance(node, dict):
+        return {_LIMITS.get(k, k) if isinstance(v, int | float) else k: _with_limits(v) for k, v in node.items()}
+    return [_with_limits(item) for item in node] if isinstance(node, list) else node
+
+
+def dump_recipe(recipe: Job) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to the same, but for secrets in its URLs."""
+    return yaml.safe_dump(_blotted(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _blotted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _blotted(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_blotted(v) for v in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+def settings_of(recipe: Job) -> dict[str, Any]:
+    """Values by their dotted keys, for trackers: without the secrets of URLs."""
+    return flat_keys(_blotted(recipe.model_dump(mode="json")))

@@ -1,0 +1,115 @@
+"""The recipe of `mpp evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+
+from mpp.recipe.sections import Architecture, Job, LabeledData, Section
+from mpp.recipe.values import (
+    Bool,
+    FilePath,
+    Float,
+    ImageSize,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probe,
+    listed,
+)
+
+
+class EvaluateData(LabeledData):
+    """Labeled images; size and normalisation are the encoder's own where they are not given."""
+
+    image_size: ImageSize | None = None  # type: ignore[assignment]
+    """Side in pixels, or [height, width]; default: the encoder's."""
+    batch_size: PositiveInt = 256
+    """Images a device takes at once."""
+
+
+class Knn(Section):
+    """Nearest neighbours by cosine similarity, each with one vote."""
+
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)
+    """Numbers of neighbours that are tried (around the 10 to 200 of DINO, Caron et al. 2021, section 4.1)."""
+
+
+class LinearProbe(Section):
+    """Multinomial logistic regression on standardised features, by L-BFGS."""
+
+    weight_decay: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
+        1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0,
+    )  # fmt: skip
+    """Values tried: λ of mean cross-entropy + λ/2 · |weights|² (CLIP, Radford et al. 2021, A.3, sweeps 1e-6 to 1e6)."""
+    max_iterations: PositiveInt = 200
+
+
+class AttentiveProbe(Section):
+    """One learned query that attends to the patch tokens, then a linear layer (CAE, Chen et al. 2022, section 4.1)."""
+
+    batch_size: PositiveInt = 64
+
+    lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3)
+    """Learning rates tried (guess)."""
+    epochs: PositiveInt = 20
+    """Passes over the training images (guess)."""
+    weight_decay: NonNegativeFloat = 0.01
+
+
+def _out_may_be_left_out(schema: dict[str, Any]) -> None:
+    schema["required"].remove("out")
+    schema["properties"]["out"]["type"] = ["string", "null"]
+
+
+class EvaluateRecipe(Job):
+    """What a frozen encoder's features are worth, layer by layer, beside controls."""
+
+    model_config = ConfigDict(json_schema_extra=_out_may_be_left_out)
+
+    job: Literal["evaluate"] = "evaluate"
+    encoder: FilePath
+    """A pretraining run, an exported folder, or a name of timm's."""
+    architecture: Architecture | None = None
+    compare: FilePath | None = None
+    """Another encoder, read in the same way."""
+    controls: Bool = True
+    """Evaluate the same architecture at random initialisation, and raw pixels, too."""
+    seed: Annotated[NonNegativeInt, Field(lt=2**56)] = 0
+    """Of the labels drawn, the split of the training images, the random initialisation and the attentive probe."""
+    data: EvaluateData
+    probes: Annotated[
+        tuple[Probe, ...],
+        BeforeValidator(listed, json_schema_input_type=Probe | Annotated[tuple[Probe, ...], Field(min_length=1)]),
+        Field(min_length=1),
+    ] = ("knn", "linear", "attentive")
+    layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Blocks (stages, in hierarchical families) whose output is probed, counted from 1; default: all. Beside them
+    always "out", what the plain timm model gives for an image."""
+    tune_fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.2
+    """Part of the training images on which k, weight decay, learning rate and the best layer are chosen."""
+    knn: Knn = Knn()
+    linear: LinearProbe = LinearProbe()
+    attentive: AttentiveProbe = AttentiveProbe()
+    keep_features: Bool = False
+    """Leave the features in the run folder, as .npy files."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_out(cls, values: Any) -> Any:
+        """Where no run folder is named: inside the run that made the encoder, or evaluation/NAME."""
+        encoder = values.get("encoder") if isinstance(values, Mapping) else None
+        if not isinstance(encoder, str) or values.get("out") is not None:
+            return values
+        run = Path(encoder).expanduser()
+        out = run / "evaluation" if (run / "encoder").is_dir() else Path("evaluation") / run.name
+        return {**values, "out": str(out)}

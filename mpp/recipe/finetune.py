@@ -1,0 +1,213 @@
+"""The recipe of `mpp finetune`."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from mpp.recipe import registry
+from mpp.recipe.sections import Architecture, LabeledData, Optim, Run, Section, component_section
+from mpp.recipe.values import (
+    AreaRange,
+    BelowOne,
+    Bool,
+    FilePath,
+    Float,
+    Fraction,
+    LabelCounts,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    each_once,
+    no_bool,
+)
+
+
+class FinetuneData(LabeledData):
+    """Labeled images, and how they are augmented; `mean` and `std` are the encoder's own where they are not given."""
+
+    labels_per_class: LabelCounts | None = None  # type: ignore[assignment]
+    """Train on so many images of each class, drawn by the seed; a list, [10, 100, 500], fine-tunes on each of them."""
+    crop_scale: AreaRange = (0.08, 1.0)
+    crop_ratio: Range = (3 / 4, 4 / 3)
+    auto_augment: str | None = None
+    """timm's policy string, such as rand-m9-mstd0.5-inc1 (RandAugment)."""
+    color_jitter: NonNegativeFloat | None = None
+    erase: Fraction = 0.0
+    """Probability of random erasing (Zhong et al. 2020)."""
+    val_views: Annotated[Literal[1, 2, 10], BeforeValidator(no_bool)] = 1
+    """Views of a validation image whose probabilities are averaged: 2: mirrored, too; 10: corners, too (Krizhevsky et
+    al. 2012, section 4.1)."""
+    val_side_px: PositiveInt | None = None
+    """With task: segment: shorter side to which validation images are scaled, then read in overlapping windows of
+    image_size; default: the shorter of image_size."""
+
+    def label_counts(self) -> tuple[int | None, ...]:
+        """Labels of each class, from few to many; None: as many as there are, or a fraction."""
+        return tuple(sorted(self.labels_per_class)) if self.labels_per_class else (None,)
+
+
+class FinetuneOptim(Optim):
+    """As in pretraining, and what fine-tuning adds."""
+
+    base_lr: PositiveFloat = 5e-4
+    """For 256 images (MAE, table 9: 5e-4 for ViT-L/H, 5e-4 for ViT-B)."""
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    layer_decay: Annotated[Float, Field(gt=0, le=1)] = 0.75
+    """Learning rate of a layer over that of the next (BEiT; MAE: 0.75). The scratch arm uses 1."""
+    head_lr_scale: PositiveFloat = 1.0
+    """Learning rate of the new head over that of the last layer."""
+
+
+class Scratch(Section):
+    """What the arm from scratch does otherwise; None: as the pretrained arm."""
+
+    base_lr: PositiveFloat | None = None
+    layer_decay: Annotated[Float, Field(gt=0, le=1)] | None = 1.0
+    """1: layer decay protects pretrained layers, and there are none."""
+    frozen: Fraction | None = 0.0
+    """0: nothing is worth standing still for."""
+
+
+class Distill(Section):
+    """A teacher beside the labels (DeiT, Touvron et al. 2021, section 4).
+
+    An encoder with a distillation token (`deit_*_distilled_*`) learns from it there, any other through its one head.
+    """
+
+    teacher: FilePath
+    """A fine-tuned cell (runs/a/pretrained-seed0), its export, or a name of timm's, with a classifier of the same
+    classes."""
+    kind: Literal["hard", "soft"] = "hard"
+    """hard: the teacher's likeliest class is a second label; soft: its probabilities are."""
+    alpha: Fraction = 0.5
+    """The teacher's part of the loss (DeiT: 0.5 with hard, 0.1 with soft)."""
+    temperature: PositiveFloat = 3.0
+    """Of soft labels (DeiT: 3)."""
+
+
+class Lora(Section):
+    """Low-rank adapters (LoRA, Hu et al. 2022) in place of the encoder's own weights, which stand still.
+
+    Wants the package peft. Adapters are merged at the end: the export is a plain encoder. The arm from scratch has
+    none: it has nothing worth standing still for.
+    """
+
+    rank: PositiveInt = 8
+    alpha: PositiveInt = 16
+    """alpha / rank is the adapters' scale (guess: 2)."""
+    dropout: BelowOne = 0.0
+    """On what the adapters see."""
+
+
+class EarlyStop(Section):
+    """Judge on a part of the training images now and then, stop when it no longer rises, and go back to the best.
+
+    The validation images stay out of it.
+    """
+
+    fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.2
+    """Part of the training images of each class that is judged on, and not trained on."""
+    every_steps: PositiveInt = 100
+    patience: PositiveInt = 5
+    """Measurements without a new best before it stops."""
+
+
+class FinetuneRecipe(Run):
+    """Fine-tuning on labeled images, beside the same from scratch."""
+
+    job: Literal["finetune"] = "finetune"
+    encoder: FilePath
+    """A pretraining run, an exported folder, a name of timm's, or scratch."""
+    architecture: Architecture | None = None
+    beside_scratch: Bool = True
+    """Run the same fine-tune from scratch, too."""
+    seeds: Annotated[
+        tuple[Annotated[NonNegativeInt, Field(lt=2**56)], ...], Field(min_length=1), AfterValidator(each_once)
+    ] = (0, 1, 2)
+    """Each draws its own labels, order and initial head."""
+    data: FinetuneData
+    task: component_section("task", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    pool: Literal["mean", "token"] = "mean"
+    """Features of an image: the mean of its patch tokens, or the class token. Pretraining trains the class token's last
+    output only with the heads transformer and cross_attention."""
+    fc_norm: Bool | None = None
+    """With `pool: mean`. true: norm the mean by a new norm, in place of the encoder's final one, as MAE's fine-tuning
+    does. false: norm each token by the encoder's final norm, then take the mean. Default: as the encoder has it."""
+    drop_path_rate: BelowOne = 0.0
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of the beta distribution (Zhang et al. 2018); 0: none."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of the beta distribution (Yun et al. 2019); 0: none."""
+    frozen: Fraction = 0.0
+    """Part of the steps in which the head alone learns: 1 is a frozen encoder; below 1, LP-FT (Kumar et al. 2022),
+    whose backward pass still goes through the encoder."""
+    unfreeze: Literal["at_once", "gradual"] = "at_once"
+    """After `frozen`. gradual: block by block, the last one first (ULMFiT, Howard & Ruder 2018, section 3.3)."""
+    ema_decay: BelowOne | None = None
+    """Judge and export a moving average of the weights, such as 0.9999; it moves faster in the first steps."""
+    balance: Literal["none", "sampling", "loss"] = "none"
+    """Classes of unequal size. sampling: images of small classes come more often; loss: they count for more."""
+    early_stop: EarlyStop | None = None
+    lora: Lora | None = None
+    """Train adapters beside the encoder's linear layers: `lora={}`."""
+    distill: Distill | None = None
+    """Learn from a teacher, too; both arms do."""
+    optim: FinetuneOptim
+    scratch: Scratch = Scratch()
+
+    @model_validator(mode="after")
+    def _places_in_colour(self) -> Self:
+        if self.task.name in ("segment", "detect") and not self.data.eight_bit:
+            raise ValueError(f"task: {self.task.name}: for images of 8 bit with 1, 3 or 4 channels alone")
+        return self
+
+    @model_validator(mode="after")
+    def _architecture(self) -> FinetuneRecipe:
+        named = self.architecture and self.architecture.name
+        if self.encoder == "scratch" and not named:
+            raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
+        if self.fc_norm and self.pool == "token":
+            raise ValueError("fc_norm: norms the mean of the patch tokens; not with pool: token")
+        if self.unfreeze == "gradual" and not 0 < self.frozen < 1:
+            raise ValueError("unfreeze: gradual: wants `frozen` between 0 and 1, the part of the steps that it takes")
+        if self.lora and self.frozen == 1:
+            raise ValueError("lora: its adapters are in the encoder, which `frozen: 1` keeps as it is")
+        if self.lora and self.encoder == "scratch":
+            raise ValueError("lora: with encoder: scratch there is nothing to adapt")
+        side_px = self.data.val_side_px
+        if side_px is not None and side_px < min(self.data.image_size):
+            raise ValueError(f"data: val_side_px: at least the shorter of image_size, {min(self.data.image_size)}")
+        labels = registry.declaration("task", self.task.name).constants["labels"]
+        off: dict[str, Any] = {}
+        if labels != "class":
+            off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "distill": None, "data.labels_per_class": None}
+        if labels in ("mask", "boxes"):
+            off |= {
+                "pool": "mean",
+                "fc_norm": None,
+                "data.auto_augment": None,
+                "data.erase": 0.0,
+                "data.val_crop_fraction": 1.0,
+            }
+            off["data.val_views"] = 1
+        if labels != "mask":
+            off["data.val_side_px"] = None
+        elif self.balance == "loss":
+            del off["balance"]
+        for key, value in off.items():
+            if reduce(getattr, key.split("."), self) != value:
+                instead = "; allowed: data.fraction" if key == "data.labels_per_class" else ""
+                section, _, rest = key.rpartition(".")
+                where = f"{section}: {rest}" if section else rest
+                raise ValueError(f"{where}: not with task: {self.task.name}{instead}")
+        return self

@@ -1,0 +1,128 @@
+"""Load recipes from files, mappings and the command line, and check them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import (
+    ValidationError,
+)
+
+from mpp.errors import UserError
+from mpp.recipe.evaluate import EvaluateRecipe
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.flat import flat_keys
+from mpp.recipe.messages import EXAMPLES, error_line, leaves
+from mpp.recipe.overrides import apply_overrides, apply_scale
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.recipe.sections import Job
+from mpp.recipe.yaml_reader import Key, parse_yaml
+
+OPEN = "REQUIRED"
+"""In place of the value of such a key, in `mpp recipe show`."""
+RECIPES: dict[str, type[Job]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
+R = TypeVar("R", bound=Job)
+
+
+def bundled() -> dict[str, Path]:
+    """Recipes that come with mpp by their names, such as pretrain/vit_small: of the wheel, or of the checkout."""
+    here = Path(__file__).resolve().parent.parent
+    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+    found = {job: sorted((folder / job).glob("*.yaml")) for job in ("pretrain", "finetune")}
+    return {f"{job}/{path.stem}": path for job, paths in found.items() for path in paths}
+
+
+def _text(path: str | Path) -> str:
+    """Of a recipe's file; where there is none, of the one of that name that comes with mpp. UserError."""
+    place = Path(path)
+    try:
+        if not place.exists():
+            name = place.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+            place = bundled().get(name, place)
+        return place.read_text(encoding="utf-8")
+    except OSError as error:
+        advice = ""
+        if isinstance(error, FileNotFoundError) and not place.is_absolute():
+            alike = " or ".join(name for name in bundled() if name.split("/")[1] == place.stem)
+            advice = f"; {f'is {alike} meant? ' if alike else ''}`mpp recipe list` names those that come with mpp"
+        raise UserError(f"{path}: {error.strerror or error}{advice}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8") from error
+
+
+def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None = None, scale: str | None = None) -> R:
+    """Read and check a recipe. scale: one of its `scales`, applied before the overrides.
+
+    UserError with a line for each thing that is wrong.
+    """
+    values, places = parse_yaml(_text(path), str(path))
+    apply_scale(values, places, scale, str(path))
+    apply_overrides(values, places, overrides or {})
+    return check_recipe(values, job, places, str(path))
+
+
+def load_any(path: str | Path, overrides: dict[str, Any] | None = None, scale: str | None = None) -> Job:
+    """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
+    return load_recipe(path, _job_of(path), overrides, scale)
+
+
+def load_open(path: str | Path, overrides: dict[str, Any], scale: str | None) -> tuple[Job, list[str]]:
+    """As `load_any`, of a recipe that leaves required keys to the command line: these are OPEN, and listed."""
+    job = _job_of(path)
+    required = [key for key, f in leaves(job).items() if key in EXAMPLES and f.is_required()]
+    values, places = parse_yaml(_text(path), str(path))
+    apply_scale(values, places, scale, str(path))
+    apply_overrides(values, places, overrides)
+    left = [key for key in required if flat_keys(values).get(key) is None]
+    apply_overrides(values, places, dict.fromkeys(left, OPEN))
+    return check_recipe(values, job, places, str(path)), left
+
+
+def _job_of(path: str | Path) -> type[Job]:
+    job = parse_yaml(_text(path), str(path))[0].get("job")
+    return RECIPES.get(job, PretrainRecipe) if isinstance(job, str) else PretrainRecipe
+
+
+def checked(
+    recipe: str | Path | Mapping[str, Any] | R, job: type[R], overrides: dict[str, Any], scale: str | None = None
+) -> R:
+    """A recipe from a file, a mapping of its keys or, already checked, with one of its scales and overrides applied."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, job, overrides, scale)
+    if isinstance(recipe, Mapping):
+        values = deepcopy(dict(recipe))
+    elif isinstance(recipe, job):
+        values = recipe.model_dump(mode="json", exclude_unset=True)  # which keys were given may matter, see `read_as`
+    elif isinstance(recipe, Job):
+        raise UserError(f"this is a recipe of `mpp {recipe.job}`, not of `mpp {job.model_fields['job'].default}`")
+    else:
+        raise UserError(f"recipe: a file, a mapping of keys or a checked recipe; got {type(recipe).__name__}")
+    places: dict[Key, str] = {}
+    apply_scale(values, places, scale, "recipe")
+    apply_overrides(values, places, overrides)
+    return check_recipe(values, job, places)
+
+
+def check_recipe(
+    values: dict[str, Any], job: type[R], places: dict[Key, str] | None = None, source: str = "recipe"
+) -> R:
+    """Validate a mapping. UserError with a line for each thing that is wrong."""
+    expected = job.model_fields["job"].default
+    named = values.get("job", "pretrain")
+    if isinstance(named, str) and named != expected and named in RECIPES:
+        raise UserError(
+            f"{source}: job: this is a recipe of `mpp {named}`, not of `mpp {expected}` (which says job: {expected})"
+        )
+    try:
+        return job.model_validate(values)
+    except ValidationError as error:
+        places = places or {}
+        found = error.errors()
+        # a list whose items are wrong is not too short as well
+        items = {e["loc"][:-1] for e in found if e["loc"] and isinstance(e["loc"][-1], int)}
+        found = [e for e in found if not (e["type"] == "too_short" and e["loc"] in items)]
+        lines = {error_line(e, job, places, source): None for e in found}
+        raise UserError("\n".join(lines)) from None

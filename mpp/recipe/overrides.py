@@ -1,0 +1,123 @@
+"""Apply scales and `key=value` words of the command line to the keys of a recipe."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from mpp.errors import UserError
+from mpp.recipe.registry import is_component_key
+from mpp.recipe.yaml_reader import Key, Loader, dotted, parse_yaml
+
+COMMAND_LINE = "command line"
+
+
+def apply_scale(values: dict[str, Any], places: dict[Key, str], scale: str | None, source: str) -> None:
+    """Apply one of the recipe's own sets of overrides and take the sets out. UserError where it has none so named."""
+    scales = values.pop("scales", None) or {}
+    if not isinstance(scales, dict):
+        raise UserError(f"{places.get(('scales',), source)}: scales: must be names with keys; got {scales!r}")
+    for name, chosen in scales.items():
+        if not isinstance(chosen, dict) or not all(isinstance(key, str) for key in chosen):
+            place = places.get(("scales", str(name)), source)
+            raise UserError(f"{place}: scales.{name}: must be keys with values, such as optim.steps: 3; got {chosen!r}")
+    if scale is None:
+        return
+    if scale not in scales:
+        raise UserError(f"--scale {scale}: {source} has {', '.join(map(str, scales)) or 'no scales'}")
+    given_at = {key: places.get(("scales", scale, key), source) for key in scales[scale]}
+    apply_overrides(values, places, scales[scale], given_at)
+
+
+def apply_overrides(
+    values: dict[str, Any], places: dict[Key, str], overrides: dict[str, Any], given_at: Mapping[str, str] | None = None
+) -> None:
+    """Set dotted keys in place. Values that are strings are read as YAML, as on the command line.
+
+    given_at: where each of them stands; default: on the command line.
+    """
+    # which component, before its keys, in whatever order they were given
+    names_first = sorted(overrides.items(), key=lambda item: not is_component_key(item[0].removesuffix(".name")))
+    for name, value in names_first:
+        *outer, last = name.split(".")
+        place = (given_at or {}).get(name, COMMAND_LINE)
+        if name.split(".")[0] == "scales":
+            raise UserError(f"{place}: {name}: scales are the recipe's own; give the key itself")
+        node: Any = values
+        key: list[str | int] = []
+        for part in outer:
+            if isinstance(node, list):  # extra_targets.0.weight
+                key.append(_item(f"{place}: {name}", node, part))
+                inner = node[int(part)]
+            else:
+                key.append(part)
+                if part not in node:
+                    places[tuple(key)] = place
+                inner = node.setdefault(part, {})
+                if isinstance(inner, str) and is_component_key(part):  # `mask: block` and then mask.ratio=0.5
+                    inner = node[part] = {"name": inner}
+            if not isinstance(inner, dict | list):
+                raise UserError(f"{place}: {name}: {dotted(tuple(key))} has no keys; it is {inner!r}")
+            node = inner
+        value = os.fspath(value) if isinstance(value, os.PathLike) else _override_value(f"{place}: {name}", value)
+        if isinstance(node, list):
+            key.append(_item(f"{place}: {name}", node, last))
+            node[int(last)] = value
+        else:
+            if last == "name" and outer and is_component_key(outer[-1]) and node.get("name", value) != value:
+                node.clear()  # another component has other keys
+            key.append(last)
+            same = isinstance(value, str) and is_component_key(last) and isinstance(node.get(last), dict)
+            if same and node[last].get("name") == value:
+                continue  # `mask=uniform` where it is: its keys stay
+            node[last] = value
+        for old in [k for k in places if k[: len(key)] == tuple(key)]:
+            del places[old]
+        places[tuple(key)] = place
+
+
+def _item(what: str, items: list[Any], part: str) -> int:
+    """The place in a list that an override names. what: the override, for the error."""
+    if not part.isdecimal() or int(part) >= len(items):
+        raise UserError(f"{what}: '{part}': the list has items 0 to {len(items) - 1}")
+    return int(part)
+
+
+def _override_value(what: str, value: Any) -> Any:
+    """A string is read as YAML, but for what only a path or pattern can be: `*.tar`, `runs/try #2`."""
+    if not isinstance(value, str) or value.startswith(("*", "&", "!", "@", "%", "`")):
+        return value
+    if re.search(r"[\ud800-\udfff]", value):  # bytes in a file's name that are not text, which YAML does not take
+        return value
+    try:
+        node = yaml.compose(value, Loader)
+        if node is not None and value[node.end_mark.index :].lstrip().startswith("#"):
+            return value  # a comment nobody meant
+        if isinstance(node, yaml.MappingNode):
+            return parse_yaml(value, what)[0]  # a key given twice is an error here, too
+        return yaml.load(value, Loader)
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(f"{what}: not a YAML value: {value}") from error
+
+
+def parse_overrides(pairs: tuple[str, ...], example: str = "optim.base_lr=1e-4") -> dict[str, str]:
+    """`key=value` words of the command line. UserError for a word of another form."""
+    for pair in pairs:
+        if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", pair):
+            raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as {example}")
+    given: dict[str, str] = {}
+    for word in ("recipe", "resume", "scale"):
+        if any(pair.startswith(f"{word}=") for pair in pairs):
+            raise UserError(f"{COMMAND_LINE}: {word}: no key of a recipe; see --help for --{word} and its like")
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        if key in given:
+            raise UserError(
+                f"{COMMAND_LINE}: {key}: given twice: {given[key]}, {value}. Several values are a list, "
+                f"'{key}=[a, b]'; quote braces, or the shell makes several words of them"
+            )
+        given[key] = value
+    return given

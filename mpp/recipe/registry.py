@@ -1,0 +1,193 @@
+"""Components by name: the name in a recipe is the file, and the file holds the class.
+
+`component("mask", "block")` is the class `BlockMask` in `mpp/objective/masks/block.py`. Adding a component is adding a
+file: its name, class and recipe keys follow from it.
+
+What a recipe needs to know of a component is read from the source of its file, without importing the file: a recipe
+can be checked without torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import typing
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from mpp.errors import UserError
+from mpp.recipe import values
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+class Kind(NamedTuple):
+    """A kind of component."""
+
+    folder: str
+    """Below mpp/; one file for each component."""
+    suffix: str
+    """Last word of the class names."""
+
+
+KINDS = {
+    "mask": Kind("objective/masks", "Mask"),
+    "corruption": Kind("objective/corruptions", "Corruption"),
+    "target": Kind("objective/targets", "Target"),
+    "loss": Kind("objective/losses", "Loss"),
+    "head": Kind("objective/heads", "Head"),
+    "task": Kind("finetuning/tasks", "Task"),
+}
+"""The recipe keys that name a component."""
+
+
+class Argument(NamedTuple):
+    """A keyword-only constructor argument of a component, which is a recipe key."""
+
+    annotation: Any
+    default: Any
+    """`REQUIRED` if there is none."""
+
+
+REQUIRED: Any = ...
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What the source of a component says, without importing it."""
+
+    class_name: str
+    doc: str
+    arguments: Mapping[str, Argument]
+    constants: Mapping[str, Any]
+    """Attributes of the class that are plain values, such as `of` and `labels`."""
+
+
+def is_component_key(key: str) -> bool:
+    """Return whether a recipe key, or its last part, names a component."""
+    return key.split(".")[-1] in KINDS
+
+
+@cache
+def names(kind: str) -> tuple[str, ...]:
+    """Return the names of every component of a kind, sorted."""
+    files = (PACKAGE / KINDS[kind].folder).glob("*.py")
+    return tuple(sorted(path.stem for path in files if path.stem != "__init__"))
+
+
+@cache
+def declaration(kind: str, name: str) -> Declaration:
+    """Read what a component declares from its source.
+
+    Raises:
+        KeyError: There is no such file.
+        UserError: The file lacks the class, or an annotation is not one of `mpp.recipe.values` or `typing`.
+    """
+    path = _file(kind, name)
+    expected = _class_name(kind, name)
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    cls = next((n for n in module.body if isinstance(n, ast.ClassDef) and n.name == expected), None)
+    if cls is None:
+        raise UserError(f"{_shown(path)}: class {expected} is missing")
+    constructor = next((n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    known, arguments = _types_of(module), dict[str, Argument]()
+    if constructor is not None:
+        for argument, default in zip(constructor.args.kwonlyargs, constructor.args.kw_defaults, strict=True):
+            place = f"{_shown(path)}:{argument.lineno}: {argument.arg}"
+            annotation = _evaluate(argument.annotation, known, place)
+            arguments[argument.arg] = Argument(
+                annotation, REQUIRED if default is None else _evaluate(default, known, place)
+            )
+    constants: dict[str, Any] = {}
+    for node in cls.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            constants |= {target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)}
+    return Declaration(expected, ast.get_docstring(cls) or "", arguments, constants)
+
+
+def named_with(kind: str, **constants: Any) -> list[str]:
+    """Return the names of the components of a kind whose class attributes have these values."""
+    return [name for name in names(kind) if constants.items() <= declaration(kind, name).constants.items()]
+
+
+def component(kind: str, name: str) -> Any:
+    """Import the class of a component.
+
+    Raises:
+        KeyError: There is no such file.
+        UserError: The file lacks the class.
+    """
+    path = _file(kind, name)
+    module = importlib.import_module("mpp." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    try:
+        return getattr(module, _class_name(kind, name))
+    except AttributeError as error:
+        raise UserError(f"{_shown(path)}: class {_class_name(kind, name)} is missing") from error
+
+
+def build(key: str, section: BaseModel, *args: Any) -> Any:
+    """Build the component that a section of a recipe names.
+
+    Args:
+        key: Where the section stands, such as `head` or `extra_targets.0.head`.
+        section: Its `name`, and the keyword arguments.
+        args: What the toolkit gives, the positional arguments.
+
+    Raises:
+        UserError: The constructor refuses them.
+    """
+    chosen = section.model_dump()
+    cls = component(key.split(".")[-1], chosen.pop("name"))
+    try:
+        return cls(*args, **chosen)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _file(kind: str, name: str) -> Path:
+    if name not in names(kind):
+        raise KeyError(f"{KINDS[kind].folder} has no '{name}'; it has {', '.join(names(kind))}")
+    return PACKAGE / KINDS[kind].folder / f"{name}.py"
+
+
+def _class_name(kind: str, name: str) -> str:
+    return "".join(word.capitalize() for word in name.split("_")) + KINDS[kind].suffix
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent))
+
+
+def _types_of(module: ast.Module) -> dict[str, Any]:
+    """Return the names that annotations may use: those of typing and `mpp.recipe.values`, and types that the file
+    itself makes of them."""
+    known = {**vars(typing), **vars(values)}
+    for node in module.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            with suppress(NameError, AttributeError):  # made of something else, which is no type of a recipe value
+                known[node.targets[0].id] = _evaluate(node.value, known, "")
+    return known
+
+
+def _evaluate(expression: ast.expr | None, known: dict[str, Any], place: str) -> Any:
+    """Evaluate an annotation or a default.
+
+    Raises:
+        NameError: It names something that is not known, and no place is given.
+        UserError: The same, with the place.
+    """
+    if expression is None:
+        raise UserError(f"{place}: a recipe key needs an annotation")
+    code = compile(ast.Expression(expression), place, "eval")
+    try:
+        return eval(code, known)
+    except NameError as error:
+        if not place:
+            raise
+        raise UserError(f"{place}: {error}; recipe keys have types of mpp.recipe.values or typing") from error

@@ -1,0 +1,38 @@
+"""Which keys may change when a run is resumed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from mpp.recipe.dump import settings_of
+from mpp.recipe.flat import differing
+from mpp.recipe.sections import Job
+
+MAY_CHANGE = {
+    "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
+    "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
+    "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
+    "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp",
+    "data.shards", "data.train", "data.val",  # where they are: what they hold has a fingerprint
+}  # fmt: skip
+"""Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
+decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""
+
+
+def differences(old: Job, new: Job) -> list[str]:
+    """One line for each key that differs and may not change when a run is resumed. A new signature of an URL may."""
+    a, b = (settings_of(r) for r in (old, new))
+    return [
+        f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
+        for key in differing([a, b])
+        if key not in MAY_CHANGE and key.split(".")[0] != "probe" and not _is_harmless(key, a.get(key), b.get(key))
+    ]
+
+
+def _is_harmless(key: str, before: Any, now: Any) -> bool:
+    """Whether a key that may not change may change so: to more formats of images, which leaves those that were read
+    before as they are; or to another folder with an encoder, whose weights are part of the fingerprint."""
+    if key == "data.formats":
+        return set(before or ()) <= set(now or ())
+    return key in ("encoder", "compare") and isinstance(now, str) and os.path.isdir(now)

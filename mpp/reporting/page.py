@@ -1,0 +1,233 @@
+"""One page about one run, or about several beside each other: an HTML file that needs nothing but itself.
+
+It is drawn from the records in run folders alone; nothing is loaded, trained or fetched. What each part says is decided
+here, how it looks in report.html.j2.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from mpp.errors import UserError, one_line
+from mpp.reporting.compare import curves_of_all, keys_that_differ, names_of_runs, side_by_side
+from mpp.reporting.parts import (
+    Part,
+    curves_part,
+    estimate_text,
+    evaluation_part,
+    finetune_part,
+    inspection_part,
+    key_numbers,
+    loading_code,
+    number_text,
+    percent_text,
+    reconstructions_part,
+    state_of_run,
+    what_was_run,
+)
+from mpp.reporting.pictures import LEAST_SCALE, Pictures
+from mpp.runs.history import History, read_run
+from mpp.runs.records import timm_folder
+from mpp.runs.symptoms import DAMAGED, Symptom, symptoms
+from mpp.runs.verdict import conclude, stored_estimate
+
+FILE = "report.html"
+TEMPLATE = "report.html.j2"
+MOST_BYTES = 5_000_000
+"""A page is no larger; pictures are made smaller until it is not."""
+
+
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write a page about runs: one HTML file without scripts, links or anything from a network, 5 MB at most.
+
+    folders: a pretraining run with the fine-tunes and evaluations of its encoder; or several pretraining runs, which
+    are compared. An evaluation inside a run's folder comes with it. out: default report.html in the first run.
+    UserError where a folder is no run, or `out` cannot be written.
+    """
+    runs = [read_run(f) for f in {Path(f).resolve(): str(f) for f in reversed(folders)}.values()][::-1]
+    given = {r.folder.resolve() for r in runs}
+    for run in list(runs):
+        inner = run.folder / "evaluation"
+        if run.job == "pretrain" and (inner / "recipe.yaml").exists() and inner.resolve() not in given:
+            runs.append(read_run(inner))
+    path = Path(out) if out is not None else runs[0].folder / FILE
+    scale = 1.0
+    while True:
+        page = _page(runs, Pictures(scale)).encode("utf-8", "xmlcharrefreplace")
+        if len(page) <= MOST_BYTES or scale < LEAST_SCALE:
+            break
+        scale *= 0.7
+    if len(page) > MOST_BYTES:
+        raise UserError(f"{path}: {len(page) / 1e6:.1f} MB, allowed are {MOST_BYTES / 1e6:.0f}; give fewer runs")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(page)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    return path
+
+
+def _attempted(make: Callable[..., Part | None], *given: Any) -> Part | None:
+    """A part that damaged records make impossible says so; the others stand."""
+    try:
+        return make(*given)
+    except DAMAGED as error:
+        name = make.__name__.strip("_")
+        text = f"The records cannot be read: {type(error).__name__}: {one_line(error)}"
+        which = "-".join(str(g) if isinstance(g, str) else g.name for g in given if isinstance(g, str | History))
+        return Part(f"{name}-{which}", f"{name.replace('_', ' ').capitalize()}: damaged records", [text])
+
+
+def _page(runs: list[History], pictures: Pictures) -> str:
+    pretrained = [r for r in runs if r.job == "pretrain"]
+    others = [r for r in runs if r.job != "pretrain"]
+    parts: list[Part] = []
+
+    def add(make: Callable[..., Part | None], *given: Any, **renamed: str) -> None:
+        found = _attempted(make, *given)
+        if found is not None:
+            for key, value in renamed.items():
+                setattr(found, key, value)
+            parts.append(found)
+
+    subject = pretrained[0] if len(pretrained) == 1 else None
+    if len(pretrained) > 1:
+        of_run = {r.folder: [o for o in others if _reads(o, r)] for r in pretrained}
+        add(side_by_side, pretrained, of_run)
+        add(keys_that_differ, pretrained)
+        add(curves_of_all, pretrained, pictures)
+        for run, name in zip(pretrained, names_of_runs(pretrained), strict=True):
+            title = f"Reconstructions through training: {name}"
+            add(reconstructions_part, run, pictures, id=f"reconstructions-{name}", title=title)
+    elif subject:
+        add(curves_part, subject, pictures)
+        add(reconstructions_part, subject, pictures)
+    for run in others:
+        add(finetune_part if run.job == "finetune" else evaluation_part, run, pictures)
+        parts[-1].text += [text for other in others if (text := _better_frozen(run, other))]
+        if subject and run.recipe.get("encoder") != "scratch" and not _reads(run, subject):
+            parts[-1].text.insert(0, f"Not this run's encoder, but {run.recipe.get('encoder')}.")
+    if subject:
+        add(inspection_part, subject, pictures)
+        add(loading_code, subject)
+        add(what_was_run, subject)
+    names = names_of_runs(runs)
+    seen: list[tuple[str, Symptom]] = [
+        (name if len(runs) > 1 else "", s) for run, name in zip(runs, names, strict=True) for s in symptoms(run)
+    ]
+    title = ", ".join(names_of_runs(pretrained or runs))
+    if len(pretrained) > 1:
+        title = f"Comparison of {title}"
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("mpp.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(
+        title=title,
+        lead=_lead(subject, [o for o in others if subject and _reads(o, subject)]),
+        numbers=key_numbers(subject) if subject else [],
+        looked_for=_looked_for(runs),
+        symptoms=seen,
+        parts=parts,
+        others=[(_attempted(what_was_run, r, f"run-{i}"), names[i]) for i, r in enumerate(runs) if r is not subject],
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def _reads(other: History, run: History) -> bool:
+    """Whether a fine-tune or an evaluation is of this run's encoder, in its folder or as an export with its weights."""
+    made_with = other.made_with()
+    if made_with is None:
+        return False
+    weights = _weights(run.folder)
+    return made_with.resolve() == run.folder.resolve() or (weights is not None and _weights(made_with) == weights)
+
+
+def _weights(source: Path) -> str | None:
+    """Checksum of a run's or an export's encoder, as its export states it."""
+    folder = timm_folder(source)
+    try:
+        return str(json.loads((folder / "export.json").read_text())["weights_sha256"]) if folder else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _looked_for(runs: Sequence[History]) -> list[str]:
+    """What the records allowed to look for."""
+    found = []
+    if any(r.series("loss")[1] for r in runs if r.job == "pretrain"):
+        found += ["a loss that does not fall or rises again", "waiting for images", "unreadable images"]
+    if any(r.series("skill")[1] for r in runs):
+        found.append("a skill below the trivial prediction")
+    if any(k.startswith(("feature_rank", "target_rank")) for r in runs for k in r.latest):
+        found.append("collapse of features or targets")
+    if any(r.data.get("val_in_train") for r in runs):
+        found.append("validation images among training images")
+    if any(r.result.get("verdicts") for r in runs):
+        found.append("a gain from pretraining that is not shown")
+    if any(r.job == "evaluate" and r.result.get("best") for r in runs):
+        found.append("features no better than their controls")
+    return found
+
+
+def _lead(run: History | None, others: list[History]) -> str:
+    """One sentence: what was done and what came of it."""
+    if run is None:
+        return ""
+    target, mask = run.setting("target.name", "?"), run.setting("mask.ratio")
+    hidden = f"{mask:.0%} of each image hidden" if number_text(mask) else "parts of each image hidden"
+    text = (
+        f"{run.setting('encoder.name', '?')}, pretrained with {hidden} and {target} as the target: {state_of_run(run)}."
+    )
+    for other in others:
+        try:
+            text += _gained(other)
+        except DAMAGED:
+            continue  # its own part says so
+    return text
+
+
+def _better_frozen(finetune: History, evaluation: History) -> str:
+    """Where a probe of the same encoder, from the same labels, does better than the fine-tune: a sentence."""
+    alike = finetune.job == "finetune" and evaluation.job == "evaluate" and _reads_the_same(finetune, evaluation)
+    if not alike or finetune.setting("frozen") == 1 or finetune.result.get("metric") != "accuracy":
+        return ""
+    try:
+        (verdict,) = finetune.result["verdicts"]
+        tuned = verdict["score"]["pretrained"]
+        probes = evaluation.result["best"]["encoder"]
+        name, best = max(((name, found["accuracy"]) for name, found in probes.items()), key=lambda item: item[1])
+        if not number_text(tuned["half_width"]) or best <= tuned["mean"] + tuned["half_width"]:  # one seed says little
+            return ""
+    except DAMAGED:  # or not finished
+        return ""
+    other = "" if finetune.recipe.get("lora") else ", lora: {}"
+    return (
+        f"The {name} probe of the frozen encoder does better, {percent_text(best)} ({evaluation.folder}): fine-tuning "
+        f"loses more than it adds. A lower optim.base_lr{other} or frozen: 0.5 may keep it; frozen: 1 fits the head."
+    )
+
+
+def _reads_the_same(finetune: History, evaluation: History) -> bool:
+    """Whether both are of one encoder and of all labels of the same places: parts of them are drawn by seeds."""
+    keys = ("train", "val", "labels_per_class", "fraction")
+    data = [[run.setting(f"data.{key}") for key in keys] for run in (finetune, evaluation)]
+    weights = [_weights(source) if (source := run.made_with()) else None for run in (finetune, evaluation)]
+    same_encoder = weights[0] is not None and weights[0] == weights[1]
+    return same_encoder and data[0] == data[1] and data[0][2:] == [None, None]
+
+
+def _gained(other: History) -> str:
+    """What a fine-tune says of pretraining, in a sentence; "" for other jobs."""
+    text = ""
+    for v in other.result.get("verdicts", [])[-1:]:
+        if v.get("gain"):
+            text += f" Fine-tuned, {estimate_text(v['score'].get('pretrained'))}; from scratch "
+            text += f"{estimate_text(v['score'].get('scratch'))}; gain {estimate_text(v['gain'], points=True)}"
+            text += f"; {conclude(stored_estimate(v['gain'])).text}."
+    return text

@@ -1,0 +1,76 @@
+"""Pictures inside a report: small enough, and checked to be nothing but drawings."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
+
+from mpp.drawing import plots
+
+LEAST_SCALE = 0.3
+MOST_SVG_BYTES = 400_000
+"""A drawing of more is put in as pixels."""
+SMALL_PNG_BYTES = 150_000
+"""A picture of less stays a PNG, sharp; a larger one becomes WebP."""
+WEBP_QUALITY = 85
+
+
+@dataclass
+class Picture:
+    """Something to look at, with the words for those who cannot."""
+
+    html: Markup
+    alt: str
+    caption: str = ""
+    title: str = ""
+    wide: bool = False
+    """Not to be squeezed onto a phone: it scrolls there."""
+
+
+class Pictures:
+    """Makes pictures for a page, none larger than there is room for."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self._drawn = 0
+
+    def plot(self, figure: Any, alt: str, **more: Any) -> Picture:
+        """A figure of matplotlib's."""
+        self._drawn += 1
+        return Picture(Markup(plots.svg(figure, f"p{self._drawn}")), alt, **more)
+
+    def pixels(self, image: Image.Image, alt: str, **more: Any) -> Picture:
+        if self.scale < 1:
+            size = (max(round(image.width * self.scale), 1), max(round(image.height * self.scale), 1))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        data, kind = _encoded(image, "PNG"), "png"
+        if len(data) > SMALL_PNG_BYTES:
+            data, kind = _encoded(image, "WEBP", quality=WEBP_QUALITY), "webp"
+        source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        html = Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(source, *image.size, alt)
+        return Picture(html, alt, **more)
+
+    def file(self, path: Path, alt: str, **more: Any) -> Picture | None:
+        """A PNG of a run, beside which there may be the same as SVG; None where it cannot be read."""
+        drawing = path.with_suffix(".svg")
+        try:
+            if self.scale == 1 and drawing.exists() and drawing.stat().st_size <= MOST_SVG_BYTES:
+                text = drawing.read_text(encoding="utf-8")
+                if plots.is_own_svg(text):
+                    return Picture(Markup(text), alt, **more)
+            with Image.open(path, formats=("PNG",)) as image:
+                return self.pixels(image.convert("RGB"), alt, **more)
+        except (OSError, ValueError, Image.DecompressionBombError):
+            return None
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

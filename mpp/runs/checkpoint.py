@@ -1,0 +1,363 @@
+"""Checkpoints that are whole or not there: written aside, checksummed, renamed. safetensors and JSON, no pickle.
+
+    checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
+                                averaged.safetensors, where a moving average of the weights is kept
+                                model-rank0-of-2.safetensors …, where each process has a part (fsdp): its rows, the
+                                first of them and their number in the whole in the file's own metadata
+
+A folder that was not renamed (`.tmp`) does not count; one whose manifest does not hold is passed over, with a
+warning that names the file, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpp.errors import MppWarning, ToldElsewhere, UserError
+from mpp.parallel import faults
+from mpp.parallel.sharding import like, own_part, own_rows
+from mpp.parallel.team import Accelerator, gather_objects, on_main
+from mpp.runs.records import steps
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+
+T = TypeVar("T")
+
+
+class Team(NamedTuple):
+    """The processes that write one checkpoint, each its part."""
+
+    rank: int = 0
+    world: int = 1
+    gathered: Callable[[list[Any]], list[Any]] = list
+    """What every process gives it, in their order, on every process."""
+
+    def name(self, stem: str) -> str:
+        return f"{stem}.safetensors" if self.world == 1 else f"{stem}-rank{self.rank}-of-{self.world}.safetensors"
+
+
+ALONE = Team()
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    *,
+    keep: int | None,
+    averaged: nn.Module | None = None,
+    team: Team = ALONE,
+) -> Path:
+    """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it, or all.
+
+    team: every process of it calls this, with its part of a sharded model; else call it on one process. UserError on
+    each, with path and free space, where it cannot be written; earlier checkpoints are not touched then.
+    """
+    final = folder / f"step-{step:08d}"
+    aside = folder / f"{final.name}.tmp"
+    written = {"model": lambda: model.state_dict()}
+    if averaged is not None:
+        written["averaged"] = lambda: averaged.state_dict()
+    if optimizer is not None:
+        written["optimizer"] = lambda: optimizer_tensors(model, optimizer)
+
+    def begin() -> None:
+        faults.point("save.begins")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        faults.point("save.folder_made")
+
+    def write() -> dict[str, str]:
+        for stem, tensors in written.items():
+            path = aside / team.name(stem)
+            _save_part(tensors(), path, team)
+            faults.point(f"save.{stem}_written", path)
+        files = [aside / team.name(stem) for stem in written]
+        if team.rank == 0:
+            files.append(aside / "state.json")
+            files[-1].write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+            faults.point("save.state_written", files[-1])
+        for path in files:
+            _sync(path)
+        faults.point("save.files_synced")
+        return {path.name: _sha256(path) for path in files}
+
+    def finish() -> None:
+        (aside / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True))
+        faults.point("save.manifest_written", aside / MANIFEST)
+        for name in digests:  # safetensors writes for the owner alone
+            shutil.copymode(aside / MANIFEST, aside / name)
+        _sync(aside / MANIFEST)
+        _sync(aside)
+        if final.exists():  # saved before an interruption that came after; the same step, the same content
+            shutil.rmtree(final)
+        faults.point("save.before_rename")
+        os.replace(aside, final)
+        faults.point("save.renamed")
+        _sync(folder)
+
+    def together(act: Callable[[], T], *, on: int | None = None) -> list[T | None]:
+        """What `act` gives on each process, or on one; UserError on all where it fails on any."""
+        fault, result = None, None
+        try:
+            if on is None or team.rank == on:
+                result = act()
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+            fault = error
+        said = fault and f"{final}: cannot be saved: {getattr(fault, 'strerror', None) or fault} ({_free(folder)})"
+        found = team.gathered([(said, result)])
+        first = next((line for line, _ in found if line), None)
+        if first:
+            if team.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise UserError(first) from fault
+            raise ToldElsewhere(first) from fault
+        return [value for _, value in found]
+
+    together(begin, on=0)
+    digests = {name: digest for of_one in together(write) for name, digest in (of_one or {}).items()}
+    together(finish, on=0)
+    if team.rank == 0:
+        # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
+        earlier = [p for p in steps(folder) if p.name <= final.name]
+        for old in (*(earlier[keep:] if keep else ()), *(p for p in steps(folder) if p.name > final.name)):
+            _remove(old)
+    faults.point("save.ends")
+    return final
+
+
+def save_together(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    **how: Any,
+) -> Path:
+    """`save`, by the main process alone, or by each where the model is sharded. Every process calls this."""
+    act = partial(save, folder, step, model, optimizer, state, **how)
+    if all(own_rows(p) is None for p in model.parameters()):
+        return on_main(accelerator, act)
+    gather = partial(gather_objects, accelerator)
+    return act(team=Team(accelerator.process_index, accelerator.num_processes, gather))
+
+
+def keep_only(folder: Path, step: int) -> None:
+    """Delete every checkpoint of a folder but that of `step`. Call it on one process."""
+    for path in steps(folder):
+        if path.name != f"step-{step:08d}":
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Its manifest first, so that what was removed by half does not hold."""
+    faults.point("prune.before")
+    (path / MANIFEST).unlink(missing_ok=True)
+    faults.point("prune.inside")
+    shutil.rmtree(path, ignore_errors=True)
+    faults.point("prune.after")
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose manifest holds; a warning for each newer one that does not. None: there is none.
+
+    UserError where there are some and none of them holds: to begin again is for the user to say.
+    """
+    faults: list[str] = []
+    for path in steps(folder):
+        fault = broken(path)
+        if fault is None:
+            for line in faults:
+                warnings.warn(f"{line}; the checkpoint before it is used", MppWarning, stacklevel=2)
+            return path
+        faults.append(f"{path}: {fault}")
+    if faults:
+        raise UserError("\n".join([*faults, f"{folder}: no checkpoint holds; remove them to begin again from step 0"]))
+    return None
+
+
+def broken(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest: Any = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    if not isinstance(manifest, dict) or "state.json" not in manifest or not _files_of("model", manifest):
+        return f"{MANIFEST} is not one"
+    for name, digest in manifest.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != digest:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The counters of a checkpoint. UserError for a folder that holds none, or of another format."""
+    try:
+        state: Any = json.loads((path / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise ValueError("state.json holds no counters")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint: {error}") from error
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path}: checkpoint format {state.get('format')}; this version reads {FORMAT}")
+    found: dict[str, Any] = state
+    return found
+
+
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    averaged: nn.Module | None = None,
+    *,
+    checked: bool = False,
+) -> None:
+    """Put a checkpoint's tensors into model and optimizer, strictly. UserError where they do not fit.
+
+    checked: compare its files with the manifest first, as `newest` does. UserError where they differ.
+    """
+    if checked and (fault := broken(path)):
+        raise UserError(f"{path}: {fault}")
+    faults.point("load.begins")
+    try:
+        model.load_state_dict(_read(path, "model", model.state_dict()))
+        faults.point("load.model_read")
+        if averaged is not None:
+            averaged.load_state_dict(_read(path, "averaged", averaged.state_dict()))
+        if optimizer is not None:
+            _load_optimizer(path, model, optimizer)
+        faults.point("load.ends")
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: does not fit this recipe: {str(error).splitlines()[0]}") from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state by parameter name, so that no order of groups is needed to read it back."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}|{key}": value
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    parameters = dict(model.named_parameters())
+    state: dict[Tensor, dict[str, Tensor]] = {}
+    for name, value in _read(path, "optimizer", parameters, of=lambda name: name.rpartition("|")[0]).items():
+        parameter, _, key = name.rpartition("|")
+        p = parameters[parameter]
+        state.setdefault(p, {})[key] = value.to(p.device)
+    optimizer.state.update(state)
+
+
+def _files_of(stem: str, names: Iterable[str]) -> list[str]:
+    """Those that hold it, as `Team.name` names them."""
+    return sorted(name for name in names if re.fullmatch(rf"{stem}(-rank\d+-of-\d+)?\.safetensors", name))
+
+
+def _save_part(tensors: dict[str, Tensor], path: Path, team: Team) -> None:
+    """This process's rows of what is sharded; what is whole the first process alone."""
+    mine: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+    for name, value in tensors.items():
+        rows = own_rows(value)
+        if rows is not None:
+            places[name] = f"{rows.start} of {value.shape[0]}"
+        if rows is not None or team.rank == 0:
+            mine[name] = own_part(value).detach().cpu().contiguous()
+    save_file(mine, path, places or None)
+
+
+def _read(path: Path, stem: str, wanted: Mapping[str, Tensor], of: Callable[[str], str] = str) -> dict[str, Tensor]:
+    """Tensors by name, from one file or from each process's part; as shards where those of `wanted` are.
+
+    of: the name in `wanted` of what a tensor has the shape of, if it has.
+    """
+    names, whole = _files_of(stem, os.listdir(path)), ALONE.name(stem)
+    if not names:
+        raise FileNotFoundError(f"{whole} is missing")
+    if names == [whole] and all(own_rows(value) is None for value in wanted.values()):
+        return load_file(path / whole)
+    with ExitStack() as opened:
+        parts: dict[str, list[_Part]] = {}
+        for file in names:
+            reading = opened.enter_context(safe_open(path / file, "pt"))
+            places = reading.metadata() or {}
+            for name in reading.keys():  # noqa: SIM118  it is no dictionary
+                first, _, rows = places.get(name, "").partition(" of ")
+                shape = reading.get_slice(name).get_shape()
+                parts.setdefault(name, []).append(
+                    _Part(reading, int(first or 0), [int(rows), *shape[1:]] if rows else shape)
+                )
+        return {name: _joined(name, found, wanted.get(of(name))) for name, found in parts.items()}
+
+
+class _Part(NamedTuple):
+    """Of a tensor, in one file."""
+
+    reading: Any
+    first_row: int
+    shape: list[int]
+    """Of the whole."""
+
+
+def _joined(name: str, parts: list[_Part], wanted: Tensor | None) -> Tensor:
+    """The whole, or the rows that this process has of `wanted`."""
+    rows = own_rows(wanted) if wanted is not None and list(wanted.shape) == parts[0].shape else None
+    parts = sorted(parts, key=lambda part: part.first_row)
+    if rows is None:
+        found = [part.reading.get_tensor(name) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+    assert wanted is not None
+    found = []
+    for part in parts:
+        stored = part.reading.get_slice(name)
+        here = range(part.first_row, part.first_row + stored.get_shape()[0])
+        first, last = max(rows.start, here.start), min(rows.stop, here.stop)
+        if first < last:
+            found.append(stored[first - here.start : last - here.start])
+    return like(torch.cat(found) if found else torch.empty(0, *wanted.shape[1:], dtype=wanted.dtype), wanted)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.3f} GB free there"
+    except OSError:
+        return "free space unknown"

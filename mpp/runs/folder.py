@@ -1,0 +1,196 @@
+"""Run folders: who may write into one, and from which checkpoint a run goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpp.errors import UserError
+from mpp.parallel.team import Accelerator, on_main
+from mpp.recipe.dump import dump_recipe
+from mpp.recipe.loading import load_recipe
+from mpp.recipe.resume import differences
+from mpp.recipe.sections import Job
+from mpp.runs import checkpoint
+from mpp.runs.records import RECIPE, is_checkpoint, read_state
+
+DATA = "data.json"
+LOCK = ".lock"
+RECORDS = (RECIPE, DATA, "env.json", "status.json", "train.log", "metrics.jsonl")
+"""What a run writes before its first step is done."""
+_held: set[Path] = set()
+"""Folders this process writes into: the system's locks keep out other processes alone."""
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder that may be written."""
+
+    out: Path
+    checkpoint: Path | None
+    """Where to go on from; None: from the start."""
+
+
+@contextmanager
+def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: str) -> Iterator[OpenRun]:
+    """The run folder of `recipe`, made and locked by the main process until this ends; all processes learn of it.
+
+    resume: "never", "auto" or a checkpoint's folder. UserError, on every process, where the folder holds another run,
+    where recipe or data changed since, and where another process writes into it.
+    """
+    lock: Lock | None = None
+
+    def open_it() -> OpenRun:
+        nonlocal lock
+        out = Path(recipe.out)
+        if not (out / RECIPE).exists():  # what is no run folder is refused before anything is written there
+            find_run(recipe, resume, fingerprint=fingerprint)
+        lock = Lock(out)
+        found = find_run(recipe, resume, fingerprint=fingerprint)  # another process may have come first
+        if resume != "auto" or read_state(out) != "finished":  # whose records stay as they are
+            create_run(recipe)
+        return found
+
+    try:
+        yield on_main(accelerator, open_it)
+    finally:
+        if lock:
+            lock.release()
+
+
+class Lock:
+    """A run folder that this process writes into. The system lets go of it when the process ends, in whatever way.
+
+    UserError where another process holds it, or it cannot be made. A record lock: the loader's workers, which may
+    outlive the process for some seconds, do not have it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out.absolute()
+        if self.out in _held:  # to open the file again, and close it, would give the lock away
+            raise UserError(f"out: {out}: this process writes into it already; give another folder")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"out: {out}: {error.strerror}") from error
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 1000, 0)
+            os.close(self._fd)
+            raise UserError(f"out: {out}: {_said(holder)} writes into it; wait, or give another folder") from None
+        except OSError as error:
+            os.close(self._fd)
+            raise UserError(f"out: {out}: its file system has no locks: {error.strerror}") from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps({"host": platform.node(), "pid": os.getpid()}).encode(), 0)
+        _held.add(self.out)
+
+    def release(self) -> None:
+        _held.discard(self.out)
+        os.close(self._fd)
+
+
+def _said(holder: bytes) -> str:
+    try:
+        found = json.loads(holder)
+        return f"process {found['pid']} on {found['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
+    """Check the run folder of `recipe`; nothing is written.
+
+    resume: "never", "auto" or a checkpoint's folder. UserError where the folder holds another run, or where
+    recipe or data changed since.
+    """
+    if not isinstance(resume, str | os.PathLike):
+        raise UserError(f"resume: {resume!r}; allowed: auto, never, or the folder of a checkpoint")
+    out = Path(recipe.out)
+    try:
+        others = sorted(p.name for p in out.iterdir() if p.name != LOCK) if out.exists() else []
+    except OSError as error:
+        raise UserError(f"out: {out}: {error.strerror}") from error
+    if RECIPE in others and _is_unused(out):
+        others = []  # its records are replaced
+    if others and resume == "never":
+        raise UserError(f"out: {out} is not empty; go on with --resume auto, or give another folder")
+    if others and RECIPE not in others:
+        raise UserError(f"out: {out} is not a run folder (no {RECIPE}); give another folder")
+    path = None if resume in ("never", "auto") else Path(resume)
+    if others:
+        _same_recipe(out, recipe)
+        _same_data(out, fingerprint)
+        path = path or checkpoint.newest(out / "checkpoints")
+        if path is None and (out / "encoder").exists():
+            raise UserError(f"out: {out} has its encoder but no checkpoint to go on from; give another folder")
+    elif path is not None and (path.parent.parent / RECIPE).exists():
+        _same_recipe(path.parent.parent, recipe)
+    if path is not None:
+        if not path.is_dir() or not is_checkpoint(path):
+            raise UserError(
+                f"--resume {path}: no such checkpoint; allowed: auto, never, or a folder such as "
+                f"{out}/checkpoints/step-00001000"
+            )
+        fault = checkpoint.broken(path)
+        if fault:
+            raise UserError(f"--resume {path}: {fault}")
+        state = checkpoint.read_state(path)
+        if "data_fingerprint" not in state:  # a step that was kept for `mpp replay`
+            raise UserError(f"--resume {path}: no checkpoint to go on from; allowed: auto, or one of {out}/checkpoints")
+        if state["data_fingerprint"] != fingerprint:
+            raise UserError(f"{path}: the data changed since (shards, their sizes or their images); start a new run")
+    return OpenRun(out, path)
+
+
+def _is_unused(out: Path) -> bool:
+    """Whether a run ended before it had a checkpoint, a result or a line of metrics, and nothing else is there.
+
+    There is nothing to go on from then, and a corrected recipe may have the folder. A run in progress holds its lock.
+    """
+    if read_state(out) == "finished":
+        return False
+    for path in out.rglob("*"):
+        features = path.relative_to(out).parts[0] == "arms" and path.suffix == ".npy"  # an evaluation reads them anew
+        if path.is_dir() or path.parent == out / "reconstructions" or features:
+            continue
+        if path.name not in (*RECORDS, LOCK) or (path.name == "metrics.jsonl" and path.stat().st_size):
+            return False
+    return True
+
+
+def _same_recipe(run: Path, recipe: Job) -> None:
+    changed = differences(load_recipe(run / RECIPE, type(recipe)), recipe)
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise UserError(f"out: {run} was made by another recipe; give another folder, or set back:\n{lines}")
+
+
+def _same_data(run: Path, fingerprint: str) -> None:
+    """By what the run noted of its data, before its first checkpoint, too."""
+    try:
+        before = json.loads((run / DATA).read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if before != fingerprint:
+        raise UserError(f"{run}: the data changed since (images, labels or a trained encoder); start a new run")
+
+
+def create_run(recipe: Job) -> None:
+    """Make the run folder and put the resolved recipe into it, as a whole. UserError where it cannot be written."""
+    out = Path(recipe.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = out / f"{RECIPE}.tmp"
+        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        os.replace(temporary, out / RECIPE)
+    except OSError as error:
+        raise UserError(f"out: {out}: {error.strerror}") from error

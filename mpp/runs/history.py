@@ -1,0 +1,182 @@
+"""A run's records, read back: what it was, how it went, where it stands. Files alone; nothing is loaded or run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpp.errors import UserError
+from mpp.recipe.flat import differing, flat_keys
+from mpp.runs.records import RECIPE, read_metrics, steps
+
+COUNTS = ("step", "steps", "pid")
+"""Of status.json: whole numbers, or nothing is made of them."""
+
+
+@dataclass
+class History:
+    """What lies in a run folder. Files that are missing or half written are empty here."""
+
+    folder: Path
+    job: str
+    """pretrain, finetune or evaluate"""
+    recipe: dict[str, Any]
+    env: dict[str, Any]
+    status: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
+    """What fine-tuning found of its images"""
+    cells: list[History] = field(default_factory=list)
+    """Of fine-tuning: those that were begun, in the order in which they ran"""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name or str(self.folder)
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric where it has one."""
+        found = [(m["step"], m[key]) for m in self.metrics if isinstance(m.get(key), int | float) and "step" in m]
+        return [s for s, _ in found], [float(v) for _, v in found]
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric."""
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        """The newest value of every metric: what is measured now and then stands in few lines."""
+        return {key: value for line in self.metrics for key, value in line.items()}
+
+    @property
+    def step(self) -> Any:
+        """How far it came. While it runs its status is of the last checkpoint; later it says where it ended."""
+        told = self.status.get("step")
+        if not self.metrics or (told is not None and self.status.get("state") != "running"):
+            return told
+        return max(told or 0, self.metrics[-1]["step"])
+
+    def hours(self) -> list[float]:
+        """Hours of training at each line of the metrics, from images and throughput: time between runs is left out."""
+        found, total, seen = [], 0.0, 0
+        for m in self.metrics:
+            rate = m.get("images_per_s")
+            if rate:
+                total += (m["seen"] - seen) / rate / 3600
+            seen = m["seen"]
+            found.append(total)
+        return found
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A dotted key of the recipe."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    def made_with(self) -> Path | None:
+        """The run whose encoder this one reads, as a path; None where it has none."""
+        source = self.recipe.get("encoder")
+        if self.job == "pretrain" or not isinstance(source, str) or source == "scratch":
+            return None
+        path = Path(source)
+        path = path.parent if path.name == "encoder" else path
+        # written relative to where the job was started, most often a parent of its run folder
+        places = (path, *(parent / path for parent in self.folder.absolute().parents))
+        return next((place for place in places if place.exists()), path)
+
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint; its checksums are not compared."""
+        found = steps(self.folder / "checkpoints")
+        return found[0] if found else None
+
+    def alive(self) -> bool | None:
+        """Whether the process that says it is running does; None where it cannot be told from here."""
+        if self.status.get("state") != "running" or self.status.get("host") != platform.node():
+            return None
+        try:
+            os.kill(int(self.status["pid"]), 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, KeyError, ValueError):
+            return None
+        return True
+
+
+INSPECTION, INSPECTION_INDEX = "inspect", "index.json"
+"""The folder in a run with the views of `mpp inspect`, and the file that lists them."""
+
+
+def read_inspection(run: Path) -> dict[str, Any] | None:
+    """What `mpp inspect` left in a run; None where there is nothing readable."""
+    try:
+        found = json.loads((run / INSPECTION / INSPECTION_INDEX).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_run(folder: str | Path) -> History:
+    """UserError where there is no run."""
+    path = Path(folder)
+    try:
+        recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+        job = str(recipe["job"])
+        if not isinstance(recipe, dict) or job not in ("pretrain", "finetune", "evaluate"):
+            raise TypeError
+    except FileNotFoundError as error:
+        if (path / "metrics.jsonl").exists() and (path.parent / RECIPE).exists():
+            raise UserError(f"{path}: a cell of the fine-tune {path.parent}; give that") from error
+        raise UserError(f"{path}: not a run folder (no {RECIPE})") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path / RECIPE}: not the recipe of a run") from error
+    found = _history(path, job, recipe)
+    if job == "finetune":
+        parts = [p for p in path.iterdir() if p.is_dir() and (p / "status.json").exists()]
+        began = sorted(parts, key=lambda p: (p / "train.log").stat().st_ctime if (p / "train.log").exists() else 0)
+        found.cells = [_history(p, "cell", recipe) for p in began]
+    return found
+
+
+def _history(path: Path, job: str, recipe: dict[str, Any]) -> History:
+    files = {name: _json(path / f"{name}.json") for name in ("env", "status", "result", "data")}
+    status = {k: v for k, v in files["status"].items() if k not in COUNTS or _whole(v)}
+    metrics = [
+        {k: v for k, v in m.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
+        for m in read_metrics(path)
+        if _whole(m.get("step")) and _whole(m.get("seen"))
+    ]
+    return History(path, job, recipe, files["env"], status, metrics, files["result"], files["data"])
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:
+    """(dotted key, its value in each run) of the keys that are not the same everywhere; run folders aside."""
+    flat = [flat_keys(run.recipe) for run in runs]
+    return [(key, [_shown(f.get(key)) for f in flat]) for key in differing(flat) if key != "out"]
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value

@@ -1,0 +1,208 @@
+"""The pictures that a run kept of the same few held-out images, step by step. Read without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image, PngImagePlugin
+
+from mpp.drawing.sheets import save_png, scaled, sheet, stacked
+from mpp.errors import UserError
+from mpp.runs.history import read_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FOLDER = "reconstructions"
+"""Of a run: the same held-out images with the same masks, a PNG for each step that was kept."""
+MOST_SHOWN = 8
+"""Steps side by side in a strip."""
+FRAME_MS, LAST_FRAME_MS = 500, 2000
+KEY = "mpp"
+"""Text chunk of the kept PNG files: what is in which tile."""
+ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
+
+
+BORROWED = "pasted, own statistics borrowed"
+"""Drawn with the mean and contrast of the hidden patches, which the model neither saw nor predicted."""
+GREY = 0.5
+"""Where a picture has nothing."""
+
+
+class Panel(NamedTuple):
+    """One picture of each image, and what it is."""
+
+    title: str
+    images: Tensor
+    """(B, C, h, w) in [0, 1], or with one channel."""
+
+
+class Reconstruction(NamedTuple):
+    """What a target's predictions look like, beside what they are predictions of."""
+
+    target: str
+    panels: list[Panel]
+    """original, masked, target (where that looks otherwise than the image), predicted, pasted into the visible; where
+    the target needs statistics of the hidden pixels to be drawn as they were, once more with these `BORROWED`."""
+
+
+class Kept(NamedTuple):
+    """The pictures of one step."""
+
+    step: int
+    target: str
+    panels: dict[str, list[Image.Image]]
+    """Title -> tiles, one for each image"""
+
+
+def read_kept(run: Path) -> list[Kept]:
+    """What `keep` wrote, first step first; [] where there is nothing. A file that is not its own is passed over."""
+    found = []
+    for path in sorted((run / FOLDER).glob("step-*.png")):
+        try:
+            with Image.open(path) as grid:
+                about = json.loads(grid.text[KEY])  # type: ignore[attr-defined]  # PNG files have it
+                w, h = map(int, about["tile_px"])
+                if min(w, h) < 1 or not {"original", "masked", "pasted"} <= set(about["titles"]):
+                    continue
+                grid.load()
+                panels = {
+                    title: [grid.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(grid.height // h)]
+                    for c, title in enumerate(about["titles"])
+                }
+            found.append(Kept(int(about["step"]), str(about["target"]), panels))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            continue
+    return _alike(sorted(found, key=lambda k: k.step))
+
+
+def _alike(found: list[Kept]) -> list[Kept]:
+    """With as many images, and the panels, that all of them have: a resumed run may keep fewer than before."""
+    if not found:
+        return []
+    titles = [t for t in found[-1].panels if all(t in k.panels for k in found)]
+    rows = min(len(k.panels["original"]) for k in found)
+    return [k._replace(panels={t: k.panels[t][:rows] for t in titles}) for k in found if rows]
+
+
+def pasted(kept: Sequence[Kept]) -> list[str]:
+    """The titles of the panels that are worth following through training."""
+    return [title for title in kept[-1].panels if title.startswith("pasted")]
+
+
+def spread(kept: Sequence[Kept], most: int) -> list[Kept]:
+    """At most so many of the steps, the first and the last among them, more of the early ones: most happens there."""
+    if len(kept) <= most:
+        return list(kept)
+    last = len(kept) - 1
+    chosen = {round(last * (i / (most - 1)) ** 1.5) for i in range(most)}
+    return [kept[i] for i in sorted(chosen)]
+
+
+def strip(kept: Sequence[Kept], panel: str, most: int = MOST_SHOWN) -> Image.Image:
+    """A row for each image: as it is, masked, then the panel at several steps."""
+    shown = spread(kept, most)
+    first = shown[0].panels
+    fixed = [title for title in ("original", "masked", "target") if title in first]
+    titles = [*fixed, *(f"step {k.step:,}" for k in shown)]
+    rows = [
+        [*(scaled(first[t][i]) for t in fixed), *(scaled(k.panels[panel][i]) for k in shown)]
+        for i in range(len(first["original"]))
+    ]
+    borrowed = "" if panel == "pasted" else f", {panel}"
+    return sheet(rows, titles, title=f"what is predicted of {shown[0].target}{borrowed}")
+
+
+def frames(kept: Sequence[Kept]) -> list[Image.Image]:
+    """One picture for each step, all of a size: a row for each image, all its panels side by side."""
+    found = []
+    for k in kept:
+        titles = list(k.panels)
+        rows = [[scaled(k.panels[t][i]) for t in titles] for i in range(len(k.panels["original"]))]
+        found.append(sheet(rows, titles, title=f"step {k.step:,}"))
+    return found
+
+
+def through_training(run: str | Path, out: str | Path) -> Path:
+    """A strip of steps (.png), or an animation (.gif, .webp). UserError where the run kept none."""
+    if (job := read_run(run).job) != "pretrain":
+        raise UserError(f"{run}: a run of `mpp {job}`; only pretraining keeps reconstructions")
+    kept = read_kept(Path(run))
+    if not kept:
+        raise UserError(
+            f"{run}/{FOLDER}: no pictures kept while it trained (reconstruct_images: 0, or a target without pictures); "
+            "give images: mpp reconstruct RUN IMAGE…"
+        )
+    out = Path(out)
+    if out.suffix.lower() not in ANIMATIONS:
+        check_png(out)
+        return save_png(stacked([strip(kept, panel) for panel in pasted(kept)]), out)
+    first, *rest = frames(kept)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        first.save(
+            out,
+            format=ANIMATIONS[out.suffix.lower()],
+            save_all=True,
+            append_images=rest,
+            duration=[FRAME_MS] * len(rest) + [LAST_FRAME_MS],
+            loop=0,
+        )
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror or error}") from error
+    return out
+
+
+def check_png(out: str | Path) -> None:
+    suffix = Path(out).suffix.lower()
+    if suffix in ANIMATIONS:
+        raise UserError(
+            f"--out {out}: an animation is of a run's own images through training; give no IMAGE, or a .png"
+        )
+    if suffix != ".png":
+        raise UserError(f"--out {out}: allowed are .png, and of a run's own images .gif and .webp")
+
+
+MOST_KEPT = 12
+"""Steps that are kept of a run, besides the untrained model."""
+
+
+def kept_every(total_steps: int, measured_every: int) -> int:
+    """Steps between two that are kept: a multiple of those between measurements, so that at most `MOST_KEPT` are."""
+    return measured_every * max(-(-(total_steps // measured_every) // MOST_KEPT), 1)
+
+
+def keep(run: Path, step: int, found: Sequence[Reconstruction]) -> None:
+    """Write the pictures of the first target that has any: a grid of tiles, a row for each image."""
+    if not found:
+        return
+    drawn = found[0]
+    panels = [[_image(p.images[i]) for p in drawn.panels] for i in range(len(drawn.panels[0].images))]
+    w, h = max(image.size for image in panels[0])  # glyphs are larger than the image they are of
+    grid = Image.new("RGB", (w * len(panels[0]), h * len(panels)))
+    for r, row in enumerate(panels):
+        for c, image in enumerate(row):
+            grid.paste(image.resize((w, h), Image.Resampling.NEAREST), (c * w, r * h))
+    about = {"step": step, "target": drawn.target, "titles": [p.title for p in drawn.panels], "tile_px": [w, h]}
+    text = PngImagePlugin.PngInfo()
+    text.add_text(KEY, json.dumps(about))
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    temporary = folder / "step.tmp"
+    grid.save(temporary, format="PNG", pnginfo=text)
+    temporary.replace(folder / f"step-{step:08d}.png")
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    """(C, h, w) in [0, 1] -> RGB."""
+    array = (255 * pixels.float().cpu()).round().clamp(0, 255).byte()
+    array = array[:3] if len(array) >= 3 else array[:1].expand(3, -1, -1)
+    return Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
+
+
+def tile(pixels: Tensor) -> Image.Image:
+    """(C, h, w) in [0, 1] -> a tile of a sheet."""
+    return scaled(_image(pixels))

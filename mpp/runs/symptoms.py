@@ -1,0 +1,301 @@
+"""What is wrong with a run, found in its records: a line for each, with what may help. A healthy run has none.
+
+Thresholds are guesses, held by runs that were broken on purpose and by healthy ones (tests/test_symptoms.py,
+recipes/LOG.md).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from mpp.errors import one_line
+from mpp.runs.history import History
+from mpp.runs.verdict import conclude, stored_estimate
+
+FLAT = 0.98
+"""The loss has not fallen where its last quarter's median is above so much of its second eighth's."""
+LEAST_RECORDS = 8
+"""Of metrics, before anything is said of a curve."""
+DIVERGED_LOSS = 1.25
+"""Of the lowest median of neighbouring losses, an eighth of the run and five at least, what the last such median must
+not reach while the skill falls, too…"""
+DIVERGED_SKILL = 0.1
+"""… nor the skill alone fall below its best by."""
+DATA_BOUND = 0.25
+"""Part of the time spent waiting for batches."""
+SLOWER = 0.4
+"""Of the best median of images a second, over an eighth of the lines and five at least, what the last must reach."""
+LEAST_SLOW_S = 60
+"""So long it must have been slow; a moment's other work is none of it."""
+BAD_FRACTION, LEAST_BAD = 1e-4, 10
+"""Of the images seen, those that could not be read; and how many they must be. Far fewer than what stops a run."""
+
+COLLAPSED_RANK = 2.0
+"""A warning is said where the effective rank of a target or of the features falls below: two directions at most are
+left (a guess; features of 18 encoders that fine-tune had 5 to 57)."""
+COLLAPSED_TARGET_SHARE = 0.1
+"""And where less of a target's energy depends on the image (a guess; half of it does at first)."""
+COLLAPSED_FEATURE_SHARE = 0.002
+"""The same of features, whose common part is harmless and may be large (a guess; those 18 had 0.018 to 0.80)."""
+RECENT = 4
+"""Measurements that must hold no new best for a run to be flat (guess)."""
+RISE = 0.003
+"""What counts as a new best, in skill and in accuracy (guess)."""
+DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+"""What records of another shape than they were written in make of a reader."""
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """One thing that deserves a second look."""
+
+    kind: str
+    """failed, diverged, flat, below_trivial, collapse, data_bound, slower, bad_images, leak, no_gain, control, dead,
+    damaged"""
+    text: str
+    """What was seen, in a sentence."""
+    advice: str
+    """What to try."""
+
+
+def collapsed(rank: float, share: float, least_share: float) -> bool:
+    """Whether a target, or the features, say hardly anything of an image; nan says nothing."""
+    return rank < COLLAPSED_RANK or share < least_share
+
+
+class Measured(NamedTuple):
+    """What was known of a run at a step."""
+
+    step: int
+    skill: float
+    probe: float | None
+
+
+def flat_since(history: Sequence[Measured]) -> int | None:
+    """The step of the best measurement, where neither skill nor probe has risen in the last `RECENT`; else None."""
+    if len(history) <= RECENT:
+        return None
+    before, recent = history[:-RECENT], history[-RECENT:]
+    if max(m.skill for m in recent) > max(m.skill for m in before) + RISE:
+        return None
+    old, new = ([m.probe for m in part if m.probe is not None] for part in (before, recent))
+    if new and (not old or max(new) > max(old) + RISE):
+        return None
+    return max(before, key=lambda m: m.skill).step
+
+
+def symptoms(run: History) -> list[Symptom]:
+    """Of a run of any job, the gravest first; [] where nothing is wrong."""
+    rules = {"pretrain": _of_pretraining, "finetune": _of_finetuning, "evaluate": _of_evaluation}
+    found = _of_process(run)
+    try:
+        found += rules[run.job](run)
+    except DAMAGED as error:
+        text = f"Its records cannot all be read ({type(error).__name__}: {one_line(error)})."
+        found.append(Symptom("damaged", text, "See result.json and data.json."))
+    return found
+
+
+def _of_process(run: History) -> list[Symptom]:
+    found = []
+    for part in run.cells or [run]:
+        where = f"{part.name}: " if part is not run else ""
+        if part.status.get("state") == "failed":
+            why = str(part.status.get("why", "see train.log")).removeprefix(f"step {part.status.get('step')}: ")
+            at = f" at step {part.status['step']:,}" if "step" in part.status else ""
+            if "max_bad_fraction" in why:
+                advice = "train.log names the images."
+            elif "gradient norm" in why:
+                advice = "A lower optim.base_lr, more warm-up, optim.clip_grad_norm: 1, or precision: fp32."
+            else:
+                advice = "The same command with --resume auto goes on from the last checkpoint."
+            found.append(Symptom("failed", f"{where}It ended{at}: {why}.", advice))
+        if part.alive() is False:
+            found.append(
+                Symptom(
+                    "dead",
+                    f"{where}status.json says running, but process {part.status.get('pid')} is gone.",
+                    "The same command with --resume auto goes on from the last checkpoint.",
+                )
+            )
+    return found
+
+
+def _of_pretraining(run: History) -> list[Symptom]:
+    found = []
+    moving = any(key.startswith("target_share_") for key in run.latest)
+    diverged = _diverged(run, moving)
+    if diverged:
+        found.append(diverged)
+    elif flat := _flat(run, moving):
+        found.append(flat)
+    skill = run.last("skill")
+    early = run.status.get("state") == "running" and len(_measured(run)) < 2  # still warming up
+    if skill is not None and skill <= 0 and not moving and not early:
+        found.append(
+            Symptom(
+                "below_trivial",
+                f"The skill is {skill:.3f}: a prediction that knows nothing of the image does as well.",
+                "Train longer, try another optim.base_lr, or hide less (mask.ratio).",
+            )
+        )
+    found += _collapsed(run)
+    if (wait := _data_wait(run)) is not None and wait > DATA_BOUND:
+        found.append(
+            Symptom(
+                "data_bound",
+                f"{wait:.0%} of the time went by waiting for images: the loader is the bottleneck.",
+                "More data.workers, smaller images in the shards, or shards on a faster disk.",
+            )
+        )
+    if slower := _slower(run):
+        found.append(slower)
+    bad, seen = run.last("skipped_images"), run.last("seen")
+    if bad and seen and bad >= LEAST_BAD and bad > BAD_FRACTION * seen:
+        found.append(
+            Symptom(
+                "bad_images",
+                f"{bad:,.0f} of {seen:,.0f} images could not be read ({bad / seen:.2%}); neighbours took their place.",
+                "train.log names them; `mpp index` checks the shards.",
+            )
+        )
+    return found
+
+
+def _medians(values: Sequence[float], width: int) -> list[float]:
+    return [statistics.median(values[i : i + width]) for i in range(len(values) - width + 1)]
+
+
+def _diverged(run: History, moving: bool) -> Symptom | None:
+    losses = run.series("loss")[1]
+    skills = [] if moving else run.series("skill")[1]
+    text = ""
+    if len(losses) >= LEAST_RECORDS and not moving:
+        smooth = _medians(losses, max(5, len(losses) // 8))
+        fallen = len(skills) < 2 or skills[-1] < max(skills) - RISE  # single batches are noisy, held-out images are not
+        if fallen and smooth[-1] > DIVERGED_LOSS * min(smooth) > 0:
+            text = f"The loss rose again, from {min(smooth):.3g} to {smooth[-1]:.3g}"
+    if skills and skills[-1] < max(skills) - DIVERGED_SKILL:
+        text = text or f"The skill fell again, from {max(skills):.3f} to {skills[-1]:.3f}"
+    if not text:
+        return None
+    return Symptom("diverged", f"{text}: training diverged.", "A lower optim.base_lr, more warm-up, or clip_grad_norm.")
+
+
+def _flat(run: History, moving: bool) -> Symptom | None:
+    steps, losses = run.series("loss")
+    total = run.status.get("steps") or (steps[-1] if steps else 0)
+    advice = "Another optim.base_lr; a probe (key `probe`) tells whether features still get better."
+    history = _measured(run)
+    if moving:  # the skill need not rise against a target that gets richer
+        history = [m._replace(skill=0.0) for m in history if m.probe is not None]
+    risen = len(history) > 1 and max(m.skill for m in history) > history[0].skill + RISE
+    if len(losses) >= LEAST_RECORDS and not moving and not risen and steps[-1] >= total / 2:
+        n = len(losses)
+        early, late = statistics.median(losses[n // 8 : n // 4 + 1]), statistics.median(losses[-(n // 4) :])
+        if late > FLAT * early:
+            return Symptom("flat", f"The loss hardly falls: {early:.4g} early on, {late:.4g} at last.", advice)
+    since = flat_since(history)
+    if since is not None and since < total / 2:
+        probed = any(m.probe is not None for m in history)
+        what = "The probe has not" if moving else "Neither skill nor probe has" if probed else "The skill has not"
+        return Symptom("flat", f"{what} risen since step {since:,} of {total:,}.", advice)
+    return None
+
+
+def _measured(run: History) -> list[Measured]:
+    """Each measurement of the skill, with what the probe has found since the one before."""
+    found: list[Measured] = []
+    probe = None
+    for m in run.metrics:
+        probe = m.get("probe_accuracy", probe)
+        if m.get("skill") is not None:
+            found.append(Measured(m["step"], m["skill"], probe))
+            probe = None
+    return found
+
+
+def _collapsed(run: History) -> list[Symptom]:
+    found = []
+    names = [key.removeprefix("target_share_") for key in run.latest if key.startswith("target_share_")]
+    for name, key, least in [
+        *((f"target {n}", f"target_{{}}_{n}", COLLAPSED_TARGET_SHARE) for n in names),
+        ("the encoder's features", "feature_{}", COLLAPSED_FEATURE_SHARE),
+    ]:
+        rank, share = run.last(key.format("rank")), run.last(key.format("share"))
+        if rank is None or share is None or not collapsed(rank, share, least):
+            continue
+        found.append(
+            Symptom(
+                "collapse",
+                f"Collapse of {name}: effective rank {rank:.1f}, and {share:.2%} of it depends on the image.",
+                "A higher decay of the teacher, a lower optim.base_lr, more warm-up, or a target of pixels.",
+            )
+        )
+    return found
+
+
+def _slower(run: History) -> Symptom | None:
+    lines = [m for m in run.metrics if m.get("images_per_s") and m.get("seen")]
+    if len(lines) < LEAST_RECORDS:
+        return None
+    width = max(5, len(lines) // 8)
+    smooth = _medians([m["images_per_s"] for m in lines], width)
+    lately_s = sum((b["seen"] - a["seen"]) / b["images_per_s"] for a, b in pairwise(lines[-width - 1 :]))
+    if smooth[-1] >= SLOWER * max(smooth) or lately_s < LEAST_SLOW_S:
+        return None
+    return Symptom(
+        "slower",
+        f"It slowed down, from {max(smooth):,.0f} to {smooth[-1]:,.0f} images a second.",
+        "Is other work running on this machine? Fewer data.workers leave it more room; continue with --resume auto.",
+    )
+
+
+def _data_wait(run: History) -> float | None:
+    """The part of the time that was waited: the median of all lines but the first, in which the loader starts."""
+    found = run.series("data_wait")[1][1:]
+    return statistics.median(found) if found else None
+
+
+def _of_finetuning(run: History) -> list[Symptom]:
+    found = []
+    for key, where in (("val_in_train", "data.train"), ("val_in_pretraining", "the pretraining images")):
+        leaked = run.data.get(key) or {}
+        if leaked.get("shared"):
+            name = (leaked.get("examples") or [["?"]])[0][0]
+            text = (
+                f"{leaked['shared']} of {leaked['checked']} validation images are among {where}, byte by byte: {name} …"
+            )
+            found.append(
+                Symptom("leak", text, "Split again so that no image is on both sides; the figures are too high.")
+            )
+    for verdict in run.result.get("verdicts", []):
+        if not verdict.get("gain"):
+            continue
+        gain = stored_estimate(verdict["gain"])
+        concluded = conclude(gain)
+        if concluded.kind in ("hurt", "not_shown"):
+            labels = f"At {verdict['labels_per_class']} labels a class " if verdict.get("labels_per_class") else ""
+            said = f"{labels}{concluded.text} ({100 * gain.mean:+.1f} ± {100 * gain.half_width:.1f} points)."
+            advice = "Pretrain longer, on more images of the same kind; more seeds make the interval narrower."
+            found.append(Symptom("no_gain", said[0].upper() + said[1:], advice))
+    return found
+
+
+def _of_evaluation(run: History) -> list[Symptom]:
+    found = []
+    best = run.result.get("best", {})
+    for probe, own in best.get("encoder", {}).items():
+        for arm, what in (("random", "the same architecture at random initialisation"), ("pixels", "raw pixels")):
+            control = best.get(arm, {}).get(probe)
+            if control and own["accuracy"] <= control["accuracy"]:
+                text = f"The {probe} probe reads {100 * own['accuracy']:.1f} %, no more than of {what}, "
+                text += f"{100 * control['accuracy']:.1f} %."
+                found.append(
+                    Symptom("control", text, "Probes are poor at short schedules; fine-tuning is the better judge.")
+                )
+    return found

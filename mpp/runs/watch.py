@@ -1,0 +1,148 @@
+"""Where a run stands, from its files: for a terminal that did not start it, or another machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from mpp.runs.history import History, read_run
+from mpp.runs.log import RECENT_LINES, format_duration
+from mpp.runs.records import RECIPE
+from mpp.runs.symptoms import symptoms
+
+QUIET = 10
+"""A run that has written nothing for so many times as long as it takes between two lines is said to be silent."""
+YOUNG_S = 600
+"""A run folder without a status is taken for one that begins, for so long (a guess)."""
+
+
+def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
+    """(lines for people, whether it is still going on). now: seconds since 1970. UserError where there is no run."""
+    run = read_run(folder)
+    now = time.time() if now is None else now
+    if run.job == "finetune":
+        lines, going = _finetune(run, now)
+    else:
+        lines, going = _trained(run, now)
+    lines += [f"  warning: {s.text} {s.advice}" for s in symptoms(run)]
+    return "\n".join(lines), going
+
+
+def record(folder: str | Path, now: float | None = None) -> dict[str, Any]:
+    """The same for scripts, with the newest value of each metric, the warnings and a fine-tune's cells."""
+    run = read_run(folder)
+    now = time.time() if now is None else now
+    found = _record(run, now)
+    if run.job == "finetune":
+        found |= {"cells": [_record(cell, now) for cell in run.cells], "cells_wanted": _cells_wanted(run)}
+    warnings = [dataclasses.asdict(symptom) for symptom in symptoms(run)]
+    return found | {"warnings": warnings}
+
+
+def _record(run: History, now: float) -> dict[str, Any]:
+    going, checkpoint = _going_on(run, now), run.checkpoint()
+    return {
+        "run": str(run.folder),
+        "job": run.job,
+        "state": run.status.get("state", "not begun"),
+        "going_on": going,
+        "step": run.step,
+        "steps": run.status.get("steps"),
+        "seconds_left": _seconds_left(run, now) if going else None,
+        "silent_s": _silent_for(run, now) if going else None,
+        "metrics": run.latest,
+        "checkpoint": str(checkpoint) if checkpoint else None,
+    }
+
+
+def _trained(run: History, now: float) -> tuple[list[str], bool]:
+    """A pretraining run, a cell of a fine-tune, or an evaluation."""
+    state = str(run.status.get("state", "not begun"))
+    running = _going_on(run, now)
+    step, steps = run.step, run.status.get("steps")
+    head = f"{run.folder}: {state}"
+    if step is not None and steps:
+        head += f", step {step:,} of {steps:,} ({step / steps:.0%})"
+    if running and (left := _seconds_left(run, now)) is not None:
+        head += f", about {format_duration(left)} left"
+    lines = [head]
+    shown = [
+        f"{word} {value:.4g}"
+        for word, key in (
+            ("loss", "loss"),
+            ("skill", "skill"),
+            ("probe", "probe_accuracy"),
+            ("images/s", "images_per_s"),
+        )
+        if (value := run.last(key)) is not None
+    ]
+    if (wait := run.last("data_wait")) is not None:
+        shown.append(f"data wait {wait:.0%}")
+    if shown:
+        lines.append("  " + "  ".join(shown))
+    if found := run.checkpoint():
+        age = format_duration(max(now - found.stat().st_mtime, 0))
+        lines.append(f"  last checkpoint: step {int(found.name.removeprefix('step-')):,}, {age} ago")
+    if running and (quiet := _silent_for(run, now)) is not None:
+        lines.append(f"  nothing written for {format_duration(quiet)}: it may hang, or be gone")
+    return lines, running
+
+
+def _finetune(run: History, now: float) -> tuple[list[str], bool]:
+    state = str(run.status.get("state", "not begun"))
+    done = sum(bool(cell.result) for cell in run.cells)
+    lines = [f"{run.folder}: {state}, {done} of {_cells_wanted(run)} cells done"]
+    for cell in run.cells:
+        if not cell.result:
+            lines += ["  " + line for line in _trained(cell, now)[0]]
+    return lines, _going_on(run, now)
+
+
+def _cells_wanted(run: History) -> int:
+    counts = run.setting("data.labels_per_class") or [None]
+    arms = 2 if run.recipe.get("encoder") != "scratch" and run.recipe.get("beside_scratch", True) else 1
+    return len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * arms
+
+
+def _going_on(run: History, now: float) -> bool:
+    """Whether it runs, or was begun just now and has not said so yet."""
+    if not run.status:
+        return now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S
+    return run.status.get("state") == "running" and run.alive() is not False
+
+
+def _pace(run: History, *, begun: bool = False) -> float | None:
+    """Seconds of a step, over the last few lines. begun: of an only line, too, with the start of everything in it."""
+    lines = run.metrics[-RECENT_LINES - 1 :]
+    if begun and len(lines) == 1:
+        lines = [{"step": 0, "seen": 0}, *lines]
+    seconds = steps = 0.0
+    for before, line in itertools.pairwise(lines):
+        if line.get("images_per_s"):
+            seconds += (line["seen"] - before["seen"]) / line["images_per_s"]
+            steps += line["step"] - before["step"]
+    return seconds / steps if steps > 0 else None
+
+
+def _since_last_line(run: History, now: float) -> float:
+    return max(now - (run.folder / "metrics.jsonl").stat().st_mtime, 0)
+
+
+def _seconds_left(run: History, now: float) -> float | None:
+    pace = _pace(run)
+    if pace is None or not run.status.get("steps"):
+        return None
+    return max((run.status["steps"] - run.metrics[-1]["step"]) * pace - _since_last_line(run, now), 0)
+
+
+def _silent_for(run: History, now: float) -> float | None:
+    """Seconds without a line, where that is much longer than from one to the next; None after the last step."""
+    pace, every = _pace(run, begun=True), run.setting("log_every_steps", 50)
+    if pace is None or not isinstance(every, int) or run.metrics[-1]["step"] >= run.status.get("steps", math.inf):
+        return None
+    since = _since_last_line(run, now)
+    return since if since > max(QUIET * every * pace, 60) else None

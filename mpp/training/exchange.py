@@ -1,0 +1,48 @@
+"""The numbers of a step that all processes exchange, and micro-batches of a global batch."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator as Accelerator
+
+from mpp.errors import UserError
+
+
+def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> int:
+    """Micro-batches of one step on each process: the fewest that fit. UserError where they cannot be equal."""
+    if global_batch % world:
+        raise UserError(
+            f"optim.global_batch_size: {global_batch} cannot be shared by {world} processes; "
+            f"allowed are multiples of {world}"
+        )
+    share = global_batch // world
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max_batch_per_device)
+
+
+class Exchange:
+    """A step's numbers from all processes, on their way to the host, which waits for them only when it reads them.
+
+    own: (K,) of this process and `counts`, which the host knows: both are summed, in float64, so counts stay exact.
+    alike: () of the device, the same in every process.
+    """
+
+    def __init__(self, accelerator: Accelerator, own: torch.Tensor, counts: list[float], alike: torch.Tensor) -> None:
+        device = accelerator.device
+        known = torch.tensor(counts, dtype=torch.float64)
+        if device.type == "cuda":  # from pageable memory a copy waits for the device
+            known = known.pin_memory()
+        values = torch.cat([own.double(), known.to(device, non_blocking=True)])
+        if accelerator.num_processes > 1:
+            values = accelerator.reduce(values, "sum")
+        self.summed = values[: len(own)]
+        """(K,) over all processes, on the device."""
+        values = torch.cat([values, alike.double().view(1)])
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=device.type == "cuda")
+        self._host.copy_(values, non_blocking=True)
+        self._arrived = torch.get_device_module(device).Event()
+        self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Sums of `own`, sums of `counts`, and `alike`."""
+        self._arrived.synchronize()
+        return self._host.tolist()

@@ -1,0 +1,146 @@
+"""A step whose loss or gradient is not finite, kept so that `mpp replay` can run it again.
+
+non-finite/step-00000012/   model.safetensors state.json manifest.json   the weights before the update
+                            rank0.safetensors rank0.json …               each process's micro-batches, and what
+                                                                         it measured
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpp.errors import MppWarning, UserError, one_line
+from mpp.parallel.team import Accelerator, gather_objects
+from mpp.runs import checkpoint
+from mpp.runs.records import write_json
+
+FOLDER = "non-finite"
+KEPT = 3
+"""Steps of a run that are kept: those before are deleted, since each holds the weights (a guess)."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process did in the step."""
+
+    rank: int
+    record: dict[str, Any]
+    """step, world, seeds and losses of each micro-batch, samples by name, and what the job adds."""
+    micro_batches: list[dict[str, Any]]
+    """Tensors by name; what came in lists and dictionaries is in them again."""
+
+
+class Statistics:
+    """What a forward pass changes in the model, the statistics of batch norms: put back where the step is left out.
+
+    needed: whether one may be; nothing is copied otherwise.
+    """
+
+    def __init__(self, model: nn.Module, *, needed: bool) -> None:
+        norms = (m for m in model.modules() if needed and isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self._values = [value for m in norms for value in m.buffers(recurse=False)]
+        self._before: list[Tensor] = []
+
+    def remember(self) -> None:
+        self._before = [value.clone() for value in self._values]
+
+    def put_back(self, unless: Tensor | bool = False) -> None:
+        """unless: whether the step was made; a device's () bool is not asked of it."""
+        for value, before in zip(self._values, self._before, strict=True):
+            value.copy_(torch.where(torch.as_tensor(unless, device=value.device), value, before))
+
+
+def left_out(
+    accelerator: Accelerator,
+    out: Path,
+    step: int,
+    model: nn.Module,
+    dataset: Any,
+    keys: Sequence[Sequence[tuple[int, int, int]]],
+    record: dict[str, Any],
+    *,
+    what: str,
+    skipped: int,
+    allowed: int,
+) -> str:
+    """Keep the step, and what to say of it, since it is left out. Every process calls this.
+
+    dataset, keys: what gives this process's micro-batches again, as they were. record: see `Share`. what: of the loss.
+    skipped: steps left out so far, with this one. UserError where these are more than `allowed`.
+    """
+    fault = None
+    try:
+        folder = checkpoint.save_together(accelerator, out / FOLDER, step, model, None, {}, keep=KEPT)
+        own = {"step": step, "world": accelerator.num_processes, **record}
+        _write(folder / f"rank{accelerator.process_index}", dataset, keys, own)
+    except (UserError, OSError, SafetensorError, RuntimeError) as error:  # memory of the device, too
+        fault = one_line(error)
+    faults = [f for f in gather_objects(accelerator, [fault]) if f]
+    if faults and accelerator.is_main_process:
+        warnings.warn(f"the step is not kept: {faults[0]}", MppWarning, stacklevel=2)
+    advice = "the step could not be kept" if faults else f"`mpp replay {out}` runs the step again"
+    advice += "; try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
+    if skipped > allowed:
+        raise UserError(f"{what}: stopped before the update. {advice}")
+    return f"warning: {what}: skipped, {skipped} of at most {allowed}. {advice}"
+
+
+def _write(
+    name: Path,
+    dataset: Any,
+    keys: Sequence[Sequence[tuple[int, int, int]]],
+    record: dict[str, Any],
+) -> None:
+    """One process's share: NAME.safetensors and NAME.json. name: without an ending."""
+    batches = [dataset.__getitems__(list(of_batch)) for of_batch in keys]  # pure: as they were
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+    tensors = {at: t for i, b in enumerate(batches) for at, t in _flat(vars(b), str(i)).items()}
+    save_file({at: t.contiguous().clone() for at, t in tensors.items()}, name.with_suffix(".safetensors"))
+    counts = [getattr(batch, "hidden_units", None) for batch in batches]
+    write_json(name.with_suffix(".json"), {**record, "hidden_units": counts})
+
+
+def read(folder: Path) -> list[Share]:
+    """What each process did. UserError where that is not all there."""
+    found = []
+    try:
+        for path in sorted(folder.glob("rank*.json"), key=lambda p: int(p.stem.removeprefix("rank"))):
+            record = json.loads(path.read_text())
+            tensors = load_file(path.with_suffix(".safetensors"))
+            batches = [_nested(tensors, str(i)) for i in range(len(record["seeds"]))]
+            found.append(Share(int(path.stem.removeprefix("rank")), record, batches))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a kept step: {one_line(error)}") from error
+    if not found or len(found) != found[0].record["world"]:
+        raise UserError(f"{folder}: not a kept step: {len(found)} processes' shares are there")
+    return found
+
+
+def _flat(value: Any, prefix: str) -> dict[str, Tensor]:
+    """Tensors in dictionaries and lists -> by their paths; other values are not kept."""
+    if isinstance(value, Tensor):
+        return {prefix: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return {name: t for k, v in items for name, t in _flat(v, f"{prefix}.{k}").items()}
+
+
+def _nested(tensors: dict[str, Tensor], prefix: str) -> Any:
+    """The reverse; lists are those whose keys are numbers."""
+    if prefix in tensors:
+        return tensors[prefix]
+    keys = sorted({n.removeprefix(f"{prefix}.").split(".")[0] for n in tensors if n.startswith(f"{prefix}.")})
+    if keys and all(k.isdecimal() for k in keys):
+        return [_nested(tensors, f"{prefix}.{k}") for k in sorted(keys, key=int)]
+    return {k: _nested(tensors, f"{prefix}.{k}") for k in keys}

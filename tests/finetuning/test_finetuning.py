@@ -1,0 +1,384 @@
+"""Fine-tuning: both arms, intervals, resume to the last bit, every option once."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+
+import mpp
+from mpp.errors import MppWarning, UserError
+from mpp.finetuning.model import build
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.loading import check_recipe, load_recipe
+from mpp.runs.records import read_metrics
+from tests.conftest import command, drawn_image, encoded, pretrain_recipe
+
+ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained tiny ViT."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    mpp.pretrain(pretrain_recipe(shards, out))
+    return out
+
+
+def values(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> dict[str, Any]:
+    from mpp.recipe.overrides import apply_overrides
+
+    v: dict[str, Any] = {
+        "job": "finetune",
+        "out": str(out),
+        "encoder": str(encoder),
+        "seeds": [0, 1],
+        "data": {
+            "train": [str(shards / f"shard-{i:06d}.tar") for i in (1, 2)], "val": str(shards / "shard-000000.tar"),
+            "image_size": 16, "workers": 0, "labels_per_class": 10,
+            "crop_scale": [0.7, 1.0],
+        },
+        "optim": {"base_lr": 3e-2, "steps": 30, "global_batch_size": 20, "warmup_steps": 3, "layer_decay": 0.9},
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 7,
+    }  # fmt: skip
+    apply_overrides(v, {}, changes)
+    return v
+
+
+def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
+    return check_recipe(values(*args, **changes), FinetuneRecipe)
+
+
+def test_both_arms_with_intervals(shards: Path, run: Path, tmp_path: Path) -> None:
+    result = mpp.finetune(recipe(shards, tmp_path / "ft", run))
+    assert result.state == "finished"
+    assert result.score.keys() == {"pretrained", "scratch"}
+    for arm in result.score.values():
+        assert len(arm.values) == 2
+        assert 0.4 < arm.mean <= 1, "two shapes, told apart better than by chance"
+    stored = json.loads((tmp_path / "ft" / "result.json").read_text())
+    assert stored["gain"]["mean"] == pytest.approx(result.score["pretrained"].mean - result.score["scratch"].mean)
+    assert stored["val_images"] == 25
+    metrics = stored["verdicts"][0]["metrics"]["scratch"]
+    assert metrics.keys() == {"accuracy", "balanced_accuracy", "auroc", "map", "ece"}
+    assert metrics["accuracy"] == stored["score"]["scratch"]
+    assert {p.name for p in (tmp_path / "ft").iterdir() if p.is_dir()} == {
+        "pretrained-seed0", "pretrained-seed1", "scratch-seed0", "scratch-seed1",
+    }  # fmt: skip
+    cell = tmp_path / "ft" / "pretrained-seed0"
+    assert [m["step"] for m in read_metrics(cell)] == list(range(1, 31))
+    verified = mpp.verify(cell)
+    assert verified.difference <= 1e-5
+    classifier = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    assert classifier(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
+    assert json.loads((cell / "encoder" / "config.json").read_text())["label_names"] == ["disc", "square"]
+
+
+def test_the_encoders_own_normalisation(shards: Path, tmp_path: Path) -> None:
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 1, "data.mean": mean, "data.std": std}))
+    few = {"seeds": [0], "optim.steps": 1}
+    mpp.finetune(recipe(shards, tmp_path / "own", tmp_path / "run", **few))
+    for arm in ("pretrained", "scratch"):
+        config = json.loads((tmp_path / "own" / f"{arm}-seed0" / "encoder" / "config.json").read_text())
+        assert (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]) == (mean, std)
+    other = recipe(shards, tmp_path / "other", tmp_path / "run", **few, **{"data.mean": [0.1, 0.1, 0.1]})
+    with pytest.warns(MppWarning, match=r"data\.mean: the encoder was trained with \[0\.4, 0\.5, 0\.6\]; left out"):
+        mpp.finetune(other)
+
+
+def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
+    """Several numbers of labels in one run, resumed cell by cell; a cell is what a run of its own gives."""
+    out, changes = tmp_path / "ft", {"optim.steps": 6, "data.labels_per_class": [12, 4]}
+    whole = mpp.finetune(recipe(shards, out, run, **changes))
+    assert [v.labels_per_class for v in whole.verdicts] == [4, 12]
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {
+        f"labels{n}-{arm}-seed{seed}" for n in (4, 12) for arm in ("pretrained", "scratch") for seed in (0, 1)
+    }
+    assert whole.score == whole.verdicts[-1].score
+    assert whole.encoder == out / "labels12-pretrained-seed0" / "encoder"
+    lines = whole.table().splitlines()
+    assert lines[0].split("   ")[0] == "labels a class"
+    assert [line.split()[0] for line in lines[1:3]] == ["4", "12"]
+    stored = json.loads((out / "result.json").read_text())
+    assert [v["labels_per_class"] for v in stored["verdicts"]] == [4, 12]
+    with Image.open(out / "label_efficiency.png") as plot:
+        assert plot.format == "PNG"
+
+    alone = mpp.finetune(recipe(shards, tmp_path / "alone", run, **{**changes, "data.labels_per_class": 4}))
+    assert alone.verdicts[0] == whole.verdicts[0]
+    assert alone.plot is None
+
+    kept = out / "labels4-scratch-seed1" / "result.json"
+    before = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**before, "metrics": {**before["metrics"], "accuracy": 0.25}}))
+    shutil.rmtree(out / "labels12-scratch-seed1")
+    again = mpp.finetune(recipe(shards, out, run, **changes), resume="auto")
+    assert again.verdicts[0].score["scratch"].values[1] == 0.25, "not run again"
+    assert again.verdicts[1] == whole.verdicts[1]
+    more = mpp.finetune(recipe(shards, out, run, **changes, seeds=[0, 1, 2]), resume="auto")
+    assert [e.values[:2] for e in more.verdicts[1].score.values()] == [
+        e.values for e in whole.verdicts[1].score.values()
+    ], "a seed more only adds cells"
+
+
+def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path, run: Path, tmp_path: Path) -> None:
+    from mpp.data.labeled import open_labeled
+    from mpp.data.labeled_sets import CentreDataset
+
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False))
+    data = open_labeled(
+        (str(shards / "shard-000000.tar"),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9
+    )
+    batch = CentreDataset(
+        data, (16, 16), 1.0, channels=3, formats=("JPEG", "PNG"), max_image_pixels=10**6
+    ).__getitems__(list(range(25)))
+    cell = tmp_path / "ft" / "pretrained-seed0"
+    classifier = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    with torch.no_grad():
+        guessed = classifier((batch.images.float() / 255 - 0.5) / 0.5).argmax(-1)
+    accuracy = (guessed == batch.labels).float().mean().item()
+    assert accuracy == pytest.approx(json.loads((cell / "result.json").read_text())["metrics"]["accuracy"], abs=1e-6)
+
+
+def test_distilled_encoders_have_tokens_to_read_and_no_mean(shards: Path, tmp_path: Path) -> None:
+    deit = {
+        "name": "deit_tiny_distilled_patch16_224",
+        "args": {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    }
+    changes = {"architecture": deit, "seeds": [0]}
+    with pytest.raises(UserError, match="pool: mean: timm's distilled DeiTs read .*; allowed: token"):
+        mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes))
+    assert not (tmp_path / "ft").exists()
+    mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes, **{"pool": "token", "optim.steps": 1}))
+
+
+def test_the_arms_differ_in_their_weights_alone(shards: Path, run: Path, tmp_path: Path) -> None:
+    given = recipe(shards, tmp_path / "ft", run)
+    pretrained, scratch = (build(given, arm, 0, 2) for arm in ("pretrained", "scratch"))
+    assert [(n, p.shape) for n, p in pretrained.named_parameters()] == [
+        (n, p.shape) for n, p in scratch.named_parameters()
+    ]
+    stored = mpp.load_encoder(run).state_dict()
+    loaded = pretrained.encoder.state_dict()
+    assert all(torch.equal(stored[k], loaded[k]) for k in stored)
+    assert not torch.equal(scratch.encoder.state_dict()["blocks.0.attn.qkv.weight"], loaded["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixup": 0.8, "cutmix": 1.0, "task.label_smoothing": 0.1},
+        {"pool": "token", "drop_path_rate": 0.2, "task.tanh_dim": 8},
+        {"data.auto_augment": "rand-m5", "data.color_jitter": 0.2, "data.erase": 0.5},
+        {"data.labels_per_class": None, "data.fraction": 0.3, "optim.head_lr_scale": 5.0},
+        {"data.image_size": 24, "optim.clip_grad_norm": 1.0},
+        {
+            "data.image_size": [16, 24],
+            "optim.max_batch_per_device": 10,
+            "optim.steps": None,
+            "optim.epochs": 2,
+        },
+    ],
+    ids=str,
+)
+def test_options(changes: dict[str, Any], shards: Path, run: Path, tmp_path: Path) -> None:
+    base = {"seeds": [0], "beside_scratch": False, "optim.steps": 3}
+    result = mpp.finetune(recipe(shards, tmp_path / "ft", run, **{**base, **changes}))
+    assert 0 <= result.score["pretrained"].mean <= 1
+    assert math.isfinite(read_metrics(tmp_path / "ft" / "pretrained-seed0")[-1]["loss"])
+    assert mpp.verify(tmp_path / "ft" / "pretrained-seed0").difference <= 1e-5
+
+
+def test_the_channels_are_the_encoder_s(shards: Path, run: Path, tmp_path: Path) -> None:
+    """A grey encoder stays one; other channels are taken if the recipe names them, with a warning."""
+    changes = {"seeds": [0], "beside_scratch": False, "optim.steps": 2}
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "grey", **{"data.channels": 1, "optim.steps": 2}))
+    mpp.finetune(recipe(shards, tmp_path / "ft", tmp_path / "grey", **changes))
+    assert load_recipe(tmp_path / "ft" / "recipe.yaml", FinetuneRecipe).data.channels == 1
+    config = json.loads((tmp_path / "ft" / "pretrained-seed0" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [1, 16, 16]
+    with pytest.warns(MppWarning, match=r"data\.channels: 1, but the encoder was trained with 3"):
+        result = mpp.finetune(recipe(shards, tmp_path / "to_grey", run, **changes, **{"data.channels": 1}))
+    assert mpp.verify(tmp_path / "to_grey" / "pretrained-seed0").difference <= 1e-5
+    assert result.state == "finished"
+    policy = {**changes, "data.auto_augment": "rand-m5"}
+    with pytest.raises(UserError, match=r"data\.auto_augment: its policies are for 3 channels, of which data has 1"):
+        mpp.finetune(recipe(shards, tmp_path / "none", tmp_path / "grey", **policy))
+
+
+def test_positions_are_resized_when_the_image_size_differs(shards: Path, run: Path, tmp_path: Path) -> None:
+    large = build(recipe(shards, tmp_path / "ft", run, **{"data.image_size": 32}), "pretrained", 0, 2)
+    assert large.encoder.pos_embed.shape[1] == 1 + 64
+    small = mpp.load_encoder(run).pos_embed
+    assert torch.equal(large.encoder.pos_embed[:, 0], small[:, 0])
+    correlation = torch.corrcoef(torch.stack([large.encoder.pos_embed[0, 1], small[0, 1]]))[0, 1]
+    assert correlation > 0.5, "a corner's position is still about what it was"
+
+
+def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
+    mpp.export(run, tmp_path / "exported")
+    one = {"seeds": [0], "optim.steps": 2}
+    mpp.finetune(recipe(shards, tmp_path / "a", tmp_path / "exported", **one, beside_scratch=False))
+    scratch = mpp.finetune(
+        recipe(
+            shards,
+            tmp_path / "b",
+            "scratch",
+            **one,
+            architecture={"name": "vit_tiny_patch16_224", "args": ARGS},
+        )
+    )
+    assert scratch.score.keys() == {"scratch"}
+    assert scratch.gain is None
+    with pytest.raises(UserError, match="neither a run nor an exported encoder"):
+        mpp.finetune(recipe(shards, tmp_path / "c", tmp_path))
+    with pytest.raises(
+        UserError, match=r"encoder: 'vit_tiny_patch16_22': no such folder.* Did you mean vit_tiny_patch16_224"
+    ):
+        mpp.finetune(recipe(shards, tmp_path / "c", "vit_tiny_patch16_22"))
+    with pytest.raises(UserError, match=r"architecture\.name: .*has no model 'vit_tin'"):
+        mpp.finetune(recipe(shards, tmp_path / "c", "scratch", architecture={"name": "vit_tin"}))
+    with pytest.raises(UserError, match="pool: token: ResNet has no class token here; allowed: mean"):
+        mpp.finetune(recipe(shards, tmp_path / "c", "scratch", architecture={"name": "resnet18"}, pool="token"))
+    with pytest.raises(UserError, match=r"architecture\.name: only with encoder: scratch"):
+        mpp.finetune(recipe(shards, tmp_path / "e", run, architecture={"name": "vit_tiny_patch16_224"}))
+    with pytest.raises(UserError, match="mixup: needs an even number"):
+        mpp.finetune(recipe(shards, tmp_path / "d", run, **{"mixup": 0.5, "optim.global_batch_size": 9}))
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path) -> None:
+    changes = {"drop_path_rate": 0.2, "mixup": 0.8, "data.erase": 0.3, "seeds": [0], "optim.steps": 60}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values(shards, tmp_path / "whole", run, **changes)))
+    mpp.finetune(path)
+    cells = [tmp_path / "killed" / f"{arm}-seed0" / "metrics.jsonl" for arm in ("pretrained", "scratch")]
+    for cell in cells:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mpp", "finetune", str(path), f"out={tmp_path / 'killed'}", "--resume", "auto"],
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not (cell.exists() and len(cell.read_text().splitlines()) > 10):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = mpp.finetune(path, resume="auto", out=str(tmp_path / "killed"))
+    assert result.state == "finished"
+    for arm in ("pretrained", "scratch"):
+        a, b = ([m["loss"].hex() for m in read_metrics(tmp_path / o / f"{arm}-seed0")] for o in ("whole", "killed"))
+        assert a == b
+    both = [json.loads((tmp_path / o / "result.json").read_text())["score"] for o in ("whole", "killed")]
+    assert both[0] == both[1]
+
+
+def test_two_processes_train_the_same_run_as_one(shards: Path, run: Path, tmp_path: Path) -> None:
+    changes = {"seeds": [0], "optim.steps": 10, "beside_scratch": False}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values(shards, tmp_path / "one", run, **changes)))
+    mpp.finetune(path)
+    done = command("finetune", path, f"out={tmp_path / 'two'}", processes=2)
+    assert done.returncode == 0, done.stderr
+    a, b = ([m["loss"] for m in read_metrics(tmp_path / o / "pretrained-seed0")] for o in ("one", "two"))
+    assert a == pytest.approx(b, rel=1e-5)
+    results = [json.loads((tmp_path / o / "result.json").read_text())["score"] for o in ("one", "two")]
+    assert results[0] == results[1], "every validation image is counted once"
+
+
+def test_what_is_refused_before_the_run_folder_is_made(shards: Path, run: Path, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"data.labels_per_class": 1000}, "data.labels_per_class: 1000, but class"),
+        ({"mixup": 0.5, "optim.global_batch_size": 9}, "mixup: needs an even number"),
+        ({"data.auto_augment": "foo"}, "data.auto_augment: timm has no policy 'foo'"),
+        ({"task.tanh_dim": 0}, "task.tanh_dim: must be >= 1"),
+        ({"data.image_size": 18}, r"data.image_size: the encoder has a stride of 4 px; got 18×18"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate: must be "),
+    ):
+        with pytest.raises(UserError, match=message):
+            mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
+        assert not (tmp_path / "ft").exists()
+
+
+def test_one_class_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "disc").mkdir(parents=True)
+    (tmp_path / "images" / "disc" / "0.png").write_bytes(encoded(drawn_image(0)))
+    with pytest.raises(UserError, match=r"data\.train: only one class \(disc\)"):
+        mpp.finetune(
+            recipe(
+                tmp_path / "images",
+                tmp_path / "ft",
+                run,
+                **{"data.train": str(tmp_path / "images"), "data.val": str(tmp_path / "images")},
+            )
+        )
+
+
+def test_validating_on_the_training_images_is_warned_of(shards: Path, run: Path, tmp_path: Path) -> None:
+    both = {"data.train": str(shards), "data.val": str(shards)}
+    with pytest.warns(MppWarning, match="the same images as data.train"):
+        mpp.finetune(
+            recipe(shards, tmp_path / "ft", run, **both, **{"seeds": [0], "optim.steps": 1, "beside_scratch": False})
+        )
+
+
+def test_a_damaged_encoder_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:
+    mpp.export(run, tmp_path / "e")
+    data = bytearray((tmp_path / "e" / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "e" / "model.safetensors").write_bytes(data)
+    for use in (
+        mpp.load_encoder,
+        lambda e: mpp.finetune(recipe(shards, tmp_path / "ft", e)),
+        lambda e: mpp.export(e, tmp_path / "f"),
+    ):
+        with pytest.raises(UserError, match=r"e/model\.safetensors: does not match the checksum"):
+            use(tmp_path / "e")
+    assert not (tmp_path / "ft").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*are among data.train:mpp.errors.MppWarning")
+def test_finished_cells_are_not_mixed_with_other_data(
+    image_folder: Path, shards: Path, run: Path, tmp_path: Path
+) -> None:
+    val = tmp_path / "val"
+    shutil.copytree(image_folder, val)
+    changes = {"seeds": [0], "optim.steps": 2, "data.val": str(val)}
+    leaking = pytest.warns(MppWarning, match=r"\d+ of \d+ images are among data.train, too, such as .*val/disc/000.png")
+    with leaking:
+        mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
+    (val / "disc" / "002.jpg").unlink()
+    cell = tmp_path / "ft" / "pretrained-seed0"
+    for lost, refused in (
+        (None, f"{tmp_path}/ft: the data changed since"),
+        (tmp_path / "ft" / "data.json", f"{cell}: the data or the encoder changed since"),
+        (cell / "result.json", f"{cell}/checkpoints/step-00000002: the training data or the encoder changed since"),
+    ):
+        if lost:
+            lost.unlink()  # the next that knows of the data refuses
+        with pytest.raises(UserError, match=refused):
+            mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes), resume="auto")
+
+
+def test_the_export_says_how_it_was_evaluated(shards: Path, run: Path, tmp_path: Path) -> None:
+    changes = {"seeds": [0], "optim.steps": 2, "beside_scratch": False, "data.val_crop_fraction": 0.75}
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
+    config = json.loads((tmp_path / "ft" / "pretrained-seed0" / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["crop_pct"] == 0.75
+    with pytest.raises(UserError, match="a fine-tuning run of several models; name one, such as .*pretrained-seed0"):
+        mpp.export(tmp_path / "ft", tmp_path / "o")

@@ -1,0 +1,401 @@
+"""Frozen encoders and unfreezing, averaged weights, uneven classes, early stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import mpp
+from mpp.data.subsets import balanced
+from mpp.encoders.adapter import create_timm_model
+from mpp.errors import UserError
+from mpp.finetuning import run as finetuning
+from mpp.finetuning.model import build
+from mpp.finetuning.run import Judged, _average
+from mpp.finetuning.tasks.classify import ClassifyTask
+from mpp.runs.records import read_metrics
+from mpp.training import optimizer as optim
+from tests.conftest import command, drawn_image, encoded, pretrain_recipe
+from tests.finetuning.test_finetuning import recipe, run  # noqa: F401 (a fixture)
+
+CELL = "pretrained-seed0"
+
+
+def weights(run_folder: Path, step: int, cell: str = CELL, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run_folder / cell / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def tuned(shards: Path, out: Path, encoder: Path, **changes: Any) -> Any:
+    small = {"seeds": [0], "beside_scratch": False, "optim.steps": 12, "checkpoint_every_steps": 1}
+    return mpp.finetune(recipe(shards, out, encoder, **{**small, "keep_checkpoints": 99, **changes}))
+
+
+def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
+    """Parts of the model that differ: blocks.0, blocks.1, head, …"""
+    names = {k for k in a if not torch.equal(a[k], b[k])}
+    return {
+        ".".join(n.split(".")[1:3]) if ".blocks." in n else "head" if n.startswith("task") else n.split(".")[1]
+        for n in names
+    }
+
+
+def test_a_frozen_encoder_stands_still(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    tuned(shards, tmp_path / "o", run, frozen=1.0, beside_scratch=True)
+    assert moved(weights(tmp_path / "o", 1), weights(tmp_path / "o", 12)) == {"head"}
+    before = mpp.load_encoder(run).state_dict()
+    after = mpp.load_encoder(tmp_path / "o" / CELL).state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k in after and not k.startswith("head"))
+    scratch = moved(weights(tmp_path / "o", 1, "scratch-seed0"), weights(tmp_path / "o", 12, "scratch-seed0"))
+    assert "blocks.0" in scratch, "there, nothing is worth standing still for"
+
+
+def test_first_the_head_then_everything(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    tuned(shards, tmp_path / "o", run, frozen=0.5)
+    assert moved(weights(tmp_path / "o", 1), weights(tmp_path / "o", 6)) == {"head"}
+    assert {"blocks.0", "blocks.1", "patch_embed"} <= moved(weights(tmp_path / "o", 6), weights(tmp_path / "o", 7))
+
+
+def test_the_last_block_first(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """timm has three layers here: the stem, a block, the last block with its norm. In 12 steps one thaws every fourth."""
+    tuned(shards, tmp_path / "o", run, frozen=1.0 - 1e-9, unfreeze="gradual")
+    seen = [moved(weights(tmp_path / "o", a), weights(tmp_path / "o", a + 1)) for a in range(1, 12)]
+    thawed = {
+        part: next(i + 2 for i, s in enumerate(seen) if part in s) for part in ("head", "norm", "blocks.1", "blocks.0")
+    }
+    assert thawed == {"head": 2, "norm": 5, "blocks.1": 5, "blocks.0": 9}
+    assert not any("patch_embed" in s for s in seen), "after the last step"
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "coatnet_nano_rw_224", "resnet10t"])
+def test_layers_are_counted_from_the_top(name: str) -> None:
+    model = create_timm_model(name, image_size=(224, 224), in_chans=3, pretrained=False, args={})
+    groups = optim.finetune_groups(model, torch.nn.Linear(2, 2), weight_decay=0.1, layer_decay=1.0, head_lr_scale=1.0)
+    optim.unfreeze(groups, frozen_steps=1000, gradual=True)
+    named = {id(p): n for n, p in model.named_parameters()}
+    first = next(iter(named))
+    starts = {id(p): g.get("starts_at_step", 0) for g in groups for p in g["params"]}
+    assert starts[first] == 1000, "the stem is last"
+    assert min(starts[i] for i in named) > 0
+    assert min(starts.values()) == 0, "the head's"
+    optim.unfreeze(groups, frozen_steps=7, gradual=False)
+    assert {g.get("starts_at_step", 0) for g in groups} == {0, 7}
+
+
+def test_the_average_of_the_weights_is_what_is_judged(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    tuned(shards, tmp_path / "o", run, ema_decay=0.9)
+    mean = weights(tmp_path / "o", 1, name="averaged")
+    for step in range(2, 13):
+        now = weights(tmp_path / "o", step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        mean = {k: torch.lerp(mean[k], now[k], 1 - decay) for k in now}
+    stored = weights(tmp_path / "o", 12, name="averaged")
+    for k, value in stored.items():
+        torch.testing.assert_close(mean[k], value)
+    exported = mpp.load_encoder(tmp_path / "o" / CELL).state_dict()
+    torch.testing.assert_close(exported["blocks.0.mlp.fc1.weight"], stored["encoder.blocks.0.mlp.fc1.weight"])
+    assert not torch.equal(
+        exported["blocks.0.mlp.fc1.weight"], weights(tmp_path / "o", 12)["encoder.blocks.0.mlp.fc1.weight"]
+    )
+
+
+def test_averages_of_batch_norms() -> None:
+    model, averaged = (torch.nn.Sequential(torch.nn.BatchNorm1d(2)) for _ in range(2))
+    torch.nn.init.constant_(model[0].weight, 3.0)
+    model(torch.randn(8, 2))
+    _average(averaged, model, 0.75)
+    assert averaged[0].weight.tolist() == [1.5, 1.5]
+    assert torch.equal(averaged[0].running_mean, model[0].running_mean)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ema_decay": 0.9, "frozen": 0.4}, {"early_stop.every_steps": 3, "balance": "loss"}]
+)
+def test_killed_and_resumed_it_is_the_same(
+    changes: dict[str, Any],
+    shards: Path,
+    run: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    whole = tuned(shards, tmp_path / "whole", run, **changes)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    cell = tmp_path / "cut" / CELL
+    (cell / "result.json").unlink()
+    for step in range(8, 13):
+        shutil.rmtree(cell / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    given = {
+        "seeds": [0],
+        "beside_scratch": False,
+        "optim.steps": 12,
+        "checkpoint_every_steps": 1,
+        "keep_checkpoints": 99,
+    }
+    again = mpp.finetune(recipe(shards, tmp_path / "cut", run, **given, **changes), resume="auto")
+    assert again.verdicts == whole.verdicts
+    a, b = ([(m["step"], m["loss"]) for m in read_metrics(tmp_path / o / CELL)] for o in ("whole", "cut"))
+    assert a == b
+
+
+def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """At a learning rate of nothing it never rises again: it stops, with the weights that were best."""
+    given = {"early_stop": {"every_steps": 2, "patience": 3, "fraction": 0.3}, "optim.base_lr": 1e-9, "optim.steps": 40}
+    tuned(shards, tmp_path / "o", run, **given)
+    cell = tmp_path / "o" / CELL
+    measured = [m["step"] for m in read_metrics(cell) if "tune_accuracy" in m]
+    assert measured == [2, 4, 6, 8], "the first is the best, then three without a better one"
+    assert [p.name for p in (cell / "best").iterdir()] == ["step-00000002"]
+    best = load_file(cell / "best" / "step-00000002" / "model.safetensors")
+    exported = mpp.load_encoder(cell).state_dict()
+    assert torch.equal(exported["blocks.0.mlp.fc1.weight"], best["encoder.blocks.0.mlp.fc1.weight"])
+    assert "step 2 of 8: best on 6 training images held out" in (cell / "train.log").read_text()
+    small = {"seeds": [0], "beside_scratch": False, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
+    for killed_after in (8, 5):  # between the last checkpoint and the verdict; after one measurement without a new best
+        (cell / "result.json").unlink()
+        for step in range(killed_after + 1, 9):
+            shutil.rmtree(cell / "checkpoints" / f"step-{step:08d}")
+        again = mpp.finetune(recipe(shards, tmp_path / "o", run, **small, **given), resume="auto")
+        assert again.state == "finished"
+        assert [m["step"] for m in read_metrics(cell)][-1] == 8, "and does not go on"
+
+
+def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    given = {"early_stop": {"every_steps": 4, "fraction": 0.3}, "drop_path_rate": 0.3}
+    tuned(shards, tmp_path / "o", run, **given)
+    log = (tmp_path / "o" / CELL / "train.log").read_text()
+    assert "14 labeled images of 2 classes" in log, "of 20, and 6 to judge by"
+    losses = [m["loss"] for m in read_metrics(tmp_path / "o" / CELL)]
+    rarely = {"early_stop": {"every_steps": 12, "fraction": 0.3}, "drop_path_rate": 0.3}
+    tuned(shards, tmp_path / "r", run, **rarely)
+    assert [m["loss"] for m in read_metrics(tmp_path / "r" / CELL)] == losses, "judging leaves training as it was"
+
+
+def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+    given = {"early_stop": {"every_steps": 2, "patience": 2, "fraction": 0.3}, "ema_decay": 0.5}
+    straight = tuned(shards, tmp_path / "a", run, **given)
+    real = finetuning.open_labeled
+
+    def turned(spec: Any, *, key: str, **rest: Any) -> Any:
+        found = real(spec, key=key, **rest)
+        return dataclasses.replace(found, labels=1 - found.labels) if key == "data.val" else found
+
+    monkeypatch.setattr(finetuning, "open_labeled", turned)
+    other = tuned(shards, tmp_path / "b", run, **given)
+    a, b = ([m.get("tune_accuracy") for m in read_metrics(tmp_path / o / CELL)] for o in "ab")
+    assert a == b
+    assert other.score["pretrained"].mean == pytest.approx(1 - straight.score["pretrained"].mean)
+    (best,) = (tmp_path / "a" / CELL / "best").iterdir()
+    averaged = load_file(best / "averaged.safetensors")
+    exported = mpp.load_encoder(tmp_path / "a" / CELL).state_dict()
+    assert torch.equal(exported["blocks.0.mlp.fc1.weight"], averaged["encoder.blocks.0.mlp.fc1.weight"])
+
+
+def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+    """Killed after a new best and before the next checkpoint, the run goes on from one that names the old best."""
+    real, scores, there = finetuning._judge, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
+
+    def rising(recipe: Any, accelerator: Any, model: Any, images: Any, chosen: Any, key: str, **rest: Any) -> Any:
+        if key != "early_stop":
+            return real(recipe, accelerator, model, images, chosen, key, **rest)
+        best = tmp_path / "o" / CELL / "best"
+        there.append(sorted(int(p.name[5:]) for p in best.iterdir()) if best.exists() else [])
+        return Judged({"accuracy": next(scores)}, None, 0, [], [])
+
+    monkeypatch.setattr(finetuning, "_judge", rising)
+    tuned(shards, tmp_path / "o", run, early_stop={"every_steps": 2}, checkpoint_every_steps=5)
+    assert there == [[], [2], [4], [4, 6], [4, 6, 8], [10]], "after steps 5 and 10 the older ones go"
+    assert [p.name for p in (tmp_path / "o" / CELL / "best").iterdir()] == ["step-00000012"]
+
+
+RESNET = {"architecture": {"name": "resnet10t"}, "data.image_size": 32}
+
+
+def test_batch_norms_of_a_frozen_encoder_stand_still(shards: Path, tmp_path: Path) -> None:
+    part, whole = (
+        tuned(shards, tmp_path / name, "scratch", **RESNET, frozen=frozen, **{"scratch.frozen": frozen, "optim.clip_grad_norm": 0.3})  # type: ignore[arg-type]
+        for name, frozen in (("part", 0.5), ("whole", 1.0))
+    )  # fmt: skip
+    assert part.state == whole.state == "finished"
+    cell = "scratch-seed0"
+    states = [weights(tmp_path / "part", step, cell) for step in (1, 6, 7)]
+    statistics = [k for k in states[0] if "running_mean" in k]
+    assert statistics
+    assert all(torch.equal(states[0][k], states[1][k]) for k in statistics)
+    assert not all(torch.equal(states[1][k], states[2][k]) for k in statistics), "thawed"
+    norms = [[m["grad_norm"] for m in read_metrics(tmp_path / name / cell)][:6] for name in ("part", "whole")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5), "of the head alone: that is what is clipped"
+
+
+@pytest.mark.slow
+def test_batch_norms_on_two_processes(shards: Path, image_folder: Path, tmp_path: Path) -> None:
+    """What is reported is what the export gives."""
+    import yaml
+
+    from tests.finetuning.test_finetuning import values
+
+    given = {
+        **RESNET,
+        "seeds": [0],
+        "optim.steps": 12,
+        "ema_decay": 0.5,
+        "data.val": str(image_folder),
+        "data.workers": 0,
+    }
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(values(shards, tmp_path / "o", "scratch", **given)))
+    done = command("finetune", path, processes=2)
+    assert done.returncode == 0, done.stderr
+    cell = tmp_path / "o" / "scratch-seed0"
+    report = mpp.predict(cell, [str(image_folder)], report=tmp_path / "report")[2]
+    assert report is not None
+    stored = json.loads((cell / "result.json").read_text())["metrics"]
+    assert report.accuracy == pytest.approx(stored["accuracy"])
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_100", "xcit_nano_12_p8_224"])
+def test_families_with_a_way_of_their_own(name: str, shards: Path) -> None:
+    """Widened after pooling; without drop_path_rate; without fc_norm."""
+    model = build(
+        recipe(shards, "o", "scratch", architecture={"name": name}, **{"data.image_size": 64}), "scratch", 0, 2
+    )
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2)  # type: ignore[union-attr]
+
+
+def test_uneven_classes(shards: Path, tmp_path: Path) -> None:
+    labels = np.array([0] * 10 + [2] * 3)
+    chosen = balanced(labels, 0)
+    assert np.bincount(labels[chosen]).tolist() == [10, 0, 10]
+    assert set(np.bincount(chosen)[10:]) == {3, 4}, "each about equally often"
+    assert np.array_equal(chosen, balanced(labels, 0))
+
+    task = ClassifyTask(4, 3)
+    task.weigh(torch.tensor([10, 0, 3]))
+    logits, y = torch.randn(13, 3, generator=torch.Generator().manual_seed(0)), torch.from_numpy(labels)
+    each = F.cross_entropy(logits, y, reduction="none")
+    wanted = (each[:10].mean() + each[10:].mean()) / 2
+    torch.testing.assert_close(task.loss(logits, y), wanted)  # as if every class had as many
+    torch.testing.assert_close(task.loss(logits, F.one_hot(y, 3).float()), wanted)
+    assert "class_weights" not in task.state_dict()
+
+
+@pytest.mark.parametrize("balance", ["sampling", "loss"])
+def test_a_rare_class_is_not_forgotten(balance: str, tmp_path: Path) -> None:
+    """Thirty of one, three of the other: without balance it says the frequent one, always."""
+    for part, counts in (("train", (30, 3)), ("val", (20, 20))):
+        for label, count in zip(("disc", "square"), counts, strict=True):
+            folder = tmp_path / part / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                number = 2 * (i + 100 * (part == "val")) + (label == "square")
+                (folder / f"{i}.png").write_bytes(encoded(drawn_image(number)))
+    found = {}
+    for kind in ("none", balance):
+        keys = {
+            "data.train": str(tmp_path / "train"), "data.val": str(tmp_path / "val"), "data.labels_per_class": None,
+            "architecture": {"name": "vit_tiny_patch16_224", "args": {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}},
+            "seeds": [0], "optim.steps": 60, "balance": kind,
+        }  # fmt: skip
+        mpp.finetune(recipe(tmp_path, tmp_path / kind, "scratch", **keys))
+        report = mpp.predict(tmp_path / kind / "scratch-seed0", [str(tmp_path / "val")], report=tmp_path / "r")[2]
+        assert report is not None
+        found[kind] = report.counts[:, 1].sum() / report.counts.sum()
+    assert found["none"] < found[balance], "said more often"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frozen": 1.5}, r"frozen: must be >= 0 and <= 1; got 1\.5"),
+        ({"unfreeze": "slowly"}, r"unfreeze: no such choice; got 'slowly'.*Allowed: at_once, gradual"),
+        ({"ema_decay": 1.0}, r"ema_decay: must be >= 0 and < 1"),
+        ({"balance": "yes"}, r"balance: no such choice; got 'yes'.*Allowed: none, sampling, loss"),
+        ({"unfreeze": "gradual"}, r"unfreeze: gradual: wants `frozen` between 0 and 1"),
+        ({"early_stop.patience": 0}, r"early_stop\.patience: must be >= 1; got 0"),
+        ({"early_stop.fraction": 0.5, "data.labels_per_class": 1}, "early_stop: to hold some out, a class needs two"),
+    ],
+)
+def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(UserError, match=message):
+        tuned(shards, tmp_path / "o", run, **changes)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+        ("eva02_tiny_patch14_224", {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+        ("swin_tiny_patch4_window7_224", {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}),
+        ("swinv2_tiny_window8_256", {"patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}),
+    ],
+)  # fmt: skip
+def test_at_a_higher_resolution_than_in_pretraining(
+    name: str, args: dict[str, Any], shards: Path, tmp_path: Path
+) -> None:
+    """Positions are interpolated, everything else is what was pretrained: before it learns, and after an export."""
+    small = {"encoder": {"name": name, "args": args}, "corruption": "token", "optim.steps": 3}
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **small))
+    still = {"data.image_size": 32, "optim.base_lr": 1e-12, "optim.steps": 1}
+    tuned(shards, tmp_path / "o", tmp_path / "run", **still)
+    mpp.verify(tmp_path / "o" / CELL)
+    before = mpp.load_encoder(tmp_path / "run").state_dict()
+    after = mpp.load_encoder(tmp_path / "o" / CELL).state_dict()
+    same = [k for k in before if k in after and before[k].shape == after[k].shape]
+    assert all(torch.allclose(before[k], after[k], atol=1e-8) for k in same)
+    assert len(same) > 0.8 * len(before)
+    if "pos_embed" in before:
+        old, new = before["pos_embed"][:, -16:], after["pos_embed"][:, -64:]
+        grid = old.reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+        wanted = F.interpolate(grid, (8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(new, wanted)
+
+
+@pytest.mark.parametrize("views", [2, 10])
+def test_views_of_validation_images_are_those_of_predict(shards: Path, run: Path, tmp_path: Path, views: int) -> None:  # noqa: F811
+    from mpp.data.labeled import open_labeled
+    from mpp.finetuning.predict_images import Predictor
+
+    val = shards / "shard-000000.tar"
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False, **{"optim.steps": 4, "data.val_views": views}))  # fmt: skip
+    cell = tmp_path / "ft" / "pretrained-seed0"
+    stored = json.loads((cell / "result.json").read_text())["metrics"]
+    data = open_labeled((str(val),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
+    predictor = Predictor(cell, views)  # type: ignore[arg-type]
+    p = predictor.probabilities(torch.stack([predictor.crops(data.reader.read(i)) for i in range(len(data))]))
+    assert stored["accuracy"] == pytest.approx(float((p.argmax(-1).numpy() == data.labels).mean()))
+    from mpp.finetuning.tasks.classify import ClassifyTask
+
+    again = ClassifyTask(8, 2).metrics([(p.log(), torch.from_numpy(data.labels))])
+    assert stored == pytest.approx(again, abs=1e-4), "probabilities are averaged, not logits"
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m10-n15-inc1", "rand-m9-mstd0.5-inc1", "rand-m10-n15", "original", "v0r", "3a", "augmix-m10-w3"]
+)
+def test_every_operation_of_a_policy_runs(policy: str, shards: Path, tmp_path: Path) -> None:
+    """At the strongest timm posterises to 0 bits, which Pillow refuses: the recipe to start with may draw that."""
+    chosen = recipe(
+        shards, tmp_path / "o", "vit_tiny_patch16_224", **{"data.auto_augment": policy, "data.image_size": 16}
+    )
+    augment = finetuning._augmentation(chosen)
+    for i in range(60):
+        random.seed(i)
+        np.random.seed(i)
+        torch.manual_seed(i)
+        assert np.asarray(augment(drawn_image(i))).shape == (3, 16, 16)
+
+
+def test_no_bits_are_black() -> None:
+    image = drawn_image(3)
+    assert not np.asarray(finetuning._posterized(image, 0)).any()
+    assert len(np.unique(np.asarray(finetuning._posterized(image, 1)))) == 2
+    assert np.array_equal(np.asarray(finetuning._posterized(image, 8)), np.asarray(image))

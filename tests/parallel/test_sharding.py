@@ -1,0 +1,231 @@
+"""Weights, gradients and moments shared out among processes: the same run, parts of checkpoints, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+from safetensors.torch import load_file
+from torch import nn
+
+import mpp
+from mpp.errors import UserError
+from mpp.inspection.replay import replay
+from mpp.parallel.sharding import blocks
+from mpp.runs import checkpoint
+from mpp.runs.records import read_metrics, steps
+from tests.conftest import command, pretrain_recipe, pretrain_values
+from tests.pretraining.test_pretraining import GOLDEN, OBJECTIVES, losses
+from tests.training.test_nonfinite import DIVERGES
+
+TINY_SWIN = {
+    "name": "swin_tiny_patch4_window7_224",
+    "args": {
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+        "drop_path_rate": 0.0,
+    },
+}
+MORE: dict[str, dict[str, Any]] = {
+    "activation checkpointing": {"encoder.grad_checkpointing": True},
+    "micro-batches": {"optim.max_batch_per_device": 4},
+    "stages, a part predicted": {"encoder": TINY_SWIN, "predict_fraction": 0.5},
+    "bf16": {"precision": "bf16", "predict_fraction": 0.5, "corruption.enter": 1},
+    "a probe": {"probe": True},
+}
+
+
+def values_of(shards: Path, image_folder: Path, out: Path, name: str) -> dict[str, Any]:
+    changes = {**OBJECTIVES, **MORE}[name]
+    if "probe" in changes:
+        changes = {"probe": {"train": str(image_folder), "val": str(image_folder), "every_steps": 10}}
+    return pretrain_values(shards, out / name.replace(", ", "-").replace(" ", "-"), **changes)
+
+
+def several(folder: Path, processes: int, *runs: tuple[dict[str, Any], str]) -> None:
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([{"values": values, "resume": resume} for values, resume in runs]))
+    done = command(plan, processes=processes, module="tests.several_runs")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def sharded(shards: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every objective and more, on two processes, each with its half."""
+    out = tmp_path_factory.mktemp("sharded")
+    every = ({**values_of(shards, image_folder, out, name), "fsdp": True} for name in (*OBJECTIVES, *MORE))
+    several(out, 2, *((values, "never") for values in every))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_losses_are_those_of_one_process(objective: str, sharded: Path, shards: Path, image_folder: Path) -> None:
+    found = losses(Path(values_of(shards, image_folder, sharded, objective)["out"]))
+    np.testing.assert_allclose(found, json.loads(GOLDEN.read_text())[objective], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_so_is_all_that_is_measured(name: str, sharded: Path, shards: Path, image_folder: Path, tmp_path: Path) -> None:
+    values = values_of(shards, image_folder, tmp_path, name)
+    mpp.pretrain(values)
+    found = read_metrics(Path(values_of(shards, image_folder, sharded, name)["out"]))
+    for here, there in zip(read_metrics(Path(values["out"])), found, strict=True):
+        assert here.keys() == there.keys()
+        assert {k for k in here if here[k] is None} == {k for k in there if there[k] is None}
+        for key in here.keys() - {k for k in here if here[k] is None} - {"images_per_s", "data_wait", "probe_seconds"}:
+            # in bf16, products round by how many images are in them
+            assert there[key] == pytest.approx(here[key], rel=0.02 if name == "bf16" else 1e-4, abs=1e-6), key
+
+
+def left_at(step: int, run: Path, to: Path) -> Path:
+    """A copy of a run as it was when it had come so far."""
+    shutil.copytree(run, to)
+    for later in (to / "checkpoints").iterdir():
+        if later.name > f"step-{step:08d}":
+            shutil.rmtree(later)
+    shutil.rmtree(to / "encoder")
+    return to
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_other_processes(sharded: Path, shards: Path, tmp_path: Path) -> None:
+    """From parts to a whole and back, and to as many parts: the losses go on, there to the last bit."""
+    run, golden = sharded / "token-linear", json.loads(GOLDEN.read_text())["token, linear"]
+    alone = left_at(15, run, tmp_path / "alone")
+    mpp.pretrain(pretrain_values(shards, alone), resume="auto")
+    np.testing.assert_allclose(losses(alone), golden, rtol=1e-4)
+    assert not list((alone / "checkpoints" / "step-00000020").glob("*rank*"))
+    again, unsharded, parted = (
+        left_at(15, run, tmp_path / "again"),
+        left_at(15, run, tmp_path / "unsharded"),
+        left_at(15, alone, tmp_path / "parted"),
+    )
+    several(
+        tmp_path,
+        2,
+        (pretrain_values(shards, again, fsdp=True), "auto"),
+        (pretrain_values(shards, unsharded), "auto"),
+        (pretrain_values(shards, parted, fsdp=True), "auto"),
+    )
+    assert losses(again) == losses(run)
+    for resumed in (unsharded, parted):
+        np.testing.assert_allclose(losses(resumed), golden, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_parts_that_do_not_divide_evenly(shards: Path, tmp_path: Path) -> None:
+    three, alone, odd = tmp_path / "three", tmp_path / "alone", {"optim.global_batch_size": 24}
+    several(tmp_path, 3, (pretrain_values(shards, three, **odd, fsdp=True), "never"))
+    mpp.pretrain(pretrain_values(shards, alone, **odd))
+    np.testing.assert_allclose(losses(three), losses(alone), rtol=1e-4)
+    resumed = left_at(15, three, tmp_path / "resumed")
+    mpp.pretrain(pretrain_values(shards, resumed, **odd), resume="auto")
+    np.testing.assert_allclose(losses(resumed), losses(alone), rtol=1e-4)
+    rows = {
+        n: t.shape[0] for n, t in load_file(three / "checkpoints/step-00000020/model-rank2-of-3.safetensors").items()
+    }
+    assert rows["encoder.model.pos_embed"] == 0, "one row: the first process has it"
+    assert rows["encoder.model.blocks.0.norm1.weight"] == 32 - 2 * 11
+
+
+@pytest.mark.slow
+def test_each_process_has_its_half(sharded: Path) -> None:
+    saved = sharded / "token-linear" / "checkpoints" / "step-00000020"
+    assert {p.name for p in saved.iterdir()} == {
+        "model-rank0-of-2.safetensors", "model-rank1-of-2.safetensors", "optimizer-rank0-of-2.safetensors",
+        "optimizer-rank1-of-2.safetensors", "state.json", "manifest.json",
+    }  # fmt: skip
+    assert checkpoint.broken(saved) is None
+    for stem in ("model", "optimizer"):
+        parts = [load_file(saved / f"{stem}-rank{rank}-of-2.safetensors") for rank in (0, 1)]
+        sizes = [sum(t.numel() for t in part.values()) for part in parts]
+        # what has one row cannot be halved: positions and tokens
+        assert sizes[1] > 0.45 * sum(sizes), sizes
+    (saved / "model-rank1-of-2.safetensors").rename(sharded / "aside")
+    assert checkpoint.broken(saved) == "model-rank1-of-2.safetensors is missing"
+    (sharded / "aside").rename(saved / "model-rank1-of-2.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point", ["save.model_written", pytest.param("save.files_synced", marks=pytest.mark.exhaustive)]
+)
+def test_killed_while_it_writes_its_part(
+    point: str, shards: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.json"  # which is YAML, too
+    recipe.write_text(json.dumps(pretrain_values(shards, tmp_path / "run", fsdp=True)))
+    monkeypatch.setenv(
+        "MPP_FAULT", json.dumps({"point": point, "nth": 2, "rank": 1, "do": "halve" if "model" in point else "kill"})
+    )
+    assert command("pretrain", recipe, processes=2).returncode != 0
+    monkeypatch.delenv("MPP_FAULT")
+    saves = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in steps(saves)] == ["step-00000005"]
+    done = command("pretrain", recipe, "--resume", "auto", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == losses(sharded / "token-linear")
+
+
+@pytest.mark.slow
+def test_a_step_that_is_left_out(shards: Path, tmp_path: Path) -> None:
+    """It moves nothing, is kept in parts, and one process can run it again."""
+    out = tmp_path / "run"
+    changes = {"target.name": "ema_teacher", "checkpoint_every_steps": 1, "keep_checkpoints": 8, "optim.steps": 8}
+    several(tmp_path, 2, (pretrain_values(shards, out, fsdp=True, **DIVERGES, **changes), "never"))
+    skipped = [m["step"] for m in read_metrics(out) if m["loss"] is None]
+    assert skipped
+    for part in ("model-rank0-of-2.safetensors", "model-rank1-of-2.safetensors"):
+        before, after = (load_file(out / "checkpoints" / f"step-{s:08d}" / part) for s in (skipped[0] - 1, skipped[0]))
+        assert all(value.equal(after[name]) for name, value in before.items())
+    assert replay(out).same
+
+
+def test_on_one_process_there_is_nothing_to_share(shards: Path, tmp_path: Path) -> None:
+    mpp.pretrain(pretrain_values(shards, tmp_path / "run", fsdp=True))
+    np.testing.assert_allclose(losses(tmp_path / "run"), json.loads(GOLDEN.read_text())["token, linear"], rtol=1e-4)
+
+
+def test_not_compiled(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^recipe: compile: not together with fsdp"):
+        pretrain_recipe(shards, tmp_path / "run", fsdp=True, compile=True)
+
+
+def test_what_is_gathered_at_once() -> None:
+    """Blocks of plain ViTs, of stages, of lists of lists; what is inside a block before it."""
+    vit, swin, twins = (
+        timm.create_model(name, **args)
+        for name, args in (
+            ("vit_tiny_patch16_224", {"depth": 3}),
+            ("swin_tiny_patch4_window7_224", {"depths": (1, 2, 1, 1)}),
+            ("twins_svt_small", {"depths": (1, 1, 2, 1)}),
+        )
+    )
+    assert blocks(vit) == list(vit.blocks)[::-1]
+    assert [type(b).__name__ for b in blocks(swin)] == ["SwinTransformerBlock"] * 5
+    assert len(blocks(twins)) == 5
+    nested = nn.ModuleDict({"blocks": nn.Sequential(nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(2, 2))}))})
+    assert [type(b).__name__ for b in blocks(nested)] == ["Linear", "ModuleDict"]
+
+
+@pytest.mark.slow
+def test_batch_norms_are_refused_in_one_line(shards: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    args = {"embed_dim": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "stem_width": [16, 32]}
+    changes = {"encoder": {"name": "coatnet_nano_rw_224", "args": args}, "data.image_size": 64, "corruption": "zeros"}
+    recipe.write_text(json.dumps(pretrain_values(shards, tmp_path / "run", **changes, fsdp=True)))
+    done = command("pretrain", recipe, processes=2)
+    assert done.returncode != 0
+    assert "fsdp: encoder.model." in done.stderr
+    assert "is a batch norm; allowed with this encoder: false" in done.stderr
+    assert "mpp/parallel/sharding.py" not in done.stderr, "no traceback of ours"

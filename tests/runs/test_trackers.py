@@ -1,0 +1,74 @@
+"""Metrics go to TensorBoard, Weights & Biases (offline) and Trackio as they are written, and are read back there."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+import mpp
+from mpp.errors import UserError
+from mpp.runs.records import read_metrics
+from tests.conftest import command, pretrain_recipe, pretrain_values
+
+
+def test_tensorboard(shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"trackers": ["tensorboard"], "optim.steps": 10, "checkpoint_every_steps": 4, "keep_checkpoints": 3}
+    recipe = pretrain_recipe(shards, tmp_path / "run", **changes)
+    mpp.pretrain(recipe)
+    plain = pretrain_recipe(shards, tmp_path / "plain", **{**changes, "trackers": []})
+    mpp.pretrain(plain)
+    losses = [m["loss"] for m in read_metrics(tmp_path / "run")]
+    assert losses == [m["loss"] for m in read_metrics(tmp_path / "plain")], "looking on changes nothing"
+    events = EventAccumulator(str(tmp_path / "run" / "mpp")).Reload()
+    found = {e.step: e.value for e in events.Scalars("loss")}
+    assert [found[i + 1] for i in range(10)] == pytest.approx(losses)
+    assert "skill" in events.Tags()["scalars"]
+    # a run that goes on from step 4 takes its later steps off again
+    mpp.pretrain(recipe, resume=str(tmp_path / "run" / "checkpoints" / "step-00000004"))
+    again = EventAccumulator(str(tmp_path / "run" / "mpp")).Reload()
+    assert [e.step for e in again.Scalars("loss")] == list(range(1, 11))
+
+
+@pytest.mark.slow
+def test_wandb_offline(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    import yaml
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(pretrain_values(shards, tmp_path / "run", **{"trackers": "wandb", "optim.steps": 3}))
+    )
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = command("pretrain", path, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    data = kept.read_bytes()
+    for word in (
+        b"skipped_images",
+        b"grad_norm",
+        b"encoder.name",
+        (tmp_path / "run" / "tracked-as").read_bytes().strip(),
+    ):
+        assert word in data
+
+
+def test_trackio(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio", reason="trackio is not installed: it wants an older Pillow than mpp would choose")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", trackers=["trackio"], **{"optim.steps": 3}))
+    with sqlite3.connect(tmp_path / "trackio" / "mpp.db") as database:
+        rows = database.execute("select step, metrics from metrics order by step").fetchall()
+    assert [step for step, _ in rows] == [1, 2, 3]
+
+
+def test_one_that_is_not_installed_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"trackers: wandb is not installed; pip install 'wandb"):
+        mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", trackers=["wandb"]))
+    assert not (tmp_path / "run").exists(), "refused before anything is written"

@@ -1,0 +1,88 @@
+"""Parameter groups and the schedule."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpp.finetuning.tasks.classify import ClassifyTask
+from mpp.objective.build import build_model
+from mpp.training.optimizer import adamw, finetune_groups, pretrain_groups, scheduled_lr, set_lr, steps_of
+from tests.conftest import pretrain_recipe
+
+
+def test_norms_biases_tokens_and_positions_are_not_decayed() -> None:
+    model, _ = build_model(pretrain_recipe("none", "none", **{"corruption.name": "drop", "head.name": "transformer"}))
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in g["params"]} for g in pretrain_groups(model, 0.05))
+    assert decayed | plain == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not decayed & plain
+    assert {"encoder.model.cls_token", "encoder.model.pos_embed", "objectives.0.head.mask_token"} <= plain
+    assert all(n.endswith("weight") and "norm" not in n for n in decayed)
+    assert "encoder.model.blocks.0.attn.qkv.weight" in decayed
+    assert "encoder.model.norm.weight" not in decayed | plain, "the final norm is not read in pretraining"
+
+
+def test_matrices_of_modules_named_after_tokens_are_decayed() -> None:
+    mixer = timm.create_model("resmlp_12_224", num_classes=0)
+    (decayed, _) = pretrain_groups(mixer, 0.05)
+    names = {id(p): n for n, p in mixer.named_parameters()}
+    assert "blocks.0.linear_tokens.weight" in {names[id(p)] for p in decayed["params"]}
+
+
+def test_layer_decay_reaches_the_optimizer() -> None:
+    encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=4, embed_dim=32, num_heads=2)
+    task = ClassifyTask(32, 5)
+    optimizer = adamw(
+        finetune_groups(encoder, task, weight_decay=0.1, layer_decay=0.5, head_lr_scale=3.0), (0.9, 0.999)
+    )
+    set_lr(optimizer, 1.0)
+    names = {id(p): n for n, p in [*encoder.named_parameters(), *task.named_parameters()]}
+    lr = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(lr) == len(names)
+    assert lr["out.weight"] == 3.0
+    blocks = [lr[f"blocks.{i}.attn.qkv.weight"] for i in range(4)]
+    assert blocks == [0.5**4, 0.5**3, 0.5**2, 0.5]  # BEiT's and MAE's: the head at 1, the last block a layer below
+    assert lr["patch_embed.proj.weight"] == lr["pos_embed"] == 0.5**5
+    with_head = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=4, embed_dim=32, num_heads=2)
+    for group in timm.optim.param_groups_layer_decay(with_head, layer_decay=0.5):  # timm's own count agrees
+        for name in [n for n, p in with_head.named_parameters() if any(p is q for q in group["params"])]:
+            assert lr.get(name, 1.0) == group["lr_scale"]
+
+
+@given(total=st.integers(1, 500), warmup=st.integers(0, 50), lr=st.floats(1e-6, 1.0))
+def test_the_schedule_warms_up_then_only_falls(total: int, warmup: int, lr: float) -> None:
+    values = [scheduled_lr(s, total_steps=total, warmup_steps=warmup, lr=lr, min_lr=lr / 100) for s in range(total)]
+    assert all(0 < v <= lr * (1 + 1e-9) for v in values)
+    after = values[warmup:]
+    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    if 0 < warmup < total:
+        assert values[warmup - 1] == pytest.approx(lr)
+        assert values[0] == pytest.approx(lr / warmup)
+
+
+def test_steps_of() -> None:
+    assert steps_of(None, 7, 100, 10) == 7
+    assert steps_of(2.5, None, 100, 10) == 25
+    assert steps_of(0.001, None, 100, 10) == 1
+
+
+def test_fused_adamw_is_adamw() -> None:
+    states = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 5)
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}]
+        optimizer = (
+            adamw(groups, (0.9, 0.95)) if fused else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=False)
+        )
+        set_lr(optimizer, 1e-2)
+        for i in range(5):
+            model(torch.full((2, 5), float(i))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append(model.weight.detach())
+    torch.testing.assert_close(*states)
