@@ -35,7 +35,7 @@ autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": True, "exclude-members": "model_config"}
 autodoc_preserve_defaults = True
 
-TITLES = {kind: f"{kind.capitalize()}s".replace("sss", "sses") for kind in registry.KINDS}
+TITLES = {kind: f"{kind.capitalize()}s".replace("sss", "sses") for kind in registry.RECIPE_KEYS}
 
 
 def components() -> str:

@@ -39,6 +39,10 @@ class Labeled:
         """(images,) int64, what a part held out is stratified by: the class, where an image has one."""
         return np.zeros(len(self.labels), dtype=np.int64) if self.several else self.labels
 
+    def class_of_each(self) -> np.ndarray | None:
+        """(images,) int64; None if an image may have several classes."""
+        return None if self.several else self.labels
+
     @property
     def several(self) -> bool:
         """Whether an image may have several labels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,22 @@ class LabeledBatch:
     replaced: int = 0
     """Training images in whose place another one stands"""
 
-    def pin_memory(self) -> LabeledBatch:
-        if isinstance(self.images, Tensor) and isinstance(self.labels, Tensor):
-            self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
+    def tensors_by(self, act: Callable[[Tensor], Tensor]) -> LabeledBatch:
+        """Replace images and labels by what `act` makes of each tensor among them; the rest stays with the host."""
+        self.images, self.labels = _each(self.images, act), _each(self.labels, act)
         return self
+
+    def pin_memory(self) -> LabeledBatch:
+        return self.tensors_by(Tensor.pin_memory)
+
+
+def _each(value: Any, act: Callable[[Tensor], Tensor]) -> Any:
+    """The same lists and dictionaries, with every tensor replaced."""
+    if isinstance(value, Tensor):
+        return act(value)
+    if isinstance(value, dict):
+        return {key: _each(inner, act) for key, inner in value.items()}
+    return [_each(inner, act) for inner in value] if isinstance(value, list) else value
 
 
 class LabeledDataset(Dataset[LabeledBatch]):

@@ -49,6 +49,10 @@ class _Dense:
         """(images,) int64, what a part held out is stratified by: nothing."""
         return np.zeros(len(self.images), dtype=np.int64)
 
+    def class_of_each(self) -> np.ndarray | None:
+        """None: an image may show several classes, or none."""
+        return None
+
     def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
         """Numbers of the images to train on, ascending."""
         return draw_fraction(len(self.images), fraction, seed)

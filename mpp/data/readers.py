@@ -13,6 +13,7 @@ import numpy as np
 
 from mpp.data.files import read_regular
 from mpp.data.shards.reader import ShardImages, evenly, holds_shards, images_of
+from mpp.data.walk import LeftOut
 from mpp.errors import BadImage, MppWarning, UserError
 
 LOOKED_INTO = 16
@@ -26,6 +27,37 @@ class Reader(Protocol):
     def name(self, i: int) -> str: ...
     def sizes(self) -> np.ndarray: ...
     def fingerprint(self) -> str: ...
+
+
+class LabeledImages(Protocol):
+    """Labeled images by number, whatever their labels are."""
+
+    @property
+    def reader(self) -> Reader: ...
+    @property
+    def classes(self) -> list[str]: ...
+    @property
+    def left_out(self) -> LeftOut:
+        """Files and members that are not among the images."""
+        ...
+
+    @property
+    def strata(self) -> np.ndarray:
+        """(images,) int64, what a part held out is stratified by: the class, if an image has exactly one."""
+        ...
+
+    def class_of_each(self) -> np.ndarray | None:
+        """(images,) int64, the class of each image; None if an image may have several, or none."""
+        ...
+
+    def __len__(self) -> int: ...
+    def fingerprint(self) -> str:
+        """What the images and their labels are, not where they lie."""
+        ...
+
+    def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
+        """Numbers of the images to train on, ascending: all, so many of each class, or a fraction."""
+        ...
 
 
 class FileReader:

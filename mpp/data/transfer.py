@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
+from torch import Tensor
 
-from mpp.data.batch import Batch
+
+class Movable(Protocol):
+    """A batch whose tensors can be replaced."""
+
+    def tensors_by(self, act: Callable[[Tensor], Tensor]) -> Self: ...
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+B = TypeVar("B", bound=Movable)
+
+
+def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:
     """The same batches, their tensors on the device: one batch ahead, on a stream of their own.
 
     Worth it where batches come from pinned memory: the host then waits for none of it. A CPU has nothing to gain.
     """
     module = torch.get_device_module(device)
     side = module.Stream()
-    underway: deque[tuple[Batch, Any]] = deque()
-    for batch in chain(batches, [None]):
+    underway: deque[tuple[B, Any]] = deque()
+    last: list[B | None] = [None]
+    for batch in chain(batches, last):
         if batch is not None:
             side.wait_stream(module.current_stream())  # it takes memory again that the batch before last was read from
             with module.stream(side):

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpp.data.decoding.decode import Deep, decode_crop, deep_values
-from mpp.data.labeled import Labeled
-from mpp.data.readers import Reader
+from mpp.data.readers import LabeledImages, Reader
 from mpp.data.shards.reader import evenly
 from mpp.errors import BadImage, UserError
 from mpp.runs.log import RunLog
@@ -30,7 +29,7 @@ USED_PART = 4
 """Images whose largest value is this many times smaller than what their type holds are dark, or coarse."""
 
 
-def check_images(images: Any, key: str, decoding: dict[str, Any], max_bad_fraction: float) -> list[str]:
+def check_images(images: LabeledImages, key: str, decoding: dict[str, Any], max_bad_fraction: float) -> list[str]:
     """Open some labeled images, of every class if there are few classes, before anything is trained.
 
     Args:
@@ -58,22 +57,25 @@ def check_images(images: Any, key: str, decoding: dict[str, Any], max_bad_fracti
             faults[i] = f"{reader.name(i)}: {error}"
     _check_count(len(faults), len(chosen), key, max_bad_fraction, lambda: next(iter(faults.values())))
     warnings = [f"{key}: {images.left_out}"] if images.left_out else []
-    if isinstance(images, Labeled) and not images.several:
-        lost = unread_classes(images, [i for i in chosen if i not in faults], chosen)
-        if lost:
-            warnings.append(f"{key}: of {', '.join(lost)} not one of the images looked at can be read")
+    lost = unread_classes(images, [i for i in chosen if i not in faults], chosen)
+    if lost:
+        warnings.append(f"{key}: of {', '.join(lost)} not one of the images looked at can be read")
     return warnings + _name_coarse(deep, key, decoding)
 
 
-def unread_classes(images: Labeled, read: Sequence[int], of: Sequence[int] | None = None) -> list[str]:
-    """Names of the classes that have images, and none among those read.
+def unread_classes(images: LabeledImages, read: Sequence[int], tried: Sequence[int]) -> list[str]:
+    """Return names of the classes that have images, and none among those read; [] if images have no one class.
 
     Args:
+        images: Labeled images.
         read: Numbers of images that could be read.
-        of: Numbers of the images that were tried; None: all.
+        tried: Numbers of the images that were tried.
     """
-    tried = images.labels if of is None else images.labels[list(of)]
-    return [images.classes[label] for label in sorted(set(tried.tolist()) - set(images.labels[list(read)].tolist()))]
+    labels = images.class_of_each()
+    if labels is None:
+        return []
+    lost = set(labels[list(tried)].tolist()) - set(labels[list(read)].tolist())
+    return [images.classes[label] for label in sorted(lost)]
 
 
 def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decoding: dict[str, Any]) -> list[str]:
@@ -144,13 +146,14 @@ def count_unreadable(before: int, new: int, lines: list[str], seen: int, max_bad
     return bad
 
 
-def _spread(images: Any) -> list[int]:
+def _spread(images: LabeledImages) -> list[int]:
     """Choose the images to look at, ascending: as many of each class as LOOKED_AT allows, and one at least; of at most
     MOST_LOOKED_AT classes."""
-    if not isinstance(images, Labeled) or images.several:
+    labels = images.class_of_each()
+    if labels is None:
         return evenly(len(images), LOOKED_AT)
-    by_class = np.argsort(images.labels, kind="stable")
-    members = np.split(by_class, np.flatnonzero(np.diff(images.labels[by_class])) + 1)
+    by_class = np.argsort(labels, kind="stable")
+    members = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
     members = [members[i] for i in evenly(len(members), MOST_LOOKED_AT)]
     each = max(LOOKED_AT // max(len(members), 1), 1)
     return sorted(int(own[at]) for own in members for at in evenly(len(own), each))

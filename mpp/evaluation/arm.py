@@ -19,12 +19,13 @@ from tqdm import tqdm
 from mpp.data.labeled import Labeled
 from mpp.data.labeled_sets import CentreDataset
 from mpp.data.loader import batches
-from mpp.encoders.images_of import for_channels
+from mpp.encoders.resolve import for_channels
 from mpp.encoders.sources import check_size, open_encoder
 from mpp.errors import UserError
 from mpp.evaluation.features import EncoderReader, Place, Read, Table, read_table
 from mpp.evaluation.probes import attentive, knn, linear
 from mpp.evaluation.result import RESULT, Score, best_setting, named_classes
+from mpp.parallel.team import Team
 from mpp.recipe.evaluate import EvaluateRecipe
 from mpp.rng import Purpose, stream, torch_seed
 from mpp.runs.log import format_duration
@@ -99,10 +100,10 @@ def finished_arm(folder: Path, fingerprint: str) -> Arm | None:
 
 
 def run_arm(
-    recipe: EvaluateRecipe, accelerator: Any, reader: nn.Module, data: Data, size: tuple[int, int], folder: Path
+    recipe: EvaluateRecipe, team: Team, reader: nn.Module, data: Data, size: tuple[int, int], folder: Path
 ) -> Arm:
     """Every probe at every place of one encoder."""
-    device, scores = accelerator.device, list[Score]()
+    device, scores = team.device, list[Score]()
     keys, classes = recipe.data, len(data.train.classes)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
     progress = _Progress()
@@ -118,7 +119,7 @@ def run_arm(
 
     def read(pixels: Tensor, *, tokens: bool = False) -> Read:
         """In the run's precision, and only this: whatever is trained on it is trained in float32."""
-        with accelerator.autocast():
+        with team.autocast():
             return reader(pixels, tokens=tokens)
 
     # ---- features, read once

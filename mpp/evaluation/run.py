@@ -18,14 +18,14 @@ from mpp.data.labeled import open_labeled
 from mpp.data.subsets import split
 from mpp.data.unreadable import check_images
 from mpp.drawing.plots import Level, Line, draw
-from mpp.encoders.images_of import read_as
+from mpp.encoders.resolve import resolve
 from mpp.encoders.sources import check_source, fingerprint_of_inputs
 from mpp.errors import MppWarning, UserError, one_line
 from mpp.evaluation.arm import Arm, Data, finished_arm, open_reader, run_arm
 from mpp.evaluation.features import PixelReader
 from mpp.evaluation.result import PLOT, RESULT, EvaluateResult
 from mpp.parallel.signals import ending_on_signals
-from mpp.parallel.team import Accelerator, start_accelerator
+from mpp.parallel.team import Team, start_team
 from mpp.recipe.evaluate import EvaluateRecipe
 from mpp.runs.environment import environment
 from mpp.runs.folder import opened
@@ -38,12 +38,12 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
 
     UserError for everything the user can correct.
     """
-    recipe = recipe.model_copy(update={"data": read_as(recipe.encoder, recipe.data, warn=True)})
+    recipe = resolve(recipe, recipe.encoder, warn=True, normalise=False)
     if resume not in ("never", "auto"):
         raise UserError(f"--resume {resume}: each arm has a result of its own; allowed: auto, never")
-    accelerator = start_accelerator(recipe.precision)
-    if accelerator.num_processes > 1:
-        raise UserError(f"evaluate runs in one process; got {accelerator.num_processes}")
+    team = start_team(recipe.precision)
+    if team.world > 1:
+        raise UserError(f"evaluate runs in one process; got {team.world}")
     data = _open(recipe)
     for key in ("encoder", "compare"):
         if source := getattr(recipe, key):
@@ -53,9 +53,9 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
     }  # refuses before work
     sizes = {arm: reader.size for arm, reader in readers.items() if reader is not None}
     fingerprint = _fingerprint(recipe, data)
-    with opened(accelerator, recipe, resume, fingerprint=fingerprint), ending_on_signals():
+    with opened(team, recipe, resume, fingerprint=fingerprint), ending_on_signals():
         try:
-            return _evaluate(recipe, accelerator, data, readers, sizes, fingerprint)
+            return _evaluate(recipe, team, data, readers, sizes, fingerprint)
         except (KeyboardInterrupt, SystemExit) as end:
             number = end.code - 128 if isinstance(end, SystemExit) and isinstance(end.code, int) else signal.SIGINT
             with suppress(OSError):
@@ -70,7 +70,7 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
 
 def _evaluate(
     recipe: EvaluateRecipe,
-    accelerator: Accelerator,
+    team: Team,
     data: Data,
     readers: dict[str, Any],
     sizes: dict[str, Any],
@@ -91,7 +91,7 @@ def _evaluate(
             write_status(out, "running", arm=arm, number=number + 1, of=len(readers))
             size = found.size if found else sizes["encoder"]
             reader = found.reader if found else PixelReader()
-            done = run_arm(recipe, accelerator, reader.to(accelerator.device), data, size, folder)
+            done = run_arm(recipe, team, reader.to(team.device), data, size, folder)
             reader.cpu()
             write_json(folder / RESULT, {"fingerprint": fingerprint, **asdict(done)})
             took_s.append(time.monotonic() - began)

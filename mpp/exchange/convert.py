@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mpp.encoders.checksums import has_head, sha256, weights_sha256
 from mpp.encoders.folder import has_embedding
-from mpp.encoders.images_of import stored_recipe, value_range_of
+from mpp.encoders.resolve import stored_recipe, value_range_of
 from mpp.encoders.sources import class_names, load_encoder
 from mpp.errors import UserError, how_to_get, one_line
 from mpp.exchange import card as modelcard

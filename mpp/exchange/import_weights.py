@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpp.encoders.adapter import create_timm_model, timm_names
 from mpp.encoders.folder import Origin, pool_patches
-from mpp.encoders.images_of import for_channels
+from mpp.encoders.resolve import for_channels
 from mpp.encoders.sources import check_size
 from mpp.errors import UserError, one_line
 from mpp.exchange import naming_rules as keymap

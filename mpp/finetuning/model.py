@@ -83,15 +83,15 @@ class Dense(Supervised):
         return self.task(read_maps(self.encoder, x, self.indices), size, targets if self.training else None)
 
 
-def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool, several: bool) -> Tensor:
+def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool, independent: bool) -> Tensor:
     """(B, crops, C, H, W) uint8 -> (B, classes) float32 probabilities: means over the crops, and their mirror images.
 
-    run: (n, C, H, W) uint8 -> (n, classes) logits. several: each class by itself, where images may have several.
+    run: (n, C, H, W) uint8 -> (n, classes) logits. independent: each class by itself, if images may have several.
     """
 
     def probable(images: Tensor) -> Tensor:
         logits = run(images).float()
-        return logits.sigmoid() if several else logits.softmax(-1)
+        return logits.sigmoid() if independent else logits.softmax(-1)
 
     flat = crops.flatten(0, 1)
     found = probable(flat)
@@ -102,7 +102,8 @@ def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool
 
 def is_dense(recipe: FinetuneRecipe) -> bool:
     """Whether the task predicts at every place."""
-    return registry.component("task", recipe.task.name).labels in ("mask", "boxes")
+    kind: type[Any] = registry.component("labels", registry.component("task", recipe.task.name).labels)
+    return bool(kind.at_every_place)
 
 
 def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supervised:

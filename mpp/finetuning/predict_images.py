@@ -18,11 +18,11 @@ from mpp.data.files import read_regular
 from mpp.data.shards.reader import images_of
 from mpp.drawing.plots import confusion, gallery
 from mpp.encoders.checksums import has_head
-from mpp.encoders.images_of import decoding_of, stored_recipe
+from mpp.encoders.resolve import decoding_of, stored_recipe
 from mpp.encoders.sources import class_names, load_encoder
 from mpp.errors import BadImage, UserError
 from mpp.finetuning.model import over_views
-from mpp.finetuning.predict_places import BOX_COLUMNS, predict_dense
+from mpp.finetuning.predict_places import predict_places
 from mpp.runs.records import encoder_folder
 
 BATCH = 64
@@ -102,7 +102,7 @@ class Predictor:
         def run(images: Tensor) -> Tensor:
             return self.model((images.to(self.device).float() - self.mean) / self.std)
 
-        return over_views(run, crops, mirrored=self.views > 1, several=self.several).cpu()
+        return over_views(run, crops, mirrored=self.views > 1, independent=self.several).cpu()
 
 
 def _drawable(pixels: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def predict_files(
 
     top: classes named in a row. out: the rows as CSV. report: a folder for the confusion matrix and the worst mistakes;
     the folder that an image lies in is its true class then. Of a model of task: segment or detect, which has neither
-    views nor top: rows, folder and no report, see `predict_dense`. UserError for what the user can correct.
+    views nor top: rows, folder and no report, see `predict_places`. UserError for what the user can correct.
     """
     if has_head(encoder_folder(source)):
         for option, value in (("views", views), ("top", top)):
@@ -149,9 +149,9 @@ def predict_files(
                 raise UserError(f"--{option}: {source} tells of places, not of whole images; allowed: 1")
         if out is not None:
             _check_writable(Path(out))
-        rows, unreadable = predict_dense(source, images_of(list(map(_images_part, places))), folder=report)
+        columns, rows, unreadable = predict_places(source, images_of(list(map(_images_part, places))), folder=report)
         if out is not None:
-            _write_csv(Path(out), list(rows[0]) if rows else BOX_COLUMNS, [list(row.values()) for row in rows])
+            _write_csv(Path(out), list(columns), [list(row.values()) for row in rows])
         return rows, unreadable, None
     predictor = Predictor(source, views)
     images = images_of(places)

@@ -3,39 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class Task(Protocol):
-    """`tasks/*.py`: a labeled task of fine-tuning, put on an encoder. A module.
+class Task(nn.Module):
+    """A labeled task of fine-tuning, put on an encoder.
 
-    Built with (features, classes): the width of the vector, or the `FeatureMaps`, and the number of classes. It may
-    have `per_class(judged)`, (classes,) of the headline metric for each class, nan where it has none.
+    Built with (features, classes): the width of the encoder's vector, or its `FeatureMaps`, and the number of classes.
     """
 
-    labels: Literal["class", "classes", "mask", "boxes"]
-    """What an image is labeled with: one class; any number of them; a class at each pixel; boxes with classes."""
-    headline: str
+    labels: ClassVar[str]
+    """The kind of label that it learns from, a file in `labels/`."""
+    headline: ClassVar[str]
     """The metric of the verdict, in [0, 1]."""
+    class_weights: Tensor | None
+    """(classes,) by which the loss weighs classes; None: all the same."""
 
-    def __call__(self, features: Any, *size_and_targets: Any) -> Any:
-        """Outputs from features, (B, D); of a task that reads maps from their list, the images' size (H, W), for which
-        maps may be too large, and in training the batch's labels."""
-        ...
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("class_weights", None, persistent=False)
+
+    def weigh(self, counts: Tensor) -> None:
+        """Let classes count as if all were as frequent: weights go with 1 / counts, (classes,), and their mean over
+        what was counted is 1."""
+        self.class_weights = counts.sum() / (counts.gt(0).sum() * counts.clamp_min(1))
+
+    def forward(self, features: Any, *size_and_targets: Any) -> Any:
+        """Return outputs.
+
+        Args:
+            features: (B, D); or a list of maps, (B, D_i, h_i, w_i), for labels at every place.
+            size_and_targets: For labels at every place: the images' size (H, W), for which maps may be too large, and
+                in training the batch's labels.
+        """
+        raise NotImplementedError
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Scalar float32."""
-        ...
+        """Return a scalar in float32."""
+        raise NotImplementedError
 
     def judge(self, run: Callable[[Tensor], Any], images: Any, targets: Any, size: tuple[int, int]) -> Any:
-        """What the metrics want to know of a batch, on the CPU.
+        """Return what the metrics need of a batch, on the CPU.
 
-        run: outputs for (B, C, H, W) uint8 of the recipe's `size`; only what it is given of `images` must have it.
+        Args:
+            run: Gives outputs for (B, C, H, W) uint8 of the recipe's `size`.
+            images: Of a batch. Only what is given to `run` must have that size.
+            targets: The batch's labels.
+            size: (H, W) in pixels.
         """
-        ...
+        raise NotImplementedError
 
     def metrics(self, judged: list[Any], *, headline_only: bool = False) -> dict[str, float]:
-        """From what `judge` gave for the batches of all validation images."""
-        ...
+        """Return metrics from what `judge` gave for the batches of all validation images."""
+        raise NotImplementedError
+
+    def per_class(self, judged: list[Any]) -> Tensor | None:
+        """Return the headline metric of each class, (classes,), nan for a class without one; None: not known by class.
+
+        judged: as `metrics` takes it.
+        """
+        return None

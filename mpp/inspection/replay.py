@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mpp.errors import UserError
 from mpp.finetuning import lora
+from mpp.finetuning.micro_loss import MicroLoss
 from mpp.finetuning.model import build
-from mpp.finetuning.run import MicroLoss
 from mpp.objective.build import build_model
-from mpp.parallel.team import start_accelerator
+from mpp.parallel.team import start_team
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import load_recipe
 from mpp.recipe.pretrain import PretrainRecipe
@@ -91,14 +91,14 @@ LossOf = Callable[[nonfinite.Share, int, dict[str, Any]], Tensor]
 
 def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
     recipe = load_recipe(run / RECIPE, PretrainRecipe)
-    accelerator = start_accelerator(recipe.precision)
+    team = start_team(recipe.precision)
     model, _ = build_model(recipe)
-    model.to(accelerator.device)
+    model.to(team.device)
 
     def loss_of(share: nonfinite.Share, m: int, batch: dict[str, Any]) -> Tensor:
         torch.manual_seed(share.record["seeds"][m])
-        parts = [batch[k].to(accelerator.device) for k in ("images", "mask", "noise")]
-        with accelerator.autocast():
+        parts = [batch[k].to(team.device) for k in ("images", "mask", "noise")]
+        with team.autocast():
             found: Tensor = model(*parts, share.record["hidden_units"][m])
         return found
 
@@ -107,21 +107,21 @@ def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
 
 def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, LossOf]:
     recipe = load_recipe(cell.parent / RECIPE, FinetuneRecipe)
-    accelerator = start_accelerator(recipe.precision)
+    team = start_team(recipe.precision)
     record = share.record
     model = build(recipe, record["arm"], record["seed"], len(record["classes"]))
     if recipe.lora and record["arm"] == "pretrained":
         lora.add(model.encoder, **recipe.lora.model_dump())
     if record["class_weights"] is not None:
         model.task.class_weights = torch.tensor(record["class_weights"])
-    model.to(accelerator.device)
-    micro_loss = MicroLoss(recipe, accelerator, model, record["classes"], record["seed"])
+    model.to(team.device)
+    micro_loss = MicroLoss(recipe, team, model, record["classes"], record["seed"])
 
     def loss_of(share: nonfinite.Share, m: int, batch: dict[str, Any]) -> Tensor:
         mixed = micro_loss.mix
         if len(batch["images"]) % 2:  # one alone cannot be mixed
             micro_loss.mix = None
-        with accelerator.autocast():
+        with team.autocast():
             found = micro_loss(model, batch["images"], batch["labels"], share.record["seeds"][m])
         micro_loss.mix = mixed
         return found.view(1)

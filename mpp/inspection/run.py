@@ -16,7 +16,7 @@ from mpp.data.decoding.decode import centre_box, decode_crop
 from mpp.data.readers import sample
 from mpp.data.shards.reader import evenly
 from mpp.drawing import plots
-from mpp.encoders.images_of import decoding_of, for_channels, stored_recipe
+from mpp.encoders.resolve import decoding_of, for_channels, stored_recipe
 from mpp.encoders.sources import check_source, open_encoder
 from mpp.errors import BadImage, MppWarning, UserError, one_line
 from mpp.inspection import views

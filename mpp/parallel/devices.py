@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import torch
-from accelerate import Accelerator as Accelerator
 
 from mpp.errors import UserError
 
@@ -31,10 +30,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cores_in_use(accelerator: Accelerator | None = None) -> str:
-    """A line if other work runs on the cores that torch's threads would take; "" if there is room for them."""
-    if accelerator is not None and (accelerator.device.type != "cpu" or accelerator.num_processes > 1):
-        return ""  # a device does the work; or the load is that of the other processes
+def cores_in_use() -> str:
+    """Return a line if other work runs on the cores that torch's threads would take; "" if there is room for them."""
     load, threads = os.getloadavg()[0], torch.get_num_threads()
     if threads == 1 or load + threads <= cores() + SPARE_LOAD:
         return ""

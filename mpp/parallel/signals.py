@@ -12,10 +12,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from accelerate import Accelerator as Accelerator
-
 from mpp.parallel import streams
-from mpp.parallel.team import gather_objects
+from mpp.parallel.team import Team
 
 SAME_PRESS_S = 1.0
 """A second SIGINT within so many seconds is the same Ctrl-C: torchrun passes on what the terminal sent to all."""
@@ -60,9 +58,9 @@ class StopRequest:
         with suppress(OSError):
             os.write(2, f"{by}: finishing the step, then saving{note}\n".encode())
 
-    def of_all(self, accelerator: Accelerator) -> str:
+    def of_all(self, team: Team) -> str:
         """The name of the signal that some process got, the same on all of them, which call this together."""
-        return next((by for by in gather_objects(accelerator, [self.by]) if by), signal.SIGTERM.name)
+        return next((by for by in team.gather([self.by]) if by), signal.SIGTERM.name)
 
     def __enter__(self) -> StopRequest:
         streams.on_broken_pipe = lambda: self._stop("SIGPIPE")

@@ -1,23 +1,27 @@
-"""Processes and devices: the only user of Accelerate besides the two loops."""
+"""The processes of a run and their devices. Accelerate is used through `Team` alone."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator as Accelerator
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list, gather_object
+from torch import Tensor, nn
 
 from mpp.errors import ToldElsewhere, UserError, how_to_get, one_line
 from mpp.parallel import faults
 from mpp.parallel.devices import TF32_FROM, multiply_in_tf32, write_attention_out
 from mpp.parallel.launch import LAUNCHERS, check_launch, is_set
+from mpp.parallel.sharding import whole_value
 
 HANG_TIMEOUT_S = 1800
 """What processes wait for each other at most, where a recipe does not say (a guess)."""
@@ -26,16 +30,117 @@ WAIT_TOLD_S = 10.0
 T = TypeVar("T")
 
 
-def start_accelerator(
-    precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = HANG_TIMEOUT_S
-) -> Accelerator:
-    """An Accelerator for the processes that torchrun or `accelerate launch` made, or for this one alone.
+class Team:
+    """The processes of a run, seen from this one, and the device that this one computes on."""
 
-    precision: "fp32", "tf32", "bf16", or "auto": bf16 where a CUDA device has it, fp32 on CPUs: bf16 is 3.2 times
-    slower on those without instructions for it; the others (`cpu_has_bf16`) would take half the time. trackers: those
-    that the run will want. hang_timeout_s: an exchange that waits longer fails; a little more, so that `liveness` is
-    the first to say so. UserError where a precision is asked of a device that has none, a tracker is not installed, or
-    the other processes do not come.
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.world: int = accelerator.num_processes
+        """Number of processes."""
+        self.is_main: bool = accelerator.is_main_process
+        self.device: torch.device = accelerator.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which operations run in the run's precision."""
+        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        return context
+
+    # ---- what all processes agree on
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Return on every process what `act` returns on the main process. The others wait for it.
+
+        Raises:
+            UserError: `act` raised it, on every process. The main process alone reports it.
+        """
+        found: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                found[0] = act()
+            except UserError as error:
+                if self.world == 1:
+                    raise
+                found[1] = error
+        if self.world > 1:
+            failed = found[1]
+            broadcast_object_list(found)
+            if failed is not None:
+                raise failed
+            if found[1] is not None:
+                raise ToldElsewhere(str(found[1]))
+        result: T = found[0]
+        return result
+
+    def gather(self, values: list[T]) -> list[T]:
+        """Return the values of every process, in the order of the processes."""
+        found: list[T] = gather_object(values) if self.world > 1 else values
+        return found
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Return sums over all processes, in float64: counts stay exact."""
+        if self.world == 1:
+            return values
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.sum_tensor(own).tolist()
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes. It stays on the device."""
+        if self.world == 1:
+            return values
+        summed: Tensor = self._accelerator.reduce(values, "sum")
+        return summed
+
+    def copy_from_main(self, values: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the main process."""
+        for value in values:
+            value.copy_(broadcast(value))
+
+    def wait(self) -> None:
+        """Wait until every process has come here."""
+        self._accelerator.wait_for_everyone()
+
+    def ranks_here(self) -> range:
+        """Return the processes of this machine; all of them if the launcher does not say."""
+        return ranks_here(self.rank, self.world)
+
+    # ---- training
+
+    def wrap_model(self, model: nn.Module, *, sharded: bool = False) -> Any:
+        """Return the model as the loop calls it: in autocast, with gradients exchanged.
+
+        A sharded model exchanges its own gradients; Accelerate would wrap it once more if it were to train it.
+        """
+        return self._accelerator.prepare_model(model, evaluation_mode=sharded)
+
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Return the optimizer as the loop calls it."""
+        return self._accelerator.prepare_optimizer(optimizer)
+
+    def accumulate(self, wrapped: Any, *, exchange: bool) -> AbstractContextManager[Any]:
+        """Return a context for one micro-batch. exchange: whether its backward pass exchanges gradients."""
+        return nullcontext() if exchange else self._accelerator.no_sync(wrapped)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        self._accelerator.backward(loss)
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Scale gradients down to this norm, if it is given, and return their norm before, () on the device."""
+        return whole_value(self._accelerator.clip_grad_norm_(parameters, max_norm or math.inf))
+
+
+def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = HANG_TIMEOUT_S) -> Team:
+    """Join the processes that torchrun or `accelerate launch` made, or make a team of this process alone.
+
+    Args:
+        precision: "fp32", "tf32", "bf16", or "auto": bf16 on CUDA devices that have it, else fp32. CPUs without
+            instructions for bf16 take 3.2 times as long with it; the others (`cpu_has_bf16`) half the time.
+        trackers: Names of the trackers that the run will use.
+        hang_timeout_s: An exchange fails when it waits longer, and one minute more, so that `liveness` reports first.
+
+    Raises:
+        UserError: The device lacks the precision, a tracker is not installed, or the other processes do not come.
     """
     faults.announce()
     check_launch(os.environ)
@@ -84,49 +189,10 @@ def start_accelerator(
     finally:
         waiting.cancel()
     write_attention_out(bf16 and not cuda)
-    return accelerator
-
-
-def on_main(accelerator: Accelerator, act: Callable[[], T]) -> T:
-    """What `act` returns on the main process, on every process: the others wait for it.
-
-    UserError on every process where it raises one there, told by the main process alone.
-    """
-    found: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            found[0] = act()
-        except UserError as error:
-            if accelerator.num_processes == 1:
-                raise
-            found[1] = error
-    if accelerator.num_processes > 1:
-        failed = found[1]
-        broadcast_object_list(found)
-        if failed is not None:
-            raise failed
-        if found[1] is not None:
-            raise ToldElsewhere(str(found[1]))
-    result: T = found[0]
-    return result
+    return Team(accelerator)
 
 
 def ranks_here(rank: int, world: int) -> range:
-    """Of the processes of this machine, as launchers number them; of all where the launcher does not say."""
+    """Return the processes of this machine, as launchers number them; all of them if the launcher does not say."""
     count = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return range(rank // count * count, min((rank // count + 1) * count, world))
-
-
-def gather_objects(accelerator: Accelerator, values: list[T]) -> list[T]:
-    """Of every process, in their order, on every process."""
-    found: list[T] = gather_object(values) if accelerator.num_processes > 1 else values
-    return found
-
-
-def sum_over_processes(accelerator: Accelerator, values: list[float]) -> list[float]:
-    """Sums over all processes of a few numbers. float64: counts stay exact."""
-    if accelerator.num_processes == 1:
-        return values
-    own = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    summed: torch.Tensor = accelerator.reduce(own, "sum")
-    return summed.tolist()

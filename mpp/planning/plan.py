@@ -28,7 +28,8 @@ from mpp.planning.memory import CUDA_KEEPS, bytes_of, count_step
 from mpp.pretraining.dataset import PretrainDataset
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.training.exchange import accumulation
-from mpp.training.optimizer import adamw, pretrain_groups, steps_of
+from mpp.training.optimizer import adamw, pretrain_groups
+from mpp.training.plan import steps_of
 
 FP32, MOMENTS = 4, 8
 """Bytes of a number, and of AdamW's two moments of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from mpp.data.batch import Batch
 from mpp.evaluation.rank import effective_rank, image_share
 from mpp.objective.model import MaskedPatchModel
 from mpp.objective.reconstruct import reconstruct
-from mpp.parallel.team import Accelerator
+from mpp.parallel.team import Team
+from mpp.pretraining.job import Pretraining
 from mpp.pretraining.monitor import Spread, spread
 from mpp.runs.log import RunLog
 from mpp.runs.pictures import keep
+from mpp.runs.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
 
 RANK_IMAGES = 64
 """Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
@@ -22,6 +25,8 @@ SPREAD_IMAGES = 256
 """Held-out images whose features the spread is taken from: one row each."""
 LEAST_SPREAD_IMAGES = 32
 """With fewer images the rank of the features is low because the images are few (a guess)."""
+AT_ONCE = 256
+"""Held-out images that are measured at once."""
 LEAST_BITS = 1.0
 """Entropy of a target's classes below which a run warns (a guess; 512 colours of photographs carry 5 to 7)."""
 
@@ -59,42 +64,119 @@ def measure_collapse(model: MaskedPatchModel, raw: Tensor) -> dict[str, tuple[fl
     return {name: (effective_rank(v.flatten(0, 1)), image_share(v)) for name, v in values.items()}
 
 
-def measure_skills(
-    accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch
-) -> tuple[list[float], dict[str, tuple[float, float]], Spread | None]:
-    """(skill of each objective, rank and share of targets that may collapse, those of the features), in eval mode.
+def measure(job: Pretraining, due: frozenset[str]) -> dict[str, Any]:
+    """Measure what is due after a step, on held-out images and in eval mode, and warn of what looks wrong.
 
-    On every process alike, so that none waits for another.
+    Args:
+        job: The run; its progress gets what was measured.
+        due: Of "probe", "skill" and "pictures", those that are due.
+
+    Returns:
+        What was measured now, for a line of metrics; empty if nothing was.
+    """
+    progress, team = job.progress, job.team
+    if not due & {"probe", "skill", "pictures"}:
+        return {}
+    measured: dict[str, Any] = {}
+    with job.whole.now(team.device) as model:
+        if job.probe and "probe" in due:
+            model.eval()
+            progress.probed = job.probe(model.encoder.model, team.device)
+            model.train()
+        if "skill" in due:
+            progress.skills, progress.collapse, progress.features = measure_skills(team, model, job.data.held_out)
+        if "pictures" in due and team.is_main:
+            keep_pictures(team, model, job.data.held_out, job.recipe.reconstruct_images, job.log, progress.step)
+    if "skill" in due:
+        measured |= _skill_record(job)
+        _warn(job, due)
+    if "probe" in due and progress.probed:
+        measured |= {f"probe_{key}": value for key, value in progress.probed._asdict().items()}
+    return measured
+
+
+def record_of(job: Pretraining, lr: float, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of metrics. What was measured now is in this line alone."""
+    progress, objectives = job.progress, job.model.objectives
+    seen = progress.step * job.plan.global_batch_size
+    record: dict[str, Any] = {"step": progress.step, "seen": seen, "loss": progress.loss}
+    if len(objectives) > 1:
+        record |= {f"loss_{o.name}": value for o, value in zip(objectives, progress.losses, strict=True)}
+    record |= measured
+    record |= {"lr": lr, "grad_norm": progress.grad_norm, **job.pace.rates(job.plan.global_batch_size)}
+    record["skipped_images"] = progress.unreadable
+    return record | ({"skipped_steps": progress.skipped} if progress.skipped else {})
+
+
+def _skill_record(job: Pretraining) -> dict[str, Any]:
+    """Return the numbers of a measured skill by their keys in the metrics."""
+    progress, objectives = job.progress, job.model.objectives
+    record: dict[str, Any] = {"skill": progress.skill}
+    if len(objectives) > 1:
+        record |= {f"skill_{o.name}": value for o, value in zip(objectives, progress.skills, strict=True)}
+    record |= {f"target_rank_{name}": rank for name, (rank, _) in progress.collapse.items()}
+    record |= {f"target_share_{name}": share for name, (_, share) in progress.collapse.items()}
+    return record | ({f"feature_{k}": v for k, v in progress.features._asdict().items()} if progress.features else {})
+
+
+def _warn(job: Pretraining, due: frozenset[str]) -> None:
+    """Warn of features or targets that collapse, and of a run in which nothing rises any more."""
+    progress, log, features = job.progress, job.log, job.progress.features
+    if features and collapsed(*features, COLLAPSED_FEATURE_SHARE):
+        log.say(
+            f"warning: the encoder's features collapse: {features.share:.2%} of them depends on the image, "
+            f"effective rank {features.rank:.1f}. Try a lower optim.base_lr, or more warm-up"
+        )
+    for name, (rank, share) in progress.collapse.items():
+        if collapsed(rank, share, COLLAPSED_TARGET_SHARE):
+            log.say(
+                f"warning: target {name} collapses: {share:.1%} of it depends on the image, effective rank "
+                f"{rank:.1f}. Try a higher decay, a lower optim.base_lr, or more warm-up"
+            )
+    known = flat_since(progress.history)
+    if math.isfinite(progress.skill):
+        accuracy = progress.probed.accuracy if progress.probed else None
+        progress.history.append(Measured(progress.step, progress.skill, accuracy))
+    since = flat_since(progress.history)
+    if since is not None and known is None and "end" not in due:
+        log.say(f"warning: neither skill nor probe has risen since step {since}; see metrics.jsonl")
+
+
+def measure_skills(
+    team: Team, model: MaskedPatchModel, held_out: Batch
+) -> tuple[list[float], dict[str, tuple[float, float]], Spread | None]:
+    """Measure a model on held-out images, in eval mode; on every process alike, so that none waits for another.
+
+    Returns:
+        Skill of each objective; rank and share of each target that may collapse; those of the features, if there are
+        enough images.
     """
     model.eval()
     own = trivial = torch.zeros(len(model.objectives), dtype=torch.float64)
-    with accelerator.autocast():
-        for i in range(0, len(held_out.images), 256):
-            images, mask, noise = (
-                t[i : i + 256].to(accelerator.device) for t in (held_out.images, held_out.mask, held_out.noise)
-            )
+    with team.autocast():
+        for i in range(0, len(held_out.images), AT_ONCE):
+            parts = (held_out.images, held_out.mask, held_out.noise)
+            images, mask, noise = (t[i : i + AT_ONCE].to(team.device) for t in parts)
             a, b = model.losses_for_skill(images, mask, noise, held_out.hidden_units)
             own, trivial = own + a.cpu() * len(images), trivial + b.cpu() * len(images)
-        collapse = measure_collapse(model, held_out.images[:RANK_IMAGES].to(accelerator.device))
-        shown = model.images(held_out.images[:SPREAD_IMAGES].to(accelerator.device)).normalised
+        collapse = measure_collapse(model, held_out.images[:RANK_IMAGES].to(team.device))
+        shown = model.images(held_out.images[:SPREAD_IMAGES].to(team.device)).normalised
         features = spread(model.encoder.model, shown) if len(shown) >= LEAST_SPREAD_IMAGES else None
     model.train()
     skills = [1 - o / t if t > 0 else math.nan for o, t in zip(own.tolist(), trivial.tolist(), strict=True)]
     return skills, collapse, features
 
 
-def keep_pictures(
-    accelerator: Accelerator, model: MaskedPatchModel, held_out: Batch, count: int, log: RunLog, step: int
-) -> None:
-    """Keep pictures of the first held-out images, in eval mode; nothing where no target has any.
+def keep_pictures(team: Team, model: MaskedPatchModel, held_out: Batch, count: int, log: RunLog, step: int) -> None:
+    """Keep pictures of the first held-out images, drawn in eval mode, if a target has a picture.
 
-    A disk that is full is no reason to end a run here: it is said.
+    A full disk does not end the run here; the log gets a line.
     """
     if count == 0:
         return
     model.eval()
-    images, mask, noise = (t[:count].to(accelerator.device) for t in (held_out.images, held_out.mask, held_out.noise))
-    with accelerator.autocast():
+    images, mask, noise = (t[:count].to(team.device) for t in (held_out.images, held_out.mask, held_out.noise))
+    with team.autocast():
         found = reconstruct(model, images, mask, noise, held_out.hidden_units)
     model.train()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -50,6 +50,14 @@ class FinetuneData(LabeledData):
     val_side_px: PositiveInt | None = None
     """With task: segment: shorter side to which validation images are scaled, then read in overlapping windows of
     image_size; default: the shorter of image_size."""
+
+    @model_validator(mode="after")
+    def _augmentations_of_colours(self) -> Self:
+        for key, value in (("auto_augment", self.auto_augment), ("color_jitter", self.color_jitter)):
+            if value is not None and not self.eight_bit:
+                allowed = "only for images of 8 bit with 1, 3 or 4 channels, without value_range"
+                raise ValueError(f"{key}: {allowed}; data.{key}=null leaves it out")
+        return self
 
     def label_counts(self) -> tuple[int | None, ...]:
         """Labels of each class, from few to many; None: as many as there are, or a fraction."""
@@ -166,12 +174,6 @@ class FinetuneRecipe(Run):
     scratch: Scratch = Scratch()
 
     @model_validator(mode="after")
-    def _places_in_colour(self) -> Self:
-        if self.task.name in ("segment", "detect") and not self.data.eight_bit:
-            raise ValueError(f"task: {self.task.name}: for images of 8 bit with 1, 3 or 4 channels alone")
-        return self
-
-    @model_validator(mode="after")
     def _architecture(self) -> FinetuneRecipe:
         named = self.architecture and self.architecture.name
         if self.encoder == "scratch" and not named:
@@ -187,25 +189,17 @@ class FinetuneRecipe(Run):
         side_px = self.data.val_side_px
         if side_px is not None and side_px < min(self.data.image_size):
             raise ValueError(f"data: val_side_px: at least the shorter of image_size, {min(self.data.image_size)}")
-        labels = registry.declaration("task", self.task.name).constants["labels"]
-        off: dict[str, Any] = {}
-        if labels != "class":
-            off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "distill": None, "data.labels_per_class": None}
-        if labels in ("mask", "boxes"):
-            off |= {
-                "pool": "mean",
-                "fc_norm": None,
-                "data.auto_augment": None,
-                "data.erase": 0.0,
-                "data.val_crop_fraction": 1.0,
-            }
-            off["data.val_views"] = 1
-        if labels != "mask":
-            off["data.val_side_px"] = None
-        elif self.balance == "loss":
-            del off["balance"]
-        for key, value in off.items():
-            if reduce(getattr, key.split("."), self) != value:
+        return self
+
+    @model_validator(mode="after")
+    def _kind_of_label(self) -> Self:
+        """Compare with what the kind of label allows that the task learns from."""
+        kind = registry.declaration("task", self.task.name).constants["labels"]
+        constants = registry.declaration("labels", kind).constants
+        if constants.get("eight_bit_only") and not self.data.eight_bit:
+            raise ValueError(f"task: {self.task.name}: only for images of 8 bit with 1, 3 or 4 channels")
+        for key, allowed in constants.get("allowed_values", {}).items():
+            if reduce(getattr, key.split("."), self) not in allowed:
                 instead = "; allowed: data.fraction" if key == "data.labels_per_class" else ""
                 section, _, rest = key.rpartition(".")
                 where = f"{section}: {rest}" if section else rest

@@ -95,7 +95,7 @@ def checked(
     if isinstance(recipe, Mapping):
         values = deepcopy(dict(recipe))
     elif isinstance(recipe, job):
-        values = recipe.model_dump(mode="json", exclude_unset=True)  # which keys were given may matter, see `read_as`
+        values = recipe.model_dump(mode="json", exclude_unset=True)  # which keys were given may matter
     elif isinstance(recipe, Job):
         raise UserError(f"this is a recipe of `mpp {recipe.job}`, not of `mpp {job.model_fields['job'].default}`")
     else:

@@ -43,8 +43,10 @@ KINDS = {
     "loss": Kind("objective/losses", "Loss"),
     "head": Kind("objective/heads", "Head"),
     "task": Kind("finetuning/tasks", "Task"),
+    "labels": Kind("finetuning/labels", "Labels"),
 }
-"""The recipe keys that name a component."""
+"""Every kind by the recipe key that names a component; labels are named by tasks."""
+RECIPE_KEYS = tuple(kind for kind in KINDS if kind != "labels")
 
 
 class Argument(NamedTuple):
@@ -71,7 +73,7 @@ class Declaration:
 
 def is_component_key(key: str) -> bool:
     """Return whether a recipe key, or its last part, names a component."""
-    return key.split(".")[-1] in KINDS
+    return key.split(".")[-1] in RECIPE_KEYS
 
 
 @cache
@@ -106,8 +108,16 @@ def declaration(kind: str, name: str) -> Declaration:
             )
     constants: dict[str, Any] = {}
     for node in cls.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            constants |= {target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)}
+        target = (
+            node.targets[0]
+            if isinstance(node, ast.Assign)
+            else node.target
+            if isinstance(node, ast.AnnAssign)
+            else None
+        )
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
+            with suppress(ValueError):  # not a plain value
+                constants[target.id] = ast.literal_eval(node.value)
     return Declaration(expected, ast.get_docstring(cls) or "", arguments, constants)
 
 

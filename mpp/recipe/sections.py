@@ -22,7 +22,6 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from mpp.errors import UserError
 from mpp.recipe import registry
 from mpp.recipe.values import (
     MOST_CHANNELS,
@@ -138,23 +137,10 @@ class ImageData(Section):
                 raise ValueError(f"{key}: has {len(value)} values for {self.channels} channels")
         return self
 
-    @model_validator(mode="after")
-    def _eight_bit_alone(self) -> Self:
-        if not self.eight_bit:
-            for key in ("auto_augment", "color_jitter"):
-                if getattr(self, key, None) is not None:
-                    raise ValueError(f"{key}: for images of 8 bit with 1, 3 or 4 channels alone, without value_range")
-        return self
-
     @property
     def eight_bit(self) -> bool:
         """Whether images are read as uint8."""
         return self.value_range is None and self.channels in (1, 3, 4)
-
-    def check_nodata(self) -> None:
-        """UserError for a nodata that nothing reads; what the encoder's folder says must be filled in before."""
-        if self.nodata is not None and self.eight_bit:
-            raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
 
     def decoding(self) -> dict[str, Any]:
         """What the readers of images want to know, as their arguments."""

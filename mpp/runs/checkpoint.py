@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from mpp.errors import MppWarning, ToldElsewhere, UserError
 from mpp.parallel import faults
 from mpp.parallel.sharding import like, own_part, own_rows
-from mpp.parallel.team import Accelerator, gather_objects, on_main
+from mpp.parallel.team import Team
 from mpp.runs.records import steps
 
 FORMAT = 2
@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 T = TypeVar("T")
 
 
-class Team(NamedTuple):
+class Writers(NamedTuple):
     """The processes that write one checkpoint, each its part."""
 
     rank: int = 0
@@ -52,7 +52,7 @@ class Team(NamedTuple):
         return f"{stem}.safetensors" if self.world == 1 else f"{stem}-rank{self.rank}-of-{self.world}.safetensors"
 
 
-ALONE = Team()
+ALONE = Writers()
 
 
 def save(
@@ -64,11 +64,11 @@ def save(
     *,
     keep: int | None,
     averaged: nn.Module | None = None,
-    team: Team = ALONE,
+    writers: Writers = ALONE,
 ) -> Path:
     """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it, or all.
 
-    team: every process of it calls this, with its part of a sharded model; else call it on one process. UserError on
+    writers: every process of it calls this, with its part of a sharded model; else call it on one process. UserError on
     each, with path and free space, where it cannot be written; earlier checkpoints are not touched then.
     """
     final = folder / f"step-{step:08d}"
@@ -87,11 +87,11 @@ def save(
 
     def write() -> dict[str, str]:
         for stem, tensors in written.items():
-            path = aside / team.name(stem)
-            _save_part(tensors(), path, team)
+            path = aside / writers.name(stem)
+            _save_part(tensors(), path, writers)
             faults.point(f"save.{stem}_written", path)
-        files = [aside / team.name(stem) for stem in written]
-        if team.rank == 0:
+        files = [aside / writers.name(stem) for stem in written]
+        if writers.rank == 0:
             files.append(aside / "state.json")
             files[-1].write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
             faults.point("save.state_written", files[-1])
@@ -118,15 +118,15 @@ def save(
         """What `act` gives on each process, or on one; UserError on all where it fails on any."""
         fault, result = None, None
         try:
-            if on is None or team.rank == on:
+            if on is None or writers.rank == on:
                 result = act()
         except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
             fault = error
         said = fault and f"{final}: cannot be saved: {getattr(fault, 'strerror', None) or fault} ({_free(folder)})"
-        found = team.gathered([(said, result)])
+        found = writers.gathered([(said, result)])
         first = next((line for line, _ in found if line), None)
         if first:
-            if team.rank == 0:
+            if writers.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise UserError(first) from fault
             raise ToldElsewhere(first) from fault
@@ -135,7 +135,7 @@ def save(
     together(begin, on=0)
     digests = {name: digest for of_one in together(write) for name, digest in (of_one or {}).items()}
     together(finish, on=0)
-    if team.rank == 0:
+    if writers.rank == 0:
         # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
         earlier = [p for p in steps(folder) if p.name <= final.name]
         for old in (*(earlier[keep:] if keep else ()), *(p for p in steps(folder) if p.name > final.name)):
@@ -145,7 +145,7 @@ def save(
 
 
 def save_together(
-    accelerator: Accelerator,
+    team: Team,
     folder: Path,
     step: int,
     model: nn.Module,
@@ -156,9 +156,8 @@ def save_together(
     """`save`, by the main process alone, or by each where the model is sharded. Every process calls this."""
     act = partial(save, folder, step, model, optimizer, state, **how)
     if all(own_rows(p) is None for p in model.parameters()):
-        return on_main(accelerator, act)
-    gather = partial(gather_objects, accelerator)
-    return act(team=Team(accelerator.process_index, accelerator.num_processes, gather))
+        return team.on_main(act)
+    return act(writers=Writers(team.rank, team.world, team.gather))
 
 
 def keep_only(folder: Path, step: int) -> None:
@@ -275,11 +274,11 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def _files_of(stem: str, names: Iterable[str]) -> list[str]:
-    """Those that hold it, as `Team.name` names them."""
+    """Those that hold it, as `Writers.name` names them."""
     return sorted(name for name in names if re.fullmatch(rf"{stem}(-rank\d+-of-\d+)?\.safetensors", name))
 
 
-def _save_part(tensors: dict[str, Tensor], path: Path, team: Team) -> None:
+def _save_part(tensors: dict[str, Tensor], path: Path, writers: Writers) -> None:
     """This process's rows of what is sharded; what is whole the first process alone."""
     mine: dict[str, Tensor] = {}
     places: dict[str, str] = {}
@@ -287,7 +286,7 @@ def _save_part(tensors: dict[str, Tensor], path: Path, team: Team) -> None:
         rows = own_rows(value)
         if rows is not None:
             places[name] = f"{rows.start} of {value.shape[0]}"
-        if rows is not None or team.rank == 0:
+        if rows is not None or writers.rank == 0:
             mine[name] = own_part(value).detach().cpu().contiguous()
     save_file(mine, path, places or None)
 

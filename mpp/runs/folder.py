@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpp.errors import UserError
-from mpp.parallel.team import Accelerator, on_main
+from mpp.parallel.team import Team
 from mpp.recipe.dump import dump_recipe
 from mpp.recipe.loading import load_recipe
 from mpp.recipe.resume import differences
@@ -38,7 +38,7 @@ class OpenRun:
 
 
 @contextmanager
-def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: str) -> Iterator[OpenRun]:
+def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterator[OpenRun]:
     """The run folder of `recipe`, made and locked by the main process until this ends; all processes learn of it.
 
     resume: "never", "auto" or a checkpoint's folder. UserError, on every process, where the folder holds another run,
@@ -58,7 +58,7 @@ def opened(accelerator: Accelerator, recipe: Job, resume: str, *, fingerprint: s
         return found
 
     try:
-        yield on_main(accelerator, open_it)
+        yield team.on_main(open_it)
     finally:
         if lock:
             lock.release()

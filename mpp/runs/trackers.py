@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator as Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from mpp.errors import MppWarning, UserError, one_line
@@ -19,17 +18,24 @@ PROJECT = "mpp"
 
 
 class Trackers:
-    """TensorBoard, Weights & Biases or Trackio, through Accelerate; on the main process alone.
+    """TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers.
 
-    names: of recipes. out: the run folder, in which their files lie. settings: the recipe's values by dotted key.
-    resumed_at: TensorBoard forgets what it had of later steps. UserError where one cannot begin.
+    Args:
+        names: Trackers, as recipes name them.
+        out: The run folder, which their files go to.
+        settings: The recipe's values by dotted key.
+        resumed_at: TensorBoard forgets later steps.
+        active: Whether this process writes; only the main process does.
+
+    Raises:
+        UserError: A tracker cannot begin.
     """
 
     def __init__(
-        self, accelerator: Accelerator, names: Sequence[str], out: Path, settings: dict[str, Any], resumed_at: int
+        self, names: Sequence[str], out: Path, settings: dict[str, Any], *, resumed_at: int, active: bool
     ) -> None:
         self._found: list[Any] = []
-        if not names or not accelerator.is_main_process:
+        if not names or not active:
             return
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
         options: dict[str, dict[str, Any]] = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator as Accelerator
 
 from mpp.errors import UserError
+from mpp.parallel.team import Team
 
 
 def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> int:
@@ -22,18 +22,19 @@ def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> in
 class Exchange:
     """A step's numbers from all processes, on their way to the host, which waits for them only when it reads them.
 
-    own: (K,) of this process and `counts`, which the host knows: both are summed, in float64, so counts stay exact.
-    alike: () of the device, the same in every process.
+    Args:
+        own: (K,) numbers of this process.
+        counts: Numbers that the host knows. They are summed with `own` in float64, so that counts stay exact.
+        alike: () number that is the same in every process.
     """
 
-    def __init__(self, accelerator: Accelerator, own: torch.Tensor, counts: list[float], alike: torch.Tensor) -> None:
-        device = accelerator.device
+    def __init__(self, team: Team, own: torch.Tensor, counts: list[float], alike: torch.Tensor) -> None:
+        device = team.device
         known = torch.tensor(counts, dtype=torch.float64)
         if device.type == "cuda":  # from pageable memory a copy waits for the device
             known = known.pin_memory()
         values = torch.cat([own.double(), known.to(device, non_blocking=True)])
-        if accelerator.num_processes > 1:
-            values = accelerator.reduce(values, "sum")
+        values = team.sum_tensor(values)
         self.summed = values[: len(own)]
         """(K,) over all processes, on the device."""
         values = torch.cat([values, alike.double().view(1)])
@@ -43,6 +44,6 @@ class Exchange:
         self._arrived.record()
 
     def read(self) -> list[float]:
-        """Sums of `own`, sums of `counts`, and `alike`."""
+        """Return the sums of `own`, the sums of `counts`, and `alike`. Waits for the device."""
         self._arrived.synchronize()
         return self._host.tolist()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpp.errors import MppWarning, UserError, one_line
-from mpp.parallel.team import Accelerator, gather_objects
+from mpp.parallel.team import Team
 from mpp.runs import checkpoint
 from mpp.runs.records import write_json
 
@@ -60,8 +60,8 @@ class Statistics:
             value.copy_(torch.where(torch.as_tensor(unless, device=value.device), value, before))
 
 
-def left_out(
-    accelerator: Accelerator,
+def keep_step(
+    team: Team,
     out: Path,
     step: int,
     model: nn.Module,
@@ -73,26 +73,46 @@ def left_out(
     skipped: int,
     allowed: int,
 ) -> str:
-    """Keep the step, and what to say of it, since it is left out. Every process calls this.
+    """Keep a step that was left out because it is not finite. Every process calls this.
 
-    dataset, keys: what gives this process's micro-batches again, as they were. record: see `Share`. what: of the loss.
-    skipped: steps left out so far, with this one. UserError where these are more than `allowed`.
+    Args:
+        team: The processes of the run.
+        out: The run folder.
+        step: Counts from 0.
+        model: With the weights that the step began with.
+        dataset: What makes this process's micro-batches again, as they were, from `keys`.
+        keys: (position, shard, row) of the samples of each micro-batch.
+        record: See `Share.record`.
+        what: The loss and the gradient's norm, for the message.
+        skipped: Steps that were left out so far, with this one.
+        allowed: How many may be.
+
+    Returns:
+        A line for the log.
+
+    Raises:
+        UserError: More steps were left out than `allowed`.
     """
     fault = None
     try:
-        folder = checkpoint.save_together(accelerator, out / FOLDER, step, model, None, {}, keep=KEPT)
-        own = {"step": step, "world": accelerator.num_processes, **record}
-        _write(folder / f"rank{accelerator.process_index}", dataset, keys, own)
+        folder = checkpoint.save_together(team, out / FOLDER, step, model, None, {}, keep=KEPT)
+        own = {"step": step, "world": team.world, **record}
+        _write(folder / f"rank{team.rank}", dataset, keys, own)
     except (UserError, OSError, SafetensorError, RuntimeError) as error:  # memory of the device, too
         fault = one_line(error)
-    faults = [f for f in gather_objects(accelerator, [fault]) if f]
-    if faults and accelerator.is_main_process:
+    faults = [f for f in team.gather([fault]) if f]
+    if faults and team.is_main:
         warnings.warn(f"the step is not kept: {faults[0]}", MppWarning, stacklevel=2)
     advice = "the step could not be kept" if faults else f"`mpp replay {out}` runs the step again"
     advice += "; try a lower optim.base_lr, optim.clip_grad_norm, or precision: fp32"
     if skipped > allowed:
         raise UserError(f"{what}: stopped before the update. {advice}")
     return f"warning: {what}: skipped, {skipped} of at most {allowed}. {advice}"
+
+
+def losses_as_text(micro_losses: Sequence[Tensor], micro_batches: int) -> list[list[str]]:
+    """Return the losses of each micro-batch as a record holds them, (objectives,) each; JSON has no NaN."""
+    return [[str(value * micro_batches) for value in losses.tolist()] for losses in micro_losses]
 
 
 def _write(

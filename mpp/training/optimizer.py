@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate schedule, both pure functions."""
+"""Parameter groups, the learning-rate schedule, and an optimizer that leaves out steps which are not finite."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from timm.models._manipulate import group_with_matcher
 from timm.optim._param_groups import auto_group_layers
 from torch import nn
+
+from mpp.parallel.team import Team
 
 NO_DECAY_NAMES = ("token", "pos_embed", "bias", "position")
 """Parts of a parameter's own name, not its module's, for which it is not decayed (MAE's and BEiT's published codes)."""
@@ -103,27 +105,9 @@ def unfreeze(groups: list[dict[str, Any]], *, frozen_steps: int, gradual: bool) 
             group["starts_at_step"] = frozen_steps * (group["from_top"] + 1) // blocks if gradual else frozen_steps
 
 
-def learning(groups: list[dict[str, Any]], step: int) -> list[nn.Parameter]:
-    """Parameters that learn at a step. The others lose their gradients: no optimizer state, no part in the norm."""
-    for group in groups:
-        if step < group.get("starts_at_step", 0):
-            for p in group["params"]:
-                p.grad = None
-    return [p for group in groups if step >= group.get("starts_at_step", 0) for p in group["params"]]
-
-
 def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
     """Fused AdamW: 5 times faster than the loop on CPUs at ViT-B's size, and no slower on CUDA."""
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-
-
-def update_if(made: torch.Tensor, optimizer: Any) -> None:
-    """An optimizer step of `adamw`, or none where made, () bool, is False: the device decides, nobody asks it.
-
-    optimizer: Accelerate's, around it. A step that is left out changes neither weights nor moments nor their count.
-    """
-    optimizer.optimizer.found_inf = (~made).float()  # where torch's GradScaler leaves its word for fused optimizers
-    optimizer.step()
 
 
 def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
@@ -137,12 +121,26 @@ def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, m
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Each group's own scale applied: timm's schedulers do this, torch's would not."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+class GuardedOptimizer:
+    """An optimizer of `adamw` whose device leaves out the update of a step that is not finite.
 
+    A step that is left out changes neither weights nor moments nor their count, and the host need not know of it.
+    """
 
-def steps_of(epochs: float | None, steps: int | None, images: int, global_batch: int, *, least: int = 1) -> int:
-    """Optimizer steps of a run or a warm-up, which may be given so; an epoch is images / global_batch of them."""
-    return steps if steps is not None else max(round((epochs or 0.0) * images / global_batch), least)
+    def __init__(self, optimizer: torch.optim.AdamW, team: Team) -> None:
+        self.plain = optimizer
+        self._wrapped = team.wrap_optimizer(optimizer)
+
+    def update(self, *, lr: float, only_if: torch.Tensor) -> None:
+        """Make one optimizer step, then drop the gradients.
+
+        Args:
+            lr: Learning rate; each parameter group has its own scale, which torch's schedulers would not apply.
+            only_if: () bool on the device.
+        """
+        for group in self.plain.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        # torch's GradScaler leaves its word here for fused optimizers
+        self.plain.found_inf = (~only_if).float()  # type: ignore[attr-defined]
+        self._wrapped.step()
+        self._wrapped.zero_grad(set_to_none=True)

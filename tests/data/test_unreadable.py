@@ -60,8 +60,8 @@ def test_files_that_are_not_there_are_all_counted(tmp_path: Path) -> None:
 def test_a_class_of_which_nothing_can_be_read_is_named(tmp_path: Path) -> None:
     data = labeled(tmp_path, {"cat": 9, "dog": 9, "owl": 2}, {"owl": 2})
     assert check_images(data, "k", READING, 0.5) == ["k: of owl not one of the images looked at can be read"]
-    assert unread_classes(data, [0, 9]) == ["owl"]
-    assert unread_classes(data, [0], of=[0, 1, 19]) == ["owl"]
+    assert unread_classes(data, [0, 9], range(len(data))) == ["owl"]
+    assert unread_classes(data, [0], [0, 1, 19]) == ["owl"]
 
 
 def images_of_16_bit(folder: Path, largest: int) -> FileReader:

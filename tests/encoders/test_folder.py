@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 import mpp
 from mpp.encoders.checksums import sha256
-from mpp.encoders.images_of import read_as
+from mpp.encoders.resolve import resolve
 from mpp.errors import UserError
-from mpp.recipe.finetune import FinetuneData
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.loading import check_recipe
 from mpp.recipe.sections import DECODING
 from tests.conftest import pretrain_recipe
 
@@ -73,15 +74,20 @@ def test_images_are_read_as_the_encoder_s(
     (folder / "model.safetensors").touch()
     (folder / "config.json").write_text(json.dumps({"pretrained_cfg": {"input_size": [1, 16, 16]}}))
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"data": stored}))
-    places = {"image_size": 16, "train": "a", "val": "b"}
-    data = read_as(str(tmp_path), FinetuneData.model_validate({**places, **given}), warn=True)
+    recipe = finetune_recipe(str(tmp_path), **given)
+    data = resolve(recipe, recipe.encoder, warn=True).data
     assert {key: getattr(data, key) for key in found} == found
 
 
+def finetune_recipe(encoder: str, **data: Any) -> FinetuneRecipe:
+    places = {"image_size": 16, "train": "a", "val": "b"}
+    values = {"job": "finetune", "out": "x", "encoder": encoder, "optim": {"steps": 1}, "data": {**places, **data}}
+    return check_recipe(values, FinetuneRecipe)
+
+
 def test_nodata_without_a_range_is_refused(tmp_path: Path) -> None:
-    data = FinetuneData.model_validate({"image_size": 16, "train": "a", "val": "b", "nodata": 0})
     with pytest.raises(UserError, match=r"data\.nodata: only with data\.value_range"):
-        read_as("scratch", data, warn=True)
+        resolve(finetune_recipe("vit_tiny_patch16_224", nodata=0), "vit_tiny_patch16_224", warn=True)
     with pytest.raises(UserError, match=r"data\.nodata: only with data\.value_range"):
         mpp.pretrain(pretrain_recipe("none", tmp_path / "run", **{"data.nodata": 0}))
 

@@ -19,9 +19,10 @@ import mpp
 from mpp.data.subsets import balanced
 from mpp.encoders.adapter import create_timm_model
 from mpp.errors import UserError
-from mpp.finetuning import run as finetuning
+from mpp.finetuning import augment, image_labels, judge, loop
+from mpp.finetuning.judge import Judged
+from mpp.finetuning.loop import average
 from mpp.finetuning.model import build
-from mpp.finetuning.run import Judged, _average
 from mpp.finetuning.tasks.classify import ClassifyTask
 from mpp.runs.records import read_metrics
 from mpp.training import optimizer as optim
@@ -112,9 +113,11 @@ def test_averages_of_batch_norms() -> None:
     model, averaged = (torch.nn.Sequential(torch.nn.BatchNorm1d(2)) for _ in range(2))
     torch.nn.init.constant_(model[0].weight, 3.0)
     model(torch.randn(8, 2))
-    _average(averaged, model, 0.75)
+    average(averaged, model, 0.75, only_if=torch.tensor(True))
     assert averaged[0].weight.tolist() == [1.5, 1.5]
     assert torch.equal(averaged[0].running_mean, model[0].running_mean)  # type: ignore[arg-type]
+    average(averaged, model, 0.75, only_if=torch.tensor(False))
+    assert averaged[0].weight.tolist() == [1.5, 1.5], "of a step that was left out"
 
 
 @pytest.mark.parametrize(
@@ -181,13 +184,13 @@ def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: P
 def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
     given = {"early_stop": {"every_steps": 2, "patience": 2, "fraction": 0.3}, "ema_decay": 0.5}
     straight = tuned(shards, tmp_path / "a", run, **given)
-    real = finetuning.open_labeled
+    real = image_labels.open_labeled
 
     def turned(spec: Any, *, key: str, **rest: Any) -> Any:
         found = real(spec, key=key, **rest)
         return dataclasses.replace(found, labels=1 - found.labels) if key == "data.val" else found
 
-    monkeypatch.setattr(finetuning, "open_labeled", turned)
+    monkeypatch.setattr(image_labels, "open_labeled", turned)
     other = tuned(shards, tmp_path / "b", run, **given)
     a, b = ([m.get("tune_accuracy") for m in read_metrics(tmp_path / o / CELL)] for o in "ab")
     assert a == b
@@ -200,16 +203,16 @@ def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path:
 
 def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
     """Killed after a new best and before the next checkpoint, the run goes on from one that names the old best."""
-    real, scores, there = finetuning._judge, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
+    real, scores, there = judge.judge, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
 
-    def rising(recipe: Any, accelerator: Any, model: Any, images: Any, chosen: Any, key: str, **rest: Any) -> Any:
+    def rising(recipe: Any, team: Any, kind: Any, model: Any, images: Any, chosen: Any, key: str, **rest: Any) -> Any:
         if key != "early_stop":
-            return real(recipe, accelerator, model, images, chosen, key, **rest)
+            return real(recipe, team, kind, model, images, chosen, key, **rest)
         best = tmp_path / "o" / CELL / "best"
         there.append(sorted(int(p.name[5:]) for p in best.iterdir()) if best.exists() else [])
         return Judged({"accuracy": next(scores)}, None, 0, [], [])
 
-    monkeypatch.setattr(finetuning, "_judge", rising)
+    monkeypatch.setattr(loop, "judge", rising)
     tuned(shards, tmp_path / "o", run, early_stop={"every_steps": 2}, checkpoint_every_steps=5)
     assert there == [[], [2], [4], [4, 6], [4, 6, 8], [10]], "after steps 5 and 10 the older ones go"
     assert [p.name for p in (tmp_path / "o" / CELL / "best").iterdir()] == ["step-00000012"]
@@ -386,16 +389,16 @@ def test_every_operation_of_a_policy_runs(policy: str, shards: Path, tmp_path: P
     chosen = recipe(
         shards, tmp_path / "o", "vit_tiny_patch16_224", **{"data.auto_augment": policy, "data.image_size": 16}
     )
-    augment = finetuning._augmentation(chosen)
+    augmentation = augment.make_augmentation(chosen.data)
     for i in range(60):
         random.seed(i)
         np.random.seed(i)
         torch.manual_seed(i)
-        assert np.asarray(augment(drawn_image(i))).shape == (3, 16, 16)
+        assert np.asarray(augmentation(drawn_image(i))).shape == (3, 16, 16)
 
 
 def test_no_bits_are_black() -> None:
     image = drawn_image(3)
-    assert not np.asarray(finetuning._posterized(image, 0)).any()
-    assert len(np.unique(np.asarray(finetuning._posterized(image, 1)))) == 2
-    assert np.array_equal(np.asarray(finetuning._posterized(image, 8)), np.asarray(image))
+    assert not np.asarray(augment._posterized(image, 0)).any()
+    assert len(np.unique(np.asarray(augment._posterized(image, 1)))) == 2
+    assert np.array_equal(np.asarray(augment._posterized(image, 8)), np.asarray(image))

@@ -15,7 +15,8 @@ from PIL import Image
 import mpp
 from mpp.data.masks import open_segmented
 from mpp.errors import UserError
-from mpp.finetuning.predict_places import BOX_COLUMNS, DensePredictor
+from mpp.finetuning.labels.boxes import BoxesLabels
+from mpp.finetuning.predict_places import PlacePredictor
 from tests.conftest import command
 from tests.finetuning.tasks import test_detect, test_segment
 
@@ -51,12 +52,12 @@ def test_masks(segmenter: Path, photos: Path, tmp_path: Path) -> None:
     assert report is None
     assert [Path(r["image"]).name for r in rows] == ["0.png", "1.png", "2.png"]
     assert list(unreadable) == [str(photos / "bad.png")]
-    predictor = DensePredictor(segmenter)
+    predictor = PlacePredictor(segmenter)
     for row in rows:
         with Image.open(row["image"]) as image, Image.open(row["mask"]) as mask:
             assert mask.size == image.size
             assert mask.mode == "P"
-            (whole,) = predictor.masks([torch.from_numpy(np.array(image)).permute(2, 0, 1)])
+            (whole,) = predictor.predict([torch.from_numpy(np.array(image)).permute(2, 0, 1)])
             assert np.array_equal(np.array(mask), whole.numpy())
         with Image.open(str(row["mask"]).replace("/out/masks/", "/out/overlays/")) as overlay:
             assert overlay.size == image.size
@@ -67,9 +68,7 @@ def test_masks(segmenter: Path, photos: Path, tmp_path: Path) -> None:
 
 
 def test_boxes(detector: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mpp.finetuning.predict_places as dense
-
-    monkeypatch.setattr(dense, "LEAST_SCORE", 0.0)
+    monkeypatch.setattr("mpp.finetuning.labels.boxes.LEAST_SCORE", 0.0)
     rows, unreadable, _ = mpp.predict(detector, [str(photos)], report=tmp_path / "out", out=tmp_path / "rows.csv")
     assert len(unreadable) == 1
     assert rows
@@ -83,7 +82,7 @@ def test_boxes(detector: Path, photos: Path, tmp_path: Path, monkeypatch: pytest
     assert first == sorted(first, reverse=True)
     with open(tmp_path / "rows.csv") as f:
         stored = list(csv.DictReader(f))
-    assert [list(stored[0]), len(stored)] == [BOX_COLUMNS, len(rows)]
+    assert [list(stored[0]), len(stored)] == [list(BoxesLabels.columns), len(rows)]
     assert {p.name for p in (tmp_path / "out" / "overlays").rglob("*.png")} == set(sizes)
 
 

@@ -179,7 +179,7 @@ def test_the_last_picture_is_that_of_the_last_checkpoint(run: Path, shards: Path
     from mpp.data.crop import Crop
     from mpp.data.shards.reader import ShardImages, held_out_rows
     from mpp.pretraining.dataset import PretrainDataset
-    from mpp.pretraining.loop import _held_out_batch
+    from mpp.pretraining.setup import _held_out_batch
 
     images = ShardImages(recipe.data.shards, key="data.shards")
     held_out = held_out_rows(images.counts, recipe.data.held_out)

@@ -174,7 +174,7 @@ def test_a_steady_step_asks_the_device_for_nothing(
 
 def test_a_cpu_with_bf16_is_pointed_out(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, (has, precision) in enumerate([(True, "auto"), (False, "auto"), (True, "fp32")]):
-        monkeypatch.setattr("mpp.pretraining.loop.cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr("mpp.pretraining.setup.cpu_has_bf16", lambda has=has: has)
         out = tmp_path / str(number)
         mpp.pretrain(pretrain_recipe(shards, out, precision=precision, **{"optim.steps": 1}))
         assert ("precision=bf16" in (out / "train.log").read_text()) == (number == 0)

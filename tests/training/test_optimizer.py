@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from mpp.finetuning.tasks.classify import ClassifyTask
 from mpp.objective.build import build_model
-from mpp.training.optimizer import adamw, finetune_groups, pretrain_groups, scheduled_lr, set_lr, steps_of
+from mpp.parallel.team import start_team
+from mpp.training.optimizer import GuardedOptimizer, adamw, finetune_groups, pretrain_groups, scheduled_lr
+from mpp.training.plan import Plan, steps_of
 from tests.conftest import pretrain_recipe
 
 
@@ -39,7 +41,7 @@ def test_layer_decay_reaches_the_optimizer() -> None:
     optimizer = adamw(
         finetune_groups(encoder, task, weight_decay=0.1, layer_decay=0.5, head_lr_scale=3.0), (0.9, 0.999)
     )
-    set_lr(optimizer, 1.0)
+    GuardedOptimizer(optimizer, start_team("fp32")).update(lr=1.0, only_if=torch.tensor(True))
     names = {id(p): n for n, p in [*encoder.named_parameters(), *task.named_parameters()]}
     lr = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert len(lr) == len(names)
@@ -79,10 +81,50 @@ def test_fused_adamw_is_adamw() -> None:
         optimizer = (
             adamw(groups, (0.9, 0.95)) if fused else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=False)
         )
-        set_lr(optimizer, 1e-2)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
         for i in range(5):
             model(torch.full((2, 5), float(i))).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         states.append(model.weight.detach())
     torch.testing.assert_close(*states)
+
+
+def test_the_device_leaves_out_an_update() -> None:
+    """Weights, moments and their count stay as they were."""
+    model = torch.nn.Linear(3, 3)
+    optimizer = adamw([{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}], (0.9, 0.95))
+    guarded = GuardedOptimizer(optimizer, start_team("fp32"))
+    seen = []
+    for finite in (True, False, True):
+        model(torch.ones(2, 3)).square().sum().backward()
+        guarded.update(lr=0.1, only_if=torch.tensor(finite))
+        assert all(p.grad is None for p in model.parameters())
+        seen.append((model.weight.detach().clone(), float(optimizer.state[model.weight]["step"])))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert not torch.equal(seen[1][0], seen[2][0])
+    assert [count for _, count in seen] == [1, 1, 2]
+
+
+def plan_of(**changes: object) -> Plan:
+    values: dict[str, object] = {
+        "total_steps": 10, "warmup_steps": 2, "global_batch_size": 512, "micro_batches": 1, "base_lr": 1.0,
+        "min_lr": 0.0, "every_steps": {"log": 3, "checkpoint": 4},
+    }  # fmt: skip
+    return Plan(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_what_is_due_after_a_step() -> None:
+    plan = plan_of(log_first_step=True)
+    due = [sorted(plan.due_after(step)) for step in range(10)]
+    assert due == [
+        ["log"], [], ["log"], ["checkpoint"], [], ["log"], [], ["checkpoint"], ["log"], ["checkpoint", "end", "log"],
+    ]  # fmt: skip
+    assert plan_of().due_after(0) == frozenset()
+
+
+def test_the_learning_rate_grows_with_the_global_batch() -> None:
+    assert plan_of().lr(1) == 2 * plan_of(global_batch_size=256).lr(1) == 2.0
+    assert plan_of(warmup_steps=11).never_reaches_full_lr
+    assert not plan_of(warmup_steps=10).never_reaches_full_lr

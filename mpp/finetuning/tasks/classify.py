@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpp.finetuning.task import Task
 from mpp.recipe.values import Fraction, PositiveInt
 
 
-class ClassifyTask(nn.Module):
+class ClassifyTask(Task):
     """The head that is put on the encoder's features, its loss and its metrics.
 
     `label_smoothing`: Szegedy et al. 2016, section 7. `tanh_dim`: width of a tanh hidden layer before the
     linear one (ViT, Dosovitskiy et al. 2021, section 3.1, their head in pretraining); None: linear alone.
     """
 
-    labels = "class"
+    labels = "one_class"
     headline = "accuracy"
-    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class ClassifyTask(nn.Module):
     ) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing
-        self.register_buffer("class_weights", None, persistent=False)
         self.hidden = nn.Linear(features_dim, tanh_dim) if tanh_dim else None
         self.out = nn.Linear(tanh_dim or features_dim, num_classes)
         nn.init.trunc_normal_(self.out.weight, std=2e-5)  # MAE's and BEiT's fine-tuning: start near zero
@@ -44,11 +43,6 @@ class ClassifyTask(nn.Module):
         if self.hidden is not None:
             features = torch.tanh(self.hidden(features))
         return self.out(features)
-
-    def weigh(self, counts: Tensor) -> None:
-        """Let classes count as if all had as many images: weights go with 1 / counts, (classes,), and their mean is 1
-        over the images."""
-        self.class_weights = counts.sum() / (counts.gt(0).sum() * counts.clamp_min(1))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """labels: (B,) int64, or (B, classes) float where images were mixed."""

@@ -18,10 +18,11 @@ from torchvision.ops.poolers import initLevelMapper
 
 from mpp.encoders.maps import FeatureMaps
 from mpp.finetuning.pyramid import Pyramid
+from mpp.finetuning.task import Task
 from mpp.recipe.values import Fraction, PositiveInt
 
 
-class DetectTask(nn.Module):
+class DetectTask(Task):
     """A torchvision detector on a pyramid over the encoder's maps, its losses and its metrics.
 
     `detector`: fcos (Tian et al. 2019), retinanet (Lin et al. 2017) or faster_rcnn (Ren et al. 2015). `width`: channels

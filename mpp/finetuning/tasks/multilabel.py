@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpp.finetuning.task import Task
 
-class MultilabelTask(nn.Module):
+
+class MultilabelTask(Task):
     """A linear layer with a sigmoid for each class, its loss and its metrics."""
 
-    labels = "classes"
+    labels = "several_classes"
     headline = "map"
 
     def __init__(self, features_dim: int, num_classes: int) -> None:

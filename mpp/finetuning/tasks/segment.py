@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mpp.encoders.maps import FeatureMaps
 from mpp.finetuning.pyramid import MapNorm, Pyramid
+from mpp.finetuning.task import Task
 from mpp.recipe.values import BelowOne, Int, PositiveInt
 
 LOGITS_AT_ONCE = 2**26
@@ -21,7 +22,7 @@ NEVER = -1e9
 """Logit of a class that cannot be."""
 
 
-class SegmentTask(nn.Module):
+class SegmentTask(Task):
     """The head on the encoder's maps, its loss and its metrics.
 
     `head`: linear, a linear layer on the last map; fpn, a pyramid of `width` channels whose levels are added at the
@@ -32,7 +33,6 @@ class SegmentTask(nn.Module):
 
     labels = "mask"
     headline = "miou"
-    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -47,7 +47,6 @@ class SegmentTask(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, self.ignore_index, self.window_overlap = num_classes, ignore_index, window_overlap
-        self.register_buffer("class_weights", None, persistent=False)
         self.pyramid = Pyramid(maps, width, finest=finest, last_only=False) if head == "fpn" else None
         self.norm = MapNorm(maps.dims[-1]) if head == "linear" else nn.Identity()
         self.out = nn.Conv2d(width if head == "fpn" else maps.dims[-1], num_classes, 1)
@@ -65,11 +64,6 @@ class SegmentTask(nn.Module):
                 x = x + F.interpolate(level, finest, mode="bilinear", align_corners=False)
             x = F.gelu(x)
         return F.interpolate(self.out(x).float(), size, mode="bilinear", align_corners=False)
-
-    def weigh(self, counts: Tensor) -> None:
-        """Let classes count as if all had as many pixels: weights go with 1 / counts, (classes,), and their mean is 1
-        over the pixels."""
-        self.class_weights = counts.sum() / (counts.gt(0).sum() * counts.clamp_min(1))
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """masks: (B, H, W) uint8. A mean over the pixels of each image, then over images: no image outweighs another,

@@ -17,6 +17,7 @@ import mpp
 from mpp.encoders.maps import FeatureMaps
 from mpp.errors import MppWarning, UserError
 from mpp.finetuning.model import load_dense
+from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.tasks.detect import DetectTask
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
@@ -218,10 +219,9 @@ def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
         assert min(picture.size) > 300
     model, again, classes = load_dense(cell)
     assert (again.task.name, classes) == ("detect", ["disc", "square", "triangle"])
-    from mpp.finetuning.run import _judging_dataset, _open
-
-    images = _open(again, "val", None)
-    batch = _judging_dataset(again, images).__getitems__(list(range(len(images))))
+    kind = open_label_kind(again)
+    images = kind.open(again.data.val, key="data.val", classes=None)
+    batch = kind.judging_set(images).__getitems__(list(range(len(images))))
     with torch.no_grad():
         judged = model.task.judge(model.run, batch.images, batch.labels, (32, 32))
     assert model.task.metrics([judged])["map"] == pytest.approx(stored["metrics"]["map"], abs=2e-3)

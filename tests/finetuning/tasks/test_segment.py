@@ -22,6 +22,7 @@ import mpp
 from mpp.encoders.maps import FeatureMaps, probe_maps, read_maps
 from mpp.errors import UserError
 from mpp.finetuning.model import build, load_dense
+from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.tasks import segment
 from mpp.finetuning.tasks.segment import SegmentTask
 from mpp.recipe.finetune import FinetuneRecipe
@@ -191,10 +192,9 @@ def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
         recipe(shapes, tmp_path / "ft", **changes),
         ["background", "disc", "square", "triangle"],
     )
-    from mpp.finetuning.run import _judging_dataset, _open
-
-    images = _open(again, "val", None)
-    batch = _judging_dataset(again, images).__getitems__(list(range(len(images))))
+    kind = open_label_kind(again)
+    images = kind.open(again.data.val, key="data.val", classes=None)
+    batch = kind.judging_set(images).__getitems__(list(range(len(images))))
     with torch.no_grad():
         judged = model.task.judge(model.run, batch.images, batch.labels, (32, 32))
     assert model.task.metrics([judged])["miou"] == pytest.approx(stored["metrics"]["miou"], abs=2e-3)

@@ -1,4 +1,4 @@
-"""How the images of an encoder were read and normalised, filled into a recipe."""
+"""Fill in what a recipe leaves to its encoder: how its images were read and normalised."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ import yaml
 
 from mpp.encoders.sources import is_timm_name
 from mpp.errors import MppWarning, UserError
+from mpp.recipe.evaluate import EvaluateRecipe
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.loading import check_recipe
+from mpp.recipe.pretrain import PretrainRecipe
 from mpp.recipe.sections import DECODING, ImageData
 from mpp.runs.records import encoder_folder, timm_folder
 
-Data = TypeVar("Data", bound=ImageData)
+NAMED_KEYS = ("channels", "value_range", "nodata")
+"""Keys of data that decide which other keys of a recipe are allowed."""
+
+R = TypeVar("R", PretrainRecipe, FinetuneRecipe, EvaluateRecipe)
 
 
 def stored_recipe(folder: Path) -> dict[str, Any]:
@@ -48,16 +55,48 @@ def own_normalisation(source: str, channels: int) -> tuple[list[float], list[flo
         return None
 
 
-def read_as(source: str, data: Data, *, warn: bool) -> Data:
-    """Fill in how an encoder's images were read, where a recipe does not say it: channels, formats,
-    max_image_pixels, value_range, nodata.
+def resolve(recipe: R, source: str | None, *, warn: bool, normalise: bool = True) -> R:
+    """Fill in what a recipe leaves to its encoder, and check the result. Nothing changes a recipe afterwards.
 
     Args:
-        source: The encoder, as a recipe names it.
-        warn: Say it if the recipe gives other channels than the encoder has.
+        recipe: As it was given.
+        source: The encoder, as a recipe names it; None: random weights of a new one.
+        warn: Warn if the recipe gives other values than the encoder was trained with.
+        normalise: Fill in mean and std, too.
 
     Raises:
         UserError: The recipe's keys do not go together with what is filled in.
+    """
+    filled = keys_of_images(source, recipe.data, warn=warn) if source else {}
+    if source and normalise:
+        channels = filled.get("channels", recipe.data.channels)
+        filled |= _normalisation(source, recipe.data, channels, warn=warn)
+    found = recipe
+    if filled:
+        values = recipe.model_dump(mode="json", exclude_unset=True)
+        values["data"] |= filled
+        try:
+            found = check_recipe(values, type(recipe))
+        except UserError as error:
+            named = ", ".join(f"data.{key}={_plain(filled[key])}" for key in filled if key in NAMED_KEYS)
+            lines = [line.removeprefix("recipe: ") for line in str(error).splitlines()]
+            raise UserError("\n".join(f"{line}; {source} was trained with {named}" for line in lines)) from error
+    if found.data.nodata is not None and found.data.eight_bit:
+        raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
+    return found
+
+
+def keys_of_images(source: str, data: ImageData, *, warn: bool) -> dict[str, Any]:
+    """Return how the images of an encoder were read, for the keys of `data` that a recipe does not give: channels,
+    formats, max_image_pixels, value_range, nodata.
+
+    Args:
+        source: The encoder, as a recipe names it.
+        data: Of the recipe.
+        warn: Warn if the recipe gives other channels than the encoder has.
+
+    Raises:
+        UserError: The recipe's mean or std has values for other channels.
     """
     folder = timm_folder(source)
     stored = stored_recipe(folder).get("data", {}) if folder else {}
@@ -76,18 +115,36 @@ def read_as(source: str, data: Data, *, warn: bool) -> Data:
     if "max_image_pixels" not in data.model_fields_set and stored.get("max_image_pixels"):
         filled["max_image_pixels"] = max(stored["max_image_pixels"], data.max_image_pixels)
     if "formats" not in data.model_fields_set:
-        filled["formats"] = _all_formats(stored)
-    if own in (None, filled.get("channels", data.channels)):  # ranges of other channels are of other images
-        for key in ("value_range", "nodata"):
-            if stored.get(key) is not None and getattr(data, key) is None:
-                filled[key] = tuple(stored[key]) if isinstance(stored[key], list) else stored[key]
-    found = data.model_copy(update=filled)
-    for key in ("mean", "std"):
-        values = getattr(found, key)
-        if values is not None and len(values) != found.channels:
-            raise UserError(f"data.{key}: has {len(values)} values; the encoder has {found.channels} channels")
-    found.check_nodata()
-    return found
+        filled["formats"] = list(_all_formats(stored))
+    channels = filled.get("channels", data.channels)
+    if own in (None, channels):  # ranges of other channels are of other images
+        given = {"value_range": data.value_range, "nodata": data.nodata}
+        filled |= {key: stored[key] for key, value in given.items() if value is None and stored.get(key) is not None}
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None and len(values) != channels:
+            raise UserError(f"data.{key}: has {len(values)} values; the encoder has {channels} channels")
+    return filled
+
+
+def _normalisation(source: str, data: ImageData, channels: int, *, warn: bool) -> dict[str, Any]:
+    """Return mean and std of the encoder, unless the recipe gives them; with a warning if it gives others."""
+    own = own_normalisation(source, channels)
+    if own is None:
+        return {}
+    filled = {}
+    for key, given, value in (("mean", data.mean, own[0]), ("std", data.std, own[1])):
+        if given is None:
+            filled[key] = value
+        elif warn and list(given) != value:
+            shown = ", ".join(f"{v:g}" for v in value)
+            warnings.warn(
+                f"data.{key}: the encoder was trained with [{shown}]; left out, that is taken", MppWarning, stacklevel=5
+            )
+    return filled
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value).replace(" ", "")
 
 
 def _all_formats(stored: Mapping[str, Any]) -> tuple[str, ...]:
@@ -112,24 +169,6 @@ def decoding_of(folder: Path, channels: int) -> dict[str, Any]:
     found["max_image_pixels"] = max(data.get("max_image_pixels", 0), DECODING["max_image_pixels"])
     value_range = value_range_of(stored, channels)
     return found if value_range is None else found | {"value_range": value_range, "nodata": data.get("nodata")}
-
-
-def normalised_as(source: str, data: Data, *, warn: bool) -> Data:
-    """Fill in all that an encoder's images were read and normalised with, where a recipe does not say it: what
-    `read_as` fills in, mean and std. A warning if the recipe gives other values than the encoder's."""
-    data = read_as(source, data, warn=warn)
-    own = own_normalisation(source, data.channels)
-    if own is None:
-        return data
-    for key, value in zip(("mean", "std"), own, strict=True):
-        given = getattr(data, key)
-        if warn and given is not None and list(given) != value:
-            shown = ", ".join(f"{v:g}" for v in value)
-            warnings.warn(
-                f"data.{key}: the encoder was trained with [{shown}]; left out, that is taken", MppWarning, stacklevel=4
-            )
-    mean, std = (tuple(getattr(data, k) or v) for k, v in zip(("mean", "std"), own, strict=True))
-    return data.model_copy(update={"mean": mean, "std": std})
 
 
 def for_channels(values: Sequence[float], channels: int) -> list[float]:

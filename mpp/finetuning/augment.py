@@ -1,0 +1,56 @@
+"""Augmentations of labeled images, by timm; of images that are not of 8 bit, crops and flips alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image, ImageOps
+from timm.data import create_transform
+
+from mpp.data.crop import Crop
+from mpp.errors import UserError
+from mpp.recipe.finetune import FinetuneData
+
+
+def make_augmentation(data: FinetuneData) -> Any:
+    """Return how a training image is augmented, as `LabeledDataset` takes it.
+
+    Returns:
+        timm's training transform, PIL image -> (C, H, W) uint8; for images that are not of 8 bit
+        (bytes, generator) -> (C, H, W) float32.
+
+    Raises:
+        UserError: timm does not know the policy, or it is not for so many channels.
+    """
+    if not data.eight_bit:
+        reading = data.decoding()
+        return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **reading).random
+    if data.auto_augment and data.channels != 3:
+        raise UserError(
+            f"data.auto_augment: its policies are for 3 channels, of which data has {data.channels}; null leaves it out"
+        )
+    try:
+        transform = create_transform(
+            (data.channels, *data.image_size),
+            is_training=True,
+            use_prefetcher=True,  # uint8 out: normalised on the device
+            scale=data.crop_scale,
+            ratio=data.crop_ratio,
+            hflip=data.flip,
+            color_jitter=data.color_jitter,  # type: ignore[arg-type]  # None: none, whatever timm's annotation says
+            auto_augment=data.auto_augment,
+            interpolation="bicubic",
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        known = "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, v0 and the like"
+        raise UserError(f"data.auto_augment: timm has no policy {data.auto_augment!r}; allowed are {known}") from error
+    for step in transform.transforms:
+        for op in [*getattr(step, "ops", []), *(op for ops in getattr(step, "policy", []) for op in ops)]:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = _posterized
+    return transform
+
+
+def _posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm asks for 0 bits at the strongest, which is black; Pillow refuses that since 13."""
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -1,0 +1,64 @@
+"""A cell of a fine-tuning run: one arm, pretrained or from scratch, with one seed and one number of labels."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpp.errors import UserError
+from mpp.recipe.finetune import FinetuneRecipe
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed and one number of labels. It has a folder with checkpoints and a result of its own."""
+
+    folder: Path
+    arm: str
+    """"pretrained" or "scratch"."""
+    seed: int
+    labels_per_class: int | None
+
+
+def arms_of(recipe: FinetuneRecipe) -> list[str]:
+    """Return the arms of a run."""
+    if recipe.encoder == "scratch":
+        return ["scratch"]
+    return ["pretrained", "scratch"] if recipe.beside_scratch else ["pretrained"]
+
+
+def cells_of(recipe: FinetuneRecipe) -> list[Cell]:
+    """Return the cells of a run in their order. A folder is named after the number of labels if there are several."""
+    counts = recipe.data.label_counts()
+    return [
+        Cell(Path(recipe.out) / (f"labels{count}-" * (len(counts) > 1) + f"{arm}-seed{seed}"), arm, seed, count)
+        for count in counts
+        for seed in recipe.seeds
+        for arm in arms_of(recipe)
+    ]
+
+
+def read_result(cell: Path, fingerprint: str) -> dict[str, float] | None:
+    """Return the metrics of a cell that is done, or None.
+
+    Raises:
+        UserError: They were measured on other data, or from another encoder.
+    """
+    try:
+        result = json.loads((cell / RESULT).read_text())
+        metrics = {k: math.nan if v is None else float(v) for k, v in result["metrics"].items()}
+        before = result["fingerprint"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    if before != fingerprint:
+        raise UserError(f"{cell}: the data or the encoder changed since; start a new run")
+    return metrics
+
+
+def read_unread_classes(cell: Path) -> tuple[str, ...]:
+    """Return the classes of whose validation images a finished cell could read none."""
+    return tuple(json.loads((cell / RESULT).read_text()).get("unread_classes", ()))

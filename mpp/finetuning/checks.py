@@ -1,0 +1,51 @@
+"""Refuse a fine-tuning run that cannot work, before its folder is made and its first cell has trained."""
+
+from __future__ import annotations
+
+from mpp.data.readers import LabeledImages
+from mpp.data.subsets import split
+from mpp.errors import UserError
+from mpp.finetuning import lora
+from mpp.finetuning.cell import arms_of
+from mpp.finetuning.label_kind import LabelKind
+from mpp.finetuning.micro_loss import make_distillation
+from mpp.finetuning.model import build
+from mpp.parallel.team import Team
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.training.exchange import accumulation
+
+
+def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: LabeledImages, val: LabeledImages) -> None:
+    """Check images, batch sizes, augmentation and models.
+
+    Raises:
+        UserError: Something cannot work.
+    """
+    _check_images(recipe, kind, train, val)
+    optim = recipe.optim
+    micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
+    on_device = optim.global_batch_size // team.world // micro_batches
+    if (recipe.mixup > 0 or recipe.cutmix > 0) and on_device % 2:
+        raise UserError(f"mixup: needs an even number of images on a device; got {on_device}")
+    kind.check_augmentation()
+    # Models are built to be thrown away: what an encoder does not take is known only then.
+    for arm in arms_of(recipe):
+        model = build(recipe, arm, recipe.seeds[0], len(train.classes))
+        if recipe.lora and arm == "pretrained":
+            lora.add(model.encoder, **recipe.lora.model_dump())
+    if recipe.distill:
+        make_distillation(recipe, team, model, train.classes)
+
+
+def _check_images(recipe: FinetuneRecipe, kind: LabelKind, train: LabeledImages, val: LabeledImages) -> None:
+    if len(val) == 0:
+        raise UserError(f"data.val: no images in {', '.join(recipe.data.val)}")
+    if len(train.classes) < kind.least_classes:
+        raise UserError(
+            f"data.train: only one class ({', '.join(train.classes) or 'none'}); at least two are needed"
+            + kind.hint_of_one_class(train)
+        )
+    for count in recipe.data.label_counts():
+        subset = train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
+        if recipe.early_stop and not len(split(train.strata[subset], recipe.early_stop.fraction, 0)[1]):
+            raise UserError("early_stop: to hold some out, a class needs two images at least")

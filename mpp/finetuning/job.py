@@ -1,0 +1,94 @@
+"""A cell of fine-tuning that is ready to train: everything its loop works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mpp.data.order import MicroBatches
+from mpp.data.readers import LabeledImages
+from mpp.finetuning.cell import Cell
+from mpp.finetuning.label_kind import LabelKind
+from mpp.finetuning.micro_loss import MicroLoss
+from mpp.finetuning.model import Supervised
+from mpp.finetuning.progress import Progress
+from mpp.parallel.liveness import Watch
+from mpp.parallel.signals import StopRequest
+from mpp.parallel.team import Team
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.runs.log import RunLog
+from mpp.training.nonfinite import Statistics
+from mpp.training.optimizer import GuardedOptimizer
+from mpp.training.plan import Plan
+from mpp.training.steps import MicroBatchStream, Pace
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the cells of a run share."""
+
+    recipe: FinetuneRecipe
+    """Resolved: nothing changes it any more."""
+    team: Team
+    kind: LabelKind
+    train: LabeledImages
+    val: LabeledImages
+    fingerprint: str
+    """Of images, labels and the weights that the cells begin with."""
+    stop_request: StopRequest
+    watch: Watch
+    status: Callable[..., None]
+    """Writes the run's status.json; a cell has one of its own, too."""
+    until_the_end: ExitStack
+
+
+@dataclass
+class Finetuning:
+    """A cell that is ready to train."""
+
+    run: Run
+    cell: Cell
+    plan: Plan
+    subset: np.ndarray
+    """Numbers of the images to train on."""
+    held_out: np.ndarray
+    """Numbers of training images that are judged on the way, if the recipe stops early."""
+    dataset: Any
+    sampler: MicroBatches
+    """This process's micro-batches, from the first step that is left."""
+    model: Supervised
+    wrapped: Any
+    """The model as the loop calls it: in autocast, with gradients exchanged."""
+    averaged: Supervised | None
+    """A moving average of the weights."""
+    adapted: bool
+    """Whether low-rank adapters are trained in place of the encoder's own weights."""
+    encoder_learns_at: int
+    """The first step in which a parameter of the encoder learns."""
+    optimizer: GuardedOptimizer
+    micro_loss: MicroLoss
+    statistics: Statistics
+    progress: Progress
+    micro_batches: MicroBatchStream
+    pace: Pace
+    log: RunLog
+
+    @property
+    def judged(self) -> Supervised:
+        """The model that is judged and exported."""
+        return self.averaged or self.model
+
+    def learning_parameters(self, step: int) -> list[nn.Parameter]:
+        """Return the parameters that learn at a step. The others lose their gradients: they get no optimizer state,
+        and no part in the norm."""
+        for group in self.optimizer.plain.param_groups:
+            if step < group.get("starts_at_step", 0):
+                for p in group["params"]:
+                    p.grad = None
+        groups = [g for g in self.optimizer.plain.param_groups if step >= g.get("starts_at_step", 0)]
+        return [p for group in groups for p in group["params"]]

@@ -1,0 +1,14 @@
+"""One class for each image."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from mpp.finetuning.image_labels import ImageLabels
+
+
+class OneClassLabels(ImageLabels):
+    """The class is the name of a folder, or stands in the shards or the CSV file."""
+
+    allowed_values: ClassVar[dict[str, tuple[Any, ...]]] = {"data.val_side_px": (None,)}
+    least_classes = 2

@@ -1,0 +1,21 @@
+"""Any number of classes for each image."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from mpp.finetuning.image_labels import ImageLabels
+
+
+class SeveralClassesLabels(ImageLabels):
+    """The classes of an image stand in the shards or the CSV file, separated by semicolons; there may be none."""
+
+    allowed_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "mixup": (0.0,),
+        "cutmix": (0.0,),
+        "balance": ("none",),
+        "distill": (None,),
+        "data.labels_per_class": (None,),
+        "data.val_side_px": (None,),
+    }
+    independent_classes = True

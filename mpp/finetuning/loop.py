@@ -1,0 +1,269 @@
+"""Fine-tuning one cell: the loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpp.data.unreadable import count_unreadable
+from mpp.errors import UserError
+from mpp.finetuning import lora
+from mpp.finetuning.cell import RESULT
+from mpp.finetuning.job import Finetuning
+from mpp.finetuning.judge import Judged, judge
+from mpp.finetuning.model import save as save_model
+from mpp.parallel import faults
+from mpp.parallel.liveness import SAVING
+from mpp.runs import checkpoint
+from mpp.runs.records import write_json
+from mpp.runs.verdict import name_unread
+from mpp.training import nonfinite
+from mpp.training.steps import StepReport, StepReports
+
+PICTURES = "predictions.png"
+
+
+def train(job: Finetuning) -> dict[str, float] | None:
+    """Train until the last step, until nothing gets better, or until a signal asks to stop. One turn of the loop is
+    one optimizer step.
+
+    What came of a step is read from the device one turn later, as in pretraining.
+
+    Returns:
+        The metrics on the validation images, or None if a signal stopped the cell (it has a checkpoint then).
+    """
+    run, plan, progress = job.run, job.plan, job.progress
+    recipe, team = run.recipe, run.team
+    reports = StepReports(team, run.stop_request)
+    job.log.status("running", step=progress.step)
+
+    for step in range(progress.step, plan.total_steps):
+        if progress.given_up:  # a resumed cell that had ended early already
+            break
+        faults.point("train.step_begins")
+        due = plan.due_after(step)
+        job.wrapped.train()  # also after a measurement
+        job.model.encoder.train(step >= job.encoder_learns_at)  # a frozen one keeps its batch norms' statistics, too
+
+        # 1. Gradients of this process's micro-batches; exchanged in the last backward pass of the step. Parameters that
+        #    do not learn yet lose theirs.
+        job.statistics.remember()
+        for batch, is_last in job.micro_batches.of_step(step):
+            with team.accumulate(job.wrapped, exchange=is_last):
+                loss = job.micro_loss(job.wrapped, batch.images, batch.labels, int(batch.positions[0]))
+                loss = loss / plan.micro_batches
+                team.backward(loss)
+            reports.add(batch, loss.view(1))
+        grad_norm = team.clip_gradients(job.learning_parameters(step), recipe.optim.clip_grad_norm)
+
+        # 2. The update. The device itself leaves it out if loss or gradient is not finite, and puts the statistics of
+        #    batch norms back. Reports are read before the weights change: a step that is not finite is kept for
+        #    `mpp replay` with the weights it had.
+        run.watch.at(step, "exchanging losses")
+        finite = reports.send(step, grad_norm)
+        job.statistics.put_back(unless=finite)
+        for report in reports.arrived(everything=bool(due)):
+            account_for(report, job)
+        lr = plan.lr(step)
+        job.optimizer.update(lr=lr, only_if=finite)
+        progress.step = step + 1
+        if job.averaged is not None and recipe.ema_decay:
+            average(job.averaged, job.model, ema_decay(recipe.ema_decay, progress.step), only_if=finite)
+        job.pace.steps += 1
+        job.log.step()
+
+        # 3. What is due: judge on training images held out, write a line of metrics, save. A cell that is asked to
+        #    stop finishes its step, saves, and stops.
+        run.watch.at(progress.step, SAVING)
+        tuned = judge_held_out(job) if "held_out" in due else {}
+        ending = reports.stopping or progress.given_up or "end" in due
+        if "log" in due or tuned or ending:
+            job.log.metrics(record_of(job, lr, tuned))
+        if "checkpoint" in due or ending:
+            save(job, required=ending)
+        if reports.stopping and "end" not in due and not progress.given_up:
+            stop(job)
+            return None
+        if progress.given_up:
+            break
+    return finish(job)
+
+
+def account_for(report: StepReport, job: Finetuning) -> None:
+    """Take a report into account: note the loss, keep a step that is not finite, count unreadable images.
+
+    Every process calls this with the same numbers.
+
+    Raises:
+        UserError: More steps were not finite, or more images unreadable, than the recipe allows.
+    """
+    run, progress, folder = job.run, job.progress, job.cell.folder
+    recipe, train = run.recipe, run.train
+    (progress.loss,), progress.grad_norm = report.losses, report.grad_norm
+    seen = report.step * job.plan.global_batch_size
+    if not (math.isfinite(report.grad_norm) and math.isfinite(progress.loss)):
+        progress.skipped += 1
+        weights, keys = job.model.task.class_weights, job.sampler.keys(seen)
+        record = {
+            "arm": job.cell.arm,
+            "encoder_learns": report.step >= job.encoder_learns_at,
+            "seed": job.cell.seed,
+            "classes": train.classes,
+            "class_weights": None if weights is None else weights.tolist(),
+            "seeds": [of_batch[0][0] for of_batch in keys],
+            "losses": nonfinite.losses_as_text(report.micro_losses, job.plan.micro_batches),
+            "samples": [[train.reader.name(int(job.subset[place])) for *_, place in of_batch] for of_batch in keys],
+        }
+        line = nonfinite.keep_step(
+            run.team,
+            folder,
+            report.step,
+            job.model,
+            job.dataset,
+            keys,
+            record,
+            what=f"{folder.name} step {report.step}: loss {progress.loss}, gradient norm {report.grad_norm}",
+            skipped=progress.skipped,
+            allowed=recipe.max_skipped_steps,
+        )
+        job.log.say(line)
+    if report.unreadable:
+        lines = run.team.gather(report.unreadable_lines)  # each process knows of its own alone
+        seen += job.plan.global_batch_size
+        most = recipe.data.max_bad_fraction
+        progress.unreadable = count_unreadable(progress.unreadable, report.unreadable, lines, seen, most, job.log)
+
+
+def ema_decay(decay: float, step: int) -> float:
+    """Return how much of the average stays after `step` steps: less in the first ones."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Tensor) -> None:
+    """Move averaged weights towards the model's; statistics of batch norms are copied.
+
+    only_if: () bool on the device: whether the step was made. Nothing changes otherwise.
+    """
+    weight = (1 - decay) * only_if
+    for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
+        mean.lerp_(p, weight.to(mean.dtype))
+    for copied, own in zip(averaged.buffers(), model.buffers(), strict=True):
+        copied.copy_(own)
+
+
+def judge_held_out(job: Finetuning) -> dict[str, float]:
+    """Judge on training images that were held out, keep the best weights, and give up after too many worse ones.
+
+    Returns:
+        The score, for a line of metrics.
+    """
+    run, progress, headline = job.run, job.progress, job.model.task.headline
+    assert run.recipe.early_stop is not None
+    judged = judge(
+        run.recipe, run.team, run.kind, job.judged, run.train, job.held_out, "early_stop", headline_only=True
+    )
+    score = judged.metrics[headline]
+    progress.worse += 1
+    if score > progress.best:
+        progress.best, progress.best_step, progress.worse = score, progress.step, 0
+        folder = job.cell.folder / "best"
+        checkpoint.save_together(run.team, folder, progress.step, job.model, None, {}, keep=None, averaged=job.averaged)
+    progress.given_up = progress.worse >= run.recipe.early_stop.patience
+    return {f"tune_{headline}": score}
+
+
+def record_of(job: Finetuning, lr: float, tuned: dict[str, float]) -> dict[str, float]:
+    """Return a line of metrics. What was measured now is in this line alone."""
+    progress, global_batch = job.progress, job.plan.global_batch_size
+    record = {"step": progress.step, "seen": progress.step * global_batch, "loss": progress.loss, "lr": lr, **tuned}
+    return record | {"grad_norm": progress.grad_norm, **job.pace.rates(global_batch)}
+
+
+def save(job: Finetuning, *, required: bool) -> None:
+    """Write a checkpoint, and drop the best weights that no checkpoint names any more.
+
+    Args:
+        required: If it cannot be written, end the run, whatever the recipe's `if_unsaved` says.
+
+    Raises:
+        UserError: It cannot be written, and the run must not go on without it.
+    """
+    run, progress, folder = job.run, job.progress, job.cell.folder
+    seen = progress.step * job.plan.global_batch_size
+    state = {"seen": seen, "data_fingerprint": run.fingerprint, **progress.to_json()}
+    try:
+        checkpoint.save_together(
+            run.team,
+            folder / "checkpoints",
+            progress.step,
+            job.model,
+            job.optimizer.plain,
+            state,
+            keep=run.recipe.keep_checkpoints,
+            averaged=job.averaged,
+        )
+        if run.team.is_main:
+            checkpoint.keep_only(folder / "best", progress.best_step)
+    except UserError as error:
+        if required or run.recipe.if_unsaved == "stop":
+            raise
+        job.log.say(f"warning: {error}; going on, as if_unsaved says")
+
+
+def stop(job: Finetuning) -> None:
+    """End a cell that a signal stopped, after it has saved."""
+    step, why = job.progress.step, job.run.stop_request.by or "a signal to another process"
+    job.log.say(f"stopped at step {step} by {why}; go on with --resume auto")
+    job.log.status("stopped", step=step, why=why)
+
+
+def finish(job: Finetuning) -> dict[str, float]:
+    """Judge on the validation images and write the model.
+
+    The step is the last one, or the best one on training images held out. None is chosen by looking at the validation
+    images.
+    """
+    run, progress, folder, model = job.run, job.progress, job.cell.folder, job.judged
+    if run.recipe.early_stop:
+        best = folder / "best" / f"step-{progress.best_step:08d}"
+        checkpoint.load(best, job.model, averaged=job.averaged, checked=True)
+        held_out = f"best on {len(job.held_out)} training images held out, {100 * progress.best:.2f} %"
+        job.log.say(f"step {progress.best_step} of {progress.step}: {held_out}")
+    if job.adapted:  # before it is judged: what is judged is what is exported
+        lora.merge(model.encoder)
+    judged = judge(run.recipe, run.team, run.kind, model, run.val, np.arange(len(run.val)), "data.val")
+    if run.team.is_main:
+        save_model(model, folder, run.recipe, judged.metrics, run.train.classes)
+        _record_result(job, judged)
+        run.kind.draw(model, run.val, folder / PICTURES)
+    job.log.close()
+    run.team.wait()
+    return judged.metrics
+
+
+def _record_result(job: Finetuning, judged: Judged) -> None:
+    """Write result.json and the last lines of the log."""
+    headline, classes = job.model.task.headline, job.run.train.classes
+    unreadable = f", {judged.unreadable} unreadable images left out" if judged.unreadable else ""
+    job.log.say(f"{headline} {100 * judged.metrics[headline]:.2f} %{unreadable}")
+    for line in judged.unreadable_lines:
+        job.log.note(f"unreadable, data.val: {line}")
+    if judged.unread_classes:
+        job.log.say(f"warning: {name_unread(judged.unread_classes)}")
+    job.log.status("finished", step=job.progress.step)
+    of_class = {} if judged.per_class is None else dict(zip(classes, judged.per_class, strict=True))
+    write_json(
+        job.cell.folder / RESULT,
+        {
+            "metrics": judged.metrics,
+            **({f"{headline}_per_class": of_class} if judged.per_class is not None else {}),
+            "unreadable": judged.unreadable,
+            "unread_classes": judged.unread_classes,
+            "step": job.progress.step,
+            "fingerprint": job.run.fingerprint,
+        },
+    )

@@ -1,0 +1,94 @@
+"""The loss of a micro-batch of fine-tuning, with everything that is drawn for it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+
+from mpp.errors import UserError, one_line
+from mpp.finetuning.distillation import Distillation, open_teacher
+from mpp.finetuning.model import Supervised
+from mpp.parallel.team import Team
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.rng import Purpose, torch_seed
+
+
+class MicroLoss:
+    """A pure function of (weights, images, seed, position).
+
+    Args:
+        recipe: Of the run.
+        team: Its processes.
+        model: On its device already, with adapters if it has any.
+        classes: Of the training images.
+        seed: Of the cell.
+
+    Raises:
+        UserError: The teacher of `distill` cannot teach these classes.
+    """
+
+    def __init__(self, recipe: FinetuneRecipe, team: Team, model: Supervised, classes: list[str], seed: int) -> None:
+        self.device, self.model, self.seed = team.device, model, seed
+        mixing = recipe.mixup > 0 or recipe.cutmix > 0
+        self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=len(classes)) if mixing else None
+        erase = recipe.data.erase
+        self.erase = RandomErasing(erase, mode="pixel", device=team.device) if erase else None
+        self.distillation = make_distillation(recipe, team, model, classes) if recipe.distill else None
+
+    def __call__(self, wrapped: Any, images: torch.Tensor, labels: Any, position: int) -> torch.Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            wrapped: The model, as the loop calls it.
+            images: (B, C, H, W) uint8.
+            labels: As `LabeledBatch` has them.
+            position: Of the first sample in the run's endless sequence. What is drawn follows from it. Call this after
+                the batch has come: a loader that starts its workers draws from torch's generator, too.
+        """
+        seed_of_batch = torch_seed(self.seed, Purpose.STEP, position)
+        torch.manual_seed(seed_of_batch)  # dropout, drop path
+        random.seed(seed_of_batch)  # random erasing
+        np.random.seed(torch_seed(self.seed, Purpose.MIX, position) % 2**32)  # mixup, cutmix
+        x = self.model.normalise(images.to(self.device, non_blocking=True))
+        labels = send_to_device(labels, self.device, non_blocking=True)
+        if self.erase is not None:
+            x = self.erase(x)
+        if self.mix is not None:
+            x, labels = self.mix(x, labels)
+        outputs, own_loss = wrapped(x, labels), self.model.task.loss
+        if self.distillation is None:
+            found: torch.Tensor = own_loss(outputs, labels)
+            return found
+        return self.distillation.loss(outputs, x, labels, own_loss)
+
+
+def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, classes: list[str]) -> Distillation:
+    """Open the teacher, where the model is.
+
+    Raises:
+        UserError: It cannot teach these classes, or does not run at this size.
+    """
+    keys = recipe.distill
+    assert keys is not None
+    teacher = open_teacher(keys.teacher, classes, recipe.data.channels).to(model.mean.device)
+    mean, std = model.mean / 255, model.std / 255
+    found = Distillation(
+        teacher,
+        kind=keys.kind,
+        alpha=keys.alpha,
+        temperature=keys.temperature,
+        mean=mean,
+        std=std,
+        autocast=team.autocast,
+    )
+    try:
+        found.teach(torch.zeros(1, recipe.data.channels, *recipe.data.image_size, device=mean.device))
+    except Exception as error:  # timm's models fail in their own ways
+        raise UserError(f"distill.teacher: {keys.teacher} does not run: {one_line(error)}") from error
+    return found

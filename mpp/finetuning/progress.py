@@ -1,0 +1,54 @@
+"""How far a cell of fine-tuning has come."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """The numbers of a cell that a checkpoint keeps beside the tensors."""
+
+    step: int = 0
+    """Optimizer steps that are done."""
+    unreadable: int = 0
+    """Images that could not be read so far."""
+    skipped: int = 0
+    """Steps that were left out because they were not finite."""
+    best: float = -1.0
+    """The best score on training images held out, if the recipe stops early."""
+    best_step: int = 0
+    worse: int = 0
+    """Measurements since the best one."""
+    given_up: bool = False
+    """Whether the score has not risen for so long that the cell ends early."""
+    loss: float = math.nan
+    """Of the newest step that was read, over all processes; not kept in checkpoints."""
+    grad_norm: float = math.nan
+    """As `loss`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what state.json holds."""
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "worse": self.worse,
+            "given_up": self.given_up,
+            "skipped": self.skipped,
+            "bad": self.unreadable,
+        }
+
+    @staticmethod
+    def from_json(state: dict[str, Any]) -> Progress:
+        """Return what `to_json` gave, with `step`."""
+        return Progress(
+            step=state["step"],
+            unreadable=state["bad"],
+            skipped=state["skipped"],
+            best=state["best"],
+            best_step=state["best_step"],
+            worse=state["worse"],
+            given_up=state["given_up"],
+        )

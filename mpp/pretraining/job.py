@@ -1,0 +1,75 @@
+"""A pretraining run that is ready to train: everything its loop works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mpp.data.batch import Batch
+from mpp.data.order import MicroBatches, Order
+from mpp.data.shards.reader import ShardImages
+from mpp.objective.model import MaskedPatchModel
+from mpp.parallel.liveness import Watch
+from mpp.parallel.sharding import Whole
+from mpp.parallel.signals import StopRequest
+from mpp.parallel.team import Team
+from mpp.pretraining.dataset import PretrainDataset
+from mpp.pretraining.monitor import OnlineProbe
+from mpp.pretraining.progress import Progress
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.runs.folder import OpenRun
+from mpp.runs.log import RunLog
+from mpp.training import nonfinite
+from mpp.training.optimizer import GuardedOptimizer
+from mpp.training.plan import Plan
+from mpp.training.steps import MicroBatchStream, Pace
+
+
+@dataclass
+class Data:
+    """The images of a run, in the order of the run."""
+
+    images: ShardImages
+    train_counts: np.ndarray
+    """Images of each shard that are trained on; those after them are held out."""
+    held_out_counts: np.ndarray
+    order: Order
+    dataset: PretrainDataset
+    sampler: MicroBatches
+    """This process's micro-batches, from the first step that is left."""
+    held_out: Batch
+    """The held-out images, each with the mask it has in every run of this seed."""
+
+
+@dataclass
+class Pretraining:
+    """A run that is ready to train."""
+
+    recipe: PretrainRecipe
+    """Resolved: nothing changes it any more."""
+    team: Team
+    plan: Plan
+    data: Data
+    model: MaskedPatchModel
+    wrapped: Any
+    """The model as the loop calls it: in autocast, with gradients exchanged."""
+    whole: Whole
+    """A copy of the model with all its weights, to be looked at."""
+    optimizer: GuardedOptimizer
+    trained: list[nn.Parameter]
+    statistics: nonfinite.Statistics
+    progress: Progress
+    micro_batches: MicroBatchStream
+    pace: Pace
+    probe: OnlineProbe | None
+    run: OpenRun
+    log: RunLog
+    watch: Watch
+    stop_request: StopRequest
+
+    @property
+    def sharded(self) -> bool:
+        return self.recipe.fsdp and self.team.world > 1

@@ -1,0 +1,73 @@
+"""How far a pretraining run has come, and what was measured on the way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpp.pretraining.monitor import Probed, Spread
+from mpp.runs.symptoms import Measured
+
+
+@dataclass
+class Progress:
+    """The numbers of a run that a checkpoint keeps beside the tensors."""
+
+    step: int = 0
+    """Optimizer steps that are done."""
+    unreadable: int = 0
+    """Images that could not be read so far."""
+    skipped: int = 0
+    """Steps that were left out because they were not finite."""
+    loss: float = math.nan
+    """Of the newest step that was read, over all processes."""
+    skills: list[float] = field(default_factory=list)
+    """1 - loss / loss of the trivial predictor, on held-out images, of each objective; the last ones measured."""
+    collapse: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By target that may collapse: effective rank, and share that depends on the image."""
+    features: Spread | None = None
+    history: list[Measured] = field(default_factory=list)
+    """Skill and probe accuracy at each measurement."""
+    probed: Probed | None = None
+    losses: list[float] = field(default_factory=list)
+    """Of each objective, as `loss`; not kept in checkpoints."""
+    grad_norm: float = math.nan
+    """As `losses`."""
+
+    @property
+    def skill(self) -> float:
+        """The first objective's."""
+        return self.skills[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what state.json holds; null for numbers that are not finite."""
+        return {
+            "bad": self.unreadable,
+            "skipped": self.skipped,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "skills": [None if math.isnan(value) else value for value in self.skills],
+            "collapse": self.collapse,
+            "features": [*self.features] if self.features else None,
+            "history": [[*m] for m in self.history],
+            "probed": [*self.probed] if self.probed else None,
+        }
+
+    @staticmethod
+    def from_json(state: dict[str, Any]) -> Progress:
+        """Return what `to_json` gave, with `step`."""
+        return Progress(
+            step=state["step"],
+            unreadable=int(state["bad"]),
+            skipped=int(state["skipped"]),
+            loss=_nan_if_null(state["loss"]),
+            skills=[_nan_if_null(value) for value in state["skills"]],
+            collapse=state["collapse"],
+            features=Spread(*state["features"]) if state["features"] else None,
+            history=[Measured(*m) for m in state["history"]],
+            probed=Probed(*state["probed"]) if state["probed"] else None,
+        )
+
+
+def _nan_if_null(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -1,0 +1,293 @@
+"""Everything a pretraining run needs before its first step: data, model, optimizer, run folder, resume."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mpp.data.batch import Batch
+from mpp.data.crop import Crop
+from mpp.data.labeled import open_labeled
+from mpp.data.loader import batches
+from mpp.data.order import MicroBatches, Order, lanes_read_by
+from mpp.data.readers import PackedReader
+from mpp.data.shards.ahead import Ahead
+from mpp.data.shards.reader import ShardImages, evenly, held_out_rows
+from mpp.data.transfer import on_device
+from mpp.data.unreadable import find_coarse_images
+from mpp.encoders.resolve import resolve
+from mpp.errors import UserError
+from mpp.objective.build import build_mask, build_model
+from mpp.objective.model import MaskedPatchModel
+from mpp.parallel.devices import compile_forward, cores_in_use, cpu_has_bf16
+from mpp.parallel.liveness import Watch
+from mpp.parallel.sharding import Whole, shard
+from mpp.parallel.signals import StopRequest
+from mpp.parallel.team import Team, start_team
+from mpp.pretraining.dataset import PretrainDataset
+from mpp.pretraining.job import Data, Pretraining
+from mpp.pretraining.measure import keep_pictures, warn_of_poor_targets
+from mpp.pretraining.monitor import OnlineProbe, probe_images
+from mpp.pretraining.progress import Progress
+from mpp.recipe.dump import settings_of
+from mpp.recipe.pretrain import PretrainRecipe
+from mpp.runs import checkpoint
+from mpp.runs.environment import environment
+from mpp.runs.folder import DATA, OpenRun, opened
+from mpp.runs.log import RunLog
+from mpp.runs.pictures import kept_every
+from mpp.runs.records import write_json
+from mpp.runs.trackers import Trackers
+from mpp.training import nonfinite
+from mpp.training.exchange import accumulation
+from mpp.training.optimizer import GuardedOptimizer, adamw, pretrain_groups
+from mpp.training.plan import Plan, steps_of
+from mpp.training.steps import MicroBatchStream, Pace
+
+RANGE_IMAGES = 16
+"""Images whose range of values is looked at before the first step."""
+HELD_OUT_POSITION = 2**62
+"""Where the masks of held-out images are drawn: far beyond any training position."""
+LOOKED_AT = 256
+"""Held-out images that targets are checked on before the first step."""
+
+
+def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pretraining:
+    """Open and check everything, and load the checkpoint to continue from.
+
+    Args:
+        recipe: As it was given.
+        resume: "never" (the run folder must be new), "auto", or the folder of a checkpoint.
+        until_the_end: What is entered here is left when the run ends, in reverse order.
+
+    Raises:
+        UserError: Anything the user can correct.
+    """
+    team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
+    stop_request = until_the_end.enter_context(StopRequest())
+    watch = until_the_end.enter_context(
+        Watch(team.rank, team.world, Path(recipe.out), hang_timeout_s=recipe.hang_timeout_s)
+    )
+    trained_before = recipe.encoder.pretrained or Path(recipe.encoder.name).is_dir()
+    recipe = resolve(recipe, recipe.encoder.name if trained_before else None, warn=team.is_main)
+    optim = recipe.optim
+    micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
+
+    model, mask_grid = build_model(recipe)
+    images, train_counts, held_out_counts = _open_images(recipe)
+    order = Order(
+        train_counts,
+        global_batch=optim.global_batch_size,
+        seed=recipe.seed,
+        lanes=recipe.data.lanes,
+        window=recipe.data.window,
+    )
+    plan = make_plan(recipe, order.epoch_len, micro_batches)
+    ahead = Ahead(images, order, lanes_read_by(team.ranks_here(), order, accumulate=micro_batches, world=team.world))
+    dataset = PretrainDataset(
+        images,
+        make_crop(recipe),
+        build_mask(recipe),
+        mask_grid,
+        recipe.seed,
+        train_counts,
+        optim.global_batch_size,
+        ahead,
+    )
+
+    sharded = recipe.fsdp and team.world > 1
+    whole = Whole(model, sharded=sharded)
+    if sharded:
+        shard(model, team.device, whole=(model.guide,) if model.guide is not None else ())
+    else:
+        model.to(team.device)
+    optimizer = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
+    held_out = _held_out_batch(dataset, train_counts, held_out_counts)
+    probe = _open_probe(recipe, model)
+
+    # The folder is opened as late as possible: what is wrong with a recipe or its data leaves no folder behind.
+    run = until_the_end.enter_context(opened(team, recipe, resume, fingerprint=images.fingerprint))
+    watch.at(0, "loading")
+    progress = Progress(skills=[float("nan")] * len(model.objectives))
+    if run.checkpoint is not None:
+        checkpoint.load(run.checkpoint, model, optimizer)
+        progress = Progress.from_json(checkpoint.read_state(run.checkpoint))
+    if recipe.compile:
+        compile_forward(model, team.device)
+    sampler = MicroBatches(
+        order,
+        seen=progress.step * optim.global_batch_size,
+        steps=plan.total_steps - progress.step,
+        accumulate=micro_batches,
+        rank=team.rank,
+        world=team.world,
+    )
+    data = Data(images, train_counts, held_out_counts, order, dataset, sampler, held_out)
+    wrapped = team.wrap_model(model, sharded=sharded)
+    log = _open_log(recipe, team, plan, run, progress.step)
+    until_the_end.callback(log.close)
+    watch.status = log.status
+    pace = Pace()
+    job = Pretraining(
+        recipe=recipe,
+        team=team,
+        plan=plan,
+        data=data,
+        model=model,
+        wrapped=wrapped,
+        whole=whole,
+        optimizer=GuardedOptimizer(optimizer, team),
+        trained=[p for p in model.parameters() if p.requires_grad],
+        statistics=nonfinite.Statistics(model, needed=recipe.max_skipped_steps > 0),
+        progress=progress,
+        micro_batches=MicroBatchStream(_load(data, recipe, team), micro_batches, watch, pace),
+        pace=pace,
+        probe=probe,
+        run=run,
+        log=log,
+        watch=watch,
+        stop_request=stop_request,
+    )
+    _introduce(job)
+    return job
+
+
+def make_plan(recipe: PretrainRecipe, images: int, micro_batches: int) -> Plan:
+    """Return the plan of a run over so many images."""
+    optim = recipe.optim
+    total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)
+    every = {"log": recipe.log_every_steps, "checkpoint": recipe.checkpoint_every_steps}
+    every |= {"skill": recipe.skill_every_steps, "pictures": kept_every(total_steps, recipe.skill_every_steps)}
+    every |= {"probe": recipe.probe.every_steps} if recipe.probe else {}
+    return Plan(
+        total_steps=total_steps,
+        warmup_steps=steps_of(optim.warmup_epochs, optim.warmup_steps, images, optim.global_batch_size, least=0),
+        global_batch_size=optim.global_batch_size,
+        micro_batches=micro_batches,
+        base_lr=optim.base_lr,
+        min_lr=optim.min_lr,
+        every_steps=every,
+        log_first_step=True,
+    )
+
+
+def make_crop(recipe: PretrainRecipe) -> Crop:
+    """Return how an image becomes a sample."""
+    data = recipe.data
+    return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
+
+
+def _open_images(recipe: PretrainRecipe) -> tuple[ShardImages, np.ndarray, np.ndarray]:
+    """Open the shards: (images, how many of each shard are trained on, how many are held out)."""
+    images = ShardImages(recipe.data.shards, key="data.shards", **recipe.data.opening())
+    held_out = held_out_rows(images.counts, recipe.data.held_out)
+    return images, np.asarray(images.counts) - held_out, held_out
+
+
+def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.ndarray) -> Batch:
+    """Read the held-out images, centre-cropped, each with the mask it has in every run of this seed.
+
+    Raises:
+        UserError: Not one of them can be read: most likely nor can the others.
+    """
+    rows = [(s, int(counts[s]) + i) for s in range(len(counts)) for i in range(int(held_out[s]))]
+    batch = dataset.batch([(HELD_OUT_POSITION + i, s, r) for i, (s, r) in enumerate(rows)], centre=True)
+    if batch.replaced == len(rows):
+        raise UserError(f"data.shards: not one of {len(rows)} held-out images can be read; the first: {batch.bad[0]}")
+    return batch
+
+
+def _open_probe(recipe: PretrainRecipe, model: MaskedPatchModel) -> OnlineProbe | None:
+    """Read the images of the online probe, on every process alike, so that none waits for another.
+
+    Raises:
+        UserError: There are too few of them, or none can be read.
+    """
+    keys, data = recipe.probe, recipe.data
+    if keys is None:
+        return None
+    train = open_labeled(keys.train, key="probe.train", classes=None, **data.opening())
+    val = open_labeled(keys.val, key="probe.val", classes=train.classes, **data.opening())
+    if len(train.classes) < 2 or not len(val.labels):
+        raise UserError("probe: wants two classes at least in probe.train, and images in probe.val")
+    reading = data.decoding()
+    size, most, seed = data.image_size, keys.images, recipe.seed
+    learned = probe_images(train, size, most, seed, "probe.train", **reading)
+    judged = probe_images(val, size, most, seed, "probe.val", **reading)
+    return OnlineProbe(learned, judged, len(train.classes), keys.weight_decay, model.mean, model.std)
+
+
+def _open_log(recipe: PretrainRecipe, team: Team, plan: Plan, run: OpenRun, resumed_at: int) -> RunLog:
+    trackers = Trackers(recipe.trackers, run.out, settings_of(recipe), resumed_at=resumed_at, active=team.is_main)
+    return RunLog(run.out, steps=plan.total_steps, resumed_at=resumed_at, active=team.is_main, trackers=trackers)
+
+
+def _load(data: Data, recipe: PretrainRecipe, team: Team) -> Any:
+    """Return the micro-batches, read ahead by workers; for a GPU copied ahead, too."""
+    cuda = team.device.type == "cuda"
+    loaded = batches(data.dataset, data.sampler, workers=recipe.data.workers, pin_memory=cuda)
+    return on_device(loaded, team.device) if cuda else loaded
+
+
+def _introduce(job: Pretraining) -> None:
+    """Write what is known before the first step: env.json, data.json, the opening lines of the log, warnings, and the
+    pictures of the untrained model."""
+    recipe, team, data, log = job.recipe, job.team, job.data, job.log
+    if team.is_main:
+        write_json(job.run.out / "env.json", environment())
+        write_json(
+            job.run.out / DATA,
+            {
+                "fingerprint": data.images.fingerprint,
+                "shards": len(data.images.names),
+                "images": int(sum(data.train_counts)),
+                "held_out": int(data.held_out_counts.sum()),
+                "left_out": data.images.left_out.found,
+            },
+        )
+    log.say(_opening_line(job))
+    if recipe.precision == "auto" and team.device.type == "cpu" and cpu_has_bf16():
+        log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")
+    if team.device.type == "cpu" and team.world == 1 and (taken := cores_in_use()):
+        log.say(f"note: {taken}")
+    if data.images.left_out:
+        log.say(f"note: data.shards: {data.images.left_out}")
+    for line in team.on_main(partial(_look_at_range, data.images, recipe.data.decoding())):
+        log.say(f"warning: {line}")
+    for line in data.held_out.bad:
+        log.say(f"unreadable, held out: {line}")
+    norms = (m for m in job.model.encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    if any(norms) and team.world > 1:
+        log.say("note: this encoder's batch norms see each process's share: another number of processes differs")
+    with job.whole.now(team.device) as shown:
+        for line in warn_of_poor_targets(shown, data.held_out.images[:LOOKED_AT].to(team.device)):
+            log.say(f"warning: {line}")
+        if job.progress.step == 0 and team.is_main:
+            keep_pictures(team, shown, data.held_out, recipe.reconstruct_images, log, 0)
+
+
+def _opening_line(job: Pretraining) -> str:
+    """The first line of the log: images, steps, size."""
+    plan, data, world = job.plan, job.data, job.team.world
+    images = f"{sum(data.train_counts)} images in {len(data.images.names)} shards"
+    micro_batch = plan.global_batch_size // world // plan.micro_batches
+    steps = f"{plan.total_steps} steps of {plan.global_batch_size} ({world} × {plan.micro_batches} × {micro_batch})"
+    parameters = f"{sum(p.numel() for p in job.trained) / 1e6:.2f} M parameters trained"
+    line = f"{images}, {int(data.held_out_counts.sum())} more held out; {steps}, {parameters}"
+    if plan.never_reaches_full_lr:
+        line += "; the warm-up lasts longer: the full learning rate is never reached"
+    if job.run.checkpoint:
+        line += f"; resumed at step {job.progress.step}"
+        line += ", which is the last: nothing is left to do" if job.progress.step >= plan.total_steps else ""
+    return line
+
+
+def _look_at_range(images: ShardImages, decoding: dict[str, Any]) -> list[str]:
+    """Look at a few images before the first step; see `find_coarse_images`."""
+    chosen = evenly(sum(images.counts), RANGE_IMAGES)
+    return find_coarse_images(PackedReader(images, few=True), chosen, "data.shards", decoding)

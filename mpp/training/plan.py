@@ -1,0 +1,62 @@
+"""What a run will do, before it begins: steps, learning rates, and what is due after which step. All of it is pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpp.training.optimizer import scheduled_lr
+
+PER_IMAGES = 256
+"""Recipes state learning rates for so many images; they grow with the global batch (Goyal et al. 2017)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, how fast it learns, and how often it stops to look."""
+
+    total_steps: int
+    warmup_steps: int
+    global_batch_size: int
+    """Images of one optimizer step, over all processes."""
+    micro_batches: int
+    """Micro-batches of one step on each process."""
+    base_lr: float
+    """For 256 images, as recipes have it."""
+    min_lr: float
+    """Where the cosine ends, for 256 images."""
+    every_steps: Mapping[str, int]
+    """What is due now and then, by name, and the steps between."""
+    log_first_step: bool = False
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step; `step` counts from 0."""
+        lr = scheduled_lr(
+            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, lr=self.base_lr, min_lr=self.min_lr
+        )
+        return self.global_batch_size / PER_IMAGES * lr
+
+    def due_after(self, step: int) -> frozenset[str]:
+        """Return what is due after a step, which counts from 0. After the last step everything is, and "end"."""
+        if step + 1 == self.total_steps:
+            return frozenset((*self.every_steps, "end"))
+        due = {name for name, steps in self.every_steps.items() if (step + 1) % steps == 0}
+        return frozenset(due | {"log"} if step == 0 and self.log_first_step else due)
+
+    @property
+    def never_reaches_full_lr(self) -> bool:
+        """Whether the warm-up lasts longer than the run."""
+        return self.warmup_steps > self.total_steps
+
+
+def steps_of(epochs: float | None, steps: int | None, images: int, global_batch: int, *, least: int = 1) -> int:
+    """Return the optimizer steps of a run or a warm-up, given in epochs or in steps.
+
+    Args:
+        epochs: Passes over the images; used if `steps` is None.
+        steps: Optimizer steps.
+        images: Images of one epoch.
+        global_batch: Images of one step.
+        least: The smallest answer for epochs.
+    """
+    return steps if steps is not None else max(round((epochs or 0.0) * images / global_batch), least)

@@ -1,0 +1,153 @@
+"""What both training loops use at every step: micro-batches, reports of what came of a step, and the pace."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mpp.parallel.liveness import Watch
+from mpp.parallel.signals import StopRequest
+from mpp.parallel.team import Team
+from mpp.rng import Purpose, torch_seed
+from mpp.training.exchange import Exchange
+
+
+class LoadedBatch(Protocol):
+    """What the loops need to know of a batch, whatever is in it."""
+
+    positions: Tensor
+    """(B,) int64: place of each sample in the run's endless sequence."""
+    replaced: int
+    """Images that could not be read, in whose place another one stands."""
+    bad: list[str]
+    """A line for each file that could not be read."""
+
+
+def seed_dropout(seed: int, batch: LoadedBatch) -> int:
+    """Seed torch's generators for a micro-batch, by the position of its first sample, and return the seed.
+
+    Dropout and drop path draw from them. Call it after the batch has come: a loader that starts its workers draws from
+    torch's generator, too.
+    """
+    seed_of_batch = torch_seed(seed, Purpose.STEP, int(batch.positions[0]))
+    torch.manual_seed(seed_of_batch)
+    return seed_of_batch
+
+
+@dataclass
+class Pace:
+    """Time since the last logged line."""
+
+    began_s: float = field(default_factory=time.monotonic)
+    waited_s: float = 0.0
+    """Spent waiting for batches."""
+    steps: int = 0
+
+    def rates(self, global_batch: int) -> dict[str, float]:
+        """Return images a second and the part of the time that was spent waiting for batches, and begin again."""
+        elapsed_s = max(time.monotonic() - self.began_s, 1e-9)
+        found = {"images_per_s": self.steps * global_batch / elapsed_s, "data_wait": self.waited_s / elapsed_s}
+        self.began_s, self.waited_s, self.steps = time.monotonic(), 0.0, 0
+        return found
+
+
+class MicroBatchStream:
+    """The micro-batches of this process, in the order of the run."""
+
+    def __init__(self, loaded: Iterator[Any], per_step: int, watch: Watch, pace: Pace) -> None:
+        self._loaded, self._per_step, self._watch, self._pace = loaded, per_step, watch, pace
+
+    def of_step(self, step: int) -> Iterator[tuple[Any, bool]]:
+        """Yield each micro-batch of a step, and whether it is the last one."""
+        for m in range(self._per_step):
+            self._watch.at(step, "reading images")
+            asked_s = time.monotonic()
+            batch = next(self._loaded)
+            self._pace.waited_s += time.monotonic() - asked_s
+            self._watch.at(step, "computing")
+            yield batch, m == self._per_step - 1
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What came of one optimizer step, over all processes."""
+
+    step: int
+    """Counts from 0."""
+    losses: list[float]
+    """Mean of each objective over the global batch."""
+    grad_norm: float
+    unreadable: int
+    """Images that were replaced."""
+    unreadable_lines: list[str]
+    """A line for each file that this process could not read."""
+    micro_losses: list[Tensor]
+    """(objectives,) losses of this process's micro-batches, each divided by their number."""
+
+
+@dataclass
+class _Sent:
+    """A report on its way from the device."""
+
+    step: int
+    exchange: Exchange
+    micro_losses: list[Tensor]
+    unreadable_lines: list[str]
+
+
+class StepReports:
+    """The one exchange of a step: sent at once, read one step later, so that the host never waits for the device.
+
+    Losses, counts of unreadable images and the wish to stop are summed over all processes. The decision whether a step
+    is finite is made on the device.
+    """
+
+    def __init__(self, team: Team, stop_request: StopRequest) -> None:
+        self._team, self._stop_request = team, stop_request
+        self._sent: deque[_Sent] = deque()
+        self._micro_losses: list[Tensor] = []
+        self._unreadable_lines: list[str] = []
+        self._replaced = 0
+        self.stopping = False
+        """Whether some process was asked to stop, the same on all of them."""
+
+    def add(self, batch: LoadedBatch, losses: Tensor) -> None:
+        """Note a micro-batch. losses: (objectives,), divided by the micro-batches of a step."""
+        self._micro_losses.append(losses.detach())
+        self._unreadable_lines += batch.bad
+        self._replaced += batch.replaced
+
+    def send(self, step: int, grad_norm: Tensor) -> Tensor:
+        """Begin the exchange of a step.
+
+        Args:
+            step: Counts from 0.
+            grad_norm: () on the device, the same on every process.
+
+        Returns:
+            () bool on the device: whether loss and gradient are finite.
+        """
+        own = torch.stack(self._micro_losses).sum(0) / self._team.world
+        exchange = Exchange(self._team, own, [self._replaced, bool(self._stop_request)], grad_norm)
+        self._sent.append(_Sent(step, exchange, self._micro_losses, self._unreadable_lines))
+        self._micro_losses, self._unreadable_lines, self._replaced = [], [], 0
+        return exchange.summed.isfinite().all() & grad_norm.isfinite()
+
+    def arrived(self, *, everything: bool) -> Iterator[StepReport]:
+        """Yield the reports that can be read without waiting: all but the newest.
+
+        everything: the newest, too, because it is about to be logged or saved. So it is if this process alone was
+        asked to stop. If there are several, all learn of the wish by the exchange and read the rest together.
+        """
+        everything = everything or (self._team.world == 1 and bool(self._stop_request))
+        while len(self._sent) > (0 if everything or self.stopping else 1):
+            sent = self._sent.popleft()
+            *losses, unreadable, to_stop, grad_norm = sent.exchange.read()
+            self.stopping = self.stopping or bool(to_stop)
+            yield StepReport(sent.step, losses, grad_norm, int(unreadable), sent.unreadable_lines, sent.micro_losses)
