@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpp.errors import BadImage, MppWarning, UserError, there
+from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new, encoder_folder
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 
 
 def pretrain(
-    recipe: str | Path | Mapping[str, Any] | PretrainRecipe,
+    recipe: str | Path | Mapping[str, object] | PretrainRecipe,
     *,
     resume: str = "never",
     scale: str | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> PretrainResult:
     """Masked-patch pretraining. `recipe`: a file, its keys, or a checked recipe; overrides are its dotted keys.
 
@@ -69,11 +70,11 @@ def pretrain(
 
 
 def finetune(
-    recipe: str | Path | Mapping[str, Any] | FinetuneRecipe,
+    recipe: str | Path | Mapping[str, object] | FinetuneRecipe,
     *,
     resume: str = "never",
     scale: str | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> FinetuneResult:
     """Fine-tuning on labeled images, beside the same from scratch. Arguments as in `pretrain`."""
     from mpp.recipe.finetune import FinetuneRecipe
@@ -88,10 +89,10 @@ def finetune(
 def evaluate(
     encoder: str | Path | None = None,
     *,
-    recipe: str | Path | Mapping[str, Any] | EvaluateRecipe | None = None,
+    recipe: str | Path | Mapping[str, object] | EvaluateRecipe | None = None,
     resume: str = "never",
     scale: str | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> EvaluateResult:
     """kNN, linear and attentive probes of a frozen encoder over layers and poolings, beside controls.
 
@@ -117,7 +118,7 @@ def predict(
     top: int = 1,
     out: str | Path | None = None,
     report: str | Path | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, str], Report | None]:
+) -> tuple[list[JsonObject], dict[str, str], Report | None]:
     """What a fine-tuned encoder says of image files or folders: rows, what could not be read, and the report.
 
     views: 1, 2 (mirrored) or 10 (corners). top: classes named in a row. out: a CSV file. report: a folder for the
@@ -172,14 +173,14 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
 
 
 def plan(
-    recipe: str | Path | Mapping[str, Any] | PretrainRecipe,
+    recipe: str | Path | Mapping[str, object] | PretrainRecipe,
     *,
     devices: int = 1,
     device: str = "a100",
     mfu: float | None = None,
     images: int | None = None,
     scale: str | None = None,
-    **overrides: Any,
+    **overrides: object,
 ) -> Plan:
     """What pretraining will take on so many devices of a kind: memory, time, disk. Nothing is trained.
 
@@ -251,7 +252,7 @@ def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
     return load_encoder(source, **timm_args)
 
 
-def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: Any) -> Job:
+def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: object) -> Job:
     """Read and check a recipe of any job. UserError with a line for each thing that is wrong."""
     from mpp.recipe.loading import load_any
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from typing import Any
 
 import click
 
 from mpp.cli.app import JSON, main, to_json
 from mpp.errors import UserError, without_secrets
+from mpp.recipe.flat import JsonObject
 
 
 def _check_extension(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
@@ -114,7 +114,7 @@ def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str |
     from mpp.data.walk import LeftOut
 
     store, faults, left_out = Store(cache_dir, image_extension=image_extension), list[str](), LeftOut()
-    good = dict[str, dict[str, Any]]()  # indexes by folder and name
+    good = dict[str, JsonObject]()  # indexes by folder and name
     images = labeled = 0
     names = expand(shards, "SHARDS")
     for name in names:

@@ -12,6 +12,7 @@ import click
 import mpp
 from mpp.cli.app import JSON, main, to_json
 from mpp.errors import UserError, there
+from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new
 
 
@@ -129,7 +130,7 @@ def import_(
     from mpp.recipe.overrides import apply_overrides, parse_overrides
 
     _clear_away_when_ended()
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     apply_overrides(values, {}, parse_overrides(args, example="patch_size=8"))
     found = mpp.import_weights(
         file,

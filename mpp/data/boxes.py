@@ -15,6 +15,7 @@ from mpp.data.masks import one_folder
 from mpp.data.places import MOST_OUTSIDE_PX, MOST_SIDE_PX, Detected, size_of
 from mpp.data.walk import LeftOut
 from mpp.errors import BadImage, UserError
+from mpp.recipe.flat import JsonObject
 
 
 def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None) -> Detected:
@@ -37,7 +38,7 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
         raise UserError(f"{key}: {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{key}: {path}: cannot be read as JSON: {str(error).split(';')[0]}") from error
-    lists: dict[str, list[dict[str, Any]]] = {}
+    lists: dict[str, list[JsonObject]] = {}
     for part in ("images", "annotations", "categories"):
         entries = values.get(part) if isinstance(values, dict) else None
         if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
@@ -147,7 +148,7 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
     )
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_key_once(pairs: list[tuple[str, Any]]) -> JsonObject:
     """ValueError for an object of JSON that has a key twice, of which one would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.data.decoding.arrays import ValueRange
 from mpp.data.decoding.decode import centre_box, decode_crop, random_box
+from mpp.recipe.sections import ValueRange
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from mpp.data.files import read_regular
 from mpp.data.labeled_sets import LabeledBatch
 from mpp.data.places import Detected, Segmented
 from mpp.errors import BadImage, UserError
+from mpp.recipe.sections import Decoding, Reading
 from mpp.rng import Purpose, stream
 
 
@@ -37,7 +38,7 @@ class DenseDataset(Dataset[LabeledBatch]):
         ratio: tuple[float, float],
         flip: float,
         color_jitter: float | None,
-        **decoding: Any,
+        **decoding: Unpack[Decoding],
     ) -> None:
         """size: (H, W) px; scale, ratio: ranges of a crop's area and aspect. decoding: as `decode_crop` wants it."""
         self.data, self.subset, self.seed, self.decoding = data, subset, seed, decoding
@@ -99,7 +100,7 @@ class WholeDataset(Dataset[LabeledBatch]):
         data: Segmented | Detected,
         fit: Callable[[int, int], tuple[int, int]],
         size: tuple[int, int] | None,
-        **decoding: Any,
+        **decoding: Unpack[Decoding],
     ) -> None:
         self.data, self.fit, self.size, self.decoding = data, fit, size, decoding
 
@@ -109,7 +110,8 @@ class WholeDataset(Dataset[LabeledBatch]):
         for i, number in enumerate(keys):
             name = self.data.images[number]
             try:
-                image = whole_image(read_regular(name), **self.decoding)
+                reading: Reading = self.decoding
+                image = whole_image(read_regular(name), **reading)
                 h, w = int(image.shape[1]), int(image.shape[2])
                 self.data.check(number, w, h)
                 scaled = scaled_to(image, within(self.fit(h, w), self.decoding["max_image_pixels"]))
@@ -123,7 +125,7 @@ class WholeDataset(Dataset[LabeledBatch]):
         return LabeledBatch(together, labels, torch.tensor(keys), readable, bad)
 
 
-def whole_image(data: bytes, **decoding: Any) -> Tensor:
+def whole_image(data: bytes, **decoding: Unpack[Reading]) -> Tensor:
     """(C, h, w) uint8. BadImage."""
     pixels = decode_pillow(data, **decoding)
     return torch.from_numpy(np.atleast_3d(np.array(pixels))).permute(2, 0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from mpp.data.decoding.decode import decode_crop, decode_pillow, view_boxes
 from mpp.data.labeled import Labeled
 from mpp.errors import BadImage, UserError
+from mpp.recipe.sections import Decoding, Reading
 from mpp.rng import Purpose, stream, torch_seed
 
 
@@ -63,7 +64,9 @@ class LabeledDataset(Dataset[LabeledBatch]):
     generator) -> (C, H, W) float32.
     """
 
-    def __init__(self, data: Labeled, subset: np.ndarray, augment: Any, seed: int, **decoding: Any) -> None:
+    def __init__(
+        self, data: Labeled, subset: np.ndarray, augment: Any, seed: int, **decoding: Unpack[Decoding]
+    ) -> None:
         self.data, self.subset, self.augment, self.seed, self.decoding = data, subset, augment, seed, decoding
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
@@ -86,7 +89,8 @@ class LabeledDataset(Dataset[LabeledBatch]):
                 data = self.data.reader.read(number)
                 if "value_range" in self.decoding:
                     return self.augment(data, stream(self.seed, Purpose.AUGMENT, position)), number, bad
-                image = decode_pillow(data, **self.decoding)
+                reading: Reading = self.decoding
+                image = decode_pillow(data, **reading)
             except BadImage as error:
                 bad.append(f"{self.data.reader.name(number)}: {error}")
                 continue
@@ -111,7 +115,7 @@ class CentreDataset(Dataset[LabeledBatch]):
     """
 
     def __init__(
-        self, data: Labeled, size: tuple[int, int], fraction: float, *, views: int = 1, **decoding: Any
+        self, data: Labeled, size: tuple[int, int], fraction: float, *, views: int = 1, **decoding: Unpack[Decoding]
     ) -> None:
         self.data, self.size, self.boxes = data, size, view_boxes(views, size, fraction)
         self.decode = decoding

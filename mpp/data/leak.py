@@ -12,6 +12,7 @@ from mpp.data.decoding.decode import decode_pillow
 from mpp.data.readers import Reader
 from mpp.data.shards.reader import evenly
 from mpp.errors import BadImage
+from mpp.recipe.flat import JsonObject
 
 MOST_CHECKED = 2000
 """Validation images that are looked for, spread evenly."""
@@ -31,7 +32,7 @@ class Leak:
     examples: list[tuple[str, str]]
     """(name in validation, name in training)"""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 

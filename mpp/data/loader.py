@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -38,7 +39,7 @@ def _serve_the_parent_alone(worker: int) -> None:
     end_with(os.getppid())
     shown = sys.excepthook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, ConnectionError | EOFError):
             shown(kind, error, trace)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from mpp.data.decoding.decode import Deep, decode_crop, deep_values
 from mpp.data.readers import LabeledImages, Reader
 from mpp.data.shards.reader import evenly
 from mpp.errors import BadImage, UserError
+from mpp.recipe.sections import Decoding
 from mpp.runs.log import RunLog
 
 LOOKED_AT = 64
@@ -29,7 +29,7 @@ USED_PART = 4
 """Images whose largest value is this many times smaller than what their type holds are dark, or coarse."""
 
 
-def check_images(images: LabeledImages, key: str, decoding: dict[str, Any], max_bad_fraction: float) -> list[str]:
+def check_images(images: LabeledImages, key: str, decoding: Decoding, max_bad_fraction: float) -> list[str]:
     """Open some labeled images, of every class if there are few classes, before anything is trained.
 
     Args:
@@ -78,7 +78,7 @@ def unread_classes(images: LabeledImages, read: Sequence[int], tried: Sequence[i
     return [images.classes[label] for label in sorted(lost)]
 
 
-def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decoding: dict[str, Any]) -> list[str]:
+def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decoding: Decoding) -> list[str]:
     """Warn if images of 16 bit use a small part of their range and `data.value_range` does not say which."""
     found: list[Deep] = []
     for i in numbers if _range_is_open(decoding) else ():
@@ -87,19 +87,19 @@ def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decodin
     return _name_coarse(found, key, decoding)
 
 
-def _range_is_open(decoding: dict[str, Any]) -> bool:
+def _range_is_open(decoding: Decoding) -> bool:
     """Whether the recipe leaves open which values count."""
     return decoding.get("value_range") in (None, "type")
 
 
-def _look_at(data: bytes, decoding: dict[str, Any]) -> list[Deep]:
+def _look_at(data: bytes, decoding: Decoding) -> list[Deep]:
     """Decode an image; its values if it is of 16 bit and the recipe leaves open which count. BadImage."""
     decode_crop(data, lambda width, height: (0, 0, width, height), (SMALL_PX, SMALL_PX), **decoding)
     deep = deep_values(data, decoding) if _range_is_open(decoding) else None
     return [] if deep is None else [deep]
 
 
-def _name_coarse(found: Sequence[Deep], key: str, decoding: dict[str, Any]) -> list[str]:
+def _name_coarse(found: Sequence[Deep], key: str, decoding: Decoding) -> list[str]:
     """A line if these values of images use a small part of the range of their type."""
     if not found:
         return []

@@ -31,7 +31,10 @@ from mpp.encoders.cells import Cells, Corrupted, EncoderOutput, gather_cells, re
 from mpp.encoders.maps import freeze_unread
 from mpp.encoders.shortcuts import embed_at, embeds_at, run_for, runs_for
 from mpp.encoders.support import FAMILIES_THAT_DROP
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
+from mpp.recipe.flat import JsonObject
+from mpp.recipe.values import TimmArgs
 
 STEMS = ("patch_embed", "stem", "patch_embed.backbone", "patch_embed.backbone.stem")
 """Submodules whose output is an embedded patch map, coarsest first; the last two are inside hybrid ResNet-ViTs."""
@@ -64,7 +67,7 @@ def create_timm_model(
     image_size: tuple[int, int] | None,
     in_chans: int,
     pretrained: bool,
-    args: dict[str, Any],
+    args: TimmArgs,
     key: str = "encoder.name",
     args_key: str = "encoder.args",
 ) -> nn.Module:
@@ -149,7 +152,7 @@ class TimmEncoder(nn.Module):
 
     def __init__(self, model: nn.Module, image_size: tuple[int, int], unit_px: int | None = None) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model: TimmModel = model
         self.family = type(model).__name__
         if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
             raise UserError(f"encoder.name: timm's {self.family} has no forward_intermediates: no map of features")
@@ -204,7 +207,7 @@ class TimmEncoder(nn.Module):
 
         None for a submodule that is no stem: it does not take images, or gives no map of them.
         """
-        top: Any = self.model.get_submodule(path.split(".")[0])
+        top: TimmModel = self.model.get_submodule(path.split(".")[0])
         strict, training = getattr(top, "strict_img_size", None), top.training
         parameter = next(self.model.parameters())
         shapes: list[tuple[int, ...]] = []
@@ -322,8 +325,8 @@ class TimmEncoder(nn.Module):
         return tokens if isinstance(out, Tensor) else (tokens, *out[1:])
 
     def _at_block(
-        self, i: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]] | None:
+        self, i: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: JsonObject
+    ) -> tuple[Any, JsonObject] | None:
         if self._now is None or self._now.x.enter == 0:
             return None
         x, cells, _ = self._now

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -18,11 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mpp.encoders.checksums import HEAD, TOLERANCE, sha256
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, reason, without_secrets
 from mpp.parallel import faults
 from mpp.recipe.dump import dump_recipe
 from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.pretrain import PretrainRecipe
+from mpp.recipe.sections import ValueRange
 from mpp.runs.environment import environment
 from mpp.runs.records import write_json
 
@@ -60,7 +62,7 @@ class Origin:
     """What mean and std speak of."""
 
 
-def pool_patches(model: Any) -> None:
+def pool_patches(model: TimmModel) -> None:
     """Let a timm model give the mean of its patch tokens for an image, if it gives the class token or attention's pool.
 
     Pretraining trains the patch tokens. What it makes of the class token depends on the objective, and nothing trains
@@ -72,13 +74,13 @@ def pool_patches(model: Any) -> None:
             model.reset_classifier(0, "avg")
 
 
-def has_embedding(model: Any) -> bool:
+def has_embedding(model: TimmModel) -> bool:
     """Whether what a timm model gives for an image is worth reading: not the class token of a distilled DeiT without
     a classifier, which reads two tokens that nobody trained."""
     return bool(model.num_classes) or type(model).__name__ != "VisionTransformerDistilled"
 
 
-def reading_line(model: Any) -> str:
+def reading_line(model: TimmModel) -> str:
     """The line of a card that makes an embedding or logits of images with a timm model."""
     if model.num_classes:
         return "logits = model.eval()(images)"
@@ -115,7 +117,7 @@ def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
     )
 
 
-def pixels_of(value_range: Any) -> str:
+def pixels_of(value_range: ValueRange | None) -> str:
     """What mean and std speak of, of images that were read so; None: as 8 bit."""
     if value_range is None:
         return "pixels in [0, 1]"
@@ -127,7 +129,7 @@ def save_encoder(
     model: nn.Module,
     folder: Path,
     origin: Origin,
-    metrics: dict[str, Any],
+    metrics: JsonObject,
     classes: list[str] | None = None,
     head: tuple[dict[str, torch.Tensor], list[str]] | None = None,
 ) -> None:
@@ -218,7 +220,7 @@ def save_encoder(
         model.train(training)
 
 
-def _card(config: dict[str, Any], origin: Origin, metrics: dict[str, Any], parameters: int, use: str) -> str:
+def _card(config: JsonObject, origin: Origin, metrics: JsonObject, parameters: int, use: str) -> str:
     """use: the line that makes an embedding or logits of images."""
     width = config.get("num_classes") or config["num_features"]
     how = f"{use}  # (N, {width}); images (N, channels, height, width), normalised as below\n"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 
 MAPS = 4
@@ -15,7 +16,7 @@ MAPS = 4
 hierarchical one: its coarsest strides (FPN, Lin et al. 2017: 4 to 32 px)."""
 
 
-def read_maps(model: Any, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
+def read_maps(model: TimmModel, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
     """(B, C, H, W) normalised -> the raw output of these blocks, (B, D_i, h_i, w_i) each.
 
     Before the final norm, which is the classifier's.
@@ -25,7 +26,7 @@ def read_maps(model: Any, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
     )
 
 
-def probe_maps(model: Any, size: tuple[int, int]) -> tuple[list[int], FeatureMaps]:
+def probe_maps(model: TimmModel, size: tuple[int, int]) -> tuple[list[int], FeatureMaps]:
     """Which blocks are read, and what they give at (H, W) px; freezes what none of them depends on.
 
     UserError for a model without maps, or whose maps do not tile such an image.

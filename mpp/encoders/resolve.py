@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,10 @@ from mpp.encoders.sources import is_timm_name
 from mpp.errors import MppWarning, UserError
 from mpp.recipe.evaluate import EvaluateRecipe
 from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.flat import JsonMapping, JsonObject
 from mpp.recipe.loading import check_recipe
 from mpp.recipe.pretrain import PretrainRecipe
-from mpp.recipe.sections import DECODING, ImageData
+from mpp.recipe.sections import DECODING, Decoding, ImageData, ValueRange
 from mpp.runs.records import encoder_folder, timm_folder
 
 NAMED_KEYS = ("channels", "value_range", "nodata")
@@ -26,7 +27,7 @@ NAMED_KEYS = ("channels", "value_range", "nodata")
 R = TypeVar("R", PretrainRecipe, FinetuneRecipe, EvaluateRecipe)
 
 
-def stored_recipe(folder: Path) -> dict[str, Any]:
+def stored_recipe(folder: Path) -> JsonObject:
     """The recipe in an encoder's folder, as it stands there; nothing for one made elsewhere."""
     try:
         values = yaml.safe_load((folder / "recipe.yaml").read_text())
@@ -35,7 +36,7 @@ def stored_recipe(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def value_range_of(recipe: dict[str, Any], channels: int) -> Any:
+def value_range_of(recipe: JsonObject, channels: int) -> ValueRange | None:
     """How images were read that were not read as 8 bit: two numbers, or "type"; None for those that were."""
     stated = recipe.get("data", {}).get("value_range")
     return tuple(stated) if stated else None if channels in (1, 3, 4) else "type"
@@ -86,7 +87,7 @@ def resolve(recipe: R, source: str | None, *, warn: bool, normalise: bool = True
     return found
 
 
-def keys_of_images(source: str, data: ImageData, *, warn: bool) -> dict[str, Any]:
+def keys_of_images(source: str, data: ImageData, *, warn: bool) -> JsonObject:
     """Return how the images of an encoder were read, for the keys of `data` that a recipe does not give: channels,
     formats, max_image_pixels, value_range, nodata.
 
@@ -100,7 +101,7 @@ def keys_of_images(source: str, data: ImageData, *, warn: bool) -> dict[str, Any
     """
     folder = timm_folder(source)
     stored = stored_recipe(folder).get("data", {}) if folder else {}
-    filled: dict[str, Any] = {}
+    filled: JsonObject = {}
     own = _channels(folder) if folder else None
     if own is not None and own != data.channels:
         if "channels" not in data.model_fields_set:
@@ -126,7 +127,7 @@ def keys_of_images(source: str, data: ImageData, *, warn: bool) -> dict[str, Any
     return filled
 
 
-def _normalisation(source: str, data: ImageData, channels: int, *, warn: bool) -> dict[str, Any]:
+def _normalisation(source: str, data: ImageData, channels: int, *, warn: bool) -> JsonObject:
     """Return mean and std of the encoder, unless the recipe gives them; with a warning if it gives others."""
     own = own_normalisation(source, channels)
     if own is None:
@@ -147,7 +148,7 @@ def _plain(value: Any) -> str:
     return json.dumps(value).replace(" ", "")
 
 
-def _all_formats(stored: Mapping[str, Any]) -> tuple[str, ...]:
+def _all_formats(stored: JsonMapping) -> tuple[str, ...]:
     """Formats of images: those that are read unless a recipe says otherwise, and those of a stored recipe."""
     return tuple(dict.fromkeys((*DECODING["formats"], *stored.get("formats", ()))))
 
@@ -161,14 +162,18 @@ def _channels(folder: Path) -> int | None:
         return None
 
 
-def decoding_of(folder: Path, channels: int) -> dict[str, Any]:
-    """How the images of the run that made a timm folder were read, as `decode_crop` takes it."""
+def decoding_of(folder: Path, channels: int) -> Decoding:
+    """Return how the images of the run that made a timm folder were read."""
     stored = stored_recipe(folder)
     data = stored.get("data", {})
-    found: dict[str, Any] = {"channels": channels, "formats": _all_formats(data)}
-    found["max_image_pixels"] = max(data.get("max_image_pixels", 0), DECODING["max_image_pixels"])
-    value_range = value_range_of(stored, channels)
-    return found if value_range is None else found | {"value_range": value_range, "nodata": data.get("nodata")}
+    found: Decoding = {
+        "channels": channels,
+        "formats": _all_formats(data),
+        "max_image_pixels": max(data.get("max_image_pixels", 0), DECODING["max_image_pixels"]),
+    }
+    if value_range := value_range_of(stored, channels):
+        found["value_range"], found["nodata"] = value_range, data.get("nodata")
+    return found
 
 
 def for_channels(values: Sequence[float], channels: int) -> list[float]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from mpp.encoders.adapter import create_at_size, create_timm_model
 from mpp.encoders.checksums import HEAD, check_head, weights_sha256
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 from mpp.recipe.sections import Architecture
 from mpp.runs.records import encoder_folder
@@ -63,7 +64,9 @@ def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
     raise UserError(f"{key}: '{source}': no such folder, and no such model of timm {timm.__version__}{hint}")
 
 
-def check_size(model: Any, size: tuple[int, int], what: str = "the encoder", *, key: str = "data.image_size") -> None:
+def check_size(
+    model: TimmModel, size: tuple[int, int], what: str = "the encoder", *, key: str = "data.image_size"
+) -> None:
     """UserError where cells of the model do not tile (H, W): timm would leave out the border in silence."""
     stride = model.feature_info[-1]["reduction"]
     if size[0] % stride or size[1] % stride:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from mpp.recipe.flat import JsonObject
+from mpp.recipe.values import TimmArgs
 from mpp.runs.verdict import aligned
 
 FAMILIES_THAT_DROP = frozenset({"VisionTransformer", "VisionTransformerDistilled", "Eva"})
@@ -31,7 +32,7 @@ class Family:
     """Names of timm's, as patterns, for people."""
     example: str
     """The timm model that the tests build, with `args` at `image_size`."""
-    args: dict[str, Any]
+    args: TimmArgs
     image_size: tuple[int, int]
 
 
@@ -101,16 +102,16 @@ TRIED = frozenset(f.family for f in FAMILIES)
 TABLE = Path(__file__).with_name("support.json")
 
 
-def table() -> list[dict[str, Any]]:
+def table() -> list[JsonObject]:
     """What the contract tests found for each of FAMILIES, in their order."""
-    rows: list[dict[str, Any]] = json.loads(TABLE.read_text())
+    rows: list[JsonObject] = json.loads(TABLE.read_text())
     return rows
 
 
 COLUMNS = ("family", "timm models", "stem", "mask tokens", "pixel patch", "drop, join late")
 
 
-def support_rows(rows: list[dict[str, Any]] | None = None) -> list[tuple[str, ...]]:
+def support_rows(rows: list[JsonObject] | None = None) -> list[tuple[str, ...]]:
     """The support table as words, a tuple for each family under COLUMNS."""
     return [
         (
@@ -130,7 +131,7 @@ def _verdict(found: dict[str, list[str]], ways: list[str]) -> str:
     return "fails" if any(found[way] for way in offered) else "yes"
 
 
-def markdown(rows: list[dict[str, Any]] | None = None) -> str:
+def markdown(rows: list[JsonObject] | None = None) -> str:
     """The support table for the README."""
     lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
     for title, models, stem, *verdicts in support_rows(rows):

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from mpp.data.batch import Images
 from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
+from mpp.recipe.flat import JsonObject
+from mpp.recipe.values import TimmArgs
 from mpp.runs.records import timm_folder
 
 
@@ -35,7 +38,7 @@ class FrozenTeacher(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.model: Any = model.requires_grad_(False).eval()
+        self.model: TimmModel = model.requires_grad_(False).eval()
         self.layers, self.norm_average = layers, norm_average
         info: Any = model.feature_info
         self.dim: int = info[-1]["num_chs"]
@@ -111,7 +114,7 @@ def frozen_teacher(
     *,
     name: str,
     pretrained: bool,
-    args: dict[str, Any],
+    args: TimmArgs,
     layers: int = 1,
     channels: int,
     grid: tuple[int, int],
@@ -126,14 +129,14 @@ def frozen_teacher(
         if folder is None:
             raise UserError(f"{key}.teacher: {name}: no encoder in it (config.json); is the run finished?")
         name, pretrained = f"local-dir:{folder}", True  # a folder comes with its weights
-    made: dict[str, Any] = {"in_chans": channels, "pretrained": pretrained, "args": args}
-    keys: dict[str, Any] = {"key": f"{key}.teacher", "args_key": f"{key}.args"}
+    made: JsonObject = {"in_chans": channels, "pretrained": pretrained, "args": args}
+    keys: JsonObject = {"key": f"{key}.teacher", "args_key": f"{key}.args"}
     state = torch.random.get_rng_state()  # whatever the teacher draws, the student starts from the same weights
     # timm says how large a model's cells are only once it is made
-    probe: Any = create_timm_model(name, image_size=None, **{**made, "pretrained": False}, **keys)
+    probe: TimmModel = create_timm_model(name, image_size=None, **{**made, "pretrained": False}, **keys)
     stride = probe.feature_info[-1]["reduction"]
     size = (grid[0] * stride, grid[1] * stride)
-    model: Any = create_timm_model(name, image_size=size, **made, **keys)
+    model: TimmModel = create_timm_model(name, image_size=size, **made, **keys)
     torch.random.set_rng_state(state)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     if len(mean) != channels:  # timm sums or repeats the first layer's weights for other channels

@@ -21,6 +21,7 @@ from mpp.data.labeled_sets import CentreDataset
 from mpp.data.loader import batches
 from mpp.encoders.resolve import for_channels
 from mpp.encoders.sources import check_size, open_encoder
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 from mpp.evaluation.features import EncoderReader, Place, Read, Table, read_table
 from mpp.evaluation.probes import attentive, knn, linear
@@ -72,7 +73,7 @@ def open_reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
     torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
     source = recipe.compare if arm == "compare" else recipe.encoder
     assert source is not None
-    model: Any = open_encoder(
+    model: TimmModel = open_encoder(
         source,
         architecture=None if arm == "compare" else recipe.architecture,
         image_size=data.image_size,

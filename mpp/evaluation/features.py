@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 
 PIXELS_SIDE = 32
@@ -47,7 +48,7 @@ class EncoderReader(nn.Module):
     have, and for models without a map of features.
     """
 
-    model: Any
+    model: TimmModel
     mean: Tensor
     std: Tensor
 

@@ -12,7 +12,6 @@ import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mpp.data.labeled import open_labeled
 from mpp.data.subsets import split
@@ -27,6 +26,7 @@ from mpp.evaluation.result import PLOT, RESULT, EvaluateResult
 from mpp.parallel.signals import ending_on_signals
 from mpp.parallel.team import Team, start_team
 from mpp.recipe.evaluate import EvaluateRecipe
+from mpp.recipe.flat import JsonObject
 from mpp.runs.environment import environment
 from mpp.runs.folder import opened
 from mpp.runs.log import format_duration
@@ -72,8 +72,8 @@ def _evaluate(
     recipe: EvaluateRecipe,
     team: Team,
     data: Data,
-    readers: dict[str, Any],
-    sizes: dict[str, Any],
+    readers: JsonObject,
+    sizes: JsonObject,
     fingerprint: str,
 ) -> EvaluateResult:
     out = Path(recipe.out)

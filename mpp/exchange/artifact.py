@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from mpp.encoders.folder import pixels_of
+from mpp.recipe.flat import JsonObject
+from mpp.recipe.sections import ValueRange
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Artifact:
     model: nn.Module
     """(B, C, H, W) normalised -> outputs by name: features, embedding, logits of a classifier; or logits of pixels."""
     outputs: tuple[str, ...]
-    config: dict[str, Any]
+    config: JsonObject
     """timm's config.json."""
     classes: list[str] | None
     reference: dict[str, torch.Tensor]
@@ -32,7 +34,7 @@ class Artifact:
     tolerance: float
     task: str | None
     """Of a fine-tuned model; multilabel: logits are of each class by itself."""
-    value_range: Any
+    value_range: ValueRange | None
     """What counted as 0 and 1 in images that were not read as 8 bit; None for those that were."""
 
     def reading_line(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mpp.errors import UserError, without_secrets
 from mpp.evaluation.probes import PROTOCOL
+from mpp.recipe.flat import JsonObject
 from mpp.runs.history import History, read_run
 
 PRETRAINING = ("encoder.name", "data.image_size", "mask", "corruption", "target", "loss", "head", "predict_fraction")
@@ -103,11 +104,11 @@ def _evaluated(folder: Path) -> list[str]:
         return []
 
 
-def _percent(score: dict[str, Any] | None) -> str:
+def _percent(score: JsonObject | None) -> str:
     return f"{100 * float(score['accuracy']):.1f} %" if score else "–"
 
 
-def _cost(run: History, env: dict[str, Any]) -> str:
+def _cost(run: History, env: JsonObject) -> str:
     if not run.metrics:
         return ""
     devices, processes = env.get("devices", []), env.get("processes", 1)

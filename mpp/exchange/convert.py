@@ -24,6 +24,7 @@ from mpp.encoders.checksums import has_head, sha256, weights_sha256
 from mpp.encoders.folder import has_embedding
 from mpp.encoders.resolve import stored_recipe, value_range_of
 from mpp.encoders.sources import class_names, load_encoder
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, how_to_get, one_line
 from mpp.exchange import card as modelcard
 from mpp.exchange.artifact import Artifact
@@ -68,7 +69,7 @@ class _Outputs(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model: TimmModel = model
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.model.forward_features(images)
@@ -189,7 +190,7 @@ def _artifact(run: str | Path, format: str) -> Artifact:
         reference = load_file(source / "reference.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{source}: no readable reference.safetensors: nothing to compare with") from error
-    encoder: Any = load_encoder(source).eval()
+    encoder: TimmModel = load_encoder(source).eval()
     classes = class_names(source) if encoder.num_classes else None
     if not has_head(source) or format == "safetensors":
         model: nn.Module = _Outputs(encoder)

@@ -17,11 +17,13 @@ from mpp.encoders.adapter import create_timm_model, timm_names
 from mpp.encoders.folder import Origin, pool_patches
 from mpp.encoders.resolve import for_channels
 from mpp.encoders.sources import check_size
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 from mpp.exchange import naming_rules as keymap
 from mpp.exchange.naming_rules import MadeOf
 from mpp.exchange.verify import Verified, export_model
 from mpp.exchange.weight_files import DEEPEST, NAMED, Source, name_some, read_source
+from mpp.recipe.flat import JsonMapping
 from mpp.runs.records import check_new
 
 EPS = 1e-5
@@ -68,7 +70,7 @@ def import_weights(
     out: str | Path,
     *,
     model: str | None = None,
-    args: Mapping[str, Any] | None = None,
+    args: JsonMapping | None = None,
     image_size: tuple[int, int] | None = None,
     channels: int | None = None,
     mean: Sequence[float] | None = None,
@@ -116,7 +118,7 @@ def import_weights(
     found, in_chans = source.tensors, channels or source.channels or 3
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of weights that may be missing
-        encoder: Any = create_timm_model(
+        encoder: TimmModel = create_timm_model(
             model,
             image_size=image_size or source.image_size,
             in_chans=in_chans,
@@ -192,7 +194,7 @@ def _fitting(own: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str, m
     return state
 
 
-def _check_eps(encoder: Any, said: float | None, file: str | Path) -> None:
+def _check_eps(encoder: TimmModel, said: float | None, file: str | Path) -> None:
     """UserError where norms would divide by something else."""
     own = next((m.eps for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)), None)
     if said is not None and own is not None and abs(said - own) > EPS:
@@ -271,7 +273,7 @@ def _covered(
 
 
 def _filtered(
-    encoder: Any, found: Mapping[str, Tensor], prefix: str | None, partial: bool, file: str | Path
+    encoder: TimmModel, found: Mapping[str, Tensor], prefix: str | None, partial: bool, file: str | Path
 ) -> tuple[str, dict[str, Tensor]] | None:
     """What timm's `checkpoint_filter_fn` for this model makes of the weights behind a prefix, if it makes all of them.
 
@@ -314,7 +316,7 @@ def _taken(made: MadeOf, found: Mapping[str, Tensor], prefix: str, file: str | P
         raise UserError(f"{file}: {name_some([prefix + n for n in made.names])}: {one_line(error)}") from error
 
 
-def _advice(encoder: Any, missing: list[str], found: Mapping[str, Tensor], prefix: str) -> str:
+def _advice(encoder: TimmModel, missing: list[str], found: Mapping[str, Tensor], prefix: str) -> str:
     """Which argument of timm's is likely to be off, where the encoder's last norm alone is missing."""
     takes = inspect.signature(type(encoder).__init__).parameters
     last = {name.rpartition(".")[0] for name in missing}

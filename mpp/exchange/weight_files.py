@@ -10,7 +10,7 @@ import stat
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mpp.errors import MppWarning, UserError, one_line
 from mpp.exchange.naming import transformers
+from mpp.recipe.flat import JsonMapping
 
 NAMED, LETTERS = 5, 80
 """Weights that a message names, and how much of a name."""
@@ -46,11 +47,11 @@ class Source:
 
     tensors: dict[str, Tensor]
     model: str | None = None
-    args: Mapping[str, Any] | None = None
+    args: JsonMapping | None = None
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     mean_std: tuple[list[float], list[float]] | None = None
-    own: Mapping[str, Any] | None = None
+    own: JsonMapping | None = None
     """Its arguments where they are not those of its name."""
     norm_eps: float | None = None
     patches: bool = False

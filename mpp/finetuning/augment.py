@@ -51,6 +51,6 @@ def make_augmentation(data: FinetuneData) -> Any:
     return transform
 
 
-def _posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+def _posterized(image: Image.Image, bits: int, **_: object) -> Image.Image:
     """timm asks for 0 bits at the strongest, which is black; Pillow refuses that since 13."""
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

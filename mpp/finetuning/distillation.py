@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpp.encoders.sources import check_source, class_names, is_timm_name, load_encoder
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 from mpp.runs.records import encoder_folder
 
@@ -38,10 +39,10 @@ class Distillation:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """mean, std: (C, 1, 1), by which the student's pixels were normalised, in [0, 1]. autocast: the run's."""
-        self.teacher: Any = teacher.requires_grad_(False).eval()
+        self.teacher: TimmModel = teacher.requires_grad_(False).eval()
         self.autocast = autocast
         self.kind, self.alpha, self.temperature = kind, alpha, temperature
-        own: Any = teacher.pretrained_cfg
+        own: TimmModel = teacher.pretrained_cfg
         self.size = tuple(own["input_size"][1:])
         of_teacher = (torch.tensor(own[key], device=mean.device).view(-1, 1, 1) for key in ("mean", "std"))
         teacher_mean, teacher_std = of_teacher
@@ -83,7 +84,7 @@ def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Modul
     check_source(source, key="distill.teacher")
     if is_timm_name(source):
         try:
-            model: Any = timm.create_model(source, pretrained=True)
+            model: TimmModel = timm.create_model(source, pretrained=True)
         except Exception as error:  # timm's, torch's or the hub's
             words = one_line(error)
             raise UserError(f"distill.teacher: {source}: {type(error).__name__}: {words}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from mpp.data.labeled import Labeled, open_labeled
 from mpp.data.labeled_sets import CentreDataset, LabeledBatch, LabeledDataset
@@ -19,11 +20,11 @@ class ImageLabels(LabelKind):
     def open(self, places: tuple[str, ...], *, key: str, classes: list[str] | None) -> Labeled:
         return open_labeled(places, key=key, classes=classes, several=self.independent_classes, **self.data.opening())
 
-    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> Any:
+    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> Dataset[LabeledBatch]:
         assert isinstance(images, Labeled)
         return LabeledDataset(images, subset, make_augmentation(self.data), seed, **self.data.decoding())
 
-    def judging_set(self, images: LabeledImages, views: int = 1) -> Any:
+    def judging_set(self, images: LabeledImages, views: int = 1) -> Dataset[LabeledBatch]:
         assert isinstance(images, Labeled)
         data = self.data
         return CentreDataset(images, data.image_size, data.val_crop_fraction, views=views, **data.decoding())

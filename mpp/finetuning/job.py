@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.utils.data import Dataset
 
+from mpp.data.labeled_sets import LabeledBatch
 from mpp.data.order import MicroBatches
 from mpp.data.readers import LabeledImages
 from mpp.finetuning.cell import Cell
@@ -58,11 +59,11 @@ class Finetuning:
     """Numbers of the images to train on."""
     held_out: np.ndarray
     """Numbers of training images that are judged on the way, if the recipe stops early."""
-    dataset: Any
+    dataset: Dataset[LabeledBatch]
     sampler: MicroBatches
     """This process's micro-batches, from the first step that is left."""
     model: Supervised
-    wrapped: Any
+    wrapped: nn.Module
     """The model as the loop calls it: in autocast, with gradients exchanged."""
     averaged: Supervised | None
     """A moving average of the weights."""

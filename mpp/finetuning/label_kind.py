@@ -8,18 +8,20 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mpp.data.labeled_sets import LabeledBatch
 from mpp.data.readers import LabeledImages
 from mpp.finetuning.model import Supervised
 from mpp.recipe.finetune import FinetuneData
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.sections import Section
 
 
 class Predicted(NamedTuple):
     """What a model with labels at places predicts for an image."""
 
-    rows: list[dict[str, Any]]
+    rows: list[JsonObject]
     """Of the CSV file."""
     overlay: Tensor
     """(3, h, w) uint8."""
@@ -68,11 +70,11 @@ class LabelKind:
         """
         raise NotImplementedError
 
-    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> Any:
+    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> Dataset[LabeledBatch]:
         """Return a dataset of augmented images, whose keys are (position, 0, place in the subset)."""
         raise NotImplementedError
 
-    def judging_set(self, images: LabeledImages, views: int = 1) -> Any:
+    def judging_set(self, images: LabeledImages, views: int = 1) -> Dataset[LabeledBatch]:
         """Return a dataset of the same images every time, whose keys are numbers of images."""
         raise NotImplementedError
 

@@ -41,7 +41,7 @@ class MicroLoss:
         self.erase = RandomErasing(erase, mode="pixel", device=team.device) if erase else None
         self.distillation = make_distillation(recipe, team, model, classes) if recipe.distill else None
 
-    def __call__(self, wrapped: Any, images: torch.Tensor, labels: Any, position: int) -> torch.Tensor:
+    def __call__(self, wrapped: torch.nn.Module, images: torch.Tensor, labels: Any, position: int) -> torch.Tensor:
         """Return the loss, a scalar.
 
         Args:

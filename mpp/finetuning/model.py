@@ -14,9 +14,11 @@ from mpp.encoders.checksums import HEAD
 from mpp.encoders.folder import save_encoder, trained_by
 from mpp.encoders.maps import probe_maps, read_maps
 from mpp.encoders.sources import check_size, load_encoder, load_head, open_encoder
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 from mpp.recipe import registry
 from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.flat import JsonObject
 from mpp.rng import Purpose, torch_seed
 from mpp.runs.records import encoder_folder
 
@@ -29,7 +31,7 @@ class Supervised(nn.Module):
 
     def __init__(self, encoder: nn.Module, task: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
-        self.encoder: Any = encoder
+        self.encoder: TimmModel = encoder
         self.task: Any = task
         self.distilled: nn.Module | None = None
         """The head of a distillation token."""
@@ -127,7 +129,7 @@ def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supe
     return Classifier(encoder, task, *recipe.data.mean_std(), distilled)
 
 
-def _pooled(recipe: FinetuneRecipe, encoder: Any, wanted: str, seed: int) -> Any:
+def _pooled(recipe: FinetuneRecipe, encoder: TimmModel, wanted: str, seed: int) -> Any:
     """The encoder with timm's pooling `wanted`, and its norm after it or before, as the recipe says. UserError.
 
     timm drops the final norm's weights in silence if the pooling changes, so the weights are carried over here. A norm
@@ -156,7 +158,7 @@ def _pooled(recipe: FinetuneRecipe, encoder: Any, wanted: str, seed: int) -> Any
     return built
 
 
-def _dense(recipe: FinetuneRecipe, encoder: Any, num_classes: int) -> Dense:
+def _dense(recipe: FinetuneRecipe, encoder: TimmModel, num_classes: int) -> Dense:
     if getattr(encoder, "feature_info", None):
         check_size(encoder, recipe.data.image_size)
     indices, maps = probe_maps(encoder, recipe.data.image_size)
@@ -179,7 +181,7 @@ def _width(encoder: nn.Module, recipe: FinetuneRecipe) -> int:
     return int(found.shape[1])
 
 
-def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: dict[str, Any] | None) -> Any:
+def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: JsonObject | None) -> Any:
     return open_encoder(
         recipe.encoder,
         architecture=recipe.architecture,

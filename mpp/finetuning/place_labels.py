@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from mpp.data.dense_sets import DenseDataset
 from mpp.data.labeled_sets import LabeledBatch
@@ -21,7 +22,7 @@ class PlaceLabels(LabelKind):
 
     judged_at_once = 32
 
-    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> Any:
+    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> Dataset[LabeledBatch]:
         assert isinstance(images, Segmented | Detected)
         data = self.data
         return DenseDataset(
@@ -41,5 +42,6 @@ class PlaceLabels(LabelKind):
 
     def first_images(self, images: LabeledImages) -> LabeledBatch | None:
         """Return the first validation images as they are judged; None if none of them can be read."""
-        batch = self.judging_set(images).__getitems__(list(range(min(SHOWN, len(images)))))
+        dataset: Any = self.judging_set(images)
+        batch = dataset.__getitems__(list(range(min(SHOWN, len(images)))))
         return batch if isinstance(batch, LabeledBatch) and bool(batch.readable.any()) else None

@@ -20,9 +20,11 @@ from mpp.drawing.plots import confusion, gallery
 from mpp.encoders.checksums import has_head
 from mpp.encoders.resolve import decoding_of, stored_recipe
 from mpp.encoders.sources import class_names, load_encoder
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import BadImage, UserError
 from mpp.finetuning.model import over_views
 from mpp.finetuning.predict_places import predict_places
+from mpp.recipe.flat import JsonObject
 from mpp.runs.records import encoder_folder
 
 BATCH = 64
@@ -63,7 +65,7 @@ class Report:
 class Predictor:
     """A fine-tuned cell, or its export, with its classifier. UserError where it has none."""
 
-    model: Any
+    model: TimmModel
 
     def __init__(self, source: str | Path, views: Literal[1, 2, 10] = 1) -> None:
         """views: 1: the central crop; 2: and mirrored; 10: the corners, too (Krizhevsky et al. 2012, section 4.1)."""
@@ -136,7 +138,7 @@ def predict_files(
     top: int = 1,
     out: str | Path | None = None,
     report: str | Path | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, str], Report | None]:
+) -> tuple[list[JsonObject], dict[str, str], Report | None]:
     """-> a row for each image, what could not be read and why, and the report.
 
     top: classes named in a row. out: the rows as CSV. report: a folder for the confusion matrix and the worst mistakes;
@@ -173,7 +175,7 @@ def predict_files(
     rows, unreadable = [], {}
     for found in predict(predictor, images, unreadable):
         order = np.argsort(-found.probabilities, kind="stable")[:top]
-        row: dict[str, Any] = {"image": found.image}
+        row: JsonObject = {"image": found.image}
         for rank, c in enumerate(order, 1):
             suffix = "" if rank == 1 else f"_{rank}"
             row |= {f"class{suffix}": predictor.classes[c], f"probability{suffix}": float(found.probabilities[c])}

@@ -17,6 +17,8 @@ from mpp.errors import BadImage, UserError
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.model import load_dense
 from mpp.finetuning.open_labels import open_label_kind
+from mpp.recipe.flat import JsonObject
+from mpp.recipe.sections import Reading
 
 BATCH = 16
 
@@ -35,7 +37,8 @@ class PlacePredictor:
 
     def read(self, path: str) -> Tensor:
         """Return the image of a file, (C, h, w) uint8. BadImage."""
-        image = whole_image(read_regular(path), **self.recipe.data.decoding())
+        reading: Reading = self.recipe.data.decoding()
+        image = whole_image(read_regular(path), **reading)
         self.kind.fit(int(image.shape[1]), int(image.shape[2]))  # refuses one that would be too large
         return image
 
@@ -46,7 +49,7 @@ class PlacePredictor:
 
 def predict_places(
     source: str | Path, images: Sequence[str], *, folder: str | Path | None
-) -> tuple[tuple[str, ...], list[dict[str, Any]], dict[str, str]]:
+) -> tuple[tuple[str, ...], list[JsonObject], dict[str, str]]:
     """Predict places in image files.
 
     Args:
@@ -67,7 +70,7 @@ def predict_places(
     if kind.predictions_are_files and folder is None:
         raise UserError("--report: this model makes masks; give a folder for them")
     stems = _stems(images, unique=folder is not None)
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     unreadable: dict[str, str] = {}
     for start in range(0, len(images), BATCH):
         read: dict[str, Tensor] = {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+
+from mpp.recipe.flat import JsonObject
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Progress:
     grad_norm: float = math.nan
     """As `loss`."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return what state.json holds."""
         return {
             "best": self.best,
@@ -41,7 +42,7 @@ class Progress:
         }
 
     @staticmethod
-    def from_json(state: dict[str, Any]) -> Progress:
+    def from_json(state: JsonObject) -> Progress:
         """Return what `to_json` gave, with `step`."""
         return Progress(
             step=state["step"],

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mpp.data.leak import Leak, leak
 from mpp.data.readers import LabeledImages, PackedReader
@@ -130,7 +129,7 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     fingerprint = fingerprint_of_inputs(*prints, recipe.encoder, teacher)
     until_the_end.enter_context(opened(team, recipe, resume, fingerprint=fingerprint))
 
-    def status(state: str, **more: Any) -> None:
+    def status(state: str, **more: object) -> None:
         if team.is_main:
             write_status(out, state, **more)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from mpp.finetuning.model import Supervised, build
 from mpp.finetuning.progress import Progress
 from mpp.recipe.dump import settings_of
 from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.flat import JsonObject
 from mpp.rng import Purpose, torch_seed
 from mpp.runs import checkpoint
 from mpp.runs.log import RunLog
@@ -160,7 +161,7 @@ def make_plan(recipe: FinetuneRecipe, settings: Settings, images: int, micro_bat
 
 def _parameter_groups(
     recipe: FinetuneRecipe, model: Supervised, settings: Settings, *, adapted: bool, seed: int
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Freeze or adapt the encoder as the recipe says, and group the parameters by layer."""
     if settings.frozen == 1:  # its batch norms, too, and no gradient is computed for it
         model.encoder.requires_grad_(False)
@@ -211,7 +212,7 @@ def _open_log(run: Run, cell: Cell, plan: Plan, resumed_at: int) -> RunLog:
     )
     run.until_the_end.callback(log.close)
 
-    def status_of_both(state: str, **more: Any) -> None:
+    def status_of_both(state: str, **more: object) -> None:
         log.status(state, **more)
         run.status(state, cell=name, **more)
 

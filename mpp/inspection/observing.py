@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpp.encoders.timm_model import TimmModel
 from mpp.inspection import measures
 from mpp.inspection.measures import CkaTable
 from mpp.inspection.reading import AttentionRecorder, Layout, Passed, blocks, layout_of, watched
+from mpp.recipe.sections import Decoding
 
 BATCH = 32
 """Images of a minibatch of CKA."""
@@ -30,12 +32,12 @@ class Subject:
     """An encoder with what it wants of images."""
 
     name: str
-    model: Any
+    model: TimmModel
     size: tuple[int, int]
     channels: int
     mean: Tensor
     std: Tensor
-    decoding: dict[str, Any] = field(default_factory=dict)
+    decoding: Decoding
     """How its images are read, as `decode_crop` takes it"""
 
     def normalised(self, raw: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mpp.encoders.timm_model import TimmModel
 from mpp.inspection.measures import places
 
 SQUARE_WINDOWS = ("SwinTransformer", "SwinTransformerV2")
@@ -88,7 +89,7 @@ class Layout(NamedTuple):
     """Every place looks at every place of the same grid: what attention rollout wants."""
 
 
-def layout_of(model: Any, weights: tuple[int, ...], images: int, size: tuple[int, int]) -> Layout | str:
+def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tuple[int, int]) -> Layout | str:
     """Of attention weights of this shape, from so many images of (H, W) px; or why it is not known."""
     if len(weights) != 4:
         return f"attention of {len(weights)} dimensions, over units whose places are not known"
@@ -156,7 +157,7 @@ def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else _tensor(value[0])
 
 
-def patch_filters(model: Any) -> Tensor | str:
+def patch_filters(model: TimmModel) -> Tensor | str:
     """The weight of the first convolution over the image, (D, C, h, w); or why there is none to look at."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -166,7 +167,7 @@ def patch_filters(model: Any) -> Tensor | str:
     return "its image is not embedded by a convolution"
 
 
-def position_table(model: Any, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]] | str:
+def position_table(model: TimmModel, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]] | str:
     """The learned position of each cell, (N, D), and the grid; or why there is none."""
     table = getattr(model, "pos_embed", None)
     if not isinstance(table, Tensor) or table.ndim != 3:

@@ -18,6 +18,7 @@ from mpp.finetuning.model import build
 from mpp.objective.build import build_model
 from mpp.parallel.team import start_team
 from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.loading import load_recipe
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs import checkpoint
@@ -85,7 +86,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     return Replayed(at, same, tuple(lines))
 
 
-LossOf = Callable[[nonfinite.Share, int, dict[str, Any]], Tensor]
+LossOf = Callable[[nonfinite.Share, int, JsonObject], Tensor]
 """(a process's share, which of its micro-batches, its tensors or some of them) -> (losses,)."""
 
 
@@ -95,7 +96,7 @@ def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
     model, _ = build_model(recipe)
     model.to(team.device)
 
-    def loss_of(share: nonfinite.Share, m: int, batch: dict[str, Any]) -> Tensor:
+    def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:
         torch.manual_seed(share.record["seeds"][m])
         parts = [batch[k].to(team.device) for k in ("images", "mask", "noise")]
         with team.autocast():
@@ -117,7 +118,7 @@ def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, LossOf]:
     model.to(team.device)
     micro_loss = MicroLoss(recipe, team, model, record["classes"], record["seed"])
 
-    def loss_of(share: nonfinite.Share, m: int, batch: dict[str, Any]) -> Tensor:
+    def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:
         mixed = micro_loss.mix
         if len(batch["images"]) % 2:  # one alone cannot be mixed
             micro_loss.mix = None

@@ -5,16 +5,17 @@ from __future__ import annotations
 import fnmatch
 import json
 import shlex
-from typing import Any
 
 from mpp.encoders.adapter import TimmEncoder, create_timm_model
 from mpp.encoders.support import FAMILIES, TRIED, Family
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 from mpp.objective import contract
 from mpp.objective.contract import Subject
+from mpp.recipe.flat import JsonObject
 
 
-def probe(name: str) -> dict[str, Any]:
+def probe(name: str) -> JsonObject:
     """What the adapter finds on a model just now, at its smallest size, and whether it may be trained.
 
     "may_be_trained": yes, "yes, with a warning", or no; then "why". UserError where timm has no such model.
@@ -47,7 +48,7 @@ def probe(name: str) -> dict[str, Any]:
     }
 
 
-def probe_text(found: dict[str, Any]) -> str:
+def probe_text(found: JsonObject) -> str:
     """The same for a terminal."""
     name = found["model"]
     if "why" in found:
@@ -70,7 +71,7 @@ def probe_text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  may be trained: {found['may_be_trained']}"])
 
 
-def tiny_overrides(family: Family) -> dict[str, Any]:
+def tiny_overrides(family: Family) -> JsonObject:
     """What makes recipes/pretrain/simmim_vit_b16.yaml at its tiny scale a recipe of another family."""
     args = {key: list(value) if isinstance(value, tuple) else value for key, value in family.args.items()}
     return {
@@ -101,7 +102,7 @@ def check(name: str) -> tuple[str, bool]:
 
 def _smallest(name: str) -> tuple[Subject, TimmEncoder]:
     """The model at two by three cells where it takes that, else four by four, else its own size."""
-    own: Any = create_timm_model(name, image_size=None, in_chans=3, pretrained=False, args={}, key="models")
+    own: TimmModel = create_timm_model(name, image_size=None, in_chans=3, pretrained=False, args={}, key="models")
     info = getattr(own, "feature_info", None)
     stride = info[-1]["reduction"] if info else 32
     *_, height, width = own.pretrained_cfg["input_size"]

@@ -19,6 +19,7 @@ from mpp.evaluation.rank import effective_rank
 from mpp.inspection import measures
 from mpp.inspection.observing import Attention, Seen, Subject
 from mpp.inspection.reading import Layout, patch_filters, position_table
+from mpp.recipe.flat import JsonObject
 
 SHOWN_PLACES = 8
 """Rows and columns of places whose similarities are drawn."""
@@ -35,7 +36,7 @@ class View:
     title: str
     caption: str
     """How to read it."""
-    numbers: dict[str, Any]
+    numbers: JsonObject
     figure: Any
     summary: str
     """The numbers in a line; the alternative text of the picture, too."""
@@ -106,7 +107,7 @@ def attention_distance(subject: Subject, found: list[Attention]) -> View | str:
         return str(found[0].layout)
     x = [i for i, heads in zip(of_block, distance, strict=True) for _ in heads]
     mean = [float(np.mean(heads)) for heads in distance]
-    numbers: dict[str, Any] = {
+    numbers: JsonObject = {
         "block": of_block,
         "distance_px": distance,
         "uniform_distance_px": uniform,
@@ -190,7 +191,7 @@ def attention_maps(subject: Subject, found: list[Attention], shown: Tensor) -> V
 def similarity(seen: Seen, other: Subject | None) -> View:
     own = seen.own.values().cpu().numpy()
     panels = [Heat("its layers", own, "block", "block")]
-    numbers: dict[str, Any] = {"blocks": seen.block_names, "cka": _rounded(own)}
+    numbers: JsonObject = {"blocks": seen.block_names, "cka": _rounded(own)}
     if seen.updates:
         updates = seen.own_updates.values().cpu().numpy()
         panels.append(Heat("what each block adds", updates, "block", "block"))
@@ -248,7 +249,7 @@ def space(seen: Seen) -> View:
     origin = [layer.origin.values().nan_to_num(0.0).cpu() for layer in seen.layers]
     local = [measures.localised(o) for o in origin]
     curves: list[Line] = []
-    numbers: dict[str, Any] = {"localised": local, "grid": seen.grids, "cosine_by_distance": []}
+    numbers: JsonObject = {"localised": local, "grid": seen.grids, "cosine_by_distance": []}
     for i, layer in enumerate(seen.layers):
         step = seen.subject.size[0] / seen.grids[i][0]
         mean = torch.stack(layer.cosines).mean(0).cpu()

@@ -14,6 +14,7 @@ from mpp.encoders.adapter import TimmEncoder, create_timm_model
 from mpp.encoders.sources import load_encoder
 from mpp.encoders.support import TRIED
 from mpp.encoders.teacher import frozen_copy, frozen_teacher
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import MppWarning, UserError
 from mpp.objective import contract
 from mpp.objective.interfaces import CorruptionContext, Mask, TargetContext
@@ -21,6 +22,7 @@ from mpp.objective.model import MaskedPatchModel, Objective
 from mpp.objective.weight_init import init_as_mae
 from mpp.recipe import registry
 from mpp.recipe.pretrain import PretrainRecipe
+from mpp.recipe.values import TimmArgs
 from mpp.rng import Purpose, torch_seed
 
 
@@ -92,7 +94,7 @@ def _timm_model(recipe: PretrainRecipe) -> Any:
                     f"None of the recipe's are taken with encoder='{{name: {named.name}}}'"
                 )
         return load_encoder(named.name, num_classes=0, img_size=size, in_chans=channels, **named.args)
-    model: Any = create_timm_model(
+    model: TimmModel = create_timm_model(
         named.name, image_size=size, in_chans=channels, pretrained=named.pretrained, args=named.args
     )
     if named.weight_init == "mae":
@@ -184,14 +186,14 @@ def _check_corruption(recipe: PretrainRecipe, encoder: TimmEncoder, unit: int) -
         )
 
 
-def _checkpoint_activations(recipe: PretrainRecipe, model: Any) -> None:
+def _checkpoint_activations(recipe: PretrainRecipe, model: TimmModel) -> None:
     try:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError) as error:
         raise UserError(f"encoder.grad_checkpointing: timm's {recipe.encoder.name} has none; use false") from error
 
 
-def _check_encoder_args(args: dict[str, Any]) -> None:
+def _check_encoder_args(args: TimmArgs) -> None:
     """What timm would take and then fail on at the first batch, or what pretraining does itself."""
     if args.get("patch_drop_rate"):
         raise UserError("encoder.args.patch_drop_rate: hiding patches is the mask's part; use mask.ratio")

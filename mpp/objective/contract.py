@@ -23,9 +23,11 @@ from mpp.encoders.support import Family
 from mpp.objective.interfaces import CorruptionContext, TargetContext
 from mpp.objective.model import Layout, MaskedPatchModel, Objective
 from mpp.recipe import registry
+from mpp.recipe.flat import JsonObject
+from mpp.recipe.values import TimmArgs
 from mpp.rng import Purpose, stream
 
-MECHANISMS: dict[str, tuple[str, dict[str, Any], str]] = {
+MECHANISMS: dict[str, tuple[str, JsonObject, str]] = {
     "token": ("token", {}, "linear"),
     "pixel": ("pixel_patch", {}, "mlp"),
     "drop": ("drop", {}, "cross_attention"),
@@ -45,7 +47,7 @@ class Subject:
     """An encoder to be checked."""
 
     name: str
-    args: dict[str, Any]
+    args: TimmArgs
     image_size: tuple[int, int]
 
     @staticmethod
@@ -325,7 +327,7 @@ def check(subject: Subject, mechanism: str, checks: tuple[str, ...] = tuple(CHEC
     return found
 
 
-def row(family: Family) -> dict[str, Any]:
+def row(family: Family) -> JsonObject:
     """One row of the support table: what was probed, and for each way of hiding the checks that do not hold."""
     subject = Subject.of(family)
     encoder = subject.encoder()
@@ -342,7 +344,7 @@ def row(family: Family) -> dict[str, Any]:
     }
 
 
-def probed(encoder: TimmEncoder) -> dict[str, Any]:
+def probed(encoder: TimmEncoder) -> JsonObject:
     """What the adapter found on the model itself."""
     stem = encoder.stem
     return {

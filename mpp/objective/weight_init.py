@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
+from mpp.encoders.timm_model import TimmModel
 from mpp.objective.grid import sincos_positions
 
 TOKEN_STD = 0.02
@@ -28,7 +27,7 @@ def init_linear_layers(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
-def init_as_mae(model: Any, grid: tuple[int, int]) -> None:
+def init_as_mae(model: TimmModel, grid: tuple[int, int]) -> None:
     """Initialise a ViT of timm's as MAE's encoder (He et al. 2022, A.1 and published code).
 
     Linear layers and the patch embedding: Xavier's uniform distribution. Class and register tokens: N(0, 0.02²).

@@ -13,7 +13,8 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+
+from mpp.recipe.flat import JsonObject
 
 _reached: Counter[str] = Counter()
 
@@ -36,7 +37,7 @@ def point(name: str, file: Path | None = None) -> None:
     if trace is not None:
         with open(trace, "a") as lines:
             lines.write(f"{rank} {name}\n")
-    found: dict[str, Any] = json.loads(fault) if fault else {}
+    found: JsonObject = json.loads(fault) if fault else {}
     if found.get("point") != name or str(found.get("rank", 0)) != rank:
         return
     _reached[name] += 1
@@ -44,7 +45,7 @@ def point(name: str, file: Path | None = None) -> None:
         _happen(found, file)
 
 
-def _happen(fault: dict[str, Any], file: Path | None) -> None:
+def _happen(fault: JsonObject, file: Path | None) -> None:
     match fault["do"]:
         case "kill":
             victim = fault.get("victim")

@@ -28,6 +28,7 @@ import torch
 
 from mpp.errors import UserError, one_line
 from mpp.parallel.workers import of_a_worker, worker_died
+from mpp.recipe.flat import JsonObject
 
 BEAT_S = 1.0
 SILENT_S = 5.0
@@ -243,7 +244,7 @@ def _of_exchange(error: BaseException) -> bool:
     return "gloo" in text or "Connection closed by peer" in text or "Connection reset by peer" in text
 
 
-def _gone(state: dict[str, Any] | None) -> bool:
+def _gone(state: JsonObject | None) -> bool:
     """Whether a process of this machine has ended; False where that cannot be told."""
     if not state or (state["host"], state["pids"]) != (_here()["host"], _here()["pids"]):
         return False
@@ -256,7 +257,7 @@ def _gone(state: dict[str, Any] | None) -> bool:
         return False
 
 
-def _here() -> dict[str, Any]:
+def _here() -> JsonObject:
     """Of this process: its number is one of `pids`, as containers have each their own."""
     try:
         pids = os.readlink("/proc/self/ns/pid")

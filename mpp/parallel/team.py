@@ -41,9 +41,9 @@ class Team:
         self.is_main: bool = accelerator.is_main_process
         self.device: torch.device = accelerator.device
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Return a context in which operations run in the run's precision."""
-        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        context: AbstractContextManager[object] = self._accelerator.autocast()
         return context
 
     # ---- what all processes agree on
@@ -106,18 +106,19 @@ class Team:
 
     # ---- training
 
-    def wrap_model(self, model: nn.Module, *, sharded: bool = False) -> Any:
+    def wrap_model(self, model: nn.Module, *, sharded: bool = False) -> nn.Module:
         """Return the model as the loop calls it: in autocast, with gradients exchanged.
 
         A sharded model exchanges its own gradients; Accelerate would wrap it once more if it were to train it.
         """
-        return self._accelerator.prepare_model(model, evaluation_mode=sharded)
+        wrapped: nn.Module = self._accelerator.prepare_model(model, evaluation_mode=sharded)
+        return wrapped
 
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         """Return the optimizer as the loop calls it."""
         return self._accelerator.prepare_optimizer(optimizer)
 
-    def accumulate(self, wrapped: Any, *, exchange: bool) -> AbstractContextManager[Any]:
+    def accumulate(self, wrapped: nn.Module, *, exchange: bool) -> AbstractContextManager[object]:
         """Return a context for one micro-batch. exchange: whether its backward pass exchanges gradients."""
         return nullcontext() if exchange else self._accelerator.no_sync(wrapped)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ import torch
 from mpp.data.crop import Crop
 from mpp.data.order import Order
 from mpp.data.shards.reader import ShardImages, held_out_rows
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 from mpp.objective.build import build_mask, build_model
 from mpp.objective.mask_drawing import draw_masks
@@ -26,6 +26,7 @@ from mpp.parallel.sharding import blocks
 from mpp.planning.devices import CPU, DEVICES, MFU, find_device
 from mpp.planning.memory import CUDA_KEEPS, bytes_of, count_step
 from mpp.pretraining.dataset import PretrainDataset
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.training.exchange import accumulation
 from mpp.training.optimizer import adamw, pretrain_groups
@@ -84,7 +85,7 @@ class Plan:
     def images_per_s(self) -> float:
         return self.steps * self.global_batch_size / self.seconds if self.seconds else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return asdict(self) | {"device_bytes": self.device_bytes, "images_per_s": self.images_per_s}
 
     def text(self) -> str:
@@ -181,7 +182,7 @@ def plan(
     }
     if devices > 1 and not sharded:
         memory["buckets of DDP"] = FP32 * trained
-    encoder: Any = model.encoder.model
+    encoder: TimmModel = model.encoder.model
     own_parameters = sum(p.numel() for p in encoder.parameters())
     checkpoint = weights + MOMENTS * trained
     seen = steps * optim.global_batch_size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -54,7 +53,7 @@ class Pretraining:
     plan: Plan
     data: Data
     model: MaskedPatchModel
-    wrapped: Any
+    wrapped: nn.Module
     """The model as the loop calls it: in autocast, with gradients exchanged."""
     whole: Whole
     """A copy of the model with all its weights, to be looked at."""

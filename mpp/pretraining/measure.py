@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from mpp.objective.reconstruct import reconstruct
 from mpp.parallel.team import Team
 from mpp.pretraining.job import Pretraining
 from mpp.pretraining.monitor import Spread, spread
+from mpp.recipe.flat import JsonObject
 from mpp.runs.log import RunLog
 from mpp.runs.pictures import keep
 from mpp.runs.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
@@ -64,7 +64,7 @@ def measure_collapse(model: MaskedPatchModel, raw: Tensor) -> dict[str, tuple[fl
     return {name: (effective_rank(v.flatten(0, 1)), image_share(v)) for name, v in values.items()}
 
 
-def measure(job: Pretraining, due: frozenset[str]) -> dict[str, Any]:
+def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
     """Measure what is due after a step, on held-out images and in eval mode, and warn of what looks wrong.
 
     Args:
@@ -77,7 +77,7 @@ def measure(job: Pretraining, due: frozenset[str]) -> dict[str, Any]:
     progress, team = job.progress, job.team
     if not due & {"probe", "skill", "pictures"}:
         return {}
-    measured: dict[str, Any] = {}
+    measured: JsonObject = {}
     with job.whole.now(team.device) as model:
         if job.probe and "probe" in due:
             model.eval()
@@ -95,11 +95,11 @@ def measure(job: Pretraining, due: frozenset[str]) -> dict[str, Any]:
     return measured
 
 
-def record_of(job: Pretraining, lr: float, measured: dict[str, Any]) -> dict[str, Any]:
+def record_of(job: Pretraining, lr: float, measured: JsonObject) -> JsonObject:
     """Return a line of metrics. What was measured now is in this line alone."""
     progress, objectives = job.progress, job.model.objectives
     seen = progress.step * job.plan.global_batch_size
-    record: dict[str, Any] = {"step": progress.step, "seen": seen, "loss": progress.loss}
+    record: JsonObject = {"step": progress.step, "seen": seen, "loss": progress.loss}
     if len(objectives) > 1:
         record |= {f"loss_{o.name}": value for o, value in zip(objectives, progress.losses, strict=True)}
     record |= measured
@@ -108,10 +108,10 @@ def record_of(job: Pretraining, lr: float, measured: dict[str, Any]) -> dict[str
     return record | ({"skipped_steps": progress.skipped} if progress.skipped else {})
 
 
-def _skill_record(job: Pretraining) -> dict[str, Any]:
+def _skill_record(job: Pretraining) -> JsonObject:
     """Return the numbers of a measured skill by their keys in the metrics."""
     progress, objectives = job.progress, job.model.objectives
-    record: dict[str, Any] = {"skill": progress.skill}
+    record: JsonObject = {"skill": progress.skill}
     if len(objectives) > 1:
         record |= {f"skill_{o.name}": value for o, value in zip(objectives, progress.skills, strict=True)}
     record |= {f"target_rank_{name}": rank for name, (rank, _) in progress.collapse.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from mpp.data.labeled import Labeled
 from mpp.data.labeled_sets import CentreDataset
+from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 from mpp.evaluation.features import EncoderReader, Place
 from mpp.evaluation.probes import linear
 from mpp.evaluation.rank import effective_rank, image_share
+from mpp.recipe.sections import Decoding
 from mpp.rng import Purpose, stream
 
 BATCH = 256
@@ -33,7 +35,9 @@ class ProbeImages:
     """(n,) int64"""
 
 
-def probe_images(data: Labeled, size: tuple[int, int], most: int, seed: int, key: str, **reading: Any) -> ProbeImages:
+def probe_images(
+    data: Labeled, size: tuple[int, int], most: int, seed: int, key: str, **reading: Unpack[Decoding]
+) -> ProbeImages:
     """At most so many of the images, drawn by the seed, centre-cropped. UserError where none can be read."""
     numbers = np.sort(stream(seed, Purpose.PROBE).permutation(len(data.labels))[:most])
     found = CentreDataset(data, size, 1.0, **reading).__getitems__(numbers.tolist())
@@ -106,7 +110,7 @@ def spread(model: nn.Module, images: Tensor) -> Spread:
     RankMe (Garrido et al. 2023) does not centre; a large common part, which every norm after it takes off again, hides
     the rest then: 3 instead of 19 for an encoder that fine-tunes well.
     """
-    maps: Any = model
+    maps: TimmModel = model
     found = maps.forward_intermediates(images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)[-1]
     pooled = found.float().mean((2, 3))
     return Spread(effective_rank(pooled - pooled.mean(0)), image_share(pooled.unsqueeze(1)))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from mpp.pretraining.monitor import Probed, Spread
+from mpp.recipe.flat import JsonObject
 from mpp.runs.symptoms import Measured
 
 
@@ -40,7 +40,7 @@ class Progress:
         """The first objective's."""
         return self.skills[0]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return what state.json holds; null for numbers that are not finite."""
         return {
             "bad": self.unreadable,
@@ -54,7 +54,7 @@ class Progress:
         }
 
     @staticmethod
-    def from_json(state: dict[str, Any]) -> Progress:
+    def from_json(state: JsonObject) -> Progress:
         """Return what `to_json` gave, with `step`."""
         return Progress(
             step=state["step"],

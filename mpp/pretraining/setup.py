@@ -36,6 +36,7 @@ from mpp.pretraining.monitor import OnlineProbe, probe_images
 from mpp.pretraining.progress import Progress
 from mpp.recipe.dump import settings_of
 from mpp.recipe.pretrain import PretrainRecipe
+from mpp.recipe.sections import Decoding
 from mpp.runs import checkpoint
 from mpp.runs.environment import environment
 from mpp.runs.folder import DATA, OpenRun, opened
@@ -287,7 +288,7 @@ def _opening_line(job: Pretraining) -> str:
     return line
 
 
-def _look_at_range(images: ShardImages, decoding: dict[str, Any]) -> list[str]:
+def _look_at_range(images: ShardImages, decoding: Decoding) -> list[str]:
     """Look at a few images before the first step; see `find_coarse_images`."""
     chosen = evenly(sum(images.counts), RANGE_IMAGES)
     return find_coarse_images(PackedReader(images, few=True), chosen, "data.shards", decoding)

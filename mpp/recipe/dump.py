@@ -7,14 +7,14 @@ from typing import Any
 import yaml
 
 from mpp.errors import without_secrets
-from mpp.recipe.flat import flat_keys
+from mpp.recipe.flat import JsonObject, flat_keys
 from mpp.recipe.loading import RECIPES
 from mpp.recipe.sections import Job
 
 
-def json_schema(job: str) -> dict[str, Any]:
+def json_schema(job: str) -> JsonObject:
     """Of a job's recipes as they are written, with every short form, for editors. It knows no rule between keys."""
-    found: dict[str, Any] = _with_limits(RECIPES[job].model_json_schema())
+    found: JsonObject = _with_limits(RECIPES[job].model_json_schema())
     for section in (found, *found.get("$defs", {}).values()):  # a recipe may leave these to the command line
         if "required" in section:
             section["required"] = [
@@ -46,6 +46,6 @@ def _blotted(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def settings_of(recipe: Job) -> dict[str, Any]:
+def settings_of(recipe: Job) -> JsonObject:
     """Values by their dotted keys, for trackers: without the secrets of URLs."""
     return flat_keys(_blotted(recipe.model_dump(mode="json")))

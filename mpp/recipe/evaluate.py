@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.sections import Architecture, Job, LabeledData, Section
 from mpp.recipe.values import (
     Bool,
@@ -66,7 +67,7 @@ class AttentiveProbe(Section):
     weight_decay: NonNegativeFloat = 0.01
 
 
-def _out_may_be_left_out(schema: dict[str, Any]) -> None:
+def _out_may_be_left_out(schema: JsonObject) -> None:
     schema["required"].remove("out")
     schema["properties"]["out"]["type"] = ["string", "null"]
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
+
+JsonObject: TypeAlias = dict[str, Any]
+"""An object as JSON or YAML has it; its values are checked where they are used."""
+JsonMapping: TypeAlias = Mapping[str, Any]
+"""The same, not to be changed."""
 
 
-def differing(flat: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing(flat: Sequence[JsonMapping]) -> list[str]:
     """The keys that are not the same in all of these, sorted."""
     keys = sorted({key for f in flat for key in f})
     return [key for key in keys if any(f.get(key) != flat[0].get(key) for f in flat[1:])]
 
 
-def flat_keys(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(value: JsonMapping, prefix: str = "") -> JsonObject:
     """Values by their dotted keys."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
             flat.update(flat_keys(inner, f"{prefix}{key}."))

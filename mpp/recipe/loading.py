@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import (
     ValidationError,
@@ -14,7 +14,7 @@ from pydantic import (
 from mpp.errors import UserError
 from mpp.recipe.evaluate import EvaluateRecipe
 from mpp.recipe.finetune import FinetuneRecipe
-from mpp.recipe.flat import flat_keys
+from mpp.recipe.flat import JsonMapping, JsonObject, flat_keys
 from mpp.recipe.messages import EXAMPLES, error_line, leaves
 from mpp.recipe.overrides import apply_overrides, apply_scale
 from mpp.recipe.pretrain import PretrainRecipe
@@ -53,7 +53,7 @@ def _text(path: str | Path) -> str:
         raise UserError(f"{path}: not a text file in UTF-8") from error
 
 
-def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None = None, scale: str | None = None) -> R:
+def load_recipe(path: str | Path, job: type[R], overrides: JsonObject | None = None, scale: str | None = None) -> R:
     """Read and check a recipe. scale: one of its `scales`, applied before the overrides.
 
     UserError with a line for each thing that is wrong.
@@ -64,12 +64,12 @@ def load_recipe(path: str | Path, job: type[R], overrides: dict[str, Any] | None
     return check_recipe(values, job, places, str(path))
 
 
-def load_any(path: str | Path, overrides: dict[str, Any] | None = None, scale: str | None = None) -> Job:
+def load_any(path: str | Path, overrides: JsonObject | None = None, scale: str | None = None) -> Job:
     """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
     return load_recipe(path, _job_of(path), overrides, scale)
 
 
-def load_open(path: str | Path, overrides: dict[str, Any], scale: str | None) -> tuple[Job, list[str]]:
+def load_open(path: str | Path, overrides: JsonObject, scale: str | None) -> tuple[Job, list[str]]:
     """As `load_any`, of a recipe that leaves required keys to the command line: these are OPEN, and listed."""
     job = _job_of(path)
     required = [key for key, f in leaves(job).items() if key in EXAMPLES and f.is_required()]
@@ -86,9 +86,7 @@ def _job_of(path: str | Path) -> type[Job]:
     return RECIPES.get(job, PretrainRecipe) if isinstance(job, str) else PretrainRecipe
 
 
-def checked(
-    recipe: str | Path | Mapping[str, Any] | R, job: type[R], overrides: dict[str, Any], scale: str | None = None
-) -> R:
+def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonObject, scale: str | None = None) -> R:
     """A recipe from a file, a mapping of its keys or, already checked, with one of its scales and overrides applied."""
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, job, overrides, scale)
@@ -106,9 +104,7 @@ def checked(
     return check_recipe(values, job, places)
 
 
-def check_recipe(
-    values: dict[str, Any], job: type[R], places: dict[Key, str] | None = None, source: str = "recipe"
-) -> R:
+def check_recipe(values: JsonObject, job: type[R], places: dict[Key, str] | None = None, source: str = "recipe") -> R:
     """Validate a mapping. UserError with a line for each thing that is wrong."""
     expected = job.model_fields["job"].default
     named = values.get("job", "pretrain")

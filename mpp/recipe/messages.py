@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
 )
 
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.sections import Job
 from mpp.recipe.yaml_reader import Key, dotted
 
@@ -98,9 +99,9 @@ def _without_tags(loc: Key, job: type[BaseModel]) -> tuple[Key, list[str]]:
     return tuple(key), [name for s in sections for name in s.model_fields]
 
 
-def leaves(job: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+def leaves(job: type[BaseModel], prefix: str = "") -> JsonObject:
     """Every dotted key of a recipe and its field."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for name, f in job.model_fields.items():
         sections = _section_types(f.annotation)
         for s in sections:

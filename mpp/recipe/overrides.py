@@ -10,13 +10,14 @@ from typing import Any
 import yaml
 
 from mpp.errors import UserError
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.registry import is_component_key
 from mpp.recipe.yaml_reader import Key, Loader, dotted, parse_yaml
 
 COMMAND_LINE = "command line"
 
 
-def apply_scale(values: dict[str, Any], places: dict[Key, str], scale: str | None, source: str) -> None:
+def apply_scale(values: JsonObject, places: dict[Key, str], scale: str | None, source: str) -> None:
     """Apply one of the recipe's own sets of overrides and take the sets out. UserError where it has none so named."""
     scales = values.pop("scales", None) or {}
     if not isinstance(scales, dict):
@@ -34,7 +35,7 @@ def apply_scale(values: dict[str, Any], places: dict[Key, str], scale: str | Non
 
 
 def apply_overrides(
-    values: dict[str, Any], places: dict[Key, str], overrides: dict[str, Any], given_at: Mapping[str, str] | None = None
+    values: JsonObject, places: dict[Key, str], overrides: JsonObject, given_at: Mapping[str, str] | None = None
 ) -> None:
     """Set dotted keys in place. Values that are strings are read as YAML, as on the command line.
 

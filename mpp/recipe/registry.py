@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from mpp.errors import UserError
 from mpp.recipe import values
+from mpp.recipe.flat import JsonMapping, JsonObject
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -67,7 +68,7 @@ class Declaration:
     class_name: str
     doc: str
     arguments: Mapping[str, Argument]
-    constants: Mapping[str, Any]
+    constants: JsonMapping
     """Attributes of the class that are plain values, such as `of` and `labels`."""
 
 
@@ -106,7 +107,7 @@ def declaration(kind: str, name: str) -> Declaration:
             arguments[argument.arg] = Argument(
                 annotation, REQUIRED if default is None else _evaluate(default, known, place)
             )
-    constants: dict[str, Any] = {}
+    constants: JsonObject = {}
     for node in cls.body:
         target = (
             node.targets[0]
@@ -174,7 +175,7 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(PACKAGE.parent))
 
 
-def _types_of(module: ast.Module) -> dict[str, Any]:
+def _types_of(module: ast.Module) -> JsonObject:
     """Return the names that annotations may use: those of typing and `mpp.recipe.values`, and types that the file
     itself makes of them."""
     known = {**vars(typing), **vars(values)}
@@ -185,7 +186,7 @@ def _types_of(module: ast.Module) -> dict[str, Any]:
     return known
 
 
-def _evaluate(expression: ast.expr | None, known: dict[str, Any], place: str) -> Any:
+def _evaluate(expression: ast.expr | None, known: JsonObject, place: str) -> Any:
     """Evaluate an annotation or a default.
 
     Raises:

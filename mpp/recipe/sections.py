@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NotRequired, Self, TypedDict
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from mpp.recipe import registry
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.values import (
     MOST_CHANNELS,
     BelowOne,
@@ -62,7 +63,7 @@ class _ByName:
     def __init__(self, names: list[str]) -> None:
         self.names = names
 
-    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonObject:
         sections = handler(core)
         # not oneOf: of a key that fits nowhere, an editor would list the complaints of all of them
         return {"anyOf": [{"enum": self.names}, *sections.get("oneOf", [sections])]}
@@ -76,7 +77,7 @@ def component_section(kind: str, default: str) -> Any:
     sections = []
     for name in registry.names(kind):
         found = registry.declaration(kind, name)
-        fields: dict[str, Any] = {key: tuple(argument) for key, argument in found.arguments.items()}
+        fields: JsonObject = {key: tuple(argument) for key, argument in found.arguments.items()}
         fields["name"] = (Literal[name], name)
         base = Section if name == default else Chosen
         sections.append(create_model(found.class_name, __base__=base, __doc__=found.doc, **fields))
@@ -90,6 +91,34 @@ def component_section(kind: str, default: str) -> Any:
     if len(sections) == 1:
         return Annotated[sections[0], BeforeValidator(with_name), by_name]
     return Annotated[reduce(or_, sections), Field(discriminator="name"), BeforeValidator(with_name), by_name]
+
+
+ValueRange = tuple[float, float] | Literal["type"]
+"""What counts as 0 and 1 in images that are not read as 8 bit; type: 0 and the largest number of their type."""
+
+
+class Reading(TypedDict):
+    """How the pixels of an image are read: the keyword arguments of whatever reads them."""
+
+    channels: int
+    formats: tuple[str, ...]
+    max_image_pixels: int
+
+
+class Decoding(Reading):
+    """How images are decoded: the keyword arguments of whatever decodes them."""
+
+    value_range: NotRequired[ValueRange | None]
+    """Of images that are not read as 8 bit."""
+    nodata: NotRequired[float | None]
+
+
+class Opening(TypedDict):
+    """How shards are opened: the keyword arguments of whatever opens them."""
+
+    cache_dir: str | None
+    cache_limit_bytes: float
+    image_extension: str | None
 
 
 class ImageData(Section):
@@ -142,18 +171,24 @@ class ImageData(Section):
         """Whether images are read as uint8."""
         return self.value_range is None and self.channels in (1, 3, 4)
 
-    def decoding(self) -> dict[str, Any]:
+    def decoding(self) -> Decoding:
         """What the readers of images want to know, as their arguments."""
-        found: dict[str, Any] = {"channels": self.channels, "formats": self.formats}
-        found["max_image_pixels"] = self.max_image_pixels
-        if self.eight_bit:
-            return found
-        return found | {"value_range": self.value_range or "type", "nodata": self.nodata}
+        found: Decoding = {
+            "channels": self.channels,
+            "formats": self.formats,
+            "max_image_pixels": self.max_image_pixels,
+        }
+        if not self.eight_bit:
+            found["value_range"], found["nodata"] = self.value_range or "type", self.nodata
+        return found
 
-    def opening(self) -> dict[str, Any]:
+    def opening(self) -> Opening:
         """What whoever opens shards wants to know, as its arguments."""
-        keys = {"cache_dir": self.cache_dir, "cache_limit_bytes": self.cache_limit_gb * 1e9}
-        return keys | {"image_extension": self.image_extension}
+        return {
+            "cache_dir": self.cache_dir,
+            "cache_limit_bytes": self.cache_limit_gb * 1e9,
+            "image_extension": self.image_extension,
+        }
 
     def mean_std(self) -> tuple[list[float], list[float]]:
         return list(self.mean or [0.5] * self.channels), list(self.std or [0.5] * self.channels)
@@ -163,7 +198,7 @@ DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max
 """For images that no recipe speaks of: as recipes have it where they do not say."""
 
 
-def or_null(schema: dict[str, Any]) -> None:
+def or_null(schema: JsonObject) -> None:
     schema["anyOf"].append({"type": "null"})
 
 
@@ -206,7 +241,7 @@ class Job(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA devices that have it, else fp32. tf32: fp32 whose products take numbers with
     10 bits of mantissa, on CUDA devices that have it."""
-    scales: dict[str, dict[str, Any]] = {}
+    scales: dict[str, JsonObject] = {}
     """Sets of overrides by name, `tiny: {optim.steps: 3}`, that `--scale tiny` applies. Reading a recipe empties it."""
 
 

@@ -107,7 +107,7 @@ def listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) or type(value) is int else value
 
 
-def _no_words_for_switches(args: dict[str, Any]) -> dict[str, Any]:
+def _no_words_for_switches(args: TimmArgs) -> dict[str, Any]:
     """Python takes any text for true, "no" and "false", too."""
     for key, value in args.items():
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "true", "false"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import yaml
 
 from mpp.errors import UserError
+from mpp.recipe.flat import JsonObject
 
 
 class Loader(yaml.SafeLoader):
@@ -35,7 +35,7 @@ TEXT_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "merge", "valu
 Key = tuple[str | int, ...]
 
 
-def parse_yaml(text: str, source: str) -> tuple[dict[str, Any], dict[Key, str]]:
+def parse_yaml(text: str, source: str) -> tuple[JsonObject, dict[Key, str]]:
     """-> the mapping, and for each key where it stands ("file:line"). UserError for what is not such YAML."""
     places: dict[Key, str] = {}
     errors: list[str] = []

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mpp.drawing import plots
 from mpp.drawing.plots import Line
+from mpp.recipe.flat import JsonObject
 from mpp.reporting.parts import (
     Part,
     Table,
@@ -84,7 +84,7 @@ def curves_of_all(runs: list[History], pictures: Pictures) -> Part:
     return curves
 
 
-def points_along(axis: str, m: dict[str, Any], hours: float) -> float:
+def points_along(axis: str, m: JsonObject, hours: float) -> float:
     return {"step": float(m["step"]), "images": float(m["seen"]), "hours": hours}[axis]
 
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -74,7 +73,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     return path
 
 
-def _attempted(make: Callable[..., Part | None], *given: Any) -> Part | None:
+def _attempted(make: Callable[..., Part | None], *given: object) -> Part | None:
     """A part that damaged records make impossible says so; the others stand."""
     try:
         return make(*given)
@@ -90,7 +89,7 @@ def _page(runs: list[History], pictures: Pictures) -> str:
     others = [r for r in runs if r.job != "pretrain"]
     parts: list[Part] = []
 
-    def add(make: Callable[..., Part | None], *given: Any, **renamed: str) -> None:
+    def add(make: Callable[..., Part | None], *given: object, **renamed: str) -> None:
         found = _attempted(make, *given)
         if found is not None:
             for key, value in renamed.items():

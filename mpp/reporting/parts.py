@@ -12,6 +12,7 @@ import yaml
 from mpp.drawing import plots
 from mpp.drawing.plots import Level, Line
 from mpp.evaluation.probes import ARMS, PROTOCOL
+from mpp.recipe.flat import JsonObject
 from mpp.reporting.pictures import Picture, Pictures
 from mpp.runs import pictures as kept_pictures
 from mpp.runs.history import INSPECTION, History, read_inspection
@@ -72,7 +73,7 @@ def duration(hours: float) -> str:
     return f"{minutes:.1f} minutes" if minutes < 90 else f"{hours:.1f} hours"
 
 
-def estimate_text(value: dict[str, Any] | None, *, points: bool = False) -> str:
+def estimate_text(value: JsonObject | None, *, points: bool = False) -> str:
     """A mean over seeds with its interval, as `verdict` has them."""
     if not value:
         return "–"
@@ -301,7 +302,7 @@ def evaluation_part(run: History, pictures: Pictures) -> Part:
     return part
 
 
-def value_at(score: dict[str, Any] | None) -> str:
+def value_at(score: JsonObject | None) -> str:
     if not score:
         return "–"
     where = "" if score["pool"] == "own" else f" (layer {score['layer']}, {score['pool']})"

@@ -32,6 +32,7 @@ from mpp.errors import MppWarning, ToldElsewhere, UserError
 from mpp.parallel import faults
 from mpp.parallel.sharding import like, own_part, own_rows
 from mpp.parallel.team import Team
+from mpp.recipe.flat import JsonObject
 from mpp.runs.records import steps
 
 FORMAT = 2
@@ -60,7 +61,7 @@ def save(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    state: dict[str, Any],
+    state: JsonObject,
     *,
     keep: int | None,
     averaged: nn.Module | None = None,
@@ -150,7 +151,7 @@ def save_together(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
-    state: dict[str, Any],
+    state: JsonObject,
     **how: Any,
 ) -> Path:
     """`save`, by the main process alone, or by each where the model is sharded. Every process calls this."""
@@ -211,7 +212,7 @@ def broken(path: Path) -> str | None:
     return None
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> JsonObject:
     """The counters of a checkpoint. UserError for a folder that holds none, or of another format."""
     try:
         state: Any = json.loads((path / "state.json").read_text())
@@ -221,7 +222,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint: {error}") from error
     if state.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {state.get('format')}; this version reads {FORMAT}")
-    found: dict[str, Any] = state
+    found: JsonObject = state
     return found
 
 

@@ -6,9 +6,9 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from mpp.errors import without_secrets
+from mpp.recipe.flat import JsonObject
 
 PACKAGES = (
     "mpp",
@@ -24,7 +24,7 @@ PACKAGES = (
 )
 
 
-def environment() -> dict[str, Any]:
+def environment() -> JsonObject:
     """What the run ran on."""
     import torch
 

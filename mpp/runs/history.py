@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mpp.errors import UserError
-from mpp.recipe.flat import differing, flat_keys
+from mpp.recipe.flat import JsonObject, differing, flat_keys
 from mpp.runs.records import RECIPE, read_metrics, steps
 
 COUNTS = ("step", "steps", "pid")
@@ -26,12 +26,12 @@ class History:
     folder: Path
     job: str
     """pretrain, finetune or evaluate"""
-    recipe: dict[str, Any]
-    env: dict[str, Any]
-    status: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    result: dict[str, Any]
-    data: dict[str, Any] = field(default_factory=dict)
+    recipe: JsonObject
+    env: JsonObject
+    status: JsonObject
+    metrics: list[JsonObject]
+    result: JsonObject
+    data: JsonObject = field(default_factory=dict)
     """What fine-tuning found of its images"""
     cells: list[History] = field(default_factory=list)
     """Of fine-tuning: those that were begun, in the order in which they ran"""
@@ -51,7 +51,7 @@ class History:
         return values[-1] if values else None
 
     @property
-    def latest(self) -> dict[str, Any]:
+    def latest(self) -> JsonObject:
         """The newest value of every metric: what is measured now and then stands in few lines."""
         return {key: value for line in self.metrics for key, value in line.items()}
 
@@ -116,7 +116,7 @@ INSPECTION, INSPECTION_INDEX = "inspect", "index.json"
 """The folder in a run with the views of `mpp inspect`, and the file that lists them."""
 
 
-def read_inspection(run: Path) -> dict[str, Any] | None:
+def read_inspection(run: Path) -> JsonObject | None:
     """What `mpp inspect` left in a run; None where there is nothing readable."""
     try:
         found = json.loads((run / INSPECTION / INSPECTION_INDEX).read_text())
@@ -149,7 +149,7 @@ def read_run(folder: str | Path) -> History:
     return found
 
 
-def _history(path: Path, job: str, recipe: dict[str, Any]) -> History:
+def _history(path: Path, job: str, recipe: JsonObject) -> History:
     files = {name: _json(path / f"{name}.json") for name in ("env", "status", "result", "data")}
     status = {k: v for k, v in files["status"].items() if k not in COUNTS or _whole(v)}
     metrics = [
@@ -164,7 +164,7 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> JsonObject:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):

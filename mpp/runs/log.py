@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mpp.errors import MppWarning, UserError, printable, without_secrets
 from mpp.parallel import faults
+from mpp.recipe.flat import JsonObject
 from mpp.runs.records import write_status
 
 MOST_WAITING_BYTES = 64 << 20
@@ -27,7 +28,7 @@ RECENT_LINES = 5
 class MetricsSink(Protocol):
     """Other places for metrics; `distributed.Trackers` is one."""
 
-    def log(self, record: dict[str, Any]) -> None: ...
+    def log(self, record: JsonObject) -> None: ...
     def close(self) -> None: ...
 
 
@@ -120,7 +121,7 @@ class RunLog:
         os.replace(temporary, path)
         faults.point("load.metrics_rewound")
 
-    def metrics(self, record: dict[str, Any]) -> None:
+    def metrics(self, record: JsonObject) -> None:
         """One line of metrics.jsonl; `step` is in it. On a terminal the bar shows it, elsewhere a plain line."""
         if not self.active:
             return
@@ -166,7 +167,7 @@ class RunLog:
         else:
             print(self.label + text, flush=True)
 
-    def status(self, state: str, **more: Any) -> None:
+    def status(self, state: str, **more: object) -> None:
         """status.json: running, finished, stopped or failed, and where."""
         if self.active:
             try:

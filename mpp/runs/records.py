@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpp.errors import UserError, reason
+from mpp.recipe.flat import JsonObject
 
 RECIPE = "recipe.yaml"
 _CHECKPOINT = re.compile(r"step-(\d{8})")
@@ -33,7 +34,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_status(out: Path, state: str, **more: Any) -> None:
+def write_status(out: Path, state: str, **more: object) -> None:
     """status.json of a run or a cell; while it is running with whose process that is."""
     who = {"host": platform.node(), "pid": os.getpid()} if state == "running" else {}
     write_json(out / "status.json", {"state": state, "time": time.time(), **who, **more})
@@ -47,7 +48,7 @@ def read_state(out: Path) -> str:
         return ""
 
 
-def read_metrics(out: Path) -> list[dict[str, Any]]:
+def read_metrics(out: Path) -> list[JsonObject]:
     """The lines of metrics.jsonl; [] where there are none. One that was never written to its end is left out."""
     path = out / "metrics.jsonl"
     found = []

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from mpp.errors import MppWarning, UserError, one_line
+from mpp.recipe.flat import JsonObject
 
 PROJECT = "mpp"
 """Of runs, in trackers."""
@@ -31,14 +32,12 @@ class Trackers:
         UserError: A tracker cannot begin.
     """
 
-    def __init__(
-        self, names: Sequence[str], out: Path, settings: dict[str, Any], *, resumed_at: int, active: bool
-    ) -> None:
+    def __init__(self, names: Sequence[str], out: Path, settings: JsonObject, *, resumed_at: int, active: bool) -> None:
         self._found: list[Any] = []
         if not names or not active:
             return
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-        options: dict[str, dict[str, Any]] = {
+        options: dict[str, JsonObject] = {
             "tensorboard": {"purge_step": resumed_at + 1},
             "wandb": {
                 "dir": str(out),
@@ -59,7 +58,7 @@ class Trackers:
         except Exception as error:  # theirs: no login, no network, a folder that cannot be written
             raise UserError(f"trackers: {name}: {type(error).__name__}: {one_line(error)}") from error
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: JsonObject) -> None:
         """Numbers of one line of the metrics; `step` is in it."""
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
         for tracker in list(self._found):

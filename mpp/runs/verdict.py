@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from mpp.recipe.flat import JsonMapping
 
 T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -65,7 +67,7 @@ def name_unread(classes: Sequence[str]) -> str:
     return f"data.val: not one image of {', '.join(classes)} could be read; the scores are of the other classes only"
 
 
-def stored_estimate(value: Mapping[str, Any]) -> Estimate:
+def stored_estimate(value: JsonMapping) -> Estimate:
     """An estimate as result.json has it, where a half-width that is no number is null or NaN."""
     width = value.get("half_width")
     return Estimate(float(value["mean"]), math.nan if width is None else float(width), list(value["values"]))

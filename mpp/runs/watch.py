@@ -7,8 +7,8 @@ import itertools
 import math
 import time
 from pathlib import Path
-from typing import Any
 
+from mpp.recipe.flat import JsonObject
 from mpp.runs.history import History, read_run
 from mpp.runs.log import RECENT_LINES, format_duration
 from mpp.runs.records import RECIPE
@@ -32,7 +32,7 @@ def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
     return "\n".join(lines), going
 
 
-def record(folder: str | Path, now: float | None = None) -> dict[str, Any]:
+def record(folder: str | Path, now: float | None = None) -> JsonObject:
     """The same for scripts, with the newest value of each metric, the warnings and a fine-tune's cells."""
     run = read_run(folder)
     now = time.time() if now is None else now
@@ -43,7 +43,7 @@ def record(folder: str | Path, now: float | None = None) -> dict[str, Any]:
     return found | {"warnings": warnings}
 
 
-def _record(run: History, now: float) -> dict[str, Any]:
+def _record(run: History, now: float) -> JsonObject:
     going, checkpoint = _going_on(run, now), run.checkpoint()
     return {
         "run": str(run.folder),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mpp.errors import MppWarning, UserError, one_line
 from mpp.parallel.team import Team
+from mpp.recipe.flat import JsonObject
 from mpp.runs import checkpoint
 from mpp.runs.records import write_json
 
@@ -34,9 +35,9 @@ class Share:
     """What one process did in the step."""
 
     rank: int
-    record: dict[str, Any]
+    record: JsonObject
     """step, world, seeds and losses of each micro-batch, samples by name, and what the job adds."""
-    micro_batches: list[dict[str, Any]]
+    micro_batches: list[JsonObject]
     """Tensors by name; what came in lists and dictionaries is in them again."""
 
 
@@ -67,7 +68,7 @@ def keep_step(
     model: nn.Module,
     dataset: Any,
     keys: Sequence[Sequence[tuple[int, int, int]]],
-    record: dict[str, Any],
+    record: JsonObject,
     *,
     what: str,
     skipped: int,
@@ -119,7 +120,7 @@ def _write(
     name: Path,
     dataset: Any,
     keys: Sequence[Sequence[tuple[int, int, int]]],
-    record: dict[str, Any],
+    record: JsonObject,
 ) -> None:
     """One process's share: NAME.safetensors and NAME.json. name: without an ending."""
     batches = [dataset.__getitems__(list(of_batch)) for of_batch in keys]  # pure: as they were

@@ -8,17 +8,17 @@ from __future__ import annotations
 import io
 import math
 import threading
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpp.errors import BadImage, UserError, how_to_get
+from mpp.recipe.sections import ValueRange
 
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-ValueRange = tuple[float, float] | Literal["type"]
 """What counts as 0 and 1: two values; or those of the file's own type: 0 and its largest whole number, or 0 and 1."""
 MOST_MISSING = 0.5
 """Of an image's values; one of which more is missing shows too little (a guess)."""

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import simplejpeg
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from mpp.data.decoding.arrays import NPY, TIFF, ValueRange, fill_missing, read_array, scaled
+from mpp.data.decoding.arrays import NPY, TIFF, fill_missing, read_array, scaled
 from mpp.errors import BadImage
+from mpp.recipe.sections import Decoding, Reading, ValueRange
 
 Box = tuple[int, int, int, int]
 """left, top, width, height in pixels"""
@@ -108,7 +109,7 @@ def decode_crop(
     data: bytes,
     choose_box: Callable[[int, int], Box],
     size: tuple[int, int],
-    **decoding: Any,
+    **decoding: Unpack[Decoding],
 ) -> Tensor:
     """-> (channels, H, W) of `size` (H, W): what `decode_cut` gives for the same arguments, resized."""
     return resize(decode_cut(data, choose_box, size, **decoding), size)
@@ -132,8 +133,8 @@ def decode_cut(
     `fill_missing`. BadImage where the bytes are no image of `formats`, too large, truncated or otherwise not decodable.
     """
     if value_range is not None:
-        reading: Any = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
-        array = _numbers(data, value_range, nodata, **reading)
+        reading: Reading = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
+        array = _numbers(data, value_range, nodata, reading)
         left, top, w, h = choose_box(array.shape[2], array.shape[1])
         return Cut.whole(scaled(array[:, top : top + h, left : left + w], value_range))
     if data[:2] == b"\xff\xd8" and channels != 4 and "JPEG" in formats:
@@ -146,15 +147,13 @@ def decode_cut(
     return Cut.whole(tensor[:, top : top + h, left : left + w])
 
 
-def _numbers(
-    data: bytes, value_range: ValueRange, nodata: float | None = None, *, channels: int, **reading: Any
-) -> np.ndarray:
+def _numbers(data: bytes, value_range: ValueRange, nodata: float | None, reading: Reading) -> np.ndarray:
     """(C, h, w) of the whole image, with all its bits and without missing values. BadImage."""
-    array = read_array(data, channels=channels, nodata=nodata, **reading)
+    array = read_array(data, nodata=nodata, **reading)
     if array is None:  # of 8 bit, most likely; of 16 bit where it is grey
-        if channels not in MODES:
-            raise BadImage(f"not a TIFF or .npy; wants {channels} channels (data.channels)")
-        pixels = decode_pillow(data, channels=channels, **reading, deep=True)
+        if reading["channels"] not in MODES:
+            raise BadImage(f"not a TIFF or .npy; wants {reading['channels']} channels (data.channels)")
+        pixels = decode_pillow(data, **reading, deep=True)
         array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
         if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow has no deep colours
             raise BadImage("read as 8 bit, which data.value_range is not; TIFF, .npy and grey PNG have all their bits")
@@ -171,15 +170,17 @@ class Deep(NamedTuple):
     """What its type holds."""
 
 
-def deep_values(data: bytes, decoding: dict[str, Any]) -> Deep | None:
+def deep_values(data: bytes, decoding: Decoding) -> Deep | None:
     """The smallest and largest value of an image of 16 bit; None for images of other kinds. BadImage.
 
     decoding: as `decode_cut` takes it.
     """
-    if "value_range" in decoding:
-        array = _numbers(data, **decoding)
+    reading: Reading = {key: decoding[key] for key in Reading.__annotations__}  # type: ignore[assignment, literal-required]
+    if value_range := decoding.get("value_range"):
+        array = _numbers(data, value_range, decoding.get("nodata"), reading)
     elif (data.startswith(PNG) and data[24:25] == b"\x10") or data.startswith(TIFF):
-        pixels = decode_pillow(data, **{**decoding, "channels": 1}, deep=True)
+        reading["channels"] = 1
+        pixels = decode_pillow(data, **reading, deep=True)
         if not pixels.mode.startswith("I"):
             return None
         array = np.asarray(pixels)
@@ -316,7 +317,7 @@ def decode_pillow(
         raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
 
 
-def _of_array(data: bytes, **reading: Any) -> Image.Image:
+def _of_array(data: bytes, **reading: Unpack[Reading]) -> Image.Image:
     """An .npy file of 8-bit pixels. BadImage."""
     array = read_array(data, **reading)
     if array is None or array.dtype != np.uint8:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from mpp.errors import UserError, how_to_get, one_line
+from mpp.recipe.flat import JsonObject
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
 """What may stand before ://. No pipes, no fsspec chains, no file: tricks."""
@@ -111,7 +112,7 @@ def _through_fsspec(url: str, start: int, stop: int | None, version: str | None)
 
         system, path = fsspec.core.url_to_fs(url)
         system.invalidate_cache()
-        facts: dict[str, Any] = system.info(path)
+        facts: JsonObject = system.info(path)
         found = str(facts.get("ETag") or facts.get("etag") or facts.get("generation") or "") or None
         block_bytes = READ_AHEAD_BYTES if stop is None else stop - start
         stream = system.open(path, "rb", block_size=block_bytes, cache_type="readahead")

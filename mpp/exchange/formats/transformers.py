@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mpp.encoders.timm_model import TimmModel
 from mpp.exchange.artifact import Artifact
 from mpp.exchange.naming import transformers as layout
 from mpp.exchange.naming_rules import renamed
+from mpp.recipe.flat import JsonObject
 
 EXTRA, NEEDS = "transformers", ("transformers",)
 
@@ -91,7 +93,7 @@ def write(artifact: Artifact, folder: Path) -> str:
     return "timm's model, through TimmWrapper"
 
 
-def _written(transformers: Any, config: dict[str, Any], artifact: Artifact, folder: Path) -> bool:
+def _written(transformers: Any, config: JsonObject, artifact: Artifact, folder: Path) -> bool:
     """Whether its own model takes every weight and computes the same; it lies in `folder` then."""
     base, kind = config.pop("class"), config["model_type"]
     state = dict(artifact.timm.state_dict())
@@ -140,7 +142,7 @@ def _written(transformers: Any, config: dict[str, Any], artifact: Artifact, fold
 
 
 @torch.no_grad()
-def _same(model: Any, artifact: Artifact) -> bool:
+def _same(model: TimmModel, artifact: Artifact) -> bool:
     """Whether it gives the same features, or logits, and the embedding where its pooler has it."""
     out, reference = model(artifact.reference["images"]), artifact.reference
     key = "logits" if artifact.classes else "features"
@@ -156,7 +158,7 @@ def _same(model: Any, artifact: Artifact) -> bool:
     )
 
 
-def _described(model: Any) -> dict[str, Any] | None:
+def _described(model: TimmModel) -> JsonObject | None:
     """config.json of transformers' model of the same kind, with `class` and `rules`; None where there is none.
 
     What it leaves out is tried, not read: a model of more parts does not fit or computes something else.
@@ -175,7 +177,7 @@ def _side(size: Any) -> Any:
     return height if height == width else [height, width]
 
 
-def _vit(model: Any) -> dict[str, Any]:
+def _vit(model: TimmModel) -> JsonObject:
     block, family = model.blocks[0], type(model).__name__
     kind, base = {"VisionTransformerDistilled": ("deit", "DeiTModel"), "Beit": ("beit", "BeitModel")}.get(
         family, ("vit", "ViTModel")
@@ -208,7 +210,7 @@ def _vit(model: Any) -> dict[str, Any]:
     return config | {"pooler_act": "linear", "pooler_output_size": model.embed_dim}
 
 
-def _swin(model: Any) -> dict[str, Any]:
+def _swin(model: TimmModel) -> JsonObject:
     blocks = [stage.blocks for stage in model.layers]
     return {
         "class": "SwinModel",
@@ -228,7 +230,7 @@ def _swin(model: Any) -> dict[str, Any]:
     }
 
 
-def _pvt_v2(model: Any) -> dict[str, Any]:
+def _pvt_v2(model: TimmModel) -> JsonObject:
     blocks = [stage.blocks for stage in model.stages]
     widths = [b[0].norm1.normalized_shape[0] for b in blocks]
     return {

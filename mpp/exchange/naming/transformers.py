@@ -4,11 +4,11 @@ The first naming is that of its files, which releases 4 and 5 write and read; th
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mpp.exchange.naming_rules import Rule, Trained, rule
+from mpp.recipe.flat import JsonMapping, JsonObject
+from mpp.recipe.values import TimmArgs
 
 
 def _block(timm: str, file: str, module: str, attention: str) -> tuple[Rule, ...]:
@@ -91,19 +91,19 @@ class Architecture:
     """What a config.json describes, in timm's words."""
 
     name: str
-    args: dict[str, Any]
+    args: TimmArgs
     """All that it says."""
-    defaults: dict[str, Any]
+    defaults: JsonObject
     """What these are where nothing is said, by the name."""
     norm_eps: float
 
     @property
-    def own(self) -> dict[str, Any]:
+    def own(self) -> JsonObject:
         """Arguments that are not the name's."""
         return {key: value for key, value in self.args.items() if value != self.defaults.get(key)}
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture:
+def architecture(config: JsonMapping) -> Architecture:
     """Where a key is left out, transformers' default holds. ValueError, KeyError or TypeError where it is none."""
     kind, act = config["model_type"], config.get("hidden_act", "gelu")
     if kind not in MODELS:
@@ -118,11 +118,11 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     return Architecture(name, args, defaults, float(eps))
 
 
-Described = tuple[str, dict[str, Any], dict[str, Any]]
+Described = tuple[str, JsonObject, JsonObject]
 """timm's name, arguments, and what these are where nothing is said."""
 
 
-def _vit(config: Mapping[str, Any]) -> Described:
+def _vit(config: JsonMapping) -> Described:
     kind, width = config["model_type"], config.get("hidden_size", 768)
     shape = {
         "embed_dim": width,
@@ -139,7 +139,7 @@ def _vit(config: Mapping[str, Any]) -> Described:
         "mlp_ratio": _ratio(config.get("intermediate_size", 3072), width),
         "qkv_bias": config.get("qkv_bias", True),
     }
-    defaults: dict[str, Any] = dict(zip(shape, named, strict=True)) | {
+    defaults: JsonObject = dict(zip(shape, named, strict=True)) | {
         "patch_size": 16,
         "mlp_ratio": 4,
         "qkv_bias": True,
@@ -167,7 +167,7 @@ def _ratio(hidden: int, width: int) -> float:
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
-def _swin(config: Mapping[str, Any]) -> Described:
+def _swin(config: JsonMapping) -> Described:
     if config.get("use_absolute_embeddings"):
         raise ValueError("use_absolute_embeddings: must be false: timm's Swins have relative positions alone")
     defaults = {
@@ -182,7 +182,7 @@ def _swin(config: Mapping[str, Any]) -> Described:
     return "swin_tiny_patch4_window7_224", {key: config.get(key, value) for key, value in defaults.items()}, defaults
 
 
-def _pvt_v2(config: Mapping[str, Any]) -> Described:
+def _pvt_v2(config: JsonMapping) -> Described:
     for key, own in (("patch_sizes", [7, 3, 3, 3]), ("strides", [4, 2, 2, 2])):
         if list(config.get(key, own)) != own:
             raise ValueError(f"{key}: {config[key]}: timm's PVTs have {own}")

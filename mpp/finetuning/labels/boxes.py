@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mpp.data.boxes import open_detected
 from mpp.data.dense_sets import WholeDataset, fit_inside, on_canvas, scaled_to
+from mpp.data.labeled_sets import LabeledBatch
 from mpp.data.places import Detected
 from mpp.data.readers import LabeledImages
 from mpp.drawing.overlays import LEAST_SCORE, over_boxes, show
@@ -43,7 +45,7 @@ class BoxesLabels(PlaceLabels):
     def open(self, places: tuple[str, ...], *, key: str, classes: list[str] | None) -> Detected:
         return open_detected(places, key=key, classes=classes)
 
-    def judging_set(self, images: LabeledImages, views: int = 1) -> Any:
+    def judging_set(self, images: LabeledImages, views: int = 1) -> Dataset[LabeledBatch]:
         assert isinstance(images, Detected)
         size = self.data.image_size
         return WholeDataset(images, fit_inside(size), size, **self.data.decoding())

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mpp.data.dense_sets import WholeDataset, fit_shorter_side, scaled_to, within
+from mpp.data.labeled_sets import LabeledBatch
 from mpp.data.masks import open_segmented
 from mpp.data.places import Segmented
 from mpp.data.readers import LabeledImages
@@ -50,7 +52,7 @@ class MaskLabels(PlaceLabels):
     def _ignore_index(self) -> int:
         return int(self.task.model_dump()["ignore_index"])
 
-    def judging_set(self, images: LabeledImages, views: int = 1) -> Any:
+    def judging_set(self, images: LabeledImages, views: int = 1) -> Dataset[LabeledBatch]:
         assert isinstance(images, Segmented)
         return WholeDataset(images, self._fit_shorter_side(), None, **self.data.decoding())
 

@@ -19,6 +19,7 @@ from torchvision.ops.poolers import initLevelMapper
 from mpp.encoders.maps import FeatureMaps
 from mpp.finetuning.pyramid import Pyramid
 from mpp.finetuning.task import Task
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.values import Fraction, PositiveInt
 
 
@@ -53,7 +54,7 @@ class DetectTask(Task):
         handed, strides = _Handed(width), self.pyramid.strides
         if strides[0] < 1:
             raise ValueError(f"finest: {finest} makes cells of {strides[0]} px; allowed are cells of a pixel or more")
-        few: dict[str, Any] = {"detections_per_img": max_detections, "score_thresh": score_threshold}
+        few: JsonObject = {"detections_per_img": max_detections, "score_thresh": score_threshold}
         built: Any
         if detector == "fcos":
             # one anchor a place; the level's stride says which sizes of boxes it takes

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mpp.data.batch import Images
+from mpp.encoders.timm_model import TimmModel
 from mpp.objective.grid import count_hidden, lowest
 from mpp.objective.interfaces import Mask
-from mpp.recipe.values import Bool, NonNegativeFloat, PositiveInt, Ratio
+from mpp.recipe.values import Bool, NonNegativeFloat, PositiveInt, Ratio, TimmArgs
 
 
 class AttentionMask(Mask):
@@ -34,7 +35,7 @@ class AttentionMask(Mask):
         ratio: Ratio = 0.4,
         teacher: str = "vit_small_patch16_224.dino",
         pretrained: Bool = True,
-        args: dict[str, Any] = {},  # noqa: B006 (never changed)
+        args: TimmArgs = {},  # noqa: B006 (never changed)
         strength: NonNegativeFloat = 1.0,
         unit_px: PositiveInt | None = None,
     ) -> None:
@@ -60,7 +61,7 @@ class AttentionMask(Mask):
 class AttentionGuide(nn.Module):
     """Weighted sampling without replacement by the Gumbel trick: the noise of each sample is its own."""
 
-    def __init__(self, teacher: Any, strength: float) -> None:
+    def __init__(self, teacher: TimmModel, strength: float) -> None:
         super().__init__()
         self.teacher, self.strength = teacher, strength
 

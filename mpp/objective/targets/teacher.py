@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from mpp.data.batch import Images
 from mpp.objective.interfaces import Target, TargetContext
-from mpp.recipe.values import Bool, PositiveInt
+from mpp.recipe.values import Bool, PositiveInt, TimmArgs
 
 
 class TeacherTarget(Target):
@@ -29,7 +27,7 @@ class TeacherTarget(Target):
         *,
         teacher: str = "vit_base_patch16_224.dino",
         pretrained: Bool = True,
-        args: dict[str, Any] = {},  # noqa: B006 (never changed)
+        args: TimmArgs = {},  # noqa: B006 (never changed)
         layers: PositiveInt = 1,
     ) -> None:
         super().__init__()
