@@ -49,7 +49,7 @@ def main(words: list[str]) -> None:
     images = torch.zeros(IMAGES, recipe.data.channels, *recipe.data.image_size, dtype=torch.uint8)
     for _ in range(2):
         units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(IMAGES))
-        model(images, units.hidden, units.noise, units.count).sum().backward()
+        model(images, units).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     measured = memory_bytes("VmHWM") - before

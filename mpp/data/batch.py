@@ -8,6 +8,30 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+NOISE = {"predict": 0, "kind": 1, "source": 2, "guide": 3}
+"""Planes of `Units.noise`: which hidden units are predicted, what a corruption does to each, where it copies from, and
+what a guided mask adds to its guide."""
+
+
+@dataclass
+class Units:
+    """The mask of a batch as it was drawn, on mask units."""
+
+    hidden: Tensor
+    """(B, uh, uw) bool, True where hidden."""
+    count: int
+    """Hidden units of each image; a plain int, so that no device has to be asked."""
+    noise: Tensor
+    """(B, 4, uh, uw) float32 in [0, 1), see `NOISE`. Whatever else is drawn for a mask unit is derived from it."""
+
+    def tensors_by(self, act: Callable[[Tensor], Tensor]) -> Units:
+        """Return the same with its tensors replaced by what `act` makes of them."""
+        return Units(act(self.hidden), self.count, act(self.noise))
+
+    def of(self, images: slice) -> Units:
+        """Return the masks of some images."""
+        return self.tensors_by(lambda t: t[images])
+
 
 @dataclass
 class Batch:
@@ -15,37 +39,32 @@ class Batch:
 
     images: Tensor
     """(B, C, H, W) uint8, cropped and flipped, not normalised; float32 in [0, 255] for images with a value range."""
-    mask: Tensor
-    """(B, uh, uw) bool."""
-    noise: Tensor
-    """(B, 4, uh, uw) float32 in [0, 1), see `NOISE`: whatever else is drawn per mask unit is derived from it."""
+    units: Units
     positions: Tensor
     """(B,) int64: place of each sample in the run's endless sequence."""
     samples: Tensor
     """(B, 2) int64: (shard, row) of each sample."""
-    hidden_units: int
-    """Mask units hidden in each image, a plain int so that no device has to be asked."""
     replaced: int = 0
     """Samples whose image could not be read and was replaced by a neighbour."""
     bad: list[str] = field(default_factory=list)
     """One line for each image that could not be read; a search for a neighbour may meet several."""
 
     def tensors_by(self, act: Callable[[Tensor], Tensor]) -> Batch:
-        """What the model computes with, replaced by what `act` makes of it; the rest stays with the host."""
-        self.images, self.mask, self.noise = act(self.images), act(self.mask), act(self.noise)
+        """Replace what the model computes with by what `act` makes of each tensor; the rest stays with the host."""
+        self.images, self.units = act(self.images), self.units.tensors_by(act)
         return self
 
     def pin_memory(self) -> Batch:
         return self.tensors_by(Tensor.pin_memory)
 
-
-NOISE = {"predict": 0, "kind": 1, "source": 2, "guide": 3}
-"""Planes of `Batch.noise`: which hidden units are predicted, what a corruption does to each, whence it copies,
-and what a guided mask adds to its guide."""
+    def to_keep(self) -> tuple[dict[str, Tensor], int]:
+        """Return tensors by name and the number of hidden units, from which `mpp replay` runs the batch again."""
+        tensors = {"images": self.images, "mask": self.units.hidden, "noise": self.units.noise}
+        return tensors | {"positions": self.positions, "samples": self.samples}, self.units.count
 
 
 class Images(NamedTuple):
-    """One batch of images, as targets, corruptions and teachers may want them."""
+    """One batch of images, as targets, corruptions and teachers may need them."""
 
     raw: Tensor
     """(B, C, H, W) uint8."""
@@ -55,15 +74,3 @@ class Images(NamedTuple):
     """(C, 1, 1) of pixels in [0, 1]."""
     std: Tensor
     """(C, 1, 1)"""
-
-
-@dataclass
-class Units:
-    """The mask as it was drawn, for corruptions that treat hidden units differently."""
-
-    hidden: Tensor
-    """(B, uh, uw) bool."""
-    count: int
-    """Hidden units of each image, a plain int."""
-    noise: Tensor
-    """(B, 4, uh, uw), see `NOISE`."""

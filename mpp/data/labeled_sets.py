@@ -45,6 +45,11 @@ class LabeledBatch:
     def pin_memory(self) -> LabeledBatch:
         return self.tensors_by(Tensor.pin_memory)
 
+    def to_keep(self) -> tuple[dict[str, Any], None]:
+        """Return tensors by name, from which `mpp replay` runs the batch again. No unit is hidden."""
+        tensors = {"images": self.images, "labels": self.labels}
+        return tensors | {"positions": self.positions, "readable": self.readable}, None
+
 
 def _each(value: Any, act: Callable[[Tensor], Tensor]) -> Any:
     """The same lists and dictionaries, with every tensor replaced."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpp.encoders.timm_model import TimmModel
 from mpp.inspection import measures
 from mpp.inspection.measures import CkaTable
-from mpp.inspection.reading import AttentionRecorder, Layout, Passed, blocks, layout_of, watched
+from mpp.inspection.reading import AttentionRecorder, Passed, TokenPlaces, blocks, layout_of, watched
 from mpp.recipe.sections import Decoding
 
 BATCH = 32
@@ -28,7 +28,7 @@ MOST_CELLS = 16
 
 
 @dataclass
-class Subject:
+class InspectedEncoder:
     """An encoder with what it wants of images."""
 
     name: str
@@ -69,7 +69,7 @@ class Layer(NamedTuple):
 class Seen:
     """What was read of all images."""
 
-    subject: Subject
+    subject: InspectedEncoder
     shown: Tensor
     """(few, C, H, W) uint8"""
     shown_maps: list[Tensor]
@@ -102,7 +102,7 @@ def _patches(raw: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def see_all(subjects: Sequence[Subject], images: Sequence[Tensor], shown: int) -> Seen:
+def see_all(subjects: Sequence[InspectedEncoder], images: Sequence[Tensor], shown: int) -> Seen:
     """One pass over all images: of the first subject everything, of a second one what CKA wants."""
     subject = subjects[0]
     n = len(images[0])
@@ -173,7 +173,7 @@ def see_all(subjects: Sequence[Subject], images: Sequence[Tensor], shown: int) -
 class Attention:
     """What was read of one attention."""
 
-    layout: Layout | str
+    layout: TokenPlaces | str
     distance: Tensor | None = None
     """(heads,) px, mean over the images; None where the places are not known"""
     entropy: Tensor | None = None
@@ -182,7 +182,7 @@ class Attention:
 
 
 @torch.no_grad()
-def attend(subject: Subject, raw: Tensor, shown: int) -> list[Attention]:
+def attend(subject: InspectedEncoder, raw: Tensor, shown: int) -> list[Attention]:
     """In the order in which the model computes them; [] for a model without any."""
     found: list[Attention] = []
     for start in range(0, len(raw), ATTENTION_BATCH):

@@ -73,7 +73,7 @@ def _written_out(
     return weights.to(v.dtype) @ v, weights
 
 
-class Layout(NamedTuple):
+class TokenPlaces(NamedTuple):
     """Where the queries and keys of an attention lie, in pixels, without class and register tokens."""
 
     queries: Tensor
@@ -89,7 +89,7 @@ class Layout(NamedTuple):
     """Every place looks at every place of the same grid: what attention rollout wants."""
 
 
-def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tuple[int, int]) -> Layout | str:
+def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tuple[int, int]) -> TokenPlaces | str:
     """Of attention weights of this shape, from so many images of (H, W) px; or why it is not known."""
     if len(weights) != 4:
         return f"attention of {len(weights)} dimensions, over units whose places are not known"
@@ -102,18 +102,18 @@ def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tup
         gh, gw = size[0] // stride, size[1] // stride
         where = places((gh, gw), stride)
         if batch == images and queries == keys == prefix + gh * gw:
-            return Layout(where, where, prefix, (gh, gw), stride, True)
+            return TokenPlaces(where, where, prefix, (gh, gw), stride, True)
         if batch == images and queries == gh * gw and keys < queries:
             shrunk = math.isqrt(queries // keys)
             if shrunk * shrunk * keys == queries and gh % shrunk == 0 and gw % shrunk == 0:
                 coarse = places((gh // shrunk, gw // shrunk), stride * shrunk)
-                return Layout(where, coarse, 0, (gh, gw), stride, False)
+                return TokenPlaces(where, coarse, 0, (gh, gw), stride, False)
         side = math.isqrt(queries)
         windows = batch // images
         filled = windows == -(-gh // side) * -(-gw // side)  # the last ones are padded
         if type(model).__name__ in SQUARE_WINDOWS and queries == keys == side * side and filled:
             inside = places((side, side), stride)
-            return Layout(inside, inside, 0, (side, side), stride, False)
+            return TokenPlaces(inside, inside, 0, (side, side), stride, False)
     return f"{type(model).__name__} attends within parts of the image whose places are not known"
 
 

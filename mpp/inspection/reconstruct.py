@@ -49,7 +49,7 @@ def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path
     model.eval()
     batch = torch.stack([image for place in images for image in _read_place(place, recipe)])
     units = draw_masks(build_mask(recipe), grid, 0.5, recipe.seed, range(len(batch)))
-    found = draw_predictions(model, batch, units.hidden, units.noise, units.count)
+    found = draw_predictions(model, batch, units)
     if not found:
         names = ", ".join(o.name for o in model.objectives)
         raise UserError(f"{run}: target {names}: has no picture; those with one: pixels, norm_pixels, colours, hog")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpp.data.batch import Units
 from mpp.errors import UserError
 from mpp.finetuning import lora
 from mpp.finetuning.micro_loss import MicroLoss
@@ -98,9 +99,9 @@ def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
 
     def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:
         torch.manual_seed(share.record["seeds"][m])
-        parts = [batch[k].to(team.device) for k in ("images", "mask", "noise")]
+        images, mask, noise = (batch[name].to(team.device) for name in ("images", "mask", "noise"))
         with team.autocast():
-            found: Tensor = model(*parts, share.record["hidden_units"][m])
+            found: Tensor = model(images, Units(mask, share.record["hidden_units"][m], noise))
         return found
 
     return model, loss_of

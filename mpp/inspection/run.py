@@ -21,7 +21,7 @@ from mpp.encoders.sources import check_source, open_encoder
 from mpp.errors import BadImage, MppWarning, UserError, one_line
 from mpp.inspection import views
 from mpp.inspection.measures import LEAST_IMAGES
-from mpp.inspection.observing import Subject, attend, see_all
+from mpp.inspection.observing import InspectedEncoder, attend, see_all
 from mpp.inspection.views import View
 from mpp.runs.history import INSPECTION, INSPECTION_INDEX
 from mpp.runs.records import timm_folder, write_json
@@ -47,7 +47,7 @@ class Inspection:
         return "\n".join(lines + [f"{title}: not here: {why}" for title, why in self.absent.items()])
 
 
-def _open(source: str, *, random: bool, device: torch.device, key: str) -> Subject:
+def _open(source: str, *, random: bool, device: torch.device, key: str) -> InspectedEncoder:
     """UserError where there is no such encoder, or it gives no maps."""
     check_source(source, key=key)
     torch.manual_seed(0)
@@ -66,14 +66,14 @@ def _open(source: str, *, random: bool, device: torch.device, key: str) -> Subje
     if folder and stored_recipe(folder).get("data", {}).get("value_range"):
         raise UserError(f"{key}: {source} wants images with data.value_range; here they are read as 8 bit")
     decoding = decoding_of(folder or Path(source), channels)
-    return Subject(source, model, (int(size[0]), int(size[1])), channels, mean, std, decoding)
+    return InspectedEncoder(source, model, (int(size[0]), int(size[1])), channels, mean, std, decoding)
 
 
 def _centre(size: tuple[int, int], width: int, height: int) -> Any:
     return centre_box(width, height, size)
 
 
-def _read(subjects: Sequence[Subject], places: Sequence[str], count: int, shown: int) -> list[Tensor]:
+def _read(subjects: Sequence[InspectedEncoder], places: Sequence[str], count: int, shown: int) -> list[Tensor]:
     """`count` images for each subject, (n, C, H, W) uint8, the first `shown` of them spread evenly over the rest.
 
     What cannot be read is passed over. UserError where too few are left.

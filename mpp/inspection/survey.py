@@ -11,7 +11,7 @@ from mpp.encoders.support import FAMILIES, TRIED, Family
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 from mpp.objective import contract
-from mpp.objective.contract import Subject
+from mpp.objective.contract import ContractCase
 from mpp.recipe.flat import JsonObject
 
 
@@ -100,7 +100,7 @@ def check(name: str) -> tuple[str, bool]:
     return "\n".join(lines), held
 
 
-def _smallest(name: str) -> tuple[Subject, TimmEncoder]:
+def _smallest(name: str) -> tuple[ContractCase, TimmEncoder]:
     """The model at two by three cells where it takes that, else four by four, else its own size."""
     own: TimmModel = create_timm_model(name, image_size=None, in_chans=3, pretrained=False, args={}, key="models")
     info = getattr(own, "feature_info", None)
@@ -109,7 +109,7 @@ def _smallest(name: str) -> tuple[Subject, TimmEncoder]:
     last: UserError | None = None
     own_size = (-(-height // stride) * stride, -(-width // stride) * stride)
     for size in ((2 * stride, 3 * stride), (4 * stride, 4 * stride), own_size):
-        subject = Subject(name, {}, size)
+        subject = ContractCase(name, {}, size)
         try:
             return subject, subject.encoder()
         except UserError as error:

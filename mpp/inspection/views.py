@@ -17,8 +17,8 @@ from mpp.drawing import plots
 from mpp.drawing.plots import Dots, Heat, Level, Line, Picture
 from mpp.evaluation.rank import effective_rank
 from mpp.inspection import measures
-from mpp.inspection.observing import Attention, Seen, Subject
-from mpp.inspection.reading import Layout, patch_filters, position_table
+from mpp.inspection.observing import Attention, InspectedEncoder, Seen
+from mpp.inspection.reading import TokenPlaces, patch_filters, position_table
 from mpp.recipe.flat import JsonObject
 
 SHOWN_PLACES = 8
@@ -42,7 +42,7 @@ class View:
     """The numbers in a line; the alternative text of the picture, too."""
 
 
-def positions(subject: Subject) -> View | str:
+def positions(subject: InspectedEncoder) -> View | str:
     found = position_table(subject.model, subject.size)
     if isinstance(found, str):
         return found
@@ -69,7 +69,7 @@ def positions(subject: Subject) -> View | str:
     )
 
 
-def filters(subject: Subject) -> View | str:
+def filters(subject: InspectedEncoder) -> View | str:
     weight = patch_filters(subject.model)
     if isinstance(weight, str):
         return weight
@@ -92,12 +92,12 @@ def filters(subject: Subject) -> View | str:
     )
 
 
-def attention_distance(subject: Subject, found: list[Attention]) -> View | str:
+def attention_distance(subject: InspectedEncoder, found: list[Attention]) -> View | str:
     if not found:
         return f"{type(subject.model).__name__} computes no attention between places"
     of_block, distance, entropy, uniform = [], [], [], []
     for i, a in enumerate(found):
-        if isinstance(a.layout, Layout) and a.distance is not None and a.entropy is not None:
+        if isinstance(a.layout, TokenPlaces) and a.distance is not None and a.entropy is not None:
             of_block.append(i + 1)
             distance.append(a.distance.tolist())
             entropy.append(a.entropy.tolist())
@@ -142,10 +142,10 @@ def attention_distance(subject: Subject, found: list[Attention]) -> View | str:
     )
 
 
-def attention_maps(subject: Subject, found: list[Attention], shown: Tensor) -> View | str:
+def attention_maps(subject: InspectedEncoder, found: list[Attention], shown: Tensor) -> View | str:
     if not found:
         return f"{type(subject.model).__name__} computes no attention between places"
-    layouts = [a.layout for a in found if isinstance(a.layout, Layout) and a.layout.everywhere]
+    layouts = [a.layout for a in found if isinstance(a.layout, TokenPlaces) and a.layout.everywhere]
     if len(layouts) < len(found) or len({(layout.grid, layout.prefix) for layout in layouts}) > 1:
         return f"{type(subject.model).__name__} has blocks in which not every place looks at every place"
     layout = layouts[0]
@@ -188,7 +188,7 @@ def attention_maps(subject: Subject, found: list[Attention], shown: Tensor) -> V
     )
 
 
-def similarity(seen: Seen, other: Subject | None) -> View:
+def similarity(seen: Seen, other: InspectedEncoder | None) -> View:
     own = seen.own.values().cpu().numpy()
     panels = [Heat("its layers", own, "block", "block")]
     numbers: JsonObject = {"blocks": seen.block_names, "cka": _rounded(own)}

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.data.batch import NOISE, Images
+from mpp.data.batch import NOISE, Images, Units
 from mpp.encoders.adapter import TimmEncoder, create_timm_model
 from mpp.encoders.cells import repeat_cells
 from mpp.encoders.support import Family
 from mpp.objective.interfaces import CorruptionContext, TargetContext
-from mpp.objective.model import Layout, MaskedPatchModel, Objective
+from mpp.objective.model import MaskedPatchModel, MaskLayout, Objective
 from mpp.recipe import registry
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.values import TimmArgs
@@ -43,7 +43,7 @@ class Broken(Exception):
 
 
 @dataclass(frozen=True)
-class Subject:
+class ContractCase:
     """An encoder to be checked."""
 
     name: str
@@ -51,8 +51,8 @@ class Subject:
     image_size: tuple[int, int]
 
     @staticmethod
-    def of(family: Family) -> Subject:
-        return Subject(family.example, family.args, family.image_size)
+    def of(family: Family) -> ContractCase:
+        return ContractCase(family.example, family.args, family.image_size)
 
     def plain(self, channels: int = 3) -> Any:
         """timm's model, without the adapter."""
@@ -99,8 +99,8 @@ def offered(encoder: TimmEncoder) -> list[str]:
     return ways
 
 
-def batch_of(model: MaskedPatchModel, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Smooth pictures, masks of half of the units, noise, and the hidden units of each."""
+def batch_of(model: MaskedPatchModel, seed: int = 0) -> tuple[Tensor, Units]:
+    """Return smooth pictures, (B, C, H, W) uint8, and masks of half of the units."""
     (h, w), unit = model.encoder.image_size, model.unit_px
     grid = (h // unit, w // unit)
     rng = np.random.default_rng(seed)
@@ -108,16 +108,12 @@ def batch_of(model: MaskedPatchModel, seed: int = 0) -> tuple[Tensor, Tensor, Te
     rows, cols = np.mgrid[0:h, 0:w]
     waves = [np.sin(rows / h * a + cols / w * b + c) for a, b, c in rng.uniform(1, 7, (BATCH * channels, 3))]
     pictures = 127 + 100 * np.stack(waves).reshape(BATCH, channels, h, w) + rng.normal(0, 5, (BATCH, channels, h, w))
-    units = grid[0] * grid[1]
-    count = max(units // 2, 1)
-    masks = np.stack([stream(seed, Purpose.MASK, i).permutation(units) < count for i in range(BATCH)])
-    noise = rng.random((BATCH, len(NOISE), *grid), dtype=np.float32)
-    return (
-        torch.from_numpy(pictures.clip(0, 255).astype(np.uint8)),
-        torch.from_numpy(masks.reshape(BATCH, *grid)),
-        torch.from_numpy(noise),
-        count,
-    )
+    number = grid[0] * grid[1]
+    count = max(number // 2, 1)
+    masks = np.stack([stream(seed, Purpose.MASK, i).permutation(number) < count for i in range(BATCH)])
+    noise = torch.from_numpy(rng.random((BATCH, len(NOISE), *grid), dtype=np.float32))
+    units = Units(torch.from_numpy(masks.reshape(BATCH, *grid)), count, noise)
+    return torch.from_numpy(pictures.clip(0, 255).astype(np.uint8)), units
 
 
 @torch.no_grad()
@@ -134,7 +130,7 @@ def shaken(model: MaskedPatchModel) -> MaskedPatchModel:
     return model
 
 
-def predictions(model: MaskedPatchModel, images: Images, layout: Layout) -> Tensor:
+def predictions(model: MaskedPatchModel, images: Images, layout: MaskLayout) -> Tensor:
     """Dropout and drop path draw the same for every call."""
     torch.manual_seed(1)
     return model.predict(images, layout)[0]
@@ -148,9 +144,9 @@ def no_leak(model: MaskedPatchModel, *, training: bool) -> None:
     """
     before_mode = model.training
     model.train(training)
-    raw, mask, noise, count = batch_of(model)
+    raw, units = batch_of(model)
     images = model.images(raw)
-    layout = model.layout(images, mask, noise, count)
+    layout = model.layout(images, units)
     x = images.normalised
     kept = model.corruption.kept(layout.units)  # shown on purpose, as BERT's 10 %
     hidden = layout.units.hidden
@@ -182,24 +178,24 @@ def no_leak(model: MaskedPatchModel, *, training: bool) -> None:
     model.train(before_mode)
 
 
-def _no_leak(subject: Subject, mechanism: str) -> None:
+def _no_leak(subject: ContractCase, mechanism: str) -> None:
     model = shaken(subject.model(mechanism))
     for training in (False, True):
         no_leak(model, training=training)
 
 
-def _places_differ(subject: Subject, mechanism: str) -> None:
+def _places_differ(subject: ContractCase, mechanism: str) -> None:
     """Positions reach the hidden cells: otherwise all of an image would get one prediction."""
     model = shaken(subject.model(mechanism)).eval()
-    raw, mask, noise, count = batch_of(model)
+    raw, units = batch_of(model)
     images = model.images(raw)
     with torch.no_grad():
-        prediction = predictions(model, images, model.layout(images, mask, noise, count))
+        prediction = predictions(model, images, model.layout(images, units))
     if prediction.shape[1] > 1 and (prediction[:, 1:] - prediction[:, :1]).abs().amax((1, 2)).min() <= 1e-6:
         raise Broken("hidden cells of one image all get the same prediction")
 
 
-def _plain_without_mask(subject: Subject, mechanism: str) -> None:
+def _plain_without_mask(subject: ContractCase, mechanism: str) -> None:
     """Also after a masked forward: no mask may stay behind in the hooks."""
     model, plain = subject.model(mechanism).eval(), subject.plain().eval()
     plain.load_state_dict(model.encoder.model.state_dict(), strict=True)
@@ -213,7 +209,7 @@ def _plain_without_mask(subject: Subject, mechanism: str) -> None:
         raise Broken("without a mask the features are not plain timm's")
 
 
-def _gradients(subject: Subject, mechanism: str) -> None:
+def _gradients(subject: ContractCase, mechanism: str) -> None:
     """Everything that is trained gets one, the first layer and the mask token one that is not zero."""
     model = shaken(subject.model(mechanism)).train()
     model(*batch_of(model)).sum().backward()
@@ -228,7 +224,7 @@ def _gradients(subject: Subject, mechanism: str) -> None:
             raise Broken(f"the gradient of {what} is zero")
 
 
-def learn(model: MaskedPatchModel, batch: tuple[Tensor, Tensor, Tensor, int]) -> list[float]:
+def learn(model: MaskedPatchModel, batch: tuple[Tensor, Units]) -> list[float]:
     """Train on one batch for LEARNING_STEPS -> the losses."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -242,7 +238,7 @@ def learn(model: MaskedPatchModel, batch: tuple[Tensor, Tensor, Tensor, int]) ->
     return found
 
 
-def _learns(subject: Subject, mechanism: str) -> None:
+def _learns(subject: ContractCase, mechanism: str) -> None:
     """The loss falls. That the encoder is part of it is what the gradients and the leak check's control say."""
     model = subject.model(mechanism)
     found = learn(model, batch_of(model))
@@ -250,7 +246,7 @@ def _learns(subject: Subject, mechanism: str) -> None:
         raise Broken(f"the loss does not fall: {found[0]:.3f} -> {found[-1]:.3f} in {LEARNING_STEPS} steps")
 
 
-def _channels(subject: Subject, mechanism: str) -> None:
+def _channels(subject: ContractCase, mechanism: str) -> None:
     for channels in (1, 4, 13):
         model = subject.model(mechanism, channels).eval()
         with torch.no_grad():
@@ -259,7 +255,7 @@ def _channels(subject: Subject, mechanism: str) -> None:
             raise Broken(f"with {channels} channels the loss is not finite")
 
 
-def _copies(subject: Subject, mechanism: str) -> None:
+def _copies(subject: ContractCase, mechanism: str) -> None:
     """A copy follows itself, not the original, whose weights are zeroed."""
     model = subject.model(mechanism).eval()
     twin = copy.deepcopy(model)
@@ -271,7 +267,7 @@ def _copies(subject: Subject, mechanism: str) -> None:
             raise Broken("a copy depends on the model it was copied from")
 
 
-def _bf16(subject: Subject, mechanism: str) -> None:
+def _bf16(subject: ContractCase, mechanism: str) -> None:
     model = subject.model(mechanism).eval()
     with torch.no_grad():
         exact = float(model(*batch_of(model)).sum())
@@ -281,7 +277,7 @@ def _bf16(subject: Subject, mechanism: str) -> None:
         raise Broken(f"in bf16 the loss is {rough:.4f}, in fp32 {exact:.4f}")
 
 
-def _checkpointing(subject: Subject, mechanism: str) -> None:
+def _checkpointing(subject: ContractCase, mechanism: str) -> None:
     """Recomputed activations give the same gradients. Families without the option pass: a recipe is refused it."""
     try:
         checkpointed = subject.model(mechanism, checkpointing=True)
@@ -300,7 +296,7 @@ def _checkpointing(subject: Subject, mechanism: str) -> None:
             raise Broken(f"with activation checkpointing the gradient of {name} differs")
 
 
-CHECKS: dict[str, Callable[[Subject, str], None]] = {
+CHECKS: dict[str, Callable[[ContractCase, str], None]] = {
     "no leak": _no_leak,
     "places differ": _places_differ,
     "plain without a mask": _plain_without_mask,
@@ -313,7 +309,7 @@ CHECKS: dict[str, Callable[[Subject, str], None]] = {
 }
 
 
-def check(subject: Subject, mechanism: str, checks: tuple[str, ...] = tuple(CHECKS)) -> dict[str, str]:
+def check(subject: ContractCase, mechanism: str, checks: tuple[str, ...] = tuple(CHECKS)) -> dict[str, str]:
     """Check -> "" where it holds, else what does not."""
     found = {}
     for name in checks:
@@ -329,7 +325,7 @@ def check(subject: Subject, mechanism: str, checks: tuple[str, ...] = tuple(CHEC
 
 def row(family: Family) -> JsonObject:
     """One row of the support table: what was probed, and for each way of hiding the checks that do not hold."""
-    subject = Subject.of(family)
+    subject = ContractCase.of(family)
     encoder = subject.encoder()
     return {
         "title": family.title,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Objective(nn.Module):
         self.loss: Any = loss
 
 
-class Layout(NamedTuple):
+class MaskLayout(NamedTuple):
     """One batch's mask, at each of its resolutions."""
 
     units: Units
@@ -95,15 +96,19 @@ class MaskedPatchModel(nn.Module):
         """(B, C, H, W) uint8 -> the same, normalised beside it."""
         return Images(raw, (raw - 255 * self.mean).div_(255 * self.std), self.mean, self.std)
 
-    def layout(self, images: Images, mask: Tensor, noise: Tensor, count: int, *, everything: bool = False) -> Layout:
-        """(B, uh, uw) bool, (B, 4, uh, uw), hidden units of each image -> which cells are hidden and predicted.
+    def layout(self, images: Images, units: Units, *, everything: bool = False) -> MaskLayout:
+        """Find which cells are hidden and which are predicted.
 
-        The predicted units are the hidden ones with the lowest noise. everything: predict all hidden cells,
-        whatever `predict_fraction` says.
+        The predicted units are the hidden ones with the lowest noise.
+
+        Args:
+            images: Of the batch; a guide may need them.
+            units: The mask that came with the batch.
+            everything: Predict all hidden cells, whatever `predict_fraction` says.
         """
         if self.guide is not None:
-            mask = self.guide(images, noise[:, NOISE["guide"]], count)
-        units = Units(mask, count, noise)
+            units = replace(units, hidden=self.guide(images, units.noise[:, NOISE["guide"]], units.count))
+        mask, noise, count = units.hidden, units.noise, units.count
         factor = self.unit_px // self.cell_px
         hidden = repeat_cells(mask, factor)
         predicted_units = count if everything else max(round(self.predict_fraction * count), 1)
@@ -113,13 +118,13 @@ class MaskedPatchModel(nn.Module):
         predicted = hidden_cells(repeat_cells(chosen, factor), predicted_units * factor * factor)
         cells = Cells(hidden, visible_cells(hidden, count * factor * factor), predicted)
         if self.cell_px == self.encoder.stride:
-            return Layout(units, cells, cells)
+            return MaskLayout(units, cells, cells)
         parts = self.encoder.stride // self.cell_px
         coarse = hidden.unflatten(1, (-1, parts)).unflatten(3, (-1, parts)).any(4).any(2)
         all_cells = torch.arange(coarse[0].numel(), device=mask.device).expand(len(mask), -1)
-        return Layout(units, cells, Cells(coarse, all_cells, all_cells))
+        return MaskLayout(units, cells, Cells(coarse, all_cells, all_cells))
 
-    def predict(self, images: Images, layout: Layout) -> list[Tensor]:
+    def predict(self, images: Images, layout: MaskLayout) -> list[Tensor]:
         """-> (B, P, target.dim) for each objective."""
         corrupted: Corrupted = self.corruption(images, layout.units)
         features = self.encoder(corrupted, layout.encoder_cells, only_predicted=self.only_predicted)
@@ -131,13 +136,18 @@ class MaskedPatchModel(nn.Module):
         fine = (patchify(unpatchify(p, parts, grid), 1) for p in predictions)
         return [gather_cells(p, layout.cells.predicted) for p in fine]
 
-    def forward(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> Tensor:
-        """(B, C, H, W) uint8 images, masks on units -> (objectives,) losses over predicted cells, not weighted."""
+    def forward(self, raw: Tensor, units: Units) -> Tensor:
+        """Return the losses over predicted cells, (objectives,), not weighted.
+
+        Args:
+            raw: (B, C, H, W) uint8 images.
+            units: Their masks.
+        """
         images = self.images(raw)
-        layout = self.layout(images, mask, noise, count)
+        layout = self.layout(images, units)
         return self._losses(self.predict(images, layout), self._targets(images, layout))
 
-    def _targets(self, images: Images, layout: Layout) -> list[Tensor]:
+    def _targets(self, images: Images, layout: MaskLayout) -> list[Tensor]:
         cells = layout.cells.predicted
         return [o.target.at(images, cells) for o in self.objectives]
 
@@ -146,10 +156,10 @@ class MaskedPatchModel(nn.Module):
         return torch.stack([o.loss(prediction, target) for o, prediction, target in triples])
 
     @torch.no_grad()
-    def losses_for_skill(self, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """(losses of the model, losses of the trivial predictors), both (objectives,), on the same predicted cells."""
+    def losses_for_skill(self, raw: Tensor, units: Units) -> tuple[Tensor, Tensor]:
+        """Return losses of the model and of the trivial predictors on the same cells, (objectives,) both."""
         images = self.images(raw)
-        layout = self.layout(images, mask, noise, count)
+        layout = self.layout(images, units)
         trivial = [
             gather_cells(o.target.trivial(images, layout.cells.hidden), layout.cells.predicted) for o in self.objectives
         ]

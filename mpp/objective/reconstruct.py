@@ -6,25 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpp.data.batch import Images
+from mpp.data.batch import Images, Units
 from mpp.encoders.cells import repeat_cells
 from mpp.objective.model import MaskedPatchModel, Objective
 from mpp.runs.pictures import BORROWED, GREY, Panel, Reconstruction
 
 
 @torch.no_grad()
-def reconstruct(model: MaskedPatchModel, raw: Tensor, mask: Tensor, noise: Tensor, count: int) -> list[Reconstruction]:
+def reconstruct(model: MaskedPatchModel, raw: Tensor, units: Units) -> list[Reconstruction]:
     """Draw the predictions for all hidden cells, for each target that has a picture.
 
     Args:
         model: In eval mode, on the device of the tensors.
         raw: (B, C, H, W) uint8 images.
-        mask: (B, uh, uw) bool.
-        noise: (B, 4, uh, uw).
-        count: Hidden units of each image.
+        units: Their masks.
     """
     images = model.images(raw)
-    layout = model.layout(images, mask, noise, count, everything=True)
+    layout = model.layout(images, units, everything=True)
     hidden = layout.cells.hidden
     found = []
     for o, prediction in zip(model.objectives, model.predict(images, layout), strict=True):

@@ -92,7 +92,7 @@ def count_step(
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
-            losses = model(images, units.hidden.to(meta), units.noise.to(meta), units.count)
+            losses = model(images, units.tensors_by(lambda t: t.to(meta)))
         losses.sum().backward()
         for p in model.parameters():
             p.grad = None

@@ -229,7 +229,7 @@ def _step_s(
         images = torch.zeros(count, recipe.data.channels, *recipe.data.image_size, dtype=dtype)
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            losses = model(images, units.hidden, units.noise, units.count)
+            losses = model(images, units)
         losses.sum().backward()
         per_image.append((time.perf_counter() - began) / count)
         if count < micro:

@@ -56,7 +56,7 @@ class PretrainDataset(Dataset[Batch]):
         grey = torch.full(size, GREY, dtype=torch.uint8)
         step = keys[0][0] // self.global_batch
         draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
-        masks = draw_masks(self.mask, self.mask_grid, draw, self.seed, [position for position, _, _ in keys])
+        units = draw_masks(self.mask, self.mask_grid, draw, self.seed, [position for position, _, _ in keys])
         bad: list[str] = []
         replaced, crops = 0, Streams(self.seed, Purpose.CROP)
         for i, (position, shard, row) in enumerate(keys):
@@ -71,11 +71,9 @@ class PretrainDataset(Dataset[Batch]):
             replaced += bool(passed_over)
         return Batch(
             images,
-            masks.hidden,
-            masks.noise,
+            units,
             torch.tensor([k[0] for k in keys]),
             torch.tensor([k[1:] for k in keys]),
-            masks.count,
             replaced,
             bad,
         )

@@ -77,7 +77,7 @@ def train(job: Pretraining) -> PretrainResult:
         for batch, is_last in job.micro_batches.of_step(step):
             seed_dropout(recipe.seed, batch)
             with team.accumulate(job.wrapped, exchange=is_last or job.sharded):
-                losses = job.wrapped(batch.images, batch.mask, batch.noise, batch.hidden_units) / plan.micro_batches
+                losses = job.wrapped(batch.images, batch.units) / plan.micro_batches
                 team.backward((losses * job.model.weights).sum())
             reports.add(batch, losses)
         grad_norm = team.clip_gradients(job.trained, recipe.optim.clip_grad_norm)

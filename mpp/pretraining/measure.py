@@ -155,9 +155,10 @@ def measure_skills(
     own = trivial = torch.zeros(len(model.objectives), dtype=torch.float64)
     with team.autocast():
         for i in range(0, len(held_out.images), AT_ONCE):
-            parts = (held_out.images, held_out.mask, held_out.noise)
-            images, mask, noise = (t[i : i + AT_ONCE].to(team.device) for t in parts)
-            a, b = model.losses_for_skill(images, mask, noise, held_out.hidden_units)
+            part = slice(i, i + AT_ONCE)
+            images = held_out.images[part].to(team.device)
+            units = held_out.units.of(part).tensors_by(lambda t: t.to(team.device))
+            a, b = model.losses_for_skill(images, units)
             own, trivial = own + a.cpu() * len(images), trivial + b.cpu() * len(images)
         collapse = measure_collapse(model, held_out.images[:RANK_IMAGES].to(team.device))
         shown = model.images(held_out.images[:SPREAD_IMAGES].to(team.device)).normalised
@@ -175,9 +176,10 @@ def keep_pictures(team: Team, model: MaskedPatchModel, held_out: Batch, count: i
     if count == 0:
         return
     model.eval()
-    images, mask, noise = (t[:count].to(team.device) for t in (held_out.images, held_out.mask, held_out.noise))
+    first = slice(count)
+    units = held_out.units.of(first).tensors_by(lambda t: t.to(team.device))
     with team.autocast():
-        found = reconstruct(model, images, mask, noise, held_out.hidden_units)
+        found = reconstruct(model, held_out.images[first].to(team.device), units)
     model.train()
     try:
         keep(log.out, step, found)

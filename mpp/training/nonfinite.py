@@ -127,9 +127,10 @@ def _write(
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
-    tensors = {at: t for i, b in enumerate(batches) for at, t in _flat(vars(b), str(i)).items()}
+    kept = [batch.to_keep() for batch in batches]
+    tensors = {at: t for i, (parts, _) in enumerate(kept) for at, t in _flat(parts, str(i)).items()}
     save_file({at: t.contiguous().clone() for at, t in tensors.items()}, name.with_suffix(".safetensors"))
-    counts = [getattr(batch, "hidden_units", None) for batch in batches]
+    counts = [count for _, count in kept]
     write_json(name.with_suffix(".json"), {**record, "hidden_units": counts})
 
 

@@ -20,7 +20,7 @@ from mpp.encoders.support import FAMILIES, TRIED, Family, table
 from mpp.errors import MppWarning, UserError
 from mpp.objective import contract
 from mpp.objective.build import build_model
-from mpp.objective.contract import MECHANISMS, Subject, batch_of, shaken
+from mpp.objective.contract import MECHANISMS, ContractCase, batch_of, shaken
 from mpp.objective.model import MaskedPatchModel
 from tests.conftest import pretrain_recipe
 
@@ -30,7 +30,7 @@ ALIKE = {"ResNet-ViT, R26", "ResNet-ViT, R50"}
 WHOLE = {("ResNet-ViT, R50", "token")}
 SLOW = {"ResNet-ViT, R26", "ResNet-ViT, R50", "MLP-Mixer"}
 """timm lets their size not be chosen: a minute each."""
-VIT = Subject.of(BY_TITLE["ViT (Ti, S, B, L, H)"])
+VIT = ContractCase.of(BY_TITLE["ViT (Ti, S, B, L, H)"])
 DROPPING = [f for f in FAMILIES if f.family in ("VisionTransformer", "VisionTransformerDistilled", "Eva")]
 
 
@@ -47,7 +47,7 @@ def families_and_ways() -> list[Any]:
 def test_contract(family: Family, way: str) -> None:
     leaks_alone = family.title in ALIKE and (family.title, way) not in WHOLE
     checks = ("no leak",) if leaks_alone else tuple(contract.CHECKS)
-    broken = {name: fault for name, fault in contract.check(Subject.of(family), way, checks).items() if fault}
+    broken = {name: fault for name, fault in contract.check(ContractCase.of(family), way, checks).items() if fault}
     assert not broken
 
 
@@ -57,7 +57,7 @@ def test_contract(family: Family, way: str) -> None:
     [p for p in families_and_ways() if p.values[0].title in ALIKE and (p.values[0].title, p.values[1]) not in WHOLE],
 )
 def test_the_rest_of_the_contract(family: Family, way: str) -> None:
-    broken = {name: fault for name, fault in contract.check(Subject.of(family), way).items() if fault}
+    broken = {name: fault for name, fault in contract.check(ContractCase.of(family), way).items() if fault}
     assert not broken
 
 
@@ -65,7 +65,7 @@ def test_the_rest_of_the_contract(family: Family, way: str) -> None:
 def test_the_support_table_says_what_is_found(family: Family) -> None:
     """Made by `python tools/support_table.py`."""
     row = next(r for r in table() if r["title"] == family.title)
-    encoder = Subject.of(family).encoder()
+    encoder = ContractCase.of(family).encoder()
     assert encoder.family == family.family == row["family"]
     assert (row["example"], row["models"]) == (family.example, family.models)
     assert {k: row[k] for k in contract.probed(encoder)} == contract.probed(encoder)
@@ -90,7 +90,7 @@ class TestTheContractNotices:
     def test_hidden_pixels_that_are_not_blanked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for way in ("token", "drop"):
             monkeypatch.setattr(f"mpp.objective.corruptions.{way}.blank_hidden", lambda images, hidden: images)
-        hybrid = Subject.of(BY_TITLE["ResNet-ViT, small stem"])  # kernels reach over patch borders
+        hybrid = ContractCase.of(BY_TITLE["ResNet-ViT, small stem"])  # kernels reach over patch borders
         assert "a hidden pixel reaches a prediction" in contract.check(hybrid, "drop", ("no leak",))["no leak"]
 
     def test_a_mask_token_that_is_not_put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ class TestTheContractNotices:
             return found and (found[0], kwargs)
 
         monkeypatch.setattr(TimmEncoder, "_at_block", without_rope)
-        rope = Subject.of(BY_TITLE["RoPE ViT, axial"])
+        rope = ContractCase.of(BY_TITLE["RoPE ViT, axial"])
         assert "Error" in contract.check(rope, "drop", ("no leak",))["no leak"]
 
     def test_a_mask_that_stays_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ class TestTheContractNotices:
 @pytest.mark.parametrize("way", ["token", "joining"])
 @pytest.mark.parametrize("family", [f for f in DROPPING if f.title not in SLOW], ids=lambda f: f.title)
 def test_a_last_block_that_runs_for_what_is_read_gives_what_the_whole_gives(family: Family, way: str) -> None:
-    model = shaken(Subject.of(family).model(way)).train()
+    model = shaken(ContractCase.of(family).model(way)).train()
     plain = family.family != "Eva"  # whose blocks are given rotary positions
     assert model.encoder.prunes == plain
     cut = loss_and_gradients(model)
@@ -151,7 +151,7 @@ def test_a_last_block_that_runs_for_what_is_read_gives_what_the_whole_gives(fami
 @pytest.mark.parametrize("way", ["token", "joining", "drop"])
 @pytest.mark.parametrize("family", [f for f in DROPPING if f.title not in SLOW], ids=lambda f: f.title)
 def test_embedding_visible_cells_alone_gives_what_embedding_all_gives(family: Family, way: str) -> None:
-    model = shaken(Subject.of(family).model(way)).train()
+    model = shaken(ContractCase.of(family).model(way)).train()
     encoder = model.encoder
     assert encoder.embeds_visible == (type(encoder.model.patch_embed) is PatchEmbed)  # hybrids have stems of theirs
     if encoder.embeds_visible:
@@ -253,10 +253,10 @@ def blocks_by_hand(model: MaskedPatchModel, x: Corrupted, cells: Cells) -> torch
 @pytest.mark.parametrize("family", [f for f in DROPPING if f.title not in SLOW], ids=lambda f: f.title)
 @pytest.mark.parametrize("way", ["drop", "joining"])
 def test_dropping_and_joining_compute_what_they_say(family: Family, way: str) -> None:
-    model = shaken(Subject.of(family).model(way)).eval()
-    raw, mask, noise, count = batch_of(model)
+    model = shaken(ContractCase.of(family).model(way)).eval()
+    raw, units = batch_of(model)
     images = model.images(raw)
-    layout = model.layout(images, mask, noise, count)
+    layout = model.layout(images, units)
     with torch.no_grad():
         x = model.corruption(images, layout.units)
         out = model.encoder(x, layout.cells)
@@ -271,10 +271,10 @@ def test_joining_before_block_0_is_token_mode(family: Family) -> None:
 
     But for CLIP-like and hybrid ones: hooks of blocks come after norm_pre and the stem, so do both here.
     """
-    model = shaken(Subject.of(family).model("joining")).eval()
-    raw, mask, noise, count = batch_of(model)
+    model = shaken(ContractCase.of(family).model("joining")).eval()
+    raw, units = batch_of(model)
     images = model.images(raw)
-    layout = model.layout(images, mask, noise, count)
+    layout = model.layout(images, units)
     with torch.no_grad():
         model.corruption.enter = 0
         x = model.corruption(images, layout.units)

@@ -47,7 +47,7 @@ def photos(size: tuple[int, int], number: int = 8) -> torch.Tensor:
 def batch_of(model: MaskedPatchModel, recipe: Any, number: int = 8) -> tuple[Any, ...]:
     size, unit = model.encoder.image_size, model.unit_px
     units = draw_masks(build_mask(recipe), (size[0] // unit, size[1] // unit), 0.5, 0, range(number))
-    return photos(size, number), units.hidden, units.noise, units.count
+    return photos(size, number), units
 
 
 def works(corruption: str, head: str, encoder: str, unit_px: int) -> bool:
@@ -90,10 +90,10 @@ def test_every_mask_goes_with_every_way_of_hiding(mask: str, unit_px: int) -> No
         recipe = pretrain_recipe("none", "none", **changes, **{"corruption.name": corruption, "head.name": head})
         model = build_model(recipe)[0]
         contract.no_leak(shaken(model), training=True)
-        raw, masks, noise, count = batch_of(model, recipe)
-        layout = model.layout(model.images(raw), masks, noise, count)
-        assert layout.units.hidden.flatten(1).sum(1).tolist() == [count] * len(raw)
-        assert (layout.cells.hidden.flatten(1).sum(1) == count * (unit_px // 4) ** 2).all()
+        raw, units = batch_of(model, recipe)
+        layout = model.layout(model.images(raw), units)
+        assert layout.units.hidden.flatten(1).sum(1).tolist() == [units.count] * len(raw)
+        assert (layout.cells.hidden.flatten(1).sum(1) == units.count * (unit_px // 4) ** 2).all()
 
 
 @pytest.mark.parametrize("target", registry.names("target"))
@@ -129,12 +129,12 @@ def test_every_prediction_lands_on_its_cell(encoder: str, unit_px: int) -> None:
     changes = {**ENCODERS[encoder], "data.image_size": (16, 24), "target.name": "pixels", "mask.unit_px": unit_px}
     recipe = pretrain_recipe("none", "none", **changes, predict_fraction=0.5)
     model = build_model(recipe)[0]
-    raw, mask, noise, count = batch_of(model, recipe)
+    raw, units = batch_of(model, recipe)
     images = model.images(raw)
-    layout = model.layout(images, mask, noise, count)
+    layout = model.layout(images, units)
     assert model.objectives[0].target.cell_px == min(unit_px, 4)
     assert (layout.cells.hidden.flatten(1).gather(1, layout.cells.predicted)).all()
-    assert layout.cells.predicted.shape[1] == round(0.5 * count) * max(unit_px // 4, 1) ** 2
+    assert layout.cells.predicted.shape[1] == round(0.5 * units.count) * max(unit_px // 4, 1) ** 2
 
     class Knows(torch.nn.Module):
         needs_hidden_tokens, reads_visible = True, True
@@ -145,7 +145,7 @@ def test_every_prediction_lands_on_its_cell(encoder: str, unit_px: int) -> None:
             return coarse.gather(1, features.cells.predicted.unsqueeze(-1).expand(-1, -1, coarse.shape[-1]))
 
     model.objectives[0].head = Knows()
-    assert float(model(raw, mask, noise, count)) == 0.0
+    assert float(model(raw, units)) == 0.0
 
 
 class TestSeveralTargets:

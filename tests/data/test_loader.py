@@ -41,7 +41,7 @@ def by_position(
         sampler = MicroBatches(order, seen=0, steps=steps, accumulate=1, rank=rank, world=world)
         for b in batches(dataset, sampler, workers=workers, pin_memory=False):
             for i, position in enumerate(b.positions.tolist()):
-                found[position] = (b.images[i], b.mask[i], b.noise[i], b.samples[i])
+                found[position] = (b.images[i], b.units.hidden[i], b.units.noise[i], b.samples[i])
     return found
 
 
@@ -65,7 +65,7 @@ def test_a_range_of_ratios_is_drawn_once_for_all_processes_of_a_step(shards: Pat
     assert len({counts[0] for counts in steps}) > 3
     assert all(2 <= counts[0] <= 11 for counts in steps)
     assert all(torch.equal(one[p][1], other[p][1]) for p in one)
-    assert dataset.batch([(p, 0, 5) for p in (3, 40)], centre=True).hidden_units == round(12 * 0.55)
+    assert dataset.batch([(p, 0, 5) for p in (3, 40)], centre=True).units.count == round(12 * 0.55)
 
 
 def test_positions_and_seeds_differ(shards: Path) -> None:
@@ -74,16 +74,16 @@ def test_positions_and_seeds_differ(shards: Path) -> None:
     b = dataset_of(shards, seed=1).batch([(p, *key) for p in range(8)])
     for batch in (a, b):
         assert len({i.numpy().tobytes() for i in batch.images}) == 8, "one image, eight crops"
-        assert len({m.numpy().tobytes() for m in batch.mask}) > 4
-        assert batch.hidden_units == 6
+        assert len({m.numpy().tobytes() for m in batch.units.hidden}) > 4
+        assert batch.units.count == 6
     assert not torch.equal(a.images, b.images)
-    assert not torch.equal(a.mask, b.mask)
+    assert not torch.equal(a.units.hidden, b.units.hidden)
 
 
 def test_centre_crops_draw_nothing(shards: Path) -> None:
     a, b = (dataset_of(shards).batch([(p, 0, 5)], centre=True) for p in (0, 1))
     assert torch.equal(a.images, b.images)
-    assert not torch.equal(a.mask, b.mask)
+    assert not torch.equal(a.units.hidden, b.units.hidden)
 
 
 def shard_of(path: Path, images: list[bytes]) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mpp.data.batch import Batch
+from mpp.data.batch import Batch, Units
 from mpp.data.transfer import on_device
 
 
@@ -15,11 +15,9 @@ def batch_of(number: int) -> Batch:
     numbers = torch.tensor([number])
     return Batch(
         torch.full((1, 3, 4, 4), number, dtype=torch.uint8),
-        torch.full((1, 2, 2), number % 2 == 1),
-        torch.full((1, 4, 2, 2), number / 10),
+        Units(torch.full((1, 2, 2), number % 2 == 1), number, torch.full((1, 4, 2, 2), number / 10)),
         numbers,
         numbers.expand(1, 2),
-        hidden_units=number,
     )
 
 
@@ -40,10 +38,11 @@ def test_the_same_batches_one_ahead(count: int, device: str) -> None:
     for number, batch in enumerate(on_device(batches(), torch.device(device))):
         assert taken == min(number + 2, count)
         expected = batch_of(number)
-        for name in ("images", "mask", "noise"):
-            assert getattr(batch, name).device.type == device
-            assert torch.equal(getattr(batch, name).cpu(), getattr(expected, name))
-        assert (batch.positions.tolist(), batch.hidden_units) == ([number], number)
+        for name, tensor in batch.to_keep()[0].items():
+            if name in ("images", "mask", "noise"):
+                assert tensor.device.type == device
+            assert torch.equal(tensor.cpu(), expected.to_keep()[0][name])
+        assert (batch.positions.tolist(), batch.units.count) == ([number], number)
     assert taken == count
 
 

@@ -14,7 +14,7 @@ from mpp.encoders.adapter import create_timm_model
 from mpp.encoders.support import FAMILIES, Family
 from mpp.errors import UserError
 from mpp.evaluation.features import EncoderReader, PixelReader, Place, read_table
-from mpp.objective.contract import Subject
+from mpp.objective.contract import ContractCase
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def some_images(n: int = 2, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.family)
 def test_every_family(family: Family) -> None:
-    subject = Subject.of(family)
+    subject = ContractCase.of(family)
     torch.manual_seed(0)
     plain = subject.plain().eval()
     reader = EncoderReader(plain, None, MEAN, STD).train()

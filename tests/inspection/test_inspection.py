@@ -19,16 +19,18 @@ from mpp.errors import UserError
 from mpp.inspection import run as inspection
 from mpp.inspection import views
 from mpp.inspection.measures import LEAST_IMAGES, mean_attention_distance, places
-from mpp.inspection.observing import Subject, attend, see_all
+from mpp.inspection.observing import InspectedEncoder, attend, see_all
 from tests.conftest import pretrain_recipe
 from tests.inspection.test_reading import EVERYWHERE, KINDS, toy, vit
 
 ALWAYS = {"colours", "spectrum", "similarity", "space", "filters"}
 
 
-def subject_of(model: Any, size: tuple[int, int], name: str = "toy") -> Subject:
+def subject_of(model: Any, size: tuple[int, int], name: str = "toy") -> InspectedEncoder:
     half = torch.full((3, 1, 1), 0.5)
-    return Subject(name, model, size, 3, half, half)
+    return InspectedEncoder(
+        name, model, size, 3, half, half, {"channels": 3, "formats": ("PNG",), "max_image_pixels": 10**6}
+    )
 
 
 def drawn(count: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:

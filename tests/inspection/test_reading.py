@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from mpp.encoders.adapter import create_timm_model
 from mpp.encoders.support import FAMILIES, Family
 from mpp.inspection.measures import places
-from mpp.inspection.reading import AttentionRecorder, Layout, blocks, layout_of, patch_filters, position_table, watched
+from mpp.inspection.reading import (
+    AttentionRecorder,
+    TokenPlaces,
+    blocks,
+    layout_of,
+    patch_filters,
+    position_table,
+    watched,
+)
 
 EVERYWHERE = {
     f.title for f in FAMILIES if f.family in ("VisionTransformer", "VisionTransformerDistilled", "Eva", "Beit")
@@ -70,7 +78,7 @@ def test_every_family(family: Family) -> None:
         if kind == "not known":
             assert isinstance(layout, str)
             continue
-        assert isinstance(layout, Layout), layout
+        assert isinstance(layout, TokenPlaces), layout
         assert layout.everywhere or kind != "everywhere"
         assert len(layout.queries) + layout.prefix == weights.shape[2]
         assert len(layout.keys) + layout.prefix == weights.shape[3]
@@ -88,7 +96,7 @@ def test_weights_are_those_of_the_formula() -> None:
     q, k, _ = seen["qkv"].view(2, 17, 3, 2, 12).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(recorder.found[1], (q @ k.transpose(-1, -2) / 12**0.5).softmax(-1))
     layout = layout_of(model, tuple(recorder.found[1].shape), 2, (16, 16))
-    assert isinstance(layout, Layout)
+    assert isinstance(layout, TokenPlaces)
     assert (layout.prefix, layout.grid, layout.stride_px) == (1, (4, 4), 4)
     assert torch.equal(layout.queries, places((4, 4), 4))
 

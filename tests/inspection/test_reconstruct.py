@@ -59,7 +59,7 @@ def pictures(shards: Path, out: Path, **changes: Any) -> tuple[list[Reconstructi
     arrays = [np.asarray(drawn_image(i, 16, channels)).reshape(16, 16, channels) for i in range(4)]
     raw = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(4))
-    found = draw_predictions(model.eval(), raw, units.hidden, units.noise, units.count)
+    found = draw_predictions(model.eval(), raw, units)
     return found, raw.float() / 255, repeat_cells(units.hidden, 4).unsqueeze(1)
 
 
@@ -186,7 +186,7 @@ def test_the_last_picture_is_that_of_the_last_checkpoint(run: Path, shards: Path
     counts = np.asarray(images.counts) - held_out
     crop = Crop((16, 16), 3, (0.2, 1.0), (1.0, 1.0), 0.5, recipe.data.formats, recipe.data.max_image_pixels)
     batch = _held_out_batch(PretrainDataset(images, crop, build_mask(recipe), (4, 4), 0, counts, 16), counts, held_out)
-    found = draw_predictions(model.eval(), batch.images[:3], batch.mask[:3], batch.noise[:3], batch.hidden_units)
+    found = draw_predictions(model.eval(), batch.images[:3], batch.units.of(slice(3)))
     shown = next(p.images for p in found[0].panels if p.title == "pasted")
     wanted = (255 * shown).round().byte().permute(0, 2, 3, 1).numpy()
     for tile, array in zip(read_kept(run)[-1].panels["pasted"], wanted, strict=True):

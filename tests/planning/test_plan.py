@@ -60,11 +60,11 @@ def test_operations_and_memory_are_those_of_a_step(changes: dict[str, Any], shar
     units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(16))
     images = torch.zeros(16, 3, 16, 16, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
-        model(images, units.hidden, units.noise, units.count).sum().backward()
+        model(images, units).sum().backward()
     model.zero_grad()
     live = _Live([*model.parameters(), *model.buffers(), images])
     with live:
-        model(images, units.hidden, units.noise, units.count).sum().backward()
+        model(images, units).sum().backward()
     # attention is one operation here and another there
     assert flop == pytest.approx(counter.get_total_flops(), rel=0.1)
     assert peak == pytest.approx(live.peak, rel=0.15)

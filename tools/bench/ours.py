@@ -102,8 +102,8 @@ def _step(name: str) -> Callable[..., TrainStep]:
             if drawn is None or device == "cpu":  # the masks, too: peers draw theirs in the step
                 position += s.batch
                 units = draw_masks(mask, grid, 0.5, 0, range(position, position + s.batch))
-                drawn = units.hidden.to(device), units.noise.to(device), units.count  # for a GPU workers draw them
-            return model(images, *drawn).sum()
+                drawn = units.tensors_by(lambda t: t.to(device))  # for a GPU workers draw them
+            return model(images, drawn).sum()
 
         return TrainStep(model, loss, s.batch, precision, device)
 
