@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpp.training.exchange import Exchange
 
 ASKING_OPERATIONS = (
     "_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "equal.", "is_nonzero", "bincount",
@@ -64,3 +69,43 @@ class _Operations(TorchDispatchMode):
         if name.startswith(ASKING_OPERATIONS) or by_bool:
             self.asked.note(name, args[0])
         return func(*args, **(kwargs or {}))
+
+
+def check_steady_steps(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
+    """Check that a run of six steps, whose steps 2 to 5 log and save nothing, asks the device for nothing in these, but
+    for what came of the step before, once the next one is on its way.
+
+    The first step is logged by pretraining, and not by fine-tuning.
+    """
+    asked, events, sent = Asked(), list[Any](), itertools.count(1)
+    made, read = Exchange.__init__, Exchange.read
+
+    def began(self: Any, *args: Any) -> None:
+        made(self, *args)
+        self.number = next(sent)
+        events.append(f"{self.number} sent")
+
+    def was_read(self: Any) -> list[float]:
+        events.append(f"{self.number} read")
+        asked.paused = True
+        values = read(self)
+        asked.paused = False
+        return values
+
+    def step_begins(name: str, *_: Any) -> None:
+        if name == "train.step_begins":
+            events.append(len(asked.found))
+
+    monkeypatch.setattr(Exchange, "__init__", began)
+    monkeypatch.setattr(Exchange, "read", was_read)
+    monkeypatch.setattr("mpp.parallel.faults.point", step_begins)
+    with asked:
+        run()
+    steps = [e for e in events if isinstance(e, int)]
+    assert len(steps) == 6
+    assert asked.found[steps[1] : steps[5]] == []
+    assert len(asked.found) > steps[5], "the control: measuring at the end does ask"
+    told = [e for e in events if isinstance(e, str)]
+    first = ["1 sent", "1 read", "2 sent", "3 sent", "2 read"], ["1 sent", "2 sent", "1 read", "3 sent", "2 read"]
+    assert told[:5] in first
+    assert told[5:] == ["4 sent", "3 read", "5 sent", "4 read", "6 sent", "5 read", "6 read"]

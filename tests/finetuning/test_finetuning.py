@@ -25,6 +25,7 @@ from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe, load_recipe
 from mpp.runs.records import read_metrics
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe
+from tests.synchronisations import check_steady_steps
 
 ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -382,3 +383,28 @@ def test_the_export_says_how_it_was_evaluated(shards: Path, run: Path, tmp_path:
     assert config["pretrained_cfg"]["crop_pct"] == 0.75
     with pytest.raises(UserError, match="a fine-tuning run of several models; name one, such as .*pretrained-seed0"):
         mpp.export(tmp_path / "ft", tmp_path / "o")
+
+
+STEADY = {
+    "plain": {},
+    "accumulated and averaged": {"optim.max_batch_per_device": 5, "ema_decay": 0.9},
+    "mixed, thawing": {"mixup": 0.4, "frozen": 0.5, "optim.clip_grad_norm": 1.0},
+    "batch norms": {"encoder": "scratch", "architecture": {"name": "resnet10t"}, "data.image_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_a_steady_step_asks_the_device_for_nothing(
+    name: str, shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"seeds": [0], "beside_scratch": False, "optim.steps": 6, "max_skipped_steps": 3}
+    changes |= {"log_every_steps": 100, "checkpoint_every_steps": 100, "data.workers": 1, **STEADY[name]}
+    given = recipe(shards, tmp_path / "ft", changes.pop("encoder", run), **changes)
+    check_steady_steps(monkeypatch, lambda: mpp.finetune(given))
+
+
+def test_a_line_of_metrics_says_how_long_batches_took(shards: Path, run: Path, tmp_path: Path) -> None:
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False, **{"optim.steps": 3}))
+    for line in read_metrics(tmp_path / "ft" / "pretrained-seed0"):
+        assert 0 <= line["data_wait"] < 1
+        assert line["images_per_s"] > 0

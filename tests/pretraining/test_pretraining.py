@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -22,10 +21,9 @@ import torch
 import mpp
 from mpp.errors import UserError
 from mpp.runs.records import read_metrics
-from mpp.training.exchange import Exchange
 from tests.conftest import ROOT, command, drawn_image, encoded, pretrain_recipe
 from tests.data.test_loader import shard_of
-from tests.synchronisations import Asked
+from tests.synchronisations import check_steady_steps
 
 GOLDEN = ROOT / "tests" / "golden.json"
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -129,29 +127,6 @@ def test_where_nothing_compiles_it_is_said(
 def test_a_steady_step_asks_the_device_for_nothing(
     objective: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for what came of the step before, once this one is on its way."""
-    asked, events, sent = Asked(), [], itertools.count(1)
-    made, read = Exchange.__init__, Exchange.read
-
-    def began(self: Any, *args: Any) -> None:
-        made(self, *args)
-        self.number = next(sent)
-        events.append(f"{self.number} sent")
-
-    def was_read(self: Any) -> list[float]:
-        events.append(f"{self.number} read")
-        asked.paused = True
-        values = read(self)
-        asked.paused = False
-        return values
-
-    def step_begins(name: str, *_: Any) -> None:
-        if name == "train.step_begins":
-            events.append(len(asked.found))
-
-    monkeypatch.setattr(Exchange, "__init__", began)
-    monkeypatch.setattr(Exchange, "read", was_read)
-    monkeypatch.setattr("mpp.parallel.faults.point", step_begins)
     recipe = pretrain_recipe(
         shards,
         tmp_path / "run",
@@ -159,17 +134,7 @@ def test_a_steady_step_asks_the_device_for_nothing(
         **{"log_every_steps": 100, "skill_every_steps": 100, "checkpoint_every_steps": 100, "data.workers": 1},
         **{"optim.steps": 6, "reconstruct_images": 0, "max_skipped_steps": 3},
     )
-    with asked:
-        mpp.pretrain(recipe)
-    steps = [e for e in events if isinstance(e, int)]
-    assert len(steps) == 6
-    assert asked.found[steps[1] : steps[5]] == []  # steps 2 to 5: the first and the last one are logged
-    assert len(asked.found) > steps[5], "the control: measuring at the end does ask"
-    told = [e for e in events if isinstance(e, str)]
-    assert told == [
-        "1 sent", "1 read", "2 sent", "3 sent", "2 read", "4 sent", "3 read", "5 sent", "4 read", "6 sent", "5 read",
-        "6 read",
-    ]  # fmt: skip
+    check_steady_steps(monkeypatch, lambda: mpp.pretrain(recipe))
 
 
 def test_a_cpu_with_bf16_is_pointed_out(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
