@@ -53,7 +53,7 @@ def _no_more_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _show_warning(message: Any, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+def _show_warning(message: object, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
     """Ours are for the user, one line; other people's keep their place in the code."""
     message = printable(without_secrets(str(message)))
     text = f"warning: {message}" if issubclass(category, MppWarning) else f"{filename}:{lineno}: {message}"
@@ -123,13 +123,13 @@ def main() -> None:
     """Masked-patch pretraining on unlabeled images, fine-tuning on labeled ones, export of the encoder."""
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """One object, in which numbers that are none are null."""
     import dataclasses
     import json
     import math
 
-    def plain(item: Any) -> Any:
+    def plain(item: object) -> Any:
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
             return {field.name: plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
         if isinstance(item, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +14,9 @@ from mpp.cli.app import JSON, main, to_json
 from mpp.errors import UserError, there
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new
+
+if TYPE_CHECKING:
+    from mpp.exchange.verify import Verified
 
 
 def _clear_away_when_ended() -> None:
@@ -167,7 +170,7 @@ def verify(folder: str, as_json: bool) -> None:
     _say_verified(mpp.verify(folder), as_json)
 
 
-def _say_verified(verified: Any, as_json: bool = False) -> None:
+def _say_verified(verified: Verified, as_json: bool = False) -> None:
     click.echo(
         to_json(verified)
         if as_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,16 +13,20 @@ import mpp
 from mpp.cli.app import JSON, RANK, main, part, to_json
 from mpp.errors import UserError
 
+if TYPE_CHECKING:
+    from mpp.finetuning.run import FinetuneResult
+    from mpp.pretraining.loop import PretrainResult
 
-def _exit_as_stopped(result: Any) -> None:
+
+def _exit_as_stopped(result: PretrainResult | FinetuneResult) -> None:
     """Exit as the signal that stopped a run would end a program, so that `&&` and `make` stop as well."""
     if result.state == "stopped":
         sys.stdout.flush()
         part()
-        sys.exit(128 + signal.Signals[result.signal])
+        sys.exit(128 + signal.Signals[str(result.signal)])
 
 
-def _progress_aside(as_json: bool) -> Any:
+def _progress_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
     """What a job says while it goes on belongs elsewhere than what a script reads."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
@@ -83,7 +87,7 @@ def plan(
     """What pretraining as RECIPE says will take: parameters, FLOP, memory of a device, time, disk. Keeps nothing."""
     from mpp.recipe.overrides import parse_overrides
 
-    given: Any = parse_overrides(overrides)
+    given = parse_overrides(overrides)
     if images is not None:
         given = {"data.shards": "not opened"} | given
     found = mpp.plan(recipe, devices=devices, device=device, mfu=mfu, images=images, scale=scale, **given)

@@ -148,7 +148,7 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
     )
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _each_key_once(pairs: list[tuple[str, object]]) -> JsonObject:
     """ValueError for an object of JSON that has a key twice, of which one would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -157,6 +157,6 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> JsonObject:
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """JSON's integers have no end, and its reader takes NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.data.decoding.decode import centre_box, decode_crop, random_box
+from mpp.data.decoding.decode import Box, centre_box, decode_crop, random_box
 from mpp.recipe.sections import ValueRange
 
 
@@ -40,7 +40,7 @@ class Crop:
         """(C, H, W) uint8: the largest centred crop."""
         return self._decode(data, lambda w, h: centre_box(w, h, self.size))
 
-    def _decode(self, data: bytes, choose_box: Any) -> Tensor:
+    def _decode(self, data: bytes, choose_box: Callable[[int, int], Box]) -> Tensor:
         return decode_crop(
             data,
             choose_box,

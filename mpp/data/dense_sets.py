@@ -56,7 +56,7 @@ class DenseDataset(Dataset[LabeledBatch]):
         replaced = sum(map(bool, passed_over))
         return LabeledBatch(torch.stack(images), _together(labels), positions, readable, bad, replaced)
 
-    def _sample(self, position: int, place: int) -> tuple[Tensor, Any, list[str]]:
+    def _sample(self, position: int, place: int) -> tuple[Tensor, object, list[str]]:
         """The image, its labels, and a line for each unreadable one in whose place it stands."""
         bad: list[str] = []
         for step in range(len(self.subset)):
@@ -121,7 +121,7 @@ class WholeDataset(Dataset[LabeledBatch]):
                 bad.append(f"{name}: {error}")
                 continue
             images.append(scaled if self.size is None else on_canvas(scaled, self.size))
-        together: Any = images if self.size is None or not images else torch.stack(images)
+        together = images if self.size is None or not images else torch.stack(images)
         return LabeledBatch(together, labels, torch.tensor(keys), readable, bad)
 
 

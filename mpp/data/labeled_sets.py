@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, TypeAlias, Unpack
 
 import numpy as np
 import torch
@@ -15,17 +15,23 @@ from torch.utils.data import Dataset
 from mpp.data.decoding.decode import decode_crop, decode_pillow, view_boxes
 from mpp.data.labeled import Labeled
 from mpp.errors import BadImage, UserError
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.sections import Decoding, Reading
 from mpp.rng import Purpose, stream, torch_seed
+
+Images: TypeAlias = Any
+"""(B, C, H, W) uint8; or a list of (C, h, w), if whole images are judged."""
+Labels: TypeAlias = Any
+"""Labels of a batch, see `LabeledBatch.labels`: a tensor, or tensors in lists and dictionaries."""
 
 
 @dataclass
 class LabeledBatch:
     """One micro-batch of labeled images."""
 
-    images: Any
+    images: Images
     """(B, C, H, W) uint8; or a list of (C, h, w), where whole images are judged"""
-    labels: Any
+    labels: Labels
     """(B,) int64, or (B, classes) float32 where images may have several; (B, H, W) uint8 masks, a list of them where
     whole images are judged; or boxes, a dictionary of tensors for each image"""
     positions: Tensor
@@ -45,7 +51,7 @@ class LabeledBatch:
     def pin_memory(self) -> LabeledBatch:
         return self.tensors_by(Tensor.pin_memory)
 
-    def to_keep(self) -> tuple[dict[str, Any], None]:
+    def to_keep(self) -> tuple[JsonObject, None]:
         """Return tensors by name, from which `mpp replay` runs the batch again. No unit is hidden."""
         tensors = {"images": self.images, "labels": self.labels}
         return tensors | {"positions": self.positions, "readable": self.readable}, None
@@ -70,7 +76,7 @@ class LabeledDataset(Dataset[LabeledBatch]):
     """
 
     def __init__(
-        self, data: Labeled, subset: np.ndarray, augment: Any, seed: int, **decoding: Unpack[Decoding]
+        self, data: Labeled, subset: np.ndarray, augment: Callable[..., Tensor], seed: int, **decoding: Unpack[Decoding]
     ) -> None:
         self.data, self.subset, self.augment, self.seed, self.decoding = data, subset, augment, seed, decoding
 

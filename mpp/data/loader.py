@@ -11,10 +11,10 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from mpp.errors import UserError
 from mpp.parallel.children import end_with
@@ -25,7 +25,13 @@ QUIET_S = 0.05
 then may leave the child waiting for ever for a lock that such a thread had: 3 of some 20,000 forks."""
 
 
-def _as_it_is(batch: Any) -> Any:
+class KeyedDataset(Protocol):
+    """A dataset of which a list of keys makes a batch, always the same one."""
+
+    def __getitems__(self, keys: list[Any]) -> Any: ...
+
+
+def _as_it_is(batch: object) -> object:
     return batch
 
 
@@ -47,9 +53,7 @@ def _serve_the_parent_alone(worker: int) -> None:
     sys.excepthook = hook
 
 
-def batches(
-    dataset: Dataset[Any], sampler: Iterable[list[tuple[int, int, int]]], *, workers: int, pin_memory: bool
-) -> Iterator[Any]:
+def batches(dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int, pin_memory: bool) -> Iterator[Any]:
     """What `dataset.__getitems__` makes of the sampler's lists, in their order, `workers` processes ahead.
 
     UserError where a worker met one, or died.
@@ -57,7 +61,7 @@ def batches(
     # more workers than cores may be wanted where they wait for a disk; `mpp doctor` and data_wait are there to look at
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     loader: DataLoader[Any] = DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # only __getitems__ is called
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_as_it_is,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:
     """
     module = torch.get_device_module(device)
     side = module.Stream()
-    underway: deque[tuple[B, Any]] = deque()
+    underway: deque[tuple[B, object]] = deque()
     last: list[B | None] = [None]
     for batch in chain(batches, last):
         if batch is not None:

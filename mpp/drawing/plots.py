@@ -16,6 +16,7 @@ import numpy as np
 from mpp.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 NAMED_CLASSES = 40
@@ -97,7 +98,7 @@ def lines(
     width: float = 4.2,
     height: float = 3.8,
     columns: int | None = None,
-) -> Any:
+) -> Figure:
     """Panels side by side, each with its title.
 
     width, height: of a panel, inches. shared: on a common scale. log_x: ticks at the points alone.
@@ -109,7 +110,7 @@ def lines(
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(width * columns + (1 if columns > 1 else 0), height * rows), layout="constrained")
-    axes: Any = figure.subplots(rows, columns, squeeze=False, sharey=shared).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=shared).ravel()
     for axis in axes[len(panels) :]:
         axis.axis("off")
     named = [xlabel] * len(panels) if isinstance(xlabel, str) else list(xlabel)
@@ -162,7 +163,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
     n = len(classes)
     side = min(max(3.5, 0.35 * n), 16)
     figure = Figure(figsize=(side + 1.5, side), layout="constrained")
-    axis: Any = figure.subplots()
+    axis = figure.subplots()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     image = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axis, label="share of the true class")
@@ -189,14 +190,14 @@ class Heat(NamedTuple):
 
 
 @drawing
-def heats(panels: Sequence[Heat], *, low: float, high: float, label: str, columns: int | None = None) -> Any:
+def heats(panels: Sequence[Heat], *, low: float, high: float, label: str, columns: int | None = None) -> Figure:
     """Matrices side by side on one scale."""
     from matplotlib.figure import Figure
 
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.3 * columns + 0.9, 3.2 * rows), layout="constrained")
-    axes: Any = figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     shown: Any = None
     for axis in axes[len(panels) :]:
         axis.axis("off")
@@ -236,7 +237,7 @@ def pictures(
     low: float | None = None,
     high: float | None = None,
     side: float = 1.25,
-) -> Any:
+) -> Figure:
     """A grid of small pictures; values on the scale from low to high, or each on its own. side: inches of each."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -246,7 +247,7 @@ def pictures(
     figure = Figure(figsize=(side * columns + 0.1, side * len(rows) + title_room + 0.4))
     figure.suptitle(_as_it_is(title), fontsize=9)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02))
-    axes: Any = figure.subplots(len(rows), columns, squeeze=False)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for axis in axes.ravel():
         axis.axis("off")
     for r, row in enumerate(rows):
@@ -275,7 +276,7 @@ def gallery(
     columns = min(len(pictures), 6)
     rows = -(-len(pictures) // columns)
     figure = Figure(figsize=(1.8 * columns, 2.2 * rows), layout="constrained")
-    axes: Any = figure.subplots(rows, columns, squeeze=False).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, (pixels, caption) in zip(axes, pictures, strict=False):
@@ -293,7 +294,7 @@ def _as_it_is(text: str) -> str:
     return text.replace("$", r"\$").encode("utf-8", "replace").decode()
 
 
-def save(figure: Any, out: Path) -> None:
+def save(figure: Figure, out: Path) -> None:
     """As a PNG. UserError where `out` cannot be written."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -302,7 +303,7 @@ def save(figure: Any, out: Path) -> None:
         raise UserError(f"{out}: {error.strerror or error}") from error
 
 
-def svg(figure: Any, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
     """As an <svg> element for a page: transparent, in the colour of the page's text, as wide as there is room.
 
     name: unlike that of any other plot of the page, since ids are the page's.

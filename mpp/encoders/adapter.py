@@ -51,7 +51,7 @@ def timm_names(pattern: str, key: str) -> list[str]:
     return names
 
 
-def create_at_size(name: str, image_size: tuple[int, int] | None, **args: Any) -> Any:
+def create_at_size(name: str, image_size: tuple[int, int] | None, **args: Any) -> TimmModel:
     """`timm.create_model` for an image size; families that take any size are not told it. None: the model's own."""
     try:
         return timm.create_model(name, **args, **({"img_size": image_size} if image_size else {}))  # type: ignore[arg-type]
@@ -326,7 +326,7 @@ class TimmEncoder(nn.Module):
 
     def _at_block(
         self, i: int, module: nn.Module, args: tuple[Tensor, ...], kwargs: JsonObject
-    ) -> tuple[Any, JsonObject] | None:
+    ) -> tuple[object, JsonObject] | None:
         if self._now is None or self._now.x.enter == 0:
             return None
         x, cells, _ = self._now
@@ -345,7 +345,7 @@ class TimmEncoder(nn.Module):
             kwargs = {**kwargs, "rope": rope}
         return (tokens, *rest), kwargs
 
-    def _embedding(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _embedding(self, images: Tensor, *args: object, **kwargs: object) -> Tensor:
         """In place of the stem's forward: nothing at hidden cells where their tokens are left out anyway."""
         assert self.stem is not None
         embedding = self.model.get_submodule(self.stem.path)
@@ -358,7 +358,7 @@ class TimmEncoder(nn.Module):
         tokens = tokens.scatter(1, cells.visible.unsqueeze(-1).expand_as(visible), visible)
         return tokens.unflatten(1, cells.grid) if self.stem.layout == "NHWC" else tokens
 
-    def _last_block(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _last_block(self, tokens: Tensor, *args: object, **kwargs: object) -> Tensor:
         """In place of the last block's forward."""
         block = self.model.blocks[-1]
         if self._now is None or not self._now.pruning:

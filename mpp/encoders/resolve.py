@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import timm
 import yaml
@@ -46,7 +46,7 @@ def own_normalisation(source: str, channels: int) -> tuple[list[float], list[flo
     """Mean and standard deviation, of pixels in [0, 1], that an encoder was trained with; None where nobody knows."""
     if source == "scratch":
         return None
-    config: Any = timm.get_pretrained_cfg(source) if is_timm_name(source) else None
+    config = timm.get_pretrained_cfg(source) if is_timm_name(source) else None
     if config is not None:
         return for_channels(config.mean, channels), for_channels(config.std, channels)
     try:
@@ -144,7 +144,7 @@ def _normalisation(source: str, data: ImageData, channels: int, *, warn: bool) -
     return filled
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     return json.dumps(value).replace(" ", "")
 
 

@@ -8,20 +8,20 @@ is exact for a model's layer is asked of the layer, by a probe: one which does s
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpp.encoders.cells import gather_cells, patches_at
+from mpp.encoders.timm_model import TimmModel
 
 PROBE_TOKENS = 5
 TOLERANCE = 1e-9
 """Of a comparison in float64."""
 
 
-def run_for(block: Any, tokens: Tensor, read: Tensor) -> Tensor:
+def run_for(block: TimmModel, tokens: Tensor, read: Tensor) -> Tensor:
     """Output of a pre-norm block at some of its tokens.
 
     tokens: (B, N, D). read: (B, Q, D), the tokens among them that are asked for. AttributeError or another error where
@@ -62,7 +62,7 @@ def runs_for(block: nn.Module) -> bool:
     return _same(whole, part)
 
 
-def embed_at(patch_embed: Any, images: Tensor, cells: Tensor) -> Tensor:
+def embed_at(patch_embed: TimmModel, images: Tensor, cells: Tensor) -> Tensor:
     """Embedding of some patches, (B, V, D), from (B, C, H, W) and (B, V) int64.
 
     AttributeError or another error where it is not made of a convolution `proj` and a `norm`, as timm's plain ones are.

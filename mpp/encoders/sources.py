@@ -100,8 +100,8 @@ def open_encoder(
     image_size: tuple[int, int] | None,
     channels: int | None,
     pretrained: bool,
-    **timm_args: Any,
-) -> Any:
+    **timm_args: object,
+) -> TimmModel:
     """A timm model without classifier from a run, an export or a name of timm's.
 
     architecture: arguments of the model, and its name if `source` is "scratch". image_size: (H, W), channels; None: its
@@ -120,8 +120,7 @@ def open_encoder(
             key="architecture.name" if source == "scratch" else "encoder",
             args_key="architecture.args",
         )
-    asked: Any = {"img_size": image_size, "in_chans": channels}
-    asked = {key: value for key, value in asked.items() if value}
+    asked = {key: value for key, value in (("img_size", image_size), ("in_chans", channels)) if value}
     own = {key: tuple(value) if isinstance(value, list) else value for key, value in given.args.items()}
     if reserved := sorted({*asked, "num_classes", "pretrained"} & own.keys()):
         raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mpp.data.labeled import Labeled
-from mpp.data.labeled_sets import CentreDataset
+from mpp.data.labeled_sets import CentreDataset, LabeledBatch
 from mpp.data.loader import batches
 from mpp.encoders.resolve import for_channels
 from mpp.encoders.sources import check_size, open_encoder
@@ -112,7 +112,7 @@ def run_arm(
 
     def images(
         of: Labeled, numbers: np.ndarray, batch_size: int, what: str, *, time_left: bool = True
-    ) -> Iterator[Any]:
+    ) -> Iterator[LabeledBatch]:
         dataset = CentreDataset(of, size, keys.val_crop_fraction, **keys.decoding())
         parts = [numbers[i : i + batch_size].tolist() for i in range(0, len(numbers), batch_size)]
         loaded = batches(dataset, parts, workers=keys.workers, pin_memory=device.type == "cuda")

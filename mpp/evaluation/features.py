@@ -57,7 +57,7 @@ class EncoderReader(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model.eval()
-        info: Any = getattr(model, "feature_info", None)
+        info = getattr(model, "feature_info", None)
         if not hasattr(model, "forward_intermediates") or not info:
             raise UserError(f"encoder: timm's {type(model).__name__} has no forward_intermediates: no layers to read")
         depth = len(info)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from mpp.evaluation.features import Place
 from mpp.evaluation.probes import ARMS, PROTOCOL
@@ -79,11 +80,14 @@ class EvaluateResult:
         return "\n".join(lines)
 
 
-def best_setting(sweep: dict[Any, float], *, smaller: bool) -> Any:
+S = TypeVar("S", int, float)
+
+
+def best_setting(sweep: dict[S, float], *, smaller: bool) -> S:
     """What has the highest accuracy; of equals the smaller, or the larger."""
     return max(sweep, key=lambda value: (sweep[value], -value if smaller else value))
 
 
-def named_classes(sweep: dict[Any, float]) -> dict[str, float]:
+def named_classes(sweep: Mapping[S, float]) -> dict[str, float]:
     """With keys that JSON can hold."""
     return {f"{value:g}": accuracy for value, accuracy in sweep.items()}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from mpp.encoders.folder import pixels_of
+from mpp.encoders.timm_model import TimmModel
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.sections import ValueRange
 
@@ -21,7 +21,7 @@ class Artifact:
 
     source: Path
     """The timm folder."""
-    timm: Any
+    timm: TimmModel
     """Its model."""
     model: nn.Module
     """(B, C, H, W) normalised -> outputs by name: features, embedding, logits of a classifier; or logits of pixels."""

@@ -151,7 +151,7 @@ def verify(folder: str | Path) -> Verified:
     path = Path(folder)
     if is_timm_export(path):
         return verify_timm_folder(path)
-    about: Any = json.loads((path / "export.json").read_text())
+    about = json.loads((path / "export.json").read_text())
     format = about["format"]
     try:
         known = about["format_version"] <= FORMAT and format in formats()
@@ -182,7 +182,7 @@ def _module(format: str) -> Any:
 
 def _artifact(run: str | Path, format: str) -> Artifact:
     source = encoder_folder(run)
-    recipe_of: Any = stored_recipe(source)
+    recipe_of = stored_recipe(source)
     tolerance = tolerance_of(source)
     weights_sha256(source)
     config = json.loads((source / "config.json").read_text())

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -19,6 +18,7 @@ from torch import nn
 from mpp.encoders.checksums import check_head, has_head, sha256, weights_sha256
 from mpp.encoders.folder import Origin, save_encoder
 from mpp.errors import UserError, reason
+from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_beside, check_new, encoder_folder
 
 
@@ -147,7 +147,7 @@ def verify_timm_folder(folder: str | Path) -> Verified:
     return Verified(path, found["difference"], found["parameters"])
 
 
-def found_in_clean_process(folder: Path, program: str, otherwise: str) -> Any:
+def found_in_clean_process(folder: Path, program: str, otherwise: str) -> JsonObject:
     """What a program prints of a folder, as JSON in its last line. UserError, `otherwise`, where it fails."""
     # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
     process = subprocess.run(

@@ -63,7 +63,7 @@ def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
     if not file.is_dir():
         return Source(count_weights(file, trust))
     try:
-        config: Any = json.loads((file / "config.json").read_text())
+        config = json.loads((file / "config.json").read_text())
         if not isinstance(config, dict):
             raise ValueError("not a mapping")
     except FileNotFoundError as error:
@@ -87,7 +87,7 @@ def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
                 _check_normalisation(*mean_std)
             return Source(tensors, name, args, (size[0], size[1]), channels, mean_std, args)
         found = transformers.architecture(config)
-        side: Any = config.get("image_size", 224)
+        side = config.get("image_size", 224)
         height, width = side if isinstance(side, list) else (side, side)
         return Source(
             tensors,
@@ -125,7 +125,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
     """Mean and std, of pixels in [0, 1], of transformers' image processor, where one lies beside. ValueError."""
     try:
-        found: Any = json.loads((folder / "preprocessor_config.json").read_text())
+        found = json.loads((folder / "preprocessor_config.json").read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -201,7 +201,7 @@ def open_weights(file: Path, trust: bool) -> Any:
     return found
 
 
-def _plain_parts(file: Path) -> tuple[Any, list[str]]:
+def _plain_parts(file: Path) -> tuple[object, list[str]]:
     """Read the tensors and plain containers of a pickle, and leave out objects of other classes.
 
     A dictionary takes the place of such an object. The code of its class is never looked for.
@@ -214,7 +214,7 @@ def _plain_parts(file: Path) -> tuple[Any, list[str]]:
     """
     left_out: list[str] = []
     while True:
-        stand_ins: list[Any] = [(_Nothing, name) for name in left_out]
+        stand_ins = [(_Nothing, name) for name in left_out]
         # training programs keep their arguments and metrics beside the weights
         with (
             torch.serialization.safe_globals([*_harmless(), *stand_ins]),
@@ -256,13 +256,13 @@ _REFUSED = re.compile(r"(?i)unsupported (?:global: )?(?:GLOBAL|class) (\S+)")
 class _Nothing:
     """What is made of objects beside the weights: a dictionary, whose attributes nobody reads."""
 
-    def __new__(cls, *args: Any, **options: Any) -> Any:
+    def __new__(cls, *args: object, **options: object) -> Any:
         return OrderedDict()
 
 
 def _harmless() -> list[Any]:
     """Classes that torch's weights_only does not know and that run nothing: arguments, configurations, numbers."""
-    core: Any = np._core.multiarray  # type: ignore[attr-defined]
+    core = np._core.multiarray  # type: ignore[attr-defined]
     arrays = [
         (getattr(core, n), f"numpy.{c}.multiarray.{n}") for n in ("scalar", "_reconstruct") for c in ("core", "_core")
     ]
@@ -280,7 +280,7 @@ def _compare_checksums(file: Path) -> None:
                         pass
 
 
-def _tensors(loaded: Any, seen: set[int], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def _tensors(loaded: object, seen: set[int], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Weights of nested dictionaries by name, the keys before them. seen: dictionaries that were looked into."""
     if isinstance(loaded, dict) and depth < DEEPEST and id(loaded) not in seen:
         seen.add(id(loaded))  # one that holds itself under many names would take for ever

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -12,7 +13,7 @@ from mpp.errors import UserError
 from mpp.recipe.finetune import FinetuneData
 
 
-def make_augmentation(data: FinetuneData) -> Any:
+def make_augmentation(data: FinetuneData) -> Callable[..., Any]:
     """Return how a training image is augmented, as `LabeledDataset` takes it.
 
     Returns:

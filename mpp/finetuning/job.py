@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
-from torch.utils.data import Dataset
 
 from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.loader import KeyedDataset
 from mpp.data.order import MicroBatches
 from mpp.data.readers import LabeledImages
 from mpp.finetuning.cell import Cell
@@ -59,7 +59,7 @@ class Finetuning:
     """Numbers of the images to train on."""
     held_out: np.ndarray
     """Numbers of training images that are judged on the way, if the recipe stops early."""
-    dataset: Dataset[LabeledBatch]
+    dataset: KeyedDataset
     sampler: MicroBatches
     """This process's micro-batches, from the first step that is left."""
     model: Supervised
@@ -75,7 +75,7 @@ class Finetuning:
     micro_loss: MicroLoss
     statistics: Statistics
     progress: Progress
-    micro_batches: MicroBatchStream
+    micro_batches: MicroBatchStream[LabeledBatch]
     pace: Pace
     log: RunLog
 

@@ -72,7 +72,7 @@ def judge(
         probabilities = over_views(model.run, crops, mirrored=True, independent=independent)
         return probabilities.logit(1e-7) if independent else probabilities.log()  # metrics take logits
 
-    own: list[Any] = []
+    own: list[object] = []
     read, unreadable_lines = list[int](), list[str]()
     model.eval()
     with torch.no_grad(), team.autocast():

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.loader import KeyedDataset
 from mpp.data.readers import LabeledImages
 from mpp.finetuning.model import Supervised
 from mpp.recipe.finetune import FinetuneData
@@ -25,7 +26,7 @@ class Predicted(NamedTuple):
     """Of the CSV file."""
     overlay: Tensor
     """(3, h, w) uint8."""
-    picture: Any = None
+    picture: Image.Image | None = None
     """An image file of the prediction itself, beside the overlay; None: there is none."""
 
 
@@ -37,7 +38,7 @@ class LabelKind:
         task: The recipe's section of that name.
     """
 
-    allowed_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {}
     """Recipe keys that mean nothing for it, or not with every value, and the values that are allowed."""
     at_every_place: ClassVar[bool] = False
     """Whether the task reads maps of the encoder, not its vector."""
@@ -70,11 +71,11 @@ class LabelKind:
         """
         raise NotImplementedError
 
-    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> Dataset[LabeledBatch]:
+    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> KeyedDataset:
         """Return a dataset of augmented images, whose keys are (position, 0, place in the subset)."""
         raise NotImplementedError
 
-    def judging_set(self, images: LabeledImages, views: int = 1) -> Dataset[LabeledBatch]:
+    def judging_set(self, images: LabeledImages, views: int = 1) -> KeyedDataset:
         """Return a dataset of the same images every time, whose keys are numbers of images."""
         raise NotImplementedError
 
@@ -85,7 +86,7 @@ class LabelKind:
         """Return how often each class occurs in a subset, (classes,)."""
         return np.bincount(images.strata[subset], minlength=len(images.classes))
 
-    def readable_part(self, batch: LabeledBatch) -> tuple[Any, Any]:
+    def readable_part(self, batch: LabeledBatch) -> tuple[object, object]:
         """Return images and labels of a batch without those that could not be read."""
         raise NotImplementedError
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from mpp.errors import UserError
@@ -40,6 +38,6 @@ def merge(encoder: nn.Module) -> None:
     for parent in list(encoder.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, LoraLayer):
-                found: Any = layer
+                found = layer
                 found.merge()
                 setattr(parent, name, found.get_base_layer())

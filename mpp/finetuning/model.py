@@ -16,6 +16,7 @@ from mpp.encoders.maps import probe_maps, read_maps
 from mpp.encoders.sources import check_size, load_encoder, load_head, open_encoder
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
+from mpp.finetuning.task import Task
 from mpp.recipe import registry
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.flat import JsonObject
@@ -29,7 +30,7 @@ class Supervised(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: nn.Module, task: nn.Module, mean: list[float], std: list[float]) -> None:
+    def __init__(self, encoder: nn.Module, task: Task, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.encoder: TimmModel = encoder
         self.task: Any = task
@@ -53,7 +54,7 @@ class Classifier(Supervised):
     def __init__(
         self,
         encoder: nn.Module,
-        task: nn.Module,
+        task: Task,
         mean: list[float],
         std: list[float],
         distilled: nn.Module | None = None,
@@ -61,7 +62,7 @@ class Classifier(Supervised):
         super().__init__(encoder, task, mean, std)
         self.distilled = distilled
 
-    def forward(self, x: Tensor, targets: Any = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, targets: object = None) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, H, W) normalised -> (B, classes) logits; those of both heads apart in training."""
         if self.distilled is None:
             return self.task(self.encoder(x))
@@ -73,13 +74,11 @@ class Classifier(Supervised):
 class Dense(Supervised):
     """Maps of some of the encoder's blocks, `indices`, and a task that predicts at every place."""
 
-    def __init__(
-        self, encoder: nn.Module, task: nn.Module, mean: list[float], std: list[float], indices: list[int]
-    ) -> None:
+    def __init__(self, encoder: nn.Module, task: Task, mean: list[float], std: list[float], indices: list[int]) -> None:
         super().__init__(encoder, task, mean, std)
         self.indices = indices
 
-    def forward(self, x: Tensor, targets: Any = None) -> Any:
+    def forward(self, x: Tensor, targets: object = None) -> Any:
         """(B, C, H, W) normalised -> the task's outputs; `targets` of a batch in training."""
         size = (x.shape[-2], x.shape[-1])
         return self.task(read_maps(self.encoder, x, self.indices), size, targets if self.training else None)
@@ -104,7 +103,7 @@ def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool
 
 def is_dense(recipe: FinetuneRecipe) -> bool:
     """Whether the task predicts at every place."""
-    kind: type[Any] = registry.component("labels", registry.component("task", recipe.task.name).labels)
+    kind = registry.component("labels", registry.component("task", recipe.task.name).labels)
     return bool(kind.at_every_place)
 
 
@@ -129,7 +128,7 @@ def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supe
     return Classifier(encoder, task, *recipe.data.mean_std(), distilled)
 
 
-def _pooled(recipe: FinetuneRecipe, encoder: TimmModel, wanted: str, seed: int) -> Any:
+def _pooled(recipe: FinetuneRecipe, encoder: TimmModel, wanted: str, seed: int) -> TimmModel:
     """The encoder with timm's pooling `wanted`, and its norm after it or before, as the recipe says. UserError.
 
     timm drops the final norm's weights in silence if the pooling changes, so the weights are carried over here. A norm
@@ -181,7 +180,7 @@ def _width(encoder: nn.Module, recipe: FinetuneRecipe) -> int:
     return int(found.shape[1])
 
 
-def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: JsonObject | None) -> Any:
+def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: JsonObject | None) -> TimmModel:
     return open_encoder(
         recipe.encoder,
         architecture=recipe.architecture,

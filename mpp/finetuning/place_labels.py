@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from torch.utils.data import Dataset
 
 from mpp.data.dense_sets import DenseDataset
 from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.loader import KeyedDataset
 from mpp.data.places import Detected, Segmented
 from mpp.data.readers import LabeledImages
 from mpp.finetuning.label_kind import LabelKind
@@ -22,7 +20,7 @@ class PlaceLabels(LabelKind):
 
     judged_at_once = 32
 
-    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> Dataset[LabeledBatch]:
+    def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> KeyedDataset:
         assert isinstance(images, Segmented | Detected)
         data = self.data
         return DenseDataset(
@@ -37,11 +35,10 @@ class PlaceLabels(LabelKind):
             **data.decoding(),
         )
 
-    def readable_part(self, batch: LabeledBatch) -> tuple[Any, Any]:
+    def readable_part(self, batch: LabeledBatch) -> tuple[object, object]:
         return batch.images, batch.labels  # images that cannot be read are not among them
 
     def first_images(self, images: LabeledImages) -> LabeledBatch | None:
         """Return the first validation images as they are judged; None if none of them can be read."""
-        dataset: Any = self.judging_set(images)
-        batch = dataset.__getitems__(list(range(min(SHOWN, len(images)))))
+        batch = self.judging_set(images).__getitems__(list(range(min(SHOWN, len(images)))))
         return batch if isinstance(batch, LabeledBatch) and bool(batch.readable.any()) else None

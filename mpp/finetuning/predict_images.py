@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class Predictor:
         self.views = views
         recipe = stored_recipe(folder)
         self.several = recipe.get("task", {}).get("name") == "multilabel"
-        config: Any = self.model.pretrained_cfg
+        config = self.model.pretrained_cfg
         self.channels, *size = config["input_size"]
         self.size = (int(size[0]), int(size[1]))
         self.decoding = decoding_of(folder, self.channels)
@@ -212,7 +212,7 @@ def _check_writable(path: Path) -> None:
         raise UserError(f"{path}: {error.strerror or error}") from error
 
 
-def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+def _write_csv(path: Path, header: list[str], rows: list[list[object]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -42,7 +41,7 @@ class PlacePredictor:
         self.kind.fit(int(image.shape[1]), int(image.shape[2]))  # refuses one that would be too large
         return image
 
-    def predict(self, images: Sequence[Tensor]) -> list[Any]:
+    def predict(self, images: Sequence[Tensor]) -> list[object]:
         """Return what the model predicts for images, as `LabelKind.predict` does."""
         return self.kind.predict(self.model, images)
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
+
+from mpp.data.labeled_sets import Images, Labels
+
+Outputs: TypeAlias = Any
+"""What a task makes of features: logits, or losses and boxes by name."""
+Judged: TypeAlias = Any
+"""What a task's metrics need of a batch."""
 
 
 class Task(nn.Module):
@@ -30,21 +37,21 @@ class Task(nn.Module):
         what was counted is 1."""
         self.class_weights = counts.sum() / (counts.gt(0).sum() * counts.clamp_min(1))
 
-    def forward(self, features: Any, *size_and_targets: Any) -> Any:
+    def forward(self, *features: Any, **more: Any) -> Outputs:
         """Return outputs.
 
         Args:
-            features: (B, D); or a list of maps, (B, D_i, h_i, w_i), for labels at every place.
-            size_and_targets: For labels at every place: the images' size (H, W), for which maps may be too large, and
-                in training the batch's labels.
+            features: (B, D) alone. For labels at every place a list of maps, (B, D_i, h_i, w_i), then the images' size
+                (H, W), for which maps may be too large, and in training the batch's labels.
+            more: Nothing.
         """
         raise NotImplementedError
 
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
+    def loss(self, outputs: Outputs, targets: Labels) -> Tensor:
         """Return a scalar in float32."""
         raise NotImplementedError
 
-    def judge(self, run: Callable[[Tensor], Any], images: Any, targets: Any, size: tuple[int, int]) -> Any:
+    def judge(self, run: Callable[[Tensor], Outputs], images: Images, targets: Labels, size: tuple[int, int]) -> Judged:
         """Return what the metrics need of a batch, on the CPU.
 
         Args:
@@ -55,11 +62,11 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
-    def metrics(self, judged: list[Any], *, headline_only: bool = False) -> dict[str, float]:
+    def metrics(self, judged: list[Judged], *, headline_only: bool = False) -> dict[str, float]:
         """Return metrics from what `judge` gave for the batches of all validation images."""
         raise NotImplementedError
 
-    def per_class(self, judged: list[Any]) -> Tensor | None:
+    def per_class(self, judged: list[Judged]) -> Tensor | None:
         """Return the headline metric of each class, (classes,), nan for a class without one; None: not known by class.
 
         judged: as `metrics` takes it.

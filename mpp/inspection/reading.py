@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from mpp.encoders.timm_model import TimmModel
 from mpp.inspection.measures import places
+from mpp.recipe.flat import JsonObject
 
 SQUARE_WINDOWS = ("SwinTransformer", "SwinTransformerV2")
 """Families whose windows are squares of neighbouring cells; MaxViT's grids look alike and are not."""
@@ -31,12 +32,18 @@ class AttentionRecorder(TorchFunctionMode):
     keep: what is made of each, at once, so that a large one need not be held.
     """
 
-    def __init__(self, keep: Callable[[Tensor], Any]) -> None:
+    def __init__(self, keep: Callable[[Tensor], object]) -> None:
         super().__init__()
         self.keep = keep
-        self.found: list[Any] = []
+        self.found: list[object] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: JsonObject | None = None,
+    ) -> Tensor:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             output, weights = _written_out(*args, **kwargs)
@@ -138,8 +145,8 @@ class Passed(NamedTuple):
 def watched(modules: Sequence[nn.Module], see: Callable[[int, Passed], None]) -> Iterator[None]:
     """While it is entered, `see` gets input and output of each of the modules, with its number."""
 
-    def hook(number: int) -> Any:
-        def after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    def hook(number: int) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def after(module: nn.Module, args: tuple[object, ...], out: object) -> None:
             see(number, Passed(_tensor(args), _tensor(out)))
 
         return after

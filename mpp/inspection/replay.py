@@ -152,8 +152,8 @@ class _Began:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, name: str) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def look(module: nn.Module, inputs: object, output: object) -> None:
             if not self.where and isinstance(output, Tensor) and not output.isfinite().all():
                 self.where = f"{name} ({type(module).__name__})"
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpp.data.decoding.decode import centre_box, decode_crop
+from mpp.data.decoding.decode import Box, centre_box, decode_crop
 from mpp.data.readers import sample
 from mpp.data.shards.reader import evenly
 from mpp.drawing import plots
@@ -69,7 +68,7 @@ def _open(source: str, *, random: bool, device: torch.device, key: str) -> Inspe
     return InspectedEncoder(source, model, (int(size[0]), int(size[1])), channels, mean, std, decoding)
 
 
-def _centre(size: tuple[int, int], width: int, height: int) -> Any:
+def _centre(size: tuple[int, int], width: int, height: int) -> Box:
     return centre_box(width, height, size)
 
 

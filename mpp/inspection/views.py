@@ -6,7 +6,7 @@ One that an encoder has nothing for (attention in a convolutional network) gives
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from mpp.inspection import measures
 from mpp.inspection.observing import Attention, InspectedEncoder, Seen
 from mpp.inspection.reading import TokenPlaces, patch_filters, position_table
 from mpp.recipe.flat import JsonObject
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_PLACES = 8
 """Rows and columns of places whose similarities are drawn."""
@@ -37,7 +40,7 @@ class View:
     caption: str
     """How to read it."""
     numbers: JsonObject
-    figure: Any
+    figure: Figure
     summary: str
     """The numbers in a line; the alternative text of the picture, too."""
 
@@ -361,7 +364,7 @@ def _pixels(raw: Tensor) -> np.ndarray:
     return (x.permute(1, 2, 0).float() / 255).cpu().numpy()
 
 
-def _rounded(values: Any, digits: int = 4) -> Any:
+def _rounded(values: object, digits: int = 4) -> Any:
     array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     found = np.round(array.astype(float), digits).astype(object)
     found[~np.isfinite(array.astype(float))] = None  # JSON has no NaN

@@ -6,14 +6,13 @@ import copy
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mpp.encoders.adapter import TimmEncoder, create_timm_model
 from mpp.encoders.sources import load_encoder
 from mpp.encoders.support import TRIED
-from mpp.encoders.teacher import frozen_copy, frozen_teacher
+from mpp.encoders.teacher import FrozenTeacher, frozen_copy, frozen_teacher
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import MppWarning, UserError
 from mpp.objective import contract
@@ -21,7 +20,7 @@ from mpp.objective.interfaces import CorruptionContext, Mask, TargetContext
 from mpp.objective.model import MaskedPatchModel, Objective
 from mpp.objective.weight_init import init_as_mae
 from mpp.recipe import registry
-from mpp.recipe.pretrain import PretrainRecipe
+from mpp.recipe.pretrain import ExtraTarget, PretrainRecipe
 from mpp.recipe.values import TimmArgs
 from mpp.rng import Purpose, torch_seed
 
@@ -81,7 +80,7 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
     return model, grid
 
 
-def _timm_model(recipe: PretrainRecipe) -> Any:
+def _timm_model(recipe: PretrainRecipe) -> TimmModel:
     """Random, or with the weights that it starts from."""
     named, size, channels = recipe.encoder, recipe.data.image_size, recipe.data.channels
     if named.weight_init != "timm" and (named.pretrained or Path(named.name).is_dir()):
@@ -114,13 +113,13 @@ def _build_objectives(
     parts = encoder.stride // cell_px
     grid = (recipe.data.image_size[0] // cell_px, recipe.data.image_size[1] // cell_px)
 
-    def student(**asked: Any) -> Any:
+    def student(*, layers: int, norm_average: bool) -> FrozenTeacher:
         if parts > 1:
             raise ValueError(f"mask.unit_px: {unit_px} px is less than the encoder's stride, {encoder.stride} px")
-        return frozen_copy(encoder, **asked)
+        return frozen_copy(encoder, layers=layers, norm_average=norm_average)
 
     objectives: list[Objective] = []
-    sections: list[tuple[str, Any]] = [("", recipe)]
+    sections: list[tuple[str, PretrainRecipe | ExtraTarget]] = [("", recipe)]
     sections += [(f"extra_targets.{i}.", s) for i, s in enumerate(recipe.extra_targets)]
     for where, section in sections:
         teacher = partial(frozen_teacher, channels=channels, grid=grid, key=f"{where}target")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mpp.data.batch import NOISE, Images, Units
 from mpp.encoders.adapter import TimmEncoder, create_timm_model
 from mpp.encoders.cells import repeat_cells
 from mpp.encoders.support import Family
+from mpp.encoders.timm_model import TimmModel
 from mpp.objective.interfaces import CorruptionContext, TargetContext
 from mpp.objective.model import MaskedPatchModel, MaskLayout, Objective
 from mpp.recipe import registry
@@ -54,7 +55,7 @@ class ContractCase:
     def of(family: Family) -> ContractCase:
         return ContractCase(family.example, family.args, family.image_size)
 
-    def plain(self, channels: int = 3) -> Any:
+    def plain(self, channels: int = 3) -> TimmModel:
         """timm's model, without the adapter."""
         return create_timm_model(
             self.name, image_size=self.image_size, in_chans=channels, pretrained=False, args=self.args
@@ -84,7 +85,7 @@ class ContractCase:
         )
 
 
-def _no_teacher(**asked: Any) -> Any:
+def _no_teacher(**asked: object) -> NoReturn:
     raise ValueError("no teacher in the contract")
 
 

@@ -19,13 +19,14 @@ positional ones come from the toolkit. Methods that only some components need ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
 from mpp.data.batch import Images, Units
 from mpp.encoders.cells import Corrupted, EncoderOutput, gather_cells
+from mpp.encoders.teacher import FrozenTeacher
 
 
 class Mask:
@@ -47,7 +48,7 @@ class Mask:
         """Draw one mask, (uh, uw) bool, with `count` units hidden."""
         raise NotImplementedError
 
-    def guide(self, teacher: Callable[..., Any]) -> nn.Module | None:
+    def guide(self, teacher: Callable[..., FrozenTeacher]) -> nn.Module | None:
         """Return a module that makes the masks where the model runs, or None if the loader's masks are used.
 
         The module takes (images, noise of the plane "guide", count).
@@ -89,9 +90,9 @@ class TargetContext(NamedTuple):
     cell_px: int
     grid: tuple[int, int]
     """Cells of an image."""
-    teacher: Callable[..., Any]
+    teacher: Callable[..., FrozenTeacher]
     """teacher(name=…, pretrained=…, args=…, layers=…): a frozen timm model or export, `encoders.teacher.Teacher`."""
-    student: Callable[..., Any]
+    student: Callable[..., FrozenTeacher]
     """student(layers=…, norm_average=…): a frozen copy of the encoder that is being trained, as it starts."""
 
 

@@ -12,6 +12,7 @@ from mpp.data.batch import NOISE, Images, Units
 from mpp.encoders.adapter import TimmEncoder
 from mpp.encoders.cells import Cells, Corrupted, gather_cells, patchify, repeat_cells, unpatchify
 from mpp.objective.grid import hidden_cells, lowest, visible_cells
+from mpp.objective.interfaces import Corruption, Head, Loss, Target
 
 HEADS_WITHOUT_HIDDEN_TOKENS = "transformer, cross_attention"
 LEAST_BITS = 1.0
@@ -24,12 +25,12 @@ class Objective(nn.Module):
     name: its key in the metrics. where: what comes before its keys in the recipe.
     """
 
-    def __init__(self, name: str, target: Any, head: Any, loss: Any, weight: float = 1.0, where: str = "") -> None:
+    def __init__(self, name: str, target: Target, head: Head, loss: Loss, weight: float = 1.0, where: str = "") -> None:
         super().__init__()
         self.name, self.weight, self.where = name, weight, where
-        self.target: Any = target
-        self.head: Any = head
-        self.loss: Any = loss
+        self.target = target
+        self.head = head
+        self.loss = loss
 
 
 class MaskLayout(NamedTuple):
@@ -58,7 +59,7 @@ class MaskedPatchModel(nn.Module):
     def __init__(
         self,
         encoder: TimmEncoder,
-        corruption: Any,
+        corruption: Corruption,
         objectives: list[Objective],
         *,
         unit_px: int,

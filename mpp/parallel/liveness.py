@@ -22,7 +22,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -30,6 +30,8 @@ from mpp.errors import UserError, one_line
 from mpp.parallel.workers import of_a_worker, worker_died
 from mpp.recipe.flat import JsonObject
 
+States: TypeAlias = dict[int, Any]
+"""What each process wrote last, by rank; None of one that wrote nothing."""
 BEAT_S = 1.0
 SILENT_S = 5.0
 """Without a beat for so long, while another process looks, one is gone or stopped (a guess)."""
@@ -50,10 +52,10 @@ class Watch:
         """How to write status.json, once there is one: `metrics.RunLog.status`."""
         self._marks, self._step, self._doing, self._moved = 0, 0, "setting up", math.inf
         self._beats, self._alone_since = 0, math.inf
-        self._known: dict[int, Any] = {}
+        self._known: States = {}
         """Where each process runs, should the store go down with one of them."""
         self._ended = threading.Event()
-        self._store: Any = None
+        self._store: torch.distributed.TCPStore | None = None
 
     def at(self, step: int, doing: str) -> None:
         """The main thread has come so far: every process, in the same order. From the first call on a hang is one."""
@@ -125,7 +127,7 @@ class Watch:
             return f"{', '.join(self._named(r, now) for r in silent)} is gone or stopped"
         return f"the exchange between processes broke, though all of them run: {one_line(error)}"
 
-    def _dead(self, now: dict[int, Any]) -> str | None:
+    def _dead(self, now: States) -> str | None:
         """Who ended before its time, by its last word or because its process is no more."""
         words = {r: s["word"] for r, s in now.items() if s and s["word"]}
         if words:
@@ -134,16 +136,16 @@ class Watch:
         gone = [r for r in now if _gone(now[r] or self._known.get(r)) and not (now[r] or {}).get("done")]
         return f"{', '.join(self._named(r, now) for r in gone)} is gone" if gone else None
 
-    def _silent(self, before: dict[int, Any], now: dict[int, Any]) -> list[int]:
+    def _silent(self, before: States, now: States) -> list[int]:
         """Other processes without a beat since. Where the store is gone, the one that holds it: process 0."""
         if not any(now.values()):
             return [0]
         others = [r for r in range(self.world) if r != self.rank]
         return [r for r in others if not now[r] or (before[r] and before[r]["beats"] == now[r]["beats"])]
 
-    def _states(self) -> dict[int, Any]:
+    def _states(self) -> States:
         """What each process wrote last; None of one that wrote nothing, or cannot be asked for."""
-        found: dict[int, Any] = dict.fromkeys(range(self.world))
+        found = dict.fromkeys(range(self.world))
         if self._store is None:
             return found
         # beside this thread: of a store whose process is stopped an answer never comes, whatever its timeout
@@ -154,7 +156,7 @@ class Watch:
             self._store = None
         return dict(found)
 
-    def _ask(self, store: Any, found: dict[int, Any]) -> None:
+    def _ask(self, store: torch.distributed.TCPStore, found: States) -> None:
         try:
             for rank in range(self.world):
                 key = self._key(rank)
@@ -162,7 +164,7 @@ class Watch:
         except RuntimeError:  # it went down with the process that held it
             self._store = None
 
-    def _named(self, rank: int, states: dict[int, Any]) -> str:
+    def _named(self, rank: int, states: States) -> str:
         state = states[rank] or self._known.get(rank)
         if not state:
             return f"process {rank}"

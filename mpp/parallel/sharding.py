@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,18 +61,21 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return found[::-1]
 
 
-class Whole:
+M = TypeVar("M", bound=nn.Module)
+
+
+class Whole(Generic[M]):
     """A copy of a model that will be sharded, whole on each process: for evaluation, pictures, exports.
 
     Its weights wait in the host's memory. Made before the model is sharded; without `sharded` it is the model itself.
     """
 
-    def __init__(self, model: nn.Module, *, sharded: bool) -> None:
-        self._model: Any = model
-        self._copy: Any = copy.deepcopy(model).cpu() if sharded else model
+    def __init__(self, model: M, *, sharded: bool) -> None:
+        self._model = model
+        self._copy: M = copy.deepcopy(model).cpu() if sharded else model
 
     @contextmanager
-    def now(self, device: torch.device) -> Iterator[Any]:
+    def now(self, device: torch.device) -> Iterator[M]:
         """With the weights as they are, on the device. Every process comes here, or none."""
         if self._copy is self._model:
             yield self._model
@@ -104,7 +107,7 @@ def own_rows(value: Tensor) -> range | None:
     """Which rows `own_part` are; None where it is whole."""
     if not _is_shard(value):
         return None
-    mesh: Any = value.device_mesh  # type: ignore[attr-defined]
+    mesh = value.device_mesh  # type: ignore[attr-defined]
     each = -(-value.shape[0] // mesh.size())
     first = min(mesh.get_local_rank() * each, value.shape[0])
     return range(first, first + own_part(value).shape[0])
@@ -114,7 +117,7 @@ def like(part: Tensor, value: Tensor) -> Tensor:
     """A part as a shard of the same kind as `value`."""
     from torch.distributed.tensor import DTensor
 
-    made: Any = DTensor
+    made = DTensor
     found: Tensor = made.from_local(
         part.to(own_part(value).device),
         value.device_mesh,  # type: ignore[attr-defined]

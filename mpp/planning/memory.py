@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpp.encoders.timm_model import TimmModel
 from mpp.objective.build import build_mask
 from mpp.objective.mask_drawing import draw_masks
+from mpp.recipe.flat import JsonObject
 from mpp.recipe.pretrain import PretrainRecipe
 
 CUDA_KEEPS = "what CUDA and its libraries keep for themselves, about 1 GB, and "
@@ -30,7 +31,13 @@ class _Live(TorchDispatchMode):
         self.live = self.peak = 0
         self._known = {t.untyped_storage()._cdata for t in before}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: JsonObject | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         tree_map_only(torch.Tensor, self._see, out)
         return out

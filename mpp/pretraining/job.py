@@ -55,13 +55,13 @@ class Pretraining:
     model: MaskedPatchModel
     wrapped: nn.Module
     """The model as the loop calls it: in autocast, with gradients exchanged."""
-    whole: Whole
+    whole: Whole[MaskedPatchModel]
     """A copy of the model with all its weights, to be looked at."""
     optimizer: GuardedOptimizer
     trained: list[nn.Parameter]
     statistics: nonfinite.Statistics
     progress: Progress
-    micro_batches: MicroBatchStream
+    micro_batches: MicroBatchStream[Batch]
     pace: Pace
     probe: OnlineProbe | None
     run: OpenRun

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -228,7 +228,7 @@ def _open_log(recipe: PretrainRecipe, team: Team, plan: Plan, run: OpenRun, resu
     return RunLog(run.out, steps=plan.total_steps, resumed_at=resumed_at, active=team.is_main, trackers=trackers)
 
 
-def _load(data: Data, recipe: PretrainRecipe, team: Team) -> Any:
+def _load(data: Data, recipe: PretrainRecipe, team: Team) -> Iterator[Batch]:
     """Return the micro-batches, read ahead by workers; for a GPU copied ahead, too."""
     cuda = team.device.type == "cuda"
     loaded = batches(data.dataset, data.sampler, workers=recipe.data.workers, pin_memory=cuda)

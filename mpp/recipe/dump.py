@@ -26,7 +26,7 @@ def json_schema(job: str) -> JsonObject:
 _LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 
-def _with_limits(node: Any) -> Any:
+def _with_limits(node: object) -> Any:
     """pydantic leaves the limits of what a function looked at before under its own names, which say nothing there."""
     if isinstance(node, dict):
         return {_LIMITS.get(k, k) if isinstance(v, int | float) else k: _with_limits(v) for k, v in node.items()}
@@ -38,7 +38,7 @@ def dump_recipe(recipe: Job) -> str:
     return yaml.safe_dump(_blotted(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
-def _blotted(value: Any) -> Any:
+def _blotted(value: object) -> Any:
     if isinstance(value, dict):
         return {k: _blotted(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -47,7 +47,7 @@ class PretrainData(ImageData):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_removed_key(cls, values: Any) -> Any:
+    def _drop_removed_key(cls, values: object) -> object:
         """Recipes that runs wrote while `resize_on` existed hold its default, which is what happens now."""
         if isinstance(values, dict) and values.get("resize_on") == "cpu":
             return {key: value for key, value in values.items() if key != "resize_on"}
@@ -71,7 +71,7 @@ class Encoder(Section):
     """Recompute activations in the backward pass: slower, less memory."""
 
 
-def _own_loss(values: Any) -> Any:
+def _own_loss(values: object) -> object:
     """Where no loss is named: mse, or cross_entropy for a target of classes."""
     if isinstance(values, Mapping) and values.get("loss") is None:
         named = values.get("target")
@@ -158,7 +158,7 @@ class PretrainRecipe(Run):
 
     @model_validator(mode="after")
     def _colours(self) -> Self:
-        sections: tuple[Any, ...] = (self, *self.extra_targets)
+        sections: tuple[PretrainRecipe | ExtraTarget, ...] = (self, *self.extra_targets)
         for section in sections:
             if not self.data.eight_bit and section.target.name in registry.named_with("target", of="classes"):
                 raise ValueError(

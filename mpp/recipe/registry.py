@@ -122,7 +122,7 @@ def declaration(kind: str, name: str) -> Declaration:
     return Declaration(expected, ast.get_docstring(cls) or "", arguments, constants)
 
 
-def named_with(kind: str, **constants: Any) -> list[str]:
+def named_with(kind: str, **constants: object) -> list[str]:
     """Return the names of the components of a kind whose class attributes have these values."""
     return [name for name in names(kind) if constants.items() <= declaration(kind, name).constants.items()]
 
@@ -142,7 +142,7 @@ def component(kind: str, name: str) -> Any:
         raise UserError(f"{_shown(path)}: class {_class_name(kind, name)} is missing") from error
 
 
-def build(key: str, section: BaseModel, *args: Any) -> Any:
+def build(key: str, section: BaseModel, *args: object) -> Any:
     """Build the component that a section of a recipe names.
 
     Args:

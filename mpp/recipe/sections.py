@@ -82,7 +82,7 @@ def component_section(kind: str, default: str) -> Any:
         base = Section if name == default else Chosen
         sections.append(create_model(found.class_name, __base__=base, __doc__=found.doc, **fields))
 
-    def with_name(value: Any) -> Any:
+    def with_name(value: object) -> object:
         if isinstance(value, str):
             return {"name": value}
         return {"name": default, **value} if isinstance(value, dict) else value

@@ -74,7 +74,7 @@ MOST_CHANNELS = 1024
 """Of an image (a guess)."""
 
 
-def _size(value: Any) -> Any:
+def _size(value: object) -> object:
     """32 means 32×32."""
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -103,7 +103,7 @@ def growing(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-def listed(value: Any) -> Any:
+def listed(value: object) -> object:
     return (value,) if isinstance(value, str) or type(value) is int else value
 
 
@@ -143,7 +143,7 @@ def _path(value: str) -> str:
     return os.path.expanduser(value)
 
 
-def _number_as_name(value: Any) -> Any:
+def _number_as_name(value: object) -> object:
     """A folder may be called 2024, which YAML reads as a number."""
     return str(value) if type(value) is int else value
 

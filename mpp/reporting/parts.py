@@ -60,11 +60,11 @@ def percent_text(value: Any, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f} %" if number_text(value) else "–"
 
 
-def number_text(value: Any) -> bool:
+def number_text(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def short_number(value: Any) -> str:
+def short_number(value: object) -> str:
     return f"{value:.4g}" if number_text(value) else "–"
 
 

@@ -6,12 +6,15 @@ import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 from PIL import Image
 
 from mpp.drawing import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LEAST_SCALE = 0.3
 MOST_SVG_BYTES = 400_000
@@ -40,7 +43,7 @@ class Pictures:
         self.scale = scale
         self._drawn = 0
 
-    def plot(self, figure: Any, alt: str, **more: Any) -> Picture:
+    def plot(self, figure: Figure, alt: str, **more: Any) -> Picture:
         """A figure of matplotlib's."""
         self._drawn += 1
         return Picture(Markup(plots.svg(figure, f"p{self._drawn}")), alt, **more)

@@ -56,7 +56,7 @@ class History:
         return {key: value for line in self.metrics for key, value in line.items()}
 
     @property
-    def step(self) -> Any:
+    def step(self) -> int | None:
         """How far it came. While it runs its status is of the last checkpoint; later it says where it ended."""
         told = self.status.get("step")
         if not self.metrics or (told is not None and self.status.get("state") != "running"):
@@ -160,7 +160,7 @@ def _history(path: Path, job: str, recipe: JsonObject) -> History:
     return History(path, job, recipe, files["env"], status, metrics, files["result"], files["data"])
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
@@ -178,5 +178,5 @@ def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:
     return [(key, [_shown(f.get(key)) for f in flat]) for key in differing(flat) if key != "out"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "–" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value

@@ -9,7 +9,6 @@ import platform
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 from mpp.errors import UserError, reason
 from mpp.recipe.flat import JsonObject
@@ -18,14 +17,14 @@ RECIPE = "recipe.yaml"
 _CHECKPOINT = re.compile(r"step-(\d{8})")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Replace a JSON file as a whole: a reader never sees half of one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """A number that is none becomes null: JSON has no other word for it, and many readers refuse Python's NaN."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpp.data.loader import KeyedDataset
 from mpp.errors import MppWarning, UserError, one_line
 from mpp.parallel.team import Team
 from mpp.recipe.flat import JsonObject
@@ -66,7 +67,7 @@ def keep_step(
     out: Path,
     step: int,
     model: nn.Module,
-    dataset: Any,
+    dataset: KeyedDataset,
     keys: Sequence[Sequence[tuple[int, int, int]]],
     record: JsonObject,
     *,
@@ -118,7 +119,7 @@ def losses_as_text(micro_losses: Sequence[Tensor], micro_batches: int) -> list[l
 
 def _write(
     name: Path,
-    dataset: Any,
+    dataset: KeyedDataset,
     keys: Sequence[Sequence[tuple[int, int, int]]],
     record: JsonObject,
 ) -> None:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,13 +57,16 @@ class Pace:
         return found
 
 
-class MicroBatchStream:
+B = TypeVar("B", bound=LoadedBatch)
+
+
+class MicroBatchStream(Generic[B]):
     """The micro-batches of this process, in the order of the run."""
 
-    def __init__(self, loaded: Iterator[Any], per_step: int, watch: Watch, pace: Pace) -> None:
+    def __init__(self, loaded: Iterator[B], per_step: int, watch: Watch, pace: Pace) -> None:
         self._loaded, self._per_step, self._watch, self._pace = loaded, per_step, watch, pace
 
-    def of_step(self, step: int) -> Iterator[tuple[Any, bool]]:
+    def of_step(self, step: int) -> Iterator[tuple[B, bool]]:
         """Yield each micro-batch of a step, and whether it is the last one."""
         for m in range(self._per_step):
             self._watch.at(step, "reading images")

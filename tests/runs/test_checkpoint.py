@@ -134,7 +134,7 @@ def test_what_stops_one_process_stops_all(rank: int, told: type[UserError], tmp_
 
     (tmp_path / "step-00000003.tmp").mkdir()  # by the first process
     with pytest.raises(UserError, match=r"^step-00000003: cannot be saved: no space$") as raised:
-        checkpoint.save(tmp_path, 3, *trained(), {}, keep=2, team=checkpoint.Team(rank, 2, gathered))
+        checkpoint.save(tmp_path, 3, *trained(), {}, keep=2, writers=checkpoint.Writers(rank, 2, gathered))
     assert raised.type is told
     assert not steps(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ([] if rank == 0 else ["step-00000003.tmp"])

@@ -63,12 +63,12 @@ def _bad(error: Exception) -> BadImage:
     return BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, type) of numbers that are all there. BadImage, or whatever numpy raises."""
     with PARSING:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
-        reader: Any = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in reader:
             raise BadImage(f"npy of version {version}")
         shape, _, dtype = reader[version](stream)
@@ -106,13 +106,13 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int, nodata: float | Non
         return fill_missing(array, frame.nodata if named else None, nodata)
 
 
-def _check_type(dtype: Any) -> None:
+def _check_type(dtype: np.dtype) -> None:
     """BadImage for values that are no numbers to be read."""
     if dtype is None or dtype.kind not in "uif" or dtype.hasobject:
         raise BadImage(f"values of {dtype}; read are whole and floating-point numbers")
 
 
-def _check(shape: tuple[int, ...], dtype: Any, channels: int, max_image_pixels: int) -> None:
+def _check(shape: tuple[int, ...], dtype: np.dtype, channels: int, max_image_pixels: int) -> None:
     """BadImage, from the header alone."""
     _check_type(dtype)
     height, width = _places(shape, channels)[1:]

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
@@ -238,7 +238,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> bool:
     return True
 
 
-def left_out_from(stored: Any) -> LeftOut | None:
+def left_out_from(stored: object) -> LeftOut | None:
     """What a stored index or listing says of members; None if it cannot be what mpp wrote: it may be a server's."""
     if not isinstance(stored, dict):
         return None

@@ -11,7 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 from mpp.data.shards.index import BLOCK, ShardIndex, digest, left_out_from, write_whole
 from mpp.data.walk import LeftOut
@@ -64,7 +64,7 @@ def read_listing(path: Path) -> dict[str, Entry]:
 def parse_listing(data: bytes) -> dict[str, Entry]:
     """Entries that can be of a shard; {} where this is no listing, or one of another format."""
     try:
-        found: Any = json.loads(data)
+        found = json.loads(data)
         if found["format"] != FORMAT:
             return {}
         return {name: entry for name, values in found["shards"].items() if (entry := _plausible(values))}
@@ -72,7 +72,7 @@ def parse_listing(data: bytes) -> dict[str, Entry]:
         return {}
 
 
-def _plausible(values: Any) -> Entry | None:
+def _plausible(values: object) -> Entry | None:
     if not isinstance(values, list) or [type(v) for v in values] != [int, int, int, str, dict]:
         return None
     left_out = left_out_from(values[-1])

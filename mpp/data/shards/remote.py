@@ -11,7 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from http.client import HTTPMessage
+from typing import IO, BinaryIO
 
 from mpp.errors import UserError, how_to_get, one_line
 from mpp.recipe.flat import JsonObject
@@ -32,7 +33,9 @@ FAULTS = (OSError, ValueError, EOFError, http.client.HTTPException)
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """A server may name another one, of the same kind."""
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
             raise UserError(f"{req.full_url}: its server names {newurl} instead; allowed are http and https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)

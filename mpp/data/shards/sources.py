@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -34,6 +34,10 @@ LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
 
 Sample = tuple[str, bytes | str, int | str | None]
 """(where it is from, its bytes or why there are none, its label)."""
+ArrowSchema: TypeAlias = Any
+ArrowTable: TypeAlias = Any
+ArrowType: TypeAlias = Any
+"""Types of pyarrow, which is imported only to read Parquet and states no types."""
 
 
 class Source(Protocol):
@@ -206,7 +210,7 @@ class Parquet:
     def samples(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def _columns(self, file: str, schema: Any, labels: bool | None) -> None:
+    def _columns(self, file: str, schema: ArrowSchema, labels: bool | None) -> None:
         """Find them in the first file; UserError where another has none of that name."""
         names = schema.names
         if not self.image:
@@ -227,7 +231,7 @@ class Parquet:
         if self.label and self._labels(file, schema, labels) != (self.label, self.classes, self.text):
             raise UserError(f"{file}: column {self.label}: other labels or names of classes than {self.files[0]} has")
 
-    def _labels(self, file: str, schema: Any, labels: bool | None) -> tuple[str, list[str], bool]:
+    def _labels(self, file: str, schema: ArrowSchema, labels: bool | None) -> tuple[str, list[str], bool]:
         """(column, names of its classes where Hugging Face's ClassLabel says them, whether it holds names itself)"""
         try:
             said = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
@@ -246,7 +250,7 @@ class Parquet:
             raise UserError(f"{file}: no column of whole numbers or names called {', '.join(LABEL_COLUMNS)}")
         return "", [], False
 
-    def _row_group(self, number: int, group: int, columns: list[str]) -> Any:
+    def _row_group(self, number: int, group: int, columns: list[str]) -> ArrowTable:
         """A table of these columns. UserError."""
         try:
             with _pyarrow().ParquetFile(self.files[number]) as opened:
@@ -308,7 +312,7 @@ def _pyarrow() -> Any:
     return pyarrow.parquet
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_bytes(kind: ArrowType) -> bool:
     """Whether a column's type is bytes, or a struct with some."""
     if str(kind).startswith("struct"):
         return any(kind.field(i).name == "bytes" and _holds_bytes(kind.field(i).type) for i in range(kind.num_fields))

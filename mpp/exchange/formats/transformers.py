@@ -93,7 +93,7 @@ def write(artifact: Artifact, folder: Path) -> str:
     return "timm's model, through TimmWrapper"
 
 
-def _written(transformers: Any, config: JsonObject, artifact: Artifact, folder: Path) -> bool:
+def _written(transformers: object, config: JsonObject, artifact: Artifact, folder: Path) -> bool:
     """Whether its own model takes every weight and computes the same; it lies in `folder` then."""
     base, kind = config.pop("class"), config["model_type"]
     state = dict(artifact.timm.state_dict())

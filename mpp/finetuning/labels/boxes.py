@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mpp.data.boxes import open_detected
 from mpp.data.dense_sets import WholeDataset, fit_inside, on_canvas, scaled_to
-from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.loader import KeyedDataset
 from mpp.data.places import Detected
 from mpp.data.readers import LabeledImages
 from mpp.drawing.overlays import LEAST_SCORE, over_boxes, show
@@ -26,7 +25,7 @@ class BoxesLabels(PlaceLabels):
 
     at_every_place = True
     eight_bit_only = True
-    allowed_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+    allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "mixup": (0.0,),
         "cutmix": (0.0,),
         "balance": ("none",),
@@ -45,7 +44,7 @@ class BoxesLabels(PlaceLabels):
     def open(self, places: tuple[str, ...], *, key: str, classes: list[str] | None) -> Detected:
         return open_detected(places, key=key, classes=classes)
 
-    def judging_set(self, images: LabeledImages, views: int = 1) -> Dataset[LabeledBatch]:
+    def judging_set(self, images: LabeledImages, views: int = 1) -> KeyedDataset:
         assert isinstance(images, Detected)
         size = self.data.image_size
         return WholeDataset(images, fit_inside(size), size, **self.data.decoding())

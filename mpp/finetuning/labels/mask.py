@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mpp.data.dense_sets import WholeDataset, fit_shorter_side, scaled_to, within
-from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.loader import KeyedDataset
 from mpp.data.masks import open_segmented
 from mpp.data.places import Segmented
 from mpp.data.readers import LabeledImages
@@ -28,7 +27,7 @@ class MaskLabels(PlaceLabels):
 
     at_every_place = True
     eight_bit_only = True
-    allowed_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+    allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "mixup": (0.0,),
         "cutmix": (0.0,),
         "balance": ("none", "loss"),
@@ -52,7 +51,7 @@ class MaskLabels(PlaceLabels):
     def _ignore_index(self) -> int:
         return int(self.task.model_dump()["ignore_index"])
 
-    def judging_set(self, images: LabeledImages, views: int = 1) -> Dataset[LabeledBatch]:
+    def judging_set(self, images: LabeledImages, views: int = 1) -> KeyedDataset:
         assert isinstance(images, Segmented)
         return WholeDataset(images, self._fit_shorter_side(), None, **self.data.decoding())
 
@@ -88,7 +87,7 @@ class MaskLabels(PlaceLabels):
         some_ignored = any((mask == ignored).any() for mask in batch.labels)
         show(rows, classes, out, extra="ignored" if some_ignored else None)
 
-    def _fit_shorter_side(self) -> Any:
+    def _fit_shorter_side(self) -> Callable[[int, int], tuple[int, int]]:
         size = self.data.image_size
         return fit_shorter_side(self.data.val_side_px or min(size), size)
 

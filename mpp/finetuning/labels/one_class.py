@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mpp.finetuning.image_labels import ImageLabels
 
@@ -10,5 +10,5 @@ from mpp.finetuning.image_labels import ImageLabels
 class OneClassLabels(ImageLabels):
     """The class is the name of a folder, or stands in the shards or the CSV file."""
 
-    allowed_values: ClassVar[dict[str, tuple[Any, ...]]] = {"data.val_side_px": (None,)}
+    allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {"data.val_side_px": (None,)}
     least_classes = 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mpp.finetuning.image_labels import ImageLabels
 
@@ -10,7 +10,7 @@ from mpp.finetuning.image_labels import ImageLabels
 class SeveralClassesLabels(ImageLabels):
     """The classes of an image stand in the shards or the CSV file, separated by semicolons; there may be none."""
 
-    allowed_values: ClassVar[dict[str, tuple[Any, ...]]] = {
+    allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "mixup": (0.0,),
         "cutmix": (0.0,),
         "balance": ("none",),

@@ -16,9 +16,10 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from mpp.data.labeled_sets import Labels
 from mpp.encoders.maps import FeatureMaps
 from mpp.finetuning.pyramid import Pyramid
-from mpp.finetuning.task import Task
+from mpp.finetuning.task import Judged, Outputs, Task
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.values import Fraction, PositiveInt
 
@@ -77,9 +78,9 @@ class DetectTask(Task):
             )  # fmt: skip
         built.transform = _AsTheyAre()
         self.first_label = int(detector == "faster_rcnn")  # its class 0 is the background
-        self.detector: Any = built
+        self.detector = built
 
-    def forward(self, maps: Sequence[Tensor], size: tuple[int, int], targets: Any = None) -> Any:
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int], targets: Labels = None) -> Outputs:
         """In training the losses by name; else of each image boxes (n, 4) in its pixels, labels and scores (n,).
 
         targets: of each image boxes (n, 4) as x0, y0, x1, y1 and labels (n,).
@@ -99,18 +100,18 @@ class DetectTask(Task):
                 detections["labels"] = detections["labels"] - self.first_label
         return found
 
-    def loss(self, losses: dict[str, Tensor], targets: Any) -> Tensor:
+    def loss(self, losses: dict[str, Tensor], targets: object) -> Tensor:
         return torch.stack(list(losses.values())).sum()
 
     def judge(
-        self, run: Callable[[Tensor], Any], images: Tensor, targets: list[dict[str, Tensor]], size: tuple[int, int]
+        self, run: Callable[[Tensor], Outputs], images: Tensor, targets: list[dict[str, Tensor]], size: tuple[int, int]
     ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """(found, true) of each image, in the pixels of the file, on the CPU."""
         return list(zip(self.predict(run, images, targets), targets, strict=True))
 
     @torch.no_grad()
     def predict(
-        self, run: Callable[[Tensor], Any], images: Tensor, targets: Sequence[dict[str, Tensor]]
+        self, run: Callable[[Tensor], Outputs], images: Tensor, targets: Sequence[dict[str, Tensor]]
     ) -> list[dict[str, Tensor]]:
         """Images shrunk into the upper left, `targets` with `scale` and `size` (h, w) of the file, -> boxes there."""
         found = []
@@ -123,7 +124,7 @@ class DetectTask(Task):
             found.append({"boxes": boxes[there], "scores": own["scores"][there], "labels": own["labels"][there]})
         return found
 
-    def metrics(self, judged: list[Any], *, headline_only: bool = False) -> dict[str, float]:
+    def metrics(self, judged: list[object], *, headline_only: bool = False) -> dict[str, float]:
         """map: mean average precision over classes and overlaps 0.50 to 0.95, as COCO's own evaluation computes it;
         map_50, map_75: at one overlap; map_small, …: of boxes below 32², 96² and above; mar_100: recall."""
         result = self._coco(judged)
@@ -133,7 +134,7 @@ class DetectTask(Task):
         # -1 stands for sizes that do not occur
         return {"map": max(float(result["map"]), 0.0)} | {k: float(result[k]) for k in wanted if result[k] >= 0}
 
-    def per_class(self, judged: list[Any]) -> Tensor:
+    def per_class(self, judged: list[object]) -> Tensor:
         """(classes,) average precision; nan where a class does not occur."""
         result = self._coco(judged, each=True)
         found = torch.full((self.num_classes,), float("nan"), dtype=torch.float64)
@@ -142,7 +143,7 @@ class DetectTask(Task):
             found[place] = value if value >= 0 else float("nan")
         return found
 
-    def _coco(self, judged: list[Any], *, each: bool = False) -> Any:
+    def _coco(self, judged: list[Judged], *, each: bool = False) -> dict[str, Tensor]:
         from torchmetrics.detection import MeanAveragePrecision  # seconds, and only here
 
         metric = MeanAveragePrecision(class_metrics=each)
@@ -194,8 +195,8 @@ class _Handed(nn.Module):
 class _AsTheyAre(nn.Module):
     """Stands where a detector normalises and resizes: images come as they should be."""
 
-    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
+    def forward(self, images: list[Tensor], targets: object = None) -> tuple[ImageList, object]:
         return ImageList(torch.stack(images), [(i.shape[-2], i.shape[-1]) for i in images]), targets
 
-    def postprocess(self, result: Any, image_sizes: Any, original: Any) -> Any:
+    def postprocess(self, result: object, image_sizes: object, original: object) -> object:
         return result

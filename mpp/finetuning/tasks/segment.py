@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class SegmentTask(Task):
         self.out = nn.Conv2d(width if head == "fpn" else maps.dims[-1], num_classes, 1)
         nn.init.normal_(self.out.weight, std=0.01)
 
-    def forward(self, maps: Sequence[Tensor], size: tuple[int, int], targets: Any = None) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], size: tuple[int, int], targets: object = None) -> Tensor:
         """(B, D_i, h_i, w_i) each -> (B, classes, H, W) logits, bilinear from the finest map."""
         if self.pyramid is None:
             x = self.norm(maps[-1])

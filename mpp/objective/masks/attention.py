@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mpp.data.batch import Images
+from mpp.encoders.teacher import FrozenTeacher
 from mpp.encoders.timm_model import TimmModel
 from mpp.objective.grid import count_hidden, lowest
 from mpp.objective.interfaces import Mask
@@ -51,7 +51,7 @@ class AttentionMask(Mask):
         mask[rng.permutation(mask.size)[:count]] = True
         return mask.reshape(grid)
 
-    def guide(self, teacher: Callable[..., Any]) -> nn.Module:
+    def guide(self, teacher: Callable[..., FrozenTeacher]) -> nn.Module:
         """What makes the masks; see `AttentionGuide`."""
         model = teacher(name=self.teacher, pretrained=self.pretrained, args=self.args)
         model.check_attention()
