@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -19,133 +20,207 @@ from mpp.recipe.flat import JsonObject
 
 
 def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None) -> Detected:
-    """A folder with `annotations.json` and `images/`, or [an annotation file, the folder of its images].
+    """Open a folder with `annotations.json` and `images/`, or [an annotation file, the folder of its images].
 
-    classes: those of the training data, which validation must share; None: the categories, by ascending id.
-    UserError with the file and the place in it for what does not fit together.
+    Args:
+        spec: As a recipe names them.
+        key: Where the recipe names them, for messages.
+        classes: Those of the training data, which validation must share; None: the categories, by ascending id.
+
+    Raises:
+        UserError: Something does not fit together, with the file and the place in it.
     """
     if len(spec) == 2 and os.path.isfile(spec[0]) and os.path.isdir(spec[1]):
         path, root = spec
     else:
         folder = one_folder(spec, key, "annotations.json and images/, or [annotations.json, folder of its images]")
         path, root = os.path.join(folder, "annotations.json"), os.path.join(folder, "images")
+    file = _CocoFile(f"{key}: {path}", _read_json(path, key))
+    known, class_of = _categories(file, classes)
+    images, sizes, place_of = _images(file, root)
+    found = _boxes(file, path, sizes, place_of, class_of)
+    return Detected(
+        images,
+        known,
+        sizes,
+        [np.array(b, dtype=np.float32).reshape(-1, 5) for b in found.boxes],
+        [np.array(b, dtype=np.int64).reshape(-1, 2) for b in found.labels],
+        found.cut,
+        left_out=found.left_out,
+    )
+
+
+class _CocoFile:
+    """The three lists of a COCO file, whose values are checked one by one. UserError if there are other ones."""
+
+    def __init__(self, place: str, values: object) -> None:
+        self.place = place
+        self.lists: dict[str, list[JsonObject]] = {}
+        for part in ("images", "annotations", "categories"):
+            entries = values.get(part) if isinstance(values, dict) else None
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise UserError(f"{place}: wants lists of objects named images, annotations and categories")
+            self.lists[part] = entries
+
+    def number(self, part: str, i: int, name: str, words: str = "a number") -> int:
+        """Return a whole number; some tools write them as 3.0."""
+        value = self.lists[part][i].get(name)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            self.refuse(part, i, f".{name}: wants {words}; got {json.dumps(value)}")
+        return value
+
+    def text(self, part: str, i: int, name: str, words: str) -> str:
+        value = self.lists[part][i].get(name)
+        if not isinstance(value, str):
+            self.refuse(part, i, f".{name}: wants {words}; got {json.dumps(value)}")
+        return value
+
+    def refuse(self, part: str, i: int, why: str) -> NoReturn:
+        raise UserError(f"{self.place}: {part}[{i}]{why}")
+
+
+def _read_json(path: str, key: str) -> object:
+    """The value of a JSON file. UserError."""
     try:
         with open_regular(path) as annotations:
-            values = json.loads(annotations.read(), object_pairs_hook=_each_key_once)
+            value: object = json.loads(annotations.read(), object_pairs_hook=_each_key_once)
+            return value
     except BadImage as error:
         raise UserError(f"{key}: {path}: {error}") from error
     except OSError as error:
         raise UserError(f"{key}: {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{key}: {path}: cannot be read as JSON: {str(error).split(';')[0]}") from error
-    lists: dict[str, list[JsonObject]] = {}
-    for part in ("images", "annotations", "categories"):
-        entries = values.get(part) if isinstance(values, dict) else None
-        if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
-            lists[part] = entries
-        else:
-            raise UserError(f"{key}: {path}: wants lists of objects named images, annotations and categories")
 
-    def of(part: str, i: int, name: str, kinds: tuple[type, ...], words: str) -> Any:
-        value = lists[part][i].get(name)
-        if int in kinds and isinstance(value, float) and value.is_integer():  # as some tools write whole numbers
-            value = int(value)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise UserError(f"{key}: {path}: {part}[{i}].{name}: wants {words}; got {json.dumps(value)}")
-        return value
 
+def _categories(file: _CocoFile, classes: list[str] | None) -> tuple[list[str], dict[int, int]]:
+    """Names of the classes, and the class of each category id. UserError."""
     named: dict[int, str] = {}
-    for i in range(len(lists["categories"])):
-        number = of("categories", i, "id", (int,), "a number")
+    for i in range(len(file.lists["categories"])):
+        number = file.number("categories", i, "id")
         if number in named:
-            raise UserError(f"{key}: {path}: categories[{i}].id: {number} a second time")
-        name = class_name(of("categories", i, "name", (str,), "a name"), f"{key}: {path}: categories[{i}].name")
+            file.refuse("categories", i, f".id: {number} a second time")
+        place = f"{file.place}: categories[{i}].name"
+        name = class_name(file.text("categories", i, "name", "a name"), place)
         if name in named.values():
-            raise UserError(f"{key}: {path}: categories[{i}].name: '{name}' a second time; names must differ")
+            raise UserError(f"{place}: '{name}' a second time; names must differ")
         named[number] = name
     known = classes or [named[number] for number in sorted(named)]
     if not known:
-        raise UserError(f"{key}: {path}: categories: at least one is needed")
+        raise UserError(f"{file.place}: categories: at least one is needed")
     for name in named.values():
         if name not in known:
-            raise UserError(f"{key}: {path}: categories: '{name}' is none of the {len(known)} of the training data")
-    class_of = {number: known.index(name) for number, name in named.items()}
+            raise UserError(f"{file.place}: categories: '{name}' is none of the {len(known)} of the training data")
+    return known, {number: known.index(name) for number, name in named.items()}
 
-    numbers: dict[int, int] = {}
-    images, sizes, listed = [], list[tuple[int, int] | None](), set[str]()
-    for i in range(len(lists["images"])):
-        number = of("images", i, "id", (int,), "a number")
-        if number in numbers:
-            raise UserError(f"{key}: {path}: images[{i}].id: {number} a second time")
-        numbers[number] = i
-        file = os.path.join(root, of("images", i, "file_name", (str,), "a file name"))
-        if not os.path.isfile(file):
-            what = "not a file" if os.path.exists(file) else "no such file"
-            raise UserError(f"{key}: {path}: images[{i}].file_name: {what}: {file}")
-        if file in listed:
-            raise UserError(f"{key}: {path}: images[{i}].file_name: {file} a second time")
-        listed.add(file)
-        images.append(file)
-        entry = lists["images"][i]
-        stated = "width" in entry or "height" in entry
-        width, height = (of("images", i, side, (int,), "pixels") if stated else 0 for side in ("width", "height"))
-        if stated and not (1 <= width <= MOST_SIDE_PX and 1 <= height <= MOST_SIDE_PX):
-            raise UserError(f"{key}: {path}: images[{i}]: width, height: must be from 1 to {MOST_SIDE_PX} pixels")
-        sizes.append((width, height) if stated else size_of(file))
+
+def _images(file: _CocoFile, root: str) -> tuple[list[str], list[tuple[int, int] | None], dict[int, int]]:
+    """Files, their sizes (width, height) if they are known, and the place of each image id in both. UserError."""
+    place_of: dict[int, int] = {}
+    images: list[str] = []
+    sizes: list[tuple[int, int] | None] = []
+    listed: set[str] = set()
+    for i, entry in enumerate(file.lists["images"]):
+        number = file.number("images", i, "id")
+        if number in place_of:
+            file.refuse("images", i, f".id: {number} a second time")
+        place_of[number] = i
+        image = os.path.join(root, file.text("images", i, "file_name", "a file name"))
+        if not os.path.isfile(image):
+            what = "not a file" if os.path.exists(image) else "no such file"
+            file.refuse("images", i, f".file_name: {what}: {image}")
+        if image in listed:
+            file.refuse("images", i, f".file_name: {image} a second time")
+        listed.add(image)
+        images.append(image)
+        if "width" in entry or "height" in entry:
+            width, height = (file.number("images", i, side, "pixels") for side in ("width", "height"))
+            if not (1 <= width <= MOST_SIDE_PX and 1 <= height <= MOST_SIDE_PX):
+                file.refuse("images", i, f": width, height: must be from 1 to {MOST_SIDE_PX} pixels")
+            sizes.append((width, height))
+        else:
+            sizes.append(size_of(image))
     if not images:
-        raise UserError(f"{key}: {path}: no images in it")
-    boxes: list[list[list[float]]] = [[] for _ in images]
-    labels: list[list[list[int]]] = [[] for _ in images]
-    left_out, cut, relative = LeftOut(), list[str](), True
-    for i, entry in enumerate(lists["annotations"]):
-        for name, allowed in (("image_id", numbers), ("category_id", class_of)):
-            if of("annotations", i, name, (int,), "a number") not in allowed:
-                raise UserError(f"{key}: {path}: annotations[{i}].{name}: there is no {name[:-3]} {entry[name]}")
-        box = entry.get("bbox")
-        numeric = isinstance(box, list) and len(box) == 4 and all(_is_number(v) for v in box)
-        if not isinstance(box, list) or not numeric or box[2] < 0 or box[3] < 0:
-            got = json.dumps(box)
-            raise UserError(
-                f"{key}: {path}: annotations[{i}].bbox: wants x, y, width, height, no size negative; got {got}"
-            )
-        crowd = entry.get("iscrowd", 0)
-        if crowd not in (0, 1) or isinstance(crowd, float):
-            raise UserError(f"{key}: {path}: annotations[{i}].iscrowd: wants 0 or 1; got {json.dumps(crowd)}")
-        x, y, w, h = map(float, box)
-        area = entry.get("area")
-        if area is not None and not (_is_number(area) and area >= 0):
-            raise UserError(
-                f"{key}: {path}: annotations[{i}].area: must be a number of pixels; got {json.dumps(area)}. Without it "
-                "the area is that of the box"
-            )
-        area = w * h if area is None else float(area)
-        where = f"{path}: annotations[{i}].bbox"
-        place = numbers[int(entry["image_id"])]
+        raise UserError(f"{file.place}: no images in it")
+    return images, sizes, place_of
+
+
+@dataclass
+class _Boxes:
+    """Boxes and labels of each image."""
+
+    boxes: list[list[list[float]]]
+    """x0, y0, x1, y1, area of each box."""
+    labels: list[list[list[int]]]
+    """class, crowd of each box."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    cut: list[str] = field(default_factory=list)
+    """A line for each box that runs past its image."""
+
+
+def _boxes(
+    file: _CocoFile,
+    path: str,
+    sizes: list[tuple[int, int] | None],
+    place_of: dict[int, int],
+    class_of: dict[int, int],
+) -> _Boxes:
+    """Read the annotations. UserError."""
+    found = _Boxes([[] for _ in sizes], [[] for _ in sizes])
+    relative = True
+    for i, entry in enumerate(file.lists["annotations"]):
+        for name, allowed in (("image_id", place_of), ("category_id", class_of)):
+            if file.number("annotations", i, name) not in allowed:
+                file.refuse("annotations", i, f".{name}: there is no {name[:-3]} {entry[name]}")
+        x, y, w, h = _box(file, i, entry)
+        crowd, area = _crowd(file, i, entry), _area(file, i, entry)
+        place, shown = place_of[int(entry["image_id"])], f"{path}: annotations[{i}].bbox: {json.dumps(entry['bbox'])}"
         width, height = sizes[place] or (math.inf, math.inf)
         corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
         if corners[0] >= corners[2] or corners[1] >= corners[3]:  # COCO has a few without height
-            left_out.add("no pixel of its image", f"{where}: {json.dumps(box)}")
+            found.left_out.add("no pixel of its image", shown)
             continue
         relative = relative and x + w <= 1 and y + h <= 1
         if max(-x, -y, x + w - width, y + h - height) > MOST_OUTSIDE_PX:
-            cut.append(f"{where}: {json.dumps(box)}")
-        boxes[place].append([*corners, area])
-        labels[place].append([class_of[int(entry["category_id"])], int(crowd)])
-    if not any(1 - crowd for of_image in labels for _, crowd in of_image):
-        raise UserError(f"{key}: {path}: annotations: not one box" + (f"; {left_out}" if left_out else ""))
+            found.cut.append(shown)
+        found.boxes[place].append([*corners, w * h if area is None else area])
+        found.labels[place].append([class_of[int(entry["category_id"])], crowd])
+    if not any(1 - crowd for of_image in found.labels for _, crowd in of_image):
+        lost = f"; {found.left_out}" if found.left_out else ""
+        raise UserError(f"{file.place}: annotations: not one box{lost}")
     if relative:
         raise UserError(
-            f"{key}: {path}: annotations: every box ends within 1 px; boxes are in pixels, not in parts of 1"
+            f"{file.place}: annotations: every box ends within 1 px; boxes are in pixels, not in parts of 1"
         )
-    return Detected(
-        images,
-        known,
-        sizes,
-        [np.array(b, dtype=np.float32).reshape(-1, 5) for b in boxes],
-        [np.array(b, dtype=np.int64).reshape(-1, 2) for b in labels],
-        cut,
-        left_out=left_out,
-    )
+    return found
+
+
+def _box(file: _CocoFile, i: int, entry: JsonObject) -> tuple[float, float, float, float]:
+    """x, y, width, height. UserError."""
+    box: Any = entry.get("bbox")
+    numeric = isinstance(box, list) and len(box) == 4 and all(_is_number(v) for v in box)
+    if not numeric or box[2] < 0 or box[3] < 0:
+        file.refuse("annotations", i, f".bbox: wants x, y, width, height, no size negative; got {json.dumps(box)}")
+    return float(box[0]), float(box[1]), float(box[2]), float(box[3])
+
+
+def _crowd(file: _CocoFile, i: int, entry: JsonObject) -> int:
+    """1 for a box around many objects, which no prediction has to find. UserError."""
+    crowd = entry.get("iscrowd", 0)
+    if crowd not in (0, 1) or isinstance(crowd, float):
+        file.refuse("annotations", i, f".iscrowd: wants 0 or 1; got {json.dumps(crowd)}")
+    return int(crowd)
+
+
+def _area(file: _CocoFile, i: int, entry: JsonObject) -> float | None:
+    """In pixels; None: that of the box. UserError."""
+    area: Any = entry.get("area")
+    if area is not None and not (_is_number(area) and area >= 0):
+        why = f".area: must be a number of pixels; got {json.dumps(area)}. Without it the area is that of the box"
+        file.refuse("annotations", i, why)
+    return None if area is None else float(area)
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> JsonObject:

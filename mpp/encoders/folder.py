@@ -135,55 +135,29 @@ def save_encoder(
 ) -> None:
     """Write a timm model as a timm folder with its proof. An earlier export of the same folder is replaced.
 
-    classes: of the model's own classifier. head: weights and classes of a head that timm does not know, for
-    `load_head`. UserError where it cannot be written.
+    Args:
+        model: A timm model.
+        folder: Where to.
+        origin: What it is made for, and how it came to be.
+        metrics: For its card.
+        classes: Names of the classes of the model's own classifier.
+        head: Weights and classes of a head that timm does not know, for `load_head`.
+
+    Raises:
+        UserError: The folder cannot be written.
     """
     aside = folder.with_name(folder.name + ".tmp")
     training = model.training
     model.eval()
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        timm.models.save_for_hf(
-            model,
-            str(aside),
-            model_config={"label_names": classes} if classes else None,
-            safe_serialization=True,
-            data_config={
-                "mean": list(origin.mean),
-                "std": list(origin.std),
-                "input_size": origin.input_size,
-                "crop_pct": origin.crop_fraction,
-                "interpolation": "bicubic",
-            },
-        )
-        config = json.loads((aside / "config.json").read_text())
-        # transformers' TimmWrapper passes num_classes itself and fails on a second one
-        config.get("model_args", {}).pop("num_classes", None)
-        for key in NOT_INHERITED:
-            config["pretrained_cfg"].pop(key, None)
-        config["pretrained_cfg"] |= {"tag": "mpp", "license": "unknown"}
-        write_json(aside / "config.json", config)
-        device = next(model.parameters()).device
-        images = torch.randn(2, *origin.input_size, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            features = model.forward_features(images.to(device))  # type: ignore[operator]
-            reference = {"features": features}
-            if has_embedding(model):
-                reference["embedding"] = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-            if classes:
-                reference["logits"] = model(images.to(device))
-        save_file(
-            # some families give the same memory twice, which safetensors refuses
-            {"images": images, **{k: v.float().cpu().contiguous().clone() for k, v in reference.items()}},
-            aside / "reference.safetensors",
-        )
-        written = ["model.safetensors", "reference.safetensors"]
+        config = _write_timm_files(model, aside, origin, classes)
+        _write_reference(model, aside, origin, classes)
         if head is not None:
             state = {name: value.cpu().contiguous() for name, value in head[0].items()}
             save_file(state, aside / HEAD, {"classes": json.dumps(head[1])})
-            written.append(HEAD)
-        for tensors in written:  # safetensors writes for the owner alone
-            shutil.copymode(aside / "config.json", aside / tensors)
+        for tensors in aside.glob("*.safetensors"):  # safetensors writes for the owner alone
+            shutil.copymode(aside / "config.json", tensors)
         if origin.recipe is not None:
             (aside / "recipe.yaml").write_text(origin.recipe, encoding="utf-8")
         write_json(
@@ -197,17 +171,9 @@ def save_encoder(
                 "environment": environment()["packages"],
             },
         )
-        (aside / "README.md").write_text(
-            without_secrets(
-                _card(
-                    config,
-                    origin,
-                    metrics,
-                    sum(p.numel() for p in model.parameters()),
-                    use=reading_line(model),
-                )
-            )
-        )
+        parameters = sum(p.numel() for p in model.parameters())
+        card = _card(config, origin, metrics, parameters, use=reading_line(model))
+        (aside / "README.md").write_text(without_secrets(card))
         faults.point("export.written", aside / "model.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
         faults.point("export.before_rename")
@@ -218,6 +184,49 @@ def save_encoder(
         raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
     finally:
         model.train(training)
+
+
+def _write_timm_files(model: nn.Module, folder: Path, origin: Origin, classes: list[str] | None) -> JsonObject:
+    """Write config.json and model.safetensors as timm reads them, and return the configuration."""
+    timm.models.save_for_hf(
+        model,
+        str(folder),
+        model_config={"label_names": classes} if classes else None,
+        safe_serialization=True,
+        data_config={
+            "mean": list(origin.mean),
+            "std": list(origin.std),
+            "input_size": origin.input_size,
+            "crop_pct": origin.crop_fraction,
+            "interpolation": "bicubic",
+        },
+    )
+    config: JsonObject = json.loads((folder / "config.json").read_text())
+    # transformers' TimmWrapper passes num_classes itself and fails on a second one
+    config.get("model_args", {}).pop("num_classes", None)
+    for key in NOT_INHERITED:
+        config["pretrained_cfg"].pop(key, None)
+    config["pretrained_cfg"] |= {"tag": "mpp", "license": "unknown"}
+    write_json(folder / "config.json", config)
+    return config
+
+
+def _write_reference(model: TimmModel, folder: Path, origin: Origin, classes: list[str] | None) -> None:
+    """Write two random images and what the model gives for them. Whoever loads the folder compares."""
+    device = next(model.parameters()).device
+    images = torch.randn(2, *origin.input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.forward_features(images.to(device))
+        reference = {"features": features}
+        if has_embedding(model):
+            reference["embedding"] = model.forward_head(features, pre_logits=True)
+        if classes:
+            reference["logits"] = model(images.to(device))
+    save_file(
+        # some families give the same memory twice, which safetensors refuses
+        {"images": images, **{k: v.float().cpu().contiguous().clone() for k, v in reference.items()}},
+        folder / "reference.safetensors",
+    )
 
 
 def _card(config: JsonObject, origin: Origin, metrics: JsonObject, parameters: int, use: str) -> str:

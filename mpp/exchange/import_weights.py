@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -79,43 +79,31 @@ def import_weights(
     partial: bool = False,
     trust: bool = False,
 ) -> Imported:
-    """Put the weights in `file` into `model` of timm's; export that to `out`, verified.
+    """Put the weights in a file into a model of timm's, and export that, verified.
 
-    file: safetensors or a pickle, or a folder of transformers' or timm's, which says itself which model it is. Names
-    may be those of any of `mpp.exchange.naming`, in nested dictionaries and with a prefix. model: with a tag of timm's
-    where mean and std are those of the tag. args: of the model. image_size: (H, W) in pixels; None: the model's own.
-    channels: 3 where nothing says otherwise. mean, std: of pixels in [0, 1], by channel, that the weights were trained
-    with. prefix: with the keys of nested dictionaries, each with a dot, of the one that is meant where there are
-    several. partial: let weights be missing, which stay random. trust: open a pickle, by torch's `weights_only=True`:
-    tensors and plain containers, nothing that runs.
-    UserError where the file is not that, and where any of the encoder's weights is missing, of another shape or kind,
-    or not finite.
+    Args:
+        file: safetensors or a pickle, or a folder of transformers' or timm's, which names its own model. Names of
+            weights may be those of any of `mpp.exchange.naming`, in nested dictionaries and with a prefix.
+        out: A new folder.
+        model: A name of timm's. With a tag, mean and std are those of the tag.
+        args: Arguments of the model.
+        image_size: (H, W) in pixels; None: the model's own.
+        channels: None: what the folder names, else 3.
+        mean: Of pixels in [0, 1], by channel, that the weights were trained with.
+        std: The same.
+        prefix: Which encoder is meant, if there are several: the keys of nested dictionaries, each with a dot.
+        partial: Let weights be missing; they stay random.
+        trust: Open a pickle, by torch's `weights_only=True`: tensors and plain containers, nothing that runs.
+
+    Raises:
+        UserError: The file is not that, or any of the encoder's weights is missing, of another shape or kind, or not
+            finite.
     """
     check_new(Path(out))
-    for key, instead in (("img_size", "--image-size"), ("in_chans", "--channels")):
-        if key in (args or {}):
-            raise UserError(f"args.{key}: is what {instead} says")
-    if model is not None:
-        architecture = model.split(".")[0]
-        if ":" in model or architecture not in timm_names(architecture, "model"):
-            raise UserError(
-                f"model: '{model}': allowed is a name of timm's, such as vit_small_patch16_224, with or without a tag"
-            )
+    _check_names(model, args)
     source = read_source(Path(file), trust, named=model is not None, given=mean is not None)
-    for key, value in (args or {}).items():
-        said = (source.args or {}).get(key, value)
-        if said != value:
-            raise UserError(f"args.{key}: {value}, where {file}/config.json says {said}")
-    if model is None:
-        if source.model is None:
-            raise UserError(
-                "model: give the timm model of these weights (--model vit_base_patch16_224); only folders of "
-                "transformers' and timm's say it themselves"
-            )
-        model, args = source.model, {**(source.own or {}), **(args or {})}
-    else:
-        args = {**(source.args or {}), **(args or {})}  # whatever the name's own are
-    found, in_chans = source.tensors, channels or source.channels or 3
+    model, args = _architecture(model, args or {}, source, file)
+    in_chans = channels or source.channels or 3
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of weights that may be missing
         encoder: TimmModel = create_timm_model(
@@ -123,7 +111,7 @@ def import_weights(
             image_size=image_size or source.image_size,
             in_chans=in_chans,
             pretrained=False,
-            args=dict(args or {}),
+            args=dict(args),
             key="model",
             args_key="args",
         )
@@ -131,46 +119,123 @@ def import_weights(
     size = image_size or source.image_size or tuple(config["input_size"][1:])
     check_size(encoder, size, model, key="image_size")
     _check_eps(encoder, source.norm_eps, file)
-    wanted: dict[str, Tensor] = encoder.state_dict()
-    asked = prefix
-    layout, prefix, covered = _covered(found, list(wanted), asked, file)
-    found_there = found
-    if len(covered) < len(wanted):
-        filtered = _filtered(encoder, found, asked, partial, file)
-        if filtered is not None and len(filtered[1]) > len(covered):
-            layout, prefix = FILTER, filtered[0]
-            found_there = {prefix + name: value for name, value in filtered[1].items()}
-            covered = {name: MadeOf((name,)) for name in filtered[1]}
-    missing = [name for name in wanted if name not in covered]
-    if missing and not (partial and covered):
-        holds = f"it holds {name_some(list(found))}" if found else "it holds no weights by name"
-        raise UserError(
-            f"{file}: {len(missing)} of {len(wanted)} weights of {model}: missing: {name_some(missing)}"
-            f"{_advice(encoder, missing, found, prefix)}; {holds}"
-        )
-    own = {name: _taken(made, found_there, prefix, file) for name, made in covered.items()}
-    encoder.load_state_dict(wanted | _fitting(own, wanted, f"{file}: ", model))
-    known = keymap.trained(found, layout)
+    names = list(encoder.state_dict())
+    match = _match(encoder, source.tensors, names, prefix, partial, file, model)
+    _load(encoder, match, file, model)
+    known = keymap.trained(source.tensors, match.layout)
     (mean_of, std_of), normalisation = _normalisation(mean, std, source, model, config, known, in_chans)
     if source.patches or (known is not None and known.masked):
         pool_patches(encoder)
     limits = "How they were trained is not known here."
-    if missing:
-        limits += f" {len(missing)} of {len(wanted)} weights were not in the file and are random: {name_some(missing)}."
+    if match.missing:
+        count = f"{len(match.missing)} of {len(names)} weights"
+        limits += f" {count} were not in the file and are random: {name_some(match.missing)}."
     origin = Origin(
         mean=mean_of,
         std=std_of,
         input_size=(in_chans, *size),
-        made=f"Weights of `{Path(file).resolve().name}`, {_naming(layout)}, in timm's `{model}`.",
+        made=f"Weights of `{Path(file).resolve().name}`, {_naming(match.layout)}, in timm's `{model}`.",
         limits=f"{limits} Mean and std are {normalisation}.",
     )
     try:
         verified = export_model(encoder, out, origin)
     except (RuntimeError, AttributeError, NotImplementedError, ValueError, TypeError) as error:  # timm and torch
         raise UserError(f"{model} at {size[0]}×{size[1]} px: {type(error).__name__}: {one_line(error)}") from error
-    taken = {prefix + name for made in covered.values() for name in made.names}
-    left_out = sorted(n for n in found if n not in taken and not (layout == FILTER and n.startswith(prefix)))
-    return Imported(verified, layout, prefix, len(wanted), missing, left_out, mean_of, std_of, normalisation)
+    left_out = match.left_out(source.tensors)
+    return Imported(
+        verified, match.layout, match.prefix, len(names), match.missing, left_out, mean_of, std_of, normalisation
+    )
+
+
+def _check_names(model: str | None, args: JsonMapping | None) -> None:
+    """Raise UserError for arguments that have options of their own, and a model that timm does not have."""
+    for key, instead in (("img_size", "--image-size"), ("in_chans", "--channels")):
+        if key in (args or {}):
+            raise UserError(f"args.{key}: is what {instead} says")
+    if model is None:
+        return
+    architecture = model.split(".")[0]
+    if ":" in model or architecture not in timm_names(architecture, "model"):
+        raise UserError(
+            f"model: '{model}': allowed is a name of timm's, such as vit_small_patch16_224, with or without a tag"
+        )
+
+
+def _architecture(model: str | None, args: JsonMapping, source: Source, file: str | Path) -> tuple[str, JsonMapping]:
+    """Return the timm model and its arguments: as given, else as the folder names them.
+
+    Raises:
+        UserError: Nothing names a model, or the folder names another argument.
+    """
+    for key, value in args.items():
+        stated = (source.args or {}).get(key, value)
+        if stated != value:
+            raise UserError(f"args.{key}: {value}, where {file}/config.json says {stated}")
+    if model is not None:
+        return model, {**(source.args or {}), **args}  # whatever the name's own are
+    if source.model is None:
+        raise UserError(
+            "model: give the timm model of these weights (--model vit_base_patch16_224); only folders of "
+            "transformers' and timm's say it themselves"
+        )
+    return source.model, {**(source.own or {}), **args}
+
+
+class _Match(NamedTuple):
+    """Which tensors of a file are which weights of an encoder."""
+
+    layout: str
+    prefix: str
+    covered: dict[str, MadeOf]
+    """By the encoder's name: what the weight is made of."""
+    tensors: Mapping[str, Tensor]
+    """By the names that `covered` uses, with the prefix."""
+    missing: list[str]
+
+    def left_out(self, found: Mapping[str, Tensor]) -> list[str]:
+        """Return the tensors of the file that no weight is made of."""
+        taken = {self.prefix + name for made in self.covered.values() for name in made.names}
+        filtered = self.layout == FILTER
+        return sorted(n for n in found if n not in taken and not (filtered and n.startswith(self.prefix)))
+
+
+def _match(
+    encoder: TimmModel,
+    found: Mapping[str, Tensor],
+    names: list[str],
+    prefix: str | None,
+    partial: bool,
+    file: str | Path,
+    model: str,
+) -> _Match:
+    """Find the weights of the encoder among the tensors of a file, by the naming that covers most of them.
+
+    Raises:
+        UserError: Some are missing, and `partial` does not allow it, or none is there.
+    """
+    layout, own_prefix, covered = _covered(found, names, prefix, file)
+    tensors = found
+    if len(covered) < len(names):
+        filtered = _filtered(encoder, found, prefix, partial, file)
+        if filtered is not None and len(filtered[1]) > len(covered):
+            layout, own_prefix = FILTER, filtered[0]
+            tensors = {own_prefix + name: value for name, value in filtered[1].items()}
+            covered = {name: MadeOf((name,)) for name in filtered[1]}
+    missing = [name for name in names if name not in covered]
+    if missing and not (partial and covered):
+        holds = f"it holds {name_some(list(found))}" if found else "it holds no weights by name"
+        raise UserError(
+            f"{file}: {len(missing)} of {len(names)} weights of {model}: missing: {name_some(missing)}"
+            f"{_advice(encoder, missing, found, own_prefix)}; {holds}"
+        )
+    return _Match(layout, own_prefix, covered, tensors, missing)
+
+
+def _load(encoder: TimmModel, match: _Match, file: str | Path, model: str) -> None:
+    """Put the weights into the encoder. UserError if one does not fit."""
+    state: dict[str, Tensor] = encoder.state_dict()
+    own = {name: _taken(made, match.tensors, match.prefix, file) for name, made in match.covered.items()}
+    encoder.load_state_dict(state | _fitting(own, state, f"{file}: ", model))
 
 
 def _naming(layout: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ import torch
 from mpp.data.crop import Crop
 from mpp.data.order import Order
 from mpp.data.shards.reader import ShardImages, held_out_rows
-from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 from mpp.objective.build import build_mask, build_model
 from mpp.objective.mask_drawing import draw_masks
@@ -127,18 +127,20 @@ def plan(
     mfu: float | None = None,
     images: int | None = None,
 ) -> Plan:
-    """What a run of this recipe takes on so many devices.
+    """Estimate what a run of this recipe takes.
 
-    device: of DEVICES, or "cpu": of this machine, whose steps and reading are timed for some seconds, with the threads
-    and workers that the run will have. mfu: None: MFU, of a CPU what it reaches. images: how many there are, held-out
-    ones too; None: the recipe's data are opened. UserError as for the run itself.
+    Args:
+        recipe: What will run.
+        devices: How many there are.
+        device: One of DEVICES, or "cpu": this machine, whose steps and reading are timed for some seconds, with the
+            threads and workers that the run will have.
+        mfu: Part of the peak that the run reaches; None: MFU, and for a CPU what its timed steps reach.
+        images: How many there are, with those held out; None: the recipe's data are opened.
+
+    Raises:
+        UserError: As for the run itself.
     """
-    if device not in (*DEVICES, CPU):
-        raise UserError(f"--device: '{device}': allowed are {', '.join((*DEVICES, CPU))}")
-    if device == CPU and devices > 1:
-        raise UserError(f"--devices: {devices}: steps are timed in one process of this machine; allowed with cpu: 1")
-    if mfu is not None and not 0 < mfu <= 1:
-        raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
+    _check_request(device, devices, mfu)
     data, optim = recipe.data, recipe.optim
     model, grid = build_model(recipe)
     opened = ShardImages(data.shards, key="data.shards", **data.opening()) if images is None else None
@@ -152,15 +154,7 @@ def plan(
 
     auto = "fp32" if device == CPU else "bf16"
     precision = auto if recipe.precision == "auto" else recipe.precision
-    numbers = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    weights = FP32 * numbers + buffers
-    sharded = recipe.fsdp and devices > 1
-    gathered = 0
-    if sharded:  # a block is whole while it is run, and the next one is on its way; what is in none stays
-        sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks(model)), reverse=True)
-        gathered = FP32 * (sum(sizes[:2]) + max(numbers - sum(sizes), 0))
+    size = _size(model, sharded=recipe.fsdp and devices > 1)
     read_images_per_s, step_s, tflops = None, None, find_device(device).tflops[precision]
     if device == CPU and mfu is None:  # before the model is moved to where there are shapes alone
         read_s = _read_s(recipe, opened, grid) if opened is not None else 0.0
@@ -172,33 +166,21 @@ def plan(
         step_s = REST * _with_loader(step_s, read_s * optim.global_batch_size, data.workers)
     elif mfu is None:
         mfu = MFU
-    share = devices if sharded else 1
-    memory = {
-        "weights": weights // share + gathered,
-        "gradients": FP32 * trained // share,
-        "AdamW's moments": MOMENTS * trained // share,
-        "activations, at worst": max(peak - FP32 * trained, 0),
-        "images": 2 * micro * data.channels * data.image_size[0] * data.image_size[1] * (1 if data.eight_bit else 4),
-    }
-    if devices > 1 and not sharded:
-        memory["buckets of DDP"] = FP32 * trained
-    encoder: TimmModel = model.encoder.model
-    own_parameters = sum(p.numel() for p in encoder.parameters())
-    checkpoint = weights + MOMENTS * trained
+    checkpoint = size.weights + MOMENTS * size.trained
     seen = steps * optim.global_batch_size
     return Plan(
         encoder=recipe.encoder.name,
-        encoder_parameters=own_parameters,
-        parameters=numbers,
-        trained=trained,
+        encoder_parameters=size.encoder,
+        parameters=size.parameters,
+        trained=size.trained,
         flop_per_image=flop / micro,
         devices=devices,
         device=device,
         global_batch_size=optim.global_batch_size,
         micro_batch=micro,
         accumulate=accumulate,
-        memory_bytes=memory,
-        host_bytes=weights if sharded else 0,
+        memory_bytes=_memory(recipe, size, devices, micro, peak),
+        host_bytes=size.weights if size.sharded else 0,
         images=sum(counts),
         held_out=int(held_out.sum()),
         steps=steps,
@@ -208,8 +190,64 @@ def plan(
         seconds=steps * step_s if step_s is not None else seen * flop / micro / (devices * tflops * 1e12 * mfu),
         read_images_per_s=read_images_per_s,
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * (recipe.keep_checkpoints + 1) + FP32 * own_parameters,
+        disk_bytes=checkpoint * (recipe.keep_checkpoints + 1) + FP32 * size.encoder,
     )
+
+
+def _check_request(device: str, devices: int, mfu: float | None) -> None:
+    """Raise UserError for a device, a number of them or a utilisation that no plan can be made for."""
+    if device not in (*DEVICES, CPU):
+        raise UserError(f"--device: '{device}': allowed are {', '.join((*DEVICES, CPU))}")
+    if device == CPU and devices > 1:
+        raise UserError(f"--devices: {devices}: steps are timed in one process of this machine; allowed with cpu: 1")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
+
+
+class _Size(NamedTuple):
+    """What a model's weights take."""
+
+    encoder: int
+    """Parameters of the encoder."""
+    parameters: int
+    trained: int
+    weights: int
+    """Bytes, with buffers."""
+    gathered: int
+    """Bytes of blocks that are whole while a sharded model runs."""
+    sharded: bool
+
+
+def _size(model: MaskedPatchModel, *, sharded: bool) -> _Size:
+    numbers = sum(p.numel() for p in model.parameters())
+    gathered = 0
+    if sharded:  # a block is whole while it is run, and the next one is on its way; what is in none stays
+        sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks(model)), reverse=True)
+        gathered = FP32 * (sum(sizes[:2]) + max(numbers - sum(sizes), 0))
+    return _Size(
+        encoder=sum(p.numel() for p in model.encoder.model.parameters()),
+        parameters=numbers,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        weights=FP32 * numbers + sum(b.numel() * b.element_size() for b in model.buffers()),
+        gathered=gathered,
+        sharded=sharded,
+    )
+
+
+def _memory(recipe: PretrainRecipe, size: _Size, devices: int, micro: int, peak: int) -> dict[str, int]:
+    """Bytes that live on a device at the worst moment of a step, by what they are.
+
+    micro: images of a micro-batch. peak: bytes of activations and gradients.
+    """
+    data, share = recipe.data, devices if size.sharded else 1
+    memory = {
+        "weights": size.weights // share + size.gathered,
+        "gradients": FP32 * size.trained // share,
+        "AdamW's moments": MOMENTS * size.trained // share,
+        "activations, at worst": max(peak - FP32 * size.trained, 0),
+        "images": 2 * micro * data.channels * data.image_size[0] * data.image_size[1] * (1 if data.eight_bit else 4),
+    }
+    return memory | ({"buckets of DDP": FP32 * size.trained} if devices > 1 and not size.sharded else {})
 
 
 def _step_s(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from torch import nn
 
 from mpp.data.batch import Batch
-from mpp.data.order import MicroBatches, Order
-from mpp.data.shards.reader import ShardImages
+from mpp.data.order import MicroBatches
 from mpp.objective.model import MaskedPatchModel
 from mpp.parallel.liveness import Watch
 from mpp.parallel.sharding import Whole
@@ -28,22 +26,6 @@ from mpp.training.steps import MicroBatchStream, Pace
 
 
 @dataclass
-class Data:
-    """The images of a run, in the order of the run."""
-
-    images: ShardImages
-    train_counts: np.ndarray
-    """Images of each shard that are trained on; those after them are held out."""
-    held_out_counts: np.ndarray
-    order: Order
-    dataset: PretrainDataset
-    sampler: MicroBatches
-    """This process's micro-batches, from the first step that is left."""
-    held_out: Batch
-    """The held-out images, each with the mask it has in every run of this seed."""
-
-
-@dataclass
 class Pretraining:
     """A run that is ready to train."""
 
@@ -51,7 +33,11 @@ class Pretraining:
     """Resolved: nothing changes it any more."""
     team: Team
     plan: Plan
-    data: Data
+    dataset: PretrainDataset
+    sampler: MicroBatches
+    """This process's micro-batches, from the first step that is left."""
+    held_out: Batch
+    """Images that are never trained on, each with the mask it has in every run of this seed."""
     model: MaskedPatchModel
     wrapped: nn.Module
     """The model as the loop calls it: in autocast, with gradients exchanged."""

@@ -118,24 +118,24 @@ def account_for(report: StepReport, job: Pretraining) -> None:
     Raises:
         UserError: More steps were not finite, or more images unreadable, than the recipe allows.
     """
-    recipe, progress, data = job.recipe, job.progress, job.data
+    recipe, progress = job.recipe, job.progress
     progress.losses, progress.grad_norm = report.losses, report.grad_norm
     progress.loss = sum(o.weight * loss for o, loss in zip(job.model.objectives, report.losses, strict=True))
     seen = report.step * job.plan.global_batch_size
     if not (math.isfinite(report.grad_norm) and math.isfinite(progress.loss)):
         progress.skipped += 1
-        keys = data.sampler.keys(seen)
+        keys = job.sampler.keys(seen)
         record = {
             "seeds": [torch_seed(recipe.seed, Purpose.STEP, of_batch[0][0]) for of_batch in keys],
             "losses": nonfinite.losses_as_text(report.micro_losses, job.plan.micro_batches),
-            "samples": [[data.images.name(s, r) for _, s, r in of_batch] for of_batch in keys],
+            "samples": [[job.dataset.images.name(s, r) for _, s, r in of_batch] for of_batch in keys],
         }
         line = nonfinite.keep_step(
             job.team,
             job.run.out,
             report.step,
             job.model,
-            data.dataset,
+            job.dataset,
             keys,
             record,
             what=f"step {report.step}: loss {progress.loss}, gradient norm {report.grad_norm}",
@@ -160,7 +160,7 @@ def save(job: Pretraining, *, required: bool) -> None:
         UserError: It cannot be written, and the run must not go on without it.
     """
     seen = job.progress.step * job.plan.global_batch_size
-    state = {"seen": seen, **job.progress.to_json(), "data_fingerprint": job.data.images.fingerprint}
+    state = {"seen": seen, **job.progress.to_json(), "data_fingerprint": job.dataset.images.fingerprint}
     folder, keep = job.run.out / "checkpoints", job.recipe.keep_checkpoints
     try:
         checkpoint.save_together(job.team, folder, job.progress.step, job.model, job.optimizer.plain, state, keep=keep)

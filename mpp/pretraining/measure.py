@@ -84,9 +84,9 @@ def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
             progress.probed = job.probe(model.encoder.model, team.device)
             model.train()
         if "skill" in due:
-            progress.skills, progress.collapse, progress.features = measure_skills(team, model, job.data.held_out)
+            progress.skills, progress.collapse, progress.features = measure_skills(team, model, job.held_out)
         if "pictures" in due and team.is_main:
-            keep_pictures(team, model, job.data.held_out, job.recipe.reconstruct_images, job.log, progress.step)
+            keep_pictures(team, model, job.held_out, job.recipe.reconstruct_images, job.log, progress.step)
     if "skill" in due:
         measured |= _skill_record(job)
         _warn(job, due)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -30,7 +31,7 @@ from mpp.parallel.sharding import Whole, shard
 from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import Team, start_team
 from mpp.pretraining.dataset import PretrainDataset
-from mpp.pretraining.job import Data, Pretraining
+from mpp.pretraining.job import Pretraining
 from mpp.pretraining.measure import keep_pictures, warn_of_poor_targets
 from mpp.pretraining.monitor import OnlineProbe, probe_images
 from mpp.pretraining.progress import Progress
@@ -80,41 +81,17 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
 
     model, mask_grid = build_model(recipe)
-    images, train_counts, held_out_counts = _open_images(recipe)
-    order = Order(
-        train_counts,
-        global_batch=optim.global_batch_size,
-        seed=recipe.seed,
-        lanes=recipe.data.lanes,
-        window=recipe.data.window,
-    )
+    dataset, order = _open_dataset(recipe, team, mask_grid, micro_batches)
     plan = make_plan(recipe, order.epoch_len, micro_batches)
-    ahead = Ahead(images, order, lanes_read_by(team.ranks_here(), order, accumulate=micro_batches, world=team.world))
-    dataset = PretrainDataset(
-        images,
-        make_crop(recipe),
-        build_mask(recipe),
-        mask_grid,
-        recipe.seed,
-        train_counts,
-        optim.global_batch_size,
-        ahead,
-    )
-
-    sharded = recipe.fsdp and team.world > 1
-    whole = Whole(model, sharded=sharded)
-    if sharded:
-        shard(model, team.device, whole=(model.guide,) if model.guide is not None else ())
-    else:
-        model.to(team.device)
+    whole = _place_on_device(model, recipe, team)
     optimizer = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
-    held_out = _held_out_batch(dataset, train_counts, held_out_counts)
+    held_out = _held_out_batch(dataset)
     probe = _open_probe(recipe, model)
 
     # The folder is opened as late as possible: what is wrong with a recipe or its data leaves no folder behind.
-    run = until_the_end.enter_context(opened(team, recipe, resume, fingerprint=images.fingerprint))
+    run = until_the_end.enter_context(opened(team, recipe, resume, fingerprint=dataset.images.fingerprint))
     watch.at(0, "loading")
-    progress = Progress(skills=[float("nan")] * len(model.objectives))
+    progress = Progress(skills=[math.nan] * len(model.objectives))
     if run.checkpoint is not None:
         checkpoint.load(run.checkpoint, model, optimizer)
         progress = Progress.from_json(checkpoint.read_state(run.checkpoint))
@@ -128,8 +105,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         rank=team.rank,
         world=team.world,
     )
-    data = Data(images, train_counts, held_out_counts, order, dataset, sampler, held_out)
-    wrapped = team.wrap_model(model, sharded=sharded)
+    wrapped = team.wrap_model(model, sharded=recipe.fsdp and team.world > 1)
     log = _open_log(recipe, team, plan, run, progress.step)
     until_the_end.callback(log.close)
     watch.status = log.status
@@ -138,7 +114,9 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         recipe=recipe,
         team=team,
         plan=plan,
-        data=data,
+        dataset=dataset,
+        sampler=sampler,
+        held_out=held_out,
         model=model,
         wrapped=wrapped,
         whole=whole,
@@ -146,7 +124,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         trained=[p for p in model.parameters() if p.requires_grad],
         statistics=nonfinite.Statistics(model, needed=recipe.max_skipped_steps > 0),
         progress=progress,
-        micro_batches=MicroBatchStream(_load(data, recipe, team), micro_batches, watch, pace),
+        micro_batches=MicroBatchStream(_load(dataset, sampler, recipe, team), micro_batches, watch, pace),
         pace=pace,
         probe=probe,
         run=run,
@@ -183,20 +161,56 @@ def make_crop(recipe: PretrainRecipe) -> Crop:
     return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
 
 
-def _open_images(recipe: PretrainRecipe) -> tuple[ShardImages, np.ndarray, np.ndarray]:
-    """Open the shards: (images, how many of each shard are trained on, how many are held out)."""
-    images = ShardImages(recipe.data.shards, key="data.shards", **recipe.data.opening())
-    held_out = held_out_rows(images.counts, recipe.data.held_out)
-    return images, np.asarray(images.counts) - held_out, held_out
+def _open_dataset(
+    recipe: PretrainRecipe, team: Team, mask_grid: tuple[int, int], micro_batches: int
+) -> tuple[PretrainDataset, Order]:
+    """Open the shards, hold some images out, and put the others in order."""
+    data, optim = recipe.data, recipe.optim
+    images = ShardImages(data.shards, key="data.shards", **data.opening())
+    train_counts = np.asarray(images.counts) - held_out_rows(images.counts, data.held_out)
+    order = Order(
+        train_counts,
+        global_batch=optim.global_batch_size,
+        seed=recipe.seed,
+        lanes=data.lanes,
+        window=data.window,
+    )
+    lanes = lanes_read_by(team.ranks_here(), order, accumulate=micro_batches, world=team.world)
+    dataset = PretrainDataset(
+        images,
+        make_crop(recipe),
+        build_mask(recipe),
+        mask_grid,
+        recipe.seed,
+        train_counts,
+        optim.global_batch_size,
+        Ahead(images, order, lanes),
+    )
+    return dataset, order
 
 
-def _held_out_batch(dataset: PretrainDataset, counts: np.ndarray, held_out: np.ndarray) -> Batch:
+def _place_on_device(model: MaskedPatchModel, recipe: PretrainRecipe, team: Team) -> Whole[MaskedPatchModel]:
+    """Move the model to the device, or share it out among the processes, and return a copy that can be looked at."""
+    sharded = recipe.fsdp and team.world > 1
+    whole = Whole(model, sharded=sharded)
+    if sharded:
+        shard(model, team.device, whole=(model.guide,) if model.guide is not None else ())
+    else:
+        model.to(team.device)
+    return whole
+
+
+def _held_out_batch(dataset: PretrainDataset) -> Batch:
     """Read the held-out images, centre-cropped, each with the mask it has in every run of this seed.
 
     Raises:
         UserError: Not one of them can be read: most likely nor can the others.
     """
-    rows = [(s, int(counts[s]) + i) for s in range(len(counts)) for i in range(int(held_out[s]))]
+    rows = [
+        (shard, row)
+        for shard, (first, end) in enumerate(zip(dataset.train_counts, dataset.images.counts, strict=True))
+        for row in range(int(first), int(end))
+    ]
     batch = dataset.batch([(HELD_OUT_POSITION + i, s, r) for i, (s, r) in enumerate(rows)], centre=True)
     if batch.replaced == len(rows):
         raise UserError(f"data.shards: not one of {len(rows)} held-out images can be read; the first: {batch.bad[0]}")
@@ -228,27 +242,27 @@ def _open_log(recipe: PretrainRecipe, team: Team, plan: Plan, run: OpenRun, resu
     return RunLog(run.out, steps=plan.total_steps, resumed_at=resumed_at, active=team.is_main, trackers=trackers)
 
 
-def _load(data: Data, recipe: PretrainRecipe, team: Team) -> Iterator[Batch]:
+def _load(dataset: PretrainDataset, sampler: MicroBatches, recipe: PretrainRecipe, team: Team) -> Iterator[Batch]:
     """Return the micro-batches, read ahead by workers; for a GPU copied ahead, too."""
     cuda = team.device.type == "cuda"
-    loaded = batches(data.dataset, data.sampler, workers=recipe.data.workers, pin_memory=cuda)
+    loaded = batches(dataset, sampler, workers=recipe.data.workers, pin_memory=cuda)
     return on_device(loaded, team.device) if cuda else loaded
 
 
 def _introduce(job: Pretraining) -> None:
     """Write what is known before the first step: env.json, data.json, the opening lines of the log, warnings, and the
     pictures of the untrained model."""
-    recipe, team, data, log = job.recipe, job.team, job.data, job.log
+    recipe, team, images, log = job.recipe, job.team, job.dataset.images, job.log
     if team.is_main:
         write_json(job.run.out / "env.json", environment())
         write_json(
             job.run.out / DATA,
             {
-                "fingerprint": data.images.fingerprint,
-                "shards": len(data.images.names),
-                "images": int(sum(data.train_counts)),
-                "held_out": int(data.held_out_counts.sum()),
-                "left_out": data.images.left_out.found,
+                "fingerprint": images.fingerprint,
+                "shards": len(images.names),
+                "images": int(sum(job.dataset.train_counts)),
+                "held_out": len(job.held_out.images),
+                "left_out": images.left_out.found,
             },
         )
     log.say(_opening_line(job))
@@ -256,30 +270,30 @@ def _introduce(job: Pretraining) -> None:
         log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")
     if team.device.type == "cpu" and team.world == 1 and (taken := cores_in_use()):
         log.say(f"note: {taken}")
-    if data.images.left_out:
-        log.say(f"note: data.shards: {data.images.left_out}")
-    for line in team.on_main(partial(_look_at_range, data.images, recipe.data.decoding())):
+    if images.left_out:
+        log.say(f"note: data.shards: {images.left_out}")
+    for line in team.on_main(partial(_look_at_range, images, recipe.data.decoding())):
         log.say(f"warning: {line}")
-    for line in data.held_out.bad:
+    for line in job.held_out.bad:
         log.say(f"unreadable, held out: {line}")
     norms = (m for m in job.model.encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     if any(norms) and team.world > 1:
         log.say("note: this encoder's batch norms see each process's share: another number of processes differs")
     with job.whole.now(team.device) as shown:
-        for line in warn_of_poor_targets(shown, data.held_out.images[:LOOKED_AT].to(team.device)):
+        for line in warn_of_poor_targets(shown, job.held_out.images[:LOOKED_AT].to(team.device)):
             log.say(f"warning: {line}")
         if job.progress.step == 0 and team.is_main:
-            keep_pictures(team, shown, data.held_out, recipe.reconstruct_images, log, 0)
+            keep_pictures(team, shown, job.held_out, recipe.reconstruct_images, log, 0)
 
 
 def _opening_line(job: Pretraining) -> str:
     """The first line of the log: images, steps, size."""
-    plan, data, world = job.plan, job.data, job.team.world
-    images = f"{sum(data.train_counts)} images in {len(data.images.names)} shards"
+    plan, dataset, world = job.plan, job.dataset, job.team.world
+    images = f"{sum(dataset.train_counts)} images in {len(dataset.images.names)} shards"
     micro_batch = plan.global_batch_size // world // plan.micro_batches
     steps = f"{plan.total_steps} steps of {plan.global_batch_size} ({world} × {plan.micro_batches} × {micro_batch})"
     parameters = f"{sum(p.numel() for p in job.trained) / 1e6:.2f} M parameters trained"
-    line = f"{images}, {int(data.held_out_counts.sum())} more held out; {steps}, {parameters}"
+    line = f"{images}, {len(job.held_out.images)} more held out; {steps}, {parameters}"
     if plan.never_reaches_full_lr:
         line += "; the warm-up lasts longer: the full learning rate is never reached"
     if job.run.checkpoint:

@@ -67,75 +67,39 @@ def save(
     averaged: nn.Module | None = None,
     writers: Writers = ALONE,
 ) -> Path:
-    """Write the checkpoint of `step`; keep it and the newest `keep` - 1 before it, or all.
+    """Write the checkpoint of a step, and drop those that are no longer needed.
 
-    writers: every process of it calls this, with its part of a sharded model; else call it on one process. UserError on
-    each, with path and free space, where it cannot be written; earlier checkpoints are not touched then.
+    Args:
+        folder: Of the checkpoints of a run.
+        step: Optimizer steps that are done.
+        model: Whose weights are kept.
+        optimizer: Whose moments are kept; None: none.
+        state: What state.json holds beside the step.
+        keep: How many of the newest checkpoints stay; None: all.
+        averaged: A moving average of the weights.
+        writers: Every process of it calls this, with its part of a sharded model; else call it on one process.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        UserError: It cannot be written, on every process, with path and free space. Earlier checkpoints are untouched.
     """
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.tmp"
-    written = {"model": lambda: model.state_dict()}
+    tensors = {"model": lambda: model.state_dict()}
     if averaged is not None:
-        written["averaged"] = lambda: averaged.state_dict()
+        tensors["averaged"] = lambda: averaged.state_dict()
     if optimizer is not None:
-        written["optimizer"] = lambda: optimizer_tensors(model, optimizer)
+        tensors["optimizer"] = lambda: optimizer_tensors(model, optimizer)
 
-    def begin() -> None:
-        faults.point("save.begins")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        faults.point("save.folder_made")
-
-    def write() -> dict[str, str]:
-        for stem, tensors in written.items():
-            path = aside / writers.name(stem)
-            _save_part(tensors(), path, writers)
-            faults.point(f"save.{stem}_written", path)
-        files = [aside / writers.name(stem) for stem in written]
-        if writers.rank == 0:
-            files.append(aside / "state.json")
-            files[-1].write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
-            faults.point("save.state_written", files[-1])
-        for path in files:
-            _sync(path)
-        faults.point("save.files_synced")
-        return {path.name: _sha256(path) for path in files}
-
-    def finish() -> None:
-        (aside / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True))
-        faults.point("save.manifest_written", aside / MANIFEST)
-        for name in digests:  # safetensors writes for the owner alone
-            shutil.copymode(aside / MANIFEST, aside / name)
-        _sync(aside / MANIFEST)
-        _sync(aside)
-        if final.exists():  # saved before an interruption that came after; the same step, the same content
-            shutil.rmtree(final)
-        faults.point("save.before_rename")
-        os.replace(aside, final)
-        faults.point("save.renamed")
-        _sync(folder)
-
-    def together(act: Callable[[], T], *, on: int | None = None) -> list[T | None]:
-        """What `act` gives on each process, or on one; UserError on all where it fails on any."""
-        fault, result = None, None
-        try:
-            if on is None or writers.rank == on:
-                result = act()
-        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-            fault = error
-        said = fault and f"{final}: cannot be saved: {getattr(fault, 'strerror', None) or fault} ({_free(folder)})"
-        found = writers.gathered([(said, result)])
-        first = next((line for line, _ in found if line), None)
-        if first:
-            if writers.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                raise UserError(first) from fault
-            raise ToldElsewhere(first) from fault
-        return [value for _, value in found]
-
-    together(begin, on=0)
-    digests = {name: digest for of_one in together(write) for name, digest in (of_one or {}).items()}
-    together(finish, on=0)
+    # Each step is made by all writers, or given up by all: nobody waits for a process that has failed. The folder has
+    # its own name only when everything in it is on the disk.
+    together = partial(_together, writers, final, aside)
+    together(partial(_begin, aside), on=0)
+    written = together(partial(_write, aside, {"format": FORMAT, "step": step, **state}, tensors, writers))
+    digests = {name: digest for of_one in written for name, digest in (of_one or {}).items()}
+    together(partial(_finish, aside, final, digests), on=0)
     if writers.rank == 0:
         # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
         earlier = [p for p in steps(folder) if p.name <= final.name]
@@ -143,6 +107,74 @@ def save(
             _remove(old)
     faults.point("save.ends")
     return final
+
+
+def _begin(aside: Path) -> None:
+    """Make the folder that is written into, beside the final one."""
+    faults.point("save.begins")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    faults.point("save.folder_made")
+
+
+def _write(
+    aside: Path, state: JsonObject, tensors: dict[str, Callable[[], dict[str, Tensor]]], writers: Writers
+) -> dict[str, str]:
+    """Write and sync this process's files, and return the checksum of each."""
+    for stem, make in tensors.items():
+        path = aside / writers.name(stem)
+        _save_part(make(), path, writers)
+        faults.point(f"save.{stem}_written", path)
+    files = [aside / writers.name(stem) for stem in tensors]
+    if writers.rank == 0:
+        files.append(aside / "state.json")
+        files[-1].write_text(json.dumps(state, indent=1))
+        faults.point("save.state_written", files[-1])
+    for path in files:
+        _sync(path)
+    faults.point("save.files_synced")
+    return {path.name: _sha256(path) for path in files}
+
+
+def _finish(aside: Path, final: Path, digests: dict[str, str]) -> None:
+    """Write the manifest, sync the folder, and give it its name."""
+    (aside / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True))
+    faults.point("save.manifest_written", aside / MANIFEST)
+    for name in digests:  # safetensors writes for the owner alone
+        shutil.copymode(aside / MANIFEST, aside / name)
+    _sync(aside / MANIFEST)
+    _sync(aside)
+    if final.exists():  # saved before an interruption that came after; the same step, the same content
+        shutil.rmtree(final)
+    faults.point("save.before_rename")
+    os.replace(aside, final)
+    faults.point("save.renamed")
+    _sync(final.parent)
+
+
+def _together(
+    writers: Writers, final: Path, aside: Path, act: Callable[[], T], *, on: int | None = None
+) -> list[T | None]:
+    """Return what `act` gives on each process, or on one of them.
+
+    Raises:
+        UserError: It failed on some process; raised on all of them.
+    """
+    fault, result = None, None
+    try:
+        if on is None or writers.rank == on:
+            result = act()
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        fault = error
+    line = fault and f"{final}: cannot be saved: {getattr(fault, 'strerror', None) or fault} ({_free(final.parent)})"
+    found = writers.gathered([(line, result)])
+    first = next((line for line, _ in found if line), None)
+    if first:
+        if writers.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(first) from fault
+        raise ToldElsewhere(first) from fault
+    return [value for _, value in found]
 
 
 def save_together(

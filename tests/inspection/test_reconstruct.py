@@ -185,7 +185,7 @@ def test_the_last_picture_is_that_of_the_last_checkpoint(run: Path, shards: Path
     held_out = held_out_rows(images.counts, recipe.data.held_out)
     counts = np.asarray(images.counts) - held_out
     crop = Crop((16, 16), 3, (0.2, 1.0), (1.0, 1.0), 0.5, recipe.data.formats, recipe.data.max_image_pixels)
-    batch = _held_out_batch(PretrainDataset(images, crop, build_mask(recipe), (4, 4), 0, counts, 16), counts, held_out)
+    batch = _held_out_batch(PretrainDataset(images, crop, build_mask(recipe), (4, 4), 0, counts, 16))
     found = draw_predictions(model.eval(), batch.images[:3], batch.units.of(slice(3)))
     shown = next(p.images for p in found[0].panels if p.title == "pasted")
     wanted = (255 * shown).round().byte().permute(0, 2, 3, 1).numpy()

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -102,18 +102,9 @@ def pack(
     ]
     pending = [job for job in jobs if not os.path.exists(job[1])]
     try:
-        if workers <= 1 or len(pending) <= 1:
-            for done, job in enumerate(pending, 1):
-                _write_shard(*job)
-                if on_shard:
-                    on_shard(len(jobs) - len(pending) + done, len(jobs))
-        else:
-            with ProcessPoolExecutor(min(workers, len(pending)), initializer=end_with, initargs=(os.getpid(),)) as pool:
-                futures = [pool.submit(_write_shard, *job) for job in pending]
-                for done, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    if on_shard:
-                        on_shard(len(jobs) - len(pending) + done, len(jobs))
+        for done, _ in enumerate(_write_shards(pending, workers), len(jobs) - len(pending) + 1):
+            if on_shard:
+                on_shard(done, len(jobs))
     except BrokenProcessPool as error:
         raise UserError("a packing process died (out of memory?); run the same command again to go on") from error
     except OSError as error:
@@ -135,6 +126,23 @@ def pack(
         write_listing(out, indexes)
         _write_text(os.path.join(out, DESCRIPTION), json.dumps({**description, "images": images}, indent=1))
     return Packed(len(paths), len(pending), missing, images, found.labeled, found.classes, sorted(skipped))
+
+
+Job = tuple[Source, str, int, int]
+"""A source, the path of a shard, and its first and last image, the last one not included."""
+
+
+def _write_shards(pending: list[Job], workers: int) -> Iterator[None]:
+    """Write shards, in processes if there are several, and yield after each."""
+    if workers <= 1 or len(pending) <= 1:
+        for job in pending:
+            _write_shard(*job)
+            yield
+        return
+    with ProcessPoolExecutor(min(workers, len(pending)), initializer=end_with, initargs=(os.getpid(),)) as pool:
+        for future in as_completed([pool.submit(_write_shard, *job) for job in pending]):
+            future.result()
+            yield
 
 
 def _claim(out: Path, description: dict[str, object]) -> None:
