@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpp.errors import BadImage, MppWarning, UserError, there
+from mpp.errors import BadImage, MppWarning, UserError, require_existing
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new, encoder_folder
 
@@ -126,7 +126,7 @@ def predict(
     """
     if views not in (1, 2, 10):
         raise UserError(f"views: {views}; allowed: 1, 2, 10")
-    there(encoder, *images)
+    require_existing(encoder, *images)
     encoder_folder(encoder)
     from mpp.finetuning import predict_images as predicting
 
@@ -215,7 +215,7 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
 
 def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
     """Verify an export and send it to a Hugging Face hub, as OWNER/NAME; -> its address. UserError."""
-    there(folder)
+    require_existing(folder)
     from mpp.exchange import upload as uploading
 
     return uploading.upload(folder, repository, public=public)
@@ -227,7 +227,7 @@ def import_weights(file: str | Path, out: str | Path, **options: Any) -> Importe
     Options: model, args, image_size, channels, mean, std, prefix, partial, trust; see `mpp.exchange.import_weights`.
     UserError where any of the encoder's weights is not there as it should be.
     """
-    there(file)
+    require_existing(file)
     check_new(Path(out))
     from mpp.exchange.import_weights import import_weights
 

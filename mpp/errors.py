@@ -72,7 +72,7 @@ def how_to_get(*extras: str) -> str:
     return f"pip install {' '.join(words)}" if words else f"pip install '.[{','.join(extras)}]'"
 
 
-def meant(name: str | os.PathLike[str]) -> str:
+def suggest_path(name: str | os.PathLike[str]) -> str:
     """Of a place that is not there: what lies beside it under a name like it, as the end of a message; or ''."""
     import difflib
 
@@ -84,8 +84,8 @@ def meant(name: str | os.PathLike[str]) -> str:
     return f"; is '{os.path.join(os.path.dirname(name), like[0])}' meant?" if like else ""
 
 
-def there(*places: str | os.PathLike[str]) -> None:
+def require_existing(*places: str | os.PathLike[str]) -> None:
     """UserError for the first that is not: said at once, before anything heavy is imported."""
     for place in places:
         if not os.path.lexists(place):
-            raise UserError(f"{place}: no such file or folder{meant(place)}")
+            raise UserError(f"{place}: no such file or folder{suggest_path(place)}")

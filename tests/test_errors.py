@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpp.errors import UserError, how_to_get, one_line, there
+from mpp.errors import UserError, how_to_get, one_line, require_existing
 
 
 def test_somebody_elses_error_is_one_line_without_secrets() -> None:
@@ -42,8 +42,8 @@ def test_how_to_get_it_in_a_checkout_that_is_not_installed(monkeypatch: pytest.M
 
 def test_a_place_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    there(tmp_path, tmp_path / "photos")
+    require_existing(tmp_path, tmp_path / "photos")
     with pytest.raises(UserError, match=r"fotos: no such file or folder; is '.*photos' meant\?$"):
-        there(tmp_path, tmp_path / "fotos")
+        require_existing(tmp_path, tmp_path / "fotos")
     with pytest.raises(UserError, match=r"/deeper: no such file or folder$"):
-        there(tmp_path / "nothing like it" / "deeper")
+        require_existing(tmp_path / "nothing like it" / "deeper")

@@ -19,7 +19,7 @@ ORDER = [
 ]  # fmt: skip
 """From the lowest to the highest. A file imports from its own package and from those before it."""
 COMPONENTS_USE = {
-    "mpp.data.batch", "mpp.encoders.cells", "mpp.encoders.maps", "mpp.objective.interfaces", "mpp.objective.grid",
+    "mpp.data.batch", "mpp.encoders.cells", "mpp.encoders.maps", "mpp.encoders.teacher", "mpp.objective.interfaces", "mpp.objective.grid",
     "mpp.objective.colours", "mpp.objective.weight_init", "mpp.finetuning.task", "mpp.finetuning.pyramid",
     "mpp.parallel.sharding", "mpp.recipe.values",
 }  # fmt: skip

@@ -60,7 +60,7 @@ def _show_warning(message: object, category: type[Warning], filename: str, linen
     click.echo(text, err=True)
 
 
-def part() -> None:
+def leave_process_group() -> None:
     """Leave the process group in good order: a process that just ends may abort on a thread that still waits for it."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -81,7 +81,7 @@ class Commands(click.Group):
         keep_output_open()
         try:
             result = super().invoke(ctx)
-            part()
+            leave_process_group()
             return result
         except ToldElsewhere:
             sys.exit(2)

@@ -11,7 +11,7 @@ import click
 
 import mpp
 from mpp.cli.app import JSON, main, to_json
-from mpp.errors import UserError, there
+from mpp.errors import UserError, require_existing
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new
 
@@ -75,7 +75,7 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 @JSON
 def export(run: str, out: str, format: str, as_json: bool) -> None:
     """Write the encoder of RUN (a run, a fine-tuned cell, an export) to the new folder OUT, and verify it there."""
-    there(run)
+    require_existing(run)
     _clear_away_when_ended()
     _say_verified(mpp.export(run, out, format), as_json)
 
@@ -128,7 +128,7 @@ def import_(
     FILE may be a folder of transformers', or a file with weights named as by MAE, SimMIM, mmpretrain, transformers,
     lightly, torchvision or timm, perhaps nested and with a prefix. KEY=VALUE: arguments of the model (patch_size=8).
     """
-    there(file)
+    require_existing(file)
     check_new(Path(out))
     from mpp.recipe.overrides import apply_overrides, parse_overrides
 
@@ -166,7 +166,7 @@ def _numbers(text: str | None, key: str) -> list[float] | None:
 @JSON
 def verify(folder: str, as_json: bool) -> None:
     """Load an exported FOLDER in a clean process, as its users do, and compare what it gives."""
-    there(folder)
+    require_existing(folder)
     _say_verified(mpp.verify(folder), as_json)
 
 

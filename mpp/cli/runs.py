@@ -8,7 +8,7 @@ import click
 
 import mpp
 from mpp.cli.app import JSON, main, to_json
-from mpp.errors import UserError, there
+from mpp.errors import UserError, require_existing
 
 
 @main.command()
@@ -30,7 +30,7 @@ def replay(run: str, step: int | None, as_json: bool) -> None:
 @click.option("--out", default="reconstructions.png", show_default=True)
 def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
     """Draw what RUN predicts for hidden patches of IMAGES, files or folders; without any, its own through training."""
-    there(run, *images)
+    require_existing(run, *images)
     from mpp.inspection.reconstruct import reconstruct as draw
 
     click.echo(f"{draw(run, images, out)}")
@@ -44,7 +44,7 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
     """Where RUNS stand: step, time left, skill, throughput, last checkpoint, warnings; from their files."""
     import time
 
-    there(*runs)
+    require_existing(*runs)
     from mpp.runs.watch import record, standing
 
     if as_json:
@@ -66,7 +66,7 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
 @click.option("--out", default=None, metavar="FILE", help="Default: report.html in the first run.")
 def report(runs: tuple[str, ...], out: str | None) -> None:
     """One HTML page about RUNS: a pretraining run with its fine-tunes and evaluations, or several compared."""
-    there(*runs)
+    require_existing(*runs)
     click.echo(f"{mpp.report(runs, out)}")
 
 

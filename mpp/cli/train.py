@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, RANK, main, part, to_json
+from mpp.cli.app import JSON, RANK, leave_process_group, main, to_json
 from mpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def _exit_as_stopped(result: PretrainResult | FinetuneResult) -> None:
     """Exit as the signal that stopped a run would end a program, so that `&&` and `make` stop as well."""
     if result.state == "stopped":
         sys.stdout.flush()
-        part()
+        leave_process_group()
         sys.exit(128 + signal.Signals[str(result.signal)])
 
 

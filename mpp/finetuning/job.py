@@ -23,7 +23,7 @@ from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import Team
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.runs.log import RunLog
-from mpp.training.nonfinite import Statistics
+from mpp.training.nonfinite import BatchNormStatistics
 from mpp.training.optimizer import GuardedOptimizer
 from mpp.training.plan import Plan
 from mpp.training.steps import MicroBatchStream, Pace
@@ -73,7 +73,7 @@ class Finetuning:
     """The first step in which a parameter of the encoder learns."""
     optimizer: GuardedOptimizer
     micro_loss: MicroLoss
-    statistics: Statistics
+    batch_norms: BatchNormStatistics
     progress: Progress
     micro_batches: MicroBatchStream[LabeledBatch]
     pace: Pace

@@ -23,14 +23,15 @@ from mpp.runs.verdict import name_unread
 from mpp.training import nonfinite
 from mpp.training.steps import StepReport, StepReports
 
-PICTURES = "predictions.png"
+PREDICTIONS = "predictions.png"
 
 
 def train(job: Finetuning) -> dict[str, float] | None:
     """Train until the last step, until nothing gets better, or until a signal asks to stop. One turn of the loop is
     one optimizer step.
 
-    What came of a step is read from the device one turn later, as in pretraining.
+    The results of a step are read from the device in the next turn, when the device is busy with the next step. So the
+    host never waits for the device, except if something is due that needs the newest numbers.
 
     Returns:
         The metrics on the validation images, or None if a signal stopped the cell (it has a checkpoint then).
@@ -43,14 +44,14 @@ def train(job: Finetuning) -> dict[str, float] | None:
     for step in range(progress.step, plan.total_steps):
         if progress.given_up:  # a resumed cell that had ended early already
             break
-        faults.point("train.step_begins")
-        due = plan.due_after(step)
+        faults.point("train.step_begins")  # tests make processes fail here
+        due = plan.due_after(step)  # of log, checkpoint, held_out; everything, and "end", after the last step
         job.wrapped.train()  # also after a measurement
         job.model.encoder.train(step >= job.encoder_learns_at)  # a frozen one keeps its batch norms' statistics, too
 
-        # 1. Gradients of this process's micro-batches; exchanged in the last backward pass of the step. Parameters that
-        #    do not learn yet lose theirs.
-        job.statistics.remember()
+        # 1. Gradients of this process's micro-batches, exchanged in the last backward pass of the step. The micro-loss
+        #    seeds dropout and augmentation on the device. Gradients of parameters that are still frozen are discarded.
+        job.batch_norms.remember()
         for batch, is_last in job.micro_batches.of_step(step):
             with team.accumulate(job.wrapped, exchange=is_last):
                 loss = job.micro_loss(job.wrapped, batch.images, batch.labels, int(batch.positions[0]))
@@ -59,12 +60,13 @@ def train(job: Finetuning) -> dict[str, float] | None:
             reports.add(batch, loss.view(1))
         grad_norm = team.clip_gradients(job.learning_parameters(step), recipe.optim.clip_grad_norm)
 
-        # 2. The update. The device itself leaves it out if loss or gradient is not finite, and puts the statistics of
-        #    batch norms back. Reports are read before the weights change: a step that is not finite is kept for
-        #    `mpp replay` with the weights it had.
+        # 2. The update. If the loss or the gradient norm is not finite, the device skips it, with weight decay and
+        #    moments, and restores the statistics of batch norms. The report of step N arrives in turn N + 1, before
+        #    that turn's update: if step N was skipped, the weights are still those that it ran with, and the step is
+        #    kept with them for `mpp replay`. If something is due or the run stops, step N is reported in its own turn.
         run.watch.at(step, "exchanging losses")
         finite = reports.send(step, grad_norm)
-        job.statistics.put_back(unless=finite)
+        job.batch_norms.restore(unless=finite)
         for report in reports.arrived(everything=bool(due)):
             account_for(report, job)
         lr = plan.lr(step)
@@ -75,13 +77,13 @@ def train(job: Finetuning) -> dict[str, float] | None:
         job.pace.steps += 1
         job.log.step()
 
-        # 3. What is due: judge on training images held out, write a line of metrics, save. A cell that is asked to
-        #    stop finishes its step, saves, and stops.
+        # 3. What is due: judge on held-out training images, write a line of metrics, save. If the cell is asked to
+        #    stop (SIGINT, SIGTERM, SIGUSR1, SIGHUP), it finishes its step, saves, and stops.
         run.watch.at(progress.step, SAVING)
-        tuned = judge_held_out(job) if "held_out" in due else {}
+        score = judge_held_out(job) if "held_out" in due else {}
         ending = reports.stopping or progress.given_up or "end" in due
-        if "log" in due or tuned or ending:
-            job.log.metrics(record_of(job, lr, tuned))
+        if "log" in due or score or ending:
+            job.log.metrics(record_of(job, lr, score))
         if "checkpoint" in due or ending:
             save(job, required=ending)
         if reports.stopping and "end" not in due and not progress.given_up:
@@ -103,19 +105,20 @@ def account_for(report: StepReport, job: Finetuning) -> None:
     run, progress, folder = job.run, job.progress, job.cell.folder
     recipe, train = run.recipe, run.train
     (progress.loss,), progress.grad_norm = report.losses, report.grad_norm
-    seen = report.step * job.plan.global_batch_size
+    seen_before = report.step * job.plan.global_batch_size
     if not (math.isfinite(report.grad_norm) and math.isfinite(progress.loss)):
         progress.skipped += 1
-        weights, keys = job.model.task.class_weights, job.sampler.keys(seen)
+        weights = job.model.task.class_weights
+        keys = job.sampler.keys(seen_before)  # (position, 0, place in the subset) of the images of each micro-batch
         record = {
             "arm": job.cell.arm,
             "encoder_learns": report.step >= job.encoder_learns_at,
             "seed": job.cell.seed,
             "classes": train.classes,
             "class_weights": None if weights is None else weights.tolist(),
-            "seeds": [of_batch[0][0] for of_batch in keys],
+            "seeds": [position for ((position, _, _), *_) in keys],
             "losses": nonfinite.losses_as_text(report.micro_losses, job.plan.micro_batches),
-            "samples": [[train.reader.name(int(job.subset[place])) for *_, place in of_batch] for of_batch in keys],
+            "samples": [[train.reader.name(int(job.subset[place])) for _, _, place in of_batch] for of_batch in keys],
         }
         line = nonfinite.keep_step(
             run.team,
@@ -131,22 +134,27 @@ def account_for(report: StepReport, job: Finetuning) -> None:
         )
         job.log.say(line)
     if report.unreadable:
-        lines = run.team.gather(report.unreadable_lines)  # each process knows of its own alone
-        seen += job.plan.global_batch_size
-        most = recipe.data.max_bad_fraction
-        progress.unreadable = count_unreadable(progress.unreadable, report.unreadable, lines, seen, most, job.log)
+        progress.unreadable = count_unreadable(
+            progress.unreadable,
+            report.unreadable,
+            run.team.gather(report.unreadable_lines),  # each process knows only its own
+            seen_before + job.plan.global_batch_size,
+            recipe.data.max_bad_fraction,
+            job.log,
+        )
 
 
 def ema_decay(decay: float, step: int) -> float:
-    """Return how much of the average stays after `step` steps: less in the first ones."""
+    """Return the decay of the moving average in this step; it is smaller in the first steps."""
     return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
 def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Tensor) -> None:
-    """Move averaged weights towards the model's; statistics of batch norms are copied.
+    """Move averaged weights towards the model's, and copy the statistics of batch norms.
 
-    only_if: () bool on the device: whether the step was made. Nothing changes otherwise.
+    only_if: () bool on the device: whether the step was made. If it was not, the weights stay, and the statistics have
+    been restored already.
     """
     weight = (1 - decay) * only_if
     for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
@@ -156,7 +164,7 @@ def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Ten
 
 
 def judge_held_out(job: Finetuning) -> dict[str, float]:
-    """Judge on training images that were held out, keep the best weights, and give up after too many worse ones.
+    """Judge on held-out training images, keep the best weights, and give up after too many scores without a new best.
 
     Returns:
         The score, for a line of metrics.
@@ -167,24 +175,24 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
         run.recipe, run.team, run.kind, job.judged, run.train, job.held_out, "early_stop", headline_only=True
     )
     score = judged.metrics[headline]
-    progress.worse += 1
+    progress.since_best += 1
     if score > progress.best:
-        progress.best, progress.best_step, progress.worse = score, progress.step, 0
+        progress.best, progress.best_step, progress.since_best = score, progress.step, 0
         folder = job.cell.folder / "best"
         checkpoint.save_together(run.team, folder, progress.step, job.model, None, {}, keep=None, averaged=job.averaged)
-    progress.given_up = progress.worse >= run.recipe.early_stop.patience
+    progress.given_up = progress.since_best >= run.recipe.early_stop.patience
     return {f"tune_{headline}": score}
 
 
-def record_of(job: Finetuning, lr: float, tuned: dict[str, float]) -> dict[str, float]:
-    """Return a line of metrics. What was measured now is in this line alone."""
+def record_of(job: Finetuning, lr: float, score: dict[str, float]) -> dict[str, float]:
+    """Return a line of metrics. score: on held-out training images, only in the line of the step that measured it."""
     progress, global_batch = job.progress, job.plan.global_batch_size
-    record = {"step": progress.step, "seen": progress.step * global_batch, "loss": progress.loss, "lr": lr, **tuned}
+    record = {"step": progress.step, "seen": progress.step * global_batch, "loss": progress.loss, "lr": lr, **score}
     return record | {"grad_norm": progress.grad_norm, **job.pace.rates(global_batch)}
 
 
 def save(job: Finetuning, *, required: bool) -> None:
-    """Write a checkpoint, and drop the best weights that no checkpoint names any more.
+    """Write a checkpoint, then drop all best weights but those that this checkpoint names.
 
     Args:
         required: If it cannot be written, end the run, whatever the recipe's `if_unsaved` says.
@@ -222,10 +230,10 @@ def stop(job: Finetuning) -> None:
 
 
 def finish(job: Finetuning) -> dict[str, float]:
-    """Judge on the validation images and write the model.
+    """Load the best weights if the cell stops early, merge adapters, judge on the validation images, write the model.
 
-    The step is the last one, or the best one on training images held out. None is chosen by looking at the validation
-    images.
+    The weights are those of the last step, or the best ones on held-out training images. None are chosen by looking at
+    the validation images.
     """
     run, progress, folder, model = job.run, job.progress, job.cell.folder, job.judged
     if run.recipe.early_stop:
@@ -239,7 +247,7 @@ def finish(job: Finetuning) -> dict[str, float]:
     if run.team.is_main:
         save_model(model, folder, run.recipe, judged.metrics, run.train.classes)
         _record_result(job, judged)
-        run.kind.draw(model, run.val, folder / PICTURES)
+        run.kind.draw(model, run.val, folder / PREDICTIONS)
     job.log.close()
     run.team.wait()
     return judged.metrics

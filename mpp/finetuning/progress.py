@@ -21,7 +21,7 @@ class Progress:
     best: float = -1.0
     """The best score on training images held out, if the recipe stops early."""
     best_step: int = 0
-    worse: int = 0
+    since_best: int = 0
     """Measurements since the best one."""
     given_up: bool = False
     """Whether the score has not risen for so long that the cell ends early."""
@@ -35,7 +35,7 @@ class Progress:
         return {
             "best": self.best,
             "best_step": self.best_step,
-            "worse": self.worse,
+            "worse": self.since_best,
             "given_up": self.given_up,
             "skipped": self.skipped,
             "bad": self.unreadable,
@@ -50,6 +50,6 @@ class Progress:
             skipped=state["skipped"],
             best=state["best"],
             best_step=state["best_step"],
-            worse=state["worse"],
+            since_best=state["worse"],
             given_up=state["given_up"],
         )

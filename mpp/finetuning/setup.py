@@ -29,7 +29,7 @@ from mpp.runs import checkpoint
 from mpp.runs.log import RunLog
 from mpp.runs.trackers import Trackers
 from mpp.training.exchange import accumulation
-from mpp.training.nonfinite import Statistics
+from mpp.training.nonfinite import BatchNormStatistics
 from mpp.training.optimizer import GuardedOptimizer, adamw, finetune_groups, unfreeze
 from mpp.training.plan import Plan, steps_of
 from mpp.training.steps import MicroBatchStream, Pace
@@ -109,7 +109,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
         encoder_learns_at=min(starts, default=plan.total_steps),
         optimizer=guarded,
         micro_loss=micro_loss,
-        statistics=Statistics(model, needed=recipe.max_skipped_steps > 0),
+        batch_norms=BatchNormStatistics(model, needed=recipe.max_skipped_steps > 0),
         progress=progress,
         micro_batches=MicroBatchStream(
             on_device(loaded, team.device) if cuda else loaded, micro_batches, run.watch, pace

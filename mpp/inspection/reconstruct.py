@@ -52,7 +52,7 @@ def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path
     found = draw_predictions(model, batch, units)
     if not found:
         names = ", ".join(o.name for o in model.objectives)
-        raise UserError(f"{run}: target {names}: has no picture; those with one: pixels, norm_pixels, colours, hog")
+        raise UserError(f"{run}: target {names} has no picture")
     blocks = []
     for drawn in found:
         rows = [[tile(p.images[i]) for p in drawn.panels] for i in range(len(batch))]

@@ -22,7 +22,7 @@ from mpp.inspection.reading import TokenPlaces, patch_filters, position_table
 from mpp.recipe.flat import JsonObject
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from mpp.drawing.plots import Figure
 
 SHOWN_PLACES = 8
 """Rows and columns of places whose similarities are drawn."""

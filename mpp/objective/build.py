@@ -16,7 +16,7 @@ from mpp.encoders.teacher import FrozenTeacher, frozen_copy, frozen_teacher
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import MppWarning, UserError
 from mpp.objective import contract
-from mpp.objective.interfaces import CorruptionContext, Mask, TargetContext
+from mpp.objective.interfaces import Corruption, CorruptionContext, Mask, TargetContext
 from mpp.objective.model import MaskedPatchModel, Objective
 from mpp.objective.weight_init import init_as_mae
 from mpp.recipe import registry
@@ -29,10 +29,18 @@ def build_mask(recipe: PretrainRecipe) -> Mask:
     return registry.build("mask", recipe.mask)
 
 
-def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, int]]:
-    """The model, initialised from the recipe's seed, and the grid of mask units (uh, uw).
+def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[MaskedPatchModel, tuple[int, int]]:
+    """Build the model, initialised from the recipe's seed.
 
-    UserError for every combination that cannot work, with the keys.
+    Args:
+        recipe: Resolved.
+        mask: The recipe's, if it has been built already.
+
+    Returns:
+        The model, and the grid of mask units (uh, uw).
+
+    Raises:
+        UserError: A combination that cannot work, with the keys.
     """
     size, channels = recipe.data.image_size, recipe.data.channels
     _check_encoder_args(recipe.encoder.args)
@@ -49,10 +57,10 @@ def build_model(recipe: PretrainRecipe) -> tuple[MaskedPatchModel, tuple[int, in
             f"data.image_size: must be multiples of the mask's unit, {unit} px, and at least two of them; "
             f"got {size[0]}×{size[1]}"
         )
-    mask = build_mask(recipe)
-    _check_corruption(recipe, encoder, unit)
+    mask = mask or build_mask(recipe)
     stem_dim = encoder.stem.dim if encoder.stem else 0
     corruption = registry.build("corruption", recipe.corruption, CorruptionContext(stem_dim, channels, unit))
+    _check_corruption(corruption, encoder, unit)
     objectives = _build_objectives(recipe, encoder, unit, corruption.hidden_enter)
     mean, std = recipe.data.mean_std()
     grid = (size[0] // unit, size[1] // unit)
@@ -151,32 +159,32 @@ def _try_now(model: MaskedPatchModel, name: str) -> None:
     )
 
 
-def _check_corruption(recipe: PretrainRecipe, encoder: TimmEncoder, unit: int) -> None:
-    """Whether this encoder can do what the corruption wants."""
-    cls = registry.component("corruption", recipe.corruption.name)
-    enter = getattr(recipe.corruption, "enter", 0)
-    by_dropping = cls.mechanism == "drop" or enter > 0
-    key = "corruption.name: drop" if cls.mechanism == "drop" else f"corruption.enter: {enter}"
+def _check_corruption(corruption: Corruption, encoder: TimmEncoder, unit: int) -> None:
+    """Raise UserError if this encoder cannot do what the corruption needs."""
+    enter, drops = corruption.enter, corruption.mechanism == "drop"
+    by_dropping = drops or enter > 0
+    key = "corruption.name: drop" if drops else f"corruption.enter: {enter}"
+    pixel = registry.named_with("corruption", mechanism="pixel")
     if by_dropping and not encoder.drops:
+        keeping = [n for n in registry.named_with("corruption", mechanism="token") if n != "token"]
         raise UserError(
             f"{key}: {encoder.family} cannot run on a part of its tokens (windows, strides, mixing or biases over "
-            "all places). Allowed with it: corruption.name: token with enter: 0, pixel_patch, zeros, random_patch, bert"
+            f"all places). Allowed with it: corruption.name: token with enter: 0, {', '.join(pixel + keeping)}"
         )
     if by_dropping and unit % encoder.stride:
         raise UserError(
             f"{key}: mask units must be multiples of the encoder's stride, {encoder.stride} px, to drop their "
             f"tokens; mask.unit_px is {unit}"
         )
-    if cls.mechanism == "token" and encoder.stem is None:
+    if corruption.mechanism == "token" and encoder.stem is None:
         if encoder.stems:
             strides = " or ".join(str(s.stride) for s in encoder.stems)
             raise UserError(
                 f"mask.unit_px: mask tokens need a multiple of the stem's stride, {strides} px; got {unit}. "
-                "Or use corruption.name: pixel_patch"
+                f"Or use corruption.name: {pixel[0]}"
             )
         raise UserError(
-            f"corruption.name: {encoder.family} has no stem that takes mask tokens. "
-            "Allowed with it: pixel_patch, zeros, random_patch"
+            f"corruption.name: {encoder.family} has no stem that takes mask tokens. Allowed with it: {', '.join(pixel)}"
         )
     if enter >= encoder.depth > 0:
         raise UserError(

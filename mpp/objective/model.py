@@ -13,8 +13,8 @@ from mpp.encoders.adapter import TimmEncoder
 from mpp.encoders.cells import Cells, Corrupted, gather_cells, patchify, repeat_cells, unpatchify
 from mpp.objective.grid import hidden_cells, lowest, visible_cells
 from mpp.objective.interfaces import Corruption, Head, Loss, Target
+from mpp.recipe.registry import named_with
 
-HEADS_WITHOUT_HIDDEN_TOKENS = "transformer, cross_attention"
 LEAST_BITS = 1.0
 """Entropy of a target's classes below which a run warns (a guess; 512 colours of photographs carry 5 to 7)."""
 
@@ -75,15 +75,17 @@ class MaskedPatchModel(nn.Module):
         finer = unit_px < encoder.stride
         for o in objectives:
             if o.head.needs_hidden_tokens and not corruption.hidden_enter:
+                allowed = ", ".join(named_with("head", needs_hidden_tokens=False))
                 raise ValueError(
                     f"{o.where}head.name: this head reads the encoder's tokens of hidden cells, which this corruption "
-                    f"never makes. Allowed with it: {HEADS_WITHOUT_HIDDEN_TOKENS}; or use corruption.name: token"
+                    f"never makes. Allowed with it: {allowed}; or use corruption.name: token"
                 )
             if finer and not o.head.needs_hidden_tokens:
+                allowed = ", ".join(named_with("head", needs_hidden_tokens=True))
                 raise ValueError(
                     f"{o.where}head.name: mask units of {unit_px} px are parts of the encoder's cells of "
                     f"{encoder.stride} px, which this head cannot split into hidden and visible ones. "
-                    "Allowed with them: linear, mlp"
+                    f"Allowed with them: {allowed}"
                 )
         self.encoder, self.corruption, self.guide = encoder, corruption, guide
         self.objectives: Any = nn.ModuleList(objectives)

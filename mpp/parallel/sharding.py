@@ -75,7 +75,7 @@ class Whole(Generic[M]):
         self._copy: M = copy.deepcopy(model).cpu() if sharded else model
 
     @contextmanager
-    def now(self, device: torch.device) -> Iterator[M]:
+    def on_device(self, device: torch.device) -> Iterator[M]:
         """With the weights as they are, on the device. Every process comes here, or none."""
         if self._copy is self._model:
             yield self._model

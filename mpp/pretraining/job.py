@@ -45,7 +45,7 @@ class Pretraining:
     """A copy of the model with all its weights, to be looked at."""
     optimizer: GuardedOptimizer
     trained: list[nn.Parameter]
-    statistics: nonfinite.Statistics
+    batch_norms: nonfinite.BatchNormStatistics
     progress: Progress
     micro_batches: MicroBatchStream[Batch]
     pace: Pace

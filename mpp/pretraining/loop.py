@@ -29,7 +29,7 @@ class PretrainResult:
 
     out: Path
     state: str
-    """"finished", or "stopped" by a signal with a checkpoint to go on from."""
+    """"finished", or "stopped" by a signal with a checkpoint to resume from."""
     step: int
     loss: float
     """Of the last step, over all processes."""
@@ -58,8 +58,8 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
 def train(job: Pretraining) -> PretrainResult:
     """Train until the last step, or until a signal asks to stop. One turn of the loop is one optimizer step.
 
-    What came of a step is read from the device one turn later, when the device is busy with the next step. So the host
-    never waits for the device, except when something is due that needs the newest numbers.
+    The results of a step are read from the device in the next turn, when the device is busy with the next step. So the
+    host never waits for the device, except if something is due that needs the newest numbers.
     """
     recipe, team, plan, progress = job.recipe, job.team, job.plan, job.progress
     reports = StepReports(team, job.stop_request)
@@ -68,12 +68,12 @@ def train(job: Pretraining) -> PretrainResult:
     job.stop_request.listen()
 
     for step in range(progress.step, plan.total_steps):
-        faults.point("train.step_begins")
-        due = plan.due_after(step)
+        faults.point("train.step_begins")  # tests make processes fail here
+        due = plan.due_after(step)  # of log, checkpoint, skill, pictures, probe; everything, and "end", after the last
 
         # 1. Gradients of this process's micro-batches. Processes exchange gradients in the last backward pass of a
         #    step. A sharded model exchanges them every time: a process has no room for the gradients of all shards.
-        job.statistics.remember()
+        job.batch_norms.remember()
         for batch, is_last in job.micro_batches.of_step(step):
             seed_dropout(recipe.seed, batch)
             with team.accumulate(job.wrapped, exchange=is_last or job.sharded):
@@ -82,12 +82,13 @@ def train(job: Pretraining) -> PretrainResult:
             reports.add(batch, losses)
         grad_norm = team.clip_gradients(job.trained, recipe.optim.clip_grad_norm)
 
-        # 2. The update. The device itself leaves it out if loss or gradient is not finite, and puts the statistics of
-        #    batch norms back. Reports are read before the weights change: a step that is not finite is kept for
-        #    `mpp replay` with the weights it had.
+        # 2. The update. If the loss or the gradient norm is not finite, the device skips it, with weight decay and
+        #    moments, and restores the statistics of batch norms. The report of step N arrives in turn N + 1, before
+        #    that turn's update: if step N was skipped, the weights are still those that it ran with, and the step is
+        #    kept with them for `mpp replay`. If something is due or the run stops, step N is reported in its own turn.
         job.watch.at(step, "exchanging losses")
         finite = reports.send(step, grad_norm)
-        job.statistics.put_back(unless=finite)
+        job.batch_norms.restore(unless=finite)
         for report in reports.arrived(everything=bool(due)):
             account_for(report, job)
         lr = plan.lr(step)
@@ -97,10 +98,10 @@ def train(job: Pretraining) -> PretrainResult:
         job.pace.steps += 1
         job.log.step()
 
-        # 3. What is due: measure on held-out images, write a line of metrics, save. A run that is asked to stop
-        #    finishes its step, saves, and stops.
+        # 3. What is due: measure on held-out images, write a line of metrics, save. If the run is asked to stop
+        #    (SIGINT, SIGTERM, SIGUSR1, SIGHUP), it finishes its step, saves, and stops.
         job.watch.at(progress.step, SAVING)
-        measured = measure(job, due)
+        measured = measure(job, due)  # leaves the model in training mode
         if "log" in due or measured or reports.stopping:
             job.log.metrics(record_of(job, lr, measured))
         if "checkpoint" in due or reports.stopping:
@@ -121,14 +122,14 @@ def account_for(report: StepReport, job: Pretraining) -> None:
     recipe, progress = job.recipe, job.progress
     progress.losses, progress.grad_norm = report.losses, report.grad_norm
     progress.loss = sum(o.weight * loss for o, loss in zip(job.model.objectives, report.losses, strict=True))
-    seen = report.step * job.plan.global_batch_size
+    seen_before = report.step * job.plan.global_batch_size
     if not (math.isfinite(report.grad_norm) and math.isfinite(progress.loss)):
         progress.skipped += 1
-        keys = job.sampler.keys(seen)
+        keys = job.sampler.keys(seen_before)  # (position, shard, row) of the images of each micro-batch
         record = {
-            "seeds": [torch_seed(recipe.seed, Purpose.STEP, of_batch[0][0]) for of_batch in keys],
+            "seeds": [torch_seed(recipe.seed, Purpose.STEP, position) for ((position, _, _), *_) in keys],
             "losses": nonfinite.losses_as_text(report.micro_losses, job.plan.micro_batches),
-            "samples": [[job.dataset.images.name(s, r) for _, s, r in of_batch] for of_batch in keys],
+            "samples": [[job.dataset.images.name(shard, row) for _, shard, row in of_batch] for of_batch in keys],
         }
         line = nonfinite.keep_step(
             job.team,
@@ -144,10 +145,14 @@ def account_for(report: StepReport, job: Pretraining) -> None:
         )
         job.log.say(line)
     if report.unreadable:
-        lines = job.team.gather(report.unreadable_lines)  # each process knows of its own alone
-        seen += job.plan.global_batch_size
-        most = recipe.data.max_bad_fraction
-        progress.unreadable = count_unreadable(progress.unreadable, report.unreadable, lines, seen, most, job.log)
+        progress.unreadable = count_unreadable(
+            progress.unreadable,
+            report.unreadable,
+            job.team.gather(report.unreadable_lines),  # each process knows only its own
+            seen_before + job.plan.global_batch_size,
+            recipe.data.max_bad_fraction,
+            job.log,
+        )
 
 
 def save(job: Pretraining, *, required: bool) -> None:
@@ -185,7 +190,7 @@ def finish(job: Pretraining) -> PretrainResult:
     """Write the encoder as a timm folder, whose embedding is the mean of the patch tokens."""
     progress, folder = job.progress, job.run.out / "encoder"
     metrics = {"step": progress.step, "loss": progress.loss, "skill": progress.skill}
-    with job.whole.now(job.team.device) as model:
+    with job.whole.on_device(job.team.device) as model:
         pool_patches(model.encoder.model)
         job.team.on_main(partial(save_encoder, model.encoder.model, folder, trained_by(job.recipe), metrics))
     job.log.say(f"encoder: {folder}")

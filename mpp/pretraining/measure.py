@@ -78,7 +78,7 @@ def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
     if not due & {"probe", "skill", "pictures"}:
         return {}
     measured: JsonObject = {}
-    with job.whole.now(team.device) as model:
+    with job.whole.on_device(team.device) as model:
         if job.probe and "probe" in due:
             model.eval()
             progress.probed = job.probe(model.encoder.model, team.device)

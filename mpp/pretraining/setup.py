@@ -24,6 +24,7 @@ from mpp.data.unreadable import find_coarse_images
 from mpp.encoders.resolve import resolve
 from mpp.errors import UserError
 from mpp.objective.build import build_mask, build_model
+from mpp.objective.interfaces import Mask
 from mpp.objective.model import MaskedPatchModel
 from mpp.parallel.devices import compile_forward, cores_in_use, cpu_has_bf16
 from mpp.parallel.liveness import Watch
@@ -80,8 +81,9 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     optim = recipe.optim
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
 
-    model, mask_grid = build_model(recipe)
-    dataset, order = _open_dataset(recipe, team, mask_grid, micro_batches)
+    mask = build_mask(recipe)
+    model, mask_grid = build_model(recipe, mask)
+    dataset, order = _open_dataset(recipe, team, mask, mask_grid, micro_batches)
     plan = make_plan(recipe, order.epoch_len, micro_batches)
     whole = _place_on_device(model, recipe, team)
     optimizer = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
@@ -122,7 +124,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         whole=whole,
         optimizer=GuardedOptimizer(optimizer, team),
         trained=[p for p in model.parameters() if p.requires_grad],
-        statistics=nonfinite.Statistics(model, needed=recipe.max_skipped_steps > 0),
+        batch_norms=nonfinite.BatchNormStatistics(model, needed=recipe.max_skipped_steps > 0),
         progress=progress,
         micro_batches=MicroBatchStream(_load(dataset, sampler, recipe, team), micro_batches, watch, pace),
         pace=pace,
@@ -162,7 +164,7 @@ def make_crop(recipe: PretrainRecipe) -> Crop:
 
 
 def _open_dataset(
-    recipe: PretrainRecipe, team: Team, mask_grid: tuple[int, int], micro_batches: int
+    recipe: PretrainRecipe, team: Team, mask: Mask, mask_grid: tuple[int, int], micro_batches: int
 ) -> tuple[PretrainDataset, Order]:
     """Open the shards, hold some images out, and put the others in order."""
     data, optim = recipe.data, recipe.optim
@@ -179,7 +181,7 @@ def _open_dataset(
     dataset = PretrainDataset(
         images,
         make_crop(recipe),
-        build_mask(recipe),
+        mask,
         mask_grid,
         recipe.seed,
         train_counts,
@@ -279,7 +281,7 @@ def _introduce(job: Pretraining) -> None:
     norms = (m for m in job.model.encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     if any(norms) and team.world > 1:
         log.say("note: this encoder's batch norms see each process's share: another number of processes differs")
-    with job.whole.now(team.device) as shown:
+    with job.whole.on_device(team.device) as shown:
         for line in warn_of_poor_targets(shown, job.held_out.images[:LOOKED_AT].to(team.device)):
             log.say(f"warning: {line}")
         if job.progress.step == 0 and team.is_main:

@@ -161,9 +161,10 @@ class PretrainRecipe(Run):
         sections: tuple[PretrainRecipe | ExtraTarget, ...] = (self, *self.extra_targets)
         for section in sections:
             if not self.data.eight_bit and section.target.name in registry.named_with("target", of="classes"):
+                allowed = ", ".join(registry.named_with("target", of="values"))
                 raise ValueError(
                     f"target: {section.target.name} takes classes from pixels of 8 bit; with data.value_range, or "
-                    "channels other than 1, 3 and 4, allowed are pixels, norm_pixels, hog, teacher, ema_teacher"
+                    f"channels other than 1, 3 and 4, allowed are {allowed}"
                 )
         return self
 

@@ -14,7 +14,7 @@ from PIL import Image
 from mpp.drawing import plots
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from mpp.drawing.plots import Figure
 
 LEAST_SCALE = 0.3
 MOST_SVG_BYTES = 400_000

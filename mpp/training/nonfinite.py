@@ -42,10 +42,10 @@ class Share:
     """Tensors by name; what came in lists and dictionaries is in them again."""
 
 
-class Statistics:
-    """What a forward pass changes in the model, the statistics of batch norms: put back where the step is left out.
+class BatchNormStatistics:
+    """The statistics of batch norms, which a forward pass changes: restored if the step is left out.
 
-    needed: whether one may be; nothing is copied otherwise.
+    needed: whether a step may be left out; nothing is copied otherwise.
     """
 
     def __init__(self, model: nn.Module, *, needed: bool) -> None:
@@ -54,12 +54,13 @@ class Statistics:
         self._before: list[Tensor] = []
 
     def remember(self) -> None:
+        """Copy them."""
         self._before = [value.clone() for value in self._values]
 
-    def put_back(self, unless: Tensor | bool = False) -> None:
-        """unless: whether the step was made; a device's () bool is not asked of it."""
+    def restore(self, *, unless: Tensor) -> None:
+        """Put the copies back. unless: () bool on the device, whether the step was made; the device is not asked."""
         for value, before in zip(self._values, self._before, strict=True):
-            value.copy_(torch.where(torch.as_tensor(unless, device=value.device), value, before))
+            value.copy_(torch.where(unless, value, before))
 
 
 def keep_step(

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import mpp
-from mpp.data.batch import Images
+from mpp.data.batch import Images, Units
 from mpp.data.decoding.decode import centre_box, decode_crop
 from mpp.encoders.support import FAMILIES, Family
 from mpp.encoders.teacher import FrozenTeacher
@@ -257,7 +257,7 @@ def test_the_decoder_reads_the_class_token(head: str, prefix_tokens: bool) -> No
     raw = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     mask = torch.ones(2, *grid, dtype=torch.bool)
     mask[:, 0] = False
-    model(raw, mask, torch.rand(2, 4, *grid), 12).sum().backward()
+    model(raw, Units(mask, 12, torch.rand(2, 4, *grid))).sum().backward()
     assert bool(seen[0][:, 0].any()) == prefix_tokens
     assert seen[0][:, 1:].any()
 

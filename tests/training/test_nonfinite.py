@@ -14,7 +14,7 @@ import mpp
 from mpp.errors import UserError
 from mpp.runs.checkpoint import newest
 from mpp.runs.records import read_metrics
-from mpp.training.nonfinite import KEPT, Statistics
+from mpp.training.nonfinite import KEPT, BatchNormStatistics
 from tests.conftest import pretrain_recipe
 
 DIVERGES = {"optim.base_lr": 1e20, "optim.warmup_steps": 0, "max_skipped_steps": 50}
@@ -24,15 +24,15 @@ def test_statistics_of_batch_norms_are_what_they_were() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     model(torch.randn(2, 3, 5, 5))
     before = {name: value.clone() for name, value in model.named_buffers()}
-    statistics = Statistics(model, needed=True)
+    statistics = BatchNormStatistics(model, needed=True)
     statistics.remember()
     model(torch.full((2, 3, 5, 5), torch.nan))
     assert not all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     changed = {name: value.clone() for name, value in model.named_buffers()}
-    statistics.put_back(unless=torch.tensor(True))
+    statistics.restore(unless=torch.tensor(True))
     for name, value in model.named_buffers():
         torch.testing.assert_close(value, changed[name], rtol=0, atol=0, equal_nan=True)
-    statistics.put_back(unless=torch.tensor(False))
+    statistics.restore(unless=torch.tensor(False))
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 

@@ -31,7 +31,7 @@ from mpp.data.decoding.arrays import PARSING
 from mpp.data.shards.remote import is_remote
 from mpp.data.shards.samples import REASONS, samples_among
 from mpp.data.walk import MOST_LETTERS, LeftOut, archives_in, images_among, is_hidden
-from mpp.errors import UserError, meant, without_secrets
+from mpp.errors import UserError, suggest_path, without_secrets
 from mpp.recipe.values import IMAGE
 
 FORMAT = 3
@@ -323,7 +323,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
             if not matches:
                 if name.endswith(".tar") or glob.has_magic(name) or os.path.isdir(name):
                     raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
-                raise UserError(f"{key}: '{name}': no such file or folder{meant(name)}")
+                raise UserError(f"{key}: '{name}': no such file or folder{suggest_path(name)}")
             found += matches
     # the same file by another path is the same shard; a file that is a link may be meant as another one
     seen: dict[str, str] = {}

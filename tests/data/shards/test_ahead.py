@@ -38,7 +38,7 @@ def reader(served: Served, cache: Path, shards: float) -> tuple[ShardImages, Ord
     return images, order, Ahead(images, order, [0])
 
 
-def there(images: ShardImages) -> set[int]:
+def require_existing(images: ShardImages) -> set[int]:
     return {i for i, name in enumerate(images.names) if images.store.target(name).exists()}
 
 
@@ -51,7 +51,7 @@ def until(true: Callable[[], bool]) -> None:
 
 def test_the_next_window_comes_while_this_one_is_read(served: Served, tmp_path: Path) -> None:
     images, order, ahead = reader(served, tmp_path / "cache", shards=4.5)
-    assert there(images) == set()
+    assert require_existing(images) == set()
     windows = [order.window_at(0)]
     while len(windows) < 16:  # two epochs
         windows.append(order.window_after(*windows[-1]))
@@ -59,7 +59,7 @@ def test_the_next_window_comes_while_this_one_is_read(served: Served, tmp_path: 
         seen = next(n for n in range(10_000) if order.window_at(n) == now)
         ahead.come_to(seen)
         wanted = {*order.shards_in(*now, [0]), *order.shards_in(*after, [0])}
-        until(lambda wanted=wanted: wanted <= there(images))
+        until(lambda wanted=wanted: wanted <= require_existing(images))
     assert served.whole() > SHARDS, "in a cache of four some were fetched twice"
 
 
@@ -68,9 +68,9 @@ def test_what_is_needed_now_is_not_pushed_out_by_what_comes_next(served: Served,
     for seen in range(0, 60, 4):
         ahead.come_to(seen)
         now = set(order.shards_in(*order.window_at(seen), [0]))
-        until(lambda now=now: now <= there(images))
+        until(lambda now=now: now <= require_existing(images))
         time.sleep(0.03)
-        assert now <= there(images)
+        assert now <= require_existing(images)
 
 
 def test_what_another_process_fetches_is_left_to_it(served: Served, tmp_path: Path) -> None:
@@ -81,8 +81,8 @@ def test_what_another_process_fetches_is_left_to_it(served: Served, tmp_path: Pa
     with open(target.with_name(target.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ahead.come_to(0)
-        until(lambda: set(others) <= there(images))
-        assert first not in there(images)
+        until(lambda: set(others) <= require_existing(images))
+        assert first not in require_existing(images)
 
 
 def test_a_window_that_is_over_is_fetched_no_further(served: Served, tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_a_window_that_is_over_is_fetched_no_further(served: Served, tmp_path: P
     ahead.come_to(0)
     until(lambda: len(served.log) > SHARDS)  # the first is on its way: the indexes came before
     ahead.come_to(next(n for n in range(10_000) if order.window_at(n) == windows[3]))
-    until(lambda: new <= there(images))
+    until(lambda: new <= require_existing(images))
     time.sleep(1)
-    assert there(images) - new <= {first}, "what was on its way came, and nothing after it"
+    assert require_existing(images) - new <= {first}, "what was on its way came, and nothing after it"
 
 
 def test_local_shards_need_nothing(served: Served, tmp_path: Path) -> None:
@@ -121,6 +121,6 @@ def test_what_cannot_be_fetched_is_left_to_who_reads_it(served: Served, tmp_path
     first, *_ = order.shards_in(*order.window_at(0), [0])
     (served.folder / f"s{first}.tar").unlink()
     ahead.come_to(0)
-    until(lambda: len(there(images)) >= 2)
+    until(lambda: len(require_existing(images)) >= 2)
     with pytest.raises(UserError, match="404"):
         images.read(first, 0)
