@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ ORDER = [
 ]  # fmt: skip
 """From the lowest to the highest. A file imports from its own package and from those before it."""
 COMPONENTS_USE = {
-    "mpp.data.batch", "mpp.encoders.cells", "mpp.encoders.maps", "mpp.encoders.teacher", "mpp.objective.interfaces", "mpp.objective.grid",
+    "mpp.data.batch", "mpp.data.labeled_sets", "mpp.encoders.cells", "mpp.encoders.maps", "mpp.encoders.teacher", "mpp.objective.interfaces", "mpp.objective.grid",
     "mpp.objective.colours", "mpp.objective.weight_init", "mpp.finetuning.task", "mpp.finetuning.pyramid",
-    "mpp.parallel.sharding", "mpp.recipe.values",
+    "mpp.parallel.sharding", "mpp.recipe.flat", "mpp.recipe.values",
 }  # fmt: skip
 """What a component may import: no other component, and nothing that knows of recipes or runs."""
 ONLY_IN = {
@@ -54,8 +55,11 @@ def package_of(path: Path) -> str:
 FILES = [p for p in PACKAGE.rglob("*.py") if package_of(p) not in ("__init__", "__main__")]
 
 
-def test_every_file_is_in_the_order() -> None:
+def test_every_file_is_in_the_order_and_in_the_wheel() -> None:
     assert {package_of(p) for p in FILES} == set(ORDER)
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(p.parent.relative_to(PACKAGE.parent).parts) for p in PACKAGE.rglob("__init__.py")}
+    assert set(listed) == folders | {"mpp.recipes"}
 
 
 def test_imports_point_down() -> None:
@@ -96,6 +100,8 @@ def test_packages_stay_where_they_belong() -> None:
         "from mpp.cli import main; main(['finetune', 'finetune/vit_small', 'epochs=1'])",
         "from mpp.cli import main; main(['models'])",
         "from mpp.cli import main; main(['watch', '.'])",
+        "from mpp.cli import main; main(['verify', '.'])",
+        "from mpp.cli import main; main(['export', '.', 'out'])",
     ],
 )
 def test_light_commands_and_errors_in_recipes_import_no_torch(code: str, tmp_path: Path) -> None:

@@ -176,15 +176,15 @@ def _boxes(
                 file.refuse("annotations", i, f".{name}: there is no {name[:-3]} {entry[name]}")
         x, y, w, h = _box(file, i, entry)
         crowd, area = _crowd(file, i, entry), _area(file, i, entry)
-        place, shown = place_of[int(entry["image_id"])], f"{path}: annotations[{i}].bbox: {json.dumps(entry['bbox'])}"
+        place, where = place_of[int(entry["image_id"])], f"{path}: annotations[{i}].bbox"
         width, height = sizes[place] or (math.inf, math.inf)
         corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
         if corners[0] >= corners[2] or corners[1] >= corners[3]:  # COCO has a few without height
-            found.left_out.add("no pixel of its image", shown)
+            found.left_out.add("no pixel of its image", f"{where}: {json.dumps(entry['bbox'])}")
             continue
         relative = relative and x + w <= 1 and y + h <= 1
         if max(-x, -y, x + w - width, y + h - height) > MOST_OUTSIDE_PX:
-            found.cut.append(shown)
+            found.cut.append(f"{where}: {json.dumps(entry['bbox'])}")
         found.boxes[place].append([*corners, w * h if area is None else area])
         found.labels[place].append([class_of[int(entry["category_id"])], crowd])
     if not any(1 - crowd for of_image in found.labels for _, crowd in of_image):

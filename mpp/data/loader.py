@@ -1,4 +1,4 @@
-"""Batches of pretraining: read, crop, flip, mask. All of it a pure function of (seed, position)."""
+"""Batches that worker processes read ahead, in the order of the sampler."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from mpp.recipe.pretrain import PretrainRecipe
 from mpp.recipe.sections import DECODING, Decoding, ImageData, ValueRange
 from mpp.runs.records import encoder_folder, timm_folder
 
-NAMED_KEYS = ("channels", "value_range", "nodata")
-"""Keys of data that decide which other keys of a recipe are allowed."""
+NAMED_KEYS = ("channels", "value_range", "nodata", "mean", "std")
+"""Keys that a message about a recipe names, if they came from the encoder."""
 
 R = TypeVar("R", PretrainRecipe, FinetuneRecipe, EvaluateRecipe)
 

@@ -1,11 +1,4 @@
-"""The encoder as a verified artifact: a timm folder that plain timm loads, and the proof that it does.
-
-config.json  model.safetensors     what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads
-reference.safetensors              two images and their features, written by this process
-export.json                        checksum of the weights, tolerance, metrics
-head.safetensors                   where a task predicts at every place: its head, which timm has no place for
-recipe.yaml  README.md             how it was made, a model card
-"""
+"""Open an encoder: from a run, an export, or a name of timm's."""
 
 from __future__ import annotations
 

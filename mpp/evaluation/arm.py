@@ -25,7 +25,7 @@ from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 from mpp.evaluation.features import EncoderReader, Place, Read, Table, read_table
 from mpp.evaluation.probes import attentive, knn, linear
-from mpp.evaluation.result import RESULT, Score, best_setting, named_classes
+from mpp.evaluation.result import RESULT, Score, best_setting, sweep_as_text
 from mpp.parallel.team import Team
 from mpp.recipe.evaluate import EvaluateRecipe
 from mpp.rng import Purpose, stream, torch_seed
@@ -195,7 +195,7 @@ def _knn(recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes
     tuned = knn.accuracies(x[:first], labels[:first], x[first:], labels[first:], ks, classes, device)
     k = best_setting(tuned, smaller=True)
     found = knn.accuracies(x, labels, val.features[place], val.labels, sorted({*ks, k}), classes, device)
-    return Score("knn", *place, found[k], tuned[k], k, named_classes(found))
+    return Score("knn", *place, found[k], tuned[k], k, sweep_as_text(found))
 
 
 def _linear(
@@ -211,7 +211,7 @@ def _linear(
     decay = best_setting(tuned, smaller=False)
     fitted = linear.fit(x, labels, classes, decay, **keys)
     accuracy = float((fitted.predict(val.features[place]) == val.labels).mean())
-    return Score("linear", *place, accuracy, tuned[decay], decay, named_classes(tuned))
+    return Score("linear", *place, accuracy, tuned[decay], decay, sweep_as_text(tuned))
 
 
 def _attentive(recipe: EvaluateRecipe, data: Data, tokens: Any, classes: int, device: torch.device) -> list[Score]:
@@ -250,6 +250,6 @@ def _attentive(recipe: EvaluateRecipe, data: Data, tokens: Any, classes: int, de
     if images == 0:
         raise UserError("data.val: not one image can be read")
     return [
-        Score("attentive", layer, "attention", n / images, sweeps[layer][lr], lr, named_classes(sweeps[layer]))
+        Score("attentive", layer, "attention", n / images, sweeps[layer][lr], lr, sweep_as_text(sweeps[layer]))
         for (layer, lr, _), n in zip(probes, right, strict=True)
     ]

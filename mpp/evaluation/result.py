@@ -88,6 +88,6 @@ def best_setting(sweep: dict[S, float], *, smaller: bool) -> S:
     return max(sweep, key=lambda value: (sweep[value], -value if smaller else value))
 
 
-def named_classes(sweep: Mapping[S, float]) -> dict[str, float]:
+def sweep_as_text(sweep: Mapping[S, float]) -> dict[str, float]:
     """With keys that JSON can hold."""
     return {f"{value:g}": accuracy for value, accuracy in sweep.items()}

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpp.encoders.adapter import create_timm_model, timm_names
-from mpp.encoders.folder import Origin, pool_patches
+from mpp.encoders.folder import Origin, pool_patches, save_encoder
 from mpp.encoders.resolve import for_channels
 from mpp.encoders.sources import check_size
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 from mpp.exchange import naming_rules as keymap
 from mpp.exchange.naming_rules import MadeOf
-from mpp.exchange.verify import Verified, export_model
+from mpp.exchange.verify import Verified, verified_at, verify_timm_folder
 from mpp.exchange.weight_files import DEEPEST, NAMED, Source, name_some, read_source
 from mpp.recipe.flat import JsonMapping
 from mpp.runs.records import check_new
@@ -397,3 +397,8 @@ def _fits(value: Tensor, wanted: Tensor) -> bool:
     """Whether it is of numbers such as are wanted: no complex ones, no integers that weights were cut to."""
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     return plain and not value.is_complex() and value.is_floating_point() == wanted.is_floating_point()
+
+
+def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
+    """Write a timm model to `out` and verify it there. UserError where `out` is not new or empty."""
+    return verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}), verify_timm_folder)

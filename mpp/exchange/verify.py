@@ -13,19 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import nn
 
 from mpp.encoders.checksums import check_head, has_head, sha256, weights_sha256
-from mpp.encoders.folder import Origin, save_encoder
 from mpp.errors import UserError, reason
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_beside, check_new, encoder_folder
-
-
-def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
-    """Write a timm model to `out` and verify it there. UserError where `out` is not new or empty."""
-    return verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}), verify_timm_folder)
-
 
 READ = """
 reference = load_file(folder + "/reference.safetensors")

@@ -24,8 +24,8 @@ class Predicted(NamedTuple):
 
     rows: list[JsonObject]
     """Of the CSV file."""
-    overlay: Tensor
-    """(3, h, w) uint8."""
+    overlay: Tensor | None
+    """(3, h, w) uint8; None: no pictures are asked for."""
     picture: Image.Image | None = None
     """An image file of the prediction itself, beside the overlay; None: there is none."""
 
@@ -119,6 +119,6 @@ class LabelKind:
             image: (C, h, w) uint8.
             found: What `predict` gave for it.
             classes: Names.
-            out: Where its file goes, if predictions are files.
+            out: Where a file of it goes; None: no pictures are asked for.
         """
         raise NotImplementedError

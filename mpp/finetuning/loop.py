@@ -40,6 +40,7 @@ def train(job: Finetuning) -> dict[str, float] | None:
     recipe, team = run.recipe, run.team
     reports = StepReports(team, run.stop_request)
     job.log.status("running", step=progress.step)
+    job.pace.begin()
 
     for step in range(progress.step, plan.total_steps):
         if progress.given_up:  # a resumed cell that had ended early already

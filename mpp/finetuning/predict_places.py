@@ -86,7 +86,7 @@ def predict_places(
             rows += shown.rows
             if shown.picture is not None and file is not None:
                 _save(shown.picture, file)
-            if folder is not None:
+            if folder is not None and shown.overlay is not None:
                 overlay = Image.fromarray(shown.overlay.permute(1, 2, 0).numpy())
                 _save(overlay, Path(folder) / "overlays" / f"{stems[name]}.png")
     if len(unreadable) == len(images):

@@ -19,7 +19,7 @@ from mpp.drawing.plots import Line, draw
 from mpp.encoders.resolve import resolve
 from mpp.encoders.sources import check_source, fingerprint_of_inputs
 from mpp.errors import MppWarning, UserError
-from mpp.finetuning.cell import Cell, arms_of, cells_of, read_result, read_unread_classes
+from mpp.finetuning.cell import RESULT, Cell, arms_of, cells_of, read_result, read_unread_classes
 from mpp.finetuning.checks import check_run
 from mpp.finetuning.job import Run
 from mpp.finetuning.loop import train
@@ -38,7 +38,6 @@ from mpp.runs.folder import DATA, opened
 from mpp.runs.records import write_json, write_status
 from mpp.runs.verdict import Estimate, Verdict, name_unread, table
 
-RESULT = "result.json"
 PLOT = "label_efficiency.png"
 
 

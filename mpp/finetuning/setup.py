@@ -23,14 +23,13 @@ from mpp.finetuning.model import Supervised, build
 from mpp.finetuning.progress import Progress
 from mpp.recipe.dump import settings_of
 from mpp.recipe.finetune import FinetuneRecipe
-from mpp.recipe.flat import JsonObject
 from mpp.rng import Purpose, torch_seed
 from mpp.runs import checkpoint
 from mpp.runs.log import RunLog
 from mpp.runs.trackers import Trackers
 from mpp.training.exchange import accumulation
 from mpp.training.nonfinite import BatchNormStatistics
-from mpp.training.optimizer import GuardedOptimizer, adamw, finetune_groups, unfreeze
+from mpp.training.optimizer import GuardedOptimizer, ParameterGroup, adamw, finetune_groups, unfreeze
 from mpp.training.plan import Plan, steps_of
 from mpp.training.steps import MicroBatchStream, Pace
 
@@ -161,7 +160,7 @@ def make_plan(recipe: FinetuneRecipe, settings: Settings, images: int, micro_bat
 
 def _parameter_groups(
     recipe: FinetuneRecipe, model: Supervised, settings: Settings, *, adapted: bool, seed: int
-) -> list[JsonObject]:
+) -> list[ParameterGroup]:
     """Freeze or adapt the encoder as the recipe says, and group the parameters by layer."""
     if settings.frozen == 1:  # its batch norms, too, and no gradient is computed for it
         model.encoder.requires_grad_(False)

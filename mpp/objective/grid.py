@@ -1,4 +1,4 @@
-"""Images as grids of square patches, and back."""
+"""Masks on grids of units and cells: count, choose, blank and copy; positions of cells."""
 
 from __future__ import annotations
 

@@ -15,9 +15,6 @@ from mpp.objective.grid import hidden_cells, lowest, visible_cells
 from mpp.objective.interfaces import Corruption, Head, Loss, Target
 from mpp.recipe.registry import named_with
 
-LEAST_BITS = 1.0
-"""Entropy of a target's classes below which a run warns (a guess; 512 colours of photographs carry 5 to 7)."""
-
 
 class Objective(nn.Module):
     """One target with its head, its loss and its weight in the sum.

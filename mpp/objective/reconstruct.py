@@ -44,9 +44,11 @@ def _glyph_panels(
     o: Objective, values: Tensor, images: Images, pixels: Tensor, grid: tuple[int, int]
 ) -> list[Panel] | None:
     """Return the panels of a target whose values are drawn as glyphs, or None. pixels: (B, 1, H, W) bool, hidden."""
-    truth, predicted = (o.target.glyphs(v, grid) for v in (o.target(images), values))
-    if truth is None or predicted is None:
+    predicted = o.target.glyphs(values, grid)
+    if predicted is None:
         return None
+    truth = o.target.glyphs(o.target(images), grid)
+    assert truth is not None
     drawn = pixels.repeat_interleave(truth.shape[-2] // pixels.shape[-2], 2)
     drawn = drawn.repeat_interleave(truth.shape[-1] // pixels.shape[-1], 3)
     return [

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping
 
-from accelerate import Accelerator as Accelerator
 from accelerate.utils import parse_flag_from_env
 
 from mpp.errors import UserError

@@ -49,7 +49,7 @@ class Watch:
     def __init__(self, rank: int, world: int, out: Path, *, hang_timeout_s: float) -> None:
         self.rank, self.world, self.out, self.hang_timeout_s = rank, world, out, hang_timeout_s
         self.status: Callable[..., None] | None = None
-        """How to write status.json, once there is one: `metrics.RunLog.status`."""
+        """How to write status.json, once there is one: `runs.log.RunLog.status`."""
         self._marks, self._step, self._doing, self._moved = 0, 0, "setting up", math.inf
         self._beats, self._alone_since = 0, math.inf
         self._known: States = {}

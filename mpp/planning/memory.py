@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpp.encoders.timm_model import TimmModel
 from mpp.objective.build import build_mask
 from mpp.objective.mask_drawing import draw_masks
+from mpp.objective.model import MaskedPatchModel
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.pretrain import PretrainRecipe
 
@@ -88,7 +88,7 @@ def _fused() -> Iterator[None]:
 
 
 def count_step(
-    recipe: PretrainRecipe, model: TimmModel, grid: tuple[int, int], micro: int, precision: str
+    recipe: PretrainRecipe, model: MaskedPatchModel, grid: tuple[int, int], micro: int, precision: str
 ) -> tuple[float, int]:
     """(floating-point operations, bytes at worst) of a forward and a backward pass of so many images."""
     units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(micro))

@@ -66,6 +66,7 @@ def train(job: Pretraining) -> PretrainResult:
     job.wrapped.train()
     job.log.status("running", step=progress.step)
     job.stop_request.listen()
+    job.pace.begin()
 
     for step in range(progress.step, plan.total_steps):
         faults.point("train.step_begins")  # tests make processes fail here

@@ -97,6 +97,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     if run.checkpoint is not None:
         checkpoint.load(run.checkpoint, model, optimizer)
         progress = Progress.from_json(checkpoint.read_state(run.checkpoint))
+        progress.probed = progress.probed if probe else None  # of a probe that is no longer asked for
     if recipe.compile:
         compile_forward(model, team.device)
     sampler = MicroBatches(

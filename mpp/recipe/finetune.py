@@ -54,7 +54,7 @@ class FinetuneData(LabeledData):
     @model_validator(mode="after")
     def _augmentations_of_colours(self) -> Self:
         for key, value in (("auto_augment", self.auto_augment), ("color_jitter", self.color_jitter)):
-            if value is not None and not self.eight_bit:
+            if value and not self.eight_bit:
                 allowed = "only for images of 8 bit with 1, 3 or 4 channels, without value_range"
                 raise ValueError(f"{key}: {allowed}; data.{key}=null leaves it out")
         return self

@@ -11,7 +11,7 @@ import yaml
 
 from mpp.errors import UserError
 from mpp.recipe.flat import JsonObject
-from mpp.recipe.registry import is_component_key
+from mpp.recipe.registry import RECIPE_KEYS, is_component_key
 from mpp.recipe.yaml_reader import Key, Loader, dotted, parse_yaml
 
 COMMAND_LINE = "command line"
@@ -42,7 +42,7 @@ def apply_overrides(
     given_at: where each of them stands; default: on the command line.
     """
     # which component, before its keys, in whatever order they were given
-    names_first = sorted(overrides.items(), key=lambda item: not is_component_key(item[0].removesuffix(".name")))
+    names_first = sorted(overrides.items(), key=lambda item: item[0].removesuffix(".name") not in RECIPE_KEYS)
     for name, value in names_first:
         *outer, last = name.split(".")
         place = (given_at or {}).get(name, COMMAND_LINE)

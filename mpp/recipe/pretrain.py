@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -10,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from mpp.errors import MppWarning
 from mpp.recipe import registry
 from mpp.recipe.sections import ImageData, Optim, Run, Section, component_section, or_null
 from mpp.recipe.values import (
@@ -48,10 +50,12 @@ class PretrainData(ImageData):
     @model_validator(mode="before")
     @classmethod
     def _drop_removed_key(cls, values: object) -> object:
-        """Recipes that runs wrote while `resize_on` existed hold its default, which is what happens now."""
-        if isinstance(values, dict) and values.get("resize_on") == "cpu":
-            return {key: value for key, value in values.items() if key != "resize_on"}
-        return values
+        """Drop `resize_on` from recipes that were written while it existed: the loader resizes now."""
+        if not isinstance(values, dict) or "resize_on" not in values:
+            return values
+        if values["resize_on"] != "cpu":
+            warnings.warn("data.resize_on: removed; the loader resizes crops", MppWarning, stacklevel=2)
+        return {key: value for key, value in values.items() if key != "resize_on"}
 
 
 class Encoder(Section):

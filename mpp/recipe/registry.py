@@ -35,16 +35,20 @@ class Kind(NamedTuple):
     """Below mpp/; one file for each component."""
     suffix: str
     """Last word of the class names."""
+    base: str
+    """The class that all of them derive from."""
+    states: tuple[str, ...] = ()
+    """Class attributes that each of them must set itself to a plain value: recipes are checked by them."""
 
 
 KINDS = {
-    "mask": Kind("objective/masks", "Mask"),
-    "corruption": Kind("objective/corruptions", "Corruption"),
-    "target": Kind("objective/targets", "Target"),
-    "loss": Kind("objective/losses", "Loss"),
-    "head": Kind("objective/heads", "Head"),
-    "task": Kind("finetuning/tasks", "Task"),
-    "labels": Kind("finetuning/labels", "Labels"),
+    "mask": Kind("objective/masks", "Mask", "Mask"),
+    "corruption": Kind("objective/corruptions", "Corruption", "Corruption", ("mechanism", "hidden_enter")),
+    "target": Kind("objective/targets", "Target", "Target", ("of",)),
+    "loss": Kind("objective/losses", "Loss", "Loss", ("of",)),
+    "head": Kind("objective/heads", "Head", "Head", ("needs_hidden_tokens", "reads_visible")),
+    "task": Kind("finetuning/tasks", "Task", "Task", ("labels", "headline")),
+    "labels": Kind("finetuning/labels", "Labels", "LabelKind"),
 }
 """Every kind by the recipe key that names a component; labels are named by tasks."""
 RECIPE_KEYS = tuple(kind for kind in KINDS if kind != "labels")
@@ -90,7 +94,8 @@ def declaration(kind: str, name: str) -> Declaration:
 
     Raises:
         KeyError: There is no such file.
-        UserError: The file lacks the class, or an annotation is not one of `mpp.recipe.values` or `typing`.
+        UserError: The file lacks the class or one of the attributes that it must state, or an annotation is not one of
+            `mpp.recipe.values` or `typing`.
     """
     path = _file(kind, name)
     expected = _class_name(kind, name)
@@ -119,6 +124,9 @@ def declaration(kind: str, name: str) -> Declaration:
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
             with suppress(ValueError):  # not a plain value
                 constants[target.id] = ast.literal_eval(node.value)
+    for required in KINDS[kind].states:
+        if required not in constants:
+            raise UserError(f"{_shown(path)}: class {expected} must set `{required}` to a plain value")
     return Declaration(expected, ast.get_docstring(cls) or "", arguments, constants)
 
 
@@ -132,14 +140,17 @@ def component(kind: str, name: str) -> Any:
 
     Raises:
         KeyError: There is no such file.
-        UserError: The file lacks the class.
+        UserError: The file lacks the class, or the class does not derive from that of its kind.
     """
-    path = _file(kind, name)
+    path, expected = _file(kind, name), _class_name(kind, name)
     module = importlib.import_module("mpp." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
     try:
-        return getattr(module, _class_name(kind, name))
+        cls = getattr(module, expected)
     except AttributeError as error:
-        raise UserError(f"{_shown(path)}: class {_class_name(kind, name)} is missing") from error
+        raise UserError(f"{_shown(path)}: class {expected} is missing") from error
+    if KINDS[kind].base not in {base.__name__ for base in cls.__mro__}:
+        raise UserError(f"{_shown(path)}: class {expected} must derive from {KINDS[kind].base}")
+    return cls
 
 
 def build(key: str, section: BaseModel, *args: object) -> Any:

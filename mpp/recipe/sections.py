@@ -1,8 +1,4 @@
-"""Recipes: their schema, the YAML reader, overrides and the error messages.
-
-A recipe is YAML 1.2: `1e-4` is a number, `yes` a string, a key given twice an error. Every error is one line
-with the file and line (or "command line") and key; all errors of a recipe are reported at once.
-"""
+"""Sections that several recipes share: images, optimizer, runs; and sections that name a component."""
 
 from __future__ import annotations
 

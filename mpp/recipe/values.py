@@ -40,8 +40,6 @@ PositiveInt = Annotated[int, BeforeValidator(no_bool), AfterValidator(_countable
 NonNegativeInt = Annotated[int, BeforeValidator(no_bool), AfterValidator(_countable), Field(ge=0)]
 PositiveFloat = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, BeforeValidator(no_bool), Field(ge=0, allow_inf_nan=False)]
-OpenFraction = Annotated[float, BeforeValidator(no_bool), Field(gt=0, lt=1)]
-"""A number in (0, 1)."""
 Fraction = Annotated[float, BeforeValidator(no_bool), Field(ge=0, le=1)]
 """A number in [0, 1]."""
 BelowOne = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]

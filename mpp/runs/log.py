@@ -26,7 +26,7 @@ RECENT_LINES = 5
 
 
 class MetricsSink(Protocol):
-    """Other places for metrics; `distributed.Trackers` is one."""
+    """Other places for metrics; `runs.trackers.Trackers` is one."""
 
     def log(self, record: JsonObject) -> None: ...
     def close(self) -> None: ...

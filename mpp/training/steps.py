@@ -29,15 +29,13 @@ class LoadedBatch(Protocol):
     """A line for each file that could not be read."""
 
 
-def seed_dropout(seed: int, batch: LoadedBatch) -> int:
-    """Seed torch's generators for a micro-batch, by the position of its first sample, and return the seed.
+def seed_dropout(seed: int, batch: LoadedBatch) -> None:
+    """Seed torch's generators for a micro-batch, by the position of its first sample.
 
     Dropout and drop path draw from them. Call it after the batch has come: a loader that starts its workers draws from
     torch's generator, too.
     """
-    seed_of_batch = torch_seed(seed, Purpose.STEP, int(batch.positions[0]))
-    torch.manual_seed(seed_of_batch)
-    return seed_of_batch
+    torch.manual_seed(torch_seed(seed, Purpose.STEP, int(batch.positions[0])))
 
 
 @dataclass
@@ -49,11 +47,15 @@ class Pace:
     """Spent waiting for batches."""
     steps: int = 0
 
+    def begin(self) -> None:
+        """Begin to measure."""
+        self.began_s, self.waited_s, self.steps = time.monotonic(), 0.0, 0
+
     def rates(self, global_batch: int) -> dict[str, float]:
         """Return images a second and the part of the time that was spent waiting for batches, and begin again."""
         elapsed_s = max(time.monotonic() - self.began_s, 1e-9)
         found = {"images_per_s": self.steps * global_batch / elapsed_s, "data_wait": self.waited_s / elapsed_s}
-        self.began_s, self.waited_s, self.steps = time.monotonic(), 0.0, 0
+        self.begin()
         return found
 
 

@@ -97,6 +97,12 @@ def test_what_the_source_declares_is_what_the_class_has(kind: str) -> None:
 
 
 def test_a_file_without_its_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("mpp.objective.masks.uniform.UniformMask")
+    with pytest.raises(UserError, match=r"masks/uniform\.py: class UniformMask is missing"):
+        registry.component("mask", "uniform")
+    monkeypatch.setattr("mpp.objective.masks.block.BlockMask", int)
+    with pytest.raises(UserError, match=r"masks/block\.py: class BlockMask must derive from Mask"):
+        registry.component("mask", "block")
     monkeypatch.delattr("mpp.objective.masks.grid.GridMask")
     with pytest.raises(UserError, match=r"mpp/objective/masks/grid\.py: class GridMask is missing"):
         registry.component("mask", "grid")

@@ -51,7 +51,7 @@ def test_what_a_recipe_gives_stays(deep: str) -> None:
     assert (found.value_range, found.mean, found.std) == ((0, 255), (0.5,), (0.2,))
 
 
-TRAINED_WITH = r"; .*/deep was trained with data.channels=1, data.value_range=\[0,4095\], data.nodata=-1"
+TRAINED_WITH = r"; .*/deep was trained with data.channels=1, data.value_range=\[0,4095\], data.nodata=-1, data.mean=\[0.3\], data.std=\[0.2\]"
 
 
 @pytest.mark.parametrize("task", ["segment", "detect"])

@@ -13,11 +13,11 @@ import yaml
 from jsonschema import Draft202012Validator
 
 import mpp
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from mpp.recipe.dump import dump_recipe, json_schema
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import RECIPES, bundled, checked, load_any, load_open, load_recipe
-from mpp.recipe.overrides import parse_overrides
+from mpp.recipe.overrides import apply_overrides, parse_overrides
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.recipe.resume import differences
 from mpp.recipe.yaml_reader import parse_yaml
@@ -451,10 +451,16 @@ def test_a_small_scale_is_for_cpus(path: Path) -> None:
 
 
 def test_a_recipe_from_before_resize_on_was_removed(tmp_path: Path) -> None:
-    """Runs wrote the key with its default, `cpu`, which is what happens now; `device` is refused."""
+    """Runs wrote the key into their folders. The loader resizes now, as with `cpu`."""
     path = tmp_path / "r.yaml"
     path.write_text(BASE.replace("  image_size: 32\n", "  image_size: 32\n  resize_on: cpu\n"))
     assert "resize_on" not in dump_recipe(load_recipe(path, PretrainRecipe))
-    assert errors(path.read_text().replace("cpu", "device"), tmp_path)[0].startswith(
-        "r.yaml:5: data.resize_on: unknown key"
-    )
+    path.write_text(path.read_text().replace("cpu", "device"))
+    with pytest.warns(MppWarning, match=r"data.resize_on: removed"):
+        assert "resize_on" not in dump_recipe(load_recipe(path, PretrainRecipe))
+
+
+def test_a_component_of_a_list_is_set_after_the_list(tmp_path: Path) -> None:
+    values: dict[str, Any] = {}
+    apply_overrides(values, {}, {"extra_targets": "[{target: pixels, head: linear}]", "extra_targets.0.head": "mlp"})
+    assert values["extra_targets"][0]["head"] == "mlp"

@@ -96,4 +96,4 @@ class BoxesLabels(PlaceLabels):
             dict(zip(self.columns, (name, classes[label], score, *(round(v, 1) for v in box)), strict=True))
             for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True)
         ]
-        return Predicted(rows, over_boxes(image, boxes, labels, classes))
+        return Predicted(rows, over_boxes(image, boxes, labels, classes) if out is not None else None)

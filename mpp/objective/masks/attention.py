@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mpp.data.batch import Images
 from mpp.encoders.teacher import FrozenTeacher
-from mpp.encoders.timm_model import TimmModel
 from mpp.objective.grid import count_hidden, lowest
 from mpp.objective.interfaces import Mask
 from mpp.recipe.values import Bool, NonNegativeFloat, PositiveInt, Ratio, TimmArgs
@@ -61,7 +60,7 @@ class AttentionMask(Mask):
 class AttentionGuide(nn.Module):
     """Weighted sampling without replacement by the Gumbel trick: the noise of each sample is its own."""
 
-    def __init__(self, teacher: TimmModel, strength: float) -> None:
+    def __init__(self, teacher: FrozenTeacher, strength: float) -> None:
         super().__init__()
         self.teacher, self.strength = teacher, strength
 
