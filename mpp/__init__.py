@@ -63,10 +63,10 @@ def pretrain(
     from mpp.recipe.loading import checked
     from mpp.recipe.pretrain import PretrainRecipe
 
-    found = checked(recipe, PretrainRecipe, overrides, scale)  # mistakes are reported before torch is imported
+    checked_recipe = checked(recipe, PretrainRecipe, overrides, scale)  # mistakes are reported before torch is imported
     from mpp.pretraining import loop
 
-    return loop.pretrain(found, resume)
+    return loop.pretrain(checked_recipe, resume)
 
 
 def finetune(
@@ -80,10 +80,10 @@ def finetune(
     from mpp.recipe.finetune import FinetuneRecipe
     from mpp.recipe.loading import checked
 
-    found = checked(recipe, FinetuneRecipe, overrides, scale)
+    checked_recipe = checked(recipe, FinetuneRecipe, overrides, scale)
     from mpp.finetuning import run
 
-    return run.finetune(found, resume)
+    return run.finetune(checked_recipe, resume)
 
 
 def evaluate(
@@ -104,10 +104,10 @@ def evaluate(
 
     if encoder is not None:
         overrides = {"encoder": Path(encoder), **overrides}
-    found = checked(recipe or {"job": "evaluate"}, EvaluateRecipe, overrides, scale)
+    checked_recipe = checked(recipe or {"job": "evaluate"}, EvaluateRecipe, overrides, scale)
     from mpp.evaluation import run
 
-    return run.evaluate(found, resume)
+    return run.evaluate(checked_recipe, resume)
 
 
 def predict(
@@ -190,10 +190,10 @@ def plan(
     from mpp.recipe.loading import checked
     from mpp.recipe.pretrain import PretrainRecipe
 
-    found = checked(recipe, PretrainRecipe, overrides, scale)
+    checked_recipe = checked(recipe, PretrainRecipe, overrides, scale)
     from mpp.planning import plan as planning
 
-    return planning.plan(found, devices=devices, device=device, mfu=mfu, images=images)
+    return planning.plan(checked_recipe, devices=devices, device=device, mfu=mfu, images=images)
 
 
 def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:

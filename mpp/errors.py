@@ -22,7 +22,7 @@ def without_secrets(text: str) -> str:
 
 def printable(text: str) -> str:
     """With what a terminal would obey, escape sequences above all, written out: names in files may hold it."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):

@@ -120,14 +120,14 @@ def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str |
     for name in names:
         try:
             local = str(store.fetch(name)) if is_remote(name) else name
-            found = store.index_local(local, fresh=True)
-            table = found.table
+            shard_index = store.index_local(local, fresh=True)
+            table = shard_index.table
         except UserError as error:
             faults.append(str(error))
             continue
         if not is_remote(name):
-            good.setdefault(os.path.dirname(name), {})[os.path.basename(name)] = found
-        left_out.add_all(found.left_out, f"{without_secrets(name)}: ")
+            good.setdefault(os.path.dirname(name), {})[os.path.basename(name)] = shard_index
+        left_out.add_all(shard_index.left_out, f"{without_secrets(name)}: ")
         images, labeled = images + len(table), labeled + int((table[:, 3] >= 0).sum())
         if len(table) == 0:
             click.echo(f"warning: {name}: no images in it", err=True)
@@ -135,8 +135,8 @@ def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str |
         for folder, indexes in good.items():
             write_listing(folder or ".", indexes)
     known = {"images": images, "labeled": labeled, "shards": len(names), "faults": faults, "left_out": left_out.found}
-    said = f"{images} images, {labeled} with labels, in {len(names) - len(faults)} good shards of {len(names)}"
-    click.echo(to_json(known) if as_json else said)
+    summary = f"{images} images, {labeled} with labels, in {len(names) - len(faults)} good shards of {len(names)}"
+    click.echo(to_json(known) if as_json else summary)
     if left_out and not as_json:
         click.echo(left_out)
     if faults:

@@ -135,7 +135,7 @@ def import_(
     _clear_away_when_ended()
     values: JsonObject = {}
     apply_overrides(values, {}, parse_overrides(args, example="patch_size=8"))
-    found = mpp.import_weights(
+    imported = mpp.import_weights(
         file,
         out,
         model=model,
@@ -149,9 +149,9 @@ def import_(
         trust=trust,
     )
     if as_json:
-        return click.echo(to_json(found))
-    _say_verified(found.verified)
-    click.echo(found)
+        return click.echo(to_json(imported))
+    _say_verified(imported.verified)
+    click.echo(imported)
 
 
 def _numbers(text: str | None, key: str) -> list[float] | None:
@@ -191,9 +191,9 @@ def inspect(
     encoder: str, images: tuple[str, ...], out: str | None, compare: str | None, count: int, shown: int, random: bool
 ) -> None:
     """What ENCODER (a run, an export, a timm name) learned, seen through IMAGES: shards, files or folders."""
-    found = mpp.inspect(encoder, images, out=out, compare=compare, images=count, shown=shown, random=random)
-    click.echo(found.table())
-    click.echo(f"{found.out}")
+    inspection = mpp.inspect(encoder, images, out=out, compare=compare, images=count, shown=shown, random=random)
+    click.echo(inspection.table())
+    click.echo(f"{inspection.out}")
 
 
 @main.command()
@@ -218,8 +218,8 @@ def models(name: str | None, check: bool, as_json: bool) -> None:
     if check:
         if as_json:
             raise UserError("--json: not with --check, whose exit code says it all")
-        found, held = known.check(name)
-        click.echo(found)
+        text, held = known.check(name)
+        click.echo(text)
         if not held:
             raise UserError(f"models: {name}: not every check holds")
     elif any(c in name for c in "*?["):

@@ -32,9 +32,10 @@ def list_recipes(as_json: bool) -> None:
     """Recipes that come with mpp: their names, which stand for their files, and what each is."""
     from mpp.recipe.loading import bundled
 
-    found = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in bundled().items()}
-    width = max(map(len, found))
-    click.echo(to_json(found) if as_json else "\n".join(f"{name:<{width}}  {said}" for name, said in found.items()))
+    summaries = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in bundled().items()}
+    width = max(map(len, summaries))
+    lines = (f"{name:<{width}}  {summary}" for name, summary in summaries.items())
+    click.echo(to_json(summaries) if as_json else "\n".join(lines))
 
 
 @recipe.command()
@@ -47,10 +48,10 @@ def show(path: Path, overrides: tuple[str, ...], scale: str | None) -> None:
     from mpp.recipe.loading import OPEN, load_open
     from mpp.recipe.overrides import parse_overrides
 
-    found, required = load_open(path, parse_overrides(overrides), scale)
+    open_recipe, required = load_open(path, parse_overrides(overrides), scale)
     if required:
         click.echo(f"# {OPEN} stands for what must still be given: {', '.join(required)}")
-    click.echo(dump_recipe(found), nl=False)
+    click.echo(dump_recipe(open_recipe), nl=False)
 
 
 @recipe.command()

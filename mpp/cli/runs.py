@@ -17,11 +17,11 @@ from mpp.errors import UserError, require_existing
 @JSON
 def replay(run: str, step: int | None, as_json: bool) -> None:
     """Run a step of RUN again whose loss or gradient was not finite, and say where that began."""
-    found = mpp.replay(run, step)
+    replayed = mpp.replay(run, step)
     if as_json:
-        return click.echo(to_json(found))
-    click.echo("\n".join(found.lines))
-    click.echo(f"{found.folder}: " + ("as in the run" if found.same else "not as in the run: other losses"))
+        return click.echo(to_json(replayed))
+    click.echo("\n".join(replayed.lines))
+    click.echo(f"{replayed.folder}: " + ("as in the run" if replayed.same else "not as in the run: other losses"))
 
 
 @main.command()
@@ -52,11 +52,11 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
             raise UserError("--json: once; a script asks again itself, without --every")
         return click.echo(to_json([record(run) for run in runs]))
     while True:
-        found = [standing(run) for run in runs]
+        standings = [standing(run) for run in runs]
         if every is not None and sys.stdout.isatty():
             click.clear()
-        click.echo("\n".join(text for text, _ in found))
-        if every is None or not any(going for _, going in found):
+        click.echo("\n".join(text for text, _ in standings))
+        if every is None or not any(going for _, going in standings):
             return
         time.sleep(every)
 
@@ -77,12 +77,12 @@ def doctor(folder: str, as_json: bool) -> None:
     """What this machine has and lacks for runs in FOLDER: versions, devices, precision, speed, memory, disk, clock."""
     from mpp.planning.doctor import examine
 
-    found = []
+    findings = []
     for finding in examine(folder):
-        found.append(finding)
+        findings.append(finding)
         if not as_json:
             click.echo(finding)
     if as_json:
-        click.echo(to_json(found))
-    if wrong := [finding for finding in found if not finding.ok]:
-        raise UserError(f"doctor: {len(wrong)} of {len(found)} lines want attention")
+        click.echo(to_json(findings))
+    if wrong := [finding for finding in findings if not finding.ok]:
+        raise UserError(f"doctor: {len(wrong)} of {len(findings)} lines want attention")

@@ -90,8 +90,8 @@ def plan(
     given = parse_overrides(overrides)
     if images is not None:
         given = {"data.shards": "not opened"} | given
-    found = mpp.plan(recipe, devices=devices, device=device, mfu=mfu, images=images, scale=scale, **given)
-    click.echo(to_json(found.as_dict()) if as_json else found.text())
+    estimate = mpp.plan(recipe, devices=devices, device=device, mfu=mfu, images=images, scale=scale, **given)
+    click.echo(to_json(estimate.as_dict()) if as_json else estimate.text())
 
 
 @main.command()

@@ -38,15 +38,15 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
     file = _CocoFile(f"{key}: {path}", _read_json(path, key))
     known, class_of = _categories(file, classes)
     images, sizes, place_of = _images(file, root)
-    found = _boxes(file, path, sizes, place_of, class_of)
+    annotated = _boxes(file, path, sizes, place_of, class_of)
     return Detected(
         images,
         known,
         sizes,
-        [np.array(b, dtype=np.float32).reshape(-1, 5) for b in found.boxes],
-        [np.array(b, dtype=np.int64).reshape(-1, 2) for b in found.labels],
-        found.cut,
-        left_out=found.left_out,
+        [np.array(b, dtype=np.float32).reshape(-1, 5) for b in annotated.boxes],
+        [np.array(b, dtype=np.int64).reshape(-1, 2) for b in annotated.labels],
+        annotated.cut,
+        left_out=annotated.left_out,
     )
 
 
@@ -168,7 +168,7 @@ def _boxes(
     class_of: dict[int, int],
 ) -> _Boxes:
     """Read the annotations. UserError."""
-    found = _Boxes([[] for _ in sizes], [[] for _ in sizes])
+    annotated = _Boxes([[] for _ in sizes], [[] for _ in sizes])
     relative = True
     for i, entry in enumerate(file.lists["annotations"]):
         for name, allowed in (("image_id", place_of), ("category_id", class_of)):
@@ -180,21 +180,21 @@ def _boxes(
         width, height = sizes[place] or (math.inf, math.inf)
         corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
         if corners[0] >= corners[2] or corners[1] >= corners[3]:  # COCO has a few without height
-            found.left_out.add("no pixel of its image", f"{where}: {json.dumps(entry['bbox'])}")
+            annotated.left_out.add("no pixel of its image", f"{where}: {json.dumps(entry['bbox'])}")
             continue
         relative = relative and x + w <= 1 and y + h <= 1
         if max(-x, -y, x + w - width, y + h - height) > MOST_OUTSIDE_PX:
-            found.cut.append(f"{where}: {json.dumps(entry['bbox'])}")
-        found.boxes[place].append([*corners, w * h if area is None else area])
-        found.labels[place].append([class_of[int(entry["category_id"])], crowd])
-    if not any(1 - crowd for of_image in found.labels for _, crowd in of_image):
-        lost = f"; {found.left_out}" if found.left_out else ""
+            annotated.cut.append(f"{where}: {json.dumps(entry['bbox'])}")
+        annotated.boxes[place].append([*corners, w * h if area is None else area])
+        annotated.labels[place].append([class_of[int(entry["category_id"])], crowd])
+    if not any(1 - crowd for of_image in annotated.labels for _, crowd in of_image):
+        lost = f"; {annotated.left_out}" if annotated.left_out else ""
         raise UserError(f"{file.place}: annotations: not one box{lost}")
     if relative:
         raise UserError(
             f"{file.place}: annotations: every box ends within 1 px; boxes are in pixels, not in parts of 1"
         )
-    return found
+    return annotated
 
 
 def _box(file: _CocoFile, i: int, entry: JsonObject) -> tuple[float, float, float, float]:
@@ -225,11 +225,11 @@ def _area(file: _CocoFile, i: int, entry: JsonObject) -> float | None:
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> JsonObject:
     """ValueError for an object of JSON that has a key twice, of which one would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
-    return found
+    return entries
 
 
 def _is_number(value: object) -> bool:

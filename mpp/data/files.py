@@ -68,7 +68,7 @@ def _rows(path: str, text: TextIO, columns: Sequence[str], optional: Sequence[st
             )
         if twice := [name for name in wanted if header.count(name) > 1]:
             raise UserError(f"{path}:1: two columns are called {twice[0]}")
-        found, last = [], reader.line_num
+        rows, last = [], reader.line_num
         places = {name: header.index(name) for name in wanted}
         for row in reader:
             line, last = last + 1, reader.line_num
@@ -83,12 +83,12 @@ def _rows(path: str, text: TextIO, columns: Sequence[str], optional: Sequence[st
                     raise UserError(f"{path}:{line}: {name}: {what}")
             if not values.get("image", "."):
                 raise UserError(f"{path}:{line}: no image")
-            found.append((line, values))
+            rows.append((line, values))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}; is a quote left open?") from error
-    if not found:
+    if not rows:
         raise UserError(f"{path}: no images in it")
-    return found
+    return rows
 
 
 _ODD = re.compile(r"[\0\n\r\t]")
@@ -127,25 +127,25 @@ def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
         parts = [paths[i : i + FILES_PER_SHARD] for i in range(0, len(paths), FILES_PER_SHARD)]
         sizes = [
             size
-            for own in threads.map(lambda part: [_size(os.path.join(folder, p)) for p in part], parts)
-            for size in own
+            for part_sizes in threads.map(lambda part: [_size(os.path.join(folder, p)) for p in part], parts)
+            for size in part_sizes
         ]
-    found = []
+    shards = []
     for start in range(0, len(paths), FILES_PER_SHARD):
-        own = order[start : start + FILES_PER_SHARD].tolist()
-        table = np.full((len(own), len(COLUMNS)), -1, dtype=np.int64)
-        table[:, 0], table[:, 1] = 0, [sizes[i] for i in own]
-        index = ShardIndex(table, int(table[:, 1].sum()), 0, tuple(paths[i] for i in own), folder, left_out)
+        part = order[start : start + FILES_PER_SHARD].tolist()
+        table = np.full((len(part), len(COLUMNS)), -1, dtype=np.int64)
+        table[:, 0], table[:, 1] = 0, [sizes[i] for i in part]
+        index = ShardIndex(table, int(table[:, 1].sum()), 0, tuple(paths[i] for i in part), folder, left_out)
         left_out = LeftOut()  # named once, with the first part
-        found.append((f"{name}, part {start // FILES_PER_SHARD}", index))
-    return found
+        shards.append((f"{name}, part {start // FILES_PER_SHARD}", index))
+    return shards
 
 
 def _size(path: str) -> int:
     """In bytes; 0 for what cannot be read, which is a bad image when it is."""
     try:
-        found = os.stat(path)
-        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+        status = os.stat(path)
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0
     except OSError:
         return 0
 
@@ -174,10 +174,10 @@ def open_regular(path: str) -> BinaryIO:
 def read_regular(path: str) -> bytes:
     """BadImage for what is no file of a size to be read: a pipe would be waited for, a device has no end."""
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise BadImage("not a file")
-        check_bytes(found.st_size)
+        check_bytes(status.st_size)
         return Path(path).read_bytes()
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from error

@@ -95,10 +95,10 @@ def open_labeled(
         where = [f"{manifests[0]}:{line}" for line, _, _ in rows]
         return _named(reader, [names for *_, names in rows], where, key, classes, several)
     if len(spec) == 1 and os.path.isdir(spec[0]) and not archives_in(spec[0]):
-        found = _folder(spec[0], key, classes)
+        labeled = _folder(spec[0], key, classes)
         if several:
-            return replace(found, labels=np.eye(len(found.classes), dtype=bool)[found.labels])
-        return found
+            return replace(labeled, labels=np.eye(len(labeled.classes), dtype=bool)[labeled.labels])
+        return labeled
     for place in spec:  # class folders beside their archive
         if os.path.isdir(place) and (archives := archives_in(place)) and (unpacked := list_images(place)[0]):
             raise UserError(holds_both(key, place, archives, unpacked))
@@ -110,8 +110,8 @@ def open_labeled(
     if several:
         numbers = [(shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
         places = [images.name(*at) for at in numbers]
-        found = _named(packed, [read_labels(images, *at) for at in numbers], places, key, classes, several)
-        return replace(found, left_out=images.left_out)
+        labeled = _named(packed, [read_labels(images, *at) for at in numbers], places, key, classes, several)
+        return replace(labeled, left_out=images.left_out)
     values = [read_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
     # what `mpp pack` left in each folder: the numbers in the shards of a folder count in its own list
     folders = [os.path.dirname(name) for name in images.names]
@@ -124,9 +124,10 @@ def open_labeled(
     labels = []
     for i, value in enumerate(values):
         name = value if isinstance(value, str) else str(value)
-        own = listed[folders[packed.at(i)[0]]]
-        if own is not None and isinstance(value, int):
-            name = own[value] if value < len(own) else f"{value}, beyond the {len(own)} of dataset.json"
+        classes_here = listed[folders[packed.at(i)[0]]]
+        if classes_here is not None and isinstance(value, int):
+            known_here = value < len(classes_here)
+            name = classes_here[value] if known_here else f"{value}, beyond the {len(classes_here)} of dataset.json"
         if name not in index:
             raise UserError(
                 f"{key}: {packed.name(i)}: label {name!r} is none of the {len(known)} classes of the training data"
@@ -153,7 +154,7 @@ def _read_csv(path: str, several: bool) -> list[tuple[int, str, list[str]]]:
     rows = read_manifest(path, ["image", column])
     if several:
         _check_separator(path, [(number, row[column]) for number, row in rows])
-    found, first = [], dict[str, tuple[int, list[str]]]()
+    labeled_rows, first = [], dict[str, tuple[int, list[str]]]()
     for number, row in rows:
         value, image = row[column], row["image"]
         if not value and not several:
@@ -165,8 +166,8 @@ def _read_csv(path: str, several: bool) -> list[tuple[int, str, list[str]]]:
                 f"{path}:{number}: {image} a second time with another label, {', '.join(names) or 'none'}; line {line} "
                 f"says {', '.join(before) or 'none'}"
             )
-        found.append((number, os.path.join(os.path.dirname(path), image), names))
-    return found
+        labeled_rows.append((number, os.path.join(os.path.dirname(path), image), names))
+    return labeled_rows
 
 
 def _check_separator(path: str, values: list[tuple[int, str]]) -> None:
@@ -174,9 +175,9 @@ def _check_separator(path: str, values: list[tuple[int, str]]) -> None:
     if any(";" in value for _, value in values):
         return
     for number, value in values:
-        if found := re.search(r"[,|]", value):
+        if separator := re.search(r"[,|]", value):
             raise UserError(
-                f"{path}:{number}: labels: '{value}': several labels are separated by ';', not by '{found[0]}'. If "
+                f"{path}:{number}: labels: '{value}': several labels are separated by ';', not by '{separator[0]}'. If "
                 "this is one label, end it with ';'"
             )
 
@@ -206,28 +207,28 @@ def _named(
 
 
 def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
-    found = sorted(n for n in listed_classes(spec) if os.path.isdir(os.path.join(spec, n)) and not is_hidden(n))
-    if not found:
+    folder_names = sorted(n for n in listed_classes(spec) if os.path.isdir(os.path.join(spec, n)) and not is_hidden(n))
+    if not folder_names:
         what = "holds neither *.tar shards nor a folder for each class"
         raise UserError(f"{key}: {spec} {what}{classes_of_parquet(spec, spec)}")
-    if found == ["images", "masks"]:
+    if folder_names == ["images", "masks"]:
         raise UserError(f"{key}: {spec} holds images/ and masks/, for task: segment; wants a folder for each class")
-    known = classes or found
+    known = classes or folder_names
     files, left_out = list_images(spec)
-    members: dict[str, list[str]] = {name: [] for name in found}
+    members: dict[str, list[str]] = {name: [] for name in folder_names}
     for path in files:
         if "/" in path:
             members[path.split("/", 1)[0]].append(os.path.join(spec, path))
         else:
             left_out.append((path, "in no folder of a class"))
     paths, labels = [], []
-    for name, own in members.items():
-        if own and name not in known:
+    for name, of_class in members.items():
+        if of_class and name not in known:
             raise UserError(f"{key}: {spec}/{name}: no such class in the training data ({', '.join(known[:5])} …)")
-        if not own and classes is None:
+        if not of_class and classes is None:
             reason = [(path, why) for path, why in left_out if path == name or path.startswith(f"{name}/")]
             why = classes_of_parquet(os.path.join(spec, name), spec) or (f"; {LeftOut.of(reason)}" if reason else "")
             raise UserError(f"{key}: {spec}/{name}: a class folder without images{why}")
-        paths += own
-        labels += [known.index(name) for _ in own]
+        paths += of_class
+        labels += [known.index(name) for _ in of_class]
     return Labeled(FileReader(paths), np.array(labels, dtype=np.int64), known, LeftOut.of(left_out))

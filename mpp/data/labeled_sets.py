@@ -115,8 +115,8 @@ class LabeledDataset(Dataset[LabeledBatch]):
 
 def _of(data: Labeled, numbers: list[int]) -> Tensor:
     """Labels of these images."""
-    found = torch.from_numpy(data.labels[numbers])
-    return found.float() if data.several else found
+    labels = torch.from_numpy(data.labels[numbers])
+    return labels.float() if data.several else labels
 
 
 class CentreDataset(Dataset[LabeledBatch]):

@@ -42,10 +42,10 @@ def leak(val: Reader, train: Reader) -> Leak:
     The same picture encoded anew is not found; images of one colour do not count: a black sky is like any other.
     Sizes first, then checksums of the images that have a size in common.
     """
-    own, theirs = val.sizes(), train.sizes()
-    there = np.flatnonzero(own > 0)
+    val_sizes, theirs = val.sizes(), train.sizes()
+    there = np.flatnonzero(val_sizes > 0)
     chosen = there[evenly(len(there), MOST_CHECKED)]
-    alike = np.flatnonzero(np.isin(theirs, own[chosen]))
+    alike = np.flatnonzero(np.isin(theirs, val_sizes[chosen]))
     most = min(MOST_READ, int(MOST_BYTES / max(theirs[alike].mean(), 1))) if len(alike) else 0
     if len(alike) > most:  # files of one size, most likely: a part of them tells, too
         alike = alike[evenly(len(alike), max(most, 1))]
@@ -53,13 +53,13 @@ def leak(val: Reader, train: Reader) -> Leak:
     for i in chosen.tolist():
         if (digest := _digest(val, i)) is not None:
             wanted.setdefault(digest, []).append(i)
-    found: dict[int, int] = {}
+    train_of_val: dict[int, int] = {}
     for j in alike.tolist():
         for i in wanted.get(_digest(train, j) or b"", ()):
             if not _of_one_colour(val.read(i)):
-                found.setdefault(i, j)
-    examples = [(val.name(i), train.name(j)) for i, j in sorted(found.items())[:MOST_NAMED]]
-    return Leak(len(found), len(chosen), examples)
+                train_of_val.setdefault(i, j)
+    examples = [(val.name(i), train.name(j)) for i, j in sorted(train_of_val.items())[:MOST_NAMED]]
+    return Leak(len(train_of_val), len(chosen), examples)
 
 
 def _digest(images: Reader, i: int) -> bytes | None:

@@ -83,8 +83,8 @@ def batches(dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int
             raise worker_died(error) from error
         try:
             time.sleep(1)  # it died while it handed over a batch; the system says so a little later
-        except RuntimeError as told:
-            raise worker_died(told) from error
+        except RuntimeError as report:
+            raise worker_died(report) from error
         raise worker_died(error) from error
 
 

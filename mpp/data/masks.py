@@ -41,11 +41,11 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
     masks = [of_mask[stem] for stem in of_image]
     images = list(of_image.values())
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        found = list(pool.map(_examine, images, masks))
-    faults = [fault for fault, _ in found if fault]
+        examined = list(pool.map(_examine, images, masks))
+    faults = [fault for fault, _ in examined if fault]
     if faults:
         raise UserError(f"{key}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if faults[1:] else ""))
-    counts = np.stack([count for _, count in found])
+    counts = np.stack([count for _, count in examined])
     ignored = int(counts[:, ignore_index].sum())
     counts[:, ignore_index] = 0
     listed = _listed_classes(root)
@@ -74,15 +74,15 @@ def one_folder(spec: tuple[str, ...], key: str, what: str) -> str:
 
 def _by_stem(paths: list[str], root: str, key: str) -> dict[str, str]:
     """Path below `root` without its ending -> file."""
-    found: dict[str, str] = {}
+    path_of: dict[str, str] = {}
     for path in paths:
         stem = os.path.splitext(os.path.relpath(path, root))[0]
-        if stem in found:
+        if stem in path_of:
             raise UserError(
-                f"{key}: {found[stem]} and {path}: which of them? Names must differ by more than the ending"
+                f"{key}: {path_of[stem]} and {path}: which of them? Names must differ by more than the ending"
             )
-        found[stem] = path
-    return found
+        path_of[stem] = path
+    return path_of
 
 
 def _listed_classes(root: str) -> list[str] | None:

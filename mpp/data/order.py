@@ -78,28 +78,28 @@ class Order:
         """The shards that hold samples of a window of these lanes, in the order of the epoch."""
         permuted, starts, first = self._shards(epoch)
         low, high = number * self.window, min((number + 1) * self.window, self.lane_len)
-        found: set[int] = set()
+        touched: set[int] = set()
         for lane in lanes:
             begin = (lane * self.lane_len + low + first) % self.total
             end = begin + high - low
             for a, b in ((begin, min(end, self.total)), (0, end - self.total)):  # it may go on from the start
                 if b > a:
                     inside = slice(np.searchsorted(starts, a, "right") - 1, np.searchsorted(starts, b, "left"))
-                    found.update(range(len(permuted))[inside])
-        return [int(permuted[k]) for k in sorted(found) if self.counts[permuted[k]]]
+                    touched.update(range(len(permuted))[inside])
+        return [int(permuted[k]) for k in sorted(touched) if self.counts[permuted[k]]]
 
     def at(self, seen: int, start: int, count: int) -> list[tuple[int, int, int]]:
         """(position, shard, row) of slots start … start + count of the global batch that follows `seen` samples."""
         per_lane = self.global_batch // self.lanes
         taken = seen // self.lanes
-        found = []
+        samples = []
         for slot in range(start, start + count):
             lane, j = divmod(slot, per_lane)
             epoch, offset = divmod(taken + j, self.lane_len)
             number, place = divmod(offset, self.window)
             shards, rows = self._window(epoch, lane, number)
-            found.append((seen + slot, int(shards[place]), int(rows[place])))
-        return found
+            samples.append((seen + slot, int(shards[place]), int(rows[place])))
+        return samples
 
 
 def lanes_read_by(ranks: Iterable[int], order: Order, *, accumulate: int, world: int) -> list[int]:

@@ -80,11 +80,11 @@ def unread_classes(images: LabeledImages, read: Sequence[int], tried: Sequence[i
 
 def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decoding: Decoding) -> list[str]:
     """Warn if images of 16 bit use a small part of their range and `data.value_range` does not say which."""
-    found: list[Deep] = []
+    deep_images: list[Deep] = []
     for i in numbers if _range_is_open(decoding) else ():
         with suppress(BadImage):
-            found += filter(None, [deep_values(reader.read(i), decoding)])
-    return _name_coarse(found, key, decoding)
+            deep_images += filter(None, [deep_values(reader.read(i), decoding)])
+    return _name_coarse(deep_images, key, decoding)
 
 
 def _range_is_open(decoding: Decoding) -> bool:
@@ -99,19 +99,18 @@ def _look_at(data: bytes, decoding: Decoding) -> list[Deep]:
     return [] if deep is None else [deep]
 
 
-def _name_coarse(found: Sequence[Deep], key: str, decoding: Decoding) -> list[str]:
+def _name_coarse(deep_images: Sequence[Deep], key: str, decoding: Decoding) -> list[str]:
     """A line if these values of images use a small part of the range of their type."""
-    if not found:
+    if not deep_images:
         return []
-    smallest, largest = min(deep.smallest for deep in found), max(deep.largest for deep in found)
-    most = max(deep.most for deep in found)
+    smallest, largest = min(deep.smallest for deep in deep_images), max(deep.largest for deep in deep_images)
+    most = max(deep.most for deep in deep_images)
     if largest * USED_PART > most or largest <= 0:
         return []
     high = 2 ** math.ceil(math.log2(largest + 1)) - 1 if smallest >= 0 else int(largest)
     advice = f"data.value_range=[{int(min(smallest, 0))},{high}]"
-    what = (
-        f"{key}: values of {len(found)} images run from {smallest:g} to {largest:g}, of {most:g} that their type holds"
-    )
+    count = len(deep_images)
+    what = f"{key}: values of {count} images run from {smallest:g} to {largest:g}, of {most:g} that their type holds"
     if "value_range" in decoding:
         return [f"{what}: they are read as dark; {advice} reads them in full"]
     levels = int(largest) // 257 + 1
@@ -156,7 +155,7 @@ def _spread(images: LabeledImages) -> list[int]:
     members = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
     members = [members[i] for i in evenly(len(members), MOST_LOOKED_AT)]
     each = max(LOOKED_AT // max(len(members), 1), 1)
-    return sorted(int(own[at]) for own in members for at in evenly(len(own), each))
+    return sorted(int(of_class[at]) for of_class in members for at in evenly(len(of_class), each))
 
 
 def _reason(reader: Reader, i: int) -> str:

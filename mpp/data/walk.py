@@ -70,9 +70,9 @@ def is_hidden(name: str) -> bool:
 def images_among(names: Iterable[str]) -> set[str]:
     """The names in one folder that are images. An .npy is none if an image of another kind has the same stem: it is
     something else of the same sample then, an embedding or a map of depths."""
-    found = {name for name in names if IMAGE.search(name)}
-    stems = {os.path.splitext(name)[0] for name in found if not name.lower().endswith(".npy")}
-    return {name for name in found if not (name.lower().endswith(".npy") and os.path.splitext(name)[0] in stems)}
+    images = {name for name in names if IMAGE.search(name)}
+    stems = {os.path.splitext(name)[0] for name in images if not name.lower().endswith(".npy")}
+    return {name for name in images if not (name.lower().endswith(".npy") and os.path.splitext(name)[0] in stems)}
 
 
 def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
@@ -117,8 +117,8 @@ def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
 def _entries(folder: str) -> list[os.DirEntry[str]]:
     """What lies in a folder, by name. UserError if it may not be read: its images would be missing in silence."""
     try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}") from error
 

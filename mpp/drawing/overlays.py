@@ -22,8 +22,8 @@ MOST_NAMED = 20
 
 def colours(count: int) -> Tensor:
     """(count, 3) uint8: hues a golden angle apart, so that neighbours differ however many there are."""
-    found = [colorsys.hsv_to_rgb(0.02 + 0.618034 * i % 1, 0.85, (1.0, 0.75)[i // 8 % 2]) for i in range(count)]
-    return (255 * torch.tensor(found)).round().to(torch.uint8)
+    rgb = [colorsys.hsv_to_rgb(0.02 + 0.618034 * i % 1, 0.85, (1.0, 0.75)[i // 8 % 2]) for i in range(count)]
+    return (255 * torch.tensor(rgb)).round().to(torch.uint8)
 
 
 def over_pixels(image: Tensor, classes: Tensor, of: int, ignored: Tensor | None = None) -> Tensor:

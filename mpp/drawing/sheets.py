@@ -31,8 +31,8 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], *, title
     header = max(text.count("\n") + 1 for text in wrapped) * (FONT_PX + 4) + GAP_PX
     above = FONT_PX + 2 * GAP_PX if title else 0
     width = len(titles) * (w + GAP_PX) + GAP_PX
-    found = Image.new("RGB", (width, above + header + len(rows) * (h + GAP_PX)), "white")
-    pen = ImageDraw.Draw(found)
+    picture = Image.new("RGB", (width, above + header + len(rows) * (h + GAP_PX)), "white")
+    pen = ImageDraw.Draw(picture)
     if title:
         pen.text((GAP_PX, GAP_PX), title, fill="black", font=font)
     for c, text in enumerate(wrapped):
@@ -40,8 +40,8 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], *, title
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             fitted = image if image.size == (w, h) else image.resize((w, h), Image.Resampling.LANCZOS)
-            found.paste(fitted, (GAP_PX + c * (w + GAP_PX), above + header + r * (h + GAP_PX)))
-    return found
+            picture.paste(fitted, (GAP_PX + c * (w + GAP_PX), above + header + r * (h + GAP_PX)))
+    return picture
 
 
 def _wrapped(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
@@ -61,12 +61,12 @@ def stacked(blocks: Sequence[Image.Image]) -> Image.Image:
         return blocks[0]
     gap = 3 * GAP_PX
     height = sum(b.height for b in blocks) + gap * (len(blocks) - 1)
-    found = Image.new("RGB", (max(b.width for b in blocks), height), "white")
+    picture = Image.new("RGB", (max(b.width for b in blocks), height), "white")
     top = 0
     for block in blocks:
-        found.paste(block, (0, top))
+        picture.paste(block, (0, top))
         top += block.height + gap
-    return found
+    return picture
 
 
 def save_png(picture: Image.Image, out: Path) -> Path:

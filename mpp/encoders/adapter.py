@@ -85,9 +85,11 @@ def create_timm_model(
         raise UserError(f"{args_key}.patch_size: square patches, one number of pixels >= 1; got {patch_size!r}")
     if ":" not in name:
         timm_names(name.split(".")[0], key)
-    for own in ("num_classes", "in_chans", "img_size", "pretrained", "features_only"):
-        if own in args:
-            raise UserError(f"{args_key}.{own}: is not for a recipe to set here; see data.image_size, data.channels")
+    for reserved in ("num_classes", "in_chans", "img_size", "pretrained", "features_only"):
+        if reserved in args:
+            raise UserError(
+                f"{args_key}.{reserved}: is not for a recipe to set here; see data.image_size, data.channels"
+            )
     for loading in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir"):
         if loading in args:  # which may open pickles
             raise UserError(f"{args_key}.{loading}: weights from elsewhere come by `mpp import`")
@@ -265,9 +267,9 @@ class TimmEncoder(nn.Module):
             self.model.train(training)
         (h, w), (gh, gw) = self.image_size, self.grid(self.image_size)
         if out.ndim != 4 or tuple(out.shape[2:]) != (gh, gw):
-            found = "×".join(map(str, out.shape[2:])) or "no"
+            cells = "×".join(map(str, out.shape[2:])) or "no"
             raise UserError(
-                f"encoder.name: {self.family} is not supported: at {h}×{w} px it gives {found} cells, where its stride "
+                f"encoder.name: {self.family} is not supported: at {h}×{w} px it gives {cells} cells, where its stride "
                 f"of {self.stride} px makes {gh}×{gw}: they do not tile the image"
             )
         freeze_unread(self.model, [out])

@@ -18,17 +18,17 @@ HEAD = "head.safetensors"
 
 def weights_sha256(folder: Path) -> str:
     """Checksum of an export's weights. UserError where they are not those that were exported."""
-    found = sha256(folder / "model.safetensors")
+    computed = sha256(folder / "model.safetensors")
     try:
         about = json.loads((folder / "export.json").read_text())
         stated = about["files_sha256"]["model.safetensors"] if "format" in about else about["weights_sha256"]
     except FileNotFoundError:
-        return found  # a timm folder made elsewhere
+        return computed  # a timm folder made elsewhere
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no readable export.json") from error
-    if found != stated:
+    if computed != stated:
         raise UserError(f"{folder}/model.safetensors: does not match the checksum of its export")
-    return found
+    return computed
 
 
 def has_head(folder: Path) -> bool:

@@ -51,10 +51,10 @@ def probe_maps(model: TimmModel, size: tuple[int, int]) -> tuple[list[int], Feat
         raise UserError(f"data.image_size: {family} does not run at {at} px: {one_line(error)}") from error
     finally:
         model.train(training)
-    for index, found in zip(indices, maps, strict=True):
+    for index, feature_map in zip(indices, maps, strict=True):
         stride = reductions[index]
-        if found.ndim != 4 or tuple(found.shape[2:]) != (size[0] // stride, size[1] // stride):
-            cells = "×".join(map(str, found.shape[2:])) or "no"
+        if feature_map.ndim != 4 or tuple(feature_map.shape[2:]) != (size[0] // stride, size[1] // stride):
+            cells = "×".join(map(str, feature_map.shape[2:])) or "no"
             raise UserError(
                 f"encoder: {family} gives {cells} cells at {size[0]}×{size[1]} px, where a stride of {stride} px makes "
                 f"{size[0] // stride}×{size[1] // stride}: its maps do not tile the image"

@@ -72,19 +72,19 @@ def resolve(recipe: R, source: str | None, *, warn: bool, normalise: bool = True
     if source and normalise:
         channels = filled.get("channels", recipe.data.channels)
         filled |= _normalisation(source, recipe.data, channels, warn=warn)
-    found = recipe
+    resolved = recipe
     if filled:
         values = recipe.model_dump(mode="json", exclude_unset=True)
         values["data"] |= filled
         try:
-            found = check_recipe(values, type(recipe))
+            resolved = check_recipe(values, type(recipe))
         except UserError as error:
             named = ", ".join(f"data.{key}={_plain(filled[key])}" for key in filled if key in NAMED_KEYS)
             lines = [line.removeprefix("recipe: ") for line in str(error).splitlines()]
             raise UserError("\n".join(f"{line}; {source} was trained with {named}" for line in lines)) from error
-    if found.data.nodata is not None and found.data.eight_bit:
+    if resolved.data.nodata is not None and resolved.data.eight_bit:
         raise UserError("data.nodata: only with data.value_range, or data.channels other than 1, 3 and 4")
-    return found
+    return resolved
 
 
 def keys_of_images(source: str, data: ImageData, *, warn: bool) -> JsonObject:
@@ -102,14 +102,14 @@ def keys_of_images(source: str, data: ImageData, *, warn: bool) -> JsonObject:
     folder = timm_folder(source)
     stored = stored_recipe(folder).get("data", {}) if folder else {}
     filled: JsonObject = {}
-    own = _channels(folder) if folder else None
-    if own is not None and own != data.channels:
+    trained_channels = _channels(folder) if folder else None
+    if trained_channels is not None and trained_channels != data.channels:
         if "channels" not in data.model_fields_set:
-            filled["channels"] = own
+            filled["channels"] = trained_channels
         elif warn:
             warnings.warn(
-                f"data.channels: {data.channels}, but the encoder was trained with {own}: its first layer is summed up "
-                f"or repeated. Left out, {own} is taken",
+                f"data.channels: {data.channels}, but the encoder was trained with {trained_channels}: its first layer "
+                f"is summed up or repeated. Left out, {trained_channels} is taken",
                 MppWarning,
                 stacklevel=4,
             )
@@ -118,7 +118,7 @@ def keys_of_images(source: str, data: ImageData, *, warn: bool) -> JsonObject:
     if "formats" not in data.model_fields_set:
         filled["formats"] = list(_all_formats(stored))
     channels = filled.get("channels", data.channels)
-    if own in (None, channels):  # ranges of other channels are of other images
+    if trained_channels in (None, channels):  # ranges of other channels are of other images
         given = {"value_range": data.value_range, "nodata": data.nodata}
         filled |= {key: stored[key] for key, value in given.items() if value is None and stored.get(key) is not None}
     for key, values in (("mean", data.mean), ("std", data.std)):
@@ -129,11 +129,11 @@ def keys_of_images(source: str, data: ImageData, *, warn: bool) -> JsonObject:
 
 def _normalisation(source: str, data: ImageData, channels: int, *, warn: bool) -> JsonObject:
     """Return mean and std of the encoder, unless the recipe gives them; with a warning if it gives others."""
-    own = own_normalisation(source, channels)
-    if own is None:
+    mean_std = own_normalisation(source, channels)
+    if mean_std is None:
         return {}
     filled = {}
-    for key, given, value in (("mean", data.mean, own[0]), ("std", data.std, own[1])):
+    for key, given, value in (("mean", data.mean, mean_std[0]), ("std", data.std, mean_std[1])):
         if given is None:
             filled[key] = value
         elif warn and list(given) != value:
@@ -156,8 +156,8 @@ def _all_formats(stored: JsonMapping) -> tuple[str, ...]:
 def _channels(folder: Path) -> int | None:
     """Of the images that the encoder in a timm folder takes; None if it does not say."""
     try:
-        found = json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][0]
-        return found if type(found) is int and found > 0 else None
+        channels = json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][0]
+        return channels if type(channels) is int and channels > 0 else None
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
@@ -166,17 +166,17 @@ def decoding_of(folder: Path, channels: int) -> Decoding:
     """Return how the images of the run that made a timm folder were read."""
     stored = stored_recipe(folder)
     data = stored.get("data", {})
-    found: Decoding = {
+    decoding: Decoding = {
         "channels": channels,
         "formats": _all_formats(data),
         "max_image_pixels": max(data.get("max_image_pixels", 0), DECODING["max_image_pixels"]),
     }
     if value_range := value_range_of(stored, channels):
-        found["value_range"], found["nodata"] = value_range, data.get("nodata")
-    return found
+        decoding["value_range"], decoding["nodata"] = value_range, data.get("nodata")
+    return decoding
 
 
 def for_channels(values: Sequence[float], channels: int) -> list[float]:
     """Of other channels than its own timm sums or repeats the first layer's weights: they share the mean of these."""
-    found = [float(v) for v in values]
-    return found if len(found) == channels else [sum(found) / len(found)] * channels
+    floats = [float(v) for v in values]
+    return floats if len(floats) == channels else [sum(floats) / len(floats)] * channels

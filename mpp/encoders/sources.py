@@ -82,8 +82,8 @@ def fingerprint_of_inputs(train: str, val: str, *sources: str | None) -> str:
 
 def class_names(folder: Path) -> list[str] | None:
     """Names of the classes that a fine-tuned model tells apart, in its order; None where nobody wrote them down."""
-    found = json.loads((folder / "config.json").read_text()).get("label_names")
-    return [str(name) for name in found] if found else None
+    names = json.loads((folder / "config.json").read_text()).get("label_names")
+    return [str(name) for name in names] if names else None
 
 
 def open_encoder(
@@ -114,9 +114,9 @@ def open_encoder(
             args_key="architecture.args",
         )
     asked = {key: value for key, value in (("img_size", image_size), ("in_chans", channels)) if value}
-    own = {key: tuple(value) if isinstance(value, list) else value for key, value in given.args.items()}
-    if reserved := sorted({*asked, "num_classes", "pretrained"} & own.keys()):
+    args = {key: tuple(value) if isinstance(value, list) else value for key, value in given.args.items()}
+    if reserved := sorted({*asked, "num_classes", "pretrained"} & args.keys()):
         raise UserError(
             f"architecture.args.{reserved[0]}: is not for a recipe to set here; see data.image_size, data.channels"
         )
-    return load_encoder(source, pretrained=pretrained, num_classes=0, **asked, **{**timm_args, **own})
+    return load_encoder(source, pretrained=pretrained, num_classes=0, **asked, **{**timm_args, **args})

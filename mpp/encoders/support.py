@@ -124,11 +124,11 @@ def support_rows(rows: list[JsonObject] | None = None) -> list[tuple[str, ...]]:
     ]
 
 
-def _verdict(found: dict[str, list[str]], ways: list[str]) -> str:
-    offered = [way for way in ways if way in found]
+def _verdict(faults_of: dict[str, list[str]], ways: list[str]) -> str:
+    offered = [way for way in ways if way in faults_of]
     if not offered:
         return "no"
-    return "fails" if any(found[way] for way in offered) else "yes"
+    return "fails" if any(faults_of[way] for way in offered) else "yes"
 
 
 def markdown(rows: list[JsonObject] | None = None) -> str:

@@ -67,10 +67,10 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Images, grid: tuple[int, int]) -> Tensor:
         """(B, gh·gw, dim) float32."""
-        found = self.model.forward_intermediates(
+        maps = self.model.forward_intermediates(
             self.pixels(images, grid), indices=self.layers, norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        tokens = [f.float().flatten(2).transpose(1, 2) for f in found[-self.layers :]]
+        tokens = [f.float().flatten(2).transpose(1, 2) for f in maps[-self.layers :]]
         average = torch.stack([F.layer_norm(t, t.shape[-1:]) for t in tokens]).mean(0)
         return F.layer_norm(average, average.shape[-1:]) if self.norm_average else average
 
@@ -144,13 +144,13 @@ def frozen_teacher(
     teacher = FrozenTeacher(model, layers=layers, mean=mean, std=std)
     try:
         blank = torch.zeros(1, channels, *size, dtype=torch.uint8)
-        found = tuple(teacher(Images(blank, blank.float(), blank[0].float(), blank[0].float()), grid).shape)
+        shape = tuple(teacher(Images(blank, blank.float(), blank[0].float(), blank[0].float()), grid).shape)
     except Exception as error:  # timm's models fail in their own ways
         words = one_line(error)
         raise UserError(f"{key}.teacher: {name} does not run at {size[0]}×{size[1]} px: {words}") from error
-    if found != (1, grid[0] * grid[1], teacher.dim):
+    if shape != (1, grid[0] * grid[1], teacher.dim):
         raise UserError(
-            f"{key}.teacher: {name} gives features of {found[1:]} where {(grid[0] * grid[1], teacher.dim)} are wanted"
+            f"{key}.teacher: {name} gives features of {shape[1:]} where {(grid[0] * grid[1], teacher.dim)} are wanted"
         )
     return teacher
 

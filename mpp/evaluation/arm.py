@@ -80,10 +80,10 @@ def open_reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
         channels=data.channels,
         pretrained=arm != "random",
     )
-    own = model.pretrained_cfg
-    size = data.image_size or tuple(own["input_size"][1:])
+    timm_config = model.pretrained_cfg
+    size = data.image_size or tuple(timm_config["input_size"][1:])
     check_size(model, size, source)
-    mean, std = (getattr(data, k) or for_channels(own[k], data.channels) for k in ("mean", "std"))
+    mean, std = (getattr(data, k) or for_channels(timm_config[k], data.channels) for k in ("mean", "std"))
     return _Opened(EncoderReader(model, recipe.layers, mean, std), (int(size[0]), int(size[1])))
 
 
@@ -91,13 +91,13 @@ def finished_arm(folder: Path, fingerprint: str) -> Arm | None:
     """An arm that is done. UserError where it is of other data or weights."""
     try:
         stored = json.loads((folder / RESULT).read_text())
-        found = Arm([Score(**s) for s in stored["scores"]], stored["judged"], stored["unreadable"])
+        arm = Arm([Score(**s) for s in stored["scores"]], stored["judged"], stored["unreadable"])
         before = stored["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if before != fingerprint:
         raise UserError(f"{folder}: the data or the encoder changed since; start a new run")
-    return found
+    return arm
 
 
 def run_arm(
@@ -158,8 +158,8 @@ def run_arm(
                 unread.update(dict.fromkeys(batch.bad))
                 if of is data.val:
                     unread_val.update(batch.positions[~batch.readable].tolist())
-                found = read(batch.images.to(device), tokens=True)
-                yield {k: v[readable] for k, v in found.tokens.items()}, batch.labels.to(device)[readable]
+                features = read(batch.images.to(device), tokens=True)
+                yield {k: v[readable] for k, v in features.tokens.items()}, batch.labels.to(device)[readable]
 
         scores += _attentive(recipe, data, tokens, classes, device)
         unreadable = list(unread)
@@ -194,8 +194,8 @@ def _knn(recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes
     ks = recipe.knn.k
     tuned = knn.accuracies(x[:first], labels[:first], x[first:], labels[first:], ks, classes, device)
     k = best_setting(tuned, smaller=True)
-    found = knn.accuracies(x, labels, val.features[place], val.labels, sorted({*ks, k}), classes, device)
-    return Score("knn", *place, found[k], tuned[k], k, sweep_as_text(found))
+    accuracy_at = knn.accuracies(x, labels, val.features[place], val.labels, sorted({*ks, k}), classes, device)
+    return Score("knn", *place, accuracy_at[k], tuned[k], k, sweep_as_text(accuracy_at))
 
 
 def _linear(
@@ -228,8 +228,8 @@ def _attentive(recipe: EvaluateRecipe, data: Data, tokens: Any, classes: int, de
             left = (
                 f", {format_duration((time.monotonic() - began) / epoch * (keys.epochs - epoch))} left" if epoch else ""
             )
-            said = f"{what}, epoch {epoch + 1} of {keys.epochs}{left}"
-            return tokens(data.train, stream(recipe.seed, Purpose.PROBE, epoch).permutation(numbers), said)
+            progress = f"{what}, epoch {epoch + 1} of {keys.epochs}{left}"
+            return tokens(data.train, stream(recipe.seed, Purpose.PROBE, epoch).permutation(numbers), progress)
 
         steps = -(-len(numbers) // keys.batch_size)
         attentive.train(probes, epoch_of, epochs=keys.epochs, steps_per_epoch=steps, weight_decay=keys.weight_decay)

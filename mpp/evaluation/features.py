@@ -82,8 +82,8 @@ class EncoderReader(nn.Module):
             x, indices=[i - 1 for i in self.layers], norm=False, output_fmt="NCHW", **prefix
         )
         pooled, every = {}, {}
-        for layer, found in zip(map(str, self.layers), maps, strict=True):
-            features, first = found if self.class_token else (found, None)
+        for layer, layer_map in zip(map(str, self.layers), maps, strict=True):
+            features, first = layer_map if self.class_token else (layer_map, None)
             if tokens:
                 every[layer] = features.float().flatten(2).transpose(1, 2)
             pooled[Place(layer, "mean")] = features.float().mean((2, 3))
@@ -140,17 +140,17 @@ def read_table(
     for batch in batches:
         unreadable += batch.bad
         readable = batch.readable
-        found = reader(batch.images.to(device)).pooled
+        features = reader(batch.images.to(device)).pooled
         if not files:
-            _check_space(folder, images * sum(4 * f.shape[1] for f in found.values()))
+            _check_space(folder, images * sum(4 * f.shape[1] for f in features.values()))
             files = {
                 place: np.lib.format.open_memmap(
                     folder / f"{place.layer}-{place.pool}.npy", mode="w+", dtype=np.float32, shape=(images, f.shape[1])
                 )
-                for place, f in found.items()
+                for place, f in features.items()
             }
         count = int(readable.sum())
-        for place, f in found.items():
+        for place, f in features.items():
             files[place][written : written + count] = f[readable.to(device)].cpu().numpy()
         labels[written : written + count] = batch.labels[readable].numpy()
         first_written += int(readable[: max(first - seen, 0)].sum())

@@ -53,8 +53,8 @@ class EvaluateResult:
 
     def best(self, arm: str, probe: str) -> Score | None:
         """The score at the place that was best on the tune part; None where this arm was not probed so."""
-        found = [s for s in self.scores.get(arm, []) if s.probe == probe]
-        return max(found, key=lambda s: s.tune_accuracy) if found else None
+        of_probe = [s for s in self.scores.get(arm, []) if s.probe == probe]
+        return max(of_probe, key=lambda s: s.tune_accuracy) if of_probe else None
 
     def table(self) -> str:
         """For people."""
@@ -66,10 +66,10 @@ class EvaluateResult:
         rows.append(["the most frequent class", *[f"{100 * self.chance:.1f} %"] * len(probes)])
         lines = aligned(rows)
         for probe in probes:
-            own = self.best("encoder", probe)
+            best = self.best("encoder", probe)
             for arm in ("random", "pixels"):
                 control = self.best(arm, probe)
-                if own and control and own.accuracy <= control.accuracy:
+                if best and control and best.accuracy <= control.accuracy:
                     lines.append(f"{probe}: the encoder's features are no better than {ARMS[arm]} here")
         if "linear" in probes:
             lines.append(PROTOCOL)

@@ -81,7 +81,7 @@ def _evaluate(
     write_status(out, "running")
     arms: dict[str, Arm] = {}
     took_s: list[float] = []
-    for number, (arm, found) in enumerate(readers.items()):
+    for number, (arm, arm_reader) in enumerate(readers.items()):
         folder = out / "arms" / arm
         done = finished_arm(folder, fingerprint)
         if done is None:
@@ -89,23 +89,24 @@ def _evaluate(
             pace = f", about {format_duration(sum(took_s) / len(took_s) * left)} left" if took_s else ""
             print(f"arm {number + 1} of {len(readers)}: {arm}{pace}", flush=True)
             write_status(out, "running", arm=arm, number=number + 1, of=len(readers))
-            size = found.size if found else sizes["encoder"]
-            reader = found.reader if found else PixelReader()
+            size = arm_reader.size if opened else sizes["encoder"]
+            reader = arm_reader.reader if opened else PixelReader()
             done = run_arm(recipe, team, reader.to(team.device), data, size, folder)
             reader.cpu()
             write_json(folder / RESULT, {"fingerprint": fingerprint, **asdict(done)})
             took_s.append(time.monotonic() - began)
         arms[arm] = done
 
-    own = arms["encoder"]
-    lost = [name for name, judged in zip(data.val.classes, own.judged, strict=True) if not judged]
+    encoder_arm = arms["encoder"]
+    lost = [name for name, judged in zip(data.val.classes, encoder_arm.judged, strict=True) if not judged]
     lost = sorted(set(lost) & {data.val.classes[label] for label in data.val.labels})
-    if own.unreadable:
+    if encoder_arm.unreadable:
         of_classes = f"; not one of {', '.join(lost)} in data.val" if lost else ""
-        what = f"{len(own.unreadable)} images could not be read and are left out, such as {own.unreadable[0]}"
+        unreadable = encoder_arm.unreadable
+        what = f"{len(unreadable)} images could not be read and are left out, such as {unreadable[0]}"
         warnings.warn(f"{what}{of_classes}", MppWarning, stacklevel=3)
-    scores = {arm: found.scores for arm, found in arms.items()}
-    result = EvaluateResult(out, scores, max(own.judged) / sum(own.judged), out / PLOT, len(data.tune))
+    scores = {name: arm.scores for name, arm in arms.items()}
+    result = EvaluateResult(out, scores, max(encoder_arm.judged) / sum(encoder_arm.judged), out / PLOT, len(data.tune))
     _plot(result)
     best = {
         arm: {probe: asdict(s) for probe in recipe.probes if (s := result.best(arm, probe))} for arm in result.scores
@@ -118,10 +119,10 @@ def _evaluate(
             "chosen_by": result.chosen_by,
             "train_images": len(data.fit) + len(data.tune),
             "val_images": len(data.val.labels),
-            "val_images_read": sum(own.judged),
-            "unreadable": own.unreadable,
+            "val_images_read": sum(encoder_arm.judged),
+            "unreadable": encoder_arm.unreadable,
             "unread_classes": lost,
-            "scores": {arm: [asdict(s) for s in found] for arm, found in scores.items()},
+            "scores": {name: [asdict(s) for s in of_arm] for name, of_arm in scores.items()},
         },
     )
     write_status(out, "finished")
@@ -163,11 +164,11 @@ def _plot(result: EvaluateResult) -> None:
         for probe in dict.fromkeys(s.probe for s in scores):
             panel = panels.setdefault(probe, [])
             for pool in dict.fromkeys(s.pool for s in scores if s.probe == probe):
-                own = [s for s in scores if s.probe == probe and s.pool == pool]
+                of_pool = [s for s in scores if s.probe == probe and s.pool == pool]
                 if pool == "own":
-                    panel += [Level(f"{arm}, {s.layer}" if arm != s.layer else arm, 100 * s.accuracy) for s in own]
+                    panel += [Level(f"{arm}, {s.layer}" if arm != s.layer else arm, 100 * s.accuracy) for s in of_pool]
                 else:
                     name = f"{arm}, {pool}"
-                    x, y = [float(s.layer) for s in own], [100 * s.accuracy for s in own]
+                    x, y = [float(s.layer) for s in of_pool], [100 * s.accuracy for s in of_pool]
                     panel.append(Line(name, x, y, dashed=arm == "random"))
     draw(panels, result.plot, xlabel="layer", ylabel="accuracy, %")

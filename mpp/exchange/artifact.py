@@ -48,6 +48,6 @@ class Artifact:
     def described(self) -> dict[str, str]:
         """What a file that stands alone says of itself."""
         cfg = self.config["pretrained_cfg"]
-        said = {key: json.dumps(cfg[key]) for key in ("input_size", "mean", "std")}
-        said |= {"mean_and_std_of": pixels_of(self.value_range)} | ({"task": self.task} if self.task else {})
-        return said | ({"classes": json.dumps(self.classes)} if self.classes else {})
+        facts = {key: json.dumps(cfg[key]) for key in ("input_size", "mean", "std")}
+        facts |= {"mean_and_std_of": pixels_of(self.value_range)} | ({"task": self.task} if self.task else {})
+        return facts | ({"classes": json.dumps(self.classes)} if self.classes else {})

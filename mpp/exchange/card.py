@@ -72,22 +72,22 @@ def _pretrained(run: History) -> list[tuple[str, str]]:
 
 
 def _finetuned(run: History, cell: str | None) -> list[tuple[str, str]]:
-    own = next((c for c in run.cells if c.name == cell), None)
+    exported = next((c for c in run.cells if c.name == cell), None)
     places = (
         f"Labeled images from {_list(run.setting('data.train', []))}, judged on {_list(run.setting('data.val', []))}."
     )
     return [
         ("Data", places),
         ("Recipe", _table(run, (*FINETUNING, *OPTIM))),
-        ("Cost", _cost(own, run.env) if own else ""),
+        ("Cost", _cost(exported, run.env) if exported else ""),
     ]
 
 
 def _evaluated(folder: Path) -> list[str]:
     """Of `mpp evaluate`, beside its controls."""
     try:
-        found = read_run(folder).result
-        best, chance = found["best"], float(found["chance"])
+        result = read_run(folder).result
+        best, chance = result["best"], float(result["chance"])
         probes = list(best["encoder"])
         arms = {"encoder": "this encoder", "random": "at random initialisation", "pixels": "raw pixels"}
         rows = [
@@ -96,10 +96,10 @@ def _evaluated(folder: Path) -> list[str]:
         ]
         head = [f"| frozen features | {' | '.join(probes)} |", "|---" * (len(probes) + 1) + "|"]
         last = [f"| the most frequent class | {' | '.join([f'{100 * chance:.1f} %'] * len(probes))} |"]
-        said = f"Fitted to {found['train_images']} labeled images, judged on {found['val_images']}."
+        protocol = f"Fitted to {result['train_images']} labeled images, judged on {result['val_images']}."
         if "linear" in probes:
-            said += f" {PROTOCOL[0].upper()}{PROTOCOL[1:]}."
-        return ["\n".join([*head, *rows, *last]), said]
+            protocol += f" {PROTOCOL[0].upper()}{PROTOCOL[1:]}."
+        return ["\n".join([*head, *rows, *last]), protocol]
     except (UserError, KeyError, TypeError, ValueError, AttributeError):
         return []
 

@@ -73,12 +73,12 @@ class _Outputs(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.model.forward_features(images)
-        found = {"features": features}
+        outputs = {"features": features}
         if has_embedding(self.model):
-            found["embedding"] = self.model.forward_head(features, pre_logits=True)
+            outputs["embedding"] = self.model.forward_head(features, pre_logits=True)
         if self.model.num_classes:
-            found["logits"] = self.model.forward_head(features)
-        return found
+            outputs["logits"] = self.model.forward_head(features)
+        return outputs
 
 
 class _Places(nn.Module):
@@ -102,7 +102,7 @@ def export(run: str | Path, out: str | Path, format: str) -> Verified:
     if format not in formats():
         raise UserError(f"--format: '{format}': allowed are {', '.join(formats())}")
     check_new(Path(out))
-    told = modelcard.sections(run)
+    card_sections = modelcard.sections(run)
     module = _module(format)
     artifact = _artifact(run, format)
     check_beside(Path(out), artifact.source)
@@ -141,7 +141,7 @@ def export(run: str | Path, out: str | Path, format: str) -> Verified:
             },
         )
         use = module.use(artifact, folder).strip().replace("FOLDER", Path(out).resolve().name)
-        (folder / "README.md").write_text(_card(artifact, kind, use, told), encoding="utf-8")
+        (folder / "README.md").write_text(_card(artifact, kind, use, card_sections), encoding="utf-8")
 
     return verified_at(Path(out), make, verify)
 
@@ -165,8 +165,8 @@ def verify(folder: str | Path) -> Verified:
     check_files(path, checksums)
     if "reference.safetensors" not in checksums:
         raise UserError(f"{path}: no readable export.json")
-    found = found_in_clean_process(path, module.VERIFY + COMPARE, "cannot be loaded")
-    difference = float(found["difference"])
+    compared = found_in_clean_process(path, module.VERIFY + COMPARE, "cannot be loaded")
+    difference = float(compared["difference"])
     if not difference <= tolerance:  # nan, too
         raise UserError(f"{path}: outputs differ by {difference:.2e}, allowed is {tolerance:.0e}")
     return Verified(path, difference, parameters, through=f"{format} ({kind})")
@@ -213,13 +213,13 @@ def _artifact(run: str | Path, format: str) -> Artifact:
     )
 
 
-def _card(artifact: Artifact, kind: str, use: str, told: list[tuple[str, str]]) -> str:
+def _card(artifact: Artifact, kind: str, use: str, sections: list[tuple[str, str]]) -> str:
     """That of the timm folder, for another way to load it."""
     try:
-        own = (artifact.source / "README.md").read_text(encoding="utf-8")
+        card = (artifact.source / "README.md").read_text(encoding="utf-8")
     except OSError:
-        own = ""
+        card = ""
     library = "library_name: transformers\n" if "from transformers" in use else ""
-    own = re.sub(r"(?ms)^library_name: timm\n", library, own)
-    own = re.sub(r"(?ms)^## Use\n.*?(?=^## )", lambda _: f"## Use\n\n```python\n{use}\n```\n\n{kind}.\n\n", own)
-    return with_sections(own, told)
+    card = re.sub(r"(?ms)^library_name: timm\n", library, card)
+    card = re.sub(r"(?ms)^## Use\n.*?(?=^## )", lambda _: f"## Use\n\n```python\n{use}\n```\n\n{kind}.\n\n", card)
+    return with_sections(card, sections)

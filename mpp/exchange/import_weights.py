@@ -192,16 +192,16 @@ class _Match(NamedTuple):
     """By the names that `covered` uses, with the prefix."""
     missing: list[str]
 
-    def left_out(self, found: Mapping[str, Tensor]) -> list[str]:
+    def left_out(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Return the tensors of the file that no weight is made of."""
         taken = {self.prefix + name for made in self.covered.values() for name in made.names}
         filtered = self.layout == FILTER
-        return sorted(n for n in found if n not in taken and not (filtered and n.startswith(self.prefix)))
+        return sorted(n for n in tensors if n not in taken and not (filtered and n.startswith(self.prefix)))
 
 
 def _match(
     encoder: TimmModel,
-    found: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     names: list[str],
     prefix: str | None,
     partial: bool,
@@ -213,20 +213,20 @@ def _match(
     Raises:
         UserError: Some are missing, and `partial` does not allow it, or none is there.
     """
-    layout, own_prefix, covered = _covered(found, names, prefix, file)
-    tensors = found
+    layout, own_prefix, covered = _covered(weights, names, prefix, file)
+    tensors = weights
     if len(covered) < len(names):
-        filtered = _filtered(encoder, found, prefix, partial, file)
+        filtered = _filtered(encoder, weights, prefix, partial, file)
         if filtered is not None and len(filtered[1]) > len(covered):
             layout, own_prefix = FILTER, filtered[0]
             tensors = {own_prefix + name: value for name, value in filtered[1].items()}
             covered = {name: MadeOf((name,)) for name in filtered[1]}
     missing = [name for name in names if name not in covered]
     if missing and not (partial and covered):
-        holds = f"it holds {name_some(list(found))}" if found else "it holds no weights by name"
+        holds = f"it holds {name_some(list(weights))}" if weights else "it holds no weights by name"
         raise UserError(
             f"{file}: {len(missing)} of {len(names)} weights of {model}: missing: {name_some(missing)}"
-            f"{_advice(encoder, missing, found, own_prefix)}; {holds}"
+            f"{_advice(encoder, missing, weights, own_prefix)}; {holds}"
         )
     return _Match(layout, own_prefix, covered, tensors, missing)
 
@@ -234,8 +234,8 @@ def _match(
 def _load(encoder: TimmModel, match: _Match, file: str | Path, model: str) -> None:
     """Put the weights into the encoder. UserError if one does not fit."""
     state: dict[str, Tensor] = encoder.state_dict()
-    own = {name: _taken(made, match.tensors, match.prefix, file) for name, made in match.covered.items()}
-    encoder.load_state_dict(state | _fitting(own, state, f"{file}: ", model))
+    taken = {name: _taken(made, match.tensors, match.prefix, file) for name, made in match.covered.items()}
+    encoder.load_state_dict(state | _fitting(taken, state, f"{file}: ", model))
 
 
 def _naming(layout: str) -> str:
@@ -243,27 +243,29 @@ def _naming(layout: str) -> str:
     return f"read by {FILTER}" if layout == FILTER else f"named as {layout} does"
 
 
-def _fitting(own: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str, model: str) -> dict[str, Tensor]:
+def _fitting(taken: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str, model: str) -> dict[str, Tensor]:
     """Weights as the model holds them. UserError where one has another shape or kind, or is not finite."""
-    if other := [name for name in own if own[name].shape != wanted[name].shape]:
-        shapes = ", ".join(f"{n} {tuple(own[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in other[:NAMED])
+    if other := [name for name in taken if taken[name].shape != wanted[name].shape]:
+        shapes = ", ".join(f"{n} {tuple(taken[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in other[:NAMED])
         raise UserError(
             f"{where}{len(other)} of {len(wanted)} weights of {model} have other shapes: {shapes}; is the model, the "
             "image size or the number of channels another one?"
         )
-    if odd := [f"{name} ({own[name].dtype})" for name in own if not _fits(own[name], wanted[name])]:
+    if odd := [f"{name} ({taken[name].dtype})" for name in taken if not _fits(taken[name], wanted[name])]:
         raise UserError(f"{where}weights that are no plain numbers of their kind: {name_some(odd)}")
-    state = {name: value.to(wanted[name].dtype) for name, value in own.items()}
+    state = {name: value.to(wanted[name].dtype) for name, value in taken.items()}
     if odd := [name for name, value in state.items() if not value.isfinite().all()]:
         raise UserError(f"{where}weights that are not finite: {name_some(odd)}")
     return state
 
 
-def _check_eps(encoder: TimmModel, said: float | None, file: str | Path) -> None:
+def _check_eps(encoder: TimmModel, stated_eps: float | None, file: str | Path) -> None:
     """UserError where norms would divide by something else."""
-    own = next((m.eps for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)), None)
-    if said is not None and own is not None and abs(said - own) > EPS:
-        raise UserError(f"{file}/config.json: layer_norm_eps: {said:g}; timm's is {own:g} and cannot be chosen")
+    timm_eps = next((m.eps for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)), None)
+    if stated_eps is not None and timm_eps is not None and abs(stated_eps - timm_eps) > EPS:
+        raise UserError(
+            f"{file}/config.json: layer_norm_eps: {stated_eps:g}; timm's is {timm_eps:g} and cannot be chosen"
+        )
 
 
 def _normalisation(
@@ -290,9 +292,9 @@ def _normalisation(
         return source.mean_std, "those of the folder"
     architecture, _, tag = model.partition(".")
     if tag:
-        said, by = (config["mean"], config["std"]), "timm's for this tag"
+        mean_std, by = (config["mean"], config["std"]), "timm's for this tag"
     elif known is not None and known.mean_std is not None and channels == 3:
-        said, by = known.mean_std, f"those of {known.by}"
+        mean_std, by = known.mean_std, f"those of {known.by}"
     else:
         tags = _tags(architecture)
         raise UserError(
@@ -300,7 +302,7 @@ def _normalisation(
             "0.485,0.456,0.406 --std 0.229,0.224,0.225"
             + (f"; or name timm's own weights: --model {name_some(tags)}" if tags else "")
         )
-    return (for_channels(said[0], channels), for_channels(said[1], channels)), by
+    return (for_channels(mean_std[0], channels), for_channels(mean_std[1], channels)), by
 
 
 def _tags(architecture: str) -> list[str]:
@@ -314,7 +316,7 @@ def _tags(architecture: str) -> list[str]:
 
 
 def _covered(
-    found: Mapping[str, Tensor], wanted: list[str], prefix: str | None, file: str | Path
+    weights: Mapping[str, Tensor], wanted: list[str], prefix: str | None, file: str | Path
 ) -> tuple[str, str, dict[str, MadeOf]]:
     """(layout, prefix, what each wanted weight is made of), of those that have most of them.
 
@@ -322,7 +324,7 @@ def _covered(
     """
     best: tuple[str, str, dict[str, MadeOf]] = ("timm", prefix or "", {})
     for layout in keymap.names():
-        by_prefix = keymap.coverage(found, wanted, layout)
+        by_prefix = keymap.coverage(weights, wanted, layout)
         if prefix is not None:
             prefix = f"{prefix}." if f"{prefix}." in by_prefix and prefix not in by_prefix else prefix
             by_prefix = {prefix: by_prefix.get(prefix, {})}
@@ -338,7 +340,7 @@ def _covered(
 
 
 def _filtered(
-    encoder: TimmModel, found: Mapping[str, Tensor], prefix: str | None, partial: bool, file: str | Path
+    encoder: TimmModel, weights: Mapping[str, Tensor], prefix: str | None, partial: bool, file: str | Path
 ) -> tuple[str, dict[str, Tensor]] | None:
     """What timm's `checkpoint_filter_fn` for this model makes of the weights behind a prefix, if it makes all of them.
 
@@ -350,12 +352,12 @@ def _filtered(
         return None
     wanted = encoder.state_dict()
     starts = {""} if prefix is None else {prefix, f"{prefix}."}
-    for name in found if prefix is None else ():
+    for name in weights if prefix is None else ():
         parts = name.split(".")
         starts |= {".".join(parts[:depth]) + "." for depth in range(1, min(len(parts), DEEPEST))}
     fitting: dict[str, dict[str, Tensor]] = {}
     for start in sorted(starts, key=len):
-        inside = {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
+        inside = {name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
         if len(inside) < len(wanted) and not partial:
             continue
         try:
@@ -363,32 +365,32 @@ def _filtered(
         except Exception:  # timm's filters are written for the files that they know
             continue
         if isinstance(state, dict):
-            own = {
+            of_shape = {
                 n: state[n] for n, v in wanted.items() if isinstance(state.get(n), Tensor) and state[n].shape == v.shape
             }
-            if own and (partial or len(own) == len(wanted)):
-                fitting[start] = own
-    whole = [start for start, own in fitting.items() if len(own) == len(wanted)]
+            if of_shape and (partial or len(of_shape) == len(wanted)):
+                fitting[start] = of_shape
+    whole = [start for start, of_shape in fitting.items() if len(of_shape) == len(wanted)]
     if len(whole) > 1:
         raise UserError(f"{file}: holds {len(whole)} whole encoders; say which by --prefix: {name_some(whole)}")
     return max(fitting.items(), key=lambda item: len(item[1]), default=None)
 
 
-def _taken(made: MadeOf, found: Mapping[str, Tensor], prefix: str, file: str | Path) -> Tensor:
+def _taken(made: MadeOf, weights: Mapping[str, Tensor], prefix: str, file: str | Path) -> Tensor:
     try:
-        return made.of(found, prefix)
+        return made.of(weights, prefix)
     except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:  # parts that do not stack
         raise UserError(f"{file}: {name_some([prefix + n for n in made.names])}: {one_line(error)}") from error
 
 
-def _advice(encoder: TimmModel, missing: list[str], found: Mapping[str, Tensor], prefix: str) -> str:
+def _advice(encoder: TimmModel, missing: list[str], weights: Mapping[str, Tensor], prefix: str) -> str:
     """Which argument of timm's is likely to be off, where the encoder's last norm alone is missing."""
     takes = inspect.signature(type(encoder).__init__).parameters
     last = {name.rpartition(".")[0] for name in missing}
-    if last == {"fc_norm"} and f"{prefix}norm.weight" in found:
+    if last == {"fc_norm"} and f"{prefix}norm.weight" in weights:
         key = "use_fc_norm" if "use_fc_norm" in takes else "fc_norm"
         return f"; its last norm is norm, over all tokens: add {key}=false"
-    if last == {"norm"} and f"{prefix}fc_norm.weight" in found:
+    if last == {"norm"} and f"{prefix}fc_norm.weight" in weights:
         return "; its last norm is fc_norm, over their mean: add global_pool=avg"
     return ""
 

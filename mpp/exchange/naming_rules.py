@@ -37,8 +37,8 @@ class MadeOf:
     names: tuple[str, ...]
     change: Callable[[Tensor], Tensor] | None = None
 
-    def of(self, found: Mapping[str, Tensor], prefix: str = "") -> Tensor:
-        parts = [found[prefix + name] for name in self.names]
+    def of(self, weights: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+        parts = [weights[prefix + name] for name in self.names]
         value = torch.cat(parts) if len(parts) > 1 else parts[0]
         return self.change(value) if self.change else value
 
@@ -59,13 +59,13 @@ class Trained:
     """By masked patches, so that the embedding of an image is the mean of its patch tokens."""
 
 
-def trained(found: Mapping[str, Tensor], layout: str) -> Trained | None:
+def trained(weights: Mapping[str, Tensor], layout: str) -> Trained | None:
     """How these weights, named as in this layout, were trained; None if they do not tell."""
     for name in names():
         for known in getattr(importlib.import_module(f"mpp.exchange.naming.{name}"), "TRAINED", ()):
-            marked = all(any(re.search(mark, n) for n in found) for mark in known.marks)
+            marked = all(any(re.search(mark, n) for n in weights) for mark in known.marks)
             if known.square is not None:
-                shapes = [value.shape for n, value in found.items() if re.search(known.square, n)]
+                shapes = [value.shape for n, value in weights.items() if re.search(known.square, n)]
                 marked = marked and any(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
             if marked and (known.marks or name == layout):
                 return known
@@ -89,31 +89,31 @@ def rules(layout: str) -> tuple[Rule, ...]:
 
 def made_of(name: str, of: Iterable[Rule]) -> list[MadeOf]:
     """What one of timm's weights may be made of there, likeliest first; nothing where that project has none."""
-    found = []
+    candidates = []
     for one in of:
         if match := one.ours.fullmatch(name):
             for template in one.theirs:
                 theirs = template(match) if callable(template) else template.format(*match.groups())
-                found.append(MadeOf(tuple(theirs.split()), one.change))
-    return found
+                candidates.append(MadeOf(tuple(theirs.split()), one.change))
+    return candidates
 
 
-def coverage(found: Mapping[str, Tensor], wanted: Iterable[str], layout: str) -> dict[str, dict[str, MadeOf]]:
+def coverage(weights: Mapping[str, Tensor], wanted: Iterable[str], layout: str) -> dict[str, dict[str, MadeOf]]:
     """By what stands before their names (`module.`, `teacher.backbone.`, nothing): what each wanted one is made of."""
     endings: dict[str, list[str]] = {}
-    for name in found:
+    for name in weights:
         parts = name.split(".")
         for i in range(len(parts)):
             endings.setdefault(".".join(parts[i:]), []).append(name)
     covered: dict[str, dict[str, MadeOf]] = {}
     the_rules = rules(layout)
-    for own in wanted:
-        for candidate in made_of(own, the_rules):
+    for timm_name in wanted:
+        for candidate in made_of(timm_name, the_rules):
             first = candidate.names[0]
             for whole in endings.get(first, []):
                 prefix = whole[: len(whole) - len(first)]
-                if all(prefix + name in found for name in candidate.names):
-                    covered.setdefault(prefix, {}).setdefault(own, candidate)
+                if all(prefix + name in weights for name in candidate.names):
+                    covered.setdefault(prefix, {}).setdefault(timm_name, candidate)
     return covered
 
 

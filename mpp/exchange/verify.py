@@ -68,10 +68,10 @@ class Verified:
     """What loaded it."""
 
 
-def export_timm_folder(run: str | Path, out: str | Path, told: Sequence[tuple[str, str]] = ()) -> Verified:
+def export_timm_folder(run: str | Path, out: str | Path, card_sections: Sequence[tuple[str, str]] = ()) -> Verified:
     """Copy a run's encoder to `out` and verify it there. UserError where `out` is not new or empty.
 
-    told: (title, text) of sections for its model card.
+    card_sections: (title, text) of sections for its model card.
     """
     source = encoder_folder(run)
     check_beside(Path(out), source)
@@ -80,10 +80,10 @@ def export_timm_folder(run: str | Path, out: str | Path, told: Sequence[tuple[st
         tolerance_of(source)  # what is wrong with the source is said with its name, not that of the copy
         weights_sha256(source)
         shutil.copytree(source, folder)
-        if told:
+        if card_sections:
             card = folder / "README.md"
-            own = card.read_text(encoding="utf-8") if card.exists() else ""
-            card.write_text(with_sections(own, told), encoding="utf-8")
+            text = card.read_text(encoding="utf-8") if card.exists() else ""
+            card.write_text(with_sections(text, card_sections), encoding="utf-8")
 
     return verified_at(Path(out), copied, verify_timm_folder)
 
@@ -128,15 +128,15 @@ def verify_timm_folder(folder: str | Path) -> Verified:
         check_head(path)
     if not (path / "reference.safetensors").is_file():
         raise UserError(f"{path}: reference.safetensors is missing: nothing to compare with")
-    found = found_in_clean_process(path, VERIFY, "plain timm cannot load it")
+    compared = found_in_clean_process(path, VERIFY, "plain timm cannot load it")
     for what in ("missing", "extra", "changed"):
-        if found[what]:
-            raise UserError(f"{path}: {what} weights after loading: {', '.join(found[what][:5])}")
-    if not found["difference"] <= allowed:
-        raise UserError(f"{path}: features differ by {found['difference']:.2e}, allowed is {allowed:.0e}")
+        if compared[what]:
+            raise UserError(f"{path}: {what} weights after loading: {', '.join(compared[what][:5])}")
+    if not compared["difference"] <= allowed:
+        raise UserError(f"{path}: features differ by {compared['difference']:.2e}, allowed is {allowed:.0e}")
     # names of classes, mean and std, which no feature shows
     check_files(path, json.loads((path / "export.json").read_text()).get("files_sha256", {}))
-    return Verified(path, found["difference"], found["parameters"])
+    return Verified(path, compared["difference"], compared["parameters"])
 
 
 def found_in_clean_process(folder: Path, program: str, otherwise: str) -> JsonObject:
@@ -166,8 +166,8 @@ def tolerance_of(folder: Path) -> float:
         raise UserError(f"{folder}: no readable export.json: not an export of `mpp`") from error
 
 
-def with_sections(card: str, told: Sequence[tuple[str, str]]) -> str:
+def with_sections(card: str, sections: Sequence[tuple[str, str]]) -> str:
     """A model card with more sections, before its limits."""
-    text = "".join(f"## {title}\n\n{what}\n\n" for title, what in told if f"## {title}\n" not in card)
+    text = "".join(f"## {title}\n\n{what}\n\n" for title, what in sections if f"## {title}\n" not in card)
     before, limits, after = card.partition("## Limits\n")
     return before + text + limits + after

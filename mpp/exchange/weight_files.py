@@ -75,29 +75,33 @@ def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
         tensors |= count_weights(part, trust)
     try:
         if "architecture" in config:  # timm's own
-            own = config.get("pretrained_cfg", {})
-            channels, *size = own.get("input_size", (3, 224, 224))
-            mean_std = ([float(v) for v in own["mean"]], [float(v) for v in own["std"]]) if "mean" in own else None
-            said = {"in_chans", "img_size", "num_classes"}  # elsewhere
-            args = {key: value for key, value in config.get("model_args", {}).items() if key not in said}
+            timm_config = config.get("pretrained_cfg", {})
+            channels, *size = timm_config.get("input_size", (3, 224, 224))
+            mean_std = (
+                ([float(v) for v in timm_config["mean"]], [float(v) for v in timm_config["std"]])
+                if "mean" in timm_config
+                else None
+            )
+            elsewhere = {"in_chans", "img_size", "num_classes"}  # elsewhere
+            args = {key: value for key, value in config.get("model_args", {}).items() if key not in elsewhere}
             name = config["architecture"]
             if not isinstance(name, str) or ":" in name:
                 raise ValueError(f"architecture: {name!r}: not a name of timm's")
             if mean_std is not None:
                 _check_normalisation(*mean_std)
             return Source(tensors, name, args, (size[0], size[1]), channels, mean_std, args)
-        found = transformers.architecture(config)
+        described = transformers.architecture(config)
         side = config.get("image_size", 224)
         height, width = side if isinstance(side, list) else (side, side)
         return Source(
             tensors,
-            found.name,
-            found.args,
+            described.name,
+            described.args,
             (height, width),
             config.get("num_channels", 3),
             None if given else _processor(file),
-            found.own,
-            found.norm_eps,
+            described.own,
+            described.norm_eps,
             config.get("embedding") == "patches",
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ZeroDivisionError) as error:
@@ -125,17 +129,17 @@ def _weight_files(folder: Path) -> list[Path]:
 def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
     """Mean and std, of pixels in [0, 1], of transformers' image processor, where one lies beside. ValueError."""
     try:
-        found = json.loads((folder / "preprocessor_config.json").read_text())
+        processor = json.loads((folder / "preprocessor_config.json").read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"preprocessor_config.json: {one_line(error)}") from error
     try:
-        factor = 255 * float(found.get("rescale_factor", 1 / 255)) if found.get("do_rescale", True) else 255.0
-        if not found.get("do_normalize", True):
+        factor = 255 * float(processor.get("rescale_factor", 1 / 255)) if processor.get("do_rescale", True) else 255.0
+        if not processor.get("do_normalize", True):
             mean, std = [0.0] * 3, [1 / factor] * 3
         else:
-            mean, std = ([float(v) / factor for v in found[f"image_{key}"]] for key in ("mean", "std"))
+            mean, std = ([float(v) / factor for v in processor[f"image_{key}"]] for key in ("mean", "std"))
     except KeyError:
         return None
     except (TypeError, AttributeError, ZeroDivisionError) as error:
@@ -183,7 +187,7 @@ def open_weights(file: Path, trust: bool) -> Any:
         if first.startswith(b"PK"):
             _compare_checksums(file)
         # training programs keep their arguments and metrics beside the weights
-        found, left_out = _plain_parts(file)
+        weights, left_out = _plain_parts(file)
     except UserError:
         raise
     except Exception as error:  # torch, zipfile and pickle each have their own
@@ -198,7 +202,7 @@ def open_weights(file: Path, trust: bool) -> Any:
             MppWarning,
             stacklevel=4,
         )
-    return found
+    return weights
 
 
 def _plain_parts(file: Path) -> tuple[object, list[str]]:
@@ -242,10 +246,10 @@ def _unknown_classes(file: Path, error: Exception, known: list[str]) -> list[str
         return []
     try:  # all at once, without loading anything; of files in torch's present format
         with torch.serialization.safe_globals(_harmless()):
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # of an older format: one class after the other, as torch meets them
-        found = [refused[1]]
-    new = [name for name in dict.fromkeys([refused[1], *found]) if name not in known]
+        unsafe = [refused[1]]
+    new = [name for name in dict.fromkeys([refused[1], *unsafe]) if name not in known]
     return new if len(known) + len(new) <= MOST_CLASSES else []
 
 

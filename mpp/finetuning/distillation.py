@@ -42,9 +42,9 @@ class Distillation:
         self.teacher: TimmModel = teacher.requires_grad_(False).eval()
         self.autocast = autocast
         self.kind, self.alpha, self.temperature = kind, alpha, temperature
-        own: TimmModel = teacher.pretrained_cfg
-        self.size = tuple(own["input_size"][1:])
-        of_teacher = (torch.tensor(own[key], device=mean.device).view(-1, 1, 1) for key in ("mean", "std"))
+        timm_config: TimmModel = teacher.pretrained_cfg
+        self.size = tuple(timm_config["input_size"][1:])
+        of_teacher = (torch.tensor(timm_config[key], device=mean.device).view(-1, 1, 1) for key in ("mean", "std"))
         teacher_mean, teacher_std = of_teacher
         self.scale, self.shift = std / teacher_std, (mean - teacher_mean) / teacher_std
 
@@ -62,7 +62,7 @@ class Distillation:
         logits: Tensor | tuple[Tensor, Tensor],
         x: Tensor,
         labels: Tensor,
-        own: Callable[[Tensor, Tensor], Tensor],
+        task_loss: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """own(logits, labels) is the task's loss. Of two logits, the second learns from the teacher alone."""
         first, second = logits if isinstance(logits, tuple) else (logits, logits)
@@ -73,7 +73,7 @@ class Distillation:
             t = self.temperature
             a, b = (second / t).log_softmax(-1), (taught / t).log_softmax(-1)
             theirs = t * t * F.kl_div(a, b, reduction="batchmean", log_target=True)
-        return (1 - self.alpha) * own(first, labels) + self.alpha * theirs
+        return (1 - self.alpha) * task_loss(first, labels) + self.alpha * theirs
 
 
 def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Module:

@@ -72,7 +72,7 @@ def judge(
         probabilities = over_views(model.run, crops, mirrored=True, independent=independent)
         return probabilities.logit(1e-7) if independent else probabilities.log()  # metrics take logits
 
-    own: list[object] = []
+    judged: list[object] = []
     read, unreadable_lines = list[int](), list[str]()
     model.eval()
     with torch.no_grad(), team.autocast():
@@ -81,14 +81,14 @@ def judge(
             unreadable_lines += batch.bad
             if batch.readable.any():
                 x, labels = kind.readable_part(batch)
-                own.append(model.task.judge(run, x, labels, recipe.data.image_size))
-    own, read, lines = team.gather(own), team.gather(read), team.gather(unreadable_lines)
-    if not own:
+                judged.append(model.task.judge(run, x, labels, recipe.data.image_size))
+    judged, read, lines = team.gather(judged), team.gather(read), team.gather(unreadable_lines)
+    if not judged:
         raise UserError(f"{key}: not one image can be read; the first: {lines[0]}")
-    metrics = model.task.metrics(own, headline_only=headline_only)
+    metrics = model.task.metrics(judged, headline_only=headline_only)
     if math.isnan(metrics[model.task.headline]):
         raise UserError(f"{key}: none of these images has a label to judge by")
-    per_class = None if headline_only else model.task.per_class(own)
+    per_class = None if headline_only else model.task.per_class(judged)
     each = None if per_class is None else [None if math.isnan(v) else v for v in per_class.tolist()]
     lost = unread_classes(images, read, chosen.tolist())
     return Judged(metrics, each, len(chosen) - len(read), lines, lost)

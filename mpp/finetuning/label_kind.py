@@ -111,13 +111,13 @@ class LabelKind:
         """Return what a model predicts for images (C, h, w) uint8, at their own size."""
         raise NotImplementedError
 
-    def describe(self, name: str, image: Tensor, found: Any, classes: list[str], out: Path | None) -> Predicted:
+    def describe(self, name: str, image: Tensor, predicted: Any, classes: list[str], out: Path | None) -> Predicted:
         """Return rows and pictures of one prediction.
 
         Args:
             name: Of the image.
             image: (C, h, w) uint8.
-            found: What `predict` gave for it.
+            predicted: What `predict` gave for it.
             classes: Names.
             out: Where a file of it goes; None: no pictures are asked for.
         """

@@ -160,8 +160,8 @@ def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Ten
     weight = (1 - decay) * only_if
     for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
         mean.lerp_(p, weight.to(mean.dtype))
-    for copied, own in zip(averaged.buffers(), model.buffers(), strict=True):
-        copied.copy_(own)
+    for copied, latest in zip(averaged.buffers(), model.buffers(), strict=True):
+        copied.copy_(latest)
 
 
 def judge_held_out(job: Finetuning) -> dict[str, float]:

@@ -63,8 +63,8 @@ class MicroLoss:
             x, labels = self.mix(x, labels)
         outputs, own_loss = wrapped(x, labels), self.model.task.loss
         if self.distillation is None:
-            found: torch.Tensor = own_loss(outputs, labels)
-            return found
+            loss: torch.Tensor = own_loss(outputs, labels)
+            return loss
         return self.distillation.loss(outputs, x, labels, own_loss)
 
 
@@ -78,7 +78,7 @@ def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, cla
     assert keys is not None
     teacher = open_teacher(keys.teacher, classes, recipe.data.channels).to(model.mean.device)
     mean, std = model.mean / 255, model.std / 255
-    found = Distillation(
+    distillation = Distillation(
         teacher,
         kind=keys.kind,
         alpha=keys.alpha,
@@ -88,7 +88,7 @@ def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, cla
         autocast=team.autocast,
     )
     try:
-        found.teach(torch.zeros(1, recipe.data.channels, *recipe.data.image_size, device=mean.device))
+        distillation.teach(torch.zeros(1, recipe.data.channels, *recipe.data.image_size, device=mean.device))
     except Exception as error:  # timm's models fail in their own ways
         raise UserError(f"distill.teacher: {keys.teacher} does not run: {one_line(error)}") from error
-    return found
+    return distillation

@@ -95,10 +95,10 @@ def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool
         return logits.sigmoid() if independent else logits.softmax(-1)
 
     flat = crops.flatten(0, 1)
-    found = probable(flat)
+    probabilities = probable(flat)
     if mirrored:
-        found = (found + probable(flat.flip(-1))) / 2
-    return found.unflatten(0, (len(crops), -1)).mean(1)
+        probabilities = (probabilities + probable(flat.flip(-1))) / 2
+    return probabilities.unflatten(0, (len(crops), -1)).mean(1)
 
 
 def is_dense(recipe: FinetuneRecipe) -> bool:
@@ -140,9 +140,9 @@ def _pooled(recipe: FinetuneRecipe, encoder: TimmModel, wanted: str, seed: int) 
         raise UserError(f"fc_norm: timm's {type(encoder).__name__} has its norm in one place; allowed: null")
     norms_after = key is not None and not isinstance(encoder.fc_norm, nn.Identity)
     norm_after = recipe.fc_norm if recipe.fc_norm is not None else norms_after and wanted == "avg"
-    own = getattr(encoder, "global_pool", wanted)
+    pooling = getattr(encoder, "global_pool", wanted)
     # convolutional families have a pooling layer there, over the map
-    if (own == wanted or not isinstance(own, str)) and norm_after == norms_after:
+    if (pooling == wanted or not isinstance(pooling, str)) and norm_after == norms_after:
         return encoder
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
     built = _encoder(recipe, pretrained=False, pool={"global_pool": wanted, **({key: norm_after} if key else {})})
@@ -170,14 +170,16 @@ def _width(encoder: nn.Module, recipe: FinetuneRecipe) -> int:
     """Of what the encoder gives for an image; some families widen it after pooling. UserError where it does not run."""
     blank = torch.zeros(1, recipe.data.channels, *recipe.data.image_size)
     try:
-        found = encoder.eval()(blank)
+        features = encoder.eval()(blank)
     except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
         words, size = one_line(error), "×".join(map(str, recipe.data.image_size))
         raise UserError(f"data.image_size: {type(encoder).__name__} does not run at {size} px: {words}") from error
     encoder.train()
-    if found.ndim != 2:
-        raise UserError(f"encoder: {type(encoder).__name__} gives {tuple(found.shape[1:])} for an image, not a vector")
-    return int(found.shape[1])
+    if features.ndim != 2:
+        raise UserError(
+            f"encoder: {type(encoder).__name__} gives {tuple(features.shape[1:])} for an image, not a vector"
+        )
+    return int(features.shape[1])
 
 
 def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: JsonObject | None) -> TimmModel:
@@ -202,8 +204,8 @@ def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[st
     tasks: list[Any] = [task for task in (model.task, model.distilled) if task is not None]
     if tasks[0].hidden is None and hasattr(encoder, "reset_classifier"):
         encoder.reset_classifier(len(classes))
-        found = encoder.get_classifier()
-        theirs = list(found) if isinstance(found, tuple) else [found]
+        classifier = encoder.get_classifier()
+        theirs = list(classifier) if isinstance(classifier, tuple) else [classifier]
         # the mean of one layer over two tokens is that layer over their mean, which is what was trained
         tasks = tasks * len(theirs) if len(tasks) == 1 else tasks
         if len(theirs) == len(tasks) and all(isinstance(layer, nn.Linear) for layer in theirs):

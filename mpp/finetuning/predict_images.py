@@ -125,9 +125,9 @@ def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, s
                 continue
             readable.append(name)
         if readable:
-            found = predictor.probabilities(torch.stack(crops)).numpy()
-            for name, own, p in zip(readable, crops, found, strict=True):
-                yield Prediction(name, p, _drawable(own[0]))
+            probabilities = predictor.probabilities(torch.stack(crops)).numpy()
+            for name, views, p in zip(readable, crops, probabilities, strict=True):
+                yield Prediction(name, p, _drawable(views[0]))
 
 
 def predict_files(
@@ -173,18 +173,18 @@ def predict_files(
     counts = np.zeros((len(index), len(index)), dtype=np.int64)
     judged = Report(predictor.classes, counts) if report is not None else None
     rows, unreadable = [], {}
-    for found in predict(predictor, images, unreadable):
-        order = np.argsort(-found.probabilities, kind="stable")[:top]
-        row: JsonObject = {"image": found.image}
+    for prediction in predict(predictor, images, unreadable):
+        order = np.argsort(-prediction.probabilities, kind="stable")[:top]
+        row: JsonObject = {"image": prediction.image}
         for rank, c in enumerate(order, 1):
             suffix = "" if rank == 1 else f"_{rank}"
-            row |= {f"class{suffix}": predictor.classes[c], f"probability{suffix}": float(found.probabilities[c])}
+            row |= {f"class{suffix}": predictor.classes[c], f"probability{suffix}": float(prediction.probabilities[c])}
         rows.append(row)
         if judged is not None:
-            true = index[Path(found.image).absolute().parent.name]
-            counts[true, found.said] += 1
-            if true != found.said:
-                surest = [*judged.mistakes, (found, true)]
+            true = index[Path(prediction.image).absolute().parent.name]
+            counts[true, prediction.said] += 1
+            if true != prediction.said:
+                surest = [*judged.mistakes, (prediction, true)]
                 judged.mistakes = sorted(surest, key=lambda m: -float(m[0].probabilities.max()))[:WORST]
     if not rows:
         name, why = next(iter(unreadable.items()))

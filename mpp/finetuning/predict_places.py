@@ -80,9 +80,9 @@ def predict_places(
                 unreadable[name] = str(error)
         if not read:
             continue
-        for name, found in zip(read, predictor.predict(list(read.values())), strict=True):
+        for name, predicted in zip(read, predictor.predict(list(read.values())), strict=True):
             file = Path(folder) / "masks" / f"{stems[name]}.png" if folder is not None else None
-            shown = kind.describe(name, read[name], found, predictor.classes, file)
+            shown = kind.describe(name, read[name], predicted, predictor.classes, file)
             rows += shown.rows
             if shown.picture is not None and file is not None:
                 _save(shown.picture, file)

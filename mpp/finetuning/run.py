@@ -71,8 +71,8 @@ class FinetuneResult:
 
     def table(self) -> str:
         """For people."""
-        found = table(self.verdicts)
-        return f"{found}\n{name_unread(self.unread_classes)}" if self.unread_classes else found
+        text = table(self.verdicts)
+        return f"{text}\n{name_unread(self.unread_classes)}" if self.unread_classes else text
 
 
 def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
@@ -116,11 +116,11 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     check_run(recipe, team, kind, train_images, val_images)
 
     def look_at_images() -> list[str]:
-        found = []
+        warning_lines = []
         for key, images in (("data.train", train_images), ("data.val", val_images)):
-            found += kind.warnings(images, key)
-            found += check_images(images, key, recipe.data.decoding(), recipe.data.max_bad_fraction)
-        return found
+            warning_lines += kind.warnings(images, key)
+            warning_lines += check_images(images, key, recipe.data.decoding(), recipe.data.max_bad_fraction)
+        return warning_lines
 
     doubts = team.on_main(look_at_images)
     teacher = recipe.distill.teacher if recipe.distill else None
@@ -219,13 +219,13 @@ def _record_data(run: Run) -> None:
             return  # a resumed run
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = leak(val.reader, train.reader)
+    leaked = leak(val.reader, train.reader)
     if train.fingerprint() == val.fingerprint():
         warnings.warn("data.val: the same images as data.train; the accuracy says nothing", MppWarning, stacklevel=3)
-    elif found.shared:
-        name, other = found.examples[0]
+    elif leaked.shared:
+        name, other = leaked.examples[0]
         warnings.warn(
-            f"data.val: {found.shared} of {found.checked} images are among data.train, too, such as {name} ({other})",
+            f"data.val: {leaked.shared} of {leaked.checked} images are among data.train, too, such as {name} ({other})",
             MppWarning,
             stacklevel=3,
         )
@@ -237,7 +237,7 @@ def _record_data(run: Run) -> None:
             "classes": len(train.classes),
             "train_images": len(train),
             "val_images": len(val),
-            "val_in_train": found.to_json(),
+            "val_in_train": leaked.to_json(),
             "val_in_pretraining": pretrained_on.to_json() if pretrained_on else None,
             "left_out": {"train": train.left_out.found, "val": val.left_out.found},
         },
@@ -258,9 +258,9 @@ def _in_pretraining(recipe: FinetuneRecipe, val: LabeledImages) -> Leak | None:
 def _plot(result: FinetuneResult, out: Path) -> None:
     lines = []
     for arm in result.score:
-        found = [(float(v.labels_per_class or 0), v.score[arm]) for v in result.verdicts]
-        x, means = [n for n, _ in found], [100 * e.mean for _, e in found]
-        widths = [100 * e.half_width for _, e in found]
+        points = [(float(v.labels_per_class or 0), v.score[arm]) for v in result.verdicts]
+        x, means = [n for n, _ in points], [100 * e.mean for _, e in points]
+        widths = [100 * e.half_width for _, e in points]
         lines.append(Line(arm, x, means, None if any(map(math.isnan, widths)) else widths, dashed=arm == "scratch"))
     seeds = len(next(iter(result.score.values())).values)
     title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"

@@ -53,11 +53,11 @@ class CkaTable:
     def add(self, a: Tensor, b: Tensor) -> None:
         """U-centred Gram matrices of one minibatch: (a, n, n) of the one list, (b, n, n) of the other."""
         x, y = a.flatten(1), b.flatten(1)
-        found = (x @ y.T, x.square().sum(1), y.square().sum(1))
+        sums = (x @ y.T, x.square().sum(1), y.square().sum(1))
         if self._cross is None or self._a is None or self._b is None:
-            self._cross, self._a, self._b = found
+            self._cross, self._a, self._b = sums
         else:
-            self._cross, self._a, self._b = self._cross + found[0], self._a + found[1], self._b + found[2]
+            self._cross, self._a, self._b = self._cross + sums[0], self._a + sums[1], self._b + sums[2]
 
     @property
     def added(self) -> bool:
@@ -93,21 +93,21 @@ def mean_attention_distance(attention: Tensor, queries: Tensor, keys: Tensor) ->
     appendix D.7). Class and register tokens are to be left out before; rows are scaled to a sum of 1 here.
     """
     distance = torch.cdist(queries.double(), keys.double()).to(attention.device)
-    found = []
+    of_heads = []
     for weights in attention.unbind(1):  # one head at a time: they are large
         rows = weights.double()
-        found.append(((rows * distance).sum(-1) / rows.sum(-1).clamp_min(1e-300)).mean())
-    return torch.stack(found)
+        of_heads.append(((rows * distance).sum(-1) / rows.sum(-1).clamp_min(1e-300)).mean())
+    return torch.stack(of_heads)
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
     """(B, heads, Nq, Nk) -> (heads,) in [0, 1]: entropy of the rows, made to sum to 1, over that of even attention."""
-    found = []
+    of_heads = []
     for weights in attention.unbind(1):
         rows = weights.double()
         rows = rows / rows.sum(-1, keepdim=True).clamp_min(1e-300)
-        found.append(torch.special.entr(rows).sum(-1).mean() / math.log(max(attention.shape[-1], 2)))
-    return torch.stack(found)
+        of_heads.append(torch.special.entr(rows).sum(-1).mean() / math.log(max(attention.shape[-1], 2)))
+    return torch.stack(of_heads)
 
 
 def rollout(attention: Sequence[Tensor]) -> Tensor:
@@ -198,14 +198,14 @@ def colour_maps(features: Tensor) -> tuple[Tensor, list[float]]:
     (B, D, h, w) -> (B, 3, h, w) in [0, 1], shares of the variance; the middle 98 % of each component fill the range.
     """
     cells = features.permute(0, 2, 3, 1).flatten(0, 2).double()
-    found = components(cells, 3)
-    projected = (cells - cells.mean(0)) @ found.vectors.T
+    principal = components(cells, 3)
+    projected = (cells - cells.mean(0)) @ principal.vectors.T
     low, high = (torch.quantile(projected[:: max(len(projected) // 2**16, 1)], q, dim=0) for q in (0.01, 0.99))
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     if scaled.shape[1] < 3:
         scaled = F.pad(scaled, (0, 3 - scaled.shape[1]), value=0.5)
     b, _, h, w = features.shape
-    return scaled.float().view(b, h, w, 3).permute(0, 3, 1, 2), found.share.tolist()
+    return scaled.float().view(b, h, w, 3).permute(0, 3, 1, 2), principal.share.tolist()
 
 
 def spectrum(features: Tensor) -> Tensor:

@@ -129,12 +129,14 @@ def see_all(subjects: Sequence[InspectedEncoder], images: Sequence[Tensor], show
             of_block: dict[int, Tensor] = {}
             of_update: dict[int, Tensor] = {}
 
-            def see(i: int, passed: Passed, own: bool = number == 0, a: Any = of_block, b: Any = of_update) -> None:
+            def see(
+                i: int, passed: Passed, is_first: bool = number == 0, a: Any = of_block, b: Any = of_update
+            ) -> None:
                 a[i] = measures.gram(passed.after)
                 if passed.before.shape == passed.after.shape:
                     branch = passed.after - passed.before
                     b[i] = measures.gram(branch)
-                    if own:
+                    if is_first:
                         skip, added = (x.float().flatten(1).norm(dim=1) for x in (passed.before, branch))
                         there = added > NOTHING * skip
                         seen.skip_over_branch[i] += (skip[there] / added[there]).tolist()
@@ -149,10 +151,10 @@ def see_all(subjects: Sequence[InspectedEncoder], images: Sequence[Tensor], show
             if number == 0:
                 seen.updates = sorted(of_update)
                 pixels: dict[tuple[int, int], Tensor] = {}  # of each grid: plain encoders have one for all layers
-                for layer, grid, found in zip(seen.layers, seen.grids, maps, strict=True):
-                    tokens = _smaller(found.float()).flatten(2).transpose(1, 2)
-                    layer.mean_map.add_(found.float().sum(0) / n)
-                    layer.pooled.append(found.float().mean((2, 3)).cpu())
+                for layer, grid, feature_map in zip(seen.layers, seen.grids, maps, strict=True):
+                    tokens = _smaller(feature_map.float()).flatten(2).transpose(1, 2)
+                    layer.mean_map.add_(feature_map.float().sum(0) / n)
+                    layer.pooled.append(feature_map.float().mean((2, 3)).cpu())
                     layer.raw_similarity.append(measures.token_similarity(tokens))
                     layer.cosines.append(measures.cosine_map(tokens - tokens.mean((0, 1))))
                     if grid not in pixels:
@@ -184,7 +186,7 @@ class Attention:
 @torch.no_grad()
 def attend(subject: InspectedEncoder, raw: Tensor, shown: int) -> list[Attention]:
     """In the order in which the model computes them; [] for a model without any."""
-    found: list[Attention] = []
+    attentions: list[Attention] = []
     for start in range(0, len(raw), ATTENTION_BATCH):
         images = raw[start : start + ATTENTION_BATCH]
         wanted = max(min(shown - start, len(images)), 0)
@@ -200,9 +202,9 @@ def attend(subject: InspectedEncoder, raw: Tensor, shown: int) -> list[Attention
 
         with AttentionRecorder(keep) as recorder:
             subject.maps(images)
-        if not found:
-            found = [Attention(layout) for layout, *_ in recorder.found]
-        for attention, (layout, distance, entropy, whole) in zip(found, recorder.found, strict=True):
+        if not attentions:
+            attentions = [Attention(layout) for layout, *_ in recorder.found]
+        for attention, (layout, distance, entropy, whole) in zip(attentions, recorder.found, strict=True):
             attention.layout = layout
             if distance is not None:
                 part = len(images) / len(raw)
@@ -210,4 +212,4 @@ def attend(subject: InspectedEncoder, raw: Tensor, shown: int) -> list[Attention
                 attention.entropy = entropy * part + (0 if attention.entropy is None else attention.entropy)
             if whole is not None:
                 attention.whole.append(whole.cpu())
-    return found
+    return attentions

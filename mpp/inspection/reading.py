@@ -126,12 +126,12 @@ def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tup
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """A model's residual blocks in order, by name; [] where it has none that is called so."""
-    found: list[tuple[str, nn.Module]] = []
+    named_blocks: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        inside = any(name.startswith(f"{outer}.") for outer, _ in named_blocks)
         if name and not inside and any(part in type(module).__name__ for part in BLOCKS):
-            found.append((name, module))
-    return found
+            named_blocks.append((name, module))
+    return named_blocks
 
 
 class Passed(NamedTuple):

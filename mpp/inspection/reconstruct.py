@@ -49,14 +49,14 @@ def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path
     model.eval()
     batch = torch.stack([image for place in images for image in _read_place(place, recipe)])
     units = draw_masks(build_mask(recipe), grid, 0.5, recipe.seed, range(len(batch)))
-    found = draw_predictions(model, batch, units)
-    if not found:
+    reconstructions = draw_predictions(model, batch, units)
+    if not reconstructions:
         names = ", ".join(o.name for o in model.objectives)
         raise UserError(f"{run}: target {names} has no picture")
     blocks = []
-    for drawn in found:
+    for drawn in reconstructions:
         rows = [[tile(p.images[i]) for p in drawn.panels] for i in range(len(batch))]
-        title = f"target {drawn.target}" if len(found) > 1 else None
+        title = f"target {drawn.target}" if len(reconstructions) > 1 else None
         blocks.append(sheet(rows, [p.title for p in drawn.panels], title=title))
     return save_png(stacked(blocks), Path(out))
 
@@ -69,9 +69,9 @@ def _read_place(place: str, recipe: PretrainRecipe) -> list[Tensor]:
     """
     if not os.path.isdir(place):
         return [_read(place, recipe)]
-    found = images_of([place])
+    names = images_of([place])
     images, faults = [], []
-    for name in [found[i] for i in evenly(len(found), OF_A_FOLDER)]:
+    for name in [names[i] for i in evenly(len(names), OF_A_FOLDER)]:
         try:
             images.append(_read(name, recipe))
         except UserError as error:

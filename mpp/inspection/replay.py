@@ -69,10 +69,10 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
             with _Began(model) as began:
                 losses = loss_of(share, m, batch)
             losses.sum().backward()
-            found, before = losses.tolist(), [float(v) for v in share.record["losses"][m]]
-            same &= all(map(_same, found, before))
-            lines.append(f"process {share.rank}, micro-batch {m}: loss {_shown(found)}; in the run {_shown(before)}")
-            if not all(map(math.isfinite, found)):
+            now, before = losses.tolist(), [float(v) for v in share.record["losses"][m]]
+            same &= all(map(_same, now, before))
+            lines.append(f"process {share.rank}, micro-batch {m}: loss {_shown(now)}; in the run {_shown(before)}")
+            if not all(map(math.isfinite, now)):
                 lines.append(f"  first in {began.where}" if began.where else "  in the loss itself")
                 alone = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["images"]))]
                 with torch.no_grad():
@@ -101,8 +101,8 @@ def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
         torch.manual_seed(share.record["seeds"][m])
         images, mask, noise = (batch[name].to(team.device) for name in ("images", "mask", "noise"))
         with team.autocast():
-            found: Tensor = model(images, Units(mask, share.record["hidden_units"][m], noise))
-        return found
+            losses: Tensor = model(images, Units(mask, share.record["hidden_units"][m], noise))
+        return losses
 
     return model, loss_of
 
@@ -124,9 +124,9 @@ def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, LossOf]:
         if len(batch["images"]) % 2:  # one alone cannot be mixed
             micro_loss.mix = None
         with team.autocast():
-            found = micro_loss(model, batch["images"], batch["labels"], share.record["seeds"][m])
+            loss = micro_loss(model, batch["images"], batch["labels"], share.record["seeds"][m])
         micro_loss.mix = mixed
-        return found.view(1)
+        return loss.view(1)
 
     return model, loss_of
 

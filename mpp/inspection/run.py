@@ -77,22 +77,22 @@ def _read(subjects: Sequence[InspectedEncoder], places: Sequence[str], count: in
 
     What cannot be read is passed over. UserError where too few are left.
     """
-    found: list[list[Tensor]] = []
+    decoded: list[list[Tensor]] = []
     faults: list[str] = []
     for reader, number in sample(places, count, "IMAGES"):
         try:
             data = reader.read(number)
-            found.append([decode_crop(data, partial(_centre, s.size), s.size, **s.decoding) for s in subjects])
+            decoded.append([decode_crop(data, partial(_centre, s.size), s.size, **s.decoding) for s in subjects])
         except BadImage as error:
             faults.append(f"{reader.name(number)}: {error}")
-    if len(found) < LEAST_IMAGES:
+    if len(decoded) < LEAST_IMAGES:
         first = f"; unreadable: {faults[0]}" if faults else ""
-        raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are wanted; got {len(found)}{first}")
+        raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are wanted; got {len(decoded)}{first}")
     if faults:
         warnings.warn(f"IMAGES: {len(faults)} cannot be read; the first: {faults[0]}", MppWarning, stacklevel=3)
-    chosen = evenly(len(found), shown)
-    order = chosen + [i for i in range(len(found)) if i not in chosen]
-    return [torch.stack([images[i] for i in order]) for images in zip(*found, strict=True)]
+    chosen = evenly(len(decoded), shown)
+    order = chosen + [i for i in range(len(decoded)) if i not in chosen]
+    return [torch.stack([images[i] for i in order]) for images in zip(*decoded, strict=True)]
 
 
 def inspect_encoder(
@@ -127,7 +127,7 @@ def inspect_encoder(
         attention = attend(subject, read[0][:ATTENTION_IMAGES], shown)
     except RuntimeError as error:  # out of memory, above all
         raise UserError(f"{source}: {one_line(error)}") from error
-    found: list[tuple[str, View | str]] = [
+    titled_views: list[tuple[str, View | str]] = [
         ("Features as colours", views.colours(seen)),
         ("Spectrum, rank and collapse", views.spectrum(seen)),
         ("Attention maps and rollout", views.attention_maps(subject, attention, read[0][:shown])),
@@ -138,8 +138,8 @@ def inspect_encoder(
         ("Position embeddings", views.positions(subject)),
         ("Filters of the patch embedding", views.filters(subject)),
     ]
-    drawn = [view for _, view in found if isinstance(view, View)]
-    absent = {title: why for title, why in found if isinstance(why, str)}
+    drawn = [view for _, view in titled_views if isinstance(view, View)]
+    absent = {title: why for title, why in titled_views if isinstance(why, str)}
     _write(folder, source, len(read[0]), drawn, absent, random)
     return Inspection(folder, source, len(read[0]), drawn, absent)
 

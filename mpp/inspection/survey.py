@@ -26,7 +26,7 @@ def probe(name: str) -> JsonObject:
         if "timm" in str(error).partition(":")[2] and "has no model" in str(error):
             raise
         return {"model": name, "may_be_trained": "no", "why": str(error)}
-    found, ways = contract.probed(encoder), contract.offered(encoder)
+    facts, ways = contract.probed(encoder), contract.offered(encoder)
     of_class = [f for f in FAMILIES if f.family == encoder.family]
     named = [f for f in of_class if any(fnmatch.fnmatch(name, p) for p in f.models.split(", "))]
     parameters = [(p.numel(), p.requires_grad) for p in encoder.model.parameters()]
@@ -37,9 +37,9 @@ def probe(name: str) -> JsonObject:
         "parameters": sum(count for count, _ in parameters),
         "parameters_unread": sum(count for count, read in parameters if not read),
         "image_size": list(subject.image_size),
-        "dim": found["dim"],
-        "stride_px": found["stride_px"],
-        "stem": list(found["stem"]),
+        "dim": facts["dim"],
+        "stride_px": facts["stride_px"],
+        "stem": list(facts["stem"]),
         "ways_of_hiding": list(ways),
         "leak": leaks or None,
         "contract": [f.title for f in named or of_class] if tried else None,
@@ -48,27 +48,27 @@ def probe(name: str) -> JsonObject:
     }
 
 
-def probe_text(found: JsonObject) -> str:
+def probe_text(probed: JsonObject) -> str:
     """The same for a terminal."""
-    name = found["model"]
-    if "why" in found:
-        return f"{name}\n  may be trained: no: {found['why']}"
-    size, ways = "×".join(map(str, found["image_size"])), found["ways_of_hiding"]
+    name = probed["model"]
+    if "why" in probed:
+        return f"{name}\n  may be trained: no: {probed['why']}"
+    size, ways = "×".join(map(str, probed["image_size"])), probed["ways_of_hiding"]
     lines = [
-        f"{name}: {found['family']}, {found['parameters'] / 1e6:.1f} M parameters, probed at {size} px",
-        f"  features: {found['dim']} wide, a cell of {found['stride_px']} px; image sizes are multiples of that",
-        f"  stem: {' or '.join(found['stem']) or 'none that takes mask tokens'}",
+        f"{name}: {probed['family']}, {probed['parameters'] / 1e6:.1f} M parameters, probed at {size} px",
+        f"  features: {probed['dim']} wide, a cell of {probed['stride_px']} px; image sizes are multiples of that",
+        f"  stem: {' or '.join(probed['stem']) or 'none that takes mask tokens'}",
         f"  ways of hiding: {', '.join(ways)}",
-        f"  not part of the features, so not pretrained: {found['parameters_unread']:,} parameters",
-        f"  leak check just now ({ways[0]}): {found['leak'] or 'no hidden pixel reaches a prediction'}",
+        f"  not part of the features, so not pretrained: {probed['parameters_unread']:,} parameters",
+        f"  leak check just now ({ways[0]}): {probed['leak'] or 'no hidden pixel reaches a prediction'}",
     ]
-    if found["contract"] is not None:
-        lines.append(f"  contract tests: pass for its family ({'; '.join(found['contract'])})")
+    if probed["contract"] is not None:
+        lines.append(f"  contract tests: pass for its family ({'; '.join(probed['contract'])})")
     else:
-        lines.append(f"  contract tests: never run on a {found['family']}; mpp models --check {name} runs them")
-    if found["toy"]:
-        lines.append(f"  in the tests, as a toy: {found['toy']}")
-    return "\n".join([*lines, f"  may be trained: {found['may_be_trained']}"])
+        lines.append(f"  contract tests: never run on a {probed['family']}; mpp models --check {name} runs them")
+    if probed["toy"]:
+        lines.append(f"  in the tests, as a toy: {probed['toy']}")
+    return "\n".join([*lines, f"  may be trained: {probed['may_be_trained']}"])
 
 
 def tiny_overrides(family: Family) -> JsonObject:
@@ -102,10 +102,10 @@ def check(name: str) -> tuple[str, bool]:
 
 def _smallest(name: str) -> tuple[ContractCase, TimmEncoder]:
     """The model at two by three cells where it takes that, else four by four, else its own size."""
-    own: TimmModel = create_timm_model(name, image_size=None, in_chans=3, pretrained=False, args={}, key="models")
-    info = getattr(own, "feature_info", None)
+    model: TimmModel = create_timm_model(name, image_size=None, in_chans=3, pretrained=False, args={}, key="models")
+    info = getattr(model, "feature_info", None)
     stride = info[-1]["reduction"] if info else 32
-    *_, height, width = own.pretrained_cfg["input_size"]
+    *_, height, width = model.pretrained_cfg["input_size"]
     last: UserError | None = None
     own_size = (-(-height // stride) * stride, -(-width // stride) * stride)
     for size in ((2 * stride, 3 * stride), (4 * stride, 4 * stride), own_size):

@@ -46,10 +46,10 @@ class View:
 
 
 def positions(subject: InspectedEncoder) -> View | str:
-    found = position_table(subject.model, subject.size)
-    if isinstance(found, str):
-        return found
-    table, (gh, gw) = found
+    position_embedding = position_table(subject.model, subject.size)
+    if isinstance(position_embedding, str):
+        return position_embedding
+    table, (gh, gw) = position_embedding
     if gh * gw == 1:
         return "the image is one cell"
     similar = measures.cosine_map(table).cpu()
@@ -76,14 +76,14 @@ def filters(subject: InspectedEncoder) -> View | str:
     weight = patch_filters(subject.model)
     if isinstance(weight, str):
         return weight
-    found = measures.components(weight, SHOWN_FILTERS)
+    principal = measures.components(weight, SHOWN_FILTERS)
     shown = []
-    for vector in found.vectors.cpu():
+    for vector in principal.vectors.cpu():
         colours = vector[:3] if len(vector) >= 3 else vector[:1].expand(3, -1, -1)
         span = colours.abs().max().clamp_min(1e-12)
         shown.append(Picture((0.5 + 0.5 * colours / span).permute(1, 2, 0).float().numpy()))
     rows = [shown[i : i + 7] for i in range(0, len(shown), 7)]
-    share = found.share.tolist()
+    share = principal.share.tolist()
     return View(
         "filters",
         "Filters of the patch embedding",
@@ -95,11 +95,11 @@ def filters(subject: InspectedEncoder) -> View | str:
     )
 
 
-def attention_distance(subject: InspectedEncoder, found: list[Attention]) -> View | str:
-    if not found:
+def attention_distance(subject: InspectedEncoder, attentions: list[Attention]) -> View | str:
+    if not attentions:
         return f"{type(subject.model).__name__} computes no attention between places"
     of_block, distance, entropy, uniform = [], [], [], []
-    for i, a in enumerate(found):
+    for i, a in enumerate(attentions):
         if isinstance(a.layout, TokenPlaces) and a.distance is not None and a.entropy is not None:
             of_block.append(i + 1)
             distance.append(a.distance.tolist())
@@ -107,7 +107,7 @@ def attention_distance(subject: InspectedEncoder, found: list[Attention]) -> Vie
             even = torch.full((1, 1, len(a.layout.queries), len(a.layout.keys)), 1.0)
             uniform.append(float(measures.mean_attention_distance(even, a.layout.queries, a.layout.keys)))
     if not of_block:
-        return str(found[0].layout)
+        return str(attentions[0].layout)
     x = [i for i, heads in zip(of_block, distance, strict=True) for _ in heads]
     mean = [float(np.mean(heads)) for heads in distance]
     numbers: JsonObject = {
@@ -116,7 +116,7 @@ def attention_distance(subject: InspectedEncoder, found: list[Attention]) -> Vie
         "uniform_distance_px": uniform,
         "entropy": entropy,
     }
-    left_out = len(found) - len(of_block)
+    left_out = len(attentions) - len(of_block)
     if left_out:
         numbers["left_out"] = left_out
     figure = plots.lines(
@@ -145,16 +145,16 @@ def attention_distance(subject: InspectedEncoder, found: list[Attention]) -> Vie
     )
 
 
-def attention_maps(subject: InspectedEncoder, found: list[Attention], shown: Tensor) -> View | str:
-    if not found:
+def attention_maps(subject: InspectedEncoder, attentions: list[Attention], shown: Tensor) -> View | str:
+    if not attentions:
         return f"{type(subject.model).__name__} computes no attention between places"
-    layouts = [a.layout for a in found if isinstance(a.layout, TokenPlaces) and a.layout.everywhere]
-    if len(layouts) < len(found) or len({(layout.grid, layout.prefix) for layout in layouts}) > 1:
+    layouts = [a.layout for a in attentions if isinstance(a.layout, TokenPlaces) and a.layout.everywhere]
+    if len(layouts) < len(attentions) or len({(layout.grid, layout.prefix) for layout in layouts}) > 1:
         return f"{type(subject.model).__name__} has blocks in which not every place looks at every place"
     layout = layouts[0]
     gh, gw = layout.grid
-    layers = evenly(len(found), 3)
-    whole = [torch.cat(a.whole) for a in found]  # (shown, T, T)
+    layers = evenly(len(attentions), 3)
+    whole = [torch.cat(a.whole) for a in attentions]  # (shown, T, T)
     through = measures.rollout([w.unsqueeze(1) for w in whole])
     query = (gh // 2) * gw + gw // 2
     at = ((gh // 2 + 0.5) / gh, (gw // 2 + 0.5) / gw)
@@ -174,7 +174,7 @@ def attention_maps(subject: InspectedEncoder, found: list[Attention], shown: Ten
             )
         )  # fmt: skip
         rows.append(row)
-    own = float(torch.stack([r.flatten()[query] / r.sum() for r in of_rollout]).mean())
+    kept_share = float(torch.stack([r.flatten()[query] / r.sum() for r in of_rollout]).mean())
     return View(
         "attention_maps",
         "Attention maps and rollout",
@@ -184,17 +184,17 @@ def attention_maps(subject: InspectedEncoder, found: list[Attention], shown: Ten
             "query": [gh // 2, gw // 2],
             "grid": [gh, gw],
             "rollout": [_rounded(r, 5) for r in of_rollout],
-            "own_share": own,
+            "own_share": kept_share,
         },
         plots.pictures(rows, title="where the patch at the cross looks"),
-        f"through all blocks the patch keeps {own:.0%} of its attention on itself",
+        f"through all blocks the patch keeps {kept_share:.0%} of its attention on itself",
     )
 
 
 def similarity(seen: Seen, other: InspectedEncoder | None) -> View:
-    own = seen.own.values().cpu().numpy()
-    panels = [Heat("its layers", own, "block", "block")]
-    numbers: JsonObject = {"blocks": seen.block_names, "cka": _rounded(own)}
+    cka = seen.own.values().cpu().numpy()
+    panels = [Heat("its layers", cka, "block", "block")]
+    numbers: JsonObject = {"blocks": seen.block_names, "cka": _rounded(cka)}
     if seen.updates:
         updates = seen.own_updates.values().cpu().numpy()
         panels.append(Heat("what each block adds", updates, "block", "block"))
@@ -209,7 +209,7 @@ def similarity(seen: Seen, other: InspectedEncoder | None) -> View:
         if np.isfinite(between).any():  # residual branches that start at zero add nothing
             panels.append(Heat("what each adds, the other's", between, "block of the other", "block"))
             numbers["cka_cross_without_skip"] = _rounded(between)
-    ends = float(own[0, -1])
+    ends = float(cka[0, -1])
     return View(
         "similarity",
         "Similarity of layers (linear CKA)",
@@ -218,7 +218,7 @@ def similarity(seen: Seen, other: InspectedEncoder | None) -> View:
         "convolutional networks. What each block adds is its output less its input: without the skip connection.",
         numbers,
         plots.heats(panels, low=0, high=1, label="CKA", columns=min(len(panels), 3)),
-        f"first and last of {len(own)} blocks: {ends:.2f}, mean of all pairs {float(np.nanmean(own)):.2f}",
+        f"first and last of {len(cka)} blocks: {ends:.2f}, mean of all pairs {float(np.nanmean(cka)):.2f}",
     )
 
 
@@ -366,6 +366,6 @@ def _pixels(raw: Tensor) -> np.ndarray:
 
 def _rounded(values: object, digits: int = 4) -> Any:
     array = values.cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    found = np.round(array.astype(float), digits).astype(object)
-    found[~np.isfinite(array.astype(float))] = None  # JSON has no NaN
-    return found.tolist()
+    rounded = np.round(array.astype(float), digits).astype(object)
+    rounded[~np.isfinite(array.astype(float))] = None  # JSON has no NaN
+    return rounded.tolist()

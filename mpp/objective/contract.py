@@ -229,22 +229,22 @@ def learn(model: MaskedPatchModel, batch: tuple[Tensor, Units]) -> list[float]:
     """Train on one batch for LEARNING_STEPS -> the losses."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    found = []
+    losses = []
     for _ in range(LEARNING_STEPS):
         loss = model(*batch).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(float(loss.detach()))
-    return found
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def _learns(subject: ContractCase, mechanism: str) -> None:
     """The loss falls. That the encoder is part of it is what the gradients and the leak check's control say."""
     model = subject.model(mechanism)
-    found = learn(model, batch_of(model))
-    if not found[-1] < 0.9 * found[0]:
-        raise Broken(f"the loss does not fall: {found[0]:.3f} -> {found[-1]:.3f} in {LEARNING_STEPS} steps")
+    losses = learn(model, batch_of(model))
+    if not losses[-1] < 0.9 * losses[0]:
+        raise Broken(f"the loss does not fall: {losses[0]:.3f} -> {losses[-1]:.3f} in {LEARNING_STEPS} steps")
 
 
 def _channels(subject: ContractCase, mechanism: str) -> None:
@@ -312,16 +312,16 @@ CHECKS: dict[str, Callable[[ContractCase, str], None]] = {
 
 def check(subject: ContractCase, mechanism: str, checks: tuple[str, ...] = tuple(CHECKS)) -> dict[str, str]:
     """Check -> "" where it holds, else what does not."""
-    found = {}
+    faults = {}
     for name in checks:
         try:
             CHECKS[name](subject, mechanism)
-            found[name] = ""
+            faults[name] = ""
         except Broken as error:
-            found[name] = str(error)
+            faults[name] = str(error)
         except Exception as error:  # whatever a family fails with that nobody has seen
-            found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return found
+            faults[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return faults
 
 
 def row(family: Family) -> JsonObject:

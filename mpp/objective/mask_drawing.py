@@ -19,10 +19,10 @@ def draw_masks(sampler: Mask, grid: tuple[int, int], draw: float, seed: int, pos
     masks, noises = Streams(seed, Purpose.MASK), Streams(seed, Purpose.NOISE)
     hidden = np.stack([sampler(grid, count, masks.at(p)) for p in positions])
     if (hidden.sum((1, 2)) != count).any():
-        found = sorted({int(n) for n in hidden.sum((1, 2))})
+        counts = sorted({int(n) for n in hidden.sum((1, 2))})
         raise UserError(
             f"mask: {type(sampler).__name__} says it hides {count} units of {grid[0]}×{grid[1]}, and hides "
-            f"{' or '.join(map(str, found))}; it must hide as many in every image"
+            f"{' or '.join(map(str, counts))}; it must hide as many in every image"
         )
     size = (len(NOISE), *grid)
     noise = np.stack([noises.at(p).random(size, dtype=np.float32) for p in positions])

@@ -24,7 +24,7 @@ def reconstruct(model: MaskedPatchModel, raw: Tensor, units: Units) -> list[Reco
     images = model.images(raw)
     layout = model.layout(images, units, everything=True)
     hidden = layout.cells.hidden
-    found = []
+    reconstructions = []
     for o, prediction in zip(model.objectives, model.predict(images, layout), strict=True):
         values = torch.zeros(len(raw), hidden[0].numel(), prediction.shape[-1], device=raw.device)
         index = layout.cells.predicted.unsqueeze(-1).expand_as(prediction)
@@ -36,8 +36,8 @@ def reconstruct(model: MaskedPatchModel, raw: Tensor, units: Units) -> list[Reco
             shown = _pixel_panels(model, o, values, images, hidden, pixels)
         if shown is not None:
             first = [Panel("original", original), Panel("masked", original.masked_fill(pixels, GREY))]
-            found.append(Reconstruction(o.name, first + shown))
-    return found
+            reconstructions.append(Reconstruction(o.name, first + shown))
+    return reconstructions
 
 
 def _glyph_panels(

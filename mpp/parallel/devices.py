@@ -19,10 +19,10 @@ def cpu_has_bf16() -> bool:
 
     A step then takes half the time, from a ViT 192 wide on; 0.6 of it at 128 (recipes/LOG.md).
     """
-    found = (
+    questions = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
-    return any(ask() for ask in found)
+    return any(ask() for ask in questions)
 
 
 def cores() -> int:
@@ -63,6 +63,6 @@ def compile_forward(model: torch.nn.Module, device: torch.device) -> None:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a Python that torch does not know yet
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        said = f"torch cannot compile on this machine ({first.strip()}); allowed here: false"
-        raise UserError(f"compile: {said}") from error
+        reason = f"torch cannot compile on this machine ({first.strip()}); allowed here: false"
+        raise UserError(f"compile: {reason}") from error
     model.compile()

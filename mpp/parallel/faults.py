@@ -37,12 +37,12 @@ def point(name: str, file: Path | None = None) -> None:
     if trace is not None:
         with open(trace, "a") as lines:
             lines.write(f"{rank} {name}\n")
-    found: JsonObject = json.loads(fault) if fault else {}
-    if found.get("point") != name or str(found.get("rank", 0)) != rank:
+    planned: JsonObject = json.loads(fault) if fault else {}
+    if planned.get("point") != name or str(planned.get("rank", 0)) != rank:
         return
     _reached[name] += 1
-    if _reached[name] == found.get("nth", 1):
-        _happen(found, file)
+    if _reached[name] == planned.get("nth", 1):
+        _happen(planned, file)
 
 
 def _happen(fault: JsonObject, file: Path | None) -> None:

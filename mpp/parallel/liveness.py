@@ -85,18 +85,18 @@ class Watch:
             self._ended.set()
             self._write(done=True)
             return
-        told = error
+        explained = error
         if isinstance(error, KeyboardInterrupt):
             why, state = "interrupted, without saving", "stopped"
         else:
             state = "failed"
-            told = self._explained(error)
-            why = one_line(told)
+            explained = self._explained(error)
+            why = one_line(explained)
         self._ended.set()
         self._write(word=why)
         self._say_status(state, why)
-        if told is not error:
-            raise told from error
+        if explained is not error:
+            raise explained from error
 
     def _say_status(self, state: str, why: str) -> None:
         with contextlib.suppress(OSError):  # a full disk may be what ended the run
@@ -145,22 +145,22 @@ class Watch:
 
     def _states(self) -> States:
         """What each process wrote last; None of one that wrote nothing, or cannot be asked for."""
-        found = dict.fromkeys(range(self.world))
+        states = dict.fromkeys(range(self.world))
         if self._store is None:
-            return found
+            return states
         # beside this thread: of a store whose process is stopped an answer never comes, whatever its timeout
-        asking = threading.Thread(target=self._ask, args=(self._store, found), daemon=True)
+        asking = threading.Thread(target=self._ask, args=(self._store, states), daemon=True)
         asking.start()
         asking.join(STORE_TIMEOUT_S)
         if asking.is_alive():
             self._store = None
-        return dict(found)
+        return dict(states)
 
-    def _ask(self, store: torch.distributed.TCPStore, found: States) -> None:
+    def _ask(self, store: torch.distributed.TCPStore, states: States) -> None:
         try:
             for rank in range(self.world):
                 key = self._key(rank)
-                found[rank] = json.loads(store.get(key)) if store.check([key]) else None
+                states[rank] = json.loads(store.get(key)) if store.check([key]) else None
         except RuntimeError:  # it went down with the process that held it
             self._store = None
 

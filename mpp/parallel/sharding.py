@@ -54,11 +54,11 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         for module in listed:  # a ModuleList is never called
             yield from members(module) if isinstance(module, nn.ModuleList) else (module,)
 
-    found: list[nn.Module] = []
+    block_list: list[nn.Module] = []
     for name, module in model.named_modules():
         if name.split(".")[-1] == "blocks" and isinstance(module, nn.ModuleList | nn.Sequential):
-            found += members(module)
-    return found[::-1]
+            block_list += members(module)
+    return block_list[::-1]
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -93,8 +93,8 @@ class Whole(Generic[M]):
 
 def whole_value(value: Tensor) -> Tensor:
     """Of a sum that each process has a part of, such as a norm of gradients."""
-    found: Tensor = value.full_tensor() if _is_shard(value) else value  # type: ignore[attr-defined]
-    return found
+    whole: Tensor = value.full_tensor() if _is_shard(value) else value  # type: ignore[attr-defined]
+    return whole
 
 
 def own_part(value: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def like(part: Tensor, value: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     made = DTensor
-    found: Tensor = made.from_local(
+    shard: Tensor = made.from_local(
         part.to(own_part(value).device),
         value.device_mesh,  # type: ignore[attr-defined]
         value.placements,  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def like(part: Tensor, value: Tensor) -> Tensor:
         shape=value.shape,
         stride=value.stride(),
     )
-    return found
+    return shard
 
 
 def _is_shard(value: Tensor) -> bool:

@@ -54,35 +54,35 @@ class Team:
         Raises:
             UserError: `act` raised it, on every process. The main process alone reports it.
         """
-        found: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_main:
             try:
-                found[0] = act()
+                outcome[0] = act()
             except UserError as error:
                 if self.world == 1:
                     raise
-                found[1] = error
+                outcome[1] = error
         if self.world > 1:
-            failed = found[1]
-            broadcast_object_list(found)
+            failed = outcome[1]
+            broadcast_object_list(outcome)
             if failed is not None:
                 raise failed
-            if found[1] is not None:
-                raise ToldElsewhere(str(found[1]))
-        result: T = found[0]
+            if outcome[1] is not None:
+                raise ToldElsewhere(str(outcome[1]))
+        result: T = outcome[0]
         return result
 
     def gather(self, values: list[T]) -> list[T]:
         """Return the values of every process, in the order of the processes."""
-        found: list[T] = gather_object(values) if self.world > 1 else values
-        return found
+        gathered: list[T] = gather_object(values) if self.world > 1 else values
+        return gathered
 
     def sum(self, values: list[float]) -> list[float]:
         """Return sums over all processes, in float64: counts stay exact."""
         if self.world == 1:
             return values
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return self.sum_tensor(own).tolist()
+        summands = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return self.sum_tensor(summands).tolist()
 
     def sum_tensor(self, values: Tensor) -> Tensor:
         """Return the sum over all processes. It stays on the device."""
@@ -151,8 +151,8 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         # on CPUs they would do nothing, on GPUs write one process's part as all, or take the update out of the loop
         if is_set(f"ACCELERATE_USE_{engine}"):
-            said = f"allowed: a launch without --use_{engine.lower()} (distributed_type: MULTI_GPU)"
-            raise UserError(f"accelerate's {engine}: {said}; `mpp pretrain` has fsdp=true")
+            reason = f"allowed: a launch without --use_{engine.lower()} (distributed_type: MULTI_GPU)"
+            raise UserError(f"accelerate's {engine}: {reason}; `mpp pretrain` has fsdp=true")
     cuda = torch.cuda.is_available()
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; allowed: auto, fp32")
@@ -178,8 +178,8 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=hang_timeout_s + 60))],
         )
     except torch.distributed.DistError as error:
-        said = f"process {rank} of {world} did not find the others at {host}:{port}: {one_line(error)}"
-        raise UserError(said) from error
+        reason = f"process {rank} of {world} did not find the others at {host}:{port}: {one_line(error)}"
+        raise UserError(reason) from error
     except ValueError as error:  # Accelerate's and torch's, of variables that are half set or garbage
         if not given:
             raise

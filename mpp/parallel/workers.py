@@ -11,5 +11,5 @@ def of_a_worker(error: BaseException) -> bool:
 
 
 def worker_died(error: BaseException) -> UserError:
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"data.workers: {said} Out of memory? Go on with --resume auto")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"data.workers: {reason} Out of memory? Go on with --resume auto")

@@ -38,7 +38,7 @@ CPU = "cpu"
 @cache
 def this_cpu() -> Device:
     """What this machine's CPU reaches with the threads that torch takes, tried for a moment; and its memory."""
-    found = {}
+    tflops = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.ones(PRODUCT, PRODUCT, dtype=kind)
         times = []
@@ -46,9 +46,9 @@ def this_cpu() -> Device:
             began = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - began)
-        found[name] = 2 * PRODUCT**3 / min(times) / 1e12
+        tflops[name] = 2 * PRODUCT**3 / min(times) / 1e12
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device(memory / 1e9, found | {"tf32": found["fp32"]})
+    return Device(memory / 1e9, tflops | {"tf32": tflops["fp32"]})
 
 
 def find_device(name: str) -> Device:

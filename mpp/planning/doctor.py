@@ -73,10 +73,10 @@ def examine(folder: str = ".") -> Iterator[Finding]:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}", sys.version_info >= (3, 11))
-    found = environment()["packages"]
-    yield Finding("packages", ", ".join(f"{name} {own}" for name, own in found.items()))
-    for own, wanted in _unmet():
-        yield Finding("packages", f"{own}; needs {wanted}", False, f"pip install {shlex.quote(wanted)}")
+    packages = environment()["packages"]
+    yield Finding("packages", ", ".join(f"{name} {installed}" for name, installed in packages.items()))
+    for installed, wanted in _unmet():
+        yield Finding("packages", f"{installed}; needs {wanted}", False, f"pip install {shlex.quote(wanted)}")
 
 
 def _unmet() -> list[tuple[str, str]]:
@@ -86,7 +86,7 @@ def _unmet() -> list[tuple[str, str]]:
     """
     from packaging.requirements import InvalidRequirement, Requirement
 
-    found = []
+    unmet = []
     try:
         asked = requires("mpp") or []
     except PackageNotFoundError:  # not installed: run from a checkout
@@ -99,13 +99,13 @@ def _unmet() -> list[tuple[str, str]]:
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
         try:
-            own = version(wanted.name)
+            installed = version(wanted.name)
         except PackageNotFoundError:
-            found.append((f"{wanted.name} is not installed", f"{wanted.name}{wanted.specifier}"))
+            unmet.append((f"{wanted.name} is not installed", f"{wanted.name}{wanted.specifier}"))
             continue
-        if not wanted.specifier.contains(own, prereleases=True):
-            found.append((f"{wanted.name} {own}", f"{wanted.name}{wanted.specifier}"))
-    return found
+        if not wanted.specifier.contains(installed, prereleases=True):
+            unmet.append((f"{wanted.name} {installed}", f"{wanted.name}{wanted.specifier}"))
+    return unmet
 
 
 def _devices() -> Iterator[Finding]:
@@ -204,11 +204,11 @@ def _disk(folder: Path) -> Iterator[Finding]:
             file.flush()
             os.fsync(file.fileno())
             took = time.monotonic() - began
-            told = os.fstat(file.fileno()).st_mtime
+            written_at = os.fstat(file.fileno()).st_mtime
     except OSError as error:
         return (yield Finding("writing", f"{there}: {error.strerror}", False, "give another folder: mpp doctor FOLDER"))
     yield Finding("writing", f"{WRITTEN_BYTES / took / 1e6:.0f} MB/s to {there}, on the disk for good")
-    apart = abs(time.time() - told)
+    apart = abs(time.time() - written_at)
     ok = apart < MOST_CLOCK_S
     yield Finding(
         "clock", f"{apart:.1f} s from that of the storage", ok, "" if ok else "set it: timedatectl set-ntp true"

@@ -74,17 +74,17 @@ class _Attention(torch.autograd.Function):
 @contextmanager
 def _fused() -> Iterator[None]:
     """Attention without a bias is fused on every device that trains."""
-    own = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any) -> Tensor:
-        return own(q, k, v, attn_mask, *args, **more) if attn_mask is not None else _Attention.apply(q, k, v)
+        return original(q, k, v, attn_mask, *args, **more) if attn_mask is not None else _Attention.apply(q, k, v)
 
     # a mode of torch would not see what activation checkpointing runs again
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = own
+        F.scaled_dot_product_attention = original
 
 
 def count_step(

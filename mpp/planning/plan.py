@@ -144,9 +144,9 @@ def plan(
     data, optim = recipe.data, recipe.optim
     model, grid = build_model(recipe)
     opened = ShardImages(data.shards, key="data.shards", **data.opening()) if images is None else None
-    own = opened.counts if opened is not None else [images or 0]
-    held_out = held_out_rows(own, data.held_out)
-    counts = [n - int(h) for n, h in zip(own, held_out, strict=True)]
+    images_of_shards = opened.counts if opened is not None else [images or 0]
+    held_out = held_out_rows(images_of_shards, data.held_out)
+    counts = [n - int(h) for n, h in zip(images_of_shards, held_out, strict=True)]
     order = Order(counts, global_batch=optim.global_batch_size, seed=0, lanes=data.lanes, window=data.window)
     steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
     accumulate = accumulation(optim.global_batch_size, devices, optim.max_batch_per_device)

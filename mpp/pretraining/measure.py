@@ -34,18 +34,18 @@ LEAST_BITS = 1.0
 @torch.no_grad()
 def warn_of_poor_targets(model: MaskedPatchModel, raw: Tensor) -> list[str]:
     """Return a line for each target whose classes hardly ever differ on these images, (B, C, H, W) uint8."""
-    found = []
+    lines = []
     for o in model.objectives:
         if o.target.of == "classes":
             share = torch.bincount(o.target(model.images(raw)).flatten()).float()
             share = share[share > 0] / share.sum()
             bits = float(-(share * share.log2()).sum()) + 0.0  # not -0.00
             if bits < LEAST_BITS:
-                found.append(
+                lines.append(
                     f"target {o.name}: its classes carry {bits:.2f} bits on the held-out images, "
                     f"below {LEAST_BITS}: there is little to predict. Are the images of one colour?"
                 )
-    return found
+    return lines
 
 
 @torch.no_grad()
@@ -152,19 +152,19 @@ def measure_skills(
         enough images.
     """
     model.eval()
-    own = trivial = torch.zeros(len(model.objectives), dtype=torch.float64)
+    model_loss = trivial = torch.zeros(len(model.objectives), dtype=torch.float64)
     with team.autocast():
         for i in range(0, len(held_out.images), AT_ONCE):
             part = slice(i, i + AT_ONCE)
             images = held_out.images[part].to(team.device)
             units = held_out.units.of(part).tensors_by(lambda t: t.to(team.device))
             a, b = model.losses_for_skill(images, units)
-            own, trivial = own + a.cpu() * len(images), trivial + b.cpu() * len(images)
+            model_loss, trivial = model_loss + a.cpu() * len(images), trivial + b.cpu() * len(images)
         collapse = measure_collapse(model, held_out.images[:RANK_IMAGES].to(team.device))
         shown = model.images(held_out.images[:SPREAD_IMAGES].to(team.device)).normalised
         features = spread(model.encoder.model, shown) if len(shown) >= LEAST_SPREAD_IMAGES else None
     model.train()
-    skills = [1 - o / t if t > 0 else math.nan for o, t in zip(own.tolist(), trivial.tolist(), strict=True)]
+    skills = [1 - o / t if t > 0 else math.nan for o, t in zip(model_loss.tolist(), trivial.tolist(), strict=True)]
     return skills, collapse, features
 
 
@@ -179,9 +179,9 @@ def keep_pictures(team: Team, model: MaskedPatchModel, held_out: Batch, count: i
     first = slice(count)
     units = held_out.units.of(first).tensors_by(lambda t: t.to(team.device))
     with team.autocast():
-        found = reconstruct(model, held_out.images[first].to(team.device), units)
+        reconstructions = reconstruct(model, held_out.images[first].to(team.device), units)
     model.train()
     try:
-        keep(log.out, step, found)
+        keep(log.out, step, reconstructions)
     except OSError as error:
         log.say(f"warning: the pictures of step {step} are not kept: {error.strerror or error}")

@@ -40,13 +40,13 @@ def probe_images(
 ) -> ProbeImages:
     """At most so many of the images, drawn by the seed, centre-cropped. UserError where none can be read."""
     numbers = np.sort(stream(seed, Purpose.PROBE).permutation(len(data.labels))[:most])
-    found = CentreDataset(data, size, 1.0, **reading).__getitems__(numbers.tolist())
-    if isinstance(found, UserError):
-        raise found
-    readable = found.readable
+    batch = CentreDataset(data, size, 1.0, **reading).__getitems__(numbers.tolist())
+    if isinstance(batch, UserError):
+        raise batch
+    readable = batch.readable
     if not readable.any():
         raise UserError(f"{key}: not one image can be read")
-    return ProbeImages(found.images[readable], found.labels[readable].numpy())
+    return ProbeImages(batch.images[readable], batch.labels[readable].numpy())
 
 
 class Probed(NamedTuple):
@@ -74,24 +74,24 @@ class OnlineProbe:
         began = time.monotonic()
         reader = EncoderReader(model, None, self.mean, self.std).to(device)
         train, val = (self._features(reader, side.images, device) for side in (self.train, self.val))
-        found = {}
+        accuracy_of = {}
         for layer in reader.layers:
             x, y = train[str(layer)], val[str(layer)]
             fitted = linear.fit(
                 x, self.train.labels, self.num_classes, self.weight_decay, device=device, max_iterations=MAX_ITERATIONS
             )
-            found[layer] = float((fitted.predict(y) == self.val.labels).mean())
-        best = max(found, key=lambda layer: (found[layer], -layer))
-        return Probed(found[best], best, time.monotonic() - began)
+            accuracy_of[layer] = float((fitted.predict(y) == self.val.labels).mean())
+        best = max(accuracy_of, key=lambda layer: (accuracy_of[layer], -layer))
+        return Probed(accuracy_of[best], best, time.monotonic() - began)
 
     @staticmethod
     def _features(reader: EncoderReader, images: Tensor, device: torch.device) -> dict[str, np.ndarray]:
-        found: dict[str, list[Tensor]] = {str(layer): [] for layer in reader.layers}
+        parts_of: dict[str, list[Tensor]] = {str(layer): [] for layer in reader.layers}
         for start in range(0, len(images), BATCH):
             pooled = reader(images[start : start + BATCH].to(device)).pooled
-            for layer, parts in found.items():
+            for layer, parts in parts_of.items():
                 parts.append(pooled[Place(layer, "mean")].cpu())
-        return {layer: torch.cat(parts).numpy() for layer, parts in found.items()}
+        return {layer: torch.cat(parts).numpy() for layer, parts in parts_of.items()}
 
 
 class Spread(NamedTuple):
@@ -111,6 +111,8 @@ def spread(model: nn.Module, images: Tensor) -> Spread:
     the rest then: 3 instead of 19 for an encoder that fine-tunes well.
     """
     maps: TimmModel = model
-    found = maps.forward_intermediates(images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)[-1]
-    pooled = found.float().mean((2, 3))
+    feature_map = maps.forward_intermediates(images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)[
+        -1
+    ]
+    pooled = feature_map.float().mean((2, 3))
     return Spread(effective_rank(pooled - pooled.mean(0)), image_share(pooled.unsqueeze(1)))

@@ -14,13 +14,13 @@ from mpp.recipe.sections import Job
 
 def json_schema(job: str) -> JsonObject:
     """Of a job's recipes as they are written, with every short form, for editors. It knows no rule between keys."""
-    found: JsonObject = _with_limits(RECIPES[job].model_json_schema())
-    for section in (found, *found.get("$defs", {}).values()):  # a recipe may leave these to the command line
+    schema: JsonObject = _with_limits(RECIPES[job].model_json_schema())
+    for section in (schema, *schema.get("$defs", {}).values()):  # a recipe may leave these to the command line
         if "required" in section:
             section["required"] = [
                 key for key in section["required"] if key not in ("shards", "train", "val", "encoder")
             ]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 _LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}

@@ -31,8 +31,8 @@ def bundled() -> dict[str, Path]:
     """Recipes that come with mpp by their names, such as pretrain/vit_small: of the wheel, or of the checkout."""
     here = Path(__file__).resolve().parent.parent
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
-    found = {job: sorted((folder / job).glob("*.yaml")) for job in ("pretrain", "finetune")}
-    return {f"{job}/{path.stem}": path for job, paths in found.items() for path in paths}
+    files = {job: sorted((folder / job).glob("*.yaml")) for job in ("pretrain", "finetune")}
+    return {f"{job}/{path.stem}": path for job, paths in files.items() for path in paths}
 
 
 def _text(path: str | Path) -> str:
@@ -116,9 +116,9 @@ def check_recipe(values: JsonObject, job: type[R], places: dict[Key, str] | None
         return job.model_validate(values)
     except ValidationError as error:
         places = places or {}
-        found = error.errors()
+        mistakes = error.errors()
         # a list whose items are wrong is not too short as well
-        items = {e["loc"][:-1] for e in found if e["loc"] and isinstance(e["loc"][-1], int)}
-        found = [e for e in found if not (e["type"] == "too_short" and e["loc"] in items)]
-        lines = {error_line(e, job, places, source): None for e in found}
+        items = {e["loc"][:-1] for e in mistakes if e["loc"] and isinstance(e["loc"][-1], int)}
+        mistakes = [e for e in mistakes if not (e["type"] == "too_short" and e["loc"] in items)]
+        lines = {error_line(e, job, places, source): None for e in mistakes}
         raise UserError("\n".join(lines)) from None

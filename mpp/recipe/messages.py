@@ -101,14 +101,14 @@ def _without_tags(loc: Key, job: type[BaseModel]) -> tuple[Key, list[str]]:
 
 def leaves(job: type[BaseModel], prefix: str = "") -> JsonObject:
     """Every dotted key of a recipe and its field."""
-    found: JsonObject = {}
+    fields: JsonObject = {}
     for name, f in job.model_fields.items():
         sections = _section_types(f.annotation)
         for s in sections:
-            found.update(leaves(s, f"{prefix}{name}."))
+            fields.update(leaves(s, f"{prefix}{name}."))
         if not sections:
-            found[prefix + name] = f
-    return found
+            fields[prefix + name] = f
+    return fields
 
 
 def _bounds(key: Key, job: type[BaseModel]) -> str:
@@ -117,13 +117,13 @@ def _bounds(key: Key, job: type[BaseModel]) -> str:
     if field is None:
         return ""
     operators = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    found: list[str] = []
+    bounds: list[str] = []
 
     def walk(metadata: Any) -> None:
         for item in metadata:
             for attribute, operator in operators.items():
                 if getattr(item, attribute, None) is not None and not isinstance(item, type):
-                    found.append(f"{operator} {getattr(item, attribute)}")
+                    bounds.append(f"{operator} {getattr(item, attribute)}")
             walk(getattr(item, "metadata", ()))
 
     def annotations(annotation: Any) -> None:
@@ -134,4 +134,4 @@ def _bounds(key: Key, job: type[BaseModel]) -> str:
 
     walk(field.metadata)
     annotations(field.annotation)
-    return " and ".join(dict.fromkeys(found))
+    return " and ".join(dict.fromkeys(bounds))

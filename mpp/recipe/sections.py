@@ -72,11 +72,11 @@ def component_section(kind: str, default: str) -> Any:
     """
     sections = []
     for name in registry.names(kind):
-        found = registry.declaration(kind, name)
-        fields: JsonObject = {key: tuple(argument) for key, argument in found.arguments.items()}
+        component = registry.declaration(kind, name)
+        fields: JsonObject = {key: tuple(argument) for key, argument in component.arguments.items()}
         fields["name"] = (Literal[name], name)
         base = Section if name == default else Chosen
-        sections.append(create_model(found.class_name, __base__=base, __doc__=found.doc, **fields))
+        sections.append(create_model(component.class_name, __base__=base, __doc__=component.doc, **fields))
 
     def with_name(value: object) -> object:
         if isinstance(value, str):
@@ -169,14 +169,14 @@ class ImageData(Section):
 
     def decoding(self) -> Decoding:
         """What the readers of images want to know, as their arguments."""
-        found: Decoding = {
+        decoding: Decoding = {
             "channels": self.channels,
             "formats": self.formats,
             "max_image_pixels": self.max_image_pixels,
         }
         if not self.eight_bit:
-            found["value_range"], found["nodata"] = self.value_range or "type", self.nodata
-        return found
+            decoding["value_range"], decoding["nodata"] = self.value_range or "type", self.nodata
+        return decoding
 
     def opening(self) -> Opening:
         """What whoever opens shards wants to know, as its arguments."""

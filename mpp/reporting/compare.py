@@ -91,14 +91,14 @@ def points_along(axis: str, m: JsonObject, hours: float) -> float:
 def headline_parts(run: History) -> list[tuple[str, str]]:
     """The figures of a fine-tune or an evaluation, for a row of a table."""
     if run.job == "evaluate":
-        own = run.result.get("best", {}).get("encoder", {})
-        return [(f"{probe} probe", percent_text(s["accuracy"])) for probe, s in own.items()]
-    found = []
+        best = run.result.get("best", {}).get("encoder", {})
+        return [(f"{probe} probe", percent_text(s["accuracy"])) for probe, s in best.items()]
+    parts = []
     for v in run.result.get("verdicts", []):
         labels = f", {v['labels_per_class']} labels a class" if v.get("labels_per_class") else ""
-        found += [(f"fine-tuned{labels}", estimate_text(v["score"].get("pretrained")))]
-        found += [(f"gain over scratch{labels}", estimate_text(v.get("gain"), points=True))]
-    return found
+        parts += [(f"fine-tuned{labels}", estimate_text(v["score"].get("pretrained")))]
+        parts += [(f"gain over scratch{labels}", estimate_text(v.get("gain"), points=True))]
+    return parts
 
 
 def names_of_runs(runs: Sequence[History]) -> list[str]:

@@ -90,11 +90,11 @@ def _page(runs: list[History], pictures: Pictures) -> str:
     parts: list[Part] = []
 
     def add(make: Callable[..., Part | None], *given: object, **renamed: str) -> None:
-        found = _attempted(make, *given)
-        if found is not None:
+        part = _attempted(make, *given)
+        if part is not None:
             for key, value in renamed.items():
-                setattr(found, key, value)
-            parts.append(found)
+                setattr(part, key, value)
+            parts.append(part)
 
     subject = pretrained[0] if len(pretrained) == 1 else None
     if len(pretrained) > 1:
@@ -158,20 +158,20 @@ def _weights(source: Path) -> str | None:
 
 def _looked_for(runs: Sequence[History]) -> list[str]:
     """What the records allowed to look for."""
-    found = []
+    symptoms = []
     if any(r.series("loss")[1] for r in runs if r.job == "pretrain"):
-        found += ["a loss that does not fall or rises again", "waiting for images", "unreadable images"]
+        symptoms += ["a loss that does not fall or rises again", "waiting for images", "unreadable images"]
     if any(r.series("skill")[1] for r in runs):
-        found.append("a skill below the trivial prediction")
+        symptoms.append("a skill below the trivial prediction")
     if any(k.startswith(("feature_rank", "target_rank")) for r in runs for k in r.latest):
-        found.append("collapse of features or targets")
+        symptoms.append("collapse of features or targets")
     if any(r.data.get("val_in_train") for r in runs):
-        found.append("validation images among training images")
+        symptoms.append("validation images among training images")
     if any(r.result.get("verdicts") for r in runs):
-        found.append("a gain from pretraining that is not shown")
+        symptoms.append("a gain from pretraining that is not shown")
     if any(r.job == "evaluate" and r.result.get("best") for r in runs):
-        found.append("features no better than their controls")
-    return found
+        symptoms.append("features no better than their controls")
+    return symptoms
 
 
 def _lead(run: History | None, others: list[History]) -> str:
@@ -200,7 +200,7 @@ def _better_frozen(finetune: History, evaluation: History) -> str:
         (verdict,) = finetune.result["verdicts"]
         tuned = verdict["score"]["pretrained"]
         probes = evaluation.result["best"]["encoder"]
-        name, best = max(((name, found["accuracy"]) for name, found in probes.items()), key=lambda item: item[1])
+        name, best = max(((name, score["accuracy"]) for name, score in probes.items()), key=lambda item: item[1])
         if not number_text(tuned["half_width"]) or best <= tuned["mean"] + tuned["half_width"]:  # one seed says little
             return ""
     except DAMAGED:  # or not finished

@@ -85,18 +85,18 @@ def estimate_text(value: JsonObject | None, *, points: bool = False) -> str:
 
 def key_numbers(run: History) -> list[tuple[str, str]]:
     """(value, what it is)"""
-    found = [
+    numbers = [
         (short_number(run.last("skill")), "skill: 0 is guessing the mean, 1 is perfect"),
         (short_number(run.last("loss")), "loss of the last step"),
     ]
     if run.last("probe_accuracy") is not None:
-        found.append((percent_text(run.last("probe_accuracy")), "linear probe while training"))
+        numbers.append((percent_text(run.last("probe_accuracy")), "linear probe while training"))
     hours = run.hours()
-    found += [
+    numbers += [
         (f"{run.metrics[-1]['seen']:,}" if run.metrics else "–", "images seen"),
         (duration(hours[-1]) if hours else "–", "of training"),
     ]
-    return found
+    return numbers
 
 
 def curves_part(run: History, pictures: Pictures) -> Part:
@@ -174,15 +174,15 @@ def inspection_part(run: History, pictures: Pictures) -> Part | None:
         name = str(view["name"])
         if not name.isidentifier():
             continue
-        found = pictures.file(
+        picture = pictures.file(
             run.folder / INSPECTION / f"{name}.png",
             f"{view['title']}: {view['summary']}.",
             caption=view["caption"],
             title=view["title"],
             wide=True,
         )
-        if found:
-            part.pictures.append(found)
+        if picture:
+            part.pictures.append(picture)
     if absent := index.get("absent"):
         part.folded.append(("Not drawn for this encoder", "\n".join(f"{k}: {v}" for k, v in absent.items())))
     return part
@@ -227,14 +227,14 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
     if len(verdicts) > 1:
         lines = []
         for arm in scored:
-            found = [(float(v["labels_per_class"]), v["score"][arm]) for v in verdicts]
-            widths = [100 * e["half_width"] for _, e in found if number_text(e.get("half_width"))]
+            points = [(float(v["labels_per_class"]), v["score"][arm]) for v in verdicts]
+            widths = [100 * e["half_width"] for _, e in points if number_text(e.get("half_width"))]
             lines.append(
                 Line(
                     arm,
-                    [x for x, _ in found],
-                    [100 * e["mean"] for _, e in found],
-                    widths if len(widths) == len(found) else None,
+                    [x for x, _ in points],
+                    [100 * e["mean"] for _, e in points],
+                    widths if len(widths) == len(points) else None,
                     dashed=arm == "scratch",
                 )
             )
@@ -275,7 +275,7 @@ def evaluation_part(run: History, pictures: Pictures) -> Part:
         f"Probes of the frozen encoder, fitted to {run.result['train_images']:,} labeled images, judged on "
         f"{run.result['val_images']:,}, beside controls. Layer and settings were chosen on training images."
     )
-    if any("linear" in found for found in best.values()):
+    if any("linear" in arm_scores for arm_scores in best.values()):
         part.text.append(f"{PROTOCOL[0].upper()}{PROTOCOL[1:]}.")
     probes = list(dict.fromkeys(p for arm in best.values() for p in arm))
     rows = [
@@ -284,16 +284,16 @@ def evaluation_part(run: History, pictures: Pictures) -> Part:
     part.tables.append(Table(["", *probes], rows))
     for probe in probes:
         lines: list[Line | Level] = []
-        for arm, found in scores.items():
+        for arm, arm_scores in scores.items():
             of_layer: dict[int, float] = {}
-            for s in found:
+            for s in arm_scores:
                 if s["probe"] == probe and str(s["layer"]).isdigit():
                     layer = int(s["layer"])
                     of_layer[layer] = max(of_layer.get(layer, 0.0), s["accuracy"])
             if of_layer:
                 x = sorted(of_layer)
                 lines.append(Line(ARMS.get(arm, arm), x, [100 * of_layer[i] for i in x], dashed=arm != "encoder"))
-            elif found and (flat := [s["accuracy"] for s in found if s["probe"] == probe]):
+            elif arm_scores and (flat := [s["accuracy"] for s in arm_scores if s["probe"] == probe]):
                 lines.append(Level(ARMS.get(arm, arm), 100 * max(flat)))
         if any(isinstance(line, Line) for line in lines):
             title = f"{probe}: accuracy by layer, best pooling, %"

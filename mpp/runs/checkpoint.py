@@ -167,14 +167,14 @@ def _together(
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         fault = error
     line = fault and f"{final}: cannot be saved: {getattr(fault, 'strerror', None) or fault} ({_free(final.parent)})"
-    found = writers.gathered([(line, result)])
-    first = next((line for line, _ in found if line), None)
+    reports = writers.gathered([(line, result)])
+    first = next((line for line, _ in reports if line), None)
     if first:
         if writers.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(first) from fault
         raise ToldElsewhere(first) from fault
-    return [value for _, value in found]
+    return [value for _, value in reports]
 
 
 def save_together(
@@ -254,8 +254,8 @@ def read_state(path: Path) -> JsonObject:
         raise UserError(f"{path}: not a checkpoint: {error}") from error
     if state.get("format") != FORMAT:
         raise UserError(f"{path}: checkpoint format {state.get('format')}; this version reads {FORMAT}")
-    found: JsonObject = state
-    return found
+    checked: JsonObject = state
+    return checked
 
 
 def load(
@@ -345,7 +345,7 @@ def _read(path: Path, stem: str, wanted: Mapping[str, Tensor], of: Callable[[str
                 parts.setdefault(name, []).append(
                     _Part(reading, int(first or 0), [int(rows), *shape[1:]] if rows else shape)
                 )
-        return {name: _joined(name, found, wanted.get(of(name))) for name, found in parts.items()}
+        return {name: _joined(name, parts_of_tensor, wanted.get(of(name))) for name, parts_of_tensor in parts.items()}
 
 
 class _Part(NamedTuple):
@@ -362,17 +362,17 @@ def _joined(name: str, parts: list[_Part], wanted: Tensor | None) -> Tensor:
     rows = own_rows(wanted) if wanted is not None and list(wanted.shape) == parts[0].shape else None
     parts = sorted(parts, key=lambda part: part.first_row)
     if rows is None:
-        found = [part.reading.get_tensor(name) for part in parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        rows_read = [part.reading.get_tensor(name) for part in parts]
+        return rows_read[0] if len(rows_read) == 1 else torch.cat(rows_read)
     assert wanted is not None
-    found = []
+    rows_read = []
     for part in parts:
         stored = part.reading.get_slice(name)
         here = range(part.first_row, part.first_row + stored.get_shape()[0])
         first, last = max(rows.start, here.start), min(rows.stop, here.stop)
         if first < last:
-            found.append(stored[first - here.start : last - here.start])
-    return like(torch.cat(found) if found else torch.empty(0, *wanted.shape[1:], dtype=wanted.dtype), wanted)
+            rows_read.append(stored[first - here.start : last - here.start])
+    return like(torch.cat(rows_read) if rows_read else torch.empty(0, *wanted.shape[1:], dtype=wanted.dtype), wanted)
 
 
 def _sha256(path: Path) -> str:

@@ -52,10 +52,10 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
         if not (out / RECIPE).exists():  # what is no run folder is refused before anything is written there
             find_run(recipe, resume, fingerprint=fingerprint)
         lock = Lock(out)
-        found = find_run(recipe, resume, fingerprint=fingerprint)  # another process may have come first
+        run = find_run(recipe, resume, fingerprint=fingerprint)  # another process may have come first
         if resume != "auto" or read_state(out) != "finished":  # whose records stay as they are
             create_run(recipe)
-        return found
+        return run
 
     try:
         yield team.on_main(open_it)
@@ -100,8 +100,8 @@ class Lock:
 
 def _said(holder: bytes) -> str:
     try:
-        found = json.loads(holder)
-        return f"process {found['pid']} on {found['host']}"
+        owner = json.loads(holder)
+        return f"process {owner['pid']} on {owner['host']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
 

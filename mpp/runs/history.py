@@ -42,8 +42,8 @@ class History:
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric where it has one."""
-        found = [(m["step"], m[key]) for m in self.metrics if isinstance(m.get(key), int | float) and "step" in m]
-        return [s for s, _ in found], [float(v) for _, v in found]
+        points = [(m["step"], m[key]) for m in self.metrics if isinstance(m.get(key), int | float) and "step" in m]
+        return [s for s, _ in points], [float(v) for _, v in points]
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric."""
@@ -58,21 +58,21 @@ class History:
     @property
     def step(self) -> int | None:
         """How far it came. While it runs its status is of the last checkpoint; later it says where it ended."""
-        told = self.status.get("step")
-        if not self.metrics or (told is not None and self.status.get("state") != "running"):
-            return told
-        return max(told or 0, self.metrics[-1]["step"])
+        stated = self.status.get("step")
+        if not self.metrics or (stated is not None and self.status.get("state") != "running"):
+            return stated
+        return max(stated or 0, self.metrics[-1]["step"])
 
     def hours(self) -> list[float]:
         """Hours of training at each line of the metrics, from images and throughput: time between runs is left out."""
-        found, total, seen = [], 0.0, 0
+        hours, total, seen = [], 0.0, 0
         for m in self.metrics:
             rate = m.get("images_per_s")
             if rate:
                 total += (m["seen"] - seen) / rate / 3600
             seen = m["seen"]
-            found.append(total)
-        return found
+            hours.append(total)
+        return hours
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A dotted key of the recipe."""
@@ -96,8 +96,8 @@ class History:
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint; its checksums are not compared."""
-        found = steps(self.folder / "checkpoints")
-        return found[0] if found else None
+        newest_first = steps(self.folder / "checkpoints")
+        return newest_first[0] if newest_first else None
 
     def alive(self) -> bool | None:
         """Whether the process that says it is running does; None where it cannot be told from here."""
@@ -119,10 +119,10 @@ INSPECTION, INSPECTION_INDEX = "inspect", "index.json"
 def read_inspection(run: Path) -> JsonObject | None:
     """What `mpp inspect` left in a run; None where there is nothing readable."""
     try:
-        found = json.loads((run / INSPECTION / INSPECTION_INDEX).read_text())
+        index = json.loads((run / INSPECTION / INSPECTION_INDEX).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return index if isinstance(index, dict) else None
 
 
 def read_run(folder: str | Path) -> History:
@@ -141,12 +141,12 @@ def read_run(folder: str | Path) -> History:
         raise UserError(f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path / RECIPE}: not the recipe of a run") from error
-    found = _history(path, job, recipe)
+    history = _history(path, job, recipe)
     if job == "finetune":
         parts = [p for p in path.iterdir() if p.is_dir() and (p / "status.json").exists()]
         began = sorted(parts, key=lambda p: (p / "train.log").stat().st_ctime if (p / "train.log").exists() else 0)
-        found.cells = [_history(p, "cell", recipe) for p in began]
-    return found
+        history.cells = [_history(p, "cell", recipe) for p in began]
+    return history
 
 
 def _history(path: Path, job: str, recipe: JsonObject) -> History:
@@ -166,10 +166,10 @@ def _whole(value: object) -> bool:
 
 def _json(path: Path) -> JsonObject:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:

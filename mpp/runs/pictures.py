@@ -60,7 +60,7 @@ class Kept(NamedTuple):
 
 def read_kept(run: Path) -> list[Kept]:
     """What `keep` wrote, first step first; [] where there is nothing. A file that is not its own is passed over."""
-    found = []
+    kept = []
     for path in sorted((run / FOLDER).glob("step-*.png")):
         try:
             with Image.open(path) as grid:
@@ -73,19 +73,19 @@ def read_kept(run: Path) -> list[Kept]:
                     title: [grid.crop((c * w, r * h, (c + 1) * w, (r + 1) * h)) for r in range(grid.height // h)]
                     for c, title in enumerate(about["titles"])
                 }
-            found.append(Kept(int(about["step"]), str(about["target"]), panels))
+            kept.append(Kept(int(about["step"]), str(about["target"]), panels))
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             continue
-    return _alike(sorted(found, key=lambda k: k.step))
+    return _alike(sorted(kept, key=lambda k: k.step))
 
 
-def _alike(found: list[Kept]) -> list[Kept]:
+def _alike(kept: list[Kept]) -> list[Kept]:
     """With as many images, and the panels, that all of them have: a resumed run may keep fewer than before."""
-    if not found:
+    if not kept:
         return []
-    titles = [t for t in found[-1].panels if all(t in k.panels for k in found)]
-    rows = min(len(k.panels["original"]) for k in found)
-    return [k._replace(panels={t: k.panels[t][:rows] for t in titles}) for k in found if rows]
+    titles = [t for t in kept[-1].panels if all(t in k.panels for k in kept)]
+    rows = min(len(k.panels["original"]) for k in kept)
+    return [k._replace(panels={t: k.panels[t][:rows] for t in titles}) for k in kept if rows]
 
 
 def pasted(kept: Sequence[Kept]) -> list[str]:
@@ -118,12 +118,12 @@ def strip(kept: Sequence[Kept], panel: str, most: int = MOST_SHOWN) -> Image.Ima
 
 def frames(kept: Sequence[Kept]) -> list[Image.Image]:
     """One picture for each step, all of a size: a row for each image, all its panels side by side."""
-    found = []
+    images = []
     for k in kept:
         titles = list(k.panels)
         rows = [[scaled(k.panels[t][i]) for t in titles] for i in range(len(k.panels["original"]))]
-        found.append(sheet(rows, titles, title=f"step {k.step:,}"))
-    return found
+        images.append(sheet(rows, titles, title=f"step {k.step:,}"))
+    return images
 
 
 def through_training(run: str | Path, out: str | Path) -> Path:
@@ -175,11 +175,11 @@ def kept_every(total_steps: int, measured_every: int) -> int:
     return measured_every * max(-(-(total_steps // measured_every) // MOST_KEPT), 1)
 
 
-def keep(run: Path, step: int, found: Sequence[Reconstruction]) -> None:
+def keep(run: Path, step: int, reconstructions: Sequence[Reconstruction]) -> None:
     """Write the pictures of the first target that has any: a grid of tiles, a row for each image."""
-    if not found:
+    if not reconstructions:
         return
-    drawn = found[0]
+    drawn = reconstructions[0]
     panels = [[_image(p.images[i]) for p in drawn.panels] for i in range(len(drawn.panels[0].images))]
     w, h = max(image.size for image in panels[0])  # glyphs are larger than the image they are of
     grid = Image.new("RGB", (w * len(panels[0]), h * len(panels)))

@@ -50,21 +50,21 @@ def read_state(out: Path) -> str:
 def read_metrics(out: Path) -> list[JsonObject]:
     """The lines of metrics.jsonl; [] where there are none. One that was never written to its end is left out."""
     path = out / "metrics.jsonl"
-    found = []
+    records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict) and "step" in record:
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def steps(folder: Path) -> list[Path]:
     """Finished checkpoints, newest first, whether they hold or not."""
-    found = [p for p in folder.iterdir() if _CHECKPOINT.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: p.name, reverse=True)
+    checkpoints = [p for p in folder.iterdir() if _CHECKPOINT.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(checkpoints, key=lambda p: p.name, reverse=True)
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -91,17 +91,17 @@ def flat_since(history: Sequence[Measured]) -> int | None:
 def symptoms(run: History) -> list[Symptom]:
     """Of a run of any job, the gravest first; [] where nothing is wrong."""
     rules = {"pretrain": _of_pretraining, "finetune": _of_finetuning, "evaluate": _of_evaluation}
-    found = _of_process(run)
+    listed = _of_process(run)
     try:
-        found += rules[run.job](run)
+        listed += rules[run.job](run)
     except DAMAGED as error:
         text = f"Its records cannot all be read ({type(error).__name__}: {one_line(error)})."
-        found.append(Symptom("damaged", text, "See result.json and data.json."))
-    return found
+        listed.append(Symptom("damaged", text, "See result.json and data.json."))
+    return listed
 
 
 def _of_process(run: History) -> list[Symptom]:
-    found = []
+    listed = []
     for part in run.cells or [run]:
         where = f"{part.name}: " if part is not run else ""
         if part.status.get("state") == "failed":
@@ -113,39 +113,39 @@ def _of_process(run: History) -> list[Symptom]:
                 advice = "A lower optim.base_lr, more warm-up, optim.clip_grad_norm: 1, or precision: fp32."
             else:
                 advice = "The same command with --resume auto goes on from the last checkpoint."
-            found.append(Symptom("failed", f"{where}It ended{at}: {why}.", advice))
+            listed.append(Symptom("failed", f"{where}It ended{at}: {why}.", advice))
         if part.alive() is False:
-            found.append(
+            listed.append(
                 Symptom(
                     "dead",
                     f"{where}status.json says running, but process {part.status.get('pid')} is gone.",
                     "The same command with --resume auto goes on from the last checkpoint.",
                 )
             )
-    return found
+    return listed
 
 
 def _of_pretraining(run: History) -> list[Symptom]:
-    found = []
+    listed = []
     moving = any(key.startswith("target_share_") for key in run.latest)
     diverged = _diverged(run, moving)
     if diverged:
-        found.append(diverged)
+        listed.append(diverged)
     elif flat := _flat(run, moving):
-        found.append(flat)
+        listed.append(flat)
     skill = run.last("skill")
     early = run.status.get("state") == "running" and len(_measured(run)) < 2  # still warming up
     if skill is not None and skill <= 0 and not moving and not early:
-        found.append(
+        listed.append(
             Symptom(
                 "below_trivial",
                 f"The skill is {skill:.3f}: a prediction that knows nothing of the image does as well.",
                 "Train longer, try another optim.base_lr, or hide less (mask.ratio).",
             )
         )
-    found += _collapsed(run)
+    listed += _collapsed(run)
     if (wait := _data_wait(run)) is not None and wait > DATA_BOUND:
-        found.append(
+        listed.append(
             Symptom(
                 "data_bound",
                 f"{wait:.0%} of the time went by waiting for images: the loader is the bottleneck.",
@@ -153,17 +153,17 @@ def _of_pretraining(run: History) -> list[Symptom]:
             )
         )
     if slower := _slower(run):
-        found.append(slower)
+        listed.append(slower)
     bad, seen = run.last("skipped_images"), run.last("seen")
     if bad and seen and bad >= LEAST_BAD and bad > BAD_FRACTION * seen:
-        found.append(
+        listed.append(
             Symptom(
                 "bad_images",
                 f"{bad:,.0f} of {seen:,.0f} images could not be read ({bad / seen:.2%}); neighbours took their place.",
                 "train.log names them; `mpp index` checks the shards.",
             )
         )
-    return found
+    return listed
 
 
 def _medians(values: Sequence[float], width: int) -> list[float]:
@@ -209,18 +209,18 @@ def _flat(run: History, moving: bool) -> Symptom | None:
 
 def _measured(run: History) -> list[Measured]:
     """Each measurement of the skill, with what the probe has found since the one before."""
-    found: list[Measured] = []
+    measured: list[Measured] = []
     probe = None
     for m in run.metrics:
         probe = m.get("probe_accuracy", probe)
         if m.get("skill") is not None:
-            found.append(Measured(m["step"], m["skill"], probe))
+            measured.append(Measured(m["step"], m["skill"], probe))
             probe = None
-    return found
+    return measured
 
 
 def _collapsed(run: History) -> list[Symptom]:
-    found = []
+    listed = []
     names = [key.removeprefix("target_share_") for key in run.latest if key.startswith("target_share_")]
     for name, key, least in [
         *((f"target {n}", f"target_{{}}_{n}", COLLAPSED_TARGET_SHARE) for n in names),
@@ -229,14 +229,14 @@ def _collapsed(run: History) -> list[Symptom]:
         rank, share = run.last(key.format("rank")), run.last(key.format("share"))
         if rank is None or share is None or not collapsed(rank, share, least):
             continue
-        found.append(
+        listed.append(
             Symptom(
                 "collapse",
                 f"Collapse of {name}: effective rank {rank:.1f}, and {share:.2%} of it depends on the image.",
                 "A higher decay of the teacher, a lower optim.base_lr, more warm-up, or a target of pixels.",
             )
         )
-    return found
+    return listed
 
 
 def _slower(run: History) -> Symptom | None:
@@ -257,12 +257,12 @@ def _slower(run: History) -> Symptom | None:
 
 def _data_wait(run: History) -> float | None:
     """The part of the time that was waited: the median of all lines but the first, in which the loader starts."""
-    found = run.series("data_wait")[1][1:]
-    return statistics.median(found) if found else None
+    shares = run.series("data_wait")[1][1:]
+    return statistics.median(shares) if shares else None
 
 
 def _of_finetuning(run: History) -> list[Symptom]:
-    found = []
+    listed = []
     for key, where in (("val_in_train", "data.train"), ("val_in_pretraining", "the pretraining images")):
         leaked = run.data.get(key) or {}
         if leaked.get("shared"):
@@ -270,7 +270,7 @@ def _of_finetuning(run: History) -> list[Symptom]:
             text = (
                 f"{leaked['shared']} of {leaked['checked']} validation images are among {where}, byte by byte: {name} …"
             )
-            found.append(
+            listed.append(
                 Symptom("leak", text, "Split again so that no image is on both sides; the figures are too high.")
             )
     for verdict in run.result.get("verdicts", []):
@@ -280,22 +280,22 @@ def _of_finetuning(run: History) -> list[Symptom]:
         concluded = conclude(gain)
         if concluded.kind in ("hurt", "not_shown"):
             labels = f"At {verdict['labels_per_class']} labels a class " if verdict.get("labels_per_class") else ""
-            said = f"{labels}{concluded.text} ({100 * gain.mean:+.1f} ± {100 * gain.half_width:.1f} points)."
+            gain_text = f"{labels}{concluded.text} ({100 * gain.mean:+.1f} ± {100 * gain.half_width:.1f} points)."
             advice = "Pretrain longer, on more images of the same kind; more seeds make the interval narrower."
-            found.append(Symptom("no_gain", said[0].upper() + said[1:], advice))
-    return found
+            listed.append(Symptom("no_gain", gain_text[0].upper() + gain_text[1:], advice))
+    return listed
 
 
 def _of_evaluation(run: History) -> list[Symptom]:
-    found = []
+    listed = []
     best = run.result.get("best", {})
-    for probe, own in best.get("encoder", {}).items():
+    for probe, score in best.get("encoder", {}).items():
         for arm, what in (("random", "the same architecture at random initialisation"), ("pixels", "raw pixels")):
             control = best.get(arm, {}).get(probe)
-            if control and own["accuracy"] <= control["accuracy"]:
-                text = f"The {probe} probe reads {100 * own['accuracy']:.1f} %, no more than of {what}, "
+            if control and score["accuracy"] <= control["accuracy"]:
+                text = f"The {probe} probe reads {100 * score['accuracy']:.1f} %, no more than of {what}, "
                 text += f"{100 * control['accuracy']:.1f} %."
-                found.append(
+                listed.append(
                     Symptom("control", text, "Probes are poor at short schedules; fine-tuning is the better judge.")
                 )
-    return found
+    return listed

@@ -93,10 +93,10 @@ class Verdict:
         labels_per_class: int | None, cells: Mapping[str, list[dict[str, float]]], metric: str = "accuracy"
     ) -> Verdict:
         """cells: arm -> metrics of each seed, in the same order; `metric` is one of them."""
-        scores = {arm: [m[metric] for m in found] for arm, found in cells.items()}
+        scores = {arm: [m[metric] for m in seeds] for arm, seeds in cells.items()}
         metrics = {
-            arm: {name: estimate([m[name] for m in found]) for name in found[0] if all(name in m for m in found)}
-            for arm, found in cells.items()
+            arm: {name: estimate([m[name] for m in seeds]) for name in seeds[0] if all(name in m for m in seeds)}
+            for arm, seeds in cells.items()
         }
         gain = None
         if {"pretrained", "scratch"} <= scores.keys():
@@ -122,8 +122,8 @@ def table(verdicts: Sequence[Verdict]) -> str:
         rows.append([str(v.labels_per_class), *(str(e) for e in v.score.values()), *gain])
     lines = aligned(rows)
     for v in verdicts:
-        if v.gain and (found := conclude(v.gain)).kind != "helped":
-            lines.append(f"{v.labels_per_class} labels a class: {found.text}")
+        if v.gain and (conclusion := conclude(v.gain)).kind != "helped":
+            lines.append(f"{v.labels_per_class} labels a class: {conclusion.text}")
     return "\n".join(lines)
 
 

@@ -36,11 +36,11 @@ def record(folder: str | Path, now: float | None = None) -> JsonObject:
     """The same for scripts, with the newest value of each metric, the warnings and a fine-tune's cells."""
     run = read_run(folder)
     now = time.time() if now is None else now
-    found = _record(run, now)
+    standing = _record(run, now)
     if run.job == "finetune":
-        found |= {"cells": [_record(cell, now) for cell in run.cells], "cells_wanted": _cells_wanted(run)}
+        standing |= {"cells": [_record(cell, now) for cell in run.cells], "cells_wanted": _cells_wanted(run)}
     warnings = [dataclasses.asdict(symptom) for symptom in symptoms(run)]
-    return found | {"warnings": warnings}
+    return standing | {"warnings": warnings}
 
 
 def _record(run: History, now: float) -> JsonObject:
@@ -84,9 +84,9 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
         shown.append(f"data wait {wait:.0%}")
     if shown:
         lines.append("  " + "  ".join(shown))
-    if found := run.checkpoint():
-        age = format_duration(max(now - found.stat().st_mtime, 0))
-        lines.append(f"  last checkpoint: step {int(found.name.removeprefix('step-')):,}, {age} ago")
+    if checkpoint := run.checkpoint():
+        age = format_duration(max(now - checkpoint.stat().st_mtime, 0))
+        lines.append(f"  last checkpoint: step {int(checkpoint.name.removeprefix('step-')):,}, {age} ago")
     if running and (quiet := _silent_for(run, now)) is not None:
         lines.append(f"  nothing written for {format_duration(quiet)}: it may hang, or be gone")
     return lines, running

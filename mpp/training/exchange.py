@@ -23,19 +23,19 @@ class Exchange:
     """A step's numbers from all processes, on their way to the host, which waits for them only when it reads them.
 
     Args:
-        own: (K,) numbers of this process.
+        summands: (K,) numbers of this process.
         counts: Numbers that the host knows. They are summed with `own` in float64, so that counts stay exact.
         alike: () number that is the same in every process.
     """
 
-    def __init__(self, team: Team, own: torch.Tensor, counts: list[float], alike: torch.Tensor) -> None:
+    def __init__(self, team: Team, summands: torch.Tensor, counts: list[float], alike: torch.Tensor) -> None:
         device = team.device
         known = torch.tensor(counts, dtype=torch.float64)
         if device.type == "cuda":  # from pageable memory a copy waits for the device
             known = known.pin_memory()
-        values = torch.cat([own.double(), known.to(device, non_blocking=True)])
+        values = torch.cat([summands.double(), known.to(device, non_blocking=True)])
         values = team.sum_tensor(values)
-        self.summed = values[: len(own)]
+        self.summed = values[: len(summands)]
         """(K,) over all processes, on the device."""
         values = torch.cat([values, alike.double().view(1)])
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=device.type == "cuda")

@@ -99,8 +99,8 @@ def keep_step(
     fault = None
     try:
         folder = checkpoint.save_together(team, out / FOLDER, step, model, None, {}, keep=KEPT)
-        own = {"step": step, "world": team.world, **record}
-        _write(folder / f"rank{team.rank}", dataset, keys, own)
+        stored = {"step": step, "world": team.world, **record}
+        _write(folder / f"rank{team.rank}", dataset, keys, stored)
     except (UserError, OSError, SafetensorError, RuntimeError) as error:  # memory of the device, too
         fault = one_line(error)
     faults = [f for f in team.gather([fault]) if f]
@@ -138,18 +138,18 @@ def _write(
 
 def read(folder: Path) -> list[Share]:
     """What each process did. UserError where that is not all there."""
-    found = []
+    shares = []
     try:
         for path in sorted(folder.glob("rank*.json"), key=lambda p: int(p.stem.removeprefix("rank"))):
             record = json.loads(path.read_text())
             tensors = load_file(path.with_suffix(".safetensors"))
             batches = [_nested(tensors, str(i)) for i in range(len(record["seeds"]))]
-            found.append(Share(int(path.stem.removeprefix("rank")), record, batches))
+            shares.append(Share(int(path.stem.removeprefix("rank")), record, batches))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder}: not a kept step: {one_line(error)}") from error
-    if not found or len(found) != found[0].record["world"]:
-        raise UserError(f"{folder}: not a kept step: {len(found)} processes' shares are there")
-    return found
+    if not shares or len(shares) != shares[0].record["world"]:
+        raise UserError(f"{folder}: not a kept step: {len(shares)} processes' shares are there")
+    return shares
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Tensor]:

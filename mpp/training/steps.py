@@ -54,9 +54,9 @@ class Pace:
     def rates(self, global_batch: int) -> dict[str, float]:
         """Return images a second and the part of the time that was spent waiting for batches, and begin again."""
         elapsed_s = max(time.monotonic() - self.began_s, 1e-9)
-        found = {"images_per_s": self.steps * global_batch / elapsed_s, "data_wait": self.waited_s / elapsed_s}
+        rates = {"images_per_s": self.steps * global_batch / elapsed_s, "data_wait": self.waited_s / elapsed_s}
         self.begin()
-        return found
+        return rates
 
 
 B = TypeVar("B", bound=LoadedBatch)
@@ -138,8 +138,8 @@ class StepReports:
         Returns:
             () bool on the device: whether loss and gradient are finite.
         """
-        own = torch.stack(self._micro_losses).sum(0) / self._team.world
-        exchange = Exchange(self._team, own, [self._replaced, bool(self._stop_request)], grad_norm)
+        losses = torch.stack(self._micro_losses).sum(0) / self._team.world
+        exchange = Exchange(self._team, losses, [self._replaced, bool(self._stop_request)], grad_norm)
         self._sent.append(_Sent(step, exchange, self._micro_losses, self._unreadable_lines))
         self._micro_losses, self._unreadable_lines, self._replaced = [], [], 0
         return exchange.summed.isfinite().all() & grad_norm.isfinite()

@@ -202,8 +202,8 @@ def resize(cut: Cut, size: tuple[int, int]) -> Tensor:
         image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
         image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
         return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
-    found = F.interpolate(cut.pixels[None], size, mode="bicubic", antialias=True)[0]
-    return found if found.dtype == torch.uint8 else found.clamp_(0, 255)  # which uint8 is clamped to already
+    resized = F.interpolate(cut.pixels[None], size, mode="bicubic", antialias=True)[0]
+    return resized if resized.dtype == torch.uint8 else resized.clamp_(0, 255)  # which uint8 is clamped to already
 
 
 def _jpeg(

@@ -97,10 +97,10 @@ def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, 
 def begins_member(header: bytes, size: int) -> bool:
     """Whether a tar's member of so many bytes begins with these."""
     try:
-        found = tarfile.TarInfo.frombuf(header[:BLOCK], "utf-8", "surrogateescape")
+        member = tarfile.TarInfo.frombuf(header[:BLOCK], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
-    return found.isreg() and found.size == size
+    return member.isreg() and member.size == size
 
 
 def _members_by_tarfile(path: str) -> tuple[list[tuple[str, int, int]], int]:
@@ -121,12 +121,12 @@ def _members_by_tarfile(path: str) -> tuple[list[tuple[str, int, int]], int]:
 
 def _regular_file(path: str) -> os.stat_result:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path}: not a file; a shard is a tar file")
-    return found
+    return status
 
 
 def scan(path: str, image_extension: str | None = None) -> ShardIndex:
@@ -186,12 +186,12 @@ def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardInd
             left_out = left_out_from(json.loads(z["left_out"].tobytes()))
             if left_out is None:
                 return None
-            found = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]), left_out=left_out)
+            index = ShardIndex(z["table"], int(z["size_bytes"]), int(z["mtime_ns"]), left_out=left_out)
     except (OSError, ValueError, KeyError, EOFError, OverflowError, TypeError, zlib.error, zipfile.BadZipFile):
         return None
     except (NotImplementedError, RuntimeError):  # a zip of another kind, or encrypted
         return None
-    return found if _plausible(found) else None
+    return index if _plausible(index) else None
 
 
 def _plausible(index: ShardIndex) -> bool:
@@ -242,15 +242,15 @@ def left_out_from(stored: object) -> LeftOut | None:
     """What a stored index or listing says of members; None if it cannot be what mpp wrote: it may be a server's."""
     if not isinstance(stored, dict):
         return None
-    found = {}
+    by_reason = {}
     for reason, about in stored.items():
         if reason not in REASONS or not isinstance(about, list) or [type(value) for value in about] != [int, str]:
             return None
         count, name = about
         if not 0 < count < 1 << 53 or len(name) > MOST_LETTERS:
             return None
-        found[reason] = (count, name)
-    return LeftOut(found)
+        by_reason[reason] = (count, name)
+    return LeftOut(by_reason)
 
 
 def index_shard(shard: str, cache_dir: str, *, fresh: bool = False, image_extension: str | None = None) -> ShardIndex:
@@ -261,11 +261,11 @@ def index_shard(shard: str, cache_dir: str, *, fresh: bool = False, image_extens
         fresh: Scan the shard even if a stored index fits it.
         image_extension: See `samples_among`.
     """
-    found = _regular_file(shard)
+    status = _regular_file(shard)
     candidates = [index_path(shard, folder, image_extension) for folder in (None, cache_dir)]
     for path in [] if fresh else candidates:
-        stored = read_index(path, found.st_size)
-        if stored and (stored.size_bytes, stored.mtime_ns) == (found.st_size, found.st_mtime_ns):
+        stored = read_index(path, status.st_size)
+        if stored and (stored.size_bytes, stored.mtime_ns) == (status.st_size, status.st_mtime_ns):
             return stored
     index = scan(shard, image_extension)
     any(write_index(path, index) for path in candidates)
@@ -274,17 +274,17 @@ def index_shard(shard: str, cache_dir: str, *, fresh: bool = False, image_extens
 
 def digest(index: ShardIndex) -> str:
     """Of a shard's table, and of its files where it has any."""
-    found = hashlib.sha256(np.ascontiguousarray(index.table).tobytes())
-    found.update("\0".join(index.files).encode("utf-8", "surrogateescape"))
-    return found.hexdigest()
+    sha256 = hashlib.sha256(np.ascontiguousarray(index.table).tobytes())
+    sha256.update("\0".join(index.files).encode("utf-8", "surrogateescape"))
+    return sha256.hexdigest()
 
 
 def fingerprint(shards: Iterable[str], sizes_bytes: Iterable[int], digests: Iterable[str]) -> str:
     """What a run's data was: names, sizes and tables of all shards in order, not where they lie."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for shard, size_bytes, table in zip(shards, sizes_bytes, digests, strict=True):
-        found.update(os.path.basename(without_secrets(shard)).encode() + f"\0{size_bytes}\0{table}\0".encode())
-    return found.hexdigest()
+        sha256.update(os.path.basename(without_secrets(shard)).encode() + f"\0{size_bytes}\0{table}\0".encode())
+    return sha256.hexdigest()
 
 
 def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = False) -> list[str]:
@@ -293,7 +293,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
     files: a folder without shards stays as it is: its images are files. UserError, naming the recipe `key`, where
     something matches nothing or a shard comes twice.
     """
-    found: list[str] = []
+    expanded: list[str] = []
     for item in [spec] if isinstance(spec, str) else spec:
         if re.match(r"pipe:", item):
             raise UserError(f"{key}: '{item}': pipes are never run; give files or URLs")
@@ -324,10 +324,10 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
                 if name.endswith(".tar") or glob.has_magic(name) or os.path.isdir(name):
                     raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
                 raise UserError(f"{key}: '{name}': no such file or folder{suggest_path(name)}")
-            found += matches
+            expanded += matches
     # the same file by another path is the same shard; a file that is a link may be meant as another one
     seen: dict[str, str] = {}
-    for name in found:
+    for name in expanded:
         same = name
         if os.path.isdir(name):  # images as they are: a folder in another one is there twice
             same = os.path.realpath(name)
@@ -340,7 +340,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
             also = "" if seen[same] == name else f", also as '{seen[same]}'"
             raise UserError(f"{key}: '{name}' is named twice{also}")
         seen[same] = name
-    return found
+    return expanded
 
 
 def packed_first(parquet: str) -> str:
@@ -418,8 +418,8 @@ def class_names(folder: str) -> list[str] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        said = getattr(error, "strerror", None) or "not an object of JSON in UTF-8"
-        raise UserError(f"{path}: {said}; it names the classes of the shards beside it") from error
+        fault = getattr(error, "strerror", None) or "not an object of JSON in UTF-8"
+        raise UserError(f"{path}: {fault}; it names the classes of the shards beside it") from error
     if not names:
         return None
     if not isinstance(names, list) or len({str(name) for name in names}) < len(names) or None in names:

@@ -39,11 +39,11 @@ def entry_of(index: ShardIndex) -> Entry:
     return Entry(len(index.table), index.size_bytes, index.mtime_ns, digest(index), index.left_out)
 
 
-def write_listing(folder: str | Path, found: Mapping[str, ShardIndex]) -> bool:
-    """Whether it could be written. found: of shards by their names in the folder; what is listed of others stays."""
+def write_listing(folder: str | Path, indexes: Mapping[str, ShardIndex]) -> bool:
+    """Whether it could be written. indexes: of shards by their names in the folder; what is listed of others stays."""
     path = Path(folder) / LISTING
     entries = {name: entry for name, entry in read_listing(path).items() if (path.parent / name).is_file()}
-    entries |= {name: entry_of(index) for name, index in found.items()}
+    entries |= {name: entry_of(index) for name, index in indexes.items()}
     lines = ",\n".join(f"{json.dumps(name)}: {_as_json(entries[name])}" for name in sorted(entries))
     text = f'{{"format": {FORMAT}, "columns": {json.dumps(Entry._fields)}, "shards": {{\n{lines}\n}}}}\n'
     return write_whole(path, lambda f: f.write(text.encode()))
@@ -64,10 +64,10 @@ def read_listing(path: Path) -> dict[str, Entry]:
 def parse_listing(data: bytes) -> dict[str, Entry]:
     """Entries that can be of a shard; {} where this is no listing, or one of another format."""
     try:
-        found = json.loads(data)
-        if found["format"] != FORMAT:
+        listing = json.loads(data)
+        if listing["format"] != FORMAT:
             return {}
-        return {name: entry for name, values in found["shards"].items() if (entry := _plausible(values))}
+        return {name: entry for name, values in listing["shards"].items() if (entry := _plausible(values))}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -78,8 +78,8 @@ def _plausible(values: object) -> Entry | None:
     left_out = left_out_from(values[-1])
     if left_out is None:
         return None
-    images, size_bytes, mtime_ns, found, _ = values
-    entry = Entry(images, size_bytes, mtime_ns, found, left_out)
+    images, size_bytes, mtime_ns, digest, _ = values
+    entry = Entry(images, size_bytes, mtime_ns, digest, left_out)
     inside = 0 <= entry.images <= entry.size_bytes // BLOCK and entry.size_bytes < 1 << 63
     return entry if inside and re.fullmatch(r"[0-9a-f]{64}", entry.digest) else None
 

@@ -81,22 +81,22 @@ def pack(
     """
     if os.path.isdir(source) and Path(out).resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"{out}: lies in {source}; give a folder beside it")
-    found = open_source(source, labels=labels, seed=seed, image_extension=image_extension)
-    shards = -(-found.samples // images_per_shard)
+    opened = open_source(source, labels=labels, seed=seed, image_extension=image_extension)
+    shards = -(-opened.samples // images_per_shard)
     if not 1 <= part[0] <= part[1]:
         raise UserError(f"--part: {part[0]}/{part[1]}: the first of three is 1/3, the last 3/3")
     description = {
         "format": 1,
-        "images_listed": found.samples,
+        "images_listed": opened.samples,
         "images_per_shard": images_per_shard,
         "seed": seed,
-        "classes": found.classes,
-        "files_sha256": hashlib.sha256(found.identity).hexdigest(),
+        "classes": opened.classes,
+        "files_sha256": hashlib.sha256(opened.identity).hexdigest(),
     }
     _claim(Path(out), description)
     paths = [os.path.join(out, packed_name(k)) for k in range(shards)]
     jobs = [
-        (found, path, k * images_per_shard, min((k + 1) * images_per_shard, found.samples))
+        (opened, path, k * images_per_shard, min((k + 1) * images_per_shard, opened.samples))
         for k, path in enumerate(paths)
         if k % part[1] == part[0] - 1
     ]
@@ -113,7 +113,7 @@ def pack(
     there = [path for path in paths if os.path.exists(path)]
     indexes = {os.path.basename(path): index_shard(path, out) for path in there}
     images = sum(len(index.table) for index in indexes.values())
-    skipped = list(found.skipped)
+    skipped = list(opened.skipped)
     for path in there:
         skipped += [tuple(line.split("\t")) for line in _lines(f"{path}.skipped")]  # type: ignore[misc]
     missing = len(paths) - len(there)
@@ -122,10 +122,10 @@ def pack(
         _write_text(os.path.join(out, SOURCES), "".join(f"{line}\n" for line in sources))
         _write_text(os.path.join(out, SKIPPED), "".join(f"{where}\t{why}\n" for where, why in skipped))
         if images == 0:
-            raise UserError(f"{source}: none of {found.samples} could be read as an image; see {out}/{SKIPPED}")
+            raise UserError(f"{source}: none of {opened.samples} could be read as an image; see {out}/{SKIPPED}")
         write_listing(out, indexes)
         _write_text(os.path.join(out, DESCRIPTION), json.dumps({**description, "images": images}, indent=1))
-    return Packed(len(paths), len(pending), missing, images, found.labeled, found.classes, sorted(skipped))
+    return Packed(len(paths), len(pending), missing, images, opened.labeled, opened.classes, sorted(skipped))
 
 
 Job = tuple[Source, str, int, int]
@@ -175,7 +175,7 @@ def extension_of(data: bytes) -> str:
         return "npy"
     try:
         with own_pixel_limit(), Image.open(io.BytesIO(data)) as image:
-            found = (image.format or "").lower().replace("jpeg", "jpg").replace("mpo", "jpg")  # cameras' JPEGs
+            extension = (image.format or "").lower().replace("jpeg", "jpg").replace("mpo", "jpg")  # cameras' JPEGs
     except UnidentifiedImageError as error:
         if data.startswith(TIFF):  # of many channels, or deep ones
             return "tiff"
@@ -184,9 +184,9 @@ def extension_of(data: bytes) -> str:
         raise ValueError(
             str(getattr(error, "strerror", None) or error).replace("\t", " ").replace("\n", " ")
         ) from error
-    if not IMAGE.search(f"x.{found}"):
-        raise ValueError(f"format {found} is not read")
-    return found
+    if not IMAGE.search(f"x.{extension}"):
+        raise ValueError(f"format {extension} is not read")
+    return extension
 
 
 def _write_shard(source: Source, shard: str, first: int, end: int) -> None:

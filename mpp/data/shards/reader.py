@@ -58,16 +58,16 @@ class ShardImages:
         folders = {_folder(name) for name in named if not is_place(name)}
         listings = {folder: self._listing(folder) for folder in folders if folder is not None}
         with ThreadPoolExecutor(INDEXES_AT_A_TIME) as threads:
-            told = threads.map(partial(self._indexed, key=key, listings=listings), named)
-            found = [part for parts in told for part in parts]
-        self.names = [name for name, _ in found]
-        known = {i: index for i, (_, index) in enumerate(found) if isinstance(index, ShardIndex)}
-        self._entries = [entry_of(index) if isinstance(index, ShardIndex) else index for _, index in found]
-        self.indexes = Indexes(len(found), known, self._open_index)
+            parts_of_each = threads.map(partial(self._indexed, key=key, listings=listings), named)
+            named_indexes = [part for parts in parts_of_each for part in parts]
+        self.names = [name for name, _ in named_indexes]
+        known = {i: index for i, (_, index) in enumerate(named_indexes) if isinstance(index, ShardIndex)}
+        self._entries = [entry_of(index) if isinstance(index, ShardIndex) else index for _, index in named_indexes]
+        self.indexes = Indexes(len(named_indexes), known, self._open_index)
         self.counts = [entry.images for entry in self._entries]
         self.left_out = _below_shards(spec)
         self._lasting_names: list[str] = []
-        for (name, index), entry in zip(found, self._entries, strict=True):
+        for (name, index), entry in zip(named_indexes, self._entries, strict=True):
             if isinstance(index, ShardIndex) and index.files:
                 self.left_out.add_all(entry.left_out, f"{index.folder}/")
                 self._lasting_names.append(name.rpartition(", ")[2])
@@ -102,8 +102,8 @@ class ShardImages:
         listed = listings[folder].get(os.path.basename(name)) if folder is not None else None
         if listed and not is_remote(name):
             with suppress(OSError):  # the index says what is wrong
-                found = os.stat(name)
-                if (found.st_size, found.st_mtime_ns) != (listed.size_bytes, listed.mtime_ns):
+                status = os.stat(name)
+                if (status.st_size, status.st_mtime_ns) != (listed.size_bytes, listed.mtime_ns):
                     listed = None
         return [(name, listed or self._own_index(name))]
 
@@ -113,8 +113,8 @@ class ShardImages:
     def _open_index(self, shard: int) -> ShardIndex:
         name = self.names[shard]
         index = self._own_index(name)
-        found, listed = entry_of(index), self._entries[shard]
-        if (found.size_bytes, found.digest) != (listed.size_bytes, listed.digest):
+        opened, listed = entry_of(index), self._entries[shard]
+        if (opened.size_bytes, opened.digest) != (listed.size_bytes, listed.digest):
             raise UserError(f"{name}: another one than {LISTING} beside it says; `mpp index` there writes it anew")
         return index
 
@@ -252,7 +252,7 @@ def images_of(places: Sequence[str]) -> list[str]:
     Raises:
         UserError: A place or its images are missing.
     """
-    found: list[str] = []
+    names: list[str] = []
     for place in places:
         if os.path.isdir(place):
             inside, left_out = images_below(place)
@@ -261,12 +261,12 @@ def images_of(places: Sequence[str]) -> list[str]:
                 raise UserError(f"{place}: no images in it{shards}" + (f"; {left_out}" if left_out else ""))
             if left_out:
                 warnings.warn(f"{place}: {left_out}", MppWarning, stacklevel=2)
-            found += inside
+            names += inside
         elif os.path.exists(place):
-            found.append(place)
+            names.append(place)
         else:
             raise UserError(f"{place}: no such file or folder")
-    return found
+    return names
 
 
 def holds_shards(place: str) -> bool:

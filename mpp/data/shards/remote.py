@@ -96,16 +96,16 @@ def opened(url: str, *, start: int = 0, stop: int | None = None, version: str | 
         if version is not None:
             request.add_header("If-Range", version)
     with _opener.open(request, timeout=TIMEOUT_S) as response:
-        found = response.headers.get("ETag") or ""
-        if not found or found.startswith("W/"):  # a weak one does not say that bytes are the same
-            found = response.headers.get("Last-Modified") or ""
+        etag = response.headers.get("ETag") or ""
+        if not etag or etag.startswith("W/"):  # a weak one does not say that bytes are the same
+            etag = response.headers.get("Last-Modified") or ""
         begins, total = 0, response.headers.get("Content-Length")
         if response.status == 206:
-            told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
-            if not told or int(told[1]) != start or (version is not None and found != version):
+            content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
+            if not content_range or int(content_range[1]) != start or (version is not None and etag != version):
                 raise Changed("the server sent another part, or a part of another file")
-            begins, total = start, None if told[2] == "*" else told[2]
-        yield Answer(response, begins, int(total) if total else None, found or None)
+            begins, total = start, None if content_range[2] == "*" else content_range[2]
+        yield Answer(response, begins, int(total) if total else None, etag or None)
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def _through_fsspec(url: str, start: int, stop: int | None, version: str | None)
         system, path = fsspec.core.url_to_fs(url)
         system.invalidate_cache()
         facts: JsonObject = system.info(path)
-        found = str(facts.get("ETag") or facts.get("etag") or facts.get("generation") or "") or None
+        etag = str(facts.get("ETag") or facts.get("etag") or facts.get("generation") or "") or None
         block_bytes = READ_AHEAD_BYTES if stop is None else stop - start
         stream = system.open(path, "rb", block_size=block_bytes, cache_type="readahead")
     except FAULTS:
@@ -128,9 +128,9 @@ def _through_fsspec(url: str, start: int, stop: int | None, version: str | None)
     except Exception as error:  # each library has its own
         raise UserError(f"{url}: {type(error).__name__}: {one_line(error)}") from error
     with stream:
-        begins = start if version in (None, found) else 0
+        begins = start if version in (None, etag) else 0
         stream.seek(begins)
-        yield Answer(stream, begins, facts.get("size"), found)
+        yield Answer(stream, begins, facts.get("size"), etag)
 
 
 def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
@@ -138,8 +138,8 @@ def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
     with opened(url, start=start, stop=start + size) as answer:
         if answer.total != total or answer.start != start:
             return None
-        found = answer.stream.read(size)
-    return found if len(found) == size else None
+        part = answer.stream.read(size)
+    return part if len(part) == size else None
 
 
 def is_final(error: BaseException) -> bool:

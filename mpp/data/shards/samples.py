@@ -58,12 +58,14 @@ def samples_among(members: Iterable[Member], image_extension: str | None = None)
             labels.setdefault(key_of(name), []).append(name)
     rows = []
     several: dict[tuple[str, ...], list[str]] = {}
-    for key, own in images.items():
-        of_key = labels.get(key, [])
-        chosen = _with_extension(own, image_extension) if image_extension else _one_each(own, of_key)
-        for name in sorted(set(own) - set(chosen)):
+    for key, image_names in images.items():
+        label_names = labels.get(key, [])
+        chosen = (
+            _with_extension(image_names, image_extension) if image_extension else _one_each(image_names, label_names)
+        )
+        for name in sorted(set(image_names) - set(chosen)):
             left_out.add(ARRAY_BESIDE if name.lower().endswith(".npy") else ANOTHER_IMAGE, name)
-        pairs = _labeled(chosen, of_key, left_out)
+        pairs = _labeled(chosen, label_names, left_out)
         if len(pairs) > 1 and not any(label for _, label in pairs):
             several.setdefault(tuple(sorted(_extension(name) for name in chosen)), []).extend(chosen)
         for name, label in pairs:
@@ -83,7 +85,7 @@ def _extension(name: str) -> str:
 
 def _by_name(members: Iterable[Member]) -> tuple[dict[str, Member], LeftOut]:
     """The images and labels among the members by their names; of several with one name the last, as tar has it."""
-    found: dict[str, Member] = {}
+    by_name: dict[str, Member] = {}
     left_out = LeftOut()
     for member in members:
         name = member[0].removeprefix("./")
@@ -92,10 +94,10 @@ def _by_name(members: Iterable[Member]) -> tuple[dict[str, Member], LeftOut]:
         if any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
             left_out.add(HIDDEN, name)
             continue
-        if found.pop(name, None):
+        if by_name.pop(name, None):
             left_out.add(REPLACED, name)
-        found[name] = member
-    return found, left_out
+        by_name[name] = member
+    return by_name, left_out
 
 
 def _stem(name: str) -> str:
@@ -139,22 +141,22 @@ def _labeled(images: list[str], labels: list[str], left_out: LeftOut) -> list[tu
     A label of the image's own stem comes first. Any other one of the key is the label of its only image; it could be
     of any of several, so it is taken for none of them.
     """
-    found = []
+    label_of_each = []
     by_stem: dict[str, list[str]] = {}
     for label in labels:
         by_stem.setdefault(_stem(label), []).append(label)
     for name in images:
-        own = by_stem.pop(_stem(name), [])
-        found.append((name, min(own, key=_is_json) if own else None))
+        same_stem = by_stem.pop(_stem(name), [])
+        label_of_each.append((name, min(same_stem, key=_is_json) if same_stem else None))
     rest = sorted(label for of_stem in by_stem.values() for label in of_stem)
-    missing = [name for name, label in found if label is None]
+    missing = [name for name, label in label_of_each if label is None]
     if not rest or not missing:
-        return found
+        return label_of_each
     classes = [label for label in rest if not _is_json(label)] or rest
     if len(images) == len(classes) == 1:
         return [(images[0], classes[0])]
     left_out.add(ONE_LABEL if len(images) > 1 else SEVERAL_LABELS, classes[0], len(classes))
-    return found
+    return label_of_each
 
 
 def _is_json(label: str) -> bool:

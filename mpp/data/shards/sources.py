@@ -92,8 +92,8 @@ def open_source(source: str, *, labels: bool | None, seed: int, image_extension:
 
 def _parquet_below(folder: str) -> list[str]:
     """As `datasets` lays them out: data/train-00000-of-00010.parquet."""
-    found = [p for p in Path(folder).glob("**/*.parquet") if p.is_file()]
-    shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    files = [p for p in Path(folder).glob("**/*.parquet") if p.is_file()]
+    shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     splits = {m[1] for p in shown if (m := re.match(r"(train|test|validation|valid|val|dev)\b", p.name))}
     if len(splits) > 1:
         raise UserError(
@@ -234,13 +234,13 @@ class Parquet:
     def _labels(self, file: str, schema: ArrowSchema, labels: bool | None) -> tuple[str, list[str], bool]:
         """(column, names of its classes where Hugging Face's ClassLabel says them, whether it holds names itself)"""
         try:
-            said = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+            features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         except (KeyError, TypeError, ValueError):
-            said = {}
+            features = {}
         kinds = {name: str(schema.field(name).type) for name in LABEL_COLUMNS if name in schema.names}
         for name, kind in kinds.items():
             if kind.startswith(("int", "uint")):
-                about = said.get(name) if isinstance(said, dict) else None
+                about = features.get(name) if isinstance(features, dict) else None
                 classes = about.get("names") if isinstance(about, dict) else None
                 return name, [str(c) for c in classes] if isinstance(classes, list) else [], False
         for name, kind in kinds.items():
@@ -263,13 +263,13 @@ class Parquet:
 
         [] where they are captions: hardly two images have the same, and nobody asked for labels.
         """
-        found = set[str]()
+        distinct = set[str]()
         for number, group in self.groups:
             column = self._row_group(number, group, [self.label]).column(self.label)
-            found.update(name for name in column.unique().to_pylist() if name)
-        if not self.wanted and len(found) > max(self.samples * MOST_NAMED, FEW_NAMES):
+            distinct.update(name for name in column.unique().to_pylist() if name)
+        if not self.wanted and len(distinct) > max(self.samples * MOST_NAMED, FEW_NAMES):
             return []
-        return sorted(found, key=int) if all(name.isdecimal() for name in found) else sorted(found)
+        return sorted(distinct, key=int) if all(name.isdecimal() for name in distinct) else sorted(distinct)
 
     def read(self, first: int, end: int) -> Iterator[Sample]:
         columns = [name for name in (self.image, self.label) if name]

@@ -107,9 +107,9 @@ class Store:
             self._in_parts[url] = self._in_parts.get(url, 0) + size
             if self._in_parts[url] <= WHOLE_ABOVE * index.size_bytes:
                 with contextlib.suppress(*remote.FAULTS):  # fetching says what is wrong
-                    found = remote.read_part(url, offset - BLOCK, BLOCK + size, index.size_bytes)
-                    if found is not None and begins_member(found, size):
-                        return found[BLOCK:]
+                    part = remote.read_part(url, offset - BLOCK, BLOCK + size, index.size_bytes)
+                    if part is not None and begins_member(part, size):
+                        return part[BLOCK:]
         fd = self._open(url, index)
         try:
             return os.pread(fd, size, offset)
@@ -126,10 +126,10 @@ class Store:
                 continue
             except OSError as error:
                 raise UserError(f"{target}: {error.strerror}") from error
-            found = os.fstat(fd)
-            file = (found.st_ino, found.st_size, found.st_mtime_ns)
+            status = os.fstat(fd)
+            file = (status.st_ino, status.st_size, status.st_mtime_ns)
             if self._known.get(url) == file:
-                if time.time_ns() - found.st_atime_ns > 1_000_000_000:
+                if time.time_ns() - status.st_atime_ns > 1_000_000_000:
                     _use(target)
                 return fd
             os.close(fd)
@@ -257,10 +257,10 @@ class Store:
                     if abandoned:  # by a process that died
                         path.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                found = path.stat()
-                sizes[path] = found.st_size
+                status = path.stat()
+                sizes[path] = status.st_size
                 if path.suffix == ".tar":
-                    used[path] = found.st_atime_ns
+                    used[path] = status.st_atime_ns
         return sizes, sorted(used, key=lambda path: used[path])
 
     def _room(self) -> contextlib.AbstractContextManager[bool]:

@@ -15,7 +15,7 @@ CHUNK = 8192
 
 def nearest(train: np.ndarray, queries: np.ndarray, k: int, device: torch.device) -> np.ndarray:
     """(n, D) and (q, D) float32, in memory or mapped from a file -> (q, k) int64 rows of `train`, nearest first."""
-    found = []
+    neighbours = []
     for first in range(0, len(queries), CHUNK):
         query = _directions(queries[first : first + CHUNK], device)
         best, rows = torch.empty((len(query), 0), device=device), torch.empty((len(query), 0), dtype=torch.int64)
@@ -25,8 +25,8 @@ def nearest(train: np.ndarray, queries: np.ndarray, k: int, device: torch.device
             numbers = torch.arange(start, start + similar.shape[1], device=device).expand_as(similar)
             best, order = torch.cat([best, similar], 1).topk(min(k, best.shape[1] + similar.shape[1]))
             rows = torch.cat([rows, numbers], 1).gather(1, order)
-        found.append(rows.cpu())
-    return torch.cat(found).numpy()
+        neighbours.append(rows.cpu())
+    return torch.cat(neighbours).numpy()
 
 
 def _directions(x: np.ndarray, device: torch.device) -> Tensor:

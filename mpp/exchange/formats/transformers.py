@@ -115,10 +115,10 @@ def _written(transformers: object, config: JsonObject, artifact: Artifact, folde
     theirs, left = renamed(state, config.pop("rules"))
     if left:
         return False
-    found: dict[str, Tensor] = {prefix + name: value for name, value in theirs.items()} | heads
+    written: dict[str, Tensor] = {prefix + name: value for name, value in theirs.items()} | heads
     if not artifact.classes and "pooler_act" in config:
         width = config["hidden_size"]  # its pooler gives the class token as it is
-        found |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+        written |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     config["architectures"] = [base]
     # the poolers of ViT and DeiT give the class token; BEiT's also does without use_mean_pooling
     pools_patches = getattr(artifact.timm, "global_pool", None) != "token"
@@ -128,7 +128,7 @@ def _written(transformers: object, config: JsonObject, artifact: Artifact, folde
         config |= {"embedding": "patches", "prefix_tokens": artifact.timm.num_prefix_tokens}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save_file(
-        {name: value.contiguous().clone() for name, value in found.items()},
+        {name: value.contiguous().clone() for name, value in written.items()},
         folder / "model.safetensors",
         {"format": "pt"},
     )
@@ -146,15 +146,15 @@ def _same(model: TimmModel, artifact: Artifact) -> bool:
     """Whether it gives the same features, or logits, and the embedding where its pooler has it."""
     out, reference = model(artifact.reference["images"]), artifact.reference
     key = "logits" if artifact.classes else "features"
-    found = {key: out.logits if artifact.classes else out.last_hidden_state}
+    outputs = {key: out.logits if artifact.classes else out.last_hidden_state}
     if not artifact.classes and "embedding" in reference and not hasattr(model.config, "embedding"):
-        found["embedding"] = out.pooler_output
+        outputs["embedding"] = out.pooler_output
     return all(
         bool(
             (value.reshape(reference[k].shape) - reference[k]).abs().max()
             <= artifact.tolerance * reference[k].abs().max()
         )
-        for k, value in found.items()
+        for k, value in outputs.items()
     )
 
 
@@ -265,7 +265,7 @@ def _write_processor(artifact: Artifact, folder: Path) -> None:
     _, height, width = cfg["input_size"]
     if height != width or not _of_photographs(artifact):
         return
-    said = {
+    processor = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
@@ -279,7 +279,7 @@ def _write_processor(artifact: Artifact, folder: Path) -> None:
         "image_mean": cfg["mean"],
         "image_std": cfg["std"],
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(said, indent=1))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
 
 
 VERIFY = """

@@ -183,9 +183,9 @@ def _swin(config: JsonMapping) -> Described:
 
 
 def _pvt_v2(config: JsonMapping) -> Described:
-    for key, own in (("patch_sizes", [7, 3, 3, 3]), ("strides", [4, 2, 2, 2])):
-        if list(config.get(key, own)) != own:
-            raise ValueError(f"{key}: {config[key]}: timm's PVTs have {own}")
+    for key, timm_values in (("patch_sizes", [7, 3, 3, 3]), ("strides", [4, 2, 2, 2])):
+        if list(config.get(key, timm_values)) != timm_values:
+            raise ValueError(f"{key}: {config[key]}: timm's PVTs have {timm_values}")
     theirs = {"embed_dims": "hidden_sizes", "num_heads": "num_attention_heads", "linear": "linear_attention"}
     defaults = {
         "depths": [2, 2, 2, 2],

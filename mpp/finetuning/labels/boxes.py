@@ -62,11 +62,11 @@ class BoxesLabels(PlaceLabels):
             return
         rows = []
         predicted = model.task.predict(model.run, batch.images, batch.labels)
-        for image, true, found in zip(batch.images, batch.labels, predicted, strict=True):
-            sure = found["scores"] >= LEAST_SCORE
+        for image, true, detections in zip(batch.images, batch.labels, predicted, strict=True):
+            sure = detections["scores"] >= LEAST_SCORE
             drawn = (
                 over_boxes(image, boxes["boxes"][chosen] * true["scale"], boxes["labels"][chosen], images.classes)
-                for boxes, chosen in ((true, slice(None)), (found, sure))
+                for boxes, chosen in ((true, slice(None)), (detections, sure))
             )
             rows.append((image, *drawn))
         show(rows, images.classes, out)
@@ -83,15 +83,15 @@ class BoxesLabels(PlaceLabels):
             for s, i in zip(scaled, images, strict=True)
         ]
         canvases = torch.stack([on_canvas(image, self.data.image_size) for image in scaled])
-        found: list[dict[str, Tensor]] = model.task.predict(model.run, canvases, places)
-        orders = [one["scores"].argsort(descending=True, stable=True) for one in found]
-        return [{k: v[order] for k, v in one.items()} for one, order in zip(found, orders, strict=True)]
+        detections: list[dict[str, Tensor]] = model.task.predict(model.run, canvases, places)
+        orders = [one["scores"].argsort(descending=True, stable=True) for one in detections]
+        return [{k: v[order] for k, v in one.items()} for one, order in zip(detections, orders, strict=True)]
 
     def describe(
-        self, name: str, image: Tensor, found: dict[str, Tensor], classes: list[str], out: Path | None
+        self, name: str, image: Tensor, predicted: dict[str, Tensor], classes: list[str], out: Path | None
     ) -> Predicted:
-        sure = found["scores"] >= LEAST_SCORE
-        boxes, labels, scores = found["boxes"][sure], found["labels"][sure], found["scores"][sure]
+        sure = predicted["scores"] >= LEAST_SCORE
+        boxes, labels, scores = predicted["boxes"][sure], predicted["labels"][sure], predicted["scores"][sure]
         rows = [
             dict(zip(self.columns, (name, classes[label], score, *(round(v, 1) for v in box)), strict=True))
             for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True)

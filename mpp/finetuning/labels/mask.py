@@ -58,8 +58,8 @@ class MaskLabels(PlaceLabels):
     def counts(self, images: LabeledImages, subset: np.ndarray) -> np.ndarray:
         """Return pixels of each class, (classes,)."""
         assert isinstance(images, Segmented)
-        found: np.ndarray = images.pixels[subset].sum(0)
-        return found
+        pixels: np.ndarray = images.pixels[subset].sum(0)
+        return pixels
 
     def hint_of_one_class(self, images: LabeledImages) -> str:
         """Name the other value that the masks hold, if it is the one that counts for nothing."""
@@ -80,10 +80,10 @@ class MaskLabels(PlaceLabels):
         sizes = [(mask.shape[0], mask.shape[1]) for mask in batch.labels]
         predicted = model.task.predict(model.run, batch.images, sizes, self.data.image_size)
         rows = []
-        for image, mask, found in zip(batch.images, batch.labels, predicted, strict=True):
+        for image, mask, classes_at in zip(batch.images, batch.labels, predicted, strict=True):
             whole = scaled_to(image, (mask.shape[0], mask.shape[1]))
             truth = over_pixels(whole, mask, len(classes), mask == ignored)
-            rows.append((whole, truth, over_pixels(whole, found.cpu(), len(classes))))
+            rows.append((whole, truth, over_pixels(whole, classes_at.cpu(), len(classes))))
         some_ignored = any((mask == ignored).any() for mask in batch.labels)
         show(rows, classes, out, extra="ignored" if some_ignored else None)
 
@@ -101,7 +101,7 @@ class MaskLabels(PlaceLabels):
         scaled = [scaled_to(image, self.fit(*size)) for image, size in zip(images, sizes, strict=True)]
         return [mask.cpu() for mask in model.task.predict(model.run, scaled, sizes, self.data.image_size)]
 
-    def describe(self, name: str, image: Tensor, found: Tensor, classes: list[str], out: Path | None) -> Predicted:
-        picture = Image.fromarray(found.numpy())
+    def describe(self, name: str, image: Tensor, predicted: Tensor, classes: list[str], out: Path | None) -> Predicted:
+        picture = Image.fromarray(predicted.numpy())
         picture.putpalette(colours(len(classes)).flatten().tolist())  # numbers are classes; colours are for people
-        return Predicted([{"image": name, "mask": str(out)}], over_pixels(image, found, len(classes)), picture)
+        return Predicted([{"image": name, "mask": str(out)}], over_pixels(image, predicted, len(classes)), picture)

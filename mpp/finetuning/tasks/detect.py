@@ -92,13 +92,13 @@ class DetectTask(Task):
             if targets is not None:
                 targets = [{"boxes": t["boxes"], "labels": t["labels"] + self.first_label} for t in targets]
             try:
-                found = self.detector(images, targets)
+                outputs = self.detector(images, targets)
             finally:
                 self.detector.backbone.maps = None
         if not self.training:
-            for detections in found:
+            for detections in outputs:
                 detections["labels"] = detections["labels"] - self.first_label
-        return found
+        return outputs
 
     def loss(self, losses: dict[str, Tensor], targets: object) -> Tensor:
         return torch.stack(list(losses.values())).sum()
@@ -114,15 +114,17 @@ class DetectTask(Task):
         self, run: Callable[[Tensor], Outputs], images: Tensor, targets: Sequence[dict[str, Tensor]]
     ) -> list[dict[str, Tensor]]:
         """Images shrunk into the upper left, `targets` with `scale` and `size` (h, w) of the file, -> boxes there."""
-        found = []
+        in_pixels = []
         for detections, target in zip(run(images), targets, strict=True):
-            own = {key: value.detach().cpu() for key, value in detections.items()}
+            on_host = {key: value.detach().cpu() for key, value in detections.items()}
             h, w = target["size"].tolist()
             limits = torch.tensor([w, h, w, h], dtype=torch.float32)
-            boxes = (own["boxes"] / target["scale"]).clamp_min(0).minimum(limits)
+            boxes = (on_host["boxes"] / target["scale"]).clamp_min(0).minimum(limits)
             there = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)  # a pixel at least, and not on the grey beside the image
-            found.append({"boxes": boxes[there], "scores": own["scores"][there], "labels": own["labels"][there]})
-        return found
+            in_pixels.append(
+                {"boxes": boxes[there], "scores": on_host["scores"][there], "labels": on_host["labels"][there]}
+            )
+        return in_pixels
 
     def metrics(self, judged: list[object], *, headline_only: bool = False) -> dict[str, float]:
         """map: mean average precision over classes and overlaps 0.50 to 0.95, as COCO's own evaluation computes it;
@@ -137,11 +139,11 @@ class DetectTask(Task):
     def per_class(self, judged: list[object]) -> Tensor:
         """(classes,) average precision; nan where a class does not occur."""
         result = self._coco(judged, each=True)
-        found = torch.full((self.num_classes,), float("nan"), dtype=torch.float64)
+        of_class = torch.full((self.num_classes,), float("nan"), dtype=torch.float64)
         places, values = torch.atleast_1d(result["classes"]), torch.atleast_1d(result["map_per_class"])
         for place, value in zip(places.tolist(), values.tolist(), strict=True):
-            found[place] = value if value >= 0 else float("nan")
-        return found
+            of_class[place] = value if value >= 0 else float("nan")
+        return of_class
 
     def _coco(self, judged: list[Judged], *, each: bool = False) -> dict[str, Tensor]:
         from torchmetrics.detection import MeanAveragePrecision  # seconds, and only here
@@ -149,7 +151,7 @@ class DetectTask(Task):
         metric = MeanAveragePrecision(class_metrics=each)
         for batch in judged:
             metric.update(
-                [found for found, _ in batch],
+                [detections for detections, _ in batch],
                 [{key: true[key] for key in ("boxes", "labels", "iscrowd", "area")} for _, true in batch],
             )
         return metric.compute()
@@ -171,12 +173,12 @@ class _Anchors(AnchorGenerator):
             self.cell_anchors.append(torch.tensor([[-w, -h, w, h] for w, h in half]))
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        found = []
+        anchors_of_levels = []
         for anchors, stride, level in zip(self.cell_anchors, self.level_strides, feature_maps, strict=True):
             y, x = (stride * (torch.arange(n, device=level.device) + 0.5) for n in level.shape[-2:])
             centres = torch.stack([*torch.meshgrid(y, x, indexing="ij")][::-1], -1).repeat(1, 1, 2).view(-1, 1, 4)
-            found.append((centres + anchors.to(level.device)).view(-1, 4))
-        return [torch.cat(found)] * len(image_list.image_sizes)
+            anchors_of_levels.append((centres + anchors.to(level.device)).view(-1, 4))
+        return [torch.cat(anchors_of_levels)] * len(image_list.image_sizes)
 
 
 class _Handed(nn.Module):

@@ -89,7 +89,7 @@ class SegmentTask(Task):
         """
         places = [(i, *at) for i, image in enumerate(images) for at in self._windows(image.shape[-2:], window)]
         at_once = min(max(LOGITS_AT_ONCE // (self.num_classes * window[0] * window[1]), 1), WINDOWS_AT_ONCE)
-        found: list[Tensor] = []
+        classes_of: list[Tensor] = []
         sums: dict[int, Tensor] = {}
         counts: dict[int, Tensor] = {}
         for start in range(0, len(places), at_once):
@@ -107,8 +107,8 @@ class SegmentTask(Task):
                 counts[i][y : y + window[0], left : left + window[1]] += 1
             done = [i for i in sums if i < part[-1][0] or start + at_once >= len(places)]
             for i in done:
-                found.append(_classes_at(sums.pop(i).div_(counts.pop(i)), sizes[i]))
-        return found
+                classes_of.append(_classes_at(sums.pop(i).div_(counts.pop(i)), sizes[i]))
+        return classes_of
 
     def _windows(self, size: Sequence[int], window: tuple[int, int]) -> list[tuple[int, int]]:
         """Upper left corners of the windows that cover (h, w), evenly spaced."""
@@ -124,8 +124,8 @@ class SegmentTask(Task):
     ) -> Tensor:
         """(classes, classes) int64: pixels by true class and the one that was said, on the CPU."""
         total = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
-        said = self.predict(run, images, [(m.shape[0], m.shape[1]) for m in masks], window)
-        for mask, classes in zip(masks, said, strict=True):
+        predicted = self.predict(run, images, [(m.shape[0], m.shape[1]) for m in masks], window)
+        for mask, classes in zip(masks, predicted, strict=True):
             counted = mask != self.ignore_index
             pairs = mask[counted].long() * self.num_classes + classes.cpu()[counted].long()
             total += torch.bincount(pairs, minlength=self.num_classes**2).view_as(total)
@@ -136,12 +136,12 @@ class SegmentTask(Task):
         (Everingham et al. 2015). pixel_accuracy; mean_accuracy: mean recall of the classes that occur."""
         total = torch.stack(judged).sum(0).double()
         iou = self.per_class(judged)
-        found = {"miou": float(iou[~iou.isnan()].mean())}
+        headline = {"miou": float(iou[~iou.isnan()].mean())}
         if headline_only:
-            return found
+            return headline
         recall = (total.diagonal() / total.sum(1))[total.sum(1) > 0]
         return {
-            **found,
+            **headline,
             "pixel_accuracy": float(total.diagonal().sum() / total.sum()),
             "mean_accuracy": float(recall.mean()),
         }
@@ -163,8 +163,8 @@ def _classes_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     y = (torch.arange(rows, device=logits.device) + 0.5) * 2 / rows - 1
     parts = []
     for start in range(0, rows, band):
-        own = y[start : start + band]
-        grid = torch.stack([x.expand(len(own), -1), own.unsqueeze(1).expand(-1, columns)], -1)
+        rows_at = y[start : start + band]
+        grid = torch.stack([x.expand(len(rows_at), -1), rows_at.unsqueeze(1).expand(-1, columns)], -1)
         there = F.grid_sample(logits[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)
         parts.append(there[0].argmax(0).to(torch.uint8))
     return torch.cat(parts)

@@ -61,8 +61,8 @@ class EmaTeacherTarget(Target):
         """Move the copy; `step` counts from 1. Buffers (batch statistics) are copied as they are."""
         decay = self.decay + (self.decay_end - self.decay) * (step - 1) / max(total_steps - 1, 1)
         theirs: nn.Module = encoder.model  # type: ignore[assignment]
-        own = self.teacher.model
-        copies = [own_part(p) for p in own.parameters()]  # cut alike where the run is sharded
+        averaged = self.teacher.model
+        copies = [own_part(p) for p in averaged.parameters()]  # cut alike where the run is sharded
         torch._foreach_lerp_(copies, [own_part(p) for p in theirs.parameters()], [(1 - decay) * made] * len(copies))
-        for mine, other in zip(own.buffers(), theirs.buffers(), strict=True):
+        for mine, other in zip(averaged.buffers(), theirs.buffers(), strict=True):
             mine.copy_(other)
