@@ -89,8 +89,8 @@ def _evaluate(
             pace = f", about {format_duration(sum(took_s) / len(took_s) * left)} left" if took_s else ""
             print(f"arm {number + 1} of {len(readers)}: {arm}{pace}", flush=True)
             write_status(out, "running", arm=arm, number=number + 1, of=len(readers))
-            size = arm_reader.size if opened else sizes["encoder"]
-            reader = arm_reader.reader if opened else PixelReader()
+            size = arm_reader.size if arm_reader else sizes["encoder"]
+            reader = arm_reader.reader if arm_reader else PixelReader()
             done = run_arm(recipe, team, reader.to(team.device), data, size, folder)
             reader.cpu()
             write_json(folder / RESULT, {"fingerprint": fingerprint, **asdict(done)})
