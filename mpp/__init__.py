@@ -54,11 +54,20 @@ def pretrain(
     scale: str | None = None,
     **overrides: object,
 ) -> PretrainResult:
-    """Masked-patch pretraining. `recipe`: a file, its keys, or a checked recipe; overrides are its dotted keys.
+    """Pretrain an encoder by predicting masked patches.
 
-    resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint.
-    scale: one of the recipe's own sets of overrides, such as "tiny".
-    UserError for everything the user can correct.
+    Args:
+        recipe: A file, a mapping of its keys, or a checked recipe.
+        resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint's
+            folder.
+        scale: One of the recipe's own sets of overrides, such as "tiny".
+        **overrides: Dotted keys of the recipe and their values.
+
+    Returns:
+        Where the run is, and its last metrics.
+
+    Raises:
+        UserError: Anything that the user can correct.
     """
     from mpp.recipe.loading import checked
     from mpp.recipe.pretrain import PretrainRecipe
@@ -76,7 +85,21 @@ def finetune(
     scale: str | None = None,
     **overrides: object,
 ) -> FinetuneResult:
-    """Fine-tuning on labeled images, beside the same from scratch. Arguments as in `pretrain`."""
+    """Fine-tune an encoder on labeled images, beside the same architecture from scratch.
+
+    Args:
+        recipe: A file, a mapping of its keys, or a checked recipe.
+        resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint's
+            folder.
+        scale: One of the recipe's own sets of overrides.
+        **overrides: Dotted keys of the recipe and their values.
+
+    Returns:
+        Scores of both over the seeds, with intervals.
+
+    Raises:
+        UserError: Anything that the user can correct.
+    """
     from mpp.recipe.finetune import FinetuneRecipe
     from mpp.recipe.loading import checked
 
@@ -94,10 +117,21 @@ def evaluate(
     scale: str | None = None,
     **overrides: object,
 ) -> EvaluateResult:
-    """kNN, linear and attentive probes of a frozen encoder over layers and poolings, beside controls.
+    """Probe a frozen encoder (kNN, linear, attentive) over its layers and poolings, beside controls.
 
-    encoder: a run, an export or a name of timm's; None: the recipe's. Other arguments as in `pretrain`;
-    `data.train` and `data.val` are all that has no default.
+    Args:
+        encoder: A run, an export, or one of timm's names; None: the recipe's.
+        recipe: A file, a mapping of its keys, or a checked recipe; without one, `data.train` and `data.val` are all
+            that has no default.
+        resume: "never", "auto", or a checkpoint's folder.
+        scale: One of the recipe's own sets of overrides.
+        **overrides: Dotted keys of the recipe and their values.
+
+    Returns:
+        Scores of the encoder, of the same at random initialisation, and of raw pixels.
+
+    Raises:
+        UserError: Anything that the user can correct.
     """
     from mpp.recipe.evaluate import EvaluateRecipe
     from mpp.recipe.loading import checked
@@ -119,10 +153,21 @@ def predict(
     out: str | Path | None = None,
     report: str | Path | None = None,
 ) -> tuple[list[JsonObject], dict[str, str], Report | None]:
-    """What a fine-tuned encoder says of image files or folders: rows, what could not be read, and the report.
+    """Predict image files, or the images of folders, with a fine-tuned encoder.
 
-    views: 1, 2 (mirrored) or 10 (corners). top: classes named in a row. out: a CSV file. report: a folder for the
-    confusion matrix and the worst mistakes, where images lie in class folders.
+    Args:
+        encoder: A cell of a fine-tuning run, or its export.
+        images: Files and folders.
+        views: Crops of each image that are averaged: 1, 2 (mirrored) or 10 (corners, mirrored).
+        top: Classes named in a row.
+        out: A CSV file for the rows.
+        report: A folder for the confusion matrix and the worst mistakes, where images lie in class folders.
+
+    Returns:
+        A row for each image; what could not be read, and why; the report, if one was asked for.
+
+    Raises:
+        UserError: Anything that the user can correct.
     """
     if views not in (1, 2, 10):
         raise UserError(f"views: {views}; allowed: 1, 2, 10")
@@ -143,10 +188,22 @@ def inspect(
     shown: int = 4,
     random: bool = False,
 ) -> Inspection:
-    """What an encoder learned, seen through images: attention, similarity of layers, spectrum, positions, filters.
+    """Look at an encoder through images: attention, similarity of layers, spectrum, positions, filters.
 
-    places: shards, image files or folders. compare: another encoder. images: how many are measured, shown: drawn.
-    random: with random weights, as a control. PNG, SVG and JSON of each view go to `out`, default RUN/inspect.
+    Args:
+        encoder: A run, an export, or one of timm's names.
+        places: Shards, image files or folders of images.
+        out: A folder for PNG, SVG and JSON of each view; None: RUN/inspect.
+        compare: Another encoder to see beside it.
+        images: How many are measured.
+        shown: How many are drawn.
+        random: Whether the encoder gets random weights, as a control.
+
+    Returns:
+        The numbers of each view.
+
+    Raises:
+        UserError: Anything that the user can correct.
     """
     from mpp.inspection import run as inspection
 
@@ -182,10 +239,19 @@ def plan(
     scale: str | None = None,
     **overrides: object,
 ) -> Plan:
-    """What pretraining will take on so many devices of a kind: memory, time, disk. Nothing is trained.
+    """Estimate memory, time and disk of a pretraining run, without training.
 
-    device: a name, or "cpu": this one. mfu: the part of their peak that it reaches. images: how many there are; None:
-    the data are opened. UserError.
+    Args:
+        recipe: A file, a mapping of its keys, or a checked recipe.
+        devices: How many there will be.
+        device: The name of a kind of device, or "cpu": this one, which is tried.
+        mfu: The part of a device's peak that training reaches; None: a guess for its kind.
+        images: How many there are; None: the data are opened and counted.
+        scale: One of the recipe's own sets of overrides.
+        **overrides: Dotted keys of the recipe and their values.
+
+    Raises:
+        UserError: Anything that the user can correct.
     """
     from mpp.recipe.loading import checked
     from mpp.recipe.pretrain import PretrainRecipe
@@ -197,9 +263,15 @@ def plan(
 
 
 def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
-    """Write the encoder of a run into a new folder and verify it there. UserError where it does not hold.
+    """Write the encoder of a run into a new folder and verify it in a clean process.
 
-    format: timm, transformers, safetensors, onnx or torch_export.
+    Args:
+        run: A run, a cell of a fine-tuning run, or an export.
+        out: The new folder.
+        format: timm, transformers, safetensors, onnx or torch_export.
+
+    Raises:
+        UserError: The export does not hold, or `out` is not empty.
     """
     check_new(Path(out))
     encoder_folder(run)
@@ -214,7 +286,19 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
 
 
 def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
-    """Verify an export and send it to a Hugging Face hub, as OWNER/NAME; -> its address. UserError."""
+    """Verify an export and send it to a Hugging Face hub.
+
+    Args:
+        folder: The export.
+        repository: OWNER/NAME; made where it is not there.
+        public: Whether a repository that is made is public.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: The export does not hold, or the hub refuses.
+    """
     require_existing(folder)
     from mpp.exchange import upload as uploading
 

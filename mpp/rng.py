@@ -33,7 +33,13 @@ class Purpose(IntEnum):
 
 
 def stream(seed: int, purpose: Purpose, position: int = 0) -> np.random.Generator:
-    """The generator of `purpose` at `position`, both >= 0; `seed` below 2**56."""
+    """Return the random generator of one purpose at one position.
+
+    Args:
+        seed: Of the run, below 2**56.
+        purpose: What is drawn.
+        position: 0 or more.
+    """
     return np.random.Generator(_philox(seed, purpose, position))
 
 
@@ -61,5 +67,5 @@ class Streams:
 
 
 def torch_seed(seed: int, purpose: Purpose, position: int = 0) -> int:
-    """The same, as a seed for torch's, numpy's or python's global generators."""
+    """Return what `stream` would draw from as a seed for torch's, numpy's or Python's global generators."""
     return int(stream(seed, purpose, position).integers(2**63 - 1))

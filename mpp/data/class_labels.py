@@ -14,7 +14,11 @@ from mpp.errors import UserError
 
 
 def read_labels(images: ShardImages, shard: int, row: int) -> list[str]:
-    """`labels` of a sample's .json: a list of names. UserError."""
+    """Return the names in `labels` of a sample's .json.
+
+    Raises:
+        UserError: It has no list of names there.
+    """
     stored, name = images.read_label(shard, row), images.name(shard, row)
     try:
         values = json.loads(stored[0])["labels"] if stored is not None and stored[1] else None
@@ -36,7 +40,11 @@ def class_name(value: str, where: str) -> str:
 
 
 def stored_label(images: ShardImages, shard: int, row: int) -> str | int | None:
-    """The label of an image in a shard, a number or a name; None if it has none. UserError for what is neither."""
+    """Return the label of an image in a shard: a number, a name, or None if it has none.
+
+    Raises:
+        UserError: The label is neither.
+    """
     stored = images.read_label(shard, row)
     return None if stored is None else _parsed_label(*stored, where=images.name(shard, row))
 

@@ -54,9 +54,10 @@ class Labeled:
         return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape") + self.labels.tobytes()).hexdigest()
 
     def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
-        """Numbers of the images to train on, ascending: all, so many of each class, or a fraction of each.
+        """Return the numbers of the images to train on, ascending: all, so many of each class, or a fraction of each.
 
-        UserError where a class has fewer than `labels_per_class`.
+        Raises:
+            UserError: A class has fewer than `labels_per_class`.
         """
         if labels_per_class is None and (fraction is None or self.several):
             return draw_fraction(len(self.labels), fraction, seed)
@@ -82,10 +83,21 @@ def open_labeled(
     image_extension: str | None = None,
     several: bool = False,
 ) -> Labeled:
-    """A class-folder tree, shards with `.cls` / `.json` labels (a folder that holds *.tar is shards), or a CSV file.
+    """Open a tree of class folders, shards with labels (.cls, .json), or a CSV file.
 
-    classes: those of the training data, which validation must share. image_extension: which member of a sample is its
-    image, see `samples_among`. several: an image may have several labels, or none. UserError where labels are missing.
+    A folder that holds *.tar is shards.
+
+    Args:
+        spec: Of the recipe.
+        key: Of the recipe, for messages.
+        classes: Those of the training data, which validation must share; None: the data's own.
+        cache_dir: For shards that lie elsewhere.
+        cache_limit_bytes: The most that may lie there.
+        image_extension: Which member of a sample is its image, see `samples_among`.
+        several: Whether an image may have several labels, or none.
+
+    Raises:
+        UserError: Labels are missing, or name no class.
     """
     if manifests := [place for place in spec if place.lower().endswith(".csv")]:
         if len(spec) > 1:

@@ -54,9 +54,16 @@ def _serve_the_parent_alone(worker: int) -> None:
 
 
 def batches(dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int, pin_memory: bool) -> Iterator[Any]:
-    """What `dataset.__getitems__` makes of the sampler's lists, in their order, `workers` processes ahead.
+    """Give what `dataset.__getitems__` makes of the sampler's lists, in their order.
 
-    UserError where a worker met one, or died.
+    Args:
+        dataset: The data.
+        sampler: Lists of keys, one for each batch.
+        workers: Processes that read ahead; 0: this one reads.
+        pin_memory: Whether tensors come in pinned memory, from which copies to a GPU do not wait.
+
+    Raises:
+        UserError: A worker met one, or died.
     """
     # more workers than cores may be wanted where they wait for a disk; `mpp doctor` and data_wait are there to look at
     warnings.filterwarnings("ignore", message="This DataLoader will create")

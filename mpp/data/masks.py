@@ -16,11 +16,19 @@ from mpp.errors import BadImage, UserError
 
 
 def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None, ignore_index: int) -> Segmented:
-    """A folder with `images/` and `masks/`, in which `images/a/b.jpg` belongs to `masks/a/b.png`.
+    """Open a folder with `images/` and `masks/`, in which `images/a/b.jpg` belongs to `masks/a/b.png`.
 
-    classes: those of the training data, which validation must share; None: the lines of `classes.txt` beside the two
-    folders, or as many as the largest value says. All masks are read once. UserError with the file for what does not
-    fit together.
+    All masks are read once.
+
+    Args:
+        spec: One folder.
+        key: Of the recipe, for messages.
+        classes: Those of the training data, which validation must share; None: the lines of `classes.txt` beside the
+            two folders, or as many as the largest value says.
+        ignore_index: The value that stands for no class.
+
+    Raises:
+        UserError: Something does not fit together; the message names the file.
     """
     root = one_folder(spec, key, "images/ and masks/")
     for part in ("images", "masks"):

@@ -75,7 +75,7 @@ class Order:
         return (epoch, number + 1) if (number + 1) * self.window < self.lane_len else (epoch + 1, 0)
 
     def shards_in(self, epoch: int, number: int, lanes: Iterable[int]) -> list[int]:
-        """The shards that hold samples of a window of these lanes, in the order of the epoch."""
+        """Return the shards that hold samples of a window of these lanes, in the order of the epoch."""
         permuted, starts, first = self._shards(epoch)
         low, high = number * self.window, min((number + 1) * self.window, self.lane_len)
         touched: set[int] = set()
@@ -89,7 +89,13 @@ class Order:
         return [int(permuted[k]) for k in sorted(touched) if self.counts[permuted[k]]]
 
     def at(self, seen: int, start: int, count: int) -> list[tuple[int, int, int]]:
-        """(position, shard, row) of slots start … start + count of the global batch that follows `seen` samples."""
+        """Return (position, shard, row) of some samples of a global batch.
+
+        Args:
+            seen: Samples before this global batch.
+            start: The first slot of the batch that is wanted.
+            count: How many are wanted.
+        """
         per_lane = self.global_batch // self.lanes
         taken = seen // self.lanes
         samples = []

@@ -117,9 +117,18 @@ class PackedReader:
 
 
 def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[Reader, int]]:
-    """`count` images, or as many as there are, evenly spread over all of them: whence, and their number there.
+    """Take some images, evenly spread over all places.
 
-    places: shards, see `holds_shards`; image files; folders of images, however deep. UserError where there is nothing.
+    Args:
+        places: Shards, see `holds_shards`; image files; folders of images, however deep.
+        count: How many; fewer if there are no more.
+        key: Of the recipe or the command, for messages.
+
+    Returns:
+        A reader and the image's number in it, for each.
+
+    Raises:
+        UserError: There is no image.
     """
     of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
     packed = PackedReader(ShardImages(of_shards, key=key), few=True) if of_shards else None

@@ -15,9 +15,15 @@ def draw_fraction(images: int, fraction: float | None, seed: int) -> np.ndarray:
 
 
 def split(strata: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, tune): places in `strata`, ascending; of each, `fraction` is for tuning and one at least for fitting.
+    """Split each stratum into images to fit to and images to choose settings by; a pure function of its arguments.
 
-    A pure function of its arguments.
+    Args:
+        strata: (n,) the stratum of each image.
+        fraction: Of each stratum that is for choosing.
+        seed: Of the draw.
+
+    Returns:
+        (fit, tune): places in `strata`, ascending; of each stratum one at least in `fit`.
     """
     rng, tune = stream(seed, Purpose.TUNE), []
     for label in np.unique(strata):

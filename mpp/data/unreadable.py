@@ -79,7 +79,17 @@ def unread_classes(images: LabeledImages, read: Sequence[int], tried: Sequence[i
 
 
 def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decoding: Decoding) -> list[str]:
-    """Warn if images of 16 bit use a small part of their range and `data.value_range` does not say which."""
+    """Find out whether images of 16 bit use a small part of their range, which `data.value_range` does not say.
+
+    Args:
+        reader: Of the images.
+        numbers: Those that are looked at.
+        key: Of the recipe, for the lines.
+        decoding: How the recipe has them decoded.
+
+    Returns:
+        A line for a warning, or none.
+    """
     deep_images: list[Deep] = []
     for i in numbers if _range_is_open(decoding) else ():
         with suppress(BadImage):

@@ -27,7 +27,17 @@ def colours(count: int) -> Tensor:
 
 
 def over_pixels(image: Tensor, classes: Tensor, of: int, ignored: Tensor | None = None) -> Tensor:
-    """(C, h, w) uint8 and (h, w) classes -> (3, h, w) uint8, black where `ignored`."""
+    """Draw classes over an image.
+
+    Args:
+        image: (C, h, w) uint8.
+        classes: (h, w) int64.
+        of: How many classes there are.
+        ignored: (h, w) bool, drawn black.
+
+    Returns:
+        (3, h, w) uint8.
+    """
     hidden = torch.zeros(classes.shape, dtype=torch.bool) if ignored is None else ignored
     colour = colours(of)[classes.long().masked_fill(hidden, 0)].permute(2, 0, 1)
     grey = _rgb(image).float().mean(0, keepdim=True)  # colours below would change those above
@@ -36,7 +46,17 @@ def over_pixels(image: Tensor, classes: Tensor, of: int, ignored: Tensor | None 
 
 
 def over_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[str]) -> Tensor:
-    """(C, h, w) uint8, (n, 4) in its pixels and (n,) -> (3, h, w) uint8."""
+    """Draw boxes over an image.
+
+    Args:
+        image: (C, h, w) uint8.
+        boxes: (n, 4) in its pixels.
+        labels: (n,) int64.
+        classes: Their names.
+
+    Returns:
+        (3, h, w) uint8.
+    """
     if len(boxes) == 0:
         return _rgb(image)
     chosen = [tuple(c) for c in colours(len(classes))[labels].tolist()]
@@ -46,7 +66,17 @@ def over_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
 def show(
     rows: Sequence[tuple[Tensor, Tensor, Tensor]], classes: Sequence[str], out: Path, *, extra: str | None = None
 ) -> None:
-    """Images with truth and prediction drawn over them, and a legend. extra: what black stands for."""
+    """Draw images with truth and prediction over them, and a legend.
+
+    Args:
+        rows: (image, truth, prediction), (3, h, w) uint8 each.
+        classes: Their names, for the legend.
+        out: A PNG.
+        extra: What black stands for.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
     pictures = [
         (picture, caption) for row in rows for picture, caption in zip(row, ("image", "true", "said"), strict=True)
     ]

@@ -99,11 +99,20 @@ def lines(
     height: float = 3.8,
     columns: int | None = None,
 ) -> Figure:
-    """Panels side by side, each with its title.
+    """Draw panels side by side, each with its title.
 
-    width, height: of a panel, inches. shared: on a common scale. log_x: ticks at the points alone.
-    xlabel: of all panels, or of each. log_y_of: panels whose values are drawn on a logarithmic scale; log_y: all.
-    limits: the lowest and the highest value of a panel's scale; None: as high as its marks.
+    Args:
+        panels: What is in each, by its title.
+        xlabel: Of all panels, or of each.
+        ylabel: Of the first panel.
+        log_x: Whether x is logarithmic, with ticks at the points alone.
+        log_y: Whether y is logarithmic in all panels.
+        limits: Lowest and highest y of a panel by its title; None for the highest: as high as its marks.
+        log_y_of: Titles of panels in which y is logarithmic.
+        shared: Whether all panels have one scale.
+        width: Of a panel, in inches.
+        height: Of a panel, in inches.
+        columns: Panels in a row; None: all.
     """
     from matplotlib.figure import Figure
 
@@ -157,7 +166,11 @@ def draw(
 
 @drawing
 def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
-    """(true, said) counts as shares of each true class. UserError where `out` cannot be written."""
+    """Draw (true, predicted) counts as shares of each true class.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
     from matplotlib.figure import Figure
 
     n = len(classes)
@@ -238,7 +251,15 @@ def pictures(
     high: float | None = None,
     side: float = 1.25,
 ) -> Figure:
-    """A grid of small pictures; values on the scale from low to high, or each on its own. side: inches of each."""
+    """Draw a grid of small pictures.
+
+    Args:
+        rows: Of pictures.
+        title: Of the grid.
+        low: The lowest value of the common scale; None: each picture has its own.
+        high: The highest value of the common scale.
+        side: Of each picture, in inches.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -269,7 +290,16 @@ def pictures(
 def gallery(
     pictures: Sequence[tuple[Tensor, str]], out: Path, legend: Sequence[tuple[str, Sequence[int]]] = ()
 ) -> None:
-    """(C, H, W) uint8 images with captions; colours in 0 to 255 with names. UserError where `out` cannot be written."""
+    """Draw images with captions.
+
+    Args:
+        pictures: (C, H, W) uint8 images, and their captions.
+        out: A PNG.
+        legend: Names and their colours, in 0 to 255.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

@@ -71,9 +71,19 @@ def create_timm_model(
     key: str = "encoder.name",
     args_key: str = "encoder.args",
 ) -> nn.Module:
-    """A timm model without classifier. UserError, naming the recipe's keys, for an unknown name, argument or size.
+    """Make a timm model without classifier.
 
-    image_size: (H, W) in pixels; None: the model's own. args: timm's.
+    Args:
+        name: Of timm's.
+        image_size: (H, W) in pixels; None: the model's own.
+        in_chans: Channels of the images.
+        pretrained: Whether timm's weights are loaded.
+        args: Of the model's constructor.
+        key: Of the recipe that names the model, for messages.
+        args_key: Of the recipe that gives `args`, for messages.
+
+    Raises:
+        UserError: An unknown name, argument or size.
     """
     for number in ("depth", "embed_dim", "num_heads"):
         value = args.get(number, 1)
@@ -280,10 +290,19 @@ class TimmEncoder(nn.Module):
         return image_size[0] // self.stride, image_size[1] // self.stride
 
     def forward(self, x: Corrupted, cells: Cells, *, only_predicted: bool = False) -> EncoderOutput:
-        """Images with hidden cells -> tokens of the last block, see `EncoderOutput`.
+        """Encode images with hidden cells.
 
-        only_predicted: no others will be read, which are then left out where that is possible.
-        ValueError where tokens would have to be dropped and this family cannot.
+        Args:
+            x: The images, see `Corrupted`.
+            cells: Which of them are hidden, and how.
+            only_predicted: Whether no tokens but the predicted cells' will be read; others are then left out where that
+                is possible.
+
+        Returns:
+            Tokens of the last block, see `EncoderOutput`.
+
+        Raises:
+            ValueError: Tokens would have to be dropped, and this family cannot.
         """
         dropping = x.enter is None or x.enter > 0
         if dropping and not self.drops:

@@ -17,9 +17,15 @@ hierarchical one: its coarsest strides (FPN, Lin et al. 2017: 4 to 32 px)."""
 
 
 def read_maps(model: TimmModel, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
-    """(B, C, H, W) normalised -> the raw output of these blocks, (B, D_i, h_i, w_i) each.
+    """Read the raw output of some blocks, before the final norm, which is the classifier's.
 
-    Before the final norm, which is the classifier's.
+    Args:
+        model: Of timm.
+        x: (B, C, H, W), normalised.
+        indices: Of the blocks.
+
+    Returns:
+        (B, D_i, h_i, w_i) of each.
     """
     return list(
         model.forward_intermediates(x, indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True)

@@ -22,10 +22,19 @@ TOLERANCE = 1e-9
 
 
 def run_for(block: TimmModel, tokens: Tensor, read: Tensor) -> Tensor:
-    """Output of a pre-norm block at some of its tokens.
+    """Compute a pre-norm block at some of its tokens.
 
-    tokens: (B, N, D). read: (B, Q, D), the tokens among them that are asked for. AttributeError or another error where
-    the block is not made of `norm1`, `attn` with one `qkv` matrix, `norm2` and `mlp`, as timm's plain ones are.
+    Args:
+        block: Of timm.
+        tokens: (B, N, D), all that it reads.
+        read: (B, Q, D), those among them at which its output is wanted.
+
+    Returns:
+        (B, Q, D).
+
+    Raises:
+        Exception: AttributeError or another one, where the block is not made of `norm1`, `attn` with one `qkv` matrix,
+            `norm2` and `mlp`, as timm's plain ones are.
     """
     attn = block.attn
     normed, asked = block.norm1(tokens), block.norm1(read)
@@ -63,9 +72,19 @@ def runs_for(block: nn.Module) -> bool:
 
 
 def embed_at(patch_embed: TimmModel, images: Tensor, cells: Tensor) -> Tensor:
-    """Embedding of some patches, (B, V, D), from (B, C, H, W) and (B, V) int64.
+    """Embed some patches.
 
-    AttributeError or another error where it is not made of a convolution `proj` and a `norm`, as timm's plain ones are.
+    Args:
+        patch_embed: Of timm.
+        images: (B, C, H, W).
+        cells: (B, V) int64, the patches that are wanted.
+
+    Returns:
+        (B, V, D).
+
+    Raises:
+        Exception: AttributeError or another one, where it is not made of a convolution `proj` and a `norm`, as timm's
+            plain ones are.
     """
     weight = patch_embed.proj.weight
     patches = patches_at(images, weight.shape[-1], cells)

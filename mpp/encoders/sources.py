@@ -49,7 +49,11 @@ def is_timm_name(source: str) -> bool:
 
 
 def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
-    """UserError where `source` is neither a folder, nor one of timm's names, nor one of these `more` words."""
+    """Check that `source` is a folder, one of timm's names, or one of `more` words.
+
+    Raises:
+        UserError: It is none of them.
+    """
     if source in more or Path(source).exists() or is_timm_name(source):
         return
     close = difflib.get_close_matches(source, [*more, *timm.list_models()], 3, 0.6)
@@ -60,7 +64,17 @@ def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
 def check_size(
     model: TimmModel, size: tuple[int, int], what: str = "the encoder", *, key: str = "data.image_size"
 ) -> None:
-    """UserError where cells of the model do not tile (H, W): timm would leave out the border in silence."""
+    """Check that cells of the model tile the image; timm would leave out the border in silence.
+
+    Args:
+        model: Of timm.
+        size: (H, W) in pixels.
+        what: The model, in the message.
+        key: Of the recipe that gives the size.
+
+    Raises:
+        UserError: They do not.
+    """
     stride = model.feature_info[-1]["reduction"]
     if size[0] % stride or size[1] % stride:
         raise UserError(
@@ -95,10 +109,18 @@ def open_encoder(
     pretrained: bool,
     **timm_args: object,
 ) -> TimmModel:
-    """A timm model without classifier from a run, an export or a name of timm's.
+    """Open a timm model without classifier from a run, an export or one of timm's names.
 
-    architecture: arguments of the model, and its name if `source` is "scratch". image_size: (H, W), channels; None: its
-    own. pretrained: with weights. UserError where it cannot be had so.
+    Args:
+        source: A folder, a name, or "scratch".
+        architecture: Arguments of the model, and its name if `source` is "scratch".
+        image_size: (H, W) in pixels; None: its own.
+        channels: Of the images; None: its own.
+        pretrained: Whether it gets its weights.
+        **timm_args: More arguments of the model.
+
+    Raises:
+        UserError: It cannot be had so.
     """
     given = architecture or Architecture()
     if source != "scratch" and given.name is not None:

@@ -120,9 +120,20 @@ def frozen_teacher(
     grid: tuple[int, int],
     key: str = "target",
 ) -> FrozenTeacher:
-    """A timm model by name, or the folder of a run or an export, built for so many cells.
+    """Open a timm model by name, or the folder of a run or an export, as a teacher for so many cells.
 
-    UserError for a name, folder or argument that is wrong, ValueError for `layers`.
+    Args:
+        name: One of timm's, or a folder.
+        pretrained: Whether a model of timm's gets its weights.
+        args: Of the model's constructor.
+        layers: How many of the last blocks are averaged.
+        channels: Of the images.
+        grid: (rows, columns) of cells.
+        key: Of the recipe, for messages.
+
+    Raises:
+        UserError: The name, the folder or an argument is wrong.
+        ValueError: `layers` is.
     """
     if Path(name).exists():
         folder = timm_folder(name)
@@ -156,5 +167,11 @@ def frozen_teacher(
 
 
 def frozen_copy(encoder: TimmEncoder, *, layers: int, norm_average: bool = False) -> FrozenTeacher:
-    """A copy of the encoder as it is now, hooks and all; nothing is masked in it, since nobody asks it to."""
+    """Copy the encoder as it is now, hooks and all. Nothing is masked in the copy, since nobody asks it to.
+
+    Args:
+        encoder: What is copied.
+        layers: How many of the last blocks are averaged.
+        norm_average: Whether the average is normed once more.
+    """
     return FrozenTeacher(copy.deepcopy(encoder.model), layers=layers, norm_average=norm_average)

@@ -103,7 +103,16 @@ def finished_arm(folder: Path, fingerprint: str) -> Arm | None:
 def run_arm(
     recipe: EvaluateRecipe, team: Team, reader: nn.Module, data: Data, size: tuple[int, int], folder: Path
 ) -> Arm:
-    """Every probe at every place of one encoder."""
+    """Fit and judge every probe at every place of one encoder.
+
+    Args:
+        recipe: Of the evaluation.
+        team: The processes.
+        reader: Gives the features of images.
+        data: What to fit to, to choose settings by and to judge by.
+        size: (H, W) of the images.
+        folder: For tables of features, while they are needed.
+    """
     device, scores = team.device, list[Score]()
     keys, classes = recipe.data, len(data.train.classes)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left

@@ -127,10 +127,18 @@ def read_table(
     folder: Path,
     device: torch.device,
 ) -> Table:
-    """Run `reader` over labeled batches of `images` images into .npy files in `folder`.
+    """Read features of labeled images into .npy files; unreadable images are left out.
 
-    Unreadable images are left out. first: how many images, from the start, make up the first part.
-    UserError where the disk is too small.
+    Args:
+        reader: Gives the features of a batch of images.
+        batches: Labeled batches.
+        images: How many there are in all.
+        first: How many images, from the start, make up the first part.
+        folder: For the files.
+        device: Where features are computed.
+
+    Raises:
+        UserError: The disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[Place, np.ndarray] = {}

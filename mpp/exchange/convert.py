@@ -93,11 +93,16 @@ class _Places(nn.Module):
 
 
 def export(run: str | Path, out: str | Path, format: str) -> Verified:
-    """Write the encoder of a run or an export to `out`, with its classifier or head of segmentation, and verify it.
+    """Write the encoder of a run or an export, with its classifier or head of segmentation, and verify it.
 
-    format: any but timm's, which `mpp.exchange.verify.export_timm_folder` writes.
+    Args:
+        run: The source.
+        out: The new folder.
+        format: Any but timm's, which `mpp.exchange.verify.export_timm_folder` writes.
 
-    UserError where `out` is not new or empty, the format wants a package that is not there, or has no place for it.
+    Raises:
+        UserError: `out` is not new or empty; the format wants a package that is not there, or has no place for the
+            encoder.
     """
     if format not in formats():
         raise UserError(f"--format: '{format}': allowed are {', '.join(formats())}")

@@ -402,5 +402,14 @@ def _fits(value: Tensor, wanted: Tensor) -> bool:
 
 
 def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
-    """Write a timm model to `out` and verify it there. UserError where `out` is not new or empty."""
+    """Write a timm model into a new folder and verify it there.
+
+    Args:
+        model: Of timm.
+        out: The folder.
+        origin: Where its weights are from, for the card.
+
+    Raises:
+        UserError: `out` is not new or empty.
+    """
     return verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}), verify_timm_folder)

@@ -99,7 +99,16 @@ def made_of(name: str, of: Iterable[Rule]) -> list[MadeOf]:
 
 
 def coverage(weights: Mapping[str, Tensor], wanted: Iterable[str], layout: str) -> dict[str, dict[str, MadeOf]]:
-    """By what stands before their names (`module.`, `teacher.backbone.`, nothing): what each wanted one is made of."""
+    """Find out what each wanted weight can be made of, by what stands before the names in the file.
+
+    Args:
+        weights: Of the file.
+        wanted: Names of timm's.
+        layout: The naming whose rules are tried.
+
+    Returns:
+        By prefix (`module.`, `teacher.backbone.`, nothing): what each wanted weight is made of.
+    """
     endings: dict[str, list[str]] = {}
     for name in weights:
         parts = name.split(".")

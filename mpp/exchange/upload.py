@@ -9,10 +9,20 @@ from mpp.exchange.convert import verify
 
 
 def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
-    """Send an export to `repository` (OWNER/NAME), which is made where it is not there; -> its address.
+    """Send an export to a Hugging Face hub.
 
-    public: where it is made; private otherwise. The hub and the token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN or
-    `hf auth login`. UserError where the export does not hold, or the hub refuses.
+    The hub and the token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
+
+    Args:
+        folder: The export, which is verified first.
+        repository: OWNER/NAME, which is made where it is not there.
+        public: Whether it is public where it is made.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: The export does not hold, or the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError

@@ -69,9 +69,15 @@ class Verified:
 
 
 def export_timm_folder(run: str | Path, out: str | Path, card_sections: Sequence[tuple[str, str]] = ()) -> Verified:
-    """Copy a run's encoder to `out` and verify it there. UserError where `out` is not new or empty.
+    """Copy a run's encoder and verify the copy.
 
-    card_sections: (title, text) of sections for its model card.
+    Args:
+        run: The run, or a cell of one.
+        out: The new folder.
+        card_sections: (title, text) of sections for its model card.
+
+    Raises:
+        UserError: `out` is not new or empty, or the copy does not hold.
     """
     source = encoder_folder(run)
     check_beside(Path(out), source)
@@ -89,7 +95,16 @@ def export_timm_folder(run: str | Path, out: str | Path, card_sections: Sequence
 
 
 def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Path], Verified]) -> Verified:
-    """A new folder that comes into being once what is made for it was verified by `check`. UserError."""
+    """Make a folder that comes into being only once what is in it has been verified.
+
+    Args:
+        target: The new folder.
+        make: Fills a folder beside it.
+        check: Verifies that folder.
+
+    Raises:
+        UserError: `target` is not new or empty, or `check` has one.
+    """
     check_new(target)
     try:
         parent = target.absolute().parent
@@ -140,7 +155,19 @@ def verify_timm_folder(folder: str | Path) -> Verified:
 
 
 def found_in_clean_process(folder: Path, program: str, otherwise: str) -> JsonObject:
-    """What a program prints of a folder, as JSON in its last line. UserError, `otherwise`, where it fails."""
+    """Run a program on a folder in a new interpreter.
+
+    Args:
+        folder: Its argument.
+        program: Its source.
+        otherwise: What is wrong where it fails, for the message.
+
+    Returns:
+        The JSON in the last line that it prints.
+
+    Raises:
+        UserError: It fails.
+    """
     # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
     process = subprocess.run(
         [sys.executable, "-I", "-c", program, str(folder)], capture_output=True, text=True, check=False

@@ -59,7 +59,17 @@ class Source:
 
 
 def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
-    """named: the model is known, a folder need not say it; given: so are mean and std. UserError."""
+    """Read weights, and what is known of their model, from a file or folder.
+
+    Args:
+        file: A file of weights, or a folder with a config.json.
+        trust: Whether pickles are read.
+        named: Whether the model is known, so that a folder need not say it.
+        given: Whether mean and std are known.
+
+    Raises:
+        UserError: It cannot be read, or says too little.
+    """
     if not file.is_dir():
         return Source(count_weights(file, trust))
     try:

@@ -64,7 +64,14 @@ class Distillation:
         labels: Tensor,
         task_loss: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """own(logits, labels) is the task's loss. Of two logits, the second learns from the teacher alone."""
+        """Compute the loss of learning from labels and teacher at once.
+
+        Args:
+            logits: (B, classes), or two of them, of which the second learns from the teacher alone.
+            x: (B, C, H, W), normalised for the model.
+            labels: Of the images.
+            task_loss: Loss of logits and labels.
+        """
         first, second = logits if isinstance(logits, tuple) else (logits, logits)
         taught, second = self.teach(x), second.float()
         if self.kind == "hard":
@@ -77,9 +84,15 @@ class Distillation:
 
 
 def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Module:
-    """A timm model with a classifier of these classes: a fine-tuned cell, its export, or a name of timm's.
+    """Open a timm model with a classifier of these classes.
 
-    UserError where it has none, or one of other classes, or reads other channels.
+    Args:
+        source: A fine-tuned cell, its export, or one of timm's names.
+        classes: Those that it must have.
+        channels: Those that it must read.
+
+    Raises:
+        UserError: It has no classifier or one of other classes, or reads other channels.
     """
     check_source(source, key="distill.teacher")
     if is_timm_name(source):

@@ -154,8 +154,12 @@ def ema_decay(decay: float, step: int) -> float:
 def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Tensor) -> None:
     """Move averaged weights towards the model's, and copy the statistics of batch norms.
 
-    only_if: () bool on the device: whether the step was made. If it was not, the weights stay, and the statistics have
-    been restored already.
+    Args:
+        averaged: The averaged model.
+        model: The model.
+        decay: Weight of what has been averaged before.
+        only_if: () bool on the device: whether the step was made. If it was not, the weights stay, and the statistics
+            have been restored already.
     """
     weight = (1 - decay) * only_if
     for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
@@ -186,7 +190,13 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
 
 
 def record_of(job: Finetuning, lr: float, score: dict[str, float]) -> dict[str, float]:
-    """Return a line of metrics. score: on held-out training images, only in the line of the step that measured it."""
+    """Return a line of metrics.
+
+    Args:
+        job: What is trained.
+        lr: The learning rate of the step.
+        score: On held-out training images, only in the line of the step that measured it.
+    """
     progress, global_batch = job.progress, job.plan.global_batch_size
     record = {"step": progress.step, "seen": progress.step * global_batch, "loss": progress.loss, "lr": lr, **score}
     return record | {"grad_norm": progress.grad_norm, **job.pace.rates(global_batch)}

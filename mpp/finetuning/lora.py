@@ -10,7 +10,16 @@ from mpp.errors import UserError
 def add(encoder: nn.Module, *, rank: int, alpha: int, dropout: float) -> None:
     """Put an adapter beside every linear layer of the encoder that learns, and 1×1 convolution; freeze all the rest.
 
-    As they begin, they change nothing. alpha / rank is their scale. UserError without peft, or without such layers.
+    As they begin, they change nothing.
+
+    Args:
+        encoder: What is adapted, in place.
+        rank: Of the adapters.
+        alpha: alpha / rank is their scale.
+        dropout: Before each.
+
+    Raises:
+        UserError: peft is not there, or there are no such layers.
     """
     try:
         from peft import LoraConfig

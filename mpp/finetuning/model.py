@@ -85,9 +85,16 @@ class Dense(Supervised):
 
 
 def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool, independent: bool) -> Tensor:
-    """(B, crops, C, H, W) uint8 -> (B, classes) float32 probabilities: means over the crops, and their mirror images.
+    """Average predictions over several crops of an image, and their mirror images.
 
-    run: (n, C, H, W) uint8 -> (n, classes) logits. independent: each class by itself, if images may have several.
+    Args:
+        run: (n, C, H, W) uint8 -> (n, classes) logits.
+        crops: (B, crops, C, H, W) uint8.
+        mirrored: Whether mirror images count, too.
+        independent: Whether each class is one by itself, because images may have several.
+
+    Returns:
+        (B, classes) float32 probabilities.
     """
 
     def probable(images: Tensor) -> Tensor:
@@ -108,7 +115,17 @@ def is_dense(recipe: FinetuneRecipe) -> bool:
 
 
 def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supervised:
-    """The model of a cell, initialised from its seed. UserError where the encoder cannot be had so."""
+    """Make the model of a cell, initialised from its seed.
+
+    Args:
+        recipe: Of fine-tuning.
+        arm: "pretrained" or "scratch".
+        seed: Of the cell.
+        num_classes: How many there are.
+
+    Raises:
+        UserError: The encoder cannot be had so.
+    """
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
     encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
     if is_dense(recipe):
@@ -195,8 +212,18 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: JsonObject | Non
 
 
 def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
-    """The fine-tuned model as a timm folder: with its classifier where timm's is the same linear layers, with a file
-    for the head of a task that predicts at every place."""
+    """Write the fine-tuned model as a timm folder.
+
+    Its classifier is in it where timm's is the same linear layers; the head of a task that predicts at every place has
+    a file of its own.
+
+    Args:
+        model: What is written.
+        cell: The folder of the cell.
+        recipe: Of fine-tuning.
+        metrics: Of the validation images.
+        classes: Their names.
+    """
     encoder, folder, origin = model.encoder, cell / "encoder", trained_by(recipe)
     if isinstance(model, Dense):
         save_encoder(encoder, folder, origin, metrics, head=(model.task.state_dict(), classes))

@@ -114,7 +114,13 @@ def _drawable(pixels: Tensor) -> Tensor:
 
 
 def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, str]) -> Iterator[Prediction]:
-    """In the order of the images. Those that cannot be read are put into `unreadable` with the reason."""
+    """Predict images, in their order.
+
+    Args:
+        predictor: The model.
+        images: Files.
+        unreadable: Gets those that cannot be read, with the reason.
+    """
     for start in range(0, len(images), BATCH):
         readable, crops = [], []
         for name in images[start : start + BATCH]:
@@ -139,11 +145,24 @@ def predict_files(
     out: str | Path | None = None,
     report: str | Path | None = None,
 ) -> tuple[list[JsonObject], dict[str, str], Report | None]:
-    """-> a row for each image, what could not be read and why, and the report.
+    """Predict image files or folders.
 
-    top: classes named in a row. out: the rows as CSV. report: a folder for the confusion matrix and the worst mistakes;
-    the folder that an image lies in is its true class then. Of a model of task: segment or detect, which has neither
-    views nor top: rows, folder and no report, see `predict_places`. UserError for what the user can correct.
+    A model of task: segment or detect, which has neither views nor top, predicts by `predict_places`.
+
+    Args:
+        source: A cell of a fine-tuning run, or its export.
+        places: Files and folders.
+        views: Crops of each image that are averaged: 1, 2 (mirrored) or 10 (corners, mirrored).
+        top: Classes named in a row.
+        out: The rows as CSV; of a model that predicts places, a folder.
+        report: A folder for the confusion matrix and the worst mistakes; the folder that an image lies in is its true
+            class then.
+
+    Returns:
+        A row for each image; what could not be read, and why; the report.
+
+    Raises:
+        UserError: Anything that the user can correct.
     """
     if has_head(encoder_folder(source)):
         for option, value in (("views", views), ("top", top)):

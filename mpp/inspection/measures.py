@@ -87,10 +87,18 @@ def places(grid: tuple[int, int], stride_px: float) -> Tensor:
 
 
 def mean_attention_distance(attention: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """How far a patch looks, in pixels, for each head: (B, heads, Nq, Nk), (Nq, 2) and (Nk, 2) in pixels -> (heads,).
+    """Compute how far a patch looks, in pixels, for each head.
 
-    The distances to the keys, weighted by the attention, averaged over queries and images (Dosovitskiy et al. 2021,
-    appendix D.7). Class and register tokens are to be left out before; rows are scaled to a sum of 1 here.
+    The distances to the keys are weighted by the attention and averaged over queries and images (Dosovitskiy et al.
+    2021, appendix D.7). Class and register tokens are to be left out before; rows are scaled to a sum of 1 here.
+
+    Args:
+        attention: (B, heads, Nq, Nk).
+        queries: (Nq, 2) in pixels.
+        keys: (Nk, 2) in pixels.
+
+    Returns:
+        (heads,) float64.
     """
     distance = torch.cdist(queries.double(), keys.double()).to(attention.device)
     of_heads = []

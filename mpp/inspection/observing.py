@@ -103,7 +103,13 @@ def _patches(raw: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def see_all(subjects: Sequence[InspectedEncoder], images: Sequence[Tensor], shown: int) -> Seen:
-    """One pass over all images: of the first subject everything, of a second one what CKA wants."""
+    """Run all images through the encoders once.
+
+    Args:
+        subjects: The encoder, of which everything is measured, and a second one, of which CKA alone is.
+        images: (n, C, H, W) for each encoder.
+        shown: How many of the images are drawn.
+    """
     subject = subjects[0]
     n = len(images[0])
     parts = np.array_split(np.arange(n), max(n // BATCH, 1))
@@ -185,7 +191,7 @@ class Attention:
 
 @torch.no_grad()
 def attend(subject: InspectedEncoder, raw: Tensor, shown: int) -> list[Attention]:
-    """In the order in which the model computes them; [] for a model without any."""
+    """Record the attention of a model, in the order in which it computes it; [] for a model without any."""
     attentions: list[Attention] = []
     for start in range(0, len(raw), ATTENTION_BATCH):
         images = raw[start : start + ATTENTION_BATCH]

@@ -97,7 +97,17 @@ class TokenPlaces(NamedTuple):
 
 
 def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tuple[int, int]) -> TokenPlaces | str:
-    """Of attention weights of this shape, from so many images of (H, W) px; or why it is not known."""
+    """Find out which places the queries and keys of an attention stand for.
+
+    Args:
+        model: Of timm.
+        weights: Shape of the attention weights.
+        images: How many were read.
+        size: (H, W) of each, in pixels.
+
+    Returns:
+        The places, or why they are not known.
+    """
     if len(weights) != 4:
         return f"attention of {len(weights)} dimensions, over units whose places are not known"
     if hasattr(model, "reroll"):

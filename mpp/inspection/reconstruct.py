@@ -28,11 +28,16 @@ OF_A_FOLDER = 8
 
 
 def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path:
-    """Draw what the newest checkpoint of a pretraining run predicts for images; a PNG, a row for each.
+    """Draw what the newest checkpoint of a pretraining run predicts for images: a PNG, with a row for each.
 
-    images: files; of a folder a few are taken, evenly. Without any: the run's own through
-    training, as a strip (.png) or an animation (.gif, .webp).
-    UserError where run or images cannot be read, or no target of the run has a picture.
+    Args:
+        run: The run.
+        images: Files; of a folder a few are taken, evenly. Without any: those that the run kept through training, as a
+            strip (.png) or an animation (.gif, .webp).
+        out: The picture.
+
+    Raises:
+        UserError: The run or the images cannot be read, or no target of the run has a picture.
     """
     if not images:
         return through_training(run, out)

@@ -107,10 +107,17 @@ def inspect_encoder(
 ) -> Inspection:
     """Look at an encoder through images: PNG, SVG and JSON of each view, and `index.json`, in a folder.
 
-    encoder, compare: a run, an export, or a name of timm's. places: shards, image files, folders of images.
-    images: how many are measured; shown: how many are drawn. random: both with random weights, as a control.
-    out: default RUN/inspect, or inspect/NAME, with random weights inspect/NAME-random.
-    UserError for everything the user can correct.
+    Args:
+        encoder: A run, an export, or one of timm's names.
+        places: Shards, image files, folders of images.
+        out: The folder; None: RUN/inspect, or inspect/NAME, with random weights inspect/NAME-random.
+        compare: Another encoder to see beside it.
+        images: How many are measured.
+        shown: How many are drawn.
+        random: Whether both have random weights, as a control.
+
+    Raises:
+        UserError: Anything that the user can correct.
     """
     source = str(encoder)
     folder = Path(out) if out is not None else _own_folder(source, random)

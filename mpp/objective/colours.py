@@ -10,10 +10,18 @@ from mpp.encoders.cells import patchify
 
 
 def mean_patches(raw: Tensor, cell_px: int, side: int) -> Tensor:
-    """Mean colours of `side` × `side` parts of each cell: (B, C, H, W) -> (B, N, side², C) float32 in [0, 255].
+    """Compute mean colours of `side` × `side` parts of each cell.
 
-    raw: pixels as they were read. ValueError for anything but uint8, whose range is known: normalised pixels
-    would fall into other bins, or none.
+    Args:
+        raw: (B, C, H, W) uint8, as read. Normalised pixels would fall into other bins, or none.
+        cell_px: Of a cell's side.
+        side: Parts along a cell's side.
+
+    Returns:
+        (B, N, side², C) float32 in [0, 255].
+
+    Raises:
+        ValueError: The pixels are not uint8.
     """
     if raw.dtype != torch.uint8:
         raise ValueError(f"colours are taken from uint8 pixels, as they were read; got {raw.dtype}")
@@ -53,9 +61,17 @@ def colour_parts(logits: Tensor, bits: int, channels: int, side: int, cell_px: i
 
 
 def marginal_logits(classes: Tensor, hidden: Tensor, count: int) -> Tensor:
-    """log of the histogram of `classes` (B, N, K) over visible cells -> (B, N, K·count), the same everywhere.
+    """Return the log of the histogram of classes over visible cells, the same everywhere.
 
     One is added to every class (Laplace), so that none is impossible.
+
+    Args:
+        classes: (B, N, K) int64.
+        hidden: (B, N) bool.
+        count: How many classes there are.
+
+    Returns:
+        (B, N, K·count) float32.
     """
     seen = classes[~hidden.flatten(1)]
     histogram = torch.bincount(seen.flatten(), minlength=count).float() + 1

@@ -132,7 +132,7 @@ def shaken(model: MaskedPatchModel) -> MaskedPatchModel:
 
 
 def predictions(model: MaskedPatchModel, images: Images, layout: MaskLayout) -> Tensor:
-    """Dropout and drop path draw the same for every call."""
+    """Predict with the same dropout and drop path in every call."""
     torch.manual_seed(1)
     return model.predict(images, layout)[0]
 
@@ -311,7 +311,11 @@ CHECKS: dict[str, Callable[[ContractCase, str], None]] = {
 
 
 def check(subject: ContractCase, mechanism: str, checks: tuple[str, ...] = tuple(CHECKS)) -> dict[str, str]:
-    """Check -> "" where it holds, else what does not."""
+    """Run the contract's checks on a family.
+
+    Returns:
+        Of each check: "" where it holds, else what does not.
+    """
     faults = {}
     for name in checks:
         try:

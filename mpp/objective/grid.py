@@ -32,7 +32,13 @@ def visible_cells(hidden: Tensor, hidden_count: int) -> Tensor:
 
 
 def count_hidden(units: int, ratio: float | tuple[float, float], draw: float) -> int:
-    """Units to hide of so many, at least one hidden and one visible; a range is entered at `draw` in [0, 1)."""
+    """Return how many of so many units to hide; at least one is hidden and one visible.
+
+    Args:
+        units: How many there are.
+        ratio: The part to hide, or the least and the greatest.
+        draw: In [0, 1): where in a range.
+    """
     low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
     return min(max(round(units * (low + (high - low) * draw)), 1), units - 1)
 
@@ -45,10 +51,14 @@ def lowest(values: Tensor, count: int) -> Tensor:
 
 
 def copy_visible(images: Tensor, where: Tensor, hidden: Tensor, hidden_count: int, noise: Tensor) -> Tensor:
-    """Put random visible units of the same image at `where`.
+    """Put random visible units of the same image in the place of others.
 
-    images (B, C, H, W); where, hidden (B, uh, uw) bool, `hidden_count` hidden in each image; noise (B, uh, uw) in
-    [0, 1) chooses the source of each unit.
+    Args:
+        images: (B, C, H, W).
+        where: (B, uh, uw) bool: the units that are replaced.
+        hidden: (B, uh, uw) bool.
+        hidden_count: How many are hidden in each image.
+        noise: (B, uh, uw) in [0, 1), which chooses the source of each unit.
     """
     size_px = images.shape[-1] // hidden.shape[-1]
     units = patchify(images, size_px)
@@ -60,11 +70,22 @@ def copy_visible(images: Tensor, where: Tensor, hidden: Tensor, hidden_count: in
 
 
 def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
-    """Fixed 2-D sine-cosine positions, (N, dim) float32; dim must be a multiple of 4 (ValueError).
+    """Make fixed 2-D sine-cosine positions.
 
     The first half of the channels encodes the column, the second half the row, each as sines and then cosines,
-    temperature 10,000: MAE (He et al. 2022), appendix A.1 and its published code, after the 1-D form of Vaswani et
-    al. 2017, section 3.5.
+    temperature 10,000: MAE (He et al. 2022), appendix A.1 and its published code, after the 1-D form of Vaswani et al.
+    2017, section 3.5.
+
+    Args:
+        grid: (rows, columns).
+        dim: A multiple of 4.
+        device: Where they are.
+
+    Returns:
+        (N, dim) float32.
+
+    Raises:
+        ValueError: `dim` is no multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4; got {dim}")
@@ -77,10 +98,16 @@ def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | Non
 
 
 def decoder_dim(encoder_dim: int, dim: int | None, num_heads: int) -> int:
-    """Width of a light decoder: `dim`, or half the encoder's rounded down to what positions and heads allow.
+    """Choose the width of a light decoder.
 
-    ValueError where `dim` is no multiple of 4 (sine-cosine positions) and of num_heads. Half: a guess,
-    after MAE's 512 beside an encoder of 1024.
+    Args:
+        encoder_dim: Width of the encoder.
+        dim: What was asked for; None: half the encoder's, rounded down to what positions and heads allow (a guess,
+            after MAE's 512 beside an encoder of 1024).
+        num_heads: Of its attention.
+
+    Raises:
+        ValueError: `dim` is no multiple of 4 (sine-cosine positions) and of `num_heads`.
     """
     step = math.lcm(4, num_heads)
     if dim is None:

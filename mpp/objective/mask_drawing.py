@@ -14,7 +14,18 @@ from mpp.rng import Purpose, Streams
 
 
 def draw_masks(sampler: Mask, grid: tuple[int, int], draw: float, seed: int, positions: Sequence[int]) -> Units:
-    """The masks and noise of the samples at these positions; `draw` as in `Mask.count`."""
+    """Draw the masks and noise of the samples at these positions.
+
+    Args:
+        sampler: The mask.
+        grid: (rows, columns) of units.
+        draw: As of `Mask.count`.
+        seed: Of the run.
+        positions: Of the samples in the run's order.
+
+    Raises:
+        UserError: A mask hides another number of units than it says.
+    """
     count = sampler.count(grid, draw)
     masks, noises = Streams(seed, Purpose.MASK), Streams(seed, Purpose.NOISE)
     hidden = np.stack([sampler(grid, count, masks.at(p)) for p in positions])

@@ -167,6 +167,12 @@ class MaskedPatchModel(nn.Module):
         return self._losses(self.predict(images, layout), targets), self._losses(trivial, targets)
 
     def after_step(self, step: int, total_steps: int, made: Tensor) -> None:
-        """Let targets that follow the encoder do so; after every optimizer step. made: see `Target.after_step`."""
+        """Let targets that follow the encoder do so; called after every optimizer step.
+
+        Args:
+            step: From 1.
+            total_steps: Of the run.
+            made: See `Target.after_step`.
+        """
         for o in self.objectives:
             o.target.after_step(self.encoder, step, total_steps, made)

@@ -19,13 +19,20 @@ from mpp.errors import UserError, one_line
 
 
 def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] = ()) -> None:
-    """In place, over all processes; parameters are replaced, so make the optimizer afterwards.
+    """Shard a model over all processes, in place. Parameters are replaced, so the optimizer is made afterwards.
 
-    Each block is gathered for its own passes, forward and backward; what is in no block for those of the whole model.
+    Each block is gathered for its own passes, forward and backward; what is in no block, for those of the whole model.
     Weights are gathered in fp32, so that a step computes what it does without; under autocast autograd keeps their bf16
-    copies from one pass to the other, 2 bytes for each weight, but not with activation checkpointing. whole: parts that
-    stay whole on each process, because something reads into their blocks. UserError for models with batch norms that
-    learn, whose statistics would be each process's own, and for parameters that torch cannot cut.
+    copies from one pass to the other, 2 bytes for each weight, but not with activation checkpointing.
+
+    Args:
+        model: What is sharded.
+        device: Where the shards are.
+        whole: Parts that stay whole on each process, because something reads into their blocks.
+
+    Raises:
+        UserError: The model has batch norms that learn, whose statistics would be each process's own, or parameters
+            that torch cannot cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -90,7 +90,18 @@ def _fused() -> Iterator[None]:
 def count_step(
     recipe: PretrainRecipe, model: MaskedPatchModel, grid: tuple[int, int], micro: int, precision: str
 ) -> tuple[float, int]:
-    """(floating-point operations, bytes at worst) of a forward and a backward pass of so many images."""
+    """Count what a forward and a backward pass take.
+
+    Args:
+        recipe: Of pretraining.
+        model: Of the recipe.
+        grid: (rows, columns) of cells.
+        micro: Images of the pass.
+        precision: "fp32" or "bf16".
+
+    Returns:
+        Floating-point operations, and bytes at worst.
+    """
     units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(micro))
     meta = torch.device("meta")
     model.to(meta).train()

@@ -38,7 +38,19 @@ class ProbeImages:
 def probe_images(
     data: Labeled, size: tuple[int, int], most: int, seed: int, key: str, **reading: Unpack[Decoding]
 ) -> ProbeImages:
-    """At most so many of the images, drawn by the seed, centre-cropped. UserError where none can be read."""
+    """Read images for the probe, centre-cropped.
+
+    Args:
+        data: Labeled images.
+        size: (H, W) of the crops.
+        most: How many at most, drawn by the seed.
+        seed: Of the run.
+        key: Of the recipe, for messages.
+        **reading: How they are decoded.
+
+    Raises:
+        UserError: None can be read.
+    """
     numbers = np.sort(stream(seed, Purpose.PROBE).permutation(len(data.labels))[:most])
     batch = CentreDataset(data, size, 1.0, **reading).__getitems__(numbers.tolist())
     if isinstance(batch, UserError):

@@ -54,9 +54,16 @@ def _text(path: str | Path) -> str:
 
 
 def load_recipe(path: str | Path, job: type[R], overrides: JsonObject | None = None, scale: str | None = None) -> R:
-    """Read and check a recipe. scale: one of its `scales`, applied before the overrides.
+    """Read and check a recipe.
 
-    UserError with a line for each thing that is wrong.
+    Args:
+        path: Of the file.
+        job: The recipe's type.
+        overrides: Dotted keys and their values.
+        scale: One of its `scales`, applied before the overrides.
+
+    Raises:
+        UserError: With a line for each thing that is wrong.
     """
     values, places = parse_yaml(_text(path), str(path))
     apply_scale(values, places, scale, str(path))
@@ -70,7 +77,19 @@ def load_any(path: str | Path, overrides: JsonObject | None = None, scale: str |
 
 
 def load_open(path: str | Path, overrides: JsonObject, scale: str | None) -> tuple[Job, list[str]]:
-    """As `load_any`, of a recipe that leaves required keys to the command line: these are OPEN, and listed."""
+    """Read a recipe that may leave required keys to the command line.
+
+    Args:
+        path: Of the file.
+        overrides: Dotted keys and their values.
+        scale: One of its `scales`.
+
+    Returns:
+        The recipe, in which missing keys are OPEN, and these keys.
+
+    Raises:
+        UserError: With a line for each other thing that is wrong.
+    """
     job = _job_of(path)
     required = [key for key, f in leaves(job).items() if key in EXAMPLES and f.is_required()]
     values, places = parse_yaml(_text(path), str(path))
@@ -87,7 +106,17 @@ def _job_of(path: str | Path) -> type[Job]:
 
 
 def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonObject, scale: str | None = None) -> R:
-    """A recipe from a file, a mapping of its keys or, already checked, with one of its scales and overrides applied."""
+    """Return a recipe with one of its scales and overrides applied.
+
+    Args:
+        recipe: A file, a mapping of its keys, or a checked recipe.
+        job: The recipe's type.
+        overrides: Dotted keys and their values.
+        scale: One of its `scales`.
+
+    Raises:
+        UserError: With a line for each thing that is wrong.
+    """
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, job, overrides, scale)
     if isinstance(recipe, Mapping):
@@ -105,7 +134,17 @@ def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonO
 
 
 def check_recipe(values: JsonObject, job: type[R], places: dict[Key, str] | None = None, source: str = "recipe") -> R:
-    """Validate a mapping. UserError with a line for each thing that is wrong."""
+    """Validate a mapping of a recipe's keys.
+
+    Args:
+        values: The mapping.
+        job: The recipe's type.
+        places: Where each key stands (file:line), for messages.
+        source: What a key without a place is said to stand in.
+
+    Raises:
+        UserError: With a line for each thing that is wrong.
+    """
     expected = job.model_fields["job"].default
     named = values.get("job", "pretrain")
     if isinstance(named, str) and named != expected and named in RECIPES:

@@ -18,7 +18,17 @@ COMMAND_LINE = "command line"
 
 
 def apply_scale(values: JsonObject, places: dict[Key, str], scale: str | None, source: str) -> None:
-    """Apply one of the recipe's own sets of overrides and take the sets out. UserError where it has none so named."""
+    """Apply one of the recipe's own sets of overrides in place, and take the sets out.
+
+    Args:
+        values: Of the recipe.
+        places: Where each key stands, changed likewise.
+        scale: The set's name; None: no set.
+        source: The recipe, for messages.
+
+    Raises:
+        UserError: The recipe has no set of this name.
+    """
     scales = values.pop("scales", None) or {}
     if not isinstance(scales, dict):
         raise UserError(f"{places.get(('scales',), source)}: scales: must be names with keys; got {scales!r}")
@@ -39,7 +49,11 @@ def apply_overrides(
 ) -> None:
     """Set dotted keys in place. Values that are strings are read as YAML, as on the command line.
 
-    given_at: where each of them stands; default: on the command line.
+    Args:
+        values: Of the recipe.
+        places: Where each key stands, changed likewise.
+        overrides: Dotted keys and their values.
+        given_at: Where each of them stands; None: on the command line.
     """
     # which component, before its keys, in whatever order they were given
     names_first = sorted(overrides.items(), key=lambda item: item[0].removesuffix(".name") not in RECIPE_KEYS)

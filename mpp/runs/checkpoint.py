@@ -186,7 +186,23 @@ def save_together(
     state: JsonObject,
     **how: Any,
 ) -> Path:
-    """`save`, by the main process alone, or by each where the model is sharded. Every process calls this."""
+    """Save a checkpoint, by the main process alone, or by each where the model is sharded. Every process calls this.
+
+    Args:
+        team: The processes.
+        folder: Of the run's checkpoints.
+        step: That was made last.
+        model: What is saved.
+        optimizer: With its state; None: without.
+        state: More that is needed to go on.
+        **how: As of `save`.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     act = partial(save, folder, step, model, optimizer, state, **how)
     if all(own_rows(p) is None for p in model.parameters()):
         return team.on_main(act)
@@ -266,9 +282,17 @@ def load(
     *,
     checked: bool = False,
 ) -> None:
-    """Put a checkpoint's tensors into model and optimizer, strictly. UserError where they do not fit.
+    """Put a checkpoint's tensors into model and optimizer, strictly.
 
-    checked: compare its files with the manifest first, as `newest` does. UserError where they differ.
+    Args:
+        path: The checkpoint's folder.
+        model: What gets them.
+        optimizer: What gets its state.
+        averaged: What gets the averaged weights.
+        checked: Whether its files are compared with the manifest first, as `newest` does.
+
+    Raises:
+        UserError: They do not fit, or files differ.
     """
     if checked and (fault := broken(path)):
         raise UserError(f"{path}: {fault}")

@@ -39,10 +39,17 @@ class OpenRun:
 
 @contextmanager
 def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterator[OpenRun]:
-    """The run folder of `recipe`, made and locked by the main process until this ends; all processes learn of it.
+    """Open the run folder of a recipe, made and locked by the main process until this ends; all processes learn of it.
 
-    resume: "never", "auto" or a checkpoint's folder. UserError, on every process, where the folder holds another run,
-    where recipe or data changed since, and where another process writes into it.
+    Args:
+        team: The processes.
+        recipe: Whose `out` it is.
+        resume: "never", "auto" or a checkpoint's folder.
+        fingerprint: Of the data.
+
+    Raises:
+        UserError: On every process: the folder holds another run, recipe or data changed since, or another process
+            writes into it.
     """
     lock: Lock | None = None
 
@@ -107,10 +114,15 @@ def _said(holder: bytes) -> str:
 
 
 def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
-    """Check the run folder of `recipe`; nothing is written.
+    """Check the run folder of a recipe; nothing is written.
 
-    resume: "never", "auto" or a checkpoint's folder. UserError where the folder holds another run, or where
-    recipe or data changed since.
+    Args:
+        recipe: Whose `out` it is.
+        resume: "never", "auto" or a checkpoint's folder.
+        fingerprint: Of the data.
+
+    Raises:
+        UserError: The folder holds another run, or recipe or data changed since.
     """
     if not isinstance(resume, str | os.PathLike):
         raise UserError(f"resume: {resume!r}; allowed: auto, never, or the folder of a checkpoint")

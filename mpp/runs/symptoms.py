@@ -63,7 +63,13 @@ class Symptom:
 
 
 def collapsed(rank: float, share: float, least_share: float) -> bool:
-    """Whether a target, or the features, say hardly anything of an image; nan says nothing."""
+    """Return whether a target, or the features, say hardly anything of an image.
+
+    Args:
+        rank: Effective rank; nan says nothing.
+        share: Of the variance that lies between images; nan says nothing.
+        least_share: Below which it is collapsed.
+    """
     return rank < COLLAPSED_RANK or share < least_share
 
 

@@ -92,7 +92,13 @@ class Verdict:
     def of(
         labels_per_class: int | None, cells: Mapping[str, list[dict[str, float]]], metric: str = "accuracy"
     ) -> Verdict:
-        """cells: arm -> metrics of each seed, in the same order; `metric` is one of them."""
+        """Summarise cells of one number of labels.
+
+        Args:
+            labels_per_class: None: all.
+            cells: By arm, metrics of each seed, in the same order.
+            metric: The one that decides.
+        """
         scores = {arm: [m[metric] for m in seeds] for arm, seeds in cells.items()}
         metrics = {
             arm: {name: estimate([m[name] for m in seeds]) for name in seeds[0] if all(name in m for m in seeds)}

@@ -9,7 +9,16 @@ from mpp.parallel.team import Team
 
 
 def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> int:
-    """Micro-batches of one step on each process: the fewest that fit. UserError where they cannot be equal."""
+    """Return how many micro-batches a step has on each process: the fewest that fit.
+
+    Args:
+        global_batch: Images of a step over all processes.
+        world: How many processes there are.
+        max_batch_per_device: Images that fit at a time.
+
+    Raises:
+        UserError: They cannot be equal.
+    """
     if global_batch % world:
         raise UserError(
             f"optim.global_batch_size: {global_batch} cannot be shared by {world} processes; "

@@ -97,9 +97,13 @@ def layer_numbers(encoder: nn.Module) -> tuple[dict[str, int], int]:
 
 
 def unfreeze(groups: list[ParameterGroup], *, frozen_steps: int, gradual: bool) -> None:
-    """Say at which step each of `finetune_groups` begins to learn; the head's do at once.
+    """Say at which step each group of the encoder begins to learn; the head's groups do at once.
 
-    gradual: the last block after an equal share of `frozen_steps`, and so on down to the first at their end.
+    Args:
+        groups: Those of `finetune_groups`, changed in place.
+        frozen_steps: During which none of the encoder, or less and less of it, is frozen.
+        gradual: Whether the last block begins after an equal share of `frozen_steps`, and so on down to the first at
+            their end; else all begin at their end.
     """
     blocks = 1 + max((group["from_top"] for group in groups if "from_top" in group), default=0)
     for group in groups:
@@ -113,9 +117,14 @@ def adamw(groups: list[ParameterGroup], betas: tuple[float, float]) -> torch.opt
 
 
 def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
-    """Linear warm-up to `lr`, then half a cosine down to `min_lr` (SGDR, Loshchilov & Hutter 2017).
+    """Return the learning rate of a step: linear warm-up, then half a cosine (SGDR, Loshchilov & Hutter 2017).
 
-    `step` counts from 0; the first step already has lr / warmup_steps.
+    Args:
+        step: From 0; the first step already has lr / warmup_steps.
+        total_steps: Of the run.
+        warmup_steps: Of the run.
+        lr: The highest.
+        min_lr: The last.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps

@@ -30,8 +30,21 @@ PARSING = threading.Lock()
 def read_array(
     data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int, nodata: float | None = None
 ) -> np.ndarray | None:
-    """(C, H, W) of numbers as they are stored, with missing ones filled in, if these bytes are of a format of this
-    module's; None for others. BadImage."""
+    """Read an image of one of this module's formats, as numbers.
+
+    Args:
+        data: The bytes of a file.
+        channels: How many the image must have.
+        formats: Those that are allowed.
+        max_image_pixels: Images of more are refused.
+        nodata: A value that stands for a missing one, which is filled in.
+
+    Returns:
+        (C, H, W) as the numbers are stored; None if the bytes are of another format.
+
+    Raises:
+        BadImage: They cannot be decoded, or are of other channels or too many pixels.
+    """
     try:
         if data.startswith(NPY):
             if "NPY" not in formats:

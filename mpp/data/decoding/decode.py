@@ -61,9 +61,16 @@ def random_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Box:
-    """A random resized crop (Szegedy et al. 2015, section 6): area in `scale`, aspect log-uniform in `ratio`.
+    """Draw a random resized crop (Szegedy et al. 2015, section 6).
 
-    After ten misses, as torchvision: the largest centred box whose aspect lies in `ratio`.
+    After ten misses it is the largest centred box whose aspect lies in `ratio`, as in torchvision.
+
+    Args:
+        rng: Where it is drawn from.
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        scale: Least and greatest area, as parts of the image's.
+        ratio: Least and greatest aspect (width over height), drawn log-uniformly.
     """
     for _ in range(10):
         area = rng.uniform(*scale) * width * height
@@ -80,7 +87,14 @@ def random_box(
 
 
 def centre_box(width: int, height: int, size: tuple[int, int], fraction: float = 1.0) -> Box:
-    """The largest centred box of the aspect of `size` (H, W), its sides times `fraction`."""
+    """Return the largest centred box of the aspect of `size`, its sides times `fraction`.
+
+    Args:
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        size: (H, W).
+        fraction: Of the box's sides.
+    """
     aspect = size[1] / size[0]
     w = min(width, height * aspect) * fraction
     h = w / aspect
@@ -89,9 +103,14 @@ def centre_box(width: int, height: int, size: tuple[int, int], fraction: float =
 
 
 def view_boxes(views: int, size: tuple[int, int], fraction: float) -> list[Callable[[int, int], Box]]:
-    """Where to crop (H, W) for so many views of an image: the centre; with ten of them the corners, too.
+    """Return what chooses the crops of so many views of an image: the centre; of ten views the corners, too.
 
-    The other half of two or ten views are their mirror images.
+    The other half of two or ten views are mirror images of these.
+
+    Args:
+        views: 1, 2 or 10.
+        size: (H, W) of the crops.
+        fraction: Of the largest box of this aspect.
     """
 
     def at_corner(x: float, y: float) -> Callable[[int, int], Box]:
@@ -111,7 +130,20 @@ def decode_crop(
     size: tuple[int, int],
     **decoding: Unpack[Decoding],
 ) -> Tensor:
-    """-> (channels, H, W) of `size` (H, W): what `decode_cut` gives for the same arguments, resized."""
+    """Decode an image, cut a box out of it and resize that.
+
+    Args:
+        data: The bytes of a file.
+        choose_box: Picks the crop from (width, height).
+        size: (H, W) of the result.
+        **decoding: As of `decode_cut`.
+
+    Returns:
+        (channels, H, W) uint8, or float32 in [0, 255] with `value_range`.
+
+    Raises:
+        BadImage: The bytes cannot be decoded.
+    """
     return resize(decode_cut(data, choose_box, size, **decoding), size)
 
 
@@ -126,11 +158,23 @@ def decode_cut(
     value_range: ValueRange | None = None,
     nodata: float | None = None,
 ) -> Cut:
-    """-> (channels, h, w) uint8, to be resized to `size` (H, W).
+    """Decode an image and cut a box out of it, without resizing.
 
-    `choose_box(width, height)` picks the crop once the size is known. value_range: float32 in [0, 255] instead, of
-    images with any number of channels and bits; `nodata` and values that are not finite are missing then, see
-    `fill_missing`. BadImage where the bytes are no image of `formats`, too large, truncated or otherwise not decodable.
+    Args:
+        data: The bytes of a file.
+        choose_box: Picks the crop from (width, height), once they are known.
+        size: (H, W) to which the cut will be resized; JPEGs are decoded no finer than that needs.
+        channels: How many the image must have, or is brought to.
+        formats: Those that are allowed.
+        max_image_pixels: Images of more are refused.
+        value_range: Of images with any number of channels and bits: what is brought to [0, 255].
+        nodata: A value that stands for a missing one, as those that are not finite do; see `fill_missing`.
+
+    Returns:
+        (channels, h, w) uint8, or float32 in [0, 255] with `value_range`.
+
+    Raises:
+        BadImage: The bytes are no image of `formats`, too large, truncated or otherwise not decodable.
     """
     if value_range is not None:
         reading: Reading = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
@@ -290,10 +334,20 @@ def own_pixel_limit() -> Iterator[None]:
 def decode_pillow(
     data: bytes, *, channels: int, formats: tuple[str, ...], max_image_pixels: int, deep: bool = False
 ) -> Image.Image:
-    """The whole image, upright, in the mode of `channels`. BadImage as in `decode_crop`.
+    """Decode a whole image with Pillow, upright, in the mode of `channels`.
 
-    EXIF rotation applied, transparency over grey, 16 bits divided by 257, CMYK and palette converted, first
-    frame of an animation, no stacks of pages. deep: grey of 16 bits as it is.
+    EXIF rotation is applied, transparency laid over grey, 16 bits are divided by 257, CMYK and palettes are converted;
+    of an animation the first frame is taken, and stacks of pages are refused.
+
+    Args:
+        data: The bytes of a file.
+        channels: 1, 3 or 4.
+        formats: Those that are allowed.
+        max_image_pixels: Images of more are refused.
+        deep: Whether grey of 16 bits stays as it is.
+
+    Raises:
+        BadImage: The bytes cannot be decoded.
     """
     if not data:
         raise BadImage("empty file")

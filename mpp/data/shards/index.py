@@ -280,7 +280,7 @@ def digest(index: ShardIndex) -> str:
 
 
 def fingerprint(shards: Iterable[str], sizes_bytes: Iterable[int], digests: Iterable[str]) -> str:
-    """What a run's data was: names, sizes and tables of all shards in order, not where they lie."""
+    """Return what tells one run's data from another's: names, sizes and tables of all shards, not where they lie."""
     sha256 = hashlib.sha256()
     for shard, size_bytes, table in zip(shards, sizes_bytes, digests, strict=True):
         sha256.update(os.path.basename(without_secrets(shard)).encode() + f"\0{size_bytes}\0{table}\0".encode())
@@ -288,10 +288,15 @@ def fingerprint(shards: Iterable[str], sizes_bytes: Iterable[int], digests: Iter
 
 
 def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = False) -> list[str]:
-    """Shards named by a folder, file, glob, brace pattern, URL or a list of these, sorted within each.
+    """Find the shards that a recipe names by a folder, file, glob, brace pattern, URL or a list of these.
 
-    files: a folder without shards stays as it is: its images are files. UserError, naming the recipe `key`, where
-    something matches nothing or a shard comes twice.
+    Args:
+        spec: Of the recipe. What one item matches is sorted.
+        key: Of the recipe, for messages.
+        files: Whether a folder without shards stays as it is, because its images are files.
+
+    Raises:
+        UserError: Something matches nothing, or a shard comes twice.
     """
     expanded: list[str] = []
     for item in [spec] if isinstance(spec, str) else spec:

@@ -123,7 +123,16 @@ class ShardImages:
         return {i: self._entries[i].size_bytes for i in shards if is_remote(self.names[i])}
 
     def require(self, shards: Iterable[int], what: str, advice: str = "") -> None:
-        """UserError where the cache cannot hold these at a time. what: needs them. advice: beside a larger cache."""
+        """Check that the cache holds these shards at a time.
+
+        Args:
+            shards: Their numbers.
+            what: Needs them, for the message.
+            advice: What would do beside a larger cache.
+
+        Raises:
+            UserError: The cache is too small.
+        """
         needed = sum(self.remote(shards).values())
         if needed > self.store.limit_bytes:
             raise UserError(
@@ -164,9 +173,15 @@ class ShardImages:
         return os.pread(self._descriptor(shard), size, offset)
 
     def read(self, shard: int, row: int, *, few: bool = False) -> bytes:
-        """The bytes of an image. BadImage where they are too many to be one.
+        """Read the bytes of an image.
 
-        few: no more than a few of its shard will be read, for which a remote one is not fetched.
+        Args:
+            shard: Its number.
+            row: Of the image in the shard.
+            few: Whether only a few images of the shard will be read, so that a remote one is not fetched.
+
+        Raises:
+            BadImage: They are too many to be an image.
         """
         index = self.indexes[shard]
         offset, size = index.table[row, :2].tolist()
@@ -200,10 +215,20 @@ class ShardImages:
         blank: T,
         few: bool = False,
     ) -> tuple[T, list[str]]:
-        """(what `decode` makes of the image, a line for each bad one that was passed over).
+        """Read and decode an image; in place of a bad one, the next good one of its shard.
 
-        A bad image is replaced by the next good one among `rows` of its shard; after REPLACEMENTS bad ones in a row
-        `blank` stands in, so that every process always gets full batches. few: as in `read`.
+        After REPLACEMENTS bad ones in a row `blank` stands in, so that every process always gets full batches.
+
+        Args:
+            shard: Its number.
+            row: Of the image in the shard.
+            rows: Those that may replace it.
+            decode: Makes a value of the bytes.
+            blank: The value that stands in.
+            few: As of `read`.
+
+        Returns:
+            What `decode` made, and a line for each bad image that was passed over.
         """
         bad: list[str] = []
         for step in range(min(REPLACEMENTS, len(rows))):

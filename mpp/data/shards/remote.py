@@ -73,10 +73,18 @@ def next_to(url: str, ending: str) -> str:
 
 @contextmanager
 def opened(url: str, *, start: int = 0, stop: int | None = None, version: str | None = None) -> Iterator[Answer]:
-    """The file from byte `start` to before `stop`, or all of it where the server does not do that or it has changed.
+    """Open a remote file from a byte on, or all of it where the server cannot do that or the file has changed.
 
-    version: of an earlier answer, without which a part of the file cannot be told from a part of another one.
-    UserError for a scheme not in SCHEMES; Changed, or one of FAULTS, where it cannot be had.
+    Args:
+        url: With a scheme of SCHEMES.
+        start: The first byte.
+        stop: The byte before which it ends; None: the end of the file.
+        version: Of an earlier answer, by which a part of the same file is told from a part of another one.
+
+    Raises:
+        UserError: The scheme is unknown.
+        Changed: The file is another one.
+        Exception: One of FAULTS, where the file cannot be had.
     """
     scheme = urllib.parse.urlsplit(url).scheme
     if scheme not in SCHEMES or "::" in url:
@@ -134,7 +142,11 @@ def _through_fsspec(url: str, start: int, stop: int | None, version: str | None)
 
 
 def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
-    """`size` bytes from `start` of a file of `total` bytes; None where that is not what can be had of it."""
+    """Read `size` bytes from `start` of a remote file.
+
+    Returns:
+        The bytes; None where the file is not of `total` bytes, or fewer can be had.
+    """
     with opened(url, start=start, stop=start + size) as answer:
         if answer.total != total or answer.start != start:
             return None

@@ -99,9 +99,17 @@ class Store:
         raise UserError(f"{url}: left {self.folder} each time before it was read: something empties it")
 
     def read(self, url: str, index: ShardIndex, offset: int, size: int, *, few: bool = False) -> bytes:
-        """Bytes of a shard. UserError where it is another one than its index says, or cannot be had.
+        """Read bytes of a shard.
 
-        few: no more than a little of it will be read, for which it is not fetched.
+        Args:
+            url: Of the shard.
+            index: Of the shard.
+            offset: The first byte.
+            size: How many bytes.
+            few: Whether little of the shard will be read, so that it is not fetched.
+
+        Raises:
+            UserError: The shard is another one than its index says, or cannot be had.
         """
         if few and not self.target(url).exists():
             self._in_parts[url] = self._in_parts.get(url, 0) + size

@@ -45,9 +45,16 @@ def train(
     steps_per_epoch: int,
     weight_decay: float,
 ) -> None:
-    """Train probes (layer, learning rate, probe) side by side on one pass of the encoder for each batch.
+    """Train probes side by side on one pass of the encoder for each batch.
 
-    batches(epoch) gives tokens and (B,) labels. AdamW, a tenth of the steps warming up, then a cosine to zero.
+    AdamW, a tenth of the steps warming up, then a cosine to zero.
+
+    Args:
+        probes: (layer, learning rate, probe) of each.
+        batches: Gives tokens and (B,) labels of an epoch.
+        epochs: How many.
+        steps_per_epoch: Batches of each.
+        weight_decay: Of AdamW.
     """
     optimizers = [torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay) for _, lr, probe in probes]
     steps, step = epochs * steps_per_epoch, 0

@@ -14,7 +14,17 @@ CHUNK = 8192
 
 
 def nearest(train: np.ndarray, queries: np.ndarray, k: int, device: torch.device) -> np.ndarray:
-    """(n, D) and (q, D) float32, in memory or mapped from a file -> (q, k) int64 rows of `train`, nearest first."""
+    """Find the nearest neighbours by cosine similarity.
+
+    Args:
+        train: (n, D) float32, in memory or mapped from a file.
+        queries: (q, D) float32, likewise.
+        k: How many of each.
+        device: Where similarities are computed.
+
+    Returns:
+        (q, k) int64 rows of `train`, nearest first.
+    """
     neighbours = []
     for first in range(0, len(queries), CHUNK):
         query = _directions(queries[first : first + CHUNK], device)
@@ -34,7 +44,16 @@ def _directions(x: np.ndarray, device: torch.device) -> Tensor:
 
 
 def vote(labels: np.ndarray, k: int, num_classes: int) -> np.ndarray:
-    """(q, ≥ k) labels of the neighbours, nearest first -> (q,) the most frequent of the first k; ties: the smallest."""
+    """Return the most frequent of the first k labels of each query; of equally frequent ones the smallest.
+
+    Args:
+        labels: (q, ≥ k) labels of the neighbours, nearest first.
+        k: How many vote.
+        num_classes: How many there are.
+
+    Returns:
+        (q,) int64.
+    """
     counts = np.zeros((len(labels), num_classes), dtype=np.int64)
     np.add.at(counts, (np.arange(len(labels))[:, None], labels[:, :k]), 1)
     return counts.argmax(1)

@@ -70,8 +70,16 @@ def fit(
 ) -> Linear:
     """Minimise mean cross-entropy + weight_decay / 2 · |weight|² by L-BFGS with Wolfe's line search.
 
-    x: (n, D), in memory or mapped from a file; labels: (n,) int64. The bias is not decayed. scikit-learn's
-    LogisticRegression is the same with C = 1 / (n · weight_decay). start: fit from these weights on, of the same x.
+    The bias is not decayed. scikit-learn's LogisticRegression is the same with C = 1 / (n · weight_decay).
+
+    Args:
+        x: (n, D), in memory or mapped from a file.
+        labels: (n,) int64.
+        num_classes: How many there are.
+        weight_decay: See above.
+        device: Where it is computed.
+        max_iterations: Of L-BFGS.
+        start: Weights to go on from, of a fit to the same x.
     """
     if start is None:
         mean, scale = standardisation(x, device)

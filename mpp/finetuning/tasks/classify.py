@@ -55,7 +55,7 @@ class ClassifyTask(Task):
     def judge(
         self, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, classes) float32 and labels (B,)."""
+        """Return logits (B, classes) float32 and labels (B,)."""
         return run(images).float().cpu(), labels
 
     def metrics(self, judged: list[tuple[Tensor, Tensor]], *, headline_only: bool = False) -> dict[str, float]:

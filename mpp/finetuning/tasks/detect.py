@@ -81,9 +81,15 @@ class DetectTask(Task):
         self.detector = built
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int], targets: Labels = None) -> Outputs:
-        """In training the losses by name; else of each image boxes (n, 4) in its pixels, labels and scores (n,).
+        """Compute losses in training, and boxes otherwise.
 
-        targets: of each image boxes (n, 4) as x0, y0, x1, y1 and labels (n,).
+        Args:
+            maps: Of the encoder.
+            size: (H, W) of the images.
+            targets: Of each image boxes (n, 4) as x0, y0, x1, y1 and labels (n,).
+
+        Returns:
+            In training the losses by name; else of each image boxes (n, 4) in its pixels, labels and scores (n,).
         """
         with torch.autocast(maps[0].device.type, enabled=False):  # boxes want more digits than bfloat16 has
             levels = self.pyramid([m.float() for m in maps])
@@ -106,14 +112,23 @@ class DetectTask(Task):
     def judge(
         self, run: Callable[[Tensor], Outputs], images: Tensor, targets: list[dict[str, Tensor]], size: tuple[int, int]
     ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """(found, true) of each image, in the pixels of the file, on the CPU."""
+        """Return (predicted, true) of each image, in the pixels of the file, on the CPU."""
         return list(zip(self.predict(run, images, targets), targets, strict=True))
 
     @torch.no_grad()
     def predict(
         self, run: Callable[[Tensor], Outputs], images: Tensor, targets: Sequence[dict[str, Tensor]]
     ) -> list[dict[str, Tensor]]:
-        """Images shrunk into the upper left, `targets` with `scale` and `size` (h, w) of the file, -> boxes there."""
+        """Predict boxes in the pixels of the files.
+
+        Args:
+            run: The model.
+            images: Shrunk into the upper left of their canvas.
+            targets: `scale` and `size` (h, w) of each file.
+
+        Returns:
+            boxes, scores and labels of each image, on the CPU.
+        """
         in_pixels = []
         for detections, target in zip(run(images), targets, strict=True):
             on_host = {key: value.detach().cpu() for key, value in detections.items()}

@@ -36,7 +36,7 @@ class MultilabelTask(Task):
     def judge(
         self, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Logits and labels, (B, classes) float32."""
+        """Return logits and labels, (B, classes) float32."""
         return run(images).float().cpu(), labels
 
     def metrics(self, judged: list[tuple[Tensor, Tensor]], *, headline_only: bool = False) -> dict[str, float]:

@@ -83,9 +83,16 @@ class SegmentTask(Task):
         sizes: Sequence[tuple[int, int]],
         window: tuple[int, int],
     ) -> list[Tensor]:
-        """(C, h, w) uint8 images, none smaller than the window (H, W) -> (h0, w0) uint8 classes at their `sizes`.
+        """Predict the class of every pixel; logits of overlapping windows are averaged.
 
-        Logits of overlapping windows are averaged. run: (B, C, H, W) uint8 -> (B, classes, H, W).
+        Args:
+            run: (B, C, H, W) uint8 -> (B, classes, H, W) logits.
+            images: (C, h, w) uint8, none smaller than the window.
+            sizes: (h0, w0) of the files.
+            window: (H, W) that the model reads at a time.
+
+        Returns:
+            (h0, w0) uint8 classes of each image.
         """
         places = [(i, *at) for i, image in enumerate(images) for at in self._windows(image.shape[-2:], window)]
         at_once = min(max(LOGITS_AT_ONCE // (self.num_classes * window[0] * window[1]), 1), WINDOWS_AT_ONCE)
@@ -122,7 +129,7 @@ class SegmentTask(Task):
     def judge(
         self, run: Callable[[Tensor], Tensor], images: list[Tensor], masks: list[Tensor], window: tuple[int, int]
     ) -> Tensor:
-        """(classes, classes) int64: pixels by true class and the one that was said, on the CPU."""
+        """Return (classes, classes) int64: pixels by true class and predicted class, on the CPU."""
         total = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
         predicted = self.predict(run, images, [(m.shape[0], m.shape[1]) for m in masks], window)
         for mask, classes in zip(masks, predicted, strict=True):

@@ -66,7 +66,16 @@ class AttentionGuide(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Images, noise: Tensor, count: int) -> Tensor:
-        """noise (B, uh, uw) in [0, 1) -> (B, uh, uw) bool with `count` hidden in each image."""
+        """Hide units by the attention that a teacher pays to them.
+
+        Args:
+            images: Of the batch.
+            noise: (B, uh, uw) in [0, 1).
+            count: Units to hide in each image.
+
+        Returns:
+            (B, uh, uw) bool.
+        """
         attention = self.teacher.attention(images, (noise.shape[1], noise.shape[2])).view(noise.shape)
         gumbel = -(-noise.clamp(1e-7, 1 - 1e-7).log()).log()
         return lowest(-(self.strength * attention.clamp_min(1e-12).log() + gumbel), count)

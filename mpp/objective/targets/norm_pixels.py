@@ -33,7 +33,10 @@ class NormPixelsTarget(Target):
         return torch.zeros(len(hidden), hidden[0].numel(), self.dim, device=hidden.device)
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
-        """borrow=True: each patch's own mean and std, which the model never saw; else the visible pixels'."""
+        """Bring the prediction back to the scale of the image.
+
+        With `borrow` by each patch's own mean and std, which the model never saw; else by the visible pixels'.
+        """
         if borrow:
             mean, std = _statistics(patchify(images.normalised.float(), self.cell_px))
         else:
