@@ -91,6 +91,7 @@ def reading_line(model: TimmModel) -> str:
 
 def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
     """Of what this recipe trained."""
+    crop_fraction = 1.0
     if isinstance(recipe, PretrainRecipe):
         made = (
             f"Masked-patch pretraining without labels: mask {recipe.mask.name}, corruption {recipe.corruption.name}, "
@@ -104,6 +105,7 @@ def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
     else:
         made = f"Fine-tuned on `{', '.join(recipe.data.train)}` from `{recipe.encoder}`."
         limits = "Judged on the validation data named in recipe.yaml alone."
+        crop_fraction = recipe.data.val_crop_fraction
     mean, std = recipe.data.mean_std()
     return Origin(
         mean=mean,
@@ -111,7 +113,7 @@ def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
         input_size=(recipe.data.channels, *recipe.data.image_size),
         made=f"{made} The whole recipe is in `recipe.yaml`.",
         limits=limits,
-        crop_fraction=getattr(recipe.data, "val_crop_fraction", 1.0),
+        crop_fraction=crop_fraction,
         recipe=dump_recipe(recipe),
         pixels=pixels_of(recipe.data.decoding().get("value_range")),
     )

@@ -83,7 +83,8 @@ def open_reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
     timm_config = model.pretrained_cfg
     size = data.image_size or tuple(timm_config["input_size"][1:])
     check_size(model, size, source)
-    mean, std = (getattr(data, k) or for_channels(timm_config[k], data.channels) for k in ("mean", "std"))
+    mean = data.mean or for_channels(timm_config["mean"], data.channels)
+    std = data.std or for_channels(timm_config["std"], data.channels)
     return _Opened(EncoderReader(model, recipe.layers, mean, std), (int(size[0]), int(size[1])))
 
 

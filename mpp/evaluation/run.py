@@ -45,8 +45,8 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
     if team.world > 1:
         raise UserError(f"evaluate runs in one process; got {team.world}")
     data = _open(recipe)
-    for key in ("encoder", "compare"):
-        if source := getattr(recipe, key):
+    for key, source in (("encoder", recipe.encoder), ("compare", recipe.compare)):
+        if source:
             check_source(source, key=key)
     readers = {
         arm: None if arm == "pixels" else open_reader(recipe, arm) for arm in _arms(recipe)

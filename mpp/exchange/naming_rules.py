@@ -62,7 +62,7 @@ class Trained:
 def trained(weights: Mapping[str, Tensor], layout: str) -> Trained | None:
     """How these weights, named as in this layout, were trained; None if they do not tell."""
     for name in names():
-        for known in getattr(importlib.import_module(f"mpp.exchange.naming.{name}"), "TRAINED", ()):
+        for known in importlib.import_module(f"mpp.exchange.naming.{name}").TRAINED:
             marked = all(any(re.search(mark, n) for n in weights) for mark in known.marks)
             if known.square is not None:
                 shapes = [value.shape for n, value in weights.items() if re.search(known.square, n)]

@@ -127,9 +127,9 @@ def _build_objectives(
         return frozen_copy(encoder, layers=layers, norm_average=norm_average)
 
     objectives: list[Objective] = []
-    sections: list[tuple[str, PretrainRecipe | ExtraTarget]] = [("", recipe)]
-    sections += [(f"extra_targets.{i}.", s) for i, s in enumerate(recipe.extra_targets)]
-    for where, section in sections:
+    sections: list[tuple[str, PretrainRecipe | ExtraTarget, float]] = [("", recipe, 1.0)]
+    sections += [(f"extra_targets.{i}.", extra, extra.weight) for i, extra in enumerate(recipe.extra_targets)]
+    for where, section, weight in sections:
         teacher = partial(frozen_teacher, channels=channels, grid=grid, key=f"{where}target")
         context = TargetContext(channels, cell_px, grid, teacher, student)
         target = registry.build(f"{where}target", section.target, context)
@@ -139,7 +139,7 @@ def _build_objectives(
         name = section.target.name
         while name in {o.name for o in objectives}:
             name += "_"
-        objectives.append(Objective(name, target, head, loss, getattr(section, "weight", 1.0), where))
+        objectives.append(Objective(name, target, head, loss, weight, where))
     return objectives
 
 

@@ -156,8 +156,7 @@ class ImageData(Section):
 
     @model_validator(mode="after")
     def _channels(self) -> ImageData:
-        for key in ("mean", "std"):
-            value = getattr(self, key)
+        for key, value in (("mean", self.mean), ("std", self.std)):
             if value is not None and len(value) != self.channels:
                 raise ValueError(f"{key}: has {len(value)} values for {self.channels} channels")
         return self
