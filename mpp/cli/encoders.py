@@ -212,7 +212,7 @@ def models(name: str | None, check: bool, as_json: bool) -> None:
         rows = [dict(zip(support.COLUMNS, row, strict=True)) for row in support.support_rows()]
         click.echo(to_json(rows) if as_json else support.text())
         return
-    from mpp.encoders.adapter import timm_names
+    from mpp.encoders.creation import timm_names
     from mpp.inspection import survey as known
 
     if check:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mpp.encoders.adapter import create_at_size, create_timm_model
 from mpp.encoders.checksums import HEAD, check_head, weights_sha256
+from mpp.encoders.creation import create_at_size, create_timm_model
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 from mpp.recipe.sections import Architecture

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpp.data.batch import Images
-from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.adapter import TimmEncoder
+from mpp.encoders.creation import create_timm_model
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 from mpp.recipe.flat import JsonObject

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mpp.encoders.adapter import create_timm_model, timm_names
+from mpp.encoders.creation import create_timm_model, timm_names
 from mpp.encoders.folder import Origin, pool_patches, save_encoder
 from mpp.encoders.resolve import for_channels
 from mpp.encoders.sources import check_size

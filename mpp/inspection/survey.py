@@ -6,7 +6,8 @@ import fnmatch
 import json
 import shlex
 
-from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.adapter import TimmEncoder
+from mpp.encoders.creation import create_timm_model
 from mpp.encoders.support import FAMILIES, TRIED, Family
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError

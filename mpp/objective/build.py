@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.adapter import TimmEncoder, adapt
+from mpp.encoders.creation import create_timm_model
 from mpp.encoders.sources import load_encoder
 from mpp.encoders.support import TRIED
 from mpp.encoders.teacher import FrozenTeacher, frozen_copy, frozen_teacher
@@ -46,7 +47,7 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
     _check_encoder_args(recipe.encoder.args)
     torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
     timm_model = _timm_model(recipe)
-    encoder = TimmEncoder(timm_model, size, recipe.mask.unit_px)
+    encoder = adapt(timm_model, size, recipe.mask.unit_px)
     unit = recipe.mask.unit_px or encoder.stride
     if unit % encoder.stride and encoder.stride % unit:
         raise UserError(

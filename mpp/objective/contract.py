@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from mpp.data.batch import NOISE, Images, Units
-from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.adapter import TimmEncoder, adapt
 from mpp.encoders.cells import repeat_cells
+from mpp.encoders.creation import create_timm_model
 from mpp.encoders.support import Family
 from mpp.encoders.timm_model import TimmModel
 from mpp.objective.interfaces import CorruptionContext, TargetContext
@@ -63,7 +64,7 @@ class ContractCase:
 
     def encoder(self, channels: int = 3) -> TimmEncoder:
         torch.manual_seed(0)
-        return TimmEncoder(self.plain(channels), self.image_size)
+        return adapt(self.plain(channels), self.image_size)
 
     def model(self, mechanism: str, channels: int = 3, *, checkpointing: bool = False) -> MaskedPatchModel:
         corruption_name, arguments, head_name = MECHANISMS[mechanism]

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpp.data.batch import NOISE, Images, Units
-from mpp.encoders.adapter import TimmEncoder, create_timm_model
+from mpp.encoders.adapter import adapt
 from mpp.encoders.cells import Cells, EncoderOutput, gather_cells, patchify, repeat_cells, unpatchify
+from mpp.encoders.creation import create_timm_model
 from mpp.encoders.teacher import frozen_copy, frozen_teacher
 from mpp.errors import UserError
 from mpp.evaluation.rank import effective_rank, image_share
@@ -66,7 +67,7 @@ def target_of(name: str, channels: int = 3, cell_px: int = CELL_PX, grid: tuple[
         model = create_timm_model(
             "vit_tiny_patch16_224", image_size=size, in_chans=channels, pretrained=False, args=tiny
         )
-        return frozen_copy(TimmEncoder(model, size), **asked)
+        return frozen_copy(adapt(model, size), **asked)
 
     if channels == 13 and "bits" in registry.declaration("target", name).arguments:
         args = {"bits": 1, **args}
@@ -496,7 +497,7 @@ class TestTeachers:
 
     def test_the_moving_average_moves_as_far_as_it_says(self) -> None:
         target = target_of("ema_teacher", decay=0.5, decay_end=1.0)
-        student = TimmEncoder(copy.deepcopy(target.teacher.model), (12, 20))
+        student = adapt(copy.deepcopy(target.teacher.model), (12, 20))
         before = [p.clone() for p in target.teacher.model.parameters()]
         with torch.no_grad():
             for p in student.model.parameters():

@@ -13,7 +13,7 @@ from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock
 
-from mpp.encoders.adapter import TimmEncoder
+from mpp.encoders.adapter import TimmEncoder, adapt
 from mpp.encoders.cells import Cells, Corrupted
 from mpp.encoders.shortcuts import embeds_at, runs_for
 from mpp.encoders.support import FAMILIES, TRIED, Family, table
@@ -291,7 +291,7 @@ def test_joining_before_block_0_is_token_mode(family: Family) -> None:
 )
 def test_a_hybrid_takes_mask_tokens_at_the_coarsest_stem_that_fits(unit_px: int, stem: str) -> None:
     model = timm.create_model("vit_tiny_r_s16_p8_224", num_classes=0, img_size=(64, 128), embed_dim=24, depth=1)
-    encoder = TimmEncoder(model, (64, 128), unit_px)
+    encoder = adapt(model, (64, 128), unit_px)
     assert encoder.stem is not None
     assert encoder.stem.path == stem
 
@@ -301,14 +301,14 @@ def test_cells_that_do_not_tile_the_image_are_refused() -> None:
     with pytest.raises(
         UserError, match="InceptionV3 is not supported: at 320×320 px it gives 8×8 cells, where .* 10×10"
     ):
-        TimmEncoder(inception, (320, 320))
+        adapt(inception, (320, 320))
 
 
 def test_the_width_is_that_of_the_features() -> None:
     """SAM's encoder narrows them in a neck, which is not read."""
     sam = timm.create_model("samvit_base_patch16", num_classes=0, img_size=32, embed_dim=24, depth=1, num_heads=2)
     assert sam.num_features != 24
-    encoder = TimmEncoder(sam, (32, 32))
+    encoder = adapt(sam, (32, 32))
     assert encoder.dim == 24
     assert not any(p.requires_grad for p in sam.neck.parameters())
 
@@ -374,7 +374,7 @@ def test_a_family_nobody_tried_is_refused_where_it_leaks(monkeypatch: pytest.Mon
         ({"mask.unit_px": 6}, "mask.unit_px: .*stride, 4 px"),
         ({"mask.unit_px": 32}, "data.image_size: must be multiples of the mask's unit"),
         ({"corruption.enter": 3}, "corruption.enter: the encoder has blocks 0 to 1; got 3. .*drop"),
-        ({"corruption.name": "drop", "head.name": "linear"}, "head.name: .*Allowed with it: transformer, cross_attention"),
+        ({"corruption.name": "drop", "head.name": "linear"}, "head.name: .*Allowed with it: cross_attention, transformer"),
         ({"head.name": "transformer", "head.dim": 30}, "head: dim must be a multiple of 4"),
         ({"corruption.name": "pixel_patch", "mask.unit_px": 2, "head.name": "transformer"}, "head.name: mask units of 2 px are parts .*Allowed with them: linear, mlp"),
         ({"corruption.name": "drop", "mask.unit_px": 2, "head.name": "transformer"}, "corruption.name: drop: mask units must be multiples of the encoder's stride, 4 px"),

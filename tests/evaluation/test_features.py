@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpp.encoders.adapter import create_timm_model
+from mpp.encoders.creation import create_timm_model
 from mpp.encoders.support import FAMILIES, Family
 from mpp.errors import UserError
 from mpp.evaluation.features import EncoderReader, PixelReader, Place, read_table

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mpp
-from mpp.encoders.adapter import create_at_size
 from mpp.encoders.checksums import sha256
+from mpp.encoders.creation import create_at_size
 from mpp.encoders.folder import Origin, pixels_of, pool_patches, save_encoder
 from mpp.encoders.support import FAMILIES
 from mpp.errors import UserError

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import mpp
 from mpp.data.subsets import balanced
-from mpp.encoders.adapter import create_timm_model
+from mpp.encoders.creation import create_timm_model
 from mpp.errors import UserError
 from mpp.finetuning import augment, image_labels, judge, loop
 from mpp.finetuning.judge import Judged

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpp.encoders.adapter import create_timm_model
+from mpp.encoders.creation import create_timm_model
 from mpp.encoders.support import FAMILIES, Family
 from mpp.inspection.measures import places
 from mpp.inspection.reading import (

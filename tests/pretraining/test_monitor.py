@@ -13,7 +13,7 @@ import torch
 
 import mpp
 from mpp.data.labeled import open_labeled
-from mpp.encoders.adapter import create_timm_model
+from mpp.encoders.creation import create_timm_model
 from mpp.errors import UserError
 from mpp.pretraining import monitor
 from mpp.pretraining.monitor import OnlineProbe, ProbeImages, probe_images
