@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 project, author = "mpp", "the mpp authors"
 copyright = "the mpp authors; Apache-2.0"
 release = version = __version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_click", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click", "sphinx_copybutton"]
 exclude_patterns = ["_site", "jupyter_execute"]
 html_theme = "furo"
 html_title = "mpp"
@@ -34,6 +34,8 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": True, "exclude-members": "model_config"}
 autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
 
 TITLES = {kind: f"{kind.capitalize()}s".replace("sss", "sses") for kind in registry.RECIPE_KEYS}
 

@@ -17,7 +17,7 @@ import torch
 
 import mpp
 from mpp.encoders.folder import Origin
-from mpp.exchange.verify import export_model
+from mpp.exchange.import_weights import export_model
 from tests.conftest import command
 
 pytestmark = pytest.mark.slow

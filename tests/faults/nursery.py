@@ -28,6 +28,7 @@ import mpp.evaluation.run
 import mpp.finetuning.run
 import mpp.inspection.replay
 import mpp.pretraining.loop
+import mpp.pretraining.setup
 
 torch.set_num_threads(1)
 
@@ -57,7 +58,7 @@ def recording(batches: Callable[..., Iterator[Any]], path: str) -> Callable[...,
         for batch in batches(*args, **options):
             with open(path, "a") as lines:
                 for i, position in enumerate(batch.positions.tolist()):
-                    made = (digest(t[i]) for t in (batch.images, batch.mask, batch.noise))
+                    made = (digest(t[i]) for t in (batch.images, batch.units.hidden, batch.units.noise))
                     print(position, *batch.samples[i].tolist(), *made, file=lines)
             yield batch
 
@@ -77,7 +78,7 @@ def child(request: dict[str, Any]) -> None:
         obey_modes()
     faulthandler.register(signal.SIGUSR2)  # what a job that hangs was doing
     if request.get("record"):
-        mpp.pretraining.loop.loop.batches = recording(mpp.pretraining.loop.loop.batches, request["record"])  # type: ignore[attr-defined]
+        mpp.pretraining.setup.batches = recording(mpp.pretraining.setup.batches, request["record"])  # type: ignore[attr-defined]
     sys.argv = ["mpp", *request["words"]]
     from mpp.cli.app import main
 

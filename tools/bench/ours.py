@@ -19,7 +19,7 @@ from mpp.data.order import MicroBatches, Order
 from mpp.data.shards.reader import ShardImages
 from mpp.encoders.folder import trained_by
 from mpp.evaluation.run import evaluate
-from mpp.exchange.verify import export_model
+from mpp.exchange.import_weights import export_model
 from mpp.objective.build import build_mask, build_model
 from mpp.objective.mask_drawing import draw_masks
 from mpp.objective.masks.uniform import UniformMask
