@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 512
 SIDE_PX = 32
 VIT = {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
-STEPS, FIRST_STEPS = 120, 20
-"""Optimizer steps of a run, and how many of them are left out."""
+FIRST_STEPS = 20
+"""Optimizer steps that are left out, and steps from one line of metrics to the next."""
 
 
 def draw(folder: Path) -> None:
@@ -38,11 +38,11 @@ def draw(folder: Path) -> None:
         Image.fromarray(pixels).convert("RGB").save(path)
 
 
-def recipe(job: str, images: Path, out: Path) -> dict[str, object]:
+def recipe(job: str, images: Path, out: Path, steps: int) -> dict[str, object]:
     """Return a recipe that logs after the first steps and at the end."""
     data: dict[str, object] = {"image_size": SIDE_PX, "workers": 1}
     shared = {"job": job, "out": str(out), "log_every_steps": FIRST_STEPS, "checkpoint_every_steps": 10**6}
-    optim = {"steps": STEPS, "global_batch_size": 64, "max_batch_per_device": 64}
+    optim = {"steps": steps, "global_batch_size": 64, "max_batch_per_device": 64}
     model = {"name": "vit_tiny_patch16_224", "args": VIT}
     if job == "pretrain":
         measuring = {"skill_every_steps": 10**6, "reconstruct_images": 0}
@@ -51,11 +51,11 @@ def recipe(job: str, images: Path, out: Path) -> dict[str, object]:
     return {**shared, **cells, "optim": optim, "data": {**data, "train": str(images), "val": str(images)}}
 
 
-def images_per_s(checkout: Path, job: str, images: Path, folder: Path) -> float:
+def images_per_s(checkout: Path, job: str, images: Path, folder: Path, steps: int) -> float:
     """Run a job with the code of a checkout; the median of its lines of metrics after the first one."""
     file = folder / "recipe.yaml"
     out = folder / "run"
-    file.write_text(json.dumps(recipe(job, images, out)))
+    file.write_text(json.dumps(recipe(job, images, out, steps)))
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mpp", job, str(file)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -71,17 +71,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="Another checkout of mpp.")
     parser.add_argument("--pairs", type=int, default=5, help="Runs of each checkout; default 5.")
+    parser.add_argument("--job", choices=("pretrain", "finetune"), help="One of the loops; default both.")
+    parser.add_argument("--steps", type=int, default=120, help=f"Of a run, of which {FIRST_STEPS} are left out.")
     given = parser.parse_args()
     other = given.other.resolve()
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images"
         draw(images)
-        for job in ("pretrain", "finetune"):
+        for job in (given.job,) if given.job else ("pretrain", "finetune"):
             rates: dict[Path, list[float]] = {ROOT: [], other: []}
             for pair in range(given.pairs):
                 for checkout in (ROOT, other) if pair % 2 else (other, ROOT):
                     with tempfile.TemporaryDirectory() as run:
-                        rates[checkout].append(images_per_s(checkout, job, images, Path(run)))
+                        rates[checkout].append(images_per_s(checkout, job, images, Path(run), given.steps))
             ratios = sorted(here / there for here, there in zip(rates[ROOT], rates[other], strict=True))
             here, there = (statistics.median(rates[c]) for c in (ROOT, other))
             spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
