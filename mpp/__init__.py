@@ -306,10 +306,12 @@ def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
 
 
 def import_weights(file: str | Path, out: str | Path, **options: Any) -> Imported:
-    """Weights from elsewhere, a file or a folder of transformers' or timm's, as a verified folder of a timm model.
+    """Import weights, a file or a folder of transformers' or timm's, as a verified folder of a timm model.
 
     Options: model, args, image_size, channels, mean, std, prefix, partial, trust; see `mpp.exchange.import_weights`.
-    UserError where any of the encoder's weights is not there as it should be.
+
+    Raises:
+        UserError: Any of the encoder's weights is not there as it should be.
     """
     require_existing(file)
     check_new(Path(out))
@@ -319,7 +321,11 @@ def import_weights(file: str | Path, out: str | Path, **options: Any) -> Importe
 
 
 def verify(folder: str | Path) -> Verified:
-    """Load an export in a clean process, as its users do, and compare. UserError where anything differs."""
+    """Load an export in a clean process, as its users do, and compare.
+
+    Raises:
+        UserError: Anything differs.
+    """
     from mpp.exchange.verify import is_timm_export, verify_timm_folder
 
     if is_timm_export(folder):
@@ -337,7 +343,11 @@ def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
 
 
 def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: object) -> Job:
-    """Read and check a recipe of any job. UserError with a line for each thing that is wrong."""
+    """Read and check a recipe of any job.
+
+    Raises:
+        UserError: With a line for each thing that is wrong.
+    """
     from mpp.recipe.loading import load_any
 
     return load_any(path, overrides, scale)

@@ -85,7 +85,11 @@ def suggest_path(name: str | os.PathLike[str]) -> str:
 
 
 def require_existing(*places: str | os.PathLike[str]) -> None:
-    """UserError for the first that is not: said at once, before anything heavy is imported."""
+    """Check that all of these are there, before anything heavy is imported.
+
+    Raises:
+        UserError: For the first that is not.
+    """
     for place in places:
         if not os.path.lexists(place):
             raise UserError(f"{place}: no such file or folder{suggest_path(place)}")

@@ -30,7 +30,11 @@ def read_labels(images: ShardImages, shard: int, row: int) -> list[str]:
 
 
 def class_name(value: str, where: str) -> str:
-    """Strip the name of a class. UserError for one that is empty, or holds what is no text."""
+    """Strip the name of a class.
+
+    Raises:
+        UserError: It is empty, or holds what is no text.
+    """
     name = value.strip().removeprefix("\ufeff")
     if not name:
         raise UserError(f"{where}: an empty label")

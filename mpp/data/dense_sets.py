@@ -126,7 +126,11 @@ class WholeDataset(Dataset[LabeledBatch]):
 
 
 def whole_image(data: bytes, **decoding: Unpack[Reading]) -> Tensor:
-    """(C, h, w) uint8. BadImage."""
+    """Return a whole image, (C, h, w) uint8.
+
+    Raises:
+        BadImage: It cannot be decoded.
+    """
     pixels = decode_pillow(data, **decoding)
     return torch.from_numpy(np.atleast_3d(np.array(pixels))).permute(2, 0, 1)
 
@@ -163,7 +167,11 @@ def fit_inside(size: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
 
 
 def within(size: tuple[int, int], max_image_pixels: int) -> tuple[int, int]:
-    """BadImage where an image would be too large once it is scaled: a thin one grows with its shorter side."""
+    """Check that an image is not too large once it is scaled: a thin one grows with its shorter side.
+
+    Raises:
+        BadImage: It is.
+    """
     if size[0] * size[1] > max_image_pixels:
         raise BadImage(f"{size[1]}×{size[0]} pixels once it is scaled, over max_image_pixels {max_image_pixels}")
     return size

@@ -120,7 +120,14 @@ def places(name: str, key: str) -> tuple[str, list[str], LeftOut]:
 
 
 def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
-    """Files as if they lay in shards, mixed as `mpp pack` mixes them: (a name, its table) of each. UserError."""
+    """List files as if they lay in shards, mixed as `mpp pack` mixes them.
+
+    Returns:
+        A name and a table for each shard.
+
+    Raises:
+        UserError: There are none, or they cannot be read.
+    """
     folder, paths, left_out = places(name, key)
     order = stream(0, Purpose.PACK).permutation(len(paths))
     with ThreadPoolExecutor(STATS_AT_A_TIME) as threads:
@@ -151,7 +158,11 @@ def _size(path: str) -> int:
 
 
 def read_file(path: str, size: int) -> bytes:
-    """BadImage where it cannot be read, or is not as large as it was when the run began."""
+    """Read the bytes of a file.
+
+    Raises:
+        BadImage: It cannot be read, or is not as large as it was when the run began.
+    """
     data = read_regular(path)
     if len(data) != size:
         raise BadImage(f"changed since the run began: {len(data)} bytes, it had {size}")
@@ -159,20 +170,33 @@ def read_file(path: str, size: int) -> bytes:
 
 
 def check_bytes(size: int) -> None:
-    """BadImage for a file that is too large to be read into memory."""
+    """Check that a file may be read into memory.
+
+    Raises:
+        BadImage: It is too large.
+    """
     if size > MOST_IMAGE_BYTES:
         raise BadImage(f"a file of {size} bytes; allowed are {MOST_IMAGE_BYTES}")
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Open a file. BadImage for what is none: a pipe would be waited for. OSError."""
+    """Open a file. A pipe would be waited for.
+
+    Raises:
+        BadImage: It is no regular file.
+        OSError: It cannot be opened.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise BadImage("not a file")
     return open(path, "rb")
 
 
 def read_regular(path: str) -> bytes:
-    """BadImage for what is no file of a size to be read: a pipe would be waited for, a device has no end."""
+    """Read a file. A pipe would be waited for, and a device has no end.
+
+    Raises:
+        BadImage: It is no regular file, or too large.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

@@ -77,14 +77,22 @@ class Segmented(_Dense):
         """Sizes were compared when the data was opened."""
 
     def cropped(self, i: int, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
-        """(H, W) uint8. BadImage."""
+        """Return the mask of a crop, (H, W) uint8.
+
+        Raises:
+            BadImage: It cannot be read.
+        """
         left, top, w, h = box
         mask = torch.from_numpy(read_mask(self.masks[i]))
         cut = F.resized_crop(mask[None], top, left, h, w, list(size), InterpolationMode.NEAREST_EXACT)[0]
         return cut.flip(-1) if flip else cut
 
     def whole(self, i: int, scale: float, size: tuple[int, int]) -> Tensor:
-        """(h, w) uint8 of the file. BadImage."""
+        """Return the mask of a file, (h, w) uint8.
+
+        Raises:
+            BadImage: It cannot be read.
+        """
         return torch.from_numpy(read_mask(self.masks[i]))
 
 
@@ -110,7 +118,11 @@ class Detected(_Dense):
         return digest.hexdigest()
 
     def check(self, i: int, width: int, height: int) -> None:
-        """BadImage where the file is not of the size that its boxes were drawn on."""
+        """Check that the file has the size that its boxes were drawn on.
+
+        Raises:
+            BadImage: It has not.
+        """
         stated = self.sizes[i]
         if stated is not None and stated != (width, height):
             raise BadImage(f"{width}×{height} pixels upright, its annotations say {stated[0]}×{stated[1]}")
@@ -158,7 +170,11 @@ def size_of(image: str) -> tuple[int, int] | None:
 
 
 def read_mask(path: str) -> np.ndarray:
-    """(h, w) uint8. BadImage."""
+    """Read a mask, (h, w) uint8.
+
+    Raises:
+        BadImage: It cannot be read as one.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(26)

@@ -142,6 +142,10 @@ def images_below(folder: str) -> tuple[list[str], LeftOut]:
 
 
 def archives_in(folder: str) -> list[str]:
-    """List the tar files of a folder itself by their names, without hidden ones. UserError if it may not be read."""
+    """List the tar files of a folder itself by their names, without hidden ones.
+
+    Raises:
+        UserError: It may not be read.
+    """
     entries = _entries(folder)
     return [e.name for e in entries if e.name.endswith(".tar") and not is_hidden(e.name) and not e.is_dir()]

@@ -160,7 +160,11 @@ def lines(
 def draw(
     panels: Mapping[str, Sequence[Line | Level]], out: Path, *, xlabel: str, ylabel: str, log_x: bool = False
 ) -> None:
-    """`lines` as a PNG. UserError where `out` cannot be written."""
+    """Write `lines` as a PNG.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
     save(lines(panels, xlabel=xlabel, ylabel=ylabel, log_x=log_x), out)
 
 
@@ -325,7 +329,11 @@ def _as_it_is(text: str) -> str:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """As a PNG. UserError where `out` cannot be written."""
+    """Write a figure as a PNG.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=120, format="png")

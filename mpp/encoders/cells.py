@@ -83,9 +83,10 @@ def gather_cells(x: Tensor, cells: Tensor) -> Tensor:
 
 
 def patchify(images: Tensor, size_px: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C·size_px²), cells in raster order, channels first within a patch.
+    """Cut images into cells: (B, C, H, W) -> (B, N, C·size_px²), in raster order, channels first within a cell.
 
-    H and W must be multiples of size_px (ValueError).
+    Raises:
+        ValueError: H or W is no multiple of size_px.
     """
     b, c, h, w = images.shape
     if h % size_px or w % size_px:

@@ -17,7 +17,11 @@ HEAD = "head.safetensors"
 
 
 def weights_sha256(folder: Path) -> str:
-    """Checksum of an export's weights. UserError where they are not those that were exported."""
+    """Return the checksum of an export's weights.
+
+    Raises:
+        UserError: They are not those that were exported.
+    """
     computed = sha256(folder / "model.safetensors")
     try:
         about = json.loads((folder / "export.json").read_text())
@@ -40,7 +44,11 @@ def has_head(folder: Path) -> bool:
 
 
 def check_head(folder: Path) -> list[str]:
-    """The classes of the head that was saved beside an encoder. UserError where it is missing or damaged."""
+    """Return the classes of the head that was saved beside an encoder.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
     try:
         stated = json.loads((folder / "export.json").read_text())["head_sha256"]
         if sha256(folder / HEAD) != stated:
@@ -52,7 +60,11 @@ def check_head(folder: Path) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file. UserError where it cannot be read."""
+    """Return the checksum of a file.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     try:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()

@@ -14,7 +14,11 @@ from mpp.recipe.values import TimmArgs
 
 
 def timm_names(pattern: str, key: str) -> list[str]:
-    """timm's models that fit a name or pattern. UserError, naming the recipe's key, where none does."""
+    """List timm's models that fit a name or pattern.
+
+    Raises:
+        UserError: None does; the message names the recipe's key.
+    """
     names: list[str] = timm.list_models(pattern) if pattern else []
     if not names:
         close = difflib.get_close_matches(pattern, timm.list_models(), 3, 0.6)

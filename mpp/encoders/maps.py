@@ -33,9 +33,10 @@ def read_maps(model: TimmModel, x: Tensor, indices: Sequence[int]) -> list[Tenso
 
 
 def probe_maps(model: TimmModel, size: tuple[int, int]) -> tuple[list[int], FeatureMaps]:
-    """Which blocks are read, and what they give at (H, W) px; freezes what none of them depends on.
+    """Find out which blocks are read and what they give at (H, W) px, and freeze what none of them depends on.
 
-    UserError for a model without maps, or whose maps do not tile such an image.
+    Raises:
+        UserError: The model has no maps, or they do not tile such an image.
     """
     family, info = type(model).__name__, getattr(model, "feature_info", None)
     if not hasattr(model, "forward_intermediates") or not info:

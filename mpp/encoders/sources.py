@@ -22,15 +22,25 @@ from mpp.runs.records import encoder_folder
 
 
 def load_head(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Weights and classes of the head that was saved beside an encoder. UserError where it is missing or damaged."""
+    """Return weights and classes of the head that was saved beside an encoder.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
     classes = check_head(folder)
     return load_file(folder / HEAD), classes
 
 
 def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: Any) -> nn.Module:
-    """A plain timm model from a run or an export; `timm_args` such as num_classes, img_size.
+    """Load a plain timm model from a run or an export.
 
-    pretrained: with its weights. UserError where it is damaged or does not take the arguments.
+    Args:
+        source: The folder.
+        pretrained: Whether it gets its weights.
+        **timm_args: Such as num_classes, img_size.
+
+    Raises:
+        UserError: It is damaged, or does not take the arguments.
     """
     folder = encoder_folder(source)
     if pretrained:

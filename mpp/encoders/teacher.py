@@ -76,7 +76,11 @@ class FrozenTeacher(nn.Module):
         return F.layer_norm(average, average.shape[-1:]) if self.norm_average else average
 
     def check_attention(self) -> None:
-        """ValueError where `attention` cannot be read."""
+        """Check that `attention` can be read.
+
+        Raises:
+            ValueError: It cannot.
+        """
         plain = type(self.model).__name__ in ("VisionTransformer", "VisionTransformerDistilled")
         if not plain or not hasattr(getattr(self.model.blocks[-1], "attn", None), "qkv"):
             raise ValueError(
@@ -85,9 +89,12 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def attention(self, images: Images, grid: tuple[int, int]) -> Tensor:
-        """(B, gh·gw) float32: how much the class token of the last block attends to each cell, mean over heads.
+        """Return how much the class token of the last block attends to each cell: (B, gh·gw) float32, mean over heads.
 
-        Without a class token: how much all cells do. ValueError for other families than plain ViTs.
+        Without a class token, how much all cells do.
+
+        Raises:
+            ValueError: The family is no plain ViT.
         """
         self.check_attention()
         with torch.autocast(images.raw.device.type, enabled=False):  # masks must not depend on the precision of a run

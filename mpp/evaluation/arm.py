@@ -68,7 +68,11 @@ class _Opened:
 
 
 def open_reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
-    """UserError where the encoder cannot be had so."""
+    """Open what reads the features of one arm.
+
+    Raises:
+        UserError: The encoder cannot be had so.
+    """
     data = recipe.data
     torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
     source = recipe.compare if arm == "compare" else recipe.encoder
@@ -89,7 +93,11 @@ def open_reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
 
 
 def finished_arm(folder: Path, fingerprint: str) -> Arm | None:
-    """An arm that is done. UserError where it is of other data or weights."""
+    """Return an arm that is done; None if it is not.
+
+    Raises:
+        UserError: It is of other data or weights.
+    """
     try:
         stored = json.loads((folder / RESULT).read_text())
         arm = Arm([Score(**s) for s in stored["scores"]], stored["judged"], stored["unreadable"])

@@ -34,9 +34,14 @@ from mpp.runs.records import write_json, write_status
 
 
 def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
-    """Run a recipe. resume: "never" (the run folder must be new) or "auto" (arms that are done are kept).
+    """Run a recipe.
 
-    UserError for everything the user can correct.
+    Args:
+        recipe: What to run.
+        resume: "never" (the run folder must be new) or "auto" (arms that are done are kept).
+
+    Raises:
+        UserError: Anything the user can correct.
     """
     recipe = resolve(recipe, recipe.encoder, warn=True, normalise=False)
     if resume not in ("never", "auto"):

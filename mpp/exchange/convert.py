@@ -152,7 +152,11 @@ def export(run: str | Path, out: str | Path, format: str) -> Verified:
 
 
 def verify(folder: str | Path) -> Verified:
-    """Load an export in a clean process, as its users do, and compare. UserError where anything differs."""
+    """Load an export in a clean process, as its users do, and compare.
+
+    Raises:
+        UserError: Anything differs.
+    """
     path = Path(folder)
     if is_timm_export(path):
         return verify_timm_folder(path)

@@ -135,7 +135,11 @@ def is_timm_export(folder: str | Path) -> bool:
 
 
 def verify_timm_folder(folder: str | Path) -> Verified:
-    """Load an export through plain timm in a clean process and compare. UserError where anything differs."""
+    """Load an export through plain timm in a clean process and compare.
+
+    Raises:
+        UserError: Anything differs.
+    """
     path = encoder_folder(folder)
     allowed = tolerance_of(path)
     weights_sha256(path)
@@ -179,14 +183,22 @@ def found_in_clean_process(folder: Path, program: str, otherwise: str) -> JsonOb
 
 
 def check_files(folder: Path, checksums: dict[str, str]) -> None:
-    """UserError where a file of an export is not what was written."""
+    """Check the files of an export.
+
+    Raises:
+        UserError: One is not what was written.
+    """
     for name, stated in checksums.items():
         if sha256(folder / Path(name).name) != stated:
             raise UserError(f"{folder / name}: does not match the checksum of its export")
 
 
 def tolerance_of(folder: Path) -> float:
-    """Of an export's features. UserError where it does not say."""
+    """Return the tolerance of an export's features.
+
+    Raises:
+        UserError: It does not say.
+    """
     try:
         return float(json.loads((folder / "export.json").read_text())["tolerance"])
     except (OSError, ValueError, KeyError, TypeError) as error:

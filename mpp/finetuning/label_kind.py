@@ -80,7 +80,11 @@ class LabelKind:
         raise NotImplementedError
 
     def check_augmentation(self) -> None:
-        """Raise UserError for an augmentation that cannot be made."""
+        """Check that the augmentation can be made.
+
+        Raises:
+            UserError: It cannot.
+        """
 
     def counts(self, images: LabeledImages, subset: np.ndarray) -> np.ndarray:
         """Return how often each class occurs in a subset, (classes,)."""
@@ -104,7 +108,11 @@ class LabelKind:
     # ---- predictions at places
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size to which an image of this size is scaled. BadImage if it would be too large."""
+        """Return the size to which an image of this size is scaled.
+
+        Raises:
+            BadImage: It would be too large.
+        """
         raise NotImplementedError
 
     def predict(self, model: Supervised, images: Sequence[Tensor]) -> list[Any]:

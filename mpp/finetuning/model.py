@@ -246,9 +246,10 @@ def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[st
 
 
 def load_dense(source: str | Path) -> tuple[Dense, FinetuneRecipe, list[str]]:
-    """A fine-tuned model of a task that predicts at every place, its recipe and its classes, from a cell or its export.
+    """Load a fine-tuned model that predicts at every place, its recipe and its classes, from a cell or its export.
 
-    UserError where it is not whole.
+    Raises:
+        UserError: It is not whole.
     """
     from mpp.recipe.loading import load_recipe
 

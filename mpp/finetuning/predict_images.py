@@ -89,7 +89,11 @@ class Predictor:
         )
 
     def crops(self, data: bytes) -> Tensor:
-        """(crops, C, H, W) uint8 of an image file; the central one first. BadImage."""
+        """Return the crops of an image file, (crops, C, H, W) uint8; the central one first.
+
+        Raises:
+            BadImage: It cannot be decoded.
+        """
 
         boxes = view_boxes(self.views, self.size, self.fraction)
         return torch.stack([decode_crop(data, b, self.size, **self.decoding) for b in boxes])

@@ -35,7 +35,11 @@ class PlacePredictor:
         self.kind: LabelKind = open_label_kind(self.recipe)
 
     def read(self, path: str) -> Tensor:
-        """Return the image of a file, (C, h, w) uint8. BadImage."""
+        """Return the image of a file, (C, h, w) uint8.
+
+        Raises:
+            BadImage: It cannot be decoded.
+        """
         reading: Reading = self.recipe.data.decoding()
         image = whole_image(read_regular(path), **reading)
         self.kind.fit(int(image.shape[1]), int(image.shape[2]))  # refuses one that would be too large

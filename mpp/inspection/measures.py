@@ -15,11 +15,16 @@ LEAST_IMAGES = 4
 
 
 def gram(features: Tensor) -> Tensor:
-    """(n, ...) -> (n, n) float64, of features centred over the n images, U-centred (Székely & Rizzo 2014, section 3).
+    """Compute the Gram matrix of features centred over n images, U-centred (Székely & Rizzo 2014, section 3).
 
-    U-centred: zero diagonal, and rows and columns of the rest that sum to zero. The scalar product of two such
-    matrices is n (n - 3) times the unbiased estimate of HSIC (Song et al. 2012, equation 5), which is what CKA wants.
-    ValueError for fewer than `LEAST_IMAGES` images.
+    U-centred: zero diagonal, and rows and columns of the rest that sum to zero. The scalar product of two such matrices
+    is n (n - 3) times the unbiased estimate of HSIC (Song et al. 2012, equation 5), which is what CKA wants.
+
+    Returns:
+        (n, n) float64, of features (n, ...).
+
+    Raises:
+        ValueError: There are fewer than `LEAST_IMAGES` images.
     """
     return grams(features.flatten(1).unsqueeze(1))[0]
 

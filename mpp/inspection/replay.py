@@ -42,9 +42,14 @@ class Replayed:
 
 
 def replay(run: str | Path, step: int | None = None) -> Replayed:
-    """Run the kept step of a run again, on one process. step: which; default: the last one that was kept.
+    """Run the kept step of a run again, on one process.
 
-    run: of pretraining, or a cell of fine-tuning. UserError where no step is kept.
+    Args:
+        run: Of pretraining, or a cell of fine-tuning.
+        step: Which; None: the last one that was kept.
+
+    Raises:
+        UserError: No step is kept.
     """
     folder = Path(run)
     if not steps(folder / nonfinite.FOLDER):

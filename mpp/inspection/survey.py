@@ -17,9 +17,13 @@ from mpp.recipe.flat import JsonObject
 
 
 def probe(name: str) -> JsonObject:
-    """What the adapter finds on a model just now, at its smallest size, and whether it may be trained.
+    """Find out what the adapter finds on a model at its smallest size, and whether it may be trained.
 
-    "may_be_trained": yes, "yes, with a warning", or no; then "why". UserError where timm has no such model.
+    Returns:
+        Among other facts "may_be_trained": yes, "yes, with a warning", or no; then "why".
+
+    Raises:
+        UserError: timm has no such model.
     """
     try:
         subject, encoder = _smallest(name)

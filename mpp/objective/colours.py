@@ -46,7 +46,11 @@ def colours(classes: Tensor, bits: int, channels: int) -> Tensor:
 
 
 def count_colours(bits: int, channels: int) -> int:
-    """Classes of colours of `bits` a channel. ValueError above 65,536."""
+    """Return how many classes of colours there are with `bits` a channel.
+
+    Raises:
+        ValueError: More than 65,536.
+    """
     if bits * channels > 16:
         raise ValueError(f"bits: {bits} for {channels} channels makes more than 65,536 classes")
     return 2 ** (bits * channels)

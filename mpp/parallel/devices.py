@@ -58,7 +58,11 @@ def write_attention_out(written_out: bool) -> None:
 
 
 def compile_forward(model: torch.nn.Module, device: torch.device) -> None:
-    """`torch.compile`, in place: names and state stay as they are. UserError where this machine cannot."""
+    """Compile the model's forward by `torch.compile`, in place: names and state stay as they are.
+
+    Raises:
+        UserError: This machine cannot.
+    """
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a Python that torch does not know yet

@@ -17,7 +17,11 @@ LAUNCHERS = (*COUNTS, "MASTER_ADDR", "ACCELERATE_", "OMPI_COMM_WORLD_", "PMI_", 
 
 
 def is_set(variable: str) -> bool:
-    """Whether a launcher's switch is on. UserError if it is neither on nor off."""
+    """Return whether a launcher's switch is on.
+
+    Raises:
+        UserError: It is neither on nor off.
+    """
     try:
         return bool(parse_flag_from_env(variable))
     except ValueError as error:

@@ -120,7 +120,11 @@ def _override_value(what: str, value: Any) -> Any:
 
 
 def parse_overrides(pairs: tuple[str, ...], example: str = "optim.base_lr=1e-4") -> dict[str, str]:
-    """`key=value` words of the command line. UserError for a word of another form."""
+    """Read `key=value` words of the command line.
+
+    Raises:
+        UserError: A word is of another form.
+    """
     for pair in pairs:
         if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", pair):
             raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as {example}")

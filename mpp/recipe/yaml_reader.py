@@ -36,7 +36,14 @@ Key = tuple[str | int, ...]
 
 
 def parse_yaml(text: str, source: str) -> tuple[JsonObject, dict[Key, str]]:
-    """-> the mapping, and for each key where it stands ("file:line"). UserError for what is not such YAML."""
+    """Read YAML.
+
+    Returns:
+        The mapping, and for each key where it stands ("file:line").
+
+    Raises:
+        UserError: It is no YAML of a mapping.
+    """
     places: dict[Key, str] = {}
     errors: list[str] = []
 

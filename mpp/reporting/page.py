@@ -46,9 +46,13 @@ MOST_BYTES = 5_000_000
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write a page about runs: one HTML file without scripts, links or anything from a network, 5 MB at most.
 
-    folders: a pretraining run with the fine-tunes and evaluations of its encoder; or several pretraining runs, which
-    are compared. An evaluation inside a run's folder comes with it. out: default report.html in the first run.
-    UserError where a folder is no run, or `out` cannot be written.
+    Args:
+        folders: A pretraining run with the fine-tunes and evaluations of its encoder; or several pretraining runs,
+            which are compared. An evaluation inside a run's folder comes with it.
+        out: The file; None: report.html in the first run.
+
+    Raises:
+        UserError: A folder is no run, or `out` cannot be written.
     """
     runs = [read_run(f) for f in {Path(f).resolve(): str(f) for f in reversed(folders)}.values()][::-1]
     given = {r.folder.resolve() for r in runs}

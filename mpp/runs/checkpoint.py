@@ -226,9 +226,10 @@ def _remove(path: Path) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest holds; a warning for each newer one that does not. None: there is none.
+    """Return the newest checkpoint whose manifest holds, or None; warn of each newer one that does not hold.
 
-    UserError where there are some and none of them holds: to begin again is for the user to say.
+    Raises:
+        UserError: There are some and none of them holds: to begin again is for the user to say.
     """
     faults: list[str] = []
     for path in steps(folder):
@@ -261,7 +262,11 @@ def broken(path: Path) -> str | None:
 
 
 def read_state(path: Path) -> JsonObject:
-    """The counters of a checkpoint. UserError for a folder that holds none, or of another format."""
+    """Return the counters of a checkpoint.
+
+    Raises:
+        UserError: The folder holds none, or one of another format.
+    """
     try:
         state: Any = json.loads((path / "state.json").read_text())
         if not isinstance(state, dict):

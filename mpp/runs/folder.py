@@ -197,7 +197,11 @@ def _same_data(run: Path, fingerprint: str) -> None:
 
 
 def create_run(recipe: Job) -> None:
-    """Make the run folder and put the resolved recipe into it, as a whole. UserError where it cannot be written."""
+    """Make the run folder and put the resolved recipe into it, as a whole.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     out = Path(recipe.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

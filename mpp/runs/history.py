@@ -126,7 +126,11 @@ def read_inspection(run: Path) -> JsonObject | None:
 
 
 def read_run(folder: str | Path) -> History:
-    """UserError where there is no run."""
+    """Read the records of a run.
+
+    Raises:
+        UserError: There is no run.
+    """
     path = Path(folder)
     try:
         recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))

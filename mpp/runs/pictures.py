@@ -127,7 +127,11 @@ def frames(kept: Sequence[Kept]) -> list[Image.Image]:
 
 
 def through_training(run: str | Path, out: str | Path) -> Path:
-    """A strip of steps (.png), or an animation (.gif, .webp). UserError where the run kept none."""
+    """Draw a strip of steps (.png), or an animation (.gif, .webp).
+
+    Raises:
+        UserError: The run kept none.
+    """
     if (job := read_run(run).job) != "pretrain":
         raise UserError(f"{run}: a run of `mpp {job}`; only pretraining keeps reconstructions")
     kept = read_kept(Path(run))

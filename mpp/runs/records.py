@@ -81,7 +81,11 @@ def timm_folder(source: str | Path) -> Path | None:
 
 
 def encoder_folder(source: str | Path) -> Path:
-    """The timm folder of a run or an export. UserError where there is none."""
+    """Return the timm folder of a run or an export.
+
+    Raises:
+        UserError: There is none.
+    """
     if folder := timm_folder(source):
         try:
             config = json.loads((folder / "config.json").read_text())
@@ -113,7 +117,11 @@ def encoder_folder(source: str | Path) -> Path:
 
 
 def check_new(folder: Path) -> None:
-    """UserError where a folder is there already, with something in it."""
+    """Check that a folder is not there yet, or empty.
+
+    Raises:
+        UserError: Something is in it.
+    """
     try:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}: not empty; give a new folder")
@@ -122,6 +130,10 @@ def check_new(folder: Path) -> None:
 
 
 def check_beside(out: Path, source: Path) -> None:
-    """UserError where a folder would be written into the one that it is made of."""
+    """Check that a folder would not be written into the one that it is made of.
+
+    Raises:
+        UserError: It would.
+    """
     if out.absolute().is_relative_to(source.absolute()):
         raise UserError(f"{out}: lies in {source}; give a folder beside it")

@@ -21,7 +21,15 @@ YOUNG_S = 600
 
 
 def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
-    """(lines for people, whether it is still going on). now: seconds since 1970. UserError where there is no run."""
+    """Return lines for people about a run, and whether it is still going on.
+
+    Args:
+        folder: Of the run.
+        now: Seconds since 1970; None: now.
+
+    Raises:
+        UserError: There is no run.
+    """
     run = read_run(folder)
     now = time.time() if now is None else now
     if run.job == "finetune":

@@ -137,7 +137,11 @@ def _write(
 
 
 def read(folder: Path) -> list[Share]:
-    """What each process did. UserError where that is not all there."""
+    """Read what each process did in a kept step.
+
+    Raises:
+        UserError: It is not all there.
+    """
     shares = []
     try:
         for path in sorted(folder.glob("rank*.json"), key=lambda p: int(p.stem.removeprefix("rank"))):

@@ -60,7 +60,11 @@ def read_array(
 
 
 def check_npy(data: bytes) -> None:
-    """BadImage for an .npy file that holds no image, whatever the number of channels: by its header."""
+    """Check by its header that an .npy file holds an image, whatever the number of channels.
+
+    Raises:
+        BadImage: It does not.
+    """
     try:
         shape, _ = _npy_header(data)
     except BadImage:
@@ -188,7 +192,11 @@ def fill_missing(array: np.ndarray, *nodata: float | None) -> np.ndarray:
 
 
 def scaled(array: np.ndarray, value_range: ValueRange) -> Tensor:
-    """(C, H, W) of any numbers -> float32 in [0, 255]. BadImage where one is not finite."""
+    """Bring (C, H, W) of any numbers to float32 in [0, 255].
+
+    Raises:
+        BadImage: A number is not finite.
+    """
     if value_range == "type":
         low, high = 0.0, float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
     else:

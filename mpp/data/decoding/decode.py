@@ -215,9 +215,14 @@ class Deep(NamedTuple):
 
 
 def deep_values(data: bytes, decoding: Decoding) -> Deep | None:
-    """The smallest and largest value of an image of 16 bit; None for images of other kinds. BadImage.
+    """Return the smallest and largest value of an image of 16 bit; None for images of other kinds.
 
-    decoding: as `decode_cut` takes it.
+    Args:
+        data: The bytes of a file.
+        decoding: As `decode_cut` takes it.
+
+    Raises:
+        BadImage: The bytes cannot be decoded.
     """
     reading: Reading = {key: decoding[key] for key in Reading.__annotations__}  # type: ignore[assignment, literal-required]
     if value_range := decoding.get("value_range"):

@@ -166,7 +166,11 @@ def _claim(out: Path, description: dict[str, object]) -> None:
 
 
 def extension_of(data: bytes) -> str:
-    """Of an image file by what it holds. ValueError, with the reason, where it is none that is read."""
+    """Return the extension of an image file by what it holds.
+
+    Raises:
+        ValueError: With the reason, if it is none that is read.
+    """
     if data.startswith(NPY):
         try:
             check_npy(data)

@@ -258,9 +258,10 @@ def _folder(shard: str) -> str | None:
 
 
 def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:
-    """How many rows at the end of each shard are held out: spread over the shards, (shards,) int64.
+    """Return how many rows at the end of each shard are held out, spread over the shards: (shards,) int64.
 
-    UserError where fewer than twice as many images are there.
+    Raises:
+        UserError: Fewer than twice as many images are there.
     """
     total = sum(counts)
     if total < 2 * held_out:

@@ -57,7 +57,11 @@ class Source(Protocol):
     """What tells it from another source: names and numbers, not where they lie."""
 
     def read(self, first: int, end: int) -> Iterator[Sample]:
-        """Samples first … end - 1. UserError where the source itself cannot be read."""
+        """Give the samples first … end - 1.
+
+        Raises:
+            UserError: The source itself cannot be read.
+        """
         ...
 
 

@@ -69,9 +69,14 @@ class Store:
         return self.folder / _name_of(url)
 
     def fetch(self, url: str, *, wait: bool = True) -> Path | None:
-        """The local copy of a shard, made or used now. UserError where it cannot be had after TRIES tries.
+        """Return the local copy of a shard, made or used now.
 
-        wait: where another process fetches it; else None then.
+        Args:
+            url: Of the shard.
+            wait: Whether to wait where another process fetches it; else None is returned then.
+
+        Raises:
+            UserError: It cannot be had after TRIES tries.
         """
         target = self.target(url)
         with self._locked(target.with_name(target.name + ".lock"), wait=wait) as locked:

@@ -104,7 +104,11 @@ class Architecture:
 
 
 def architecture(config: JsonMapping) -> Architecture:
-    """Where a key is left out, transformers' default holds. ValueError, KeyError or TypeError where it is none."""
+    """Describe a model of transformers as timm's. Where a key is left out, transformers' default holds.
+
+    Raises:
+        Exception: ValueError, KeyError or TypeError, where it is none of timm's.
+    """
     kind, act = config["model_type"], config.get("hidden_act", "gelu")
     if kind not in MODELS:
         raise ValueError(f"model_type: '{kind}': allowed are {', '.join(MODELS)}")
