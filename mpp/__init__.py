@@ -213,9 +213,17 @@ def inspect(
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write one HTML page about runs, from their records alone, and return its path.
+    """Write one HTML page about runs, from their records alone.
 
-    runs: a pretraining run with the fine-tunes and evaluations of its encoder, or several runs to compare.
+    Args:
+        runs: A pretraining run with the fine-tunes and evaluations of its encoder, or several runs to compare.
+        out: The file; None: report.html in the first run.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: A folder is no run, or `out` cannot be written.
     """
     from mpp.reporting.page import report
 

@@ -89,10 +89,14 @@ class DenseDataset(Dataset[LabeledBatch]):
 
 
 class WholeDataset(Dataset[LabeledBatch]):
-    """Whole images with their labels for evaluation; keys are numbers of images. Unreadable ones are left out.
+    """Whole images with their labels, for evaluation; keys are numbers of images. Unreadable ones are left out.
 
-    fit: image size (h, w) -> the size it is scaled to. size: (H, W) of the canvas in whose upper left the image is put,
-    over grey; None: no canvas, and a list of images.
+    Args:
+        data: Labeled images.
+        fit: Image size (h, w) -> the size it is scaled to.
+        size: (H, W) of the canvas in whose upper left the image is put, over grey; None: no canvas, and a list of
+            images.
+        **decoding: As of `decode_cut`.
     """
 
     def __init__(

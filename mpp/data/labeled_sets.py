@@ -69,10 +69,16 @@ def _each(value: Any, act: Callable[[Tensor], Tensor]) -> Any:
 class LabeledDataset(Dataset[LabeledBatch]):
     """Augmented training images of a subset; keys are (position, 0, place in the subset).
 
-    augment: PIL image -> (C, H, W) uint8, drawing from python's, numpy's and torch's global generators (as timm's
-    transforms do); they are seeded for each sample from (seed, position). A bad image is replaced by the next
-    of the subset. Of images that are not of 8 bit, which have a `value_range` in `decoding`: (bytes, a
-    generator) -> (C, H, W) float32.
+    A bad image is replaced by the next of the subset.
+
+    Args:
+        data: Labeled images.
+        subset: Numbers of the images to train on.
+        augment: PIL image -> (C, H, W) uint8, drawing from python's, numpy's and torch's global generators (as timm's
+            transforms do); they are seeded for each sample from (seed, position). Of images that are not of 8 bit,
+            which have a `value_range` in `decoding`: (bytes, a generator) -> (C, H, W) float32.
+        seed: Of the run.
+        **decoding: As of `decode_cut`.
     """
 
     def __init__(
@@ -122,7 +128,12 @@ def _of(data: Labeled, numbers: list[int]) -> Tensor:
 class CentreDataset(Dataset[LabeledBatch]):
     """Central crops for evaluation; keys are numbers of images.
 
-    views: 1 or 2: (B, C, H, W); 10: corners, too, (B, 5, C, H, W). Mirror images are left to the model's device.
+    Args:
+        data: Labeled images.
+        size: (H, W) of the crops.
+        fraction: Of the largest box of this aspect.
+        views: 1 or 2: (B, C, H, W); 10: corners, too, (B, 5, C, H, W). Mirror images are left to the model's device.
+        **decoding: As of `decode_cut`.
     """
 
     def __init__(

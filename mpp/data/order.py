@@ -18,12 +18,20 @@ from mpp.rng import Purpose, stream
 
 
 class Order:
-    """Samples of an endless run over shards that hold `counts` samples each.
+    """Samples of an endless run over shards. No sample comes twice in an epoch.
 
-    lanes: at most so many; the largest divisor of `global_batch` is used that keeps lanes no shorter than a
-    window, so that small data sets are shuffled whole. Fewer than `lanes` samples are left out of an epoch,
-    others each time; no sample comes twice in an epoch.
-    ValueError where there are no samples.
+    Fewer than `lanes` samples are left out of an epoch, others each time.
+
+    Args:
+        counts: Samples of each shard.
+        global_batch: Samples of a step.
+        seed: Of the run.
+        lanes: At most so many; the largest divisor of `global_batch` is used that keeps lanes no shorter than a window,
+            so that small data sets are shuffled whole.
+        window: Samples of a lane that are shuffled among themselves.
+
+    Raises:
+        ValueError: There are no samples.
     """
 
     def __init__(

@@ -342,9 +342,11 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """As an <svg> element for a page: transparent, in the colour of the page's text, as wide as there is room.
+    """Return a figure as an <svg> element: transparent, in the colour of the page's text, as wide as there is room.
 
-    name: unlike that of any other plot of the page, since ids are the page's.
+    Args:
+        figure: Of matplotlib.
+        name: Unlike that of any other plot of the page, since ids are the page's.
     """
     buffer = io.StringIO()
     with themed():

@@ -44,8 +44,14 @@ class Read(NamedTuple):
 class EncoderReader(nn.Module):
     """A timm model in eval mode, read without gradient.
 
-    layers: numbers from 1; None: all. mean, std: of pixels in [0, 1]. UserError for layers that the model does not
-    have, and for models without a map of features.
+    Args:
+        model: Of timm.
+        layers: Numbers from 1; None: all.
+        mean: Of pixels in [0, 1].
+        std: Of pixels in [0, 1].
+
+    Raises:
+        UserError: The model has no such layer, or no map of features.
     """
 
     model: TimmModel

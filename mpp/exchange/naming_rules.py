@@ -73,7 +73,13 @@ def trained(weights: Mapping[str, Tensor], layout: str) -> Trained | None:
 
 
 def rule(ours: str, *theirs: Template, change: Callable[[Tensor], Tensor] | None = None) -> Rule:
-    """ours: a regular expression. theirs: `{0}`, `{1}` stand for its groups; or a function of the match."""
+    """Make a rule that says what weights of timm's are made of.
+
+    Args:
+        ours: A regular expression for timm's names.
+        *theirs: Names in the file, in which `{0}`, `{1}` stand for its groups; or functions of the match.
+        change: What is done to the weights of the file; None: nothing.
+    """
     return Rule(re.compile(ours), theirs, change)
 
 

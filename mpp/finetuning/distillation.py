@@ -23,8 +23,15 @@ from mpp.runs.records import encoder_folder
 class Distillation:
     """The teacher, and the loss that it is part of.
 
-    kind: "hard": its likeliest class is a second label; "soft": the divergence from its probabilities at
-    `temperature`, times temperature². alpha: the teacher's part of the loss.
+    Args:
+        teacher: Its logits are learned.
+        kind: "hard": its likeliest class is a second label; "soft": the divergence from its probabilities at
+            `temperature`, times temperature².
+        alpha: The teacher's part of the loss.
+        temperature: See `kind`.
+        mean: Of the model's pixels.
+        std: Of the model's pixels.
+        autocast: As of the run.
     """
 
     def __init__(

@@ -29,11 +29,14 @@ class MapNorm(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """The maps of an encoder -> maps of one width, finest first.
+    """The maps of an encoder brought to maps of one width, finest first; `strides` are the levels', in pixels.
 
-    maps: what the encoder gives. width: channels of every level. finest: cells of the first level along a cell of a
-    plain encoder, a power of 2. last_only: of a plain encoder take the last map alone for every level, as ViTDet; else
-    the first maps make the finest levels, as in BEiT's segmenter. `strides` are the levels', in pixels.
+    Args:
+        maps: What the encoder gives.
+        width: Channels of every level.
+        finest: Cells of the first level along a cell of a plain encoder, a power of 2.
+        last_only: Of a plain encoder take the last map alone for every level, as ViTDet; else the first maps make the
+            finest levels, as in BEiT's segmenter.
     """
 
     def __init__(self, maps: FeatureMaps, width: int, *, finest: int, last_only: bool) -> None:

@@ -69,6 +69,7 @@ class Task(nn.Module):
     def per_class(self, judged: list[Judged]) -> Tensor | None:
         """Return the headline metric of each class, (classes,), nan for a class without one; None: not known by class.
 
-        judged: as `metrics` takes it.
+        Args:
+            judged: As `metrics` takes it.
         """
         return None

@@ -29,7 +29,8 @@ BLOCKS = ("Block", "Bottleneck", "InvertedResidual", "DepthwiseSeparable")
 class AttentionRecorder(TorchFunctionMode):
     """While it is entered, keeps the weights of every attention: (B, heads, queries, keys) float32 each, in order.
 
-    keep: what is made of each, at once, so that a large one need not be held.
+    Args:
+        keep: What is made of each, at once, so that a large one need not be held.
     """
 
     def __init__(self, keep: Callable[[Tensor], object]) -> None:

@@ -43,10 +43,18 @@ class MaskLayout(NamedTuple):
 class MaskedPatchModel(nn.Module):
     """Mask × corruption × targets over one encoder; every target with a head and a loss of its own.
 
-    unit_px: side of a mask unit; it and the encoder's stride must be multiples one of the other (ValueError).
-    predict_fraction: part of the hidden units that is predicted, at least one (CrossMAE, Fu et al. 2024).
-    guide: makes the mask from images, noise and count, in place of the one that comes with the batch; or None.
-    mean, std: of each channel, of pixels in [0, 1].
+    Args:
+        encoder: See `encoders.adapter.adapt`.
+        corruption: What is done to hidden units.
+        objectives: Targets with their heads and losses.
+        unit_px: Side of a mask unit; it and the encoder's stride must be multiples one of the other.
+        predict_fraction: Part of the hidden units that is predicted, at least one (CrossMAE, Fu et al. 2024).
+        guide: Makes the mask from images, noise and count, in place of the one that comes with the batch; or None.
+        mean: Of each channel, of pixels in [0, 1].
+        std: Of each channel, of pixels in [0, 1].
+
+    Raises:
+        ValueError: `unit_px` and the stride do not fit.
     """
 
     mean: Tensor

@@ -26,9 +26,11 @@ def announce() -> None:
 
 
 def point(name: str, file: Path | None = None) -> None:
-    """A place where a run may be broken on purpose.
+    """Mark a place where a run may be broken on purpose, by tests.
 
-    file: what was just written; "halve" cuts it in two before the process dies, as a death inside the writing does.
+    Args:
+        name: Of the place.
+        file: What was just written; "halve" cuts it in two before the process dies, as a death inside the writing does.
     """
     trace, fault = os.environ.get("MPP_FAULT_TRACE"), os.environ.get("MPP_FAULT")
     if trace is None and fault is None:

@@ -21,10 +21,17 @@ from mpp.rng import Purpose, Streams, stream
 
 
 class PretrainDataset(Dataset[Batch]):
-    """Keys are (position, shard, row); a list of keys makes a `Batch`.
+    """Images with their masks; keys are (position, shard, row), and a list of keys makes a `Batch`.
 
-    train_counts: rows of each shard that are trained on; those after are held out. A bad image is replaced by
-    one of its own kind. global_batch: samples of one step, which all hide as many units. ahead: fetches remote shards.
+    Args:
+        images: Of the shards. A bad one is replaced by another that is trained on, or held out, as it is.
+        crop: How a crop is drawn.
+        mask: What draws the masks.
+        mask_grid: (rows, columns) of mask units.
+        seed: Of the run.
+        train_counts: Rows of each shard that are trained on; those after are held out.
+        global_batch: Samples of one step, which all hide as many units.
+        ahead: Fetches remote shards.
     """
 
     def __init__(

@@ -82,7 +82,12 @@ class OnlineProbe:
         self.mean, self.std = mean.flatten().tolist(), std.flatten().tolist()
 
     def __call__(self, model: nn.Module, device: torch.device) -> Probed:
-        """model: a timm encoder, in eval mode."""
+        """Probe the encoder as it is.
+
+        Args:
+            model: A timm encoder, in eval mode.
+            device: Where features are computed.
+        """
         began = time.monotonic()
         reader = EncoderReader(model, None, self.mean, self.std).to(device)
         train, val = (self._features(reader, side.images, device) for side in (self.train, self.val))

@@ -35,7 +35,11 @@ class MetricsSink(Protocol):
 class Lines:
     """A file that gets lines. Where it cannot be written, they wait for the next one that can, and a warning says so.
 
-    path: appended to; a last line that was never finished is finished. OSError where it cannot be opened.
+    Args:
+        path: Appended to; a last line that was never finished is finished.
+
+    Raises:
+        OSError: It cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:

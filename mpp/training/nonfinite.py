@@ -45,7 +45,9 @@ class Share:
 class BatchNormStatistics:
     """The statistics of batch norms, which a forward pass changes: restored if the step is left out.
 
-    needed: whether a step may be left out; nothing is copied otherwise.
+    Args:
+        model: Whose they are.
+        needed: Whether a step may be left out; nothing is copied otherwise.
     """
 
     def __init__(self, model: nn.Module, *, needed: bool) -> None:

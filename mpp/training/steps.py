@@ -147,8 +147,10 @@ class StepReports:
     def arrived(self, *, everything: bool) -> Iterator[StepReport]:
         """Yield the reports that can be read without waiting: all but the newest.
 
-        everything: the newest, too, because it is about to be logged or saved. So it is if this process alone was
-        asked to stop. If there are several, all learn of the wish by the exchange and read the rest together.
+        Args:
+            everything: Whether the newest comes, too, because it is about to be logged or saved. So it does if this
+                process alone was asked to stop. If there are several, all learn of the wish by the exchange and read
+                the rest together.
         """
         everything = everything or (self._team.world == 1 and bool(self._stop_request))
         while len(self._sent) > (0 if everything or self.stopping else 1):

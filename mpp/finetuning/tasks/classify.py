@@ -45,7 +45,12 @@ class ClassifyTask(Task):
         return self.out(features)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """labels: (B,) int64, or (B, classes) float where images were mixed."""
+        """Return the loss of a micro-batch.
+
+        Args:
+            logits: (B, classes).
+            labels: (B,) int64, or (B, classes) float where images were mixed.
+        """
         if self.class_weights is not None and labels.ndim == 1:
             # of class numbers torch takes a weighted mean, which would depend on the batch
             labels = F.one_hot(labels, logits.shape[1]).float()

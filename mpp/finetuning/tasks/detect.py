@@ -142,8 +142,11 @@ class DetectTask(Task):
         return in_pixels
 
     def metrics(self, judged: list[object], *, headline_only: bool = False) -> dict[str, float]:
-        """map: mean average precision over classes and overlaps 0.50 to 0.95, as COCO's own evaluation computes it;
-        map_50, map_75: at one overlap; map_small, …: of boxes below 32², 96² and above; mar_100: recall."""
+        """Return average precision and recall, as COCO's own evaluation computes them.
+
+        map: mean over classes and overlaps 0.50 to 0.95. map_50, map_75: at one overlap. map_small, …: of boxes below
+        32², 96² and above. mar_100: recall.
+        """
         result = self._coco(judged)
         if headline_only:
             return {"map": max(float(result["map"]), 0.0)}

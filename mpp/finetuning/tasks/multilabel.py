@@ -30,7 +30,12 @@ class MultilabelTask(Task):
         return self.out(features)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """labels: (B, classes) float32, 0 or 1."""
+        """Return the loss of a micro-batch.
+
+        Args:
+            logits: (B, classes).
+            labels: (B, classes) float32, 0 or 1.
+        """
         return F.binary_cross_entropy_with_logits(logits.float(), labels)
 
     def judge(

@@ -66,8 +66,14 @@ class SegmentTask(Task):
         return F.interpolate(self.out(x).float(), size, mode="bilinear", align_corners=False)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """masks: (B, H, W) uint8. A mean over the pixels of each image, then over images: no image outweighs another,
-        however its batch is shared between processes."""
+        """Return a mean over the pixels of each image, then over images.
+
+        So no image outweighs another, however its batch is shared between processes.
+
+        Args:
+            logits: (B, classes, H, W).
+            masks: (B, H, W) uint8.
+        """
         weights = None if self.class_weights is None else self.class_weights.float()
         each = F.cross_entropy(
             logits.float(), masks.long(), weight=weights, ignore_index=self.ignore_index, reduction="none"
@@ -139,8 +145,11 @@ class SegmentTask(Task):
         return total
 
     def metrics(self, judged: list[Tensor], *, headline_only: bool = False) -> dict[str, float]:
-        """miou: mean over the classes that occur or were said of intersection over union, over all pixels of all images
-        (Everingham et al. 2015). pixel_accuracy; mean_accuracy: mean recall of the classes that occur."""
+        """Return metrics over all pixels of all images (Everingham et al. 2015).
+
+        miou: mean intersection over union of the classes that occur or were predicted. pixel_accuracy. mean_accuracy:
+        mean recall of the classes that occur.
+        """
         total = torch.stack(judged).sum(0).double()
         iou = self.per_class(judged)
         headline = {"miou": float(iou[~iou.isnan()].mean())}
