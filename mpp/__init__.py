@@ -85,7 +85,7 @@ def finetune(
     scale: str | None = None,
     **overrides: object,
 ) -> FinetuneResult:
-    """Fine-tune an encoder on labeled images, beside the same architecture from scratch.
+    """Fine-tune an encoder on labeled images, and compare it with the same architecture from scratch.
 
     Args:
         recipe: A file, a mapping of its keys, or a checked recipe.
@@ -161,7 +161,7 @@ def predict(
         views: Crops of each image that are averaged: 1, 2 (mirrored) or 10 (corners, mirrored).
         top: Classes named in a row.
         out: A CSV file for the rows.
-        report: A folder for the confusion matrix and the worst mistakes, where images lie in class folders.
+        report: A folder for the confusion matrix and the worst mistakes. The images must be in class folders.
 
     Returns:
         A row for each image; what could not be read, and why; the report, if one was asked for.

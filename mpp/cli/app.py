@@ -24,7 +24,7 @@ LESS_MEMORY = (
     "`mpp plan` says what fits"
 )
 OF_THE_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Of errors that name no file: a write says no more."""
+"""Errors of a write to storage that is full or read-only. They do not name a file."""
 TRAINING = ("pretrain", "finetune")
 
 
@@ -144,5 +144,5 @@ def to_json(value: object) -> str:
 
 
 JSON = click.option(
-    "--json", "as_json", is_flag=True, help="For scripts: the result as JSON; what is said meanwhile goes to stderr."
+    "--json", "as_json", is_flag=True, help="For scripts: print the result as JSON, and progress to stderr."
 )

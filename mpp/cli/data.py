@@ -59,9 +59,9 @@ def pack(
     image_extension: str | None,
     as_json: bool,
 ) -> None:
-    """Images of SOURCE -> shards with their indexes in OUT. Interrupted, the same call goes on.
+    """Write the images of SOURCE into shards with indexes in OUT. After an interruption, repeat the call to resume.
 
-    SOURCE: a folder of images, a CSV file (image, label), Parquet files or a folder of them, tar shards to pack anew.
+    SOURCE: a folder of images, a CSV file (image, label), Parquet files or a folder of them, or tar shards to repack.
     """
     from tqdm import tqdm
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _clear_away_when_ended() -> None:
-    """A command that fills a folder beside the new one takes it away when it is asked to end, as on Ctrl-C."""
+    """Exit on SIGTERM and SIGHUP as on Ctrl-C, so that a command removes its unfinished folder."""
     for asked in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(asked) is not signal.SIG_IGN:  # by nohup
             signal.signal(asked, lambda number, _: sys.exit(128 + number))
@@ -35,14 +35,14 @@ def _clear_away_when_ended() -> None:
     default="1",
     show_default=True,
     type=click.Choice(["1", "2", "10"]),
-    help="1: the central crop; 2: and mirrored; 10: the corners, too.",
+    help="Crops of each image: 1 is the centre; 2 adds its mirror image; 10 adds the corners.",
 )
 @click.option("--out", default=None, metavar="FILE", help="Write the rows there, not to the terminal.")
 @click.option(
     "--report",
     default=None,
     metavar="FOLDER",
-    help="Images lie in class folders: write confusion matrix and worst mistakes there. Of places: masks and overlays.",
+    help="Write the confusion matrix and worst mistakes there (images must be in class folders), or masks and overlays.",
 )
 def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: str | None, report: str | None) -> None:
     """What a fine-tuned ENCODER says of IMAGES (files or folders), as CSV."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from mpp.data.loader import KeyedDataset, batches
 
 
 class Movable(Protocol):
@@ -20,7 +22,26 @@ class Movable(Protocol):
 B = TypeVar("B", bound=Movable)
 
 
-def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:
+def load_ahead(
+    dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int, device: torch.device
+) -> Iterator[Any]:
+    """Give the batches of a dataset, read ahead by workers; for a GPU copied ahead, too.
+
+    Args:
+        dataset: The data.
+        sampler: Lists of keys, one for each batch.
+        workers: Processes that read ahead; 0: this one reads.
+        device: Where they are computed on.
+
+    Raises:
+        UserError: A worker met one, or died.
+    """
+    cuda = device.type == "cuda"
+    loaded = batches(dataset, sampler, workers=workers, pin_memory=cuda)
+    return on_device(loaded, device) if cuda else loaded
+
+
+def on_device(loaded: Iterator[B], device: torch.device) -> Iterator[B]:
     """The same batches, their tensors on the device: one batch ahead, on a stream of their own.
 
     Worth it where batches come from pinned memory: the host then waits for none of it. A CPU has nothing to gain.
@@ -29,7 +50,7 @@ def on_device(batches: Iterator[B], device: torch.device) -> Iterator[B]:
     side = module.Stream()
     underway: deque[tuple[B, object]] = deque()
     last: list[B | None] = [None]
-    for batch in chain(batches, last):
+    for batch in chain(loaded, last):
         if batch is not None:
             side.wait_stream(module.current_stream())  # it takes memory again that the batch before last was read from
             with module.stream(side):

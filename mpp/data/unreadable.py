@@ -12,6 +12,7 @@ from mpp.data.decoding.decode import Deep, decode_crop, deep_values
 from mpp.data.readers import LabeledImages, Reader
 from mpp.data.shards.reader import evenly
 from mpp.errors import BadImage, UserError
+from mpp.parallel.team import Team
 from mpp.recipe.sections import Decoding
 from mpp.runs.log import RunLog
 
@@ -127,14 +128,20 @@ def _name_coarse(deep_images: Sequence[Deep], key: str, decoding: Decoding) -> l
     return [f"{what}: read as 8 bit they keep {levels} grey levels. data.channels=1 {advice} reads all of them"]
 
 
-def count_unreadable(before: int, new: int, lines: list[str], seen: int, max_bad_fraction: float, log: RunLog) -> int:
-    """Count images that a loader replaced, and name them in the log.
+def count_unreadable(
+    team: Team, before: int, new: int, lines: list[str], *, seen: int, max_bad_fraction: float, log: RunLog
+) -> int:
+    """Count images that a loader replaced, and name them in the log. Every process calls this with the same numbers.
 
     Args:
+        team: The processes of the run.
         before: Unreadable images of the steps before.
         new: Those of this step, over all processes.
-        lines: A line for each file that was passed over: several for one image if its neighbours cannot be read either.
+        lines: A line for each file that this process passed over: several for one image if its neighbours cannot be
+            read either.
         seen: Images of all steps so far.
+        max_bad_fraction: Of the recipe.
+        log: Of the run.
 
     Returns:
         The new count. It is said at the 1st, 10th, 100th ….
@@ -142,10 +149,12 @@ def count_unreadable(before: int, new: int, lines: list[str], seen: int, max_bad
     Raises:
         UserError: There are more than `max_bad_fraction`, and at least LEAST_IN_TRAINING.
     """
-    bad = before + new
+    if not new:
+        return before
+    bad, lines = before + new, team.gather(lines)
     for line in lines:
         log.note(f"unreadable: {line}")
-    if new and (before == 0 or math.floor(math.log10(bad)) > math.floor(math.log10(before))):
+    if before == 0 or math.floor(math.log10(bad)) > math.floor(math.log10(before)):
         log.say(f"{bad} unreadable images so far, replaced by their neighbours; last: {lines[-1]}")
     if bad >= LEAST_IN_TRAINING and bad > max_bad_fraction * seen:
         raise UserError(

@@ -87,9 +87,11 @@ class Finetuning:
     def learning_parameters(self, step: int) -> list[nn.Parameter]:
         """Return the parameters that learn at a step. The others lose their gradients: they get no optimizer state,
         and no part in the norm."""
+        learning: list[nn.Parameter] = []
         for group in self.optimizer.plain.param_groups:
-            if step < group.get("starts_at_step", 0):
+            if step >= group.get("starts_at_step", 0):
+                learning += group["params"]
+            else:
                 for p in group["params"]:
                     p.grad = None
-        groups = [g for g in self.optimizer.plain.param_groups if step >= g.get("starts_at_step", 0)]
-        return [p for group in groups for p in group["params"]]
+        return learning

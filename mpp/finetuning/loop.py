@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mpp.data.unreadable import count_unreadable
-from mpp.errors import UserError
 from mpp.finetuning import lora
 from mpp.finetuning.cell import RESULT
 from mpp.finetuning.job import Finetuning
@@ -21,7 +18,7 @@ from mpp.runs import checkpoint
 from mpp.runs.records import write_json
 from mpp.runs.verdict import name_unread
 from mpp.training import nonfinite
-from mpp.training.steps import StepReport, StepReports
+from mpp.training.steps import StepReport, StepReports, allow_unsaved
 
 PREDICTIONS = "predictions.png"
 
@@ -107,7 +104,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
     recipe, train = run.recipe, run.train
     (progress.loss,), progress.grad_norm = report.losses, report.grad_norm
     seen_before = report.step * job.plan.global_batch_size
-    if not (math.isfinite(report.grad_norm) and math.isfinite(progress.loss)):
+    if not report.is_finite:
         progress.skipped += 1
         weights = job.model.task.class_weights
         keys = job.sampler.keys(seen_before)  # (position, 0, place in the subset) of the images of each micro-batch
@@ -134,15 +131,15 @@ def account_for(report: StepReport, job: Finetuning) -> None:
             allowed=recipe.max_skipped_steps,
         )
         job.log.say(line)
-    if report.unreadable:
-        progress.unreadable = count_unreadable(
-            progress.unreadable,
-            report.unreadable,
-            run.team.gather(report.unreadable_lines),  # each process knows only its own
-            seen_before + job.plan.global_batch_size,
-            recipe.data.max_bad_fraction,
-            job.log,
-        )
+    progress.unreadable = count_unreadable(
+        run.team,
+        progress.unreadable,
+        report.unreadable,
+        report.unreadable_lines,
+        seen=seen_before + job.plan.global_batch_size,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        log=job.log,
+    )
 
 
 def ema_decay(decay: float, step: int) -> float:
@@ -214,7 +211,7 @@ def save(job: Finetuning, *, required: bool) -> None:
     run, progress, folder = job.run, job.progress, job.cell.folder
     seen = progress.step * job.plan.global_batch_size
     state = {"seen": seen, "data_fingerprint": run.fingerprint, **progress.to_json()}
-    try:
+    with allow_unsaved(job.log, required=required or run.recipe.if_unsaved == "stop"):
         checkpoint.save_together(
             run.team,
             folder / "checkpoints",
@@ -227,15 +224,11 @@ def save(job: Finetuning, *, required: bool) -> None:
         )
         if run.team.is_main:
             checkpoint.keep_only(folder / "best", progress.best_step)
-    except UserError as error:
-        if required or run.recipe.if_unsaved == "stop":
-            raise
-        job.log.say(f"warning: {error}; going on, as if_unsaved says")
 
 
 def stop(job: Finetuning) -> None:
     """End a cell that a signal stopped, after it has saved."""
-    step, why = job.progress.step, job.run.stop_request.by or "a signal to another process"
+    step, why = job.progress.step, job.run.stop_request.reason
     job.log.say(f"stopped at step {step} by {why}; go on with --resume auto")
     job.log.status("stopped", step=step, why=why)
 

@@ -68,7 +68,13 @@ class Predictor:
     model: TimmModel
 
     def __init__(self, source: str | Path, views: Literal[1, 2, 10] = 1) -> None:
-        """views: 1: the central crop; 2: and mirrored; 10: the corners, too (Krizhevsky et al. 2012, section 4.1)."""
+        """Open a fine-tuned encoder.
+
+        Args:
+            source: A cell of a fine-tuning run, or its export.
+            views: 1 is the central crop; 2 adds its mirror image; 10 adds the corners (Krizhevsky et al. 2012, section
+                4.1).
+        """
         folder = encoder_folder(source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_encoder(folder).eval().to(self.device)

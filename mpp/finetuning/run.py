@@ -138,7 +138,7 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     if team.is_main:
         write_json(out / "env.json", environment())
         write_status(out, "running")
-        _record_data(run)
+        _record_data(run, same_images=prints[0] == prints[1])
         if team.device.type == "cpu" and team.world == 1 and (taken := cores_in_use()):
             warnings.warn(taken, MppWarning, stacklevel=2)
         for doubt in doubts:
@@ -165,7 +165,7 @@ def run_cells(run: Run) -> dict[Cell, dict[str, float]] | None:
             run.watch.status = run.status
             (stopping,) = run.team.sum([bool(run.stop_request)])
             if metrics is None or (stopping and number < len(cells) - 1):
-                run.status("stopped", cell=cell.folder.name, why=run.stop_request.by or "a signal to another process")
+                run.status("stopped", cell=cell.folder.name, why=run.stop_request.reason)
                 return None
         measured[cell] = metrics
     return measured
@@ -210,7 +210,7 @@ def conclude(run: Run, measured: dict[Cell, dict[str, float]]) -> FinetuneResult
     return result
 
 
-def _record_data(run: Run) -> None:
+def _record_data(run: Run, *, same_images: bool) -> None:
     """Write data.json: how many images there are, and which of those that judge were trained on, with a warning."""
     recipe, train, val = run.recipe, run.train, run.val
     path = Path(recipe.out) / DATA
@@ -220,7 +220,7 @@ def _record_data(run: Run) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     leaked = leak(val.reader, train.reader)
-    if train.fingerprint() == val.fingerprint():
+    if same_images:
         warnings.warn("data.val: the same images as data.train; the accuracy says nothing", MppWarning, stacklevel=3)
     elif leaked.shared:
         name, other = leaked.examples[0]

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
 from mpp.data.subsets import balanced, split
-from mpp.data.transfer import on_device
+from mpp.data.transfer import load_ahead
 from mpp.errors import UserError
 from mpp.finetuning import lora
 from mpp.finetuning.cell import Cell
@@ -73,12 +72,9 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
         cell.folder.mkdir(parents=True, exist_ok=True)
     team.wait()
     log = _open_log(run, cell, plan, progress.step)
-    warm_up = (
-        "; the warm-up lasts longer: the full learning rate is never reached" if plan.never_reaches_full_lr else ""
-    )
     log.say(
         f"{len(subset)} labeled images of {len(run.train.classes)} classes, {len(run.val)} to validate; "
-        f"{plan.total_steps} steps{warm_up}" + (f"; resumed at step {progress.step}" if resumed else "")
+        f"{plan.total_steps} steps{plan.warm_up_note}" + (f"; resumed at step {progress.step}" if resumed else "")
     )
 
     dataset = kind.training_set(run.train, subset, cell.seed)
@@ -90,8 +86,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
         rank=team.rank,
         world=team.world,
     )
-    cuda = team.device.type == "cuda"
-    loaded = batches(dataset, sampler, workers=recipe.data.workers, pin_memory=cuda)
+    loaded = load_ahead(dataset, sampler, workers=recipe.data.workers, device=team.device)
     pace = Pace()
     return Finetuning(
         run=run,
@@ -110,9 +105,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
         micro_loss=micro_loss,
         batch_norms=BatchNormStatistics(model, needed=recipe.max_skipped_steps > 0),
         progress=progress,
-        micro_batches=MicroBatchStream(
-            on_device(loaded, team.device) if cuda else loaded, micro_batches, run.watch, pace
-        ),
+        micro_batches=MicroBatchStream(loaded, micro_batches, run.watch, pace),
         pace=pace,
         log=log,
     )

@@ -31,6 +31,11 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.by is not None
 
+    @property
+    def reason(self) -> str:
+        """Why the run stops, as its log and its status say it."""
+        return self.by or "a signal to another process"
+
     def listen(self) -> None:
         """From now on the signals of `ending_signals` set the request; a second SIGINT stops at once.
 

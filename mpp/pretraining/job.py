@@ -41,6 +41,8 @@ class Pretraining:
     model: MaskedPatchModel
     wrapped: nn.Module
     """The model as the loop calls it: in autocast, with gradients exchanged."""
+    sharded: bool
+    """Whether each process holds a part of the weights."""
     whole: Whole[MaskedPatchModel]
     """A copy of the model with all its weights, to be looked at."""
     optimizer: GuardedOptimizer
@@ -54,7 +56,3 @@ class Pretraining:
     log: RunLog
     watch: Watch
     stop_request: StopRequest
-
-    @property
-    def sharded(self) -> bool:
-        return self.recipe.fsdp and self.team.world > 1

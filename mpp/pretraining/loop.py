@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from mpp.data.unreadable import count_unreadable
 from mpp.encoders.folder import pool_patches, save_encoder, trained_by
-from mpp.errors import UserError
 from mpp.parallel import faults
 from mpp.parallel.liveness import SAVING
 from mpp.pretraining.job import Pretraining
@@ -20,7 +18,7 @@ from mpp.recipe.pretrain import PretrainRecipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runs import checkpoint
 from mpp.training import nonfinite
-from mpp.training.steps import StepReport, StepReports, seed_dropout
+from mpp.training.steps import StepReport, StepReports, allow_unsaved, seed_dropout
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def account_for(report: StepReport, job: Pretraining) -> None:
     progress.losses, progress.grad_norm = report.losses, report.grad_norm
     progress.loss = sum(o.weight * loss for o, loss in zip(job.model.objectives, report.losses, strict=True))
     seen_before = report.step * job.plan.global_batch_size
-    if not (math.isfinite(report.grad_norm) and math.isfinite(progress.loss)):
+    if not report.is_finite:
         progress.skipped += 1
         keys = job.sampler.keys(seen_before)  # (position, shard, row) of the images of each micro-batch
         record = {
@@ -145,15 +143,15 @@ def account_for(report: StepReport, job: Pretraining) -> None:
             allowed=recipe.max_skipped_steps,
         )
         job.log.say(line)
-    if report.unreadable:
-        progress.unreadable = count_unreadable(
-            progress.unreadable,
-            report.unreadable,
-            job.team.gather(report.unreadable_lines),  # each process knows only its own
-            seen_before + job.plan.global_batch_size,
-            recipe.data.max_bad_fraction,
-            job.log,
-        )
+    progress.unreadable = count_unreadable(
+        job.team,
+        progress.unreadable,
+        report.unreadable,
+        report.unreadable_lines,
+        seen=seen_before + job.plan.global_batch_size,
+        max_bad_fraction=recipe.data.max_bad_fraction,
+        log=job.log,
+    )
 
 
 def save(job: Pretraining, *, required: bool) -> None:
@@ -168,19 +166,15 @@ def save(job: Pretraining, *, required: bool) -> None:
     seen = job.progress.step * job.plan.global_batch_size
     state = {"seen": seen, **job.progress.to_json(), "data_fingerprint": job.dataset.images.fingerprint}
     folder, keep = job.run.out / "checkpoints", job.recipe.keep_checkpoints
-    try:
+    with allow_unsaved(job.log, required=required or job.recipe.if_unsaved == "stop"):
         checkpoint.save_together(job.team, folder, job.progress.step, job.model, job.optimizer.plain, state, keep=keep)
         job.log.status("running", step=job.progress.step)
-    except UserError as error:
-        if required or job.recipe.if_unsaved == "stop":
-            raise
-        job.log.say(f"warning: {error}; going on, as if_unsaved says")
 
 
 def stop(job: Pretraining) -> PretrainResult:
     """End a run that a signal stopped, after it has saved."""
     progress = job.progress
-    why = job.stop_request.by or "a signal to another process"
+    why = job.stop_request.reason
     signal = job.stop_request.of_all(job.team)
     job.log.say(f"stopped at step {progress.step} by {why}; go on with --resume auto")
     job.log.status("stopped", step=progress.step, why=why)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,11 @@ from torch import nn
 from mpp.data.batch import Batch
 from mpp.data.crop import Crop
 from mpp.data.labeled import open_labeled
-from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order, lanes_read_by
 from mpp.data.readers import PackedReader
 from mpp.data.shards.ahead import Ahead
 from mpp.data.shards.reader import ShardImages, evenly, held_out_rows
-from mpp.data.transfer import on_device
+from mpp.data.transfer import load_ahead
 from mpp.data.unreadable import find_coarse_images
 from mpp.encoders.resolve import resolve
 from mpp.errors import UserError
@@ -85,7 +83,8 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     model, mask_grid = build_model(recipe, mask)
     dataset, order = _open_dataset(recipe, team, mask, mask_grid, micro_batches)
     plan = make_plan(recipe, order.epoch_len, micro_batches)
-    whole = _place_on_device(model, recipe, team)
+    sharded = recipe.fsdp and team.world > 1
+    whole = _place_on_device(model, team, sharded=sharded)
     optimizer = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
     held_out = _held_out_batch(dataset)
     probe = _open_probe(recipe, model)
@@ -108,7 +107,8 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         rank=team.rank,
         world=team.world,
     )
-    wrapped = team.wrap_model(model, sharded=recipe.fsdp and team.world > 1)
+    loaded = load_ahead(dataset, sampler, workers=recipe.data.workers, device=team.device)
+    wrapped = team.wrap_model(model, sharded=sharded)
     log = _open_log(recipe, team, plan, run, progress.step)
     until_the_end.callback(log.close)
     watch.status = log.status
@@ -122,12 +122,13 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         held_out=held_out,
         model=model,
         wrapped=wrapped,
+        sharded=sharded,
         whole=whole,
         optimizer=GuardedOptimizer(optimizer, team),
         trained=[p for p in model.parameters() if p.requires_grad],
         batch_norms=nonfinite.BatchNormStatistics(model, needed=recipe.max_skipped_steps > 0),
         progress=progress,
-        micro_batches=MicroBatchStream(_load(dataset, sampler, recipe, team), micro_batches, watch, pace),
+        micro_batches=MicroBatchStream(loaded, micro_batches, watch, pace),
         pace=pace,
         probe=probe,
         run=run,
@@ -192,9 +193,8 @@ def _open_dataset(
     return dataset, order
 
 
-def _place_on_device(model: MaskedPatchModel, recipe: PretrainRecipe, team: Team) -> Whole[MaskedPatchModel]:
+def _place_on_device(model: MaskedPatchModel, team: Team, *, sharded: bool) -> Whole[MaskedPatchModel]:
     """Move the model to the device, or share it out among the processes, and return a copy that can be looked at."""
-    sharded = recipe.fsdp and team.world > 1
     whole = Whole(model, sharded=sharded)
     if sharded:
         shard(model, team.device, whole=(model.guide,) if model.guide is not None else ())
@@ -245,13 +245,6 @@ def _open_log(recipe: PretrainRecipe, team: Team, plan: Plan, run: OpenRun, resu
     return RunLog(run.out, steps=plan.total_steps, resumed_at=resumed_at, active=team.is_main, trackers=trackers)
 
 
-def _load(dataset: PretrainDataset, sampler: MicroBatches, recipe: PretrainRecipe, team: Team) -> Iterator[Batch]:
-    """Return the micro-batches, read ahead by workers; for a GPU copied ahead, too."""
-    cuda = team.device.type == "cuda"
-    loaded = batches(dataset, sampler, workers=recipe.data.workers, pin_memory=cuda)
-    return on_device(loaded, team.device) if cuda else loaded
-
-
 def _introduce(job: Pretraining) -> None:
     """Write what is known before the first step: env.json, data.json, the opening lines of the log, warnings, and the
     pictures of the untrained model."""
@@ -296,9 +289,7 @@ def _opening_line(job: Pretraining) -> str:
     micro_batch = plan.global_batch_size // world // plan.micro_batches
     steps = f"{plan.total_steps} steps of {plan.global_batch_size} ({world} × {plan.micro_batches} × {micro_batch})"
     parameters = f"{sum(p.numel() for p in job.trained) / 1e6:.2f} M parameters trained"
-    line = f"{images}, {len(job.held_out.images)} more held out; {steps}, {parameters}"
-    if plan.never_reaches_full_lr:
-        line += "; the warm-up lasts longer: the full learning rate is never reached"
+    line = f"{images}, {len(job.held_out.images)} more held out; {steps}, {parameters}{plan.warm_up_note}"
     if job.run.checkpoint:
         line += f"; resumed at step {job.progress.step}"
         line += ", which is the last: nothing is left to do" if job.progress.step >= plan.total_steps else ""

@@ -5,12 +5,7 @@ from __future__ import annotations
 from functools import reduce
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mpp.recipe import registry
 from mpp.recipe.sections import Architecture, LabeledData, Optim, Run, Section, component_section

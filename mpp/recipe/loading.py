@@ -7,9 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from mpp.errors import UserError
 from mpp.recipe.evaluate import EvaluateRecipe

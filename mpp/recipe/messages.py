@@ -7,9 +7,7 @@ import inspect
 import re
 from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.sections import Job

@@ -6,10 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from mpp.errors import MppWarning
 from mpp.recipe import registry

@@ -114,14 +114,10 @@ def declaration(kind: str, name: str) -> Declaration:
             )
     constants: JsonObject = {}
     for node in cls.body:
-        target = (
-            node.targets[0]
-            if isinstance(node, ast.Assign)
-            else node.target
-            if isinstance(node, ast.AnnAssign)
-            else None
-        )
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name) and node.value is not None:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if isinstance(target, ast.Name):
             with suppress(ValueError):  # not a plain value
                 constants[target.id] = ast.literal_eval(node.value)
     for required in KINDS[kind].states:

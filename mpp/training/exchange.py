@@ -33,7 +33,7 @@ class Exchange:
 
     Args:
         summands: (K,) numbers of this process.
-        counts: Numbers that the host knows. They are summed with `own` in float64, so that counts stay exact.
+        counts: Numbers that the host knows. They are summed with `summands` in float64, so that counts stay exact.
         alike: () number that is the same in every process.
     """
 
@@ -53,6 +53,6 @@ class Exchange:
         self._arrived.record()
 
     def read(self) -> list[float]:
-        """Return the sums of `own`, the sums of `counts`, and `alike`. Waits for the device."""
+        """Return the sums of `summands`, the sums of `counts`, and `alike`. Waits for the device."""
         self._arrived.synchronize()
         return self._host.tolist()

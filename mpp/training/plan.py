@@ -48,6 +48,12 @@ class Plan:
         """Whether the warm-up lasts longer than the run."""
         return self.warmup_steps > self.total_steps
 
+    @property
+    def warm_up_note(self) -> str:
+        """The end of a log's first line; "" if the warm-up ends in time."""
+        note = "; the warm-up lasts longer: the full learning rate is never reached"
+        return note if self.never_reaches_full_lr else ""
+
 
 def steps_of(epochs: float | None, steps: int | None, images: int, global_batch: int, *, least: int = 1) -> int:
     """Return the optimizer steps of a run or a warm-up, given in epochs or in steps.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from mpp.errors import UserError
 from mpp.parallel.liveness import Watch
 from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import Team
 from mpp.rng import Purpose, torch_seed
+from mpp.runs.log import RunLog
 from mpp.training.exchange import Exchange
 
 
@@ -36,6 +40,25 @@ def seed_dropout(seed: int, batch: LoadedBatch) -> None:
     torch's generator, too.
     """
     torch.manual_seed(torch_seed(seed, Purpose.STEP, int(batch.positions[0])))
+
+
+@contextmanager
+def allow_unsaved(log: RunLog, *, required: bool) -> Iterator[None]:
+    """Let the run go on if what happens inside cannot be written, with a warning in its log.
+
+    Args:
+        log: Of the run.
+        required: End the run instead.
+
+    Raises:
+        UserError: It cannot be written, and is required.
+    """
+    try:
+        yield
+    except UserError as error:
+        if required:
+            raise
+        log.say(f"warning: {error}; going on, as if_unsaved says")
 
 
 @dataclass
@@ -94,6 +117,11 @@ class StepReport:
     """A line for each file that this process could not read."""
     micro_losses: list[Tensor]
     """(objectives,) losses of this process's micro-batches, each divided by their number."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are finite; the device decided by the same numbers."""
+        return all(map(math.isfinite, (*self.losses, self.grad_norm)))
 
 
 @dataclass

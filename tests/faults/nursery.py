@@ -78,7 +78,7 @@ def child(request: dict[str, Any]) -> None:
         obey_modes()
     faulthandler.register(signal.SIGUSR2)  # what a job that hangs was doing
     if request.get("record"):
-        mpp.pretraining.setup.batches = recording(mpp.pretraining.setup.batches, request["record"])  # type: ignore[attr-defined]
+        mpp.pretraining.setup.load_ahead = recording(mpp.pretraining.setup.load_ahead, request["record"])  # type: ignore[attr-defined]
     sys.argv = ["mpp", *request["words"]]
     from mpp.cli.app import main
 

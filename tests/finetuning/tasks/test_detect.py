@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
 from mpp.runs.records import read_metrics
 from tests.conftest import command
-from tests.finetuning.tasks.test_segment import CONVNEXT, VIT
+from tests.finetuning.tasks import test_segment
+from tests.finetuning.tasks.test_segment import CONVNEXT
 
 PLAIN, STAGES = FeatureMaps((8, 8), (8, 8)), FeatureMaps((8, 12, 16), (4, 8, 16))
 DETECTORS = ["fcos", "retinanet", "faster_rcnn"]
@@ -174,25 +174,8 @@ def test_a_width_that_fcos_cannot_norm() -> None:
 
 
 def values(shapes: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    from mpp.recipe.overrides import apply_overrides
-
-    v: dict[str, Any] = {
-        "job": "finetune",
-        "out": str(out),
-        "encoder": "scratch",
-        "architecture": deepcopy(VIT),
-        "seeds": [0],
-        "task": {"name": "detect", "width": 32, "finest": 2},
-        "data": {
-            "train": str(shapes / "train"), "val": str(shapes / "val"), "image_size": 32, "workers": 0,
-            "crop_scale": [0.5, 1.0],
-        },
-        "optim": {"base_lr": 5e-2, "steps": 4, "global_batch_size": 8, "warmup_steps": 2},
-        "log_every_steps": 1,
-        "checkpoint_every_steps": 2,
-    }  # fmt: skip
-    apply_overrides(v, {}, changes)
-    return v
+    detect = {"task": {"name": "detect", "width": 32, "finest": 2}, "optim.steps": 4, "checkpoint_every_steps": 2}
+    return test_segment.values(shapes, out, **{**detect, **changes})
 
 
 def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
