@@ -42,7 +42,7 @@ def _clear_away_when_ended() -> None:
     "--report",
     default=None,
     metavar="FOLDER",
-    help="Write the confusion matrix and worst mistakes there (images must be in class folders), or masks and overlays.",
+    help="Write the confusion matrix and worst mistakes there (images must be in class folders); or masks, overlays.",
 )
 def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: str | None, report: str | None) -> None:
     """What a fine-tuned ENCODER says of IMAGES (files or folders), as CSV."""

@@ -129,6 +129,19 @@ def test_a_component_that_recipes_cannot_read_is_named(
         registry.declaration.__wrapped__("mask", "wrong")
 
 
+def test_a_component_without_an_attribute_that_recipes_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mpp" / "objective" / "corruptions"
+    folder.mkdir(parents=True)
+    (folder / "wrong.py").write_text('class WrongCorruption:\n    mechanism = "pixel"\n')
+    monkeypatch.setattr(registry, "PACKAGE", tmp_path / "mpp")
+    monkeypatch.setattr(registry, "names", lambda kind: ("wrong",))
+    message = r"wrong\.py: class WrongCorruption must set `hidden_enter` to a plain value"
+    with pytest.raises(UserError, match=message):
+        registry.declaration.__wrapped__("corruption", "wrong")
+
+
 def test_a_mask_that_hides_another_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = registry.component("mask", "uniform")(ratio=0.5)
     monkeypatch.setattr(type(mask), "count", lambda self, grid, draw: 3)

@@ -16,6 +16,7 @@ from mpp.runs.checkpoint import newest
 from mpp.runs.records import read_metrics
 from mpp.training.nonfinite import KEPT, BatchNormStatistics
 from tests.conftest import pretrain_recipe
+from tests.finetuning.test_finetuning import recipe
 
 DIVERGES = {"optim.base_lr": 1e20, "optim.warmup_steps": 0, "max_skipped_steps": 50}
 
@@ -54,6 +55,26 @@ def test_a_step_that_is_left_out_moves_nothing_and_the_last_few_are_kept(shards:
     for name, value in before.items():
         assert value.equal(first[name]), name
         assert value.equal(last[name]), name
+
+
+@pytest.mark.filterwarnings("ignore::mpp.errors.MppWarning")
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+def test_a_step_that_is_left_out_leaves_no_trace_in_batch_norms(job: str, shards: Path, tmp_path: Path) -> None:
+    each = {"checkpoint_every_steps": 1, "keep_checkpoints": 4, "optim.steps": 4, "data.image_size": 32}
+    if job == "pretrain":
+        resnet = {"encoder": {"name": "resnet10t"}, "corruption": "zeros", "mask.unit_px": 32, "data.image_size": 64}
+        folder = mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{**each, **DIVERGES, **resnet})).out
+    else:
+        resnet = {"architecture": {"name": "resnet10t"}, "seeds": [0]}
+        mpp.finetune(recipe(shards, tmp_path / "run", "scratch", **{**each, **DIVERGES, **resnet}))
+        folder = tmp_path / "run" / "scratch-seed0"
+    first = next(m["step"] for m in read_metrics(folder) if m["loss"] is None)
+    before, after = (
+        load_file(folder / "checkpoints" / f"step-{s:08d}" / "model.safetensors") for s in (first - 1, first)
+    )
+    statistics = [name for name in before if "running_" in name]
+    assert statistics
+    assert all(torch.equal(before[name], after[name]) for name in statistics)
 
 
 @pytest.mark.filterwarnings("ignore::mpp.errors.MppWarning")
