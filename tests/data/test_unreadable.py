@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import mpp
@@ -17,8 +18,8 @@ from mpp.data.labeled_sets import LabeledDataset
 from mpp.data.readers import FileReader
 from mpp.data.unreadable import check_images, find_coarse_images, unread_classes
 from mpp.errors import MppWarning, UserError
-from tests.conftest import drawn_image, encoded, pretrain_recipe
-from tests.finetuning.test_finetuning import recipe, run  # noqa: F401 (a fixture)
+from tests.conftest import command, drawn_image, encoded, pretrain_recipe
+from tests.finetuning.test_finetuning import recipe, run, values  # noqa: F401 (a fixture)
 
 READING: dict[str, Any] = {"channels": 3, "formats": ("JPEG", "PNG"), "max_image_pixels": 10**6}
 GREY: dict[str, Any] = {**READING, "channels": 1}
@@ -131,6 +132,28 @@ def test_unreadable_training_images_are_counted_and_too_many_end_the_run(
     monkeypatch.setattr("mpp.finetuning.run.check_images", lambda *_: [])
     with pytest.raises(UserError, match=r"data\.max_bad_fraction: \d+ of \d+ images could not be read"):
         mpp.finetune(recipe(train, tmp_path / "ft2", run, **data, **{"data.max_bad_fraction": 0.01}))
+
+
+@pytest.mark.slow
+def test_what_each_process_could_not_read_is_named_once(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    train = tree(tmp_path / "train", {"disc": 2, "ring": 2})
+    named = []
+    for processes in (1, 2):
+        out, path = tmp_path / f"on-{processes}", tmp_path / "r.yaml"
+        given = {
+            "data.max_bad_fraction": 0.4,
+            "optim.steps": 8,
+            "seeds": [0],
+            "data.train": str(train),
+            "data.val": str(train),
+        }
+        path.write_text(yaml.safe_dump(values(train, out, run, beside_scratch=False, **given)))
+        done = command("finetune", path, processes=processes)
+        assert done.returncode == 0, done.stderr
+        log = (out / "pretrained-seed0" / "train.log").read_text()
+        named.append(sorted(re.findall(r"unreadable: (.*)", log)))
+    assert len(named[0]) > 8
+    assert named[0] == named[1]
 
 
 def test_a_run_of_unreadable_images_counts_each_once(tmp_path: Path) -> None:
