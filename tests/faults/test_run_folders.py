@@ -150,8 +150,7 @@ def test_a_run_that_came_to_nothing(shards: Path, tmp_path: Path, monkeypatch: p
         raise UserError("data.val: a fault that is found late")
 
     with monkeypatch.context() as patched:
-        patched.setattr("mpp.pretraining.setup.on_device", fails)
-        patched.setattr("mpp.pretraining.setup.batches", fails)
+        patched.setattr("mpp.pretraining.setup.load_ahead", fails)
         with pytest.raises(UserError, match="found late"):
             mpp.pretrain(pretrain_recipe(shards, out))
     assert (out / "recipe.yaml").exists()
