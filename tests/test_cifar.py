@@ -64,7 +64,7 @@ def test_pretrain_finetune_export_on_real_images(cifar: Path, tmp_path: Path) ->
             "data.val": str(cifar / "test"),
             "data.labels_per_class": 50,
             "seeds": [0],
-            "beside_scratch": False,
+            "beside": [],
             "optim.steps": 120,
             "optim.warmup_steps": 10,
         },

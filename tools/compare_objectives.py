@@ -141,7 +141,7 @@ def do(
         run_folder = folder / f"finetune-{seed}"
         tuning = {
             **finetuning, "encoder": str(pretrained[seed]), "seeds": [seed], "optim.steps": finetune_steps,
-            "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3, "beside_scratch": beside,
+            "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3, "beside": ["scratch"] if beside else [],
             "out": str(run_folder),
         }  # fmt: skip
         tuning_cost += run("finetune", "cifar10.yaml", tuning)["cpu"]

@@ -6,8 +6,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mpp.errors import UserError
+from mpp.finetuning.arms import arms_of
 from mpp.recipe.finetune import FinetuneRecipe
 
 RESULT = "result.json"
@@ -19,16 +21,9 @@ class Cell:
 
     folder: Path
     arm: str
-    """"pretrained" or "scratch"."""
+    """"pretrained", "scratch", "cnn" or "published"."""
     seed: int
     labels_per_class: int | None
-
-
-def arms_of(recipe: FinetuneRecipe) -> list[str]:
-    """Return the arms of a run."""
-    if recipe.encoder == "scratch":
-        return ["scratch"]
-    return ["pretrained", "scratch"] if recipe.beside_scratch else ["pretrained"]
 
 
 def cells_of(recipe: FinetuneRecipe) -> list[Cell]:
@@ -42,8 +37,17 @@ def cells_of(recipe: FinetuneRecipe) -> list[Cell]:
     ]
 
 
-def read_result(cell: Path, fingerprint: str) -> dict[str, float] | None:
-    """Return the metrics of a cell that is done, or None.
+class CellResult(NamedTuple):
+    """What came of a cell."""
+
+    metrics: dict[str, float]
+    """On the validation images."""
+    device_minutes: float
+    """What its training took; nan where a cell did not keep it."""
+
+
+def read_result(cell: Path, fingerprint: str) -> CellResult | None:
+    """Return what came of a cell that is done, or None.
 
     Raises:
         UserError: They were measured on other data, or from another encoder.
@@ -56,7 +60,15 @@ def read_result(cell: Path, fingerprint: str) -> dict[str, float] | None:
         return None
     if before != fingerprint:
         raise UserError(f"{cell}: the data or the encoder changed since; start a new run")
-    return metrics
+    return CellResult(metrics, _read_minutes(cell))
+
+
+def _read_minutes(cell: Path) -> float:
+    """What training took, as the cell's status says: result.json is the same for every run of a recipe."""
+    try:
+        return float(json.loads((cell / "status.json").read_text())["device_minutes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.nan
 
 
 def read_unread_classes(cell: Path) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from mpp.data.readers import LabeledImages
 from mpp.data.subsets import split
 from mpp.errors import UserError
 from mpp.finetuning import lora
-from mpp.finetuning.cell import arms_of
+from mpp.finetuning.arms import arms_of, recipe_of_arm
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.micro_loss import make_distillation
 from mpp.finetuning.model import build
@@ -30,9 +30,10 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
     kind.check_augmentation()
     # Models are built to be thrown away: what an encoder does not take is known only then.
     for arm in arms_of(recipe):
-        model = build(recipe, arm, recipe.seeds[0], len(train.classes))
-        if recipe.lora and arm == "pretrained":
-            lora.add(model.encoder, **recipe.lora.model_dump())
+        of_arm = recipe_of_arm(recipe, arm)
+        model = build(of_arm, arm, recipe.seeds[0], len(train.classes))
+        if of_arm.lora:
+            lora.add(model.encoder, **of_arm.lora.model_dump())
     if recipe.distill:
         make_distillation(recipe, team, model, train.classes)
 

@@ -23,6 +23,7 @@ from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import Team
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.runs.log import RunLog
+from mpp.training.device_time import DeviceTime
 from mpp.training.nonfinite import BatchNormStatistics
 from mpp.training.optimizer import GuardedOptimizer
 from mpp.training.plan import Plan
@@ -36,7 +37,6 @@ class Run:
     recipe: FinetuneRecipe
     """Resolved: nothing changes it any more."""
     team: Team
-    kind: LabelKind
     train: LabeledImages
     val: LabeledImages
     fingerprint: str
@@ -54,6 +54,10 @@ class Finetuning:
 
     run: Run
     cell: Cell
+    recipe: FinetuneRecipe
+    """Of this arm, see `recipe_of_arm`."""
+    kind: LabelKind
+    """Of this arm, which may read images at a size of its own."""
     plan: Plan
     subset: np.ndarray
     """Numbers of the images to train on."""
@@ -67,8 +71,6 @@ class Finetuning:
     """The model as the loop calls it: in autocast, with gradients exchanged."""
     averaged: Supervised | None
     """A moving average of the weights."""
-    adapted: bool
-    """Whether low-rank adapters are trained in place of the encoder's own weights."""
     encoder_learns_at: int
     """The first step in which a parameter of the encoder learns."""
     optimizer: GuardedOptimizer
@@ -77,6 +79,7 @@ class Finetuning:
     progress: Progress
     micro_batches: MicroBatchStream[LabeledBatch]
     pace: Pace
+    device_time: DeviceTime
     log: RunLog
 
     @property

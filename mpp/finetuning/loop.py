@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpp.data.unreadable import count_unreadable
 from mpp.finetuning import lora
-from mpp.finetuning.cell import RESULT
+from mpp.finetuning.cell import RESULT, CellResult
 from mpp.finetuning.job import Finetuning
 from mpp.finetuning.judge import Judged, judge
 from mpp.finetuning.model import save as save_model
@@ -23,7 +23,7 @@ from mpp.training.steps import StepReport, StepReports, allow_unsaved
 PREDICTIONS = "predictions.png"
 
 
-def train(job: Finetuning) -> dict[str, float] | None:
+def train(job: Finetuning) -> CellResult | None:
     """Train until the last step, until nothing gets better, or until a signal asks to stop. One turn of the loop is
     one optimizer step.
 
@@ -31,13 +31,14 @@ def train(job: Finetuning) -> dict[str, float] | None:
     host never waits for the device, except if something is due that needs the newest numbers.
 
     Returns:
-        The metrics on the validation images, or None if a signal stopped the cell (it has a checkpoint then).
+        What came of it, or None if a signal stopped the cell (it has a checkpoint then).
     """
     run, plan, progress = job.run, job.plan, job.progress
-    recipe, team = run.recipe, run.team
+    recipe, team = job.recipe, run.team
     reports = StepReports(team, run.stop_request)
     job.log.status("running", step=progress.step)
     job.pace.begin()
+    job.device_time.begin()
 
     for step in range(progress.step, plan.total_steps):
         if progress.given_up:  # a resumed cell that had ended early already
@@ -80,6 +81,8 @@ def train(job: Finetuning) -> dict[str, float] | None:
         run.watch.at(progress.step, SAVING)
         score = judge_held_out(job) if "held_out" in due else {}
         ending = reports.stopping or progress.given_up or "end" in due
+        if due or ending:
+            progress.device_minutes = job.device_time.minutes()
         if "log" in due or score or ending:
             job.log.metrics(record_of(job, lr, score))
         if "checkpoint" in due or ending:
@@ -101,7 +104,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
         UserError: More steps were not finite, or more images unreadable, than the recipe allows.
     """
     run, progress, folder = job.run, job.progress, job.cell.folder
-    recipe, train = run.recipe, run.train
+    recipe, train = job.recipe, run.train
     (progress.loss,), progress.grad_norm = report.losses, report.grad_norm
     seen_before = report.step * job.plan.global_batch_size
     if not report.is_finite:
@@ -172,9 +175,9 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
         The score, for a line of metrics.
     """
     run, progress, headline = job.run, job.progress, job.model.task.headline
-    assert run.recipe.early_stop is not None
+    assert job.recipe.early_stop is not None
     judged = judge(
-        run.recipe, run.team, run.kind, job.judged, run.train, job.held_out, "early_stop", headline_only=True
+        job.recipe, run.team, job.kind, job.judged, run.train, job.held_out, "early_stop", headline_only=True
     )
     score = judged.metrics[headline]
     progress.since_best += 1
@@ -182,7 +185,7 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
         progress.best, progress.best_step, progress.since_best = score, progress.step, 0
         folder = job.cell.folder / "best"
         checkpoint.save_together(run.team, folder, progress.step, job.model, None, {}, keep=None, averaged=job.averaged)
-    progress.given_up = progress.since_best >= run.recipe.early_stop.patience
+    progress.given_up = progress.since_best >= job.recipe.early_stop.patience
     return {f"tune_{headline}": score}
 
 
@@ -196,7 +199,8 @@ def record_of(job: Finetuning, lr: float, score: dict[str, float]) -> dict[str, 
     """
     progress, global_batch = job.progress, job.plan.global_batch_size
     record = {"step": progress.step, "seen": progress.step * global_batch, "loss": progress.loss, "lr": lr, **score}
-    return record | {"grad_norm": progress.grad_norm, **job.pace.rates(global_batch)}
+    record |= {"grad_norm": progress.grad_norm, **job.pace.rates(global_batch)}
+    return record | {"device_minutes": progress.device_minutes}
 
 
 def save(job: Finetuning, *, required: bool) -> None:
@@ -211,7 +215,7 @@ def save(job: Finetuning, *, required: bool) -> None:
     run, progress, folder = job.run, job.progress, job.cell.folder
     seen = progress.step * job.plan.global_batch_size
     state = {"seen": seen, "data_fingerprint": run.fingerprint, **progress.to_json()}
-    with allow_unsaved(job.log, required=required or run.recipe.if_unsaved == "stop"):
+    with allow_unsaved(job.log, required=required or job.recipe.if_unsaved == "stop"):
         checkpoint.save_together(
             run.team,
             folder / "checkpoints",
@@ -219,7 +223,7 @@ def save(job: Finetuning, *, required: bool) -> None:
             job.model,
             job.optimizer.plain,
             state,
-            keep=run.recipe.keep_checkpoints,
+            keep=job.recipe.keep_checkpoints,
             averaged=job.averaged,
         )
         if run.team.is_main:
@@ -233,28 +237,28 @@ def stop(job: Finetuning) -> None:
     job.log.status("stopped", step=step, why=why)
 
 
-def finish(job: Finetuning) -> dict[str, float]:
+def finish(job: Finetuning) -> CellResult:
     """Load the best weights if the cell stops early, merge adapters, judge on the validation images, write the model.
 
     The weights are those of the last step, or the best ones on held-out training images. None are chosen by looking at
     the validation images.
     """
     run, progress, folder, model = job.run, job.progress, job.cell.folder, job.judged
-    if run.recipe.early_stop:
+    if job.recipe.early_stop:
         best = folder / "best" / f"step-{progress.best_step:08d}"
         checkpoint.load(best, job.model, averaged=job.averaged, checked=True)
         held_out = f"best on {len(job.held_out)} training images held out, {100 * progress.best:.2f} %"
         job.log.say(f"step {progress.best_step} of {progress.step}: {held_out}")
-    if job.adapted:  # before it is judged: what is judged is what is exported
+    if job.recipe.lora:  # before it is judged: what is judged is what is exported
         lora.merge(model.encoder)
-    judged = judge(run.recipe, run.team, run.kind, model, run.val, np.arange(len(run.val)), "data.val")
+    judged = judge(job.recipe, run.team, job.kind, model, run.val, np.arange(len(run.val)), "data.val")
     if run.team.is_main:
-        save_model(model, folder, run.recipe, judged.metrics, run.train.classes)
+        save_model(model, folder, job.recipe, judged.metrics, run.train.classes)
         _record_result(job, judged)
-        run.kind.draw(model, run.val, folder / PREDICTIONS)
+        job.kind.draw(model, run.val, folder / PREDICTIONS)
     job.log.close()
     run.team.wait()
-    return judged.metrics
+    return CellResult(judged.metrics, progress.device_minutes)
 
 
 def _record_result(job: Finetuning, judged: Judged) -> None:
@@ -266,7 +270,7 @@ def _record_result(job: Finetuning, judged: Judged) -> None:
         job.log.note(f"unreadable, data.val: {line}")
     if judged.unread_classes:
         job.log.say(f"warning: {name_unread(judged.unread_classes)}")
-    job.log.status("finished", step=job.progress.step)
+    job.log.status("finished", step=job.progress.step, device_minutes=job.progress.device_minutes)
     of_class = {} if judged.per_class is None else dict(zip(classes, judged.per_class, strict=True))
     write_json(
         job.cell.folder / RESULT,

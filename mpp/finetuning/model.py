@@ -118,8 +118,8 @@ def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supe
     """Make the model of a cell, initialised from its seed.
 
     Args:
-        recipe: Of fine-tuning.
-        arm: "pretrained" or "scratch".
+        recipe: Of the arm, see `recipe_of_arm`.
+        arm: From "scratch" and "cnn" the encoder's weights are random.
         seed: Of the cell.
         num_classes: How many there are.
 
@@ -127,7 +127,7 @@ def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supe
         UserError: The encoder cannot be had so.
     """
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
-    encoder = _encoder(recipe, pretrained=arm == "pretrained", pool=None)
+    encoder = _encoder(recipe, pretrained=arm not in ("scratch", "cnn"), pool=None)
     if is_dense(recipe):
         return _dense(recipe, encoder, num_classes)
     wanted = "avg" if recipe.pool == "mean" else "token"

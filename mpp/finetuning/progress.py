@@ -25,6 +25,8 @@ class Progress:
     """Measurements since the best one."""
     given_up: bool = False
     """Whether the score has not risen for so long that the cell ends early."""
+    device_minutes: float = 0.0
+    """Minutes of CPU time, or of GPUs, of all processes, when last asked."""
     loss: float = math.nan
     """Of the newest step that was read, over all processes; not kept in checkpoints."""
     grad_norm: float = math.nan
@@ -39,6 +41,7 @@ class Progress:
             "given_up": self.given_up,
             "skipped": self.skipped,
             "bad": self.unreadable,
+            "device_minutes": self.device_minutes,
         }
 
     @staticmethod
@@ -52,4 +55,5 @@ class Progress:
             best_step=state["best_step"],
             since_best=state["worse"],
             given_up=state["given_up"],
+            device_minutes=state.get("device_minutes", 0.0),
         )

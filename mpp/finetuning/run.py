@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from mpp.data.leak import Leak, leak
 from mpp.data.readers import LabeledImages, PackedReader
 from mpp.data.shards.reader import ShardImages
@@ -19,8 +21,10 @@ from mpp.drawing.plots import Line, draw
 from mpp.encoders.resolve import resolve
 from mpp.encoders.sources import check_source, fingerprint_of_inputs
 from mpp.errors import MppWarning, UserError
-from mpp.finetuning.cell import RESULT, Cell, arms_of, cells_of, read_result, read_unread_classes
+from mpp.finetuning.arms import arms_of
+from mpp.finetuning.cell import RESULT, Cell, CellResult, cells_of, read_result, read_unread_classes
 from mpp.finetuning.checks import check_run
+from mpp.finetuning.equal_time import pretraining_minutes
 from mpp.finetuning.job import Run
 from mpp.finetuning.loop import train
 from mpp.finetuning.open_labels import open_label_kind
@@ -36,7 +40,8 @@ from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs.environment import environment
 from mpp.runs.folder import DATA, opened
 from mpp.runs.records import write_json, write_status
-from mpp.runs.verdict import Estimate, Verdict, name_unread, table
+from mpp.runs.verdict import Cost, Estimate, Verdict, name_unread, table
+from mpp.training.device_time import unit_of
 
 PLOT = "label_efficiency.png"
 
@@ -134,7 +139,7 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
 
     watch.status = status
     watch.at(0, "loading")
-    run = Run(recipe, team, kind, train_images, val_images, fingerprint, stop_request, watch, status, until_the_end)
+    run = Run(recipe, team, train_images, val_images, fingerprint, stop_request, watch, status, until_the_end)
     if team.is_main:
         write_json(out / "env.json", environment())
         write_status(out, "running")
@@ -146,28 +151,28 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     return run
 
 
-def run_cells(run: Run) -> dict[Cell, dict[str, float]] | None:
+def run_cells(run: Run) -> dict[Cell, CellResult] | None:
     """Train the cells that are not done yet, one after the other.
 
     Returns:
-        The metrics of every cell, or None if a signal stopped the run.
+        What came of every cell, or None if a signal stopped the run.
     """
     cells = cells_of(run.recipe)
-    measured: dict[Cell, dict[str, float]] = {}
+    measured: dict[Cell, CellResult] = {}
     run.stop_request.listen()
     for number, cell in enumerate(cells):
-        metrics = run.team.on_main(partial(read_result, cell.folder, run.fingerprint))
-        if metrics is None:
+        result = run.team.on_main(partial(read_result, cell.folder, run.fingerprint))
+        if result is None:
             run.status("running", cell=cell.folder.name)
             if run.team.is_main:
                 print(f"cell {number + 1} of {len(cells)}: {cell.folder.name}", flush=True)
-            metrics = train(prepare_cell(run, cell))
+            result = train(prepare_cell(run, cell))
             run.watch.status = run.status
             (stopping,) = run.team.sum([bool(run.stop_request)])
-            if metrics is None or (stopping and number < len(cells) - 1):
+            if result is None or (stopping and number < len(cells) - 1):
                 run.status("stopped", cell=cell.folder.name, why=run.stop_request.reason)
                 return None
-        measured[cell] = metrics
+        measured[cell] = result
     return measured
 
 
@@ -175,17 +180,21 @@ def _stopped(run: Run) -> FinetuneResult:
     return FinetuneResult(Path(run.recipe.out), "stopped", (), None, signal=run.stop_request.of_all(run.team))
 
 
-def conclude(run: Run, measured: dict[Cell, dict[str, float]]) -> FinetuneResult:
+def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
     """Compare the arms for each number of labels, and write result.json and the plot."""
     recipe, out = run.recipe, Path(run.recipe.out)
     headline = registry.component("task", recipe.task.name).headline
+    before = pretraining_minutes(recipe.encoder)
     verdicts = []
     for count in recipe.data.label_counts():
         of_arm = {
-            arm: [m for c, m in measured.items() if (c.labels_per_class, c.arm) == (count, arm)]
+            arm: [r for c, r in measured.items() if (c.labels_per_class, c.arm) == (count, arm)]
             for arm in arms_of(recipe)
         }
-        verdicts.append(Verdict.of(count, of_arm, headline))
+        metrics = {arm: [r.metrics for r in results] for arm, results in of_arm.items()}
+        minutes = {arm: float(np.mean([r.device_minutes for r in results])) for arm, results in of_arm.items()}
+        cost = Cost(unit_of(run.team), before, minutes)
+        verdicts.append(Verdict.of(count, metrics, headline, cost))
     most = next(c for c in cells_of(recipe) if c.labels_per_class == verdicts[-1].labels_per_class)
     plot = out / PLOT if len(verdicts) > 1 else None
     unread = run.team.on_main(partial(read_unread_classes, most.folder))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from mpp.data.order import MicroBatches, Order
 from mpp.data.subsets import balanced, split
-from mpp.data.transfer import load_ahead
 from mpp.errors import UserError
 from mpp.finetuning import lora
+from mpp.finetuning.arms import recipe_of_arm
+from mpp.finetuning.batches import load_batches
 from mpp.finetuning.cell import Cell
+from mpp.finetuning.equal_time import length_of_cell
 from mpp.finetuning.job import Finetuning, Run
 from mpp.finetuning.micro_loss import MicroLoss
 from mpp.finetuning.model import Supervised, build
+from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.progress import Progress
 from mpp.recipe.dump import settings_of
 from mpp.recipe.finetune import FinetuneRecipe
@@ -26,19 +27,12 @@ from mpp.rng import Purpose, torch_seed
 from mpp.runs import checkpoint
 from mpp.runs.log import RunLog
 from mpp.runs.trackers import Trackers
+from mpp.training.device_time import DeviceTime
 from mpp.training.exchange import accumulation
 from mpp.training.nonfinite import BatchNormStatistics
 from mpp.training.optimizer import GuardedOptimizer, ParameterGroup, adamw, finetune_groups, unfreeze
 from mpp.training.plan import Plan, steps_of
 from mpp.training.steps import MicroBatchStream, Pace
-
-
-class Settings(NamedTuple):
-    """What the arm from scratch may do in another way than the pretrained one."""
-
-    base_lr: float
-    layer_decay: float
-    frozen: float
 
 
 def prepare_cell(run: Run, cell: Cell) -> Finetuning:
@@ -47,20 +41,23 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     Raises:
         UserError: Anything the user can correct.
     """
-    recipe, team, kind = run.recipe, run.team, run.kind
-    optim = recipe.optim
-    micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
-    model = build(recipe, cell.arm, cell.seed, len(run.train.classes))
+    recipe, team = recipe_of_arm(run.recipe, cell.arm), run.team
+    kind = open_label_kind(recipe)
     subset, held_out = choose_images(run, cell)
+    if team.is_main:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+    team.wait()
+    model = build(recipe, cell.arm, cell.seed, len(run.train.classes))
     if recipe.balance == "loss":
         model.task.weigh(torch.from_numpy(kind.counts(run.train, subset)))
-    settings = settings_of_arm(recipe, cell.arm)
-    plan = make_plan(recipe, settings, len(subset), micro_batches)
-    adapted = recipe.lora is not None and cell.arm == "pretrained"
-    groups = _parameter_groups(recipe, model, settings, adapted=adapted, seed=cell.seed)
-    unfreeze(groups, frozen_steps=round(settings.frozen * plan.total_steps), gradual=recipe.unfreeze == "gradual")
+    length = None
+    if cell.arm == "cnn":
+        length = length_of_cell(run, cell, recipe, kind, model.to(team.device), subset)
+    plan = make_plan(recipe, len(subset), team.world, length.steps if length else None)
+    groups = parameter_groups(recipe, model, cell.seed)
+    unfreeze(groups, frozen_steps=round(recipe.frozen * plan.total_steps), gradual=recipe.unfreeze == "gradual")
     starts = (g["starts_at_step"] for g in groups if "starts_at_step" in g)
-    optimizer = adamw(groups, optim.betas)
+    optimizer = adamw(groups, recipe.optim.betas)
     averaged = copy.deepcopy(model).requires_grad_(False).to(team.device) if recipe.ema_decay else None
     model.to(team.device)
 
@@ -68,45 +65,38 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed)
     wrapped = team.wrap_model(model)
     guarded = GuardedOptimizer(optimizer, team)
-    if team.is_main:
-        cell.folder.mkdir(parents=True, exist_ok=True)
-    team.wait()
     log = _open_log(run, cell, plan, progress.step)
     log.say(
         f"{len(subset)} labeled images of {len(run.train.classes)} classes, {len(run.val)} to validate; "
         f"{plan.total_steps} steps{plan.warm_up_note}" + (f"; resumed at step {progress.step}" if resumed else "")
     )
 
-    dataset = kind.training_set(run.train, subset, cell.seed)
-    sampler = MicroBatches(
-        Order([len(subset)], global_batch=optim.global_batch_size, seed=cell.seed, lanes=1),
-        seen=progress.step * optim.global_batch_size,
-        steps=plan.total_steps - progress.step,
-        accumulate=micro_batches,
-        rank=team.rank,
-        world=team.world,
-    )
-    loaded = load_ahead(dataset, sampler, workers=recipe.data.workers, device=team.device)
+    if length:
+        log.say(length.sentence)
+    left = plan.total_steps - progress.step
+    batches = load_batches(run, cell, recipe, kind, subset, first_step=progress.step, steps=left)
     pace = Pace()
     return Finetuning(
         run=run,
         cell=cell,
+        recipe=recipe,
+        kind=kind,
         plan=plan,
         subset=subset,
         held_out=held_out,
-        dataset=dataset,
-        sampler=sampler,
+        dataset=batches.dataset,
+        sampler=batches.sampler,
         model=model,
         wrapped=wrapped,
         averaged=averaged,
-        adapted=adapted,
         encoder_learns_at=min(starts, default=plan.total_steps),
         optimizer=guarded,
         micro_loss=micro_loss,
         batch_norms=BatchNormStatistics(model, needed=recipe.max_skipped_steps > 0),
         progress=progress,
-        micro_batches=MicroBatchStream(loaded, micro_batches, run.watch, pace),
+        micro_batches=MicroBatchStream(batches.loaded, plan.micro_batches, run.watch, pace),
         pace=pace,
+        device_time=DeviceTime(team, progress.device_minutes),
         log=log,
     )
 
@@ -125,40 +115,41 @@ def choose_images(run: Run, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
     return subset, held_out
 
 
-def settings_of_arm(recipe: FinetuneRecipe, arm: str) -> Settings:
-    """Return learning rate, layer decay and frozen part of the steps of an arm."""
-    base_lr, layer_decay, frozen = recipe.optim.base_lr, recipe.optim.layer_decay, recipe.frozen
-    if arm == "scratch":
-        base_lr = recipe.scratch.base_lr or base_lr
-        layer_decay = recipe.scratch.layer_decay or layer_decay
-        frozen = frozen if recipe.scratch.frozen is None else recipe.scratch.frozen
-    return Settings(base_lr, layer_decay, frozen)
+def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None) -> Plan:
+    """Return the plan of a cell.
 
+    Args:
+        recipe: Of its arm.
+        images: That it trains on.
+        world: Processes.
+        steps: In place of the recipe's length; the warm-up stays the same part of it.
 
-def make_plan(recipe: FinetuneRecipe, settings: Settings, images: int, micro_batches: int) -> Plan:
-    """Return the plan of a cell that trains on so many images."""
+    Raises:
+        UserError: The global batch cannot be shared by the processes.
+    """
     optim = recipe.optim
+    total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)
+    warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, images, optim.global_batch_size, least=0)
+    if steps is not None:
+        total_steps, warmup_steps = steps, round(steps * warmup_steps / total_steps)
     every = {"log": recipe.log_every_steps, "checkpoint": recipe.checkpoint_every_steps}
     every |= {"held_out": recipe.early_stop.every_steps} if recipe.early_stop else {}
     return Plan(
-        total_steps=steps_of(optim.epochs, optim.steps, images, optim.global_batch_size),
-        warmup_steps=steps_of(optim.warmup_epochs, optim.warmup_steps, images, optim.global_batch_size, least=0),
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
         global_batch_size=optim.global_batch_size,
-        micro_batches=micro_batches,
-        base_lr=settings.base_lr,
+        micro_batches=accumulation(optim.global_batch_size, world, optim.max_batch_per_device),
+        base_lr=optim.base_lr,
         min_lr=optim.min_lr,
         every_steps=every,
     )
 
 
-def _parameter_groups(
-    recipe: FinetuneRecipe, model: Supervised, settings: Settings, *, adapted: bool, seed: int
-) -> list[ParameterGroup]:
-    """Freeze or adapt the encoder as the recipe says, and group the parameters by layer."""
-    if settings.frozen == 1:  # its batch norms, too, and no gradient is computed for it
+def parameter_groups(recipe: FinetuneRecipe, model: Supervised, seed: int) -> list[ParameterGroup]:
+    """Freeze or adapt the encoder as the recipe of an arm says, and group the parameters by layer."""
+    if recipe.frozen == 1:  # its batch norms, too, and no gradient is computed for it
         model.encoder.requires_grad_(False)
-    if adapted:
-        assert recipe.lora is not None
+    if recipe.lora:
         torch.manual_seed(torch_seed(seed, Purpose.INIT))
         lora.add(model.encoder, **recipe.lora.model_dump())
     heads = [model.task, *([model.distilled] if model.distilled else [])]
@@ -166,7 +157,7 @@ def _parameter_groups(
         model.encoder,
         nn.ModuleList(heads),
         weight_decay=recipe.optim.weight_decay,
-        layer_decay=settings.layer_decay,
+        layer_decay=recipe.optim.layer_decay,
         head_lr_scale=recipe.optim.head_lr_scale,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpp.data.batch import Units
 from mpp.errors import UserError
 from mpp.finetuning import lora
+from mpp.finetuning.arms import recipe_of_arm
 from mpp.finetuning.micro_loss import MicroLoss
 from mpp.finetuning.model import build
 from mpp.objective.build import build_model
@@ -113,11 +114,11 @@ def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
 
 
 def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, LossOf]:
-    recipe = load_recipe(cell.parent / RECIPE, FinetuneRecipe)
-    team = start_team(recipe.precision)
     record = share.record
+    recipe = recipe_of_arm(load_recipe(cell.parent / RECIPE, FinetuneRecipe), record["arm"])
+    team = start_team(recipe.precision)
     model = build(recipe, record["arm"], record["seed"], len(record["classes"]))
-    if recipe.lora and record["arm"] == "pretrained":
+    if recipe.lora:
         lora.add(model.encoder, **recipe.lora.model_dump())
     if record["class_weights"] is not None:
         model.task.class_weights = torch.tensor(record["class_weights"])

@@ -20,6 +20,7 @@ from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs.folder import OpenRun
 from mpp.runs.log import RunLog
 from mpp.training import nonfinite
+from mpp.training.device_time import DeviceTime
 from mpp.training.optimizer import GuardedOptimizer
 from mpp.training.plan import Plan
 from mpp.training.steps import MicroBatchStream, Pace
@@ -51,6 +52,7 @@ class Pretraining:
     progress: Progress
     micro_batches: MicroBatchStream[Batch]
     pace: Pace
+    device_time: DeviceTime
     probe: OnlineProbe | None
     run: OpenRun
     log: RunLog

@@ -65,6 +65,7 @@ def train(job: Pretraining) -> PretrainResult:
     job.log.status("running", step=progress.step)
     job.stop_request.listen()
     job.pace.begin()
+    job.device_time.begin()
 
     for step in range(progress.step, plan.total_steps):
         faults.point("train.step_begins")  # tests make processes fail here
@@ -101,6 +102,8 @@ def train(job: Pretraining) -> PretrainResult:
         #    (SIGINT, SIGTERM, SIGUSR1, SIGHUP), it finishes its step, saves, and stops.
         job.watch.at(progress.step, SAVING)
         measured = measure(job, due)  # leaves the model in training mode
+        if due or reports.stopping:
+            progress.device_minutes = job.device_time.minutes()
         if "log" in due or measured or reports.stopping:
             job.log.metrics(record_of(job, lr, measured))
         if "checkpoint" in due or reports.stopping:
@@ -185,6 +188,7 @@ def finish(job: Pretraining) -> PretrainResult:
     """Write the encoder as a timm folder, whose embedding is the mean of the patch tokens."""
     progress, folder = job.progress, job.run.out / "encoder"
     metrics = {"step": progress.step, "loss": progress.loss, "skill": progress.skill}
+    metrics["device_minutes"] = progress.device_minutes
     with job.whole.on_device(job.team.device) as model:
         pool_patches(model.encoder.model)
         job.team.on_main(partial(save_encoder, model.encoder.model, folder, trained_by(job.recipe), metrics))

@@ -30,6 +30,8 @@ class Progress:
     history: list[Measured] = field(default_factory=list)
     """Skill and probe accuracy at each measurement."""
     probed: Probed | None = None
+    device_minutes: float = 0.0
+    """Minutes of CPU time, or of GPUs, of all processes, when last asked."""
     losses: list[float] = field(default_factory=list)
     """Of each objective, as `loss`; not kept in checkpoints."""
     grad_norm: float = math.nan
@@ -51,6 +53,7 @@ class Progress:
             "features": [*self.features] if self.features else None,
             "history": [[*m] for m in self.history],
             "probed": [*self.probed] if self.probed else None,
+            "device_minutes": self.device_minutes,
         }
 
     @staticmethod
@@ -66,6 +69,7 @@ class Progress:
             features=Spread(*state["features"]) if state["features"] else None,
             history=[Measured(*m) for m in state["history"]],
             probed=Probed(*state["probed"]) if state["probed"] else None,
+            device_minutes=state.get("device_minutes", 0.0),
         )
 
 

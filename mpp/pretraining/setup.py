@@ -45,6 +45,7 @@ from mpp.runs.pictures import kept_every
 from mpp.runs.records import write_json
 from mpp.runs.trackers import Trackers
 from mpp.training import nonfinite
+from mpp.training.device_time import DeviceTime
 from mpp.training.exchange import accumulation
 from mpp.training.optimizer import GuardedOptimizer, adamw, pretrain_groups
 from mpp.training.plan import Plan, steps_of
@@ -130,6 +131,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         progress=progress,
         micro_batches=MicroBatchStream(loaded, micro_batches, watch, pace),
         pace=pace,
+        device_time=DeviceTime(team, progress.device_minutes),
         probe=probe,
         run=run,
         log=log,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -16,13 +16,16 @@ from mpp.recipe.values import (
     FilePath,
     Float,
     Fraction,
+    ImageSize,
     LabelCounts,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Range,
+    TimmArgs,
     each_once,
+    listed,
     no_bool,
 )
 
@@ -71,6 +74,9 @@ class FinetuneOptim(Optim):
     """Learning rate of the new head over that of the last layer."""
 
 
+Beside: TypeAlias = Literal["scratch", "cnn", "published"]
+
+
 class Scratch(Section):
     """What the arm from scratch does otherwise; None: as the pretrained arm."""
 
@@ -79,6 +85,26 @@ class Scratch(Section):
     """1: layer decay protects pretrained layers, and there are none."""
     frozen: Fraction | None = 0.0
     """0: nothing is worth standing still for."""
+
+
+class Cnn(Section):
+    """The convolutional network of `beside: [cnn]`: what somebody without unlabeled images would train.
+
+    It begins from scratch and gets the time that the encoder took, pretraining included. Everything that is not said
+    here it does as the fine-tune does.
+    """
+
+    name: str | None = None
+    """timm's; default: a narrow ResNet-18 for images below 128 px, resnet18 above."""
+    args: TimmArgs = {}  # noqa: RUF012 (pydantic copies it)
+    """timm's arguments of that model."""
+    image_size: ImageSize | None = None
+    """Side in pixels, or [height, width]: small images are enlarged for networks whose first layers halve them twice.
+    Default: twice that of the images below 96 px, else their own."""
+    base_lr: PositiveFloat = 4e-3
+    weight_decay: NonNegativeFloat = 0.05
+    max_epochs: PositiveFloat = 1000.0
+    """It trains no longer than so many passes, even if it has more time: nothing rises any more by then."""
 
 
 class Distill(Section):
@@ -132,8 +158,14 @@ class FinetuneRecipe(Run):
     encoder: FilePath
     """A pretraining run, an exported folder, a name of timm's, or scratch."""
     architecture: Architecture | None = None
-    beside_scratch: Bool = True
-    """Run the same fine-tune from scratch, too."""
+    beside: Annotated[
+        tuple[Beside, ...],
+        BeforeValidator(listed, json_schema_input_type=Beside | tuple[Beside, ...]),
+        AfterValidator(each_once),
+    ] = ("scratch",)
+    """What the fine-tune is compared with. scratch: the same from random weights. cnn: a convolutional network from
+    scratch, for the same time, pretraining included, see `cnn`. published: the same from the weights that timm has for
+    this encoder. []: nothing."""
     seeds: Annotated[
         tuple[Annotated[NonNegativeInt, Field(lt=2**56)], ...], Field(min_length=1), AfterValidator(each_once)
     ] = (0, 1, 2)
@@ -167,6 +199,16 @@ class FinetuneRecipe(Run):
     """Learn from a teacher, too; both arms do."""
     optim: FinetuneOptim
     scratch: Scratch = Scratch()
+    cnn: Cnn = Cnn()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside(cls, values: object) -> object:
+        """Read recipes that were written while `beside` was `beside_scratch: true` or `false`."""
+        if not isinstance(values, dict) or "beside_scratch" not in values:
+            return values
+        rest = {key: value for key, value in values.items() if key != "beside_scratch"}
+        return {"beside": ["scratch"] if values["beside_scratch"] else [], **rest}
 
     @model_validator(mode="after")
     def _architecture(self) -> FinetuneRecipe:

@@ -10,7 +10,7 @@ from mpp.recipe.flat import differing
 from mpp.recipe.sections import Job
 
 MAY_CHANGE = {
-    "out", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
+    "out", "beside", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
     "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp",
@@ -23,10 +23,11 @@ decide: draws of drop path, mixup and random erasing, and statistics of batch no
 def differences(old: Job, new: Job) -> list[str]:
     """One line for each key that differs and may not change when a run is resumed. A new signature of an URL may."""
     a, b = (settings_of(r) for r in (old, new))
+    free = {"probe"} | ({"cnn"} if "cnn" not in a.get("beside", ()) else set())  # nobody has trained one yet
     return [
         f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
         for key in differing([a, b])
-        if key not in MAY_CHANGE and key.split(".")[0] != "probe" and not _is_harmless(key, a.get(key), b.get(key))
+        if key not in MAY_CHANGE and key.split(".")[0] not in free and not _is_harmless(key, a.get(key), b.get(key))
     ]
 
 

@@ -15,9 +15,18 @@ from mpp.evaluation.probes import ARMS, PROTOCOL
 from mpp.recipe.flat import JsonObject
 from mpp.reporting.pictures import Picture, Pictures
 from mpp.runs import pictures as kept_pictures
-from mpp.runs.history import INSPECTION, History, read_inspection
+from mpp.runs.history import INSPECTION, History, arms_of_finetune, read_inspection
 from mpp.runs.records import timm_folder
-from mpp.runs.verdict import conclude, name_unread, stored_estimate
+from mpp.runs.verdict import (
+    ROADS,
+    Conclusion,
+    compare_roads,
+    conclude,
+    name_unread,
+    other_roads,
+    stored_cost,
+    stored_estimate,
+)
 
 CURVES = (
     ("loss", "Loss"),
@@ -194,9 +203,8 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
     part = Part(f"finetune-{run.name}", f"Fine-tuning: {run.name}")
     data = run.data
     counts = f" of {data['train_images']:,} labeled images, judged on {data['val_images']:,}" if data else ""
-    arms = {"pretrained": "from the pretrained encoder", "scratch": "from scratch"}
-    ran = [arms[arm] for arm in _arms_of(run)]
-    how = f"The same fine-tune {ran[0]} and {ran[1]}" if len(ran) > 1 else f"Fine-tuned {ran[0]} only"
+    ran = [ROADS[arm] for arm in arms_of_finetune(recipe)]
+    how = f"Trained on the same labels: {', '.join(ran)}" if len(ran) > 1 else f"Trained: {ran[0]} alone"
     seeds = recipe.get("seeds", [])
     part.text.append(
         f"{how}{counts}; task {task}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
@@ -208,19 +216,12 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
         part.text.append(f"Not finished: {done} of {len(run.cells)} cells that were begun are.")
         return part
     scored = list(verdicts[0]["score"])
-    with_gain = any(v.get("gain") for v in verdicts)
-    rows = []
-    for v in verdicts:
-        labels = str(v["labels_per_class"]) if v.get("labels_per_class") else "all"
-        gain = [estimate_text(v.get("gain"), points=True)] if with_gain else []
-        rows.append([labels, *(estimate_text(v["score"].get(a)) for a in scored), *gain])
     metric = METRICS.get(str(run.result.get("metric")), "accuracy")
-    head = ["labels a class", *(f"{a}, {metric}" for a in scored), *(["gain"] if with_gain else [])]
-    part.tables.append(Table(head, rows))
+    part.tables.append(_scores(verdicts, metric))
     for v in verdicts:
-        if v.get("gain"):
-            labels = f"{v['labels_per_class']} labels a class: " if len(verdicts) > 1 else ""
-            text = labels + conclude(stored_estimate(v["gain"])).text
+        labels = f"{v['labels_per_class']} labels a class: " if len(verdicts) > 1 else ""
+        for conclusion in _conclusions(v):
+            text = labels + conclusion.text
             part.text.append(f"{text[0].upper()}{text[1:]}.")
     if unread := run.result.get("unread_classes"):
         part.text.append(f"{name_unread(unread)}.")
@@ -258,11 +259,31 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
     return part
 
 
-def _arms_of(run: History) -> list[str]:
-    """Which of "pretrained" and "scratch" a fine-tune trains, as its recipe says."""
-    if run.recipe.get("encoder") == "scratch":
-        return ["scratch"]
-    return ["pretrained", "scratch"] if run.recipe.get("beside_scratch", True) else ["pretrained"]
+def _scores(verdicts: list[JsonObject], metric: str) -> Table:
+    """A row for each arm, with what it took; a row for each number of labels where there are several."""
+    arms = list(verdicts[0]["score"])
+    with_gain = any(v.get("gain") for v in verdicts)
+    if len(verdicts) == 1:
+        (verdict,) = verdicts
+        cost = stored_cost(verdict.get("cost"))
+        rows = [[arm, estimate_text(verdict["score"][arm]), (cost.text(arm) if cost else "") or "–"] for arm in arms]
+        rows += [["gain", estimate_text(verdict["gain"], points=True), ""]] if with_gain else []
+        return Table(["", metric, "trained for"], rows)
+    rows = []
+    for v in verdicts:
+        gain = [estimate_text(v.get("gain"), points=True)] if with_gain else []
+        rows.append([str(v["labels_per_class"]), *(estimate_text(v["score"].get(arm)) for arm in arms), *gain])
+    head = ["labels a class", *(f"{arm}, {metric}" for arm in arms), *(["gain"] if with_gain else [])]
+    return Table(head, rows)
+
+
+def _conclusions(verdict: JsonObject) -> list[Conclusion]:
+    """What a verdict allows to say: of the gain from pretraining, and of the roads if there are others."""
+    conclusions = [conclude(stored_estimate(verdict["gain"]))] if verdict.get("gain") else []
+    score = {arm: stored_estimate(value) for arm, value in verdict["score"].items()}
+    if other_roads(score) and (compared := compare_roads(score)):
+        conclusions.append(compared)
+    return conclusions
 
 
 def evaluation_part(run: History, pictures: Pictures) -> Part:

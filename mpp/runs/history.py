@@ -112,6 +112,15 @@ class History:
         return True
 
 
+def arms_of_finetune(recipe: JsonObject) -> list[str]:
+    """The arms that a fine-tune trains, as its recipe says; recipes of earlier releases have `beside_scratch`."""
+    beside = recipe.get("beside", ["scratch"] if recipe.get("beside_scratch", True) else [])
+    beside = [beside] if isinstance(beside, str) else list(beside)
+    if recipe.get("encoder") == "scratch":
+        return ["scratch", *(arm for arm in beside if arm == "cnn")]
+    return ["pretrained", *beside]
+
+
 INSPECTION, INSPECTION_INDEX = "inspect", "index.json"
 """The folder in a run with the views of `mpp inspect`, and the file that lists them."""
 

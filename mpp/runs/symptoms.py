@@ -13,8 +13,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from mpp.errors import one_line
+from mpp.recipe.flat import JsonMapping
 from mpp.runs.history import History
-from mpp.runs.verdict import conclude, stored_estimate
+from mpp.runs.verdict import ROADS, compare_roads, conclude, other_roads, stored_estimate
 
 FLAT = 0.98
 """The loss has not fallen where its last quarter's median is above so much of its second eighth's."""
@@ -289,7 +290,21 @@ def _of_finetuning(run: History) -> list[Symptom]:
             gain_text = f"{labels}{concluded.text} ({100 * gain.mean:+.1f} ± {100 * gain.half_width:.1f} points)."
             advice = "Pretrain longer, on more images of the same kind; more seeds make the interval narrower."
             listed.append(Symptom("no_gain", gain_text[0].upper() + gain_text[1:], advice))
+    listed += [symptom for v in run.result.get("verdicts", []) if (symptom := _better_road(v))]
     return listed
+
+
+def _better_road(verdict: JsonMapping) -> Symptom | None:
+    """Another arm than the encoder is best, and more than by chance."""
+    score = {arm: stored_estimate(value) for arm, value in verdict["score"].items()}
+    compared = compare_roads(score) if "pretrained" in score and other_roads(score) else None
+    best = max(score, key=lambda arm: score[arm].mean)
+    if compared is None or compared.kind != "best" or best == "pretrained":
+        return None
+    text = f"{compared.text[0].upper()}{compared.text[1:]}."
+    return Symptom(
+        "better_road", text, f"Take that one, or pretrain longer: {ROADS[best]} is in the folders {best}-seed*."
+    )
 
 
 def _of_evaluation(run: History) -> list[Symptom]:

@@ -1,4 +1,4 @@
-"""What pretraining bought: scores over seeds with intervals, the gain, and the one conclusion drawn from it."""
+"""What pretraining bought: scores over seeds with intervals, the gain, and which road to a classifier was best."""
 
 from __future__ import annotations
 
@@ -40,11 +40,20 @@ def estimate(values: list[float]) -> Estimate:
     return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), values)
 
 
+ROADS = {
+    "pretrained": "the pretrained encoder",
+    "scratch": "the same from scratch",
+    "cnn": "the CNN from scratch",
+    "published": "the encoder with published weights",
+}
+"""What the arms are called in sentences."""
+
+
 @dataclass(frozen=True)
 class Conclusion:
-    """What a gain over seeds allows to say."""
+    """What differences over seeds allow to say."""
 
-    kind: Literal["helped", "hurt", "not_shown", "one_seed"]
+    kind: Literal["helped", "hurt", "best", "not_shown", "one_seed"]
     text: str
     """In a clause: the same words on the terminal, in the report and in the card."""
 
@@ -62,6 +71,34 @@ def conclude(gain: Estimate) -> Conclusion:
     return Conclusion("not_shown", f"a gain is not shown with {seeds} seeds: its 95 % interval holds zero")
 
 
+def compare_roads(score: Mapping[str, Estimate]) -> Conclusion | None:
+    """Say which road was best, by how much, and whether that is more than chance: the best against the next, by seed.
+
+    Args:
+        score: By arm, over the same seeds.
+
+    Returns:
+        "best", "not_shown" or "one_seed"; None where there are no two arms.
+    """
+    if len(score) < 2:
+        return None
+    best, second = sorted(score, key=lambda arm: -score[arm].mean)[:2]
+    ahead = estimate([a - b for a, b in zip(score[best].values, score[second].values, strict=True)])
+    points = f"{100 * ahead.mean:.1f} points above {ROADS[second]}"
+    seeds = len(ahead.values)
+    if seeds == 1:
+        return Conclusion(
+            "one_seed", f"{ROADS[best]} is {points} with one seed, which may be chance: it has no interval"
+        )
+    interval = f"95 % interval {_ends(ahead)}"
+    if ahead.mean > ahead.half_width:
+        return Conclusion("best", f"best here is {ROADS[best]}, {points}: more than chance ({interval})")
+    text = (
+        f"no road is shown to be best with {seeds} seeds: {ROADS[best]} is {points}, which may be chance ({interval})"
+    )
+    return Conclusion("not_shown", text)
+
+
 def name_unread(classes: Sequence[str]) -> str:
     """Say which classes had no validation image that could be read; the same words everywhere."""
     return f"data.val: not one image of {', '.join(classes)} could be read; the scores are of the other classes only"
@@ -74,23 +111,56 @@ def stored_estimate(value: JsonMapping) -> Estimate:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What the arms took to train, without judging."""
+
+    device: str
+    """"CPU" or "GPU": whose minutes these are, over all processes."""
+    pretraining_minutes: float | None
+    """Of the encoder; None where nobody kept it."""
+    minutes: dict[str, float]
+    """Arm -> fine-tuning, the mean of the seeds."""
+
+    def text(self, arm: str) -> str:
+        """Say what an arm took, such as 13.6 + 6.3 CPU-minutes; "" where nobody knows."""
+        own = self.minutes.get(arm, math.nan)
+        if not math.isfinite(own):
+            return ""
+        before = f"{self.pretraining_minutes:.1f} + " if arm == "pretrained" and self.pretraining_minutes else ""
+        return f"{before}{own:.1f} {self.device}-minutes"
+
+
+def stored_cost(value: JsonMapping | None) -> Cost | None:
+    """A cost as result.json has it; None for runs that kept none."""
+    if not value:
+        return None
+    minutes = {arm: math.nan if m is None else float(m) for arm, m in value["minutes"].items()}
+    return Cost(str(value["device"]), value["pretraining_minutes"], minutes)
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """Both arms of a fine-tune, on one number of labels."""
+    """The arms of a fine-tune, on one number of labels."""
 
     labels_per_class: int | None
     """None: as many as there are, or a fraction of them."""
     metric: str
     """The task's headline: "accuracy", or "map" where images have several labels."""
     score: dict[str, Estimate]
-    """Arm ("pretrained", "scratch") -> that metric on the validation images."""
+    """Arm ("pretrained", "scratch", "cnn", "published") -> that metric on the validation images."""
     metrics: dict[str, dict[str, Estimate]]
     """Arm -> metric -> the same of every metric that the task has."""
     gain: Estimate | None
     """pretrained - scratch, paired by seed; None where one of them is missing."""
+    cost: Cost | None = None
+    """None where nobody kept it."""
 
     @staticmethod
     def of(
-        labels_per_class: int | None, cells: Mapping[str, list[dict[str, float]]], metric: str = "accuracy"
+        labels_per_class: int | None,
+        cells: Mapping[str, list[dict[str, float]]],
+        metric: str = "accuracy",
+        cost: Cost | None = None,
     ) -> Verdict:
         """Summarise cells of one number of labels.
 
@@ -98,6 +168,7 @@ class Verdict:
             labels_per_class: None: all.
             cells: By arm, metrics of each seed, in the same order.
             metric: The one that decides.
+            cost: Of the arms.
         """
         scores = {arm: [m[metric] for m in seeds] for arm, seeds in cells.items()}
         metrics = {
@@ -108,7 +179,7 @@ class Verdict:
         if {"pretrained", "scratch"} <= scores.keys():
             pairs = zip(scores["pretrained"], scores["scratch"], strict=True)
             gain = estimate([a - b for a, b in pairs])
-        return Verdict(labels_per_class, metric, {arm: estimate(v) for arm, v in scores.items()}, metrics, gain)
+        return Verdict(labels_per_class, metric, {arm: estimate(v) for arm, v in scores.items()}, metrics, gain, cost)
 
 
 def aligned(rows: Sequence[Sequence[str]], gap: int = 3) -> list[str]:
@@ -130,15 +201,27 @@ def table(verdicts: Sequence[Verdict]) -> str:
     for v in verdicts:
         if v.gain and (conclusion := conclude(v.gain)).kind != "helped":
             lines.append(f"{v.labels_per_class} labels a class: {conclusion.text}")
+        if other_roads(v.score) and (compared := compare_roads(v.score)):
+            lines.append(f"{v.labels_per_class} labels a class: {compared.text}")
     return "\n".join(lines)
 
 
 def _one(verdict: Verdict) -> str:
-    rows = [f"{arm:<12} {e}   (seeds: {_percents(e.values)})" for arm, e in verdict.score.items()]
+    rows = []
+    for arm, e in verdict.score.items():
+        cost = verdict.cost.text(arm) if verdict.cost else ""
+        rows.append(f"{arm:<12} {e}   (seeds: {_percents(e.values)})" + (f"   {cost}" if cost else ""))
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
         rows.append(conclude(verdict.gain).text)
+    if other_roads(verdict.score) and (compared := compare_roads(verdict.score)):
+        rows.append(compared.text)
     return "\n".join(rows)
+
+
+def other_roads(score: Mapping[str, object]) -> bool:
+    """Whether there are more arms than the encoder and the same from scratch, whose gain says it all."""
+    return not {*score} <= {"pretrained", "scratch"}
 
 
 def _percents(values: list[float]) -> str:
@@ -152,5 +235,10 @@ def _points(gain: Estimate) -> str:
 def _interval(gain: Estimate) -> str:
     if not math.isfinite(gain.half_width):
         return ""
-    low, high = 100 * (gain.mean - gain.half_width), 100 * (gain.mean + gain.half_width)
-    return f" (95 % interval {low:+.1f} to {high:+.1f})"
+    return f" (95 % interval {_ends(gain)})"
+
+
+def _ends(difference: Estimate) -> str:
+    """The ends of an interval, in points."""
+    low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
+    return f"{100 * low:+.1f} to {100 * high:+.1f}"

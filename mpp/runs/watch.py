@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from mpp.recipe.flat import JsonObject
-from mpp.runs.history import History, read_run
+from mpp.runs.history import History, arms_of_finetune, read_run
 from mpp.runs.log import RECENT_LINES, format_duration
 from mpp.runs.records import RECIPE
 from mpp.runs.symptoms import symptoms
@@ -112,7 +112,7 @@ def _finetune(run: History, now: float) -> tuple[list[str], bool]:
 
 def _cells_wanted(run: History) -> int:
     counts = run.setting("data.labels_per_class") or [None]
-    arms = 2 if run.recipe.get("encoder") != "scratch" and run.recipe.get("beside_scratch", True) else 1
+    arms = len(arms_of_finetune(run.recipe))
     return len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * arms
 
 

@@ -103,7 +103,7 @@ def tree(folder: Path, bad: dict[str, int], seed: int = 0) -> Path:
 
 def test_fine_tuning_looks_before_it_trains(run: Path, tmp_path: Path) -> None:  # noqa: F811
     train, val = tree(tmp_path / "train", {}), tree(tmp_path / "val", {"ring": 10}, 1)
-    data = {"data.train": str(train), "data.val": str(val), "optim.steps": 2, "seeds": [0], "beside_scratch": False}
+    data = {"data.train": str(train), "data.val": str(val), "optim.steps": 2, "seeds": [0], "beside": []}
     with pytest.raises(UserError, match=r"data\.val: 10 of 30 images .*ring/0\.png"):
         mpp.finetune(recipe(train, tmp_path / "ft", run, **data))
     assert not (tmp_path / "ft").exists()
@@ -125,7 +125,7 @@ def test_unreadable_training_images_are_counted_and_too_many_end_the_run(
 ) -> None:
     monkeypatch.setattr("mpp.data.unreadable.LEAST_IN_TRAINING", 5)
     train, val = tree(tmp_path / "train", {"disc": 1, "ring": 1}), tree(tmp_path / "val", {}, 1)
-    data = {"data.train": str(train), "data.val": str(val), "optim.steps": 9, "seeds": [0], "beside_scratch": False}
+    data = {"data.train": str(train), "data.val": str(val), "optim.steps": 9, "seeds": [0], "beside": []}
     mpp.finetune(recipe(train, tmp_path / "ft", run, **data, **{"data.max_bad_fraction": 0.2}))
     log = (tmp_path / "ft" / "pretrained-seed0" / "train.log").read_text()
     assert re.search(r"\d unreadable images so far, replaced by their neighbours; last: ", log)
@@ -147,7 +147,7 @@ def test_what_each_process_could_not_read_is_named_once(run: Path, tmp_path: Pat
             "data.train": str(train),
             "data.val": str(train),
         }
-        path.write_text(yaml.safe_dump(values(train, out, run, beside_scratch=False, **given)))
+        path.write_text(yaml.safe_dump(values(train, out, run, beside=[], **given)))
         done = command("finetune", path, processes=processes)
         assert done.returncode == 0, done.stderr
         log = (out / "pretrained-seed0" / "train.log").read_text()

@@ -126,7 +126,7 @@ def test_data_that_moved(job: str, image_folder: Path, tmp_path: Path, monkeypat
             values = pretrain_recipe(place, "run", **{"optim.steps": 3, "checkpoint_every_steps": 1})
             return mpp.pretrain(values, resume=resume)
         changes = {"data.train": place, "data.val": "photos", "data.labels_per_class": 4, "seeds": [0]}
-        changes |= {"optim.steps": 3, "beside_scratch": False}
+        changes |= {"optim.steps": 3, "beside": []}
         encoder = "p" if place == "photos" else "./p/"
         return mpp.finetune(finetune_recipe(Path(place), "run", encoder, **changes), resume=resume)
 

@@ -140,7 +140,7 @@ def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path
     from mpp.data.labeled import open_labeled
     from mpp.data.labeled_sets import CentreDataset
 
-    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False))
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside=[]))
     data = open_labeled(
         (str(shards / "shard-000000.tar"),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9
     )
@@ -197,7 +197,7 @@ def test_the_arms_differ_in_their_weights_alone(shards: Path, run: Path, tmp_pat
     ids=str,
 )
 def test_options(changes: dict[str, Any], shards: Path, run: Path, tmp_path: Path) -> None:
-    base = {"seeds": [0], "beside_scratch": False, "optim.steps": 3}
+    base = {"seeds": [0], "beside": [], "optim.steps": 3}
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run, **{**base, **changes}))
     assert 0 <= result.score["pretrained"].mean <= 1
     assert math.isfinite(read_metrics(tmp_path / "ft" / "pretrained-seed0")[-1]["loss"])
@@ -206,7 +206,7 @@ def test_options(changes: dict[str, Any], shards: Path, run: Path, tmp_path: Pat
 
 def test_the_channels_are_the_encoder_s(shards: Path, run: Path, tmp_path: Path) -> None:
     """A grey encoder stays one; other channels are taken if the recipe names them, with a warning."""
-    changes = {"seeds": [0], "beside_scratch": False, "optim.steps": 2}
+    changes = {"seeds": [0], "beside": [], "optim.steps": 2}
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "grey", **{"data.channels": 1, "optim.steps": 2}))
     mpp.finetune(recipe(shards, tmp_path / "ft", tmp_path / "grey", **changes))
     assert load_recipe(tmp_path / "ft" / "recipe.yaml", FinetuneRecipe).data.channels == 1
@@ -233,7 +233,7 @@ def test_positions_are_resized_when_the_image_size_differs(shards: Path, run: Pa
 def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
     mpp.export(run, tmp_path / "exported")
     one = {"seeds": [0], "optim.steps": 2}
-    mpp.finetune(recipe(shards, tmp_path / "a", tmp_path / "exported", **one, beside_scratch=False))
+    mpp.finetune(recipe(shards, tmp_path / "a", tmp_path / "exported", **one, beside=[]))
     scratch = mpp.finetune(
         recipe(
             shards,
@@ -290,7 +290,7 @@ def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path)
 
 
 def test_two_processes_train_the_same_run_as_one(shards: Path, run: Path, tmp_path: Path) -> None:
-    changes = {"seeds": [0], "optim.steps": 10, "beside_scratch": False}
+    changes = {"seeds": [0], "optim.steps": 10, "beside": []}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(values(shards, tmp_path / "one", run, **changes)))
     mpp.finetune(path)
@@ -333,9 +333,7 @@ def test_one_class_is_refused(run: Path, tmp_path: Path) -> None:
 def test_validating_on_the_training_images_is_warned_of(shards: Path, run: Path, tmp_path: Path) -> None:
     both = {"data.train": str(shards), "data.val": str(shards)}
     with pytest.warns(MppWarning, match="the same images as data.train"):
-        mpp.finetune(
-            recipe(shards, tmp_path / "ft", run, **both, **{"seeds": [0], "optim.steps": 1, "beside_scratch": False})
-        )
+        mpp.finetune(recipe(shards, tmp_path / "ft", run, **both, **{"seeds": [0], "optim.steps": 1, "beside": []}))
 
 
 def test_a_damaged_encoder_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -377,7 +375,7 @@ def test_finished_cells_are_not_mixed_with_other_data(
 
 
 def test_the_export_says_how_it_was_evaluated(shards: Path, run: Path, tmp_path: Path) -> None:
-    changes = {"seeds": [0], "optim.steps": 2, "beside_scratch": False, "data.val_crop_fraction": 0.75}
+    changes = {"seeds": [0], "optim.steps": 2, "beside": [], "data.val_crop_fraction": 0.75}
     mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
     config = json.loads((tmp_path / "ft" / "pretrained-seed0" / "encoder" / "config.json").read_text())
     assert config["pretrained_cfg"]["crop_pct"] == 0.75
@@ -397,14 +395,14 @@ STEADY = {
 def test_a_steady_step_asks_the_device_for_nothing(
     name: str, shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes: dict[str, Any] = {"seeds": [0], "beside_scratch": False, "optim.steps": 6, "max_skipped_steps": 3}
+    changes: dict[str, Any] = {"seeds": [0], "beside": [], "optim.steps": 6, "max_skipped_steps": 3}
     changes |= {"log_every_steps": 100, "checkpoint_every_steps": 100, "data.workers": 1, **STEADY[name]}
     given = recipe(shards, tmp_path / "ft", changes.pop("encoder", run), **changes)
     check_steady_steps(monkeypatch, lambda: mpp.finetune(given))
 
 
 def test_a_line_of_metrics_says_how_long_batches_took(shards: Path, run: Path, tmp_path: Path) -> None:
-    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False, **{"optim.steps": 3}))
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside=[], **{"optim.steps": 3}))
     for line in read_metrics(tmp_path / "ft" / "pretrained-seed0"):
         assert 0 <= line["data_wait"] < 1
         assert line["images_per_s"] > 0

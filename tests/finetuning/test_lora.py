@@ -66,13 +66,13 @@ def test_a_run(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
-    whole = mpp.finetune(recipe(shards, tmp_path / "whole", run, **SHORT, beside_scratch=False))
+    whole = mpp.finetune(recipe(shards, tmp_path / "whole", run, **SHORT, beside=[]))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cell, other = (tmp_path / o / "pretrained-seed0" for o in ("whole", "cut"))
     (other / "result.json").unlink()
     shutil.rmtree(other / "encoder")
     shutil.rmtree(other / "checkpoints" / "step-00000006")
-    again = mpp.finetune(recipe(shards, tmp_path / "cut", run, **SHORT, beside_scratch=False), resume="auto")
+    again = mpp.finetune(recipe(shards, tmp_path / "cut", run, **SHORT, beside=[]), resume="auto")
     assert again.score == whole.score
     a, b = (load_file(c / "encoder" / "model.safetensors") for c in (cell, other))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -86,7 +86,7 @@ def test_on_two_processes_the_losses_are_those_of_one(shards: Path, run: Path, t
 
     for out, processes in (("one", 1), ("two", 2)):
         path = tmp_path / f"{out}.yaml"
-        path.write_text(yaml.safe_dump(values(shards, tmp_path / out, run, **SHORT, beside_scratch=False)))
+        path.write_text(yaml.safe_dump(values(shards, tmp_path / out, run, **SHORT, beside=[])))
         done = command("finetune", path, processes=processes)
         assert done.returncode == 0, done.stderr
     one, two = ([m["loss"] for m in read_metrics(tmp_path / o / "pretrained-seed0")] for o in ("one", "two"))

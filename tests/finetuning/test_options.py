@@ -37,7 +37,7 @@ def weights(run_folder: Path, step: int, cell: str = CELL, name: str = "model") 
 
 
 def tuned(shards: Path, out: Path, encoder: Path, **changes: Any) -> Any:
-    small = {"seeds": [0], "beside_scratch": False, "optim.steps": 12, "checkpoint_every_steps": 1}
+    small = {"seeds": [0], "beside": [], "optim.steps": 12, "checkpoint_every_steps": 1}
     return mpp.finetune(recipe(shards, out, encoder, **{**small, "keep_checkpoints": 99, **changes}))
 
 
@@ -51,7 +51,7 @@ def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
 
 
 def test_a_frozen_encoder_stands_still(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
-    tuned(shards, tmp_path / "o", run, frozen=1.0, beside_scratch=True)
+    tuned(shards, tmp_path / "o", run, frozen=1.0, beside=["scratch"])
     assert moved(weights(tmp_path / "o", 1), weights(tmp_path / "o", 12)) == {"head"}
     before = mpp.load_encoder(run).state_dict()
     after = mpp.load_encoder(tmp_path / "o" / CELL).state_dict()
@@ -137,7 +137,7 @@ def test_killed_and_resumed_it_is_the_same(
         shutil.rmtree(cell / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
     given = {
         "seeds": [0],
-        "beside_scratch": False,
+        "beside": [],
         "optim.steps": 12,
         "checkpoint_every_steps": 1,
         "keep_checkpoints": 99,
@@ -160,7 +160,7 @@ def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:  # noq
     exported = mpp.load_encoder(cell).state_dict()
     assert torch.equal(exported["blocks.0.mlp.fc1.weight"], best["encoder.blocks.0.mlp.fc1.weight"])
     assert "step 2 of 8: best on 6 training images held out" in (cell / "train.log").read_text()
-    small = {"seeds": [0], "beside_scratch": False, "checkpoint_every_steps": 1, "keep_checkpoints": 99}
+    small = {"seeds": [0], "beside": [], "checkpoint_every_steps": 1, "keep_checkpoints": 99}
     for killed_after in (8, 5):  # between the last checkpoint and the verdict; after one measurement without a new best
         (cell / "result.json").unlink()
         for step in range(killed_after + 1, 9):
@@ -368,7 +368,7 @@ def test_views_of_validation_images_are_those_of_predict(shards: Path, run: Path
     from mpp.finetuning.predict_images import Predictor
 
     val = shards / "shard-000000.tar"
-    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside_scratch=False, **{"optim.steps": 4, "data.val_views": views}))  # fmt: skip
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside=[], **{"optim.steps": 4, "data.val_views": views}))  # fmt: skip
     cell = tmp_path / "ft" / "pretrained-seed0"
     stored = json.loads((cell / "result.json").read_text())["metrics"]
     data = open_labeled((str(val),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)

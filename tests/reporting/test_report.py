@@ -225,7 +225,7 @@ def test_it_concludes_as_the_terminal_does(
 
 
 def test_runs_with_one_arm_are_called_what_they_are(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    alone = written(tmp_path / "alone", {"encoder": str(runs[0]), "beside_scratch": False}, {"pretrained": [0.3, 0.4]})
+    alone = written(tmp_path / "alone", {"encoder": str(runs[0]), "beside": []}, {"pretrained": [0.3, 0.4]})
     scratch = written(tmp_path / "scratch", {"encoder": "scratch"}, {"scratch": [0.3]})
     other = written(
         tmp_path / "other", {"encoder": "vit_small_patch16_224.dino"}, {"pretrained": [0.3], "scratch": [0.2]}
@@ -234,9 +234,11 @@ def test_runs_with_one_arm_are_called_what_they_are(runs: tuple[Path, Path], tmp
         " ".join(Page(mpp.report([runs[0], run], tmp_path / "r.html").read_text()).words)
         for run in (alone, scratch, other)
     ]
-    assert "Fine-tuned from the pretrained encoder only; task classify, seeds 0, 1; intervals" in pages[0]
-    assert "Fine-tuned from scratch only; task classify, seed 0." in pages[1]
-    assert "The same fine-tune from the pretrained encoder and from scratch; task classify, seed 0." in pages[2]
+    assert "Trained: the pretrained encoder alone; task classify, seeds 0, 1; intervals" in pages[0]
+    assert "Trained: the same from scratch alone; task classify, seed 0." in pages[1]
+    assert (
+        "Trained on the same labels: the pretrained encoder, the same from scratch; task classify, seed 0." in pages[2]
+    )
     assert "Not this run's encoder, but vit_small_patch16_224.dino." in pages[2]
     assert all("Not this run's encoder" not in page for page in pages[:2])
     assert all(">gain<" not in mpp.report([run], tmp_path / "r.html").read_text() for run in (alone, scratch))

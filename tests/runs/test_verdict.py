@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from mpp.runs.verdict import Verdict, conclude, estimate, stored_estimate, table
+from mpp.runs.verdict import Cost, Verdict, compare_roads, conclude, estimate, stored_estimate, table
 
 
 def cells(**accuracies: list[float]) -> dict[str, list[dict[str, float]]]:
@@ -60,3 +60,55 @@ def test_what_a_gain_allows_to_say(gains: list[float], kind: str, words: str) ->
     assert conclude(stored_estimate(written)) == found
     if kind == "one_seed":
         assert conclude(stored_estimate(written | {"half_width": None})) == found
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "kind", "words"),
+    [
+        (
+            {"pretrained": [0.480, 0.475, 0.485], "scratch": [0.32, 0.32, 0.33], "cnn": [0.610, 0.608, 0.616]},
+            "best",
+            "best here is the CNN from scratch, 13.1 points above the pretrained encoder: more than chance (95 % interval",
+        ),
+        (
+            {"pretrained": [0.680, 0.675, 0.685], "scratch": [0.32, 0.32, 0.33], "cnn": [0.610, 0.608, 0.616]},
+            "best",
+            "best here is the pretrained encoder, 6.9 points above the CNN from scratch: more than chance (95 % interval",
+        ),
+        (
+            {"pretrained": [0.68, 0.67, 0.69], "cnn": [0.61, 0.60, 0.62], "published": [0.90, 0.90, 0.91]},
+            "best",
+            "best here is the encoder with published weights, 22.3 points above the pretrained encoder: more than chance",
+        ),
+        (
+            {"pretrained": [0.62, 0.60, 0.64], "scratch": [0.3, 0.3, 0.3], "cnn": [0.61, 0.62, 0.60]},
+            "not_shown",
+            "no road is shown to be best with 3 seeds: the pretrained encoder is 1.0 points above the CNN from scratch, "
+            "which may be chance (95 % interval -6.5 to +8.5)",
+        ),
+        (
+            {"pretrained": [0.62], "cnn": [0.61]},
+            "one_seed",
+            "the pretrained encoder is 1.0 points above the CNN from scratch with one seed, which may be chance",
+        ),
+    ],
+    ids=["cnn", "pretrained", "published", "no difference", "one seed"],
+)
+def test_the_sentence_about_roads(accuracies: dict[str, list[float]], kind: str, words: str) -> None:
+    verdict = Verdict.of(None, cells(**accuracies), "accuracy", Cost("CPU", 13.6, {"pretrained": 6.3, "cnn": 20.0}))
+    found = compare_roads(verdict.score)
+    assert found is not None
+    assert found.kind == kind
+    assert found.text.startswith(words)
+    shown = table([verdict])
+    assert shown.splitlines()[-1] == found.text
+    assert "13.6 + 6.3 CPU-minutes" in shown
+    assert "20.0 CPU-minutes" in shown
+    assert f"all labels a class: {found.text}" not in shown
+    assert f"10 labels a class: {found.text}" in table([Verdict.of(10, cells(**accuracies)), verdict])
+
+
+def test_two_arms_have_the_gain_and_no_second_sentence() -> None:
+    shown = table([Verdict.of(None, cells(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))])
+    assert "best here" not in shown
+    assert compare_roads({"pretrained": estimate([0.4])}) is None

@@ -1,0 +1,119 @@
+"""The arms of a run: the encoder that is fine-tuned, and what it is compared with. Each is a recipe of its own."""
+
+from __future__ import annotations
+
+import json
+
+import timm
+
+from mpp.encoders.resolve import own_normalisation
+from mpp.encoders.sources import is_timm_name
+from mpp.errors import UserError
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.flat import JsonObject
+from mpp.recipe.loading import check_recipe
+from mpp.runs.records import encoder_folder
+
+SMALL_BELOW_PX = 128
+"""Images that the narrow network is for. The CNN from scratch on 1,000 labels was chosen by recipes/LOG.md."""
+ENLARGED_BELOW_PX = 96
+"""Images that are enlarged for the CNN, whose first layers halve them twice."""
+NARROW: JsonObject = {"channels": [32, 64, 128, 256]}
+
+
+def arms_of(recipe: FinetuneRecipe) -> list[str]:
+    """Return the arms of a run, the one to be compared first."""
+    if recipe.encoder == "scratch":
+        return ["scratch", *(arm for arm in recipe.beside if arm == "cnn")]
+    return ["pretrained", *recipe.beside]
+
+
+def recipe_of_arm(recipe: FinetuneRecipe, arm: str) -> FinetuneRecipe:
+    """Return what an arm trains: the recipe of the run, and what this arm does otherwise.
+
+    Args:
+        recipe: Of the run, resolved.
+        arm: One of `arms_of`.
+
+    Raises:
+        UserError: The recipe's keys do not go together for this arm, or there are no published weights.
+    """
+    if arm == "pretrained":
+        return recipe
+    values = recipe.model_dump(mode="json", exclude_unset=True)
+    {"scratch": _from_scratch, "cnn": _as_cnn, "published": _from_published}[arm](recipe, values)
+    values["beside"] = []
+    try:
+        return check_recipe(values, FinetuneRecipe)
+    except UserError as error:
+        lines = [line.removeprefix("recipe: ") for line in str(error).splitlines()]
+        raise UserError("\n".join(f"beside: {arm}: {line}" for line in lines)) from error
+
+
+def _from_scratch(recipe: FinetuneRecipe, values: JsonObject) -> None:
+    """Random weights have nothing to protect: no layer decay, nothing stands still, unless `scratch` says so."""
+    ours = recipe.scratch
+    for key, value in (("base_lr", ours.base_lr), ("layer_decay", ours.layer_decay)):
+        if value is not None:
+            values["optim"][key] = value
+    if ours.frozen is not None:
+        values["frozen"] = ours.frozen
+        if not 0 < ours.frozen < 1:
+            values["unfreeze"] = "at_once"
+    values["lora"] = None
+
+
+def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
+    """Another encoder from scratch, at its own size and learning rate. How long it trains is told by the time that the
+    encoder took, see `equal_time.py`."""
+    cnn, (height, width) = recipe.cnn, recipe.data.image_size
+    values["encoder"] = "scratch"
+    small = min(height, width) < SMALL_BELOW_PX
+    args = cnn.args or (NARROW if small and cnn.name is None else {})
+    values["architecture"] = {"name": cnn.name or "resnet18", "args": args}
+    factor = 2 if min(height, width) < ENLARGED_BELOW_PX else 1
+    values["data"]["image_size"] = list(cnn.image_size or (factor * height, factor * width))
+    values["optim"] |= {
+        "base_lr": cnn.base_lr,
+        "weight_decay": cnn.weight_decay,
+        "layer_decay": 1.0,
+        "head_lr_scale": 1.0,
+    }
+    values |= {
+        "frozen": 0.0,
+        "unfreeze": "at_once",
+        "lora": None,
+        "pool": "mean",
+        "fc_norm": None,
+        "drop_path_rate": 0.0,
+    }
+
+
+def _from_published(recipe: FinetuneRecipe, values: JsonObject) -> None:
+    """The same architecture with the weights that timm has for it, whose mean and std its images get.
+
+    Raises:
+        UserError: There are none, or the encoder is itself one of timm's.
+    """
+    if is_timm_name(recipe.encoder):
+        raise UserError(f"beside: published: the encoder is timm's {recipe.encoder} itself; allowed: scratch, cnn")
+    config = json.loads((encoder_folder(recipe.encoder) / "config.json").read_text())
+    name = str(config["architecture"])
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if known is None or not known.has_weights:
+        raise UserError(f"beside: published: timm {timm.__version__} has no published weights for {name}")
+    given = recipe.architecture.args if recipe.architecture else {}
+    values["encoder"] = name
+    values["architecture"] = {"args": {**_of_constructor(config), **given}}
+    channels = recipe.data.channels
+    mean_std = own_normalisation(name, channels)
+    if mean_std is not None:
+        values["data"]["mean"], values["data"]["std"] = mean_std
+
+
+def _of_constructor(config: JsonObject) -> JsonObject:
+    """Arguments that an encoder was made with, without those that a recipe gives by other keys."""
+    args = config.get("model_args") or {}
+    return {
+        key: value for key, value in args.items() if key not in ("img_size", "in_chans", "num_classes", "global_pool")
+    }

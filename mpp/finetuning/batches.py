@@ -1,0 +1,62 @@
+"""The batches of a cell, in the order of its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.loader import KeyedDataset
+from mpp.data.order import MicroBatches, Order
+from mpp.data.transfer import load_ahead
+from mpp.finetuning.cell import Cell
+from mpp.finetuning.job import Run
+from mpp.finetuning.label_kind import LabelKind
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.training.exchange import accumulation
+
+
+@dataclass
+class CellBatches:
+    """Some steps of a cell."""
+
+    dataset: KeyedDataset
+    sampler: MicroBatches
+    """This process's micro-batches."""
+    loaded: Iterator[LabeledBatch]
+    micro_batches: int
+    """Of one step on each process."""
+
+
+def load_batches(
+    run: Run, cell: Cell, recipe: FinetuneRecipe, kind: LabelKind, subset: np.ndarray, *, first_step: int, steps: int
+) -> CellBatches:
+    """Load this process's part of some steps.
+
+    Args:
+        run: What the cells share.
+        cell: Whose seed draws the order and the augmentation.
+        recipe: Of the cell's arm.
+        kind: Of label, for this arm.
+        subset: Numbers of the images to train on.
+        first_step: Counts from 0.
+        steps: How many there are.
+
+    Raises:
+        UserError: The global batch cannot be shared by the processes; or, from a worker, images cannot be read.
+    """
+    optim, team = recipe.optim, run.team
+    micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
+    dataset = kind.training_set(run.train, subset, cell.seed)
+    sampler = MicroBatches(
+        Order([len(subset)], global_batch=optim.global_batch_size, seed=cell.seed, lanes=1),
+        seen=first_step * optim.global_batch_size,
+        steps=steps,
+        accumulate=micro_batches,
+        rank=team.rank,
+        world=team.world,
+    )
+    loaded = load_ahead(dataset, sampler, workers=recipe.data.workers, device=team.device)
+    return CellBatches(dataset, sampler, loaded, micro_batches)

@@ -1,0 +1,130 @@
+"""How long the convolutional network of `beside: [cnn]` trains: as long as the encoder took, pretraining included."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mpp.errors import UserError
+from mpp.finetuning.arms import arms_of
+from mpp.finetuning.batches import load_batches
+from mpp.finetuning.cell import Cell, cells_of, read_result
+from mpp.finetuning.job import Run
+from mpp.finetuning.label_kind import LabelKind
+from mpp.finetuning.micro_loss import MicroLoss
+from mpp.finetuning.model import Supervised
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.runs.records import encoder_folder, write_json
+from mpp.training.device_time import DeviceTime
+
+LENGTH = "length.json"
+STARTING_STEPS, TIMED_STEPS = 3, 8
+"""Steps that are made and thrown away to learn what one takes; the first also allocate memory and start workers."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a cell trains, and why. It is measured once and kept, so that a resumed cell has the same schedule."""
+
+    steps: int
+    pretraining_minutes: float | None
+    """None: nobody kept what the encoder's pretraining took."""
+    finetuning_minutes: float
+    """Of the encoder, with the same seed and labels."""
+    step_minutes: float
+    """Of the cell's own step, over all processes."""
+    ended_by: str
+    """"time", or "max_epochs": more time would not have been used."""
+
+    @property
+    def sentence(self) -> str:
+        """What a log says of it."""
+        before = self.pretraining_minutes
+        known = f"{before:.1f} + " if before is not None else ""
+        unknown = "" if before is not None else "; what pretraining took was not kept, so it does not count"
+        why = "; cnn.max_epochs ends it" if self.ended_by == "max_epochs" else ""
+        return f"{self.steps} steps: the encoder took {known}{self.finetuning_minutes:.1f} minutes{unknown}{why}"
+
+
+def pretraining_minutes(encoder: str) -> float | None:
+    """Return what the pretraining of an encoder took, as its folder says; None where it says nothing."""
+    try:
+        metrics = json.loads((encoder_folder(encoder) / "export.json").read_text())["metrics"]
+        minutes = float(metrics["device_minutes"])
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return minutes if math.isfinite(minutes) else None
+
+
+def length_of_cell(
+    run: Run, cell: Cell, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray
+) -> Length:
+    """Return how long a cell trains to take the time of the first arm: as it was measured before, or measured now.
+
+    Args:
+        run: What the cells share.
+        cell: Which has a folder already.
+        recipe: Of its arm.
+        kind: Of label, for this arm.
+        model: Of the cell, on its device. It stays as it is.
+        subset: Numbers of the images to train on.
+    """
+    team, path = run.team, cell.folder / LENGTH
+    kept: Length | None = team.on_main(partial(_read, path))
+    if kept is not None:
+        return kept
+    first_arm = arms_of(run.recipe)[0]
+    pairs = (cell.seed, cell.labels_per_class)
+    (twin,) = (c for c in cells_of(run.recipe) if c.arm == first_arm and (c.seed, c.labels_per_class) == pairs)
+    result = team.on_main(partial(read_result, twin.folder, run.fingerprint))
+    assert result is not None, "cells run in the order of the arms"
+    before = pretraining_minutes(run.recipe.encoder)
+    minutes = (before or 0.0) + (0.0 if math.isnan(result.device_minutes) else result.device_minutes)
+    step_minutes = measure_step(run, cell, recipe, kind, model, subset)
+    in_time = max(1, round(minutes / step_minutes))
+    most = max(1, round(recipe.cnn.max_epochs * len(subset) / recipe.optim.global_batch_size))
+    ended_by = "time" if in_time <= most else "max_epochs"
+    length = Length(min(in_time, most), before, result.device_minutes, step_minutes, ended_by)
+    if team.is_main:
+        write_json(path, asdict(length))
+    return length
+
+
+def measure_step(
+    run: Run, cell: Cell, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray
+) -> float:
+    """Return the minutes of a training step, over all processes, by making some with a copy of the model."""
+    team, model = run.team, copy.deepcopy(model)
+    micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    wrapped = team.wrap_model(model).train()
+    steps = STARTING_STEPS + TIMED_STEPS
+    batches = load_batches(run, cell, recipe, kind, subset, first_step=0, steps=steps)
+    clock = DeviceTime(team)
+    for step in range(steps):
+        run.watch.at(0, "measuring a step")
+        if step == STARTING_STEPS:
+            clock.begin()
+        for m in range(batches.micro_batches):
+            batch = next(batches.loaded)
+            with team.accumulate(wrapped, exchange=m == batches.micro_batches - 1):
+                loss = micro_loss(wrapped, batch.images, batch.labels, int(batch.positions[0]))
+                team.backward(loss / batches.micro_batches)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # wait for the device
+    return max(clock.minutes() / TIMED_STEPS, 1e-9)
+
+
+def _read(path: Path) -> Length | None:
+    try:
+        return Length(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

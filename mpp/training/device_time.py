@@ -1,0 +1,51 @@
+"""What training costs: CPU time of all processes on CPUs, time of all devices on GPUs."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+
+import psutil
+
+from mpp.parallel.team import Team
+
+
+class DeviceTime:
+    """A clock for the time that a run takes of its devices, over all processes and over all its resumes.
+
+    Args:
+        team: Its processes.
+        minutes_before: Of the run, before it was resumed.
+    """
+
+    def __init__(self, team: Team, minutes_before: float = 0.0) -> None:
+        self._team, self._minutes_before = team, minutes_before
+        self._began_s = self._read_s()
+
+    def begin(self) -> None:
+        """Begin to measure; what was before does not count."""
+        self._began_s = self._read_s()
+
+    def minutes(self) -> float:
+        """Return the minutes so far. Every process calls this."""
+        (seconds,) = self._team.sum([self._read_s() - self._began_s])
+        return self._minutes_before + seconds / 60
+
+    def _read_s(self) -> float:
+        return cpu_seconds() if self._team.device.type == "cpu" else time.monotonic()
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children, loader workers among them, those that ended included."""
+    total = sum(os.times()[:4])
+    with suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it may end while it is looked at
+                total += sum(child.cpu_times()[:4])
+    return total
+
+
+def unit_of(team: Team) -> str:
+    """Return what the minutes are called: "CPU" or "GPU"."""
+    return "CPU" if team.device.type == "cpu" else "GPU"

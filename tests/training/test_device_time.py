@@ -1,0 +1,40 @@
+"""The clock of what training costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from mpp.parallel.team import start_team
+from mpp.training.device_time import DeviceTime, cpu_seconds, unit_of
+
+BUSY = "import time\nwhile time.process_time() < {}: pass\n"
+
+
+def spend(seconds: float) -> None:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
+def test_it_counts_work_and_not_waiting_and_goes_on_after_a_resume() -> None:
+    team = start_team("fp32")
+    clock = DeviceTime(team, minutes_before=2.0)
+    spend(0.2)
+    clock.begin()
+    time.sleep(0.3)
+    spend(0.3)
+    assert 0.29 < (clock.minutes() - 2.0) * 60 < 0.45, "0.3 s of work; neither the 0.2 s before nor the 0.3 s of sleep"
+    assert unit_of(team) == "CPU"
+
+
+def test_children_count_while_they_run_and_when_they_have_ended() -> None:
+    before = cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", BUSY.format(0.5) + "input()"], stdin=subprocess.PIPE) as child:
+        while os.times().elapsed and cpu_seconds() - before < 0.45:
+            time.sleep(0.02)
+        assert child.poll() is None, "it runs still, and its time is counted"
+        child.communicate(b"\n")
+    assert cpu_seconds() - before >= 0.5
