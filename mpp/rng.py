@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     TUNE = 13
     PROBE = 14
     BALANCE = 15
+    WEAK = 16
+    STRONG = 17
 
 
 def stream(seed: int, purpose: Purpose, position: int = 0) -> np.random.Generator:

@@ -80,6 +80,7 @@ def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
         "head_lr_scale": 1.0,
     }
     values |= {
+        "unlabeled": None,
         "frozen": 0.0,
         "unfreeze": "at_once",
         "lora": None,

@@ -14,6 +14,7 @@ from mpp.data.transfer import load_ahead
 from mpp.finetuning.cell import Cell
 from mpp.finetuning.job import Run
 from mpp.finetuning.label_kind import LabelKind
+from mpp.finetuning.unlabeled import add_unlabeled
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.training.exchange import accumulation
 
@@ -50,6 +51,8 @@ def load_batches(
     optim, team = recipe.optim, run.team
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
     dataset = kind.training_set(run.train, subset, cell.seed)
+    if recipe.unlabeled and run.unlabeled:
+        dataset = add_unlabeled(dataset, run.unlabeled, recipe, cell.seed)
     sampler = MicroBatches(
         Order([len(subset)], global_batch=optim.global_batch_size, seed=cell.seed, lanes=1),
         seen=first_step * optim.global_batch_size,

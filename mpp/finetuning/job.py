@@ -18,6 +18,7 @@ from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.micro_loss import MicroLoss
 from mpp.finetuning.model import Supervised
 from mpp.finetuning.progress import Progress
+from mpp.finetuning.unlabeled import UnlabeledImages
 from mpp.parallel.liveness import Watch
 from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import Team
@@ -39,6 +40,7 @@ class Run:
     team: Team
     train: LabeledImages
     val: LabeledImages
+    unlabeled: UnlabeledImages | None
     fingerprint: str
     """Of images, labels and the weights that the cells begin with."""
     stop_request: StopRequest

@@ -53,7 +53,7 @@ def train(job: Finetuning) -> CellResult | None:
         job.batch_norms.remember()
         for batch, is_last in job.micro_batches.of_step(step):
             with team.accumulate(job.wrapped, exchange=is_last):
-                loss = job.micro_loss(job.wrapped, batch.images, batch.labels, int(batch.positions[0]))
+                loss = job.micro_loss(job.wrapped, batch.images, batch.labels, int(batch.positions[0]), batch.views)
                 loss = loss / plan.micro_batches
                 team.backward(loss)
             reports.add(batch, loss.view(1))
@@ -113,6 +113,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
         keys = job.sampler.keys(seen_before)  # (position, 0, place in the subset) of the images of each micro-batch
         record = {
             "arm": job.cell.arm,
+            "total_steps": job.plan.total_steps,
             "encoder_learns": report.step >= job.encoder_learns_at,
             "seed": job.cell.seed,
             "classes": train.classes,
@@ -126,6 +127,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
             folder,
             report.step,
             job.model,
+            job.averaged if recipe.unlabeled else None,
             job.dataset,
             keys,
             record,
@@ -139,7 +141,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
         progress.unreadable,
         report.unreadable,
         report.unreadable_lines,
-        seen=seen_before + job.plan.global_batch_size,
+        seen=(seen_before + job.plan.global_batch_size) * (1 + (recipe.unlabeled.per_label if recipe.unlabeled else 0)),
         max_bad_fraction=recipe.data.max_bad_fraction,
         log=job.log,
     )

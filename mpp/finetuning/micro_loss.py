@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,36 +12,65 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
 from mpp.errors import UserError, one_line
+from mpp.finetuning.consistency import Consistency
 from mpp.finetuning.distillation import Distillation, open_teacher
 from mpp.finetuning.model import Supervised
 from mpp.parallel.team import Team
+from mpp.recipe import registry
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 
 
+class Unlabeled(NamedTuple):
+    """What the loss of unlabeled images needs beside the recipe."""
+
+    averaged: Supervised
+    """A moving average of the model's weights, on its device."""
+    total_steps: int
+    """Of the cell."""
+
+
 class MicroLoss:
-    """A pure function of (weights, images, seed, position).
+    """A pure function of (weights, averaged weights, images, seed, position).
 
     Args:
-        recipe: Of the run.
+        recipe: Of the cell's arm.
         team: Its processes.
         model: On its device already, with adapters if it has any.
         classes: Of the training images.
         seed: Of the cell.
+        unlabeled: If the recipe has unlabeled images.
 
     Raises:
         UserError: The teacher of `distill` cannot teach these classes.
     """
 
-    def __init__(self, recipe: FinetuneRecipe, team: Team, model: Supervised, classes: list[str], seed: int) -> None:
+    def __init__(
+        self,
+        recipe: FinetuneRecipe,
+        team: Team,
+        model: Supervised,
+        classes: list[str],
+        seed: int,
+        unlabeled: Unlabeled | None = None,
+    ) -> None:
         self.device, self.model, self.seed = team.device, model, seed
+        self.global_batch_size = recipe.optim.global_batch_size
         mixing = recipe.mixup > 0 or recipe.cutmix > 0
         self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=len(classes)) if mixing else None
         erase = recipe.data.erase
         self.erase = RandomErasing(erase, mode="pixel", device=team.device) if erase else None
         self.distillation = make_distillation(recipe, team, model, classes) if recipe.distill else None
+        self.consistency = make_consistency(recipe, team, unlabeled) if unlabeled else None
 
-    def __call__(self, wrapped: torch.nn.Module, images: torch.Tensor, labels: Any, position: int) -> torch.Tensor:
+    def __call__(
+        self,
+        wrapped: torch.nn.Module,
+        images: torch.Tensor,
+        labels: Any,
+        position: int,
+        views: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Return the loss, a scalar.
 
         Args:
@@ -50,6 +79,7 @@ class MicroLoss:
             labels: As `LabeledBatch` has them.
             position: Of the first sample in the run's endless sequence. What is drawn follows from it. Call this after
                 the batch has come: a loader that starts its workers draws from torch's generator, too.
+            views: (weak, strong) of images without labels, (U, C, H, W) uint8 each.
         """
         seed_of_batch = torch_seed(self.seed, Purpose.STEP, position)
         torch.manual_seed(seed_of_batch)  # dropout, drop path
@@ -61,11 +91,34 @@ class MicroLoss:
             x = self.erase(x)
         if self.mix is not None:
             x, labels = self.mix(x, labels)
-        outputs, own_loss = wrapped(x, labels), self.model.task.loss
+        own_loss = self.model.task.loss
+        if self.consistency is not None and views is not None:
+            # One forward pass for both kinds of images: batch norms see them together, and processes exchange once.
+            weak, strong = (view.to(self.device, non_blocking=True) for view in views)
+            logits = wrapped(torch.cat([x, self.consistency.strong_view(strong)]), labels)
+            step = position // self.global_batch_size
+            return own_loss(logits[: len(x)], labels) + self.consistency.loss(logits[len(x) :], weak, step)
+        outputs = wrapped(x, labels)
         if self.distillation is None:
             loss: torch.Tensor = own_loss(outputs, labels)
             return loss
         return self.distillation.loss(outputs, x, labels, own_loss)
+
+
+def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: Unlabeled) -> Consistency:
+    """Return the loss of unlabeled images, as the recipe has it."""
+    keys = recipe.unlabeled
+    assert keys is not None
+    task = registry.component("task", recipe.task.name)
+    return Consistency(
+        unlabeled.averaged,
+        threshold=keys.threshold,
+        weight=keys.weight,
+        warmup_steps=round(keys.warmup * unlabeled.total_steps),
+        erase=keys.erase,
+        independent_classes=registry.component("labels", task.labels).independent_classes,
+        autocast=team.autocast,
+    )
 
 
 def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, classes: list[str]) -> Distillation:

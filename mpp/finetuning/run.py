@@ -29,6 +29,7 @@ from mpp.finetuning.job import Run
 from mpp.finetuning.loop import train
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.setup import prepare_cell
+from mpp.finetuning.unlabeled import open_unlabeled
 from mpp.parallel.devices import cores_in_use
 from mpp.parallel.liveness import Watch
 from mpp.parallel.signals import StopRequest
@@ -119,6 +120,7 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     train_images = kind.open(recipe.data.train, key="data.train", classes=None)
     val_images = kind.open(recipe.data.val, key="data.val", classes=train_images.classes)
     check_run(recipe, team, kind, train_images, val_images)
+    unlabeled = open_unlabeled(recipe, val_images)
 
     def look_at_images() -> list[str]:
         warning_lines = []
@@ -130,7 +132,8 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     doubts = team.on_main(look_at_images)
     teacher = recipe.distill.teacher if recipe.distill else None
     prints = train_images.fingerprint(), val_images.fingerprint()
-    fingerprint = fingerprint_of_inputs(*prints, recipe.encoder, teacher)
+    print_of_unlabeled = unlabeled.images.fingerprint if unlabeled else ""
+    fingerprint = fingerprint_of_inputs(prints[0] + print_of_unlabeled, prints[1], recipe.encoder, teacher)
     until_the_end.enter_context(opened(team, recipe, resume, fingerprint=fingerprint))
 
     def status(state: str, **more: object) -> None:
@@ -139,7 +142,9 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
 
     watch.status = status
     watch.at(0, "loading")
-    run = Run(recipe, team, train_images, val_images, fingerprint, stop_request, watch, status, until_the_end)
+    run = Run(
+        recipe, team, train_images, val_images, unlabeled, fingerprint, stop_request, watch, status, until_the_end
+    )
     if team.is_main:
         write_json(out / "env.json", environment())
         write_status(out, "running")
@@ -248,6 +253,9 @@ def _record_data(run: Run, *, same_images: bool) -> None:
             "val_images": len(val),
             "val_in_train": leaked.to_json(),
             "val_in_pretraining": pretrained_on.to_json() if pretrained_on else None,
+            "unlabeled": {"images": len(run.unlabeled), "left_out": len(run.unlabeled.left_out)}
+            if run.unlabeled
+            else None,
             "left_out": {"train": train.left_out.found, "val": val.left_out.found},
         },
     )

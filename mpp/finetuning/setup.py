@@ -17,7 +17,7 @@ from mpp.finetuning.batches import load_batches
 from mpp.finetuning.cell import Cell
 from mpp.finetuning.equal_time import length_of_cell
 from mpp.finetuning.job import Finetuning, Run
-from mpp.finetuning.micro_loss import MicroLoss
+from mpp.finetuning.micro_loss import MicroLoss, Unlabeled
 from mpp.finetuning.model import Supervised, build
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.progress import Progress
@@ -62,7 +62,8 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     model.to(team.device)
 
     progress, resumed = _load_checkpoint(run, cell, model, optimizer, averaged)
-    micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed)
+    unlabeled = Unlabeled(averaged, plan.total_steps) if recipe.unlabeled and averaged is not None else None
+    micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed, unlabeled)
     wrapped = team.wrap_model(model)
     guarded = GuardedOptimizer(optimizer, team)
     log = _open_log(run, cell, plan, progress.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from mpp.data.batch import Units
 from mpp.errors import UserError
 from mpp.finetuning import lora
 from mpp.finetuning.arms import recipe_of_arm
-from mpp.finetuning.micro_loss import MicroLoss
+from mpp.finetuning.micro_loss import MicroLoss, Unlabeled
 from mpp.finetuning.model import build
 from mpp.objective.build import build_model
 from mpp.parallel.team import start_team
@@ -64,8 +65,9 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     if at is None:
         raise UserError(f"--step {step}: not kept; allowed: {', '.join(str(_step(p)) for p in kept)}")
     shares = nonfinite.read(at)
-    model, loss_of = _pretraining(folder) if (folder / RECIPE).exists() else _finetuning(folder, shares[0])
-    checkpoint.load(at, model, checked=True)
+    pretrained = (folder / RECIPE).exists()
+    model, averaged, loss_of = _pretraining(folder) if pretrained else _finetuning(folder, shares[0])
+    checkpoint.load(at, model, averaged=averaged, checked=True)
     model.train()
     if not shares[0].record.get("encoder_learns", True):  # frozen still, and in eval mode then
         model.encoder.eval()  # type: ignore[union-attr]
@@ -80,7 +82,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
             lines.append(f"process {share.rank}, micro-batch {m}: loss {_shown(now)}; in the run {_shown(before)}")
             if not all(map(math.isfinite, now)):
                 lines.append(f"  first in {began.where}" if began.where else "  in the loss itself")
-                alone = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["images"]))]
+                alone = [_alone(batch, i) for i in range(len(batch["images"]))]
                 with torch.no_grad():
                     culprits = [i for i, b in enumerate(alone) if not loss_of(share, m, b).isfinite().all()]
                 if len(culprits) == len(alone) > 1:
@@ -97,7 +99,7 @@ LossOf = Callable[[nonfinite.Share, int, JsonObject], Tensor]
 """(a process's share, which of its micro-batches, its tensors or some of them) -> (losses,)."""
 
 
-def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
+def _pretraining(run: Path) -> tuple[nn.Module, nn.Module | None, LossOf]:
     recipe = load_recipe(run / RECIPE, PretrainRecipe)
     team = start_team(recipe.precision)
     model, _ = build_model(recipe)
@@ -110,10 +112,10 @@ def _pretraining(run: Path) -> tuple[nn.Module, LossOf]:
             losses: Tensor = model(images, Units(mask, share.record["hidden_units"][m], noise))
         return losses
 
-    return model, loss_of
+    return model, None, loss_of
 
 
-def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, LossOf]:
+def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Module | None, LossOf]:
     record = share.record
     recipe = recipe_of_arm(load_recipe(cell.parent / RECIPE, FinetuneRecipe), record["arm"])
     team = start_team(recipe.precision)
@@ -123,18 +125,26 @@ def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, LossOf]:
     if record["class_weights"] is not None:
         model.task.class_weights = torch.tensor(record["class_weights"])
     model.to(team.device)
-    micro_loss = MicroLoss(recipe, team, model, record["classes"], record["seed"])
+    averaged = copy.deepcopy(model).requires_grad_(False) if recipe.unlabeled else None
+    unlabeled = Unlabeled(averaged, record["total_steps"]) if averaged is not None else None
+    micro_loss = MicroLoss(recipe, team, model, record["classes"], record["seed"], unlabeled)
 
     def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:
         mixed = micro_loss.mix
         if len(batch["images"]) % 2:  # one alone cannot be mixed
             micro_loss.mix = None
         with team.autocast():
-            loss = micro_loss(model, batch["images"], batch["labels"], share.record["seeds"][m])
+            views = (batch["weak"], batch["strong"]) if "weak" in batch else None
+            loss = micro_loss(model, batch["images"], batch["labels"], share.record["seeds"][m], views)
         micro_loss.mix = mixed
         return loss.view(1)
 
-    return model, loss_of
+    return model, averaged, loss_of
+
+
+def _alone(batch: JsonObject, i: int) -> JsonObject:
+    """One image of a batch; images without labels, which are more, stay out of it."""
+    return {key: value[i : i + 1] for key, value in batch.items() if key not in ("weak", "strong")}
 
 
 def _step(path: Path) -> int:

@@ -138,6 +138,7 @@ def account_for(report: StepReport, job: Pretraining) -> None:
             job.run.out,
             report.step,
             job.model,
+            None,
             job.dataset,
             keys,
             record,

@@ -20,6 +20,7 @@ from mpp.recipe.values import (
     LabelCounts,
     NonNegativeFloat,
     NonNegativeInt,
+    Places,
     PositiveFloat,
     PositiveInt,
     Range,
@@ -124,6 +125,32 @@ class Distill(Section):
     """Of soft labels (DeiT: 3)."""
 
 
+class Unlabeled(Section):
+    """Images without labels in fine-tuning (FixMatch, Sohn et al. 2020).
+
+    A moving average of the model looks at a weak view of each. Where it is sure, the model learns what it says, in a
+    strong view.
+    """
+
+    images: Places
+    """Shards, or folders of images, as pretraining reads them. Validation images among them are left out."""
+    per_label: PositiveInt = 3
+    """Unlabeled images to each labeled one of a step (FixMatch: 7)."""
+    weight: PositiveFloat = 1.0
+    """Of their loss beside that of the labeled ones (FixMatch: 1)."""
+    warmup: Fraction = 0.1
+    """Part of the steps in which the weight rises from 0 (a guess)."""
+    threshold: Annotated[Float, Field(gt=0, lt=1)] = 0.95
+    """Least probability of what is learned (FixMatch: 0.95). Of several classes that an image may have, each is learned
+    where it is as sure to be there, or not to be."""
+    weak_crop_scale: AreaRange = (0.75, 1.0)
+    """Range of the area of the weak view, which is mirrored half of the time (a guess)."""
+    auto_augment: str | None = "rand-m10-n2-mstd0.5-inc1"
+    """timm's policy of the strong view, on crops as labeled images have them (FixMatch: RandAugment)."""
+    erase: Fraction = 1.0
+    """Probability of random erasing in the strong view (FixMatch: Cutout, always)."""
+
+
 class Lora(Section):
     """Low-rank adapters (LoRA, Hu et al. 2022) in place of the encoder's own weights, which stand still.
 
@@ -197,6 +224,8 @@ class FinetuneRecipe(Run):
     """Train adapters beside the encoder's linear layers: `lora={}`."""
     distill: Distill | None = None
     """Learn from a teacher, too; both arms do."""
+    unlabeled: Unlabeled | None = None
+    """Learn from images without labels, too: `unlabeled={images: shards/photos}`. All arms do but the CNN."""
     optim: FinetuneOptim
     scratch: Scratch = Scratch()
     cnn: Cnn = Cnn()
@@ -223,6 +252,10 @@ class FinetuneRecipe(Run):
             raise ValueError("lora: its adapters are in the encoder, which `frozen: 1` keeps as it is")
         if self.lora and self.encoder == "scratch":
             raise ValueError("lora: with encoder: scratch there is nothing to adapt")
+        if self.unlabeled and self.distill:
+            raise ValueError("unlabeled: not with distill: two teachers")
+        if self.unlabeled and not self.ema_decay:
+            raise ValueError("unlabeled: learns from a moving average of the weights; give ema_decay, such as 0.999")
         side_px = self.data.val_side_px
         if side_px is not None and side_px < min(self.data.image_size):
             raise ValueError(f"data: val_side_px: at least the shorter of image_size, {min(self.data.image_size)}")

@@ -70,6 +70,7 @@ def keep_step(
     out: Path,
     step: int,
     model: nn.Module,
+    averaged: nn.Module | None,
     dataset: KeyedDataset,
     keys: Sequence[Sequence[tuple[int, int, int]]],
     record: JsonObject,
@@ -85,6 +86,7 @@ def keep_step(
         out: The run folder.
         step: Counts from 0.
         model: With the weights that the step began with.
+        averaged: A moving average of them, if the loss depends on it.
         dataset: What makes this process's micro-batches again, as they were, from `keys`.
         keys: (position, shard, row) of the samples of each micro-batch.
         record: See `Share.record`.
@@ -100,7 +102,7 @@ def keep_step(
     """
     fault = None
     try:
-        folder = checkpoint.save_together(team, out / FOLDER, step, model, None, {}, keep=KEPT)
+        folder = checkpoint.save_together(team, out / FOLDER, step, model, None, {}, keep=KEPT, averaged=averaged)
         stored = {"step": step, "world": team.world, **record}
         _write(folder / f"rank{team.rank}", dataset, keys, stored)
     except (UserError, OSError, SafetensorError, RuntimeError) as error:  # memory of the device, too

@@ -30,6 +30,7 @@ class BoxesLabels(PlaceLabels):
         "cutmix": (0.0,),
         "balance": ("none",),
         "distill": (None,),
+        "unlabeled": (None,),
         "data.labels_per_class": (None,),
         "pool": ("mean",),
         "fc_norm": (None,),

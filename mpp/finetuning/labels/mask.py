@@ -32,6 +32,7 @@ class MaskLabels(PlaceLabels):
         "cutmix": (0.0,),
         "balance": ("none", "loss"),
         "distill": (None,),
+        "unlabeled": (None,),
         "data.labels_per_class": (None,),
         "pool": ("mean",),
         "fc_norm": (None,),

@@ -1,0 +1,180 @@
+"""Images without labels in fine-tuning: which are shown, what they teach, and that a run with them is replayed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import mpp
+from mpp.data.leak import find_shared
+from mpp.data.readers import PackedReader
+from mpp.data.shards.reader import ShardImages
+from mpp.data.unlabeled_sets import WithUnlabeled
+from mpp.errors import UserError
+from mpp.finetuning.consistency import Consistency
+from mpp.finetuning.open_labels import open_label_kind
+from mpp.finetuning.unlabeled import add_unlabeled, open_unlabeled
+from mpp.inspection.replay import replay
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.loading import check_recipe
+from mpp.runs.records import read_metrics
+from tests.finetuning.test_finetuning import ARGS, values
+
+SCRATCH = {"architecture": {"name": "vit_tiny_patch16_224", "args": ARGS}}
+
+
+def recipe(shards: Path, out: Path, images: Path | str, **changes: Any) -> FinetuneRecipe:
+    small = {"seeds": [0], "ema_decay": 0.9, "optim.steps": 4, **SCRATCH, "unlabeled.images": str(images)}
+    return check_recipe(values(shards, out, "scratch", **small | changes), FinetuneRecipe)
+
+
+def dataset(made: FinetuneRecipe) -> WithUnlabeled:
+    kind = open_label_kind(made)
+    train = kind.open(made.data.train, key="data.train", classes=None)
+    opened = open_unlabeled(made, kind.open(made.data.val, key="data.val", classes=train.classes))
+    assert opened is not None
+    return add_unlabeled(kind.training_set(train, np.arange(20), 0), opened, made, seed=0)
+
+
+def test_the_views_are_a_function_of_the_position_alone(shards: Path, tmp_path: Path) -> None:
+    images = dataset(recipe(shards, tmp_path, shards))
+    whole = images.__getitems__([(position, 0, position) for position in range(20, 40)])
+    assert whole.weak is not None
+    assert whole.weak.shape == whole.strong.shape == (60, 3, 16, 16)
+    again = dataset(recipe(shards, tmp_path, shards))
+    for first, last in ((35, 40), (20, 30), (30, 35)):
+        part = again.__getitems__([(position, 0, position - 20) for position in range(first, last)])
+        cut = slice(3 * (first - 20), 3 * (last - 20))
+        assert torch.equal(part.weak, whole.weak[cut])
+        assert torch.equal(part.strong, whole.strong[cut])
+    assert not torch.equal(whole.weak, whole.strong)
+    other = dataset(recipe(shards, tmp_path, shards)).__getitems__([(p, 0, p) for p in range(20)])
+    assert not torch.equal(other.weak, whole.weak)
+
+
+def test_validation_images_are_left_out_and_counted(shards: Path, tmp_path: Path) -> None:
+    made = recipe(shards, tmp_path / "run", shards)
+    images = dataset(made).unlabeled
+    reader = PackedReader(ShardImages((str(shards),), key="x"))
+    names = {
+        name.split("/")[-1]
+        for name in map(reader.name, find_shared(reader, PackedReader(ShardImages(made.data.val, key="x"))))
+    }
+    assert len(names) == len(images.left_out) == 25, "one of three shards judges"
+    shown = []
+    images._both = lambda data, position: shown.append(data) or (torch.zeros(1), torch.zeros(1))  # type: ignore[method-assign]
+    for shard, count in enumerate(images.images.counts):
+        images.__getitems__([(0, shard, row) for row in range(count) if shard or row < 3])
+    judged = {reader.read(i) for i in find_shared(reader, PackedReader(ShardImages(made.data.val, key="x")))}
+    assert not judged & set(shown)
+    assert len(set(shown)) >= 35
+    mpp.finetune(made)
+    told = json.loads((tmp_path / "run" / "data.json").read_text())["unlabeled"]
+    assert told == {"images": 35, "left_out": 25}
+    with pytest.raises(UserError, match=r"unlabeled\.images: every one of them is a validation image, too"):
+        mpp.finetune(recipe(shards, tmp_path / "none", shards / "shard-000000.tar"))
+    assert not (tmp_path / "none").exists()
+
+
+class Says(torch.nn.Module):
+    """In place of an averaged model: each image's first pixels are its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return images.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :3]
+
+
+def consistency(**changes: Any) -> Consistency:
+    from contextlib import nullcontext
+
+    how: dict[str, Any] = {
+        "threshold": 0.9, "weight": 2.0, "warmup_steps": 0, "erase": 0.0, "independent_classes": False,
+        "autocast": nullcontext, **changes,
+    }  # fmt: skip
+    return Consistency(Says(), **how)  # type: ignore[arg-type]
+
+
+def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
+    weak = torch.tensor([[9.0, 0, 0, 0], [1.0, 0, 0, 0], [0.0, 0, 9.0, 0]]).view(3, 1, 2, 2)
+    logits = torch.zeros(3, 3, requires_grad=True)
+    loss = consistency().loss(logits, weak, step=0)
+    # two of three are sure; each costs log 3 at logits of zero; the mean is over all three, times the weight
+    assert loss.item() == pytest.approx(2 * 2 / 3 * np.log(3), rel=1e-6)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad[1].abs().sum() == 0
+    assert logits.grad.argmin(-1)[[0, 2]].tolist() == [0, 2], "what was said rises"
+    rising = [consistency(warmup_steps=4).loss(logits, weak, step).item() for step in (0, 1, 3, 9)]
+    assert rising == pytest.approx([loss.item() * part for part in (0.25, 0.5, 1, 1)])
+
+
+def test_of_several_classes_each_counts_by_itself() -> None:
+    weak = torch.tensor([[9.0, -9.0, 0.0, 0]]).view(1, 1, 2, 2)
+    logits = torch.zeros(1, 3, requires_grad=True)
+    loss = consistency(independent_classes=True, weight=1.0).loss(logits, weak, step=0)
+    assert loss.item() == pytest.approx(2 / 3 * np.log(2), rel=1e-6)
+    loss.backward()
+    assert logits.grad is not None
+    assert [np.sign(g) for g in logits.grad[0].tolist()] == [-1, 1, 0]
+
+
+def test_they_change_what_is_learned_and_may_move(shards: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(shards, tmp_path / "images")
+    losses = {}
+    for name, changes in {"with": {"unlabeled.threshold": 0.1}, "without": {"unlabeled": None}}.items():
+        mpp.finetune(recipe(shards, tmp_path / name, images, **changes))
+        losses[name] = [m["loss"] for m in read_metrics(tmp_path / name / "scratch-seed0")]
+    assert losses["with"] != losses["without"]
+    (tmp_path / "images").rename(tmp_path / "moved")
+    made = recipe(shards, tmp_path / "with", tmp_path / "moved", **{"unlabeled.threshold": 0.1})
+    assert mpp.finetune(made, resume="auto").state == "finished"
+    other = recipe(shards, tmp_path / "with", shards / "shard-000001.tar", **{"unlabeled.threshold": 0.1})
+    with pytest.raises(UserError, match="the data changed since|data or the encoder changed since"):
+        mpp.finetune(other, resume="auto")
+
+
+def test_a_step_with_them_is_replayed(shards: Path, tmp_path: Path) -> None:
+    steep = {"optim.base_lr": 1e25, "optim.warmup_steps": 0, "unlabeled.threshold": 0.1, "optim.steps": 6}
+    with pytest.raises(UserError, match="stopped before the update"):
+        mpp.finetune(recipe(shards, tmp_path / "run", shards, **steep))
+    replayed = replay(tmp_path / "run")
+    assert replayed.same
+    kept = sorted((tmp_path / "run" / "scratch-seed0" / "non-finite").iterdir())[-1]
+    assert (kept / "averaged.safetensors").exists(), "what the averaged model said depends on its weights"
+
+
+def test_what_does_not_go_with_them(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unlabeled: learns from a moving average of the weights; give ema_decay"):
+        recipe(shards, tmp_path, shards, ema_decay=None)
+    with pytest.raises(UserError, match="unlabeled: not with distill"):
+        recipe(shards, tmp_path, shards, **{"distill.teacher": "runs/x"})
+    with pytest.raises(UserError, match="unlabeled: not with task: segment"):
+        recipe(shards, tmp_path, shards, task="segment", **{"data.labels_per_class": None})
+    with pytest.raises(UserError, match="unlabeled.images"):
+        mpp.finetune(recipe(shards, tmp_path / "run", tmp_path / "nowhere"))
+
+
+def test_a_bad_image_is_replaced_and_named(shards: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    broken = sorted(folder.rglob("*.*"))[::2]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:20])
+    made = recipe(shards, tmp_path / "run", folder, **{"data.max_bad_fraction": 1.0})
+    mpp.finetune(made)
+    log = (tmp_path / "run" / "scratch-seed0" / "train.log").read_text()
+    assert sum(path.name in log for path in broken) > 10
+    assert "unreadable images so far" in log
