@@ -42,23 +42,18 @@ class LabeledBatch:
     """A line for each file that could not be read"""
     replaced: int = 0
     """Training images in whose place another one stands"""
-    weak: Tensor | None = None
-    """(U, C, H, W) uint8: weak views of images without labels, if there are any"""
     strong: Tensor | None = None
-    """(U, C, H, W) uint8: strong views of the same"""
+    """(U, C, H, W) uint8: strong views of images without labels, if there are any"""
+    weak: Tensor | None = None
+    """(U, C, H, W) uint8: weak views of the same, if they are asked for"""
 
     def tensors_by(self, act: Callable[[Tensor], Tensor]) -> LabeledBatch:
         """Replace images, labels and views by what `act` makes of each tensor among them; the rest stays with the
         host."""
         self.images, self.labels = _each(self.images, act), _each(self.labels, act)
-        if self.weak is not None and self.strong is not None:
-            self.weak, self.strong = act(self.weak), act(self.strong)
+        self.strong = None if self.strong is None else act(self.strong)
+        self.weak = None if self.weak is None else act(self.weak)
         return self
-
-    @property
-    def views(self) -> tuple[Tensor, Tensor] | None:
-        """(weak, strong) views of the images without labels; None: there are none."""
-        return None if self.weak is None or self.strong is None else (self.weak, self.strong)
 
     def pin_memory(self) -> LabeledBatch:
         return self.tensors_by(Tensor.pin_memory)
@@ -66,8 +61,7 @@ class LabeledBatch:
     def to_keep(self) -> tuple[JsonObject, None]:
         """Return tensors by name, from which `mpp replay` runs the batch again. No unit is hidden."""
         tensors = {"images": self.images, "labels": self.labels}
-        if self.weak is not None:
-            tensors |= {"weak": self.weak, "strong": self.strong}
+        tensors |= {key: view for key, view in (("strong", self.strong), ("weak", self.weak)) if view is not None}
         return tensors | {"positions": self.positions, "readable": self.readable}, None
 
 

@@ -1,4 +1,4 @@
-"""Images without labels beside labeled ones: a weak and a strong view of each, drawn from (seed, position) alone."""
+"""Images without labels beside labeled ones: one or two views of each, drawn from (seed, position) alone."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from mpp.rng import Purpose, stream, torch_seed
 
 @dataclass
 class UnlabeledViews:
-    """Two views of each image of a micro-batch, and what could not be read."""
+    """Views of each image of a micro-batch, and what could not be read."""
 
-    weak: Tensor
-    """(B, C, H, W) uint8"""
     strong: Tensor
     """(B, C, H, W) uint8"""
+    weak: Tensor | None
+    """(B, C, H, W) uint8; None: nobody asks for them"""
     replaced: int
     bad: list[str]
 
 
 class UnlabeledDataset(Dataset[UnlabeledViews]):
-    """Two views of images; keys are (position, shard, row). A bad image is replaced by the next of its shard.
+    """Views of images; keys are (position, shard, row). A bad image is replaced by the next of its shard.
 
     Args:
         images: Of the shards or folders.
         left_out: (shard, row) of images that are never shown: those that judge.
-        weak: How the view is cropped from which an averaged model says what it sees.
-        strong: PIL image -> (C, H, W) uint8, as `augment` of `LabeledDataset`: the view that learns it.
+        strong: PIL image -> (C, H, W) uint8, as `augment` of `LabeledDataset`: the view that is learned from.
+        weak: How the view is cropped from which a teacher says what it sees; None: there is none.
+        size: (H, W) of the views.
         seed: Of the run.
         **decoding: As of `decode_cut`.
     """
@@ -51,21 +52,23 @@ class UnlabeledDataset(Dataset[UnlabeledViews]):
         self,
         images: ShardImages,
         left_out: frozenset[tuple[int, int]],
-        weak: Crop,
         strong: Callable[..., Tensor],
+        weak: Crop | None,
+        size: tuple[int, int],
         seed: int,
         **decoding: Unpack[Decoding],
     ) -> None:
-        self.images, self.left_out, self.weak, self.strong = images, left_out, weak, strong
-        self.seed, self.decoding = seed, decoding
+        self.images, self.left_out, self.strong, self.weak = images, left_out, strong, weak
+        self.size, self.seed, self.decoding = size, seed, decoding
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> UnlabeledViews:
         views, lines = zip(*(self._views(*key) for key in keys), strict=True)
-        weak, strong = (torch.stack(each) for each in zip(*views, strict=True))
-        return UnlabeledViews(weak, strong, sum(map(bool, lines)), [line for of_one in lines for line in of_one])
+        strong = torch.stack([of_one[0] for of_one in views])
+        weak = torch.stack([of_one[1] for of_one in views]) if self.weak else None
+        return UnlabeledViews(strong, weak, sum(map(bool, lines)), [line for of_one in lines for line in of_one])
 
-    def _views(self, position: int, shard: int, row: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
-        """The two views, and a line for each unreadable image in whose place this one stands."""
+    def _views(self, position: int, shard: int, row: int) -> tuple[list[Tensor], list[str]]:
+        """The strong view and the weak one, and a line for each unreadable image in whose place this one stands."""
         bad: list[str] = []
         rows, tried = self.images.counts[shard], 0
         for at in ((row + step) % rows for step in range(rows)):
@@ -75,23 +78,28 @@ class UnlabeledDataset(Dataset[UnlabeledViews]):
                 break
             tried += 1
             try:
-                return self._both(self.images.read(shard, at), position), bad
+                return self._augment(self.images.read(shard, at), position), bad
             except BadImage as error:
                 bad.append(f"{self.images.name(shard, at)}: {error}")
-        grey = torch.full((self.weak.channels, *self.weak.size), GREY).to(self.weak.dtype)
-        return (grey, grey), bad
+        grey = torch.full((self.decoding["channels"], *self.size), GREY, dtype=torch.uint8)
+        return [grey if self._eight_bit else grey.float()] * 2, bad
 
-    def _both(self, data: bytes, position: int) -> tuple[Tensor, Tensor]:
-        weak = self.weak.random(data, stream(self.seed, Purpose.WEAK, position))
-        if "value_range" in self.decoding:
-            return weak, self.strong(data, stream(self.seed, Purpose.STRONG, position))
+    def _augment(self, data: bytes, position: int) -> list[Tensor]:
+        """The strong view, and the weak one if it is asked for."""
+        weak = [self.weak.random(data, stream(self.seed, Purpose.WEAK, position))] if self.weak else []
+        if not self._eight_bit:
+            return [self.strong(data, stream(self.seed, Purpose.STRONG, position)), *weak]
         reading: Reading = self.decoding
         image = decode_pillow(data, **reading)
         seed = torch_seed(self.seed, Purpose.STRONG, position)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        return weak, torch.as_tensor(self.strong(image))
+        return [torch.as_tensor(self.strong(image)), *weak]
+
+    @property
+    def _eight_bit(self) -> bool:
+        return "value_range" not in self.decoding
 
 
 class WithUnlabeled(Dataset[LabeledBatch]):
@@ -121,7 +129,7 @@ class WithUnlabeled(Dataset[LabeledBatch]):
             )
         except UserError as error:
             return error
-        batch.weak, batch.strong = views.weak, views.strong
+        batch.strong, batch.weak = views.strong, views.weak
         batch.replaced += views.replaced
         batch.bad = [*batch.bad, *views.bad]
         return batch

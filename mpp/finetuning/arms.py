@@ -81,6 +81,7 @@ def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
     }
     values |= {
         "unlabeled": None,
+        "distill": None,
         "frozen": 0.0,
         "unfreeze": "at_once",
         "lora": None,

@@ -13,8 +13,12 @@ from mpp.errors import UserError
 from mpp.recipe.finetune import FinetuneData
 
 
-def make_augmentation(data: FinetuneData) -> Callable[..., Any]:
+def make_augmentation(data: FinetuneData, *, key: str = "data.auto_augment") -> Callable[..., Any]:
     """Return how a training image is augmented, as `LabeledDataset` takes it.
+
+    Args:
+        data: The recipe's section of that name.
+        key: Of the recipe that names the policy, for messages.
 
     Returns:
         timm's training transform, PIL image -> (C, H, W) uint8; for images that are not of 8 bit
@@ -28,7 +32,7 @@ def make_augmentation(data: FinetuneData) -> Callable[..., Any]:
         return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **reading).random
     if data.auto_augment and data.channels != 3:
         raise UserError(
-            f"data.auto_augment: its policies are for 3 channels, of which data has {data.channels}; null leaves it out"
+            f"{key}: its policies are for 3 channels, of which data has {data.channels}; null leaves it out"
         )
     try:
         transform = create_transform(
@@ -44,7 +48,7 @@ def make_augmentation(data: FinetuneData) -> Callable[..., Any]:
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         known = "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, v0 and the like"
-        raise UserError(f"data.auto_augment: timm has no policy {data.auto_augment!r}; allowed are {known}") from error
+        raise UserError(f"{key}: timm has no policy {data.auto_augment!r}; allowed are {known}") from error
     for step in transform.transforms:
         for op in [*getattr(step, "ops", []), *(op for ops in getattr(step, "policy", []) for op in ops)]:
             if op.name.startswith("Posterize"):

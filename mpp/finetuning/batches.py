@@ -14,7 +14,7 @@ from mpp.data.transfer import load_ahead
 from mpp.finetuning.cell import Cell
 from mpp.finetuning.job import Run
 from mpp.finetuning.label_kind import LabelKind
-from mpp.finetuning.unlabeled import add_unlabeled
+from mpp.finetuning.unlabeled import add_unlabeled, unlabeled_per_label
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.training.exchange import accumulation
 
@@ -51,7 +51,7 @@ def load_batches(
     optim, team = recipe.optim, run.team
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
     dataset = kind.training_set(run.train, subset, cell.seed)
-    if recipe.unlabeled and run.unlabeled:
+    if run.unlabeled and unlabeled_per_label(recipe):
         dataset = add_unlabeled(dataset, run.unlabeled, recipe, cell.seed)
     sampler = MicroBatches(
         Order([len(subset)], global_batch=optim.global_batch_size, seed=cell.seed, lanes=1),

@@ -41,12 +41,8 @@ class Consistency:
         self.averaged = averaged.eval()
         self.threshold, self.weight, self.warmup_steps = threshold, weight, warmup_steps
         self.independent_classes, self.autocast = independent_classes, autocast
-        self.erase = RandomErasing(erase, mode="pixel", device=averaged.mean.device) if erase else None
-
-    def strong_view(self, images: Tensor) -> Tensor:
-        """(U, C, H, W) uint8 strong views -> normalised float32, parts of them erased."""
-        x = self.averaged.normalise(images)
-        return x if self.erase is None else self.erase(x)
+        self.erase = RandomErasing(erase, mode="pixel", device=averaged.mean.device)
+        """Erases a part of strong views, (U, C, H, W) normalised."""
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ class Distillation:
         """Compute the loss of learning from labels and teacher at once.
 
         Args:
-            logits: (B, classes), or two of them, of which the second learns from the teacher alone.
-            x: (B, C, H, W), normalised for the model.
-            labels: Of the images.
+            logits: (B + U, classes), or two of them, of which the second learns from the teacher alone.
+            x: (B + U, C, H, W), normalised for the model: images with labels, then those without.
+            labels: Of the first B images.
             task_loss: Loss of logits and labels.
         """
         first, second = logits if isinstance(logits, tuple) else (logits, logits)
@@ -87,7 +87,7 @@ class Distillation:
             t = self.temperature
             a, b = (second / t).log_softmax(-1), (taught / t).log_softmax(-1)
             theirs = t * t * F.kl_div(a, b, reduction="batchmean", log_target=True)
-        return (1 - self.alpha) * task_loss(first, labels) + self.alpha * theirs
+        return (1 - self.alpha) * task_loss(first[: len(labels)], labels) + self.alpha * theirs
 
 
 def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Module:

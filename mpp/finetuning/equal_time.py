@@ -115,7 +115,7 @@ def measure_step(
         for m in range(batches.micro_batches):
             batch = next(batches.loaded)
             with team.accumulate(wrapped, exchange=m == batches.micro_batches - 1):
-                loss = micro_loss(wrapped, batch.images, batch.labels, int(batch.positions[0]), batch.views)
+                loss = micro_loss(wrapped, batch, int(batch.positions[0]))
                 team.backward(loss / batches.micro_batches)
         optimizer.step()
         optimizer.zero_grad()

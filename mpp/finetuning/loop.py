@@ -12,6 +12,7 @@ from mpp.finetuning.cell import RESULT, CellResult
 from mpp.finetuning.job import Finetuning
 from mpp.finetuning.judge import Judged, judge
 from mpp.finetuning.model import save as save_model
+from mpp.finetuning.unlabeled import unlabeled_per_label
 from mpp.parallel import faults
 from mpp.parallel.liveness import SAVING
 from mpp.runs import checkpoint
@@ -53,7 +54,7 @@ def train(job: Finetuning) -> CellResult | None:
         job.batch_norms.remember()
         for batch, is_last in job.micro_batches.of_step(step):
             with team.accumulate(job.wrapped, exchange=is_last):
-                loss = job.micro_loss(job.wrapped, batch.images, batch.labels, int(batch.positions[0]), batch.views)
+                loss = job.micro_loss(job.wrapped, batch, int(batch.positions[0]))
                 loss = loss / plan.micro_batches
                 team.backward(loss)
             reports.add(batch, loss.view(1))
@@ -141,7 +142,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
         progress.unreadable,
         report.unreadable,
         report.unreadable_lines,
-        seen=(seen_before + job.plan.global_batch_size) * (1 + (recipe.unlabeled.per_label if recipe.unlabeled else 0)),
+        seen=(seen_before + job.plan.global_batch_size) * (1 + unlabeled_per_label(recipe)),
         max_bad_fraction=recipe.data.max_bad_fraction,
         log=job.log,
     )

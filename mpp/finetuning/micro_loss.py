@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
+from mpp.data.labeled_sets import LabeledBatch
 from mpp.errors import UserError, one_line
 from mpp.finetuning.consistency import Consistency
 from mpp.finetuning.distillation import Distillation, open_teacher
@@ -63,46 +64,39 @@ class MicroLoss:
         self.distillation = make_distillation(recipe, team, model, classes) if recipe.distill else None
         self.consistency = make_consistency(recipe, team, unlabeled) if unlabeled else None
 
-    def __call__(
-        self,
-        wrapped: torch.nn.Module,
-        images: torch.Tensor,
-        labels: Any,
-        position: int,
-        views: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def __call__(self, wrapped: torch.nn.Module, batch: LabeledBatch, position: int) -> torch.Tensor:
         """Return the loss, a scalar.
 
         Args:
             wrapped: The model, as the loop calls it.
-            images: (B, C, H, W) uint8.
-            labels: As `LabeledBatch` has them.
+            batch: Labeled images, and views of images without labels if the recipe has any.
             position: Of the first sample in the run's endless sequence. What is drawn follows from it. Call this after
                 the batch has come: a loader that starts its workers draws from torch's generator, too.
-            views: (weak, strong) of images without labels, (U, C, H, W) uint8 each.
         """
         seed_of_batch = torch_seed(self.seed, Purpose.STEP, position)
         torch.manual_seed(seed_of_batch)  # dropout, drop path
         random.seed(seed_of_batch)  # random erasing
         np.random.seed(torch_seed(self.seed, Purpose.MIX, position) % 2**32)  # mixup, cutmix
-        x = self.model.normalise(images.to(self.device, non_blocking=True))
-        labels = send_to_device(labels, self.device, non_blocking=True)
+        x = self.model.normalise(batch.images.to(self.device, non_blocking=True))
+        labels = send_to_device(batch.labels, self.device, non_blocking=True)
         if self.erase is not None:
             x = self.erase(x)
         if self.mix is not None:
             x, labels = self.mix(x, labels)
-        own_loss = self.model.task.loss
-        if self.consistency is not None and views is not None:
+        labeled = len(x)
+        if batch.strong is not None:
             # One forward pass for both kinds of images: batch norms see them together, and processes exchange once.
-            weak, strong = (view.to(self.device, non_blocking=True) for view in views)
-            logits = wrapped(torch.cat([x, self.consistency.strong_view(strong)]), labels)
-            step = position // self.global_batch_size
-            return own_loss(logits[: len(x)], labels) + self.consistency.loss(logits[len(x) :], weak, step)
-        outputs = wrapped(x, labels)
-        if self.distillation is None:
+            strong = self.model.normalise(batch.strong.to(self.device, non_blocking=True))
+            x = torch.cat([x, self.consistency.erase(strong) if self.consistency else strong])
+        outputs, own_loss = wrapped(x, labels), self.model.task.loss
+        if self.distillation is not None:
+            return self.distillation.loss(outputs, x, labels, own_loss)
+        if self.consistency is None or batch.weak is None:
             loss: torch.Tensor = own_loss(outputs, labels)
             return loss
-        return self.distillation.loss(outputs, x, labels, own_loss)
+        weak = batch.weak.to(self.device, non_blocking=True)
+        step = position // self.global_batch_size
+        return own_loss(outputs[:labeled], labels) + self.consistency.loss(outputs[labeled:], weak, step)
 
 
 def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: Unlabeled) -> Consistency:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpp.data.batch import Units
+from mpp.data.labeled_sets import LabeledBatch
 from mpp.errors import UserError
 from mpp.finetuning import lora
 from mpp.finetuning.arms import recipe_of_arm
@@ -134,8 +135,7 @@ def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modul
         if len(batch["images"]) % 2:  # one alone cannot be mixed
             micro_loss.mix = None
         with team.autocast():
-            views = (batch["weak"], batch["strong"]) if "weak" in batch else None
-            loss = micro_loss(model, batch["images"], batch["labels"], share.record["seeds"][m], views)
+            loss = micro_loss(model, LabeledBatch(**batch, bad=[]), share.record["seeds"][m])
         micro_loss.mix = mixed
         return loss.view(1)
 

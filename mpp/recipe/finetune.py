@@ -123,6 +123,11 @@ class Distill(Section):
     """The teacher's part of the loss (DeiT: 0.5 with hard, 0.1 with soft)."""
     temperature: PositiveFloat = 3.0
     """Of soft labels (DeiT: 3)."""
+    images: Places | None = None
+    """Shards or folders of images without labels, from which the teacher teaches, too, as large models teach small ones
+    (Chen et al. 2020, section 2.3). Validation images among them are left out."""
+    per_label: PositiveInt = 3
+    """Of these images to each labeled one of a step."""
 
 
 class Unlabeled(Section):
@@ -223,7 +228,7 @@ class FinetuneRecipe(Run):
     lora: Lora | None = None
     """Train adapters beside the encoder's linear layers: `lora={}`."""
     distill: Distill | None = None
-    """Learn from a teacher, too; both arms do."""
+    """Learn from a teacher, too; all arms do but the CNN."""
     unlabeled: Unlabeled | None = None
     """Learn from images without labels, too: `unlabeled={images: shards/photos}`. All arms do but the CNN."""
     optim: FinetuneOptim

@@ -69,7 +69,7 @@ def test_validation_images_are_left_out_and_counted(shards: Path, tmp_path: Path
     }
     assert len(names) == len(images.left_out) == 25, "one of three shards judges"
     shown = []
-    images._both = lambda data, position: shown.append(data) or (torch.zeros(1), torch.zeros(1))  # type: ignore[method-assign]
+    images._augment = lambda data, position: shown.append(data) or [torch.zeros(1), torch.zeros(1)]  # type: ignore[method-assign]
     for shard, count in enumerate(images.images.counts):
         images.__getitems__([(0, shard, row) for row in range(count) if shard or row < 3])
     judged = {reader.read(i) for i in find_shared(reader, PackedReader(ShardImages(made.data.val, key="x")))}
@@ -163,8 +163,11 @@ def test_what_does_not_go_with_them(shards: Path, tmp_path: Path) -> None:
         recipe(shards, tmp_path, shards, **{"distill.teacher": "runs/x"})
     with pytest.raises(UserError, match="unlabeled: not with task: segment"):
         recipe(shards, tmp_path, shards, task="segment", **{"data.labels_per_class": None})
-    with pytest.raises(UserError, match="unlabeled.images"):
+    with pytest.raises(UserError, match=r"unlabeled\.images"):
         mpp.finetune(recipe(shards, tmp_path / "run", tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"unlabeled\.auto_augment: timm has no policy 'strange'"):
+        mpp.finetune(recipe(shards, tmp_path / "run", shards, **{"unlabeled.auto_augment": "strange"}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_bad_image_is_replaced_and_named(shards: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -178,3 +181,26 @@ def test_a_bad_image_is_replaced_and_named(shards: Path, image_folder: Path, tmp
     log = (tmp_path / "run" / "scratch-seed0" / "train.log").read_text()
     assert sum(path.name in log for path in broken) > 10
     assert "unreadable images so far" in log
+
+
+def test_a_teacher_teaches_from_them(shards: Path, tmp_path: Path) -> None:
+    """By its loss alone, with a part that labels have none in; and killed after some steps it goes on the same."""
+    mpp.finetune(recipe(shards, tmp_path / "teacher", shards, unlabeled=None))
+    teacher = str(tmp_path / "teacher" / "scratch-seed0")
+    distill = {"teacher": teacher, "kind": "soft", "alpha": 1.0, "images": str(shards), "per_label": 2}
+    changes: dict[str, Any] = {"unlabeled": None, "optim.steps": 8, "checkpoint_every_steps": 3, "keep_checkpoints": 9}
+    losses = {}
+    for name, images in (("with", str(shards)), ("without", None)):
+        made = recipe(shards, tmp_path / name, shards, distill=distill | {"images": images}, **changes)
+        mpp.finetune(made)
+        losses[name] = [m["loss"].hex() for m in read_metrics(tmp_path / name / "scratch-seed0")]
+    assert losses["with"] != losses["without"]
+    told = json.loads((tmp_path / "with" / "data.json").read_text())["unlabeled"]
+    assert told == {"images": 35, "left_out": 25}
+    cell = tmp_path / "with" / "scratch-seed0"
+    (cell / "result.json").unlink()
+    for step in (6, 8):
+        shutil.rmtree(cell / "checkpoints" / f"step-{step:08d}")
+    made = recipe(shards, tmp_path / "with", shards, distill=distill, **changes)
+    mpp.finetune(made, resume="auto")
+    assert [m["loss"].hex() for m in read_metrics(cell)] == losses["with"]
