@@ -91,6 +91,10 @@ FAMILIES = (
         {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, (64, 96),
     ),
     Family(
+        "ResNet", "ResNet", "resnet*, resnext*, wide_resnet*, seresnet*", "resnet18",
+        {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}, (64, 96),
+    ),
+    Family(
         "Hiera", "Hiera", "hiera_*", "hiera_tiny_224",
         {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 1, 1), "mask_unit_attn": (True, False, False, False)},
         (64, 96),

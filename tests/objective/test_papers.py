@@ -74,7 +74,7 @@ def test_layer_decay_of_every_family(family: Family) -> None:
     blocks = {power for name, power in found.items() if name not in after}
     depth = max(blocks) - 1
     assert blocks == set(range(1, depth + 2)), "no layer is left out"
-    embedding = [name for name in found if name.startswith(("patch_embed.", "stem."))]
+    embedding = [name for name in found if name.startswith(("patch_embed.", "stem.", "conv1.", "bn1."))]
     assert {found[name] for name in embedding} == {depth + 1}
     if hasattr(encoder, "blocks") and family.family not in ("MlpMixer",):
         assert depth == len(encoder.blocks)
