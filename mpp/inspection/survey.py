@@ -8,7 +8,7 @@ import shlex
 
 from mpp.encoders.adapter import TimmEncoder
 from mpp.encoders.creation import create_timm_model
-from mpp.encoders.support import FAMILIES, TRIED, Family
+from mpp.encoders.support import FAMILIES, TRIED, Family, table
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 from mpp.objective import contract
@@ -79,11 +79,13 @@ def probe_text(probed: JsonObject) -> str:
 def tiny_overrides(family: Family) -> JsonObject:
     """What makes recipes/pretrain/simmim_vit_b16.yaml at its tiny scale a recipe of another family."""
     args = {key: list(value) if isinstance(value, tuple) else value for key, value in family.args.items()}
+    has_stem = any(row["title"] == family.title and row["stem"] for row in table())
     return {
         "encoder.name": family.example,
         "encoder.args": args,
         "data.image_size": list(family.image_size),
         "mask.unit_px": None,
+        **({} if has_stem else {"corruption": "pixel_patch"}),  # no place for mask tokens
     }
 
 

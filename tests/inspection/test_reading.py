@@ -36,6 +36,7 @@ KINDS = {
     "Hiera": "not known",
     "MLP-Mixer": "none",
     "ConvNeXt V2": "none",
+    "ResNet": "none",
 }
 """What each family's attention is: a new family wants its word here."""
 
