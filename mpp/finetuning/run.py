@@ -40,7 +40,8 @@ from mpp.recipe.loading import load_recipe
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs.environment import environment
 from mpp.runs.folder import DATA, opened
-from mpp.runs.records import write_json, write_status
+from mpp.runs.records import read_metrics, write_json, write_status
+from mpp.runs.symptoms import UNDERFIT_ADVICE, underfit
 from mpp.runs.verdict import Cost, Estimate, Verdict, name_unread, table
 from mpp.training.device_time import unit_of
 
@@ -64,6 +65,8 @@ class FinetuneResult:
     """The name of the signal that stopped the run."""
     unread_classes: tuple[str, ...] = ()
     """Classes of the validation images of which not one could be read."""
+    underfit: str = ""
+    """A sentence if a cell ended long before it knew its training images."""
 
     @property
     def score(self) -> dict[str, Estimate]:
@@ -77,8 +80,8 @@ class FinetuneResult:
 
     def table(self) -> str:
         """For people."""
-        text = table(self.verdicts)
-        return f"{text}\n{name_unread(self.unread_classes)}" if self.unread_classes else text
+        lines = [table(self.verdicts), name_unread(self.unread_classes) if self.unread_classes else "", self.underfit]
+        return "\n".join(line for line in lines if line)
 
 
 def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
@@ -203,7 +206,15 @@ def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
     most = next(c for c in cells_of(recipe) if c.labels_per_class == verdicts[-1].labels_per_class)
     plot = out / PLOT if len(verdicts) > 1 else None
     unread = run.team.on_main(partial(read_unread_classes, most.folder))
-    result = FinetuneResult(out, "finished", tuple(verdicts), most.folder / "encoder", plot, unread_classes=unread)
+    result = FinetuneResult(
+        out,
+        "finished",
+        tuple(verdicts),
+        most.folder / "encoder",
+        plot,
+        unread_classes=unread,
+        underfit=run.team.on_main(partial(_name_underfit, run)),
+    )
     if run.team.is_main:
         if plot:
             _plot(result, plot)
@@ -222,6 +233,15 @@ def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
         )
     run.status("finished")
     return result
+
+
+def _name_underfit(run: Run) -> str:
+    """Name the first cell that ended long before it knew its training images, with advice; "" if none did."""
+    recipe = run.recipe.model_dump(mode="json")
+    for cell in cells_of(run.recipe):
+        if text := underfit(cell.folder.name, read_metrics(cell.folder), recipe, len(run.train.classes)):
+            return f"{text} {UNDERFIT_ADVICE}"
+    return ""
 
 
 def _record_data(run: Run, *, same_images: bool) -> None:

@@ -6,6 +6,7 @@ recipes/LOG.md).
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ LEAST_SLOW_S = 60
 BAD_FRACTION, LEAST_BAD = 1e-4, 10
 """Of the images seen, those that could not be read; and how many they must be. Far fewer than what stops a run."""
 
+UNDERFIT = 0.75
+"""Of the loss of a guess among equally likely classes, what the training loss of a fine-tune must fall below by its
+end; mixup and label smoothing alone leave it at half of that (a guess)."""
+
 COLLAPSED_RANK = 2.0
 """A warning is said where the effective rank of a target or of the features falls below: two directions at most are
 left (a guess; features of 18 encoders that fine-tune had 5 to 57)."""
@@ -56,7 +61,7 @@ class Symptom:
 
     kind: str
     """failed, diverged, flat, below_trivial, collapse, data_bound, slower, bad_images, leak, no_gain, control, dead,
-    damaged"""
+    damaged, better_road, underfit"""
     text: str
     """What was seen, in a sentence."""
     advice: str
@@ -291,14 +296,45 @@ def _of_finetuning(run: History) -> list[Symptom]:
             advice = "Pretrain longer, on more images of the same kind; more seeds make the interval narrower."
             listed.append(Symptom("no_gain", gain_text[0].upper() + gain_text[1:], advice))
     listed += [symptom for v in run.result.get("verdicts", []) if (symptom := _better_road(v))]
+    for cell in run.cells:
+        if cell.result and (text := underfit(cell.name, cell.metrics, run.recipe, run.data.get("classes", 0))):
+            listed.append(Symptom("underfit", text, UNDERFIT_ADVICE))
+            break  # the others are of the same length
     return listed
+
+
+UNDERFIT_ADVICE = "Train longer (optim.epochs, optim.steps), or with a higher optim.base_lr."
+
+
+def underfit(cell: str, metrics: Sequence[JsonMapping], recipe: JsonMapping, classes: int) -> str:
+    """Return a sentence about a fine-tune that ended long before it knew its training images; "" for any other.
+
+    Args:
+        cell: Its name.
+        metrics: Its records.
+        recipe: Of the run. What it learns beside labels of one class is not judged.
+        classes: How many there are.
+    """
+    if (recipe.get("task") or {}).get("name", "classify") != "classify" or classes < 2:
+        return ""
+    if recipe.get("unlabeled") or recipe.get("distill"):
+        return ""
+    losses = [m["loss"] for m in metrics if isinstance(m.get("loss"), float) and math.isfinite(m["loss"])]
+    if len(losses) < LEAST_RECORDS:
+        return ""
+    last, guess = statistics.median(losses[-len(losses) // 4 :]), math.log(classes)
+    if last < UNDERFIT * guess:
+        return ""
+    ended = f"{cell} is underfit: its training loss ended at {last:.2f}"
+    return f"{ended}, and a mere guess among {classes} classes has {guess:.2f}."
 
 
 def _better_road(verdict: JsonMapping) -> Symptom | None:
     """Another arm than the encoder is best, and more than by chance."""
-    score = {arm: stored_estimate(value) for arm, value in verdict["score"].items()}
-    compared = compare_roads(score) if "pretrained" in score and other_roads(score) else None
-    best = max(score, key=lambda arm: score[arm].mean)
+    score = {arm: stored_estimate(value) for arm, value in verdict.get("score", {}).items()}
+    if "pretrained" not in score or not other_roads(score):
+        return None
+    compared, best = compare_roads(score), max(score, key=lambda arm: score[arm].mean)
     if compared is None or compared.kind != "best" or best == "pretrained":
         return None
     text = f"{compared.text[0].upper()}{compared.text[1:]}."

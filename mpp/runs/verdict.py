@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -152,8 +152,8 @@ class Verdict:
     """Arm -> metric -> the same of every metric that the task has."""
     gain: Estimate | None
     """pretrained - scratch, paired by seed; None where one of them is missing."""
-    cost: Cost | None = None
-    """None where nobody kept it."""
+    cost: Cost | None = field(default=None, compare=False)
+    """None where nobody kept it. It differs from run to run."""
 
     @staticmethod
     def of(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import mpp
 from mpp.data.shards.pack import pack
 from mpp.errors import UserError
 from mpp.runs.history import History, read_run
-from mpp.runs.symptoms import RECENT, Measured, flat_since, symptoms
+from mpp.runs.symptoms import RECENT, Measured, flat_since, symptoms, underfit
+from mpp.runs.verdict import estimate
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 
 LONG = {
@@ -273,3 +276,39 @@ def measurements(skills: list[float], probes: list[float | None] | None = None) 
 def test_flat(skills: list[float], probes: list[float | None] | None, since: int | None) -> None:
     assert RECENT == 4
     assert flat_since(measurements(skills, probes)) == since
+
+
+@pytest.mark.parametrize(
+    ("last_loss", "changes", "found"),
+    [
+        (2.7, {}, True),
+        (1.2, {}, False),
+        (2.7, {"task": {"name": "multilabel"}}, False),
+        (2.7, {"unlabeled": {"images": "photos"}}, False),
+    ],
+)
+def test_a_fine_tune_that_ended_too_early(last_loss: float, changes: dict[str, Any], found: bool) -> None:
+    """20 classes, of which a guess has a loss of 3.0: 300 steps left a run on photographs at 2.7."""
+    losses = np.linspace(3.0, last_loss, 40).tolist()
+    said = underfit("pretrained-seed0", records(loss=losses), changes, 20)
+    assert said == (
+        f"pretrained-seed0 is underfit: its training loss ended at {np.median(losses[-10:]):.2f}, "
+        "and a mere guess among 20 classes has 3.00." if found else ""
+    )  # fmt: skip
+    run = history("finetune", data={"classes": 20}, recipe=changes)
+    run.cells = [history("cell", metrics=records(loss=losses), result={"metrics": {}})]
+    assert [s.kind for s in symptoms(run)] == ["underfit"] * found
+
+
+def test_a_better_road_is_named() -> None:
+    def estimated(*values: float) -> dict[str, Any]:
+        return asdict(estimate(list(values)))
+
+    score = {"pretrained": estimated(0.48, 0.47, 0.49), "cnn": estimated(0.61, 0.60, 0.62)}
+    (seen,) = symptoms(history("finetune", result={"verdicts": [{"score": score}]}))
+    assert seen.kind == "better_road"
+    assert seen.text.startswith("Best here is the CNN from scratch, 13.0 points above the pretrained encoder")
+    assert "in the folders cnn-seed*" in seen.advice
+    for ours, theirs in ((0.61, 0.48), (0.48, 0.485)):
+        score = {"pretrained": estimated(ours, ours + 0.02), "cnn": estimated(theirs, theirs + 0.01)}
+        assert symptoms(history("finetune", result={"verdicts": [{"score": score}]})) == []
