@@ -85,7 +85,7 @@ def finetune(
     scale: str | None = None,
     **overrides: object,
 ) -> FinetuneResult:
-    """Fine-tune an encoder on labeled images, and compare it with the same architecture from scratch.
+    """Fine-tune an encoder on labeled images, and compare it with other roads, such as the same from scratch.
 
     Args:
         recipe: A file, a mapping of its keys, or a checked recipe.
@@ -95,7 +95,7 @@ def finetune(
         **overrides: Dotted keys of the recipe and their values.
 
     Returns:
-        Scores of both over the seeds, with intervals.
+        Scores of each over the seeds, with intervals.
 
     Raises:
         UserError: Anything that the user can correct.

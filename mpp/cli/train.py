@@ -101,7 +101,7 @@ def plan(
 @SCALE
 @JSON
 def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None, as_json: bool) -> None:
-    """Fine-tune on labeled images, beside the same from scratch. encoder=RUN|FOLDER|TIMM_NAME|scratch"""
+    """Fine-tune on labeled images, beside other roads. encoder=RUN|FOLDER|TIMM_NAME|scratch"""
     from mpp.recipe.overrides import parse_overrides
 
     with _progress_aside(as_json):
