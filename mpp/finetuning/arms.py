@@ -60,7 +60,7 @@ def _from_scratch(recipe: FinetuneRecipe, values: JsonObject) -> None:
         values["frozen"] = ours.frozen
         if not 0 < ours.frozen < 1:
             values["unfreeze"] = "at_once"
-    values["lora"] = None
+    values |= {"lora": None, "head_init": "zero"}
 
 
 def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
@@ -81,6 +81,7 @@ def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
     }
     values |= {
         "unlabeled": None,
+        "head_init": "zero",
         "distill": None,
         "frozen": 0.0,
         "unfreeze": "at_once",

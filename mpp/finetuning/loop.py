@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ def train(job: Finetuning) -> CellResult | None:
     recipe, team = job.recipe, run.team
     reports = StepReports(team, run.stop_request)
     job.log.status("running", step=progress.step)
+    if recipe.head_init == "probe" and progress.step == 0:
+        progress.start_score = judge_start(job)
     job.pace.begin()
     job.device_time.begin()
 
@@ -171,6 +175,16 @@ def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Ten
         copied.copy_(latest)
 
 
+def judge_start(job: Finetuning) -> float:
+    """Judge a model whose head begins as a probe, before its first step, so that the end can be compared with it."""
+    run, headline = job.run, job.model.task.headline
+    val = np.arange(len(run.val))
+    judged = judge(job.recipe, run.team, job.kind, job.model, run.val, val, "data.val", headline_only=True)
+    score = judged.metrics[headline]
+    job.log.say(f"{headline} of the start, a linear probe: {100 * score:.2f} %")
+    return score
+
+
 def judge_held_out(job: Finetuning) -> dict[str, float]:
     """Judge on held-out training images, keep the best weights, and give up after too many scores without a new best.
 
@@ -255,6 +269,8 @@ def finish(job: Finetuning) -> CellResult:
     if job.recipe.lora:  # before it is judged: what is judged is what is exported
         lora.merge(model.encoder)
     judged = judge(job.recipe, run.team, job.kind, model, run.val, np.arange(len(run.val)), "data.val")
+    if math.isfinite(progress.start_score):
+        judged.metrics[f"start_{job.model.task.headline}"] = progress.start_score
     if run.team.is_main:
         save_model(model, folder, job.recipe, judged.metrics, run.train.classes)
         _record_result(job, judged)

@@ -25,6 +25,8 @@ class Progress:
     """Measurements since the best one."""
     given_up: bool = False
     """Whether the score has not risen for so long that the cell ends early."""
+    start_score: float = math.nan
+    """The headline metric of the untrained model on the validation images, if its head begins as a probe."""
     device_minutes: float = 0.0
     """Minutes of CPU time, or of GPUs, of all processes, when last asked."""
     loss: float = math.nan
@@ -42,6 +44,7 @@ class Progress:
             "skipped": self.skipped,
             "bad": self.unreadable,
             "device_minutes": self.device_minutes,
+            **({"start_score": self.start_score} if math.isfinite(self.start_score) else {}),
         }
 
     @staticmethod
@@ -56,4 +59,5 @@ class Progress:
             since_best=state["worse"],
             given_up=state["given_up"],
             device_minutes=state.get("device_minutes", 0.0),
+            start_score=state.get("start_score", math.nan),
         )

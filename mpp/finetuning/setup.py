@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from mpp.finetuning.arms import recipe_of_arm
 from mpp.finetuning.batches import load_batches
 from mpp.finetuning.cell import Cell
 from mpp.finetuning.equal_time import length_of_cell
+from mpp.finetuning.head_start import fit_head
 from mpp.finetuning.job import Finetuning, Run
 from mpp.finetuning.micro_loss import MicroLoss, Unlabeled
 from mpp.finetuning.model import Supervised, build
@@ -50,6 +52,9 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     model = build(recipe, cell.arm, cell.seed, len(run.train.classes))
     if recipe.balance == "loss":
         model.task.weigh(torch.from_numpy(kind.counts(run.train, subset)))
+    kept = run.team.on_main(partial(checkpoint.newest, cell.folder / "checkpoints"))
+    if recipe.head_init == "probe" and kept is None:
+        fit_head(run, recipe, kind, model.to(team.device), subset, cell.seed)
     length = None
     if cell.arm == "cnn":
         length = length_of_cell(run, cell, recipe, kind, model.to(team.device), subset)
@@ -61,7 +66,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     averaged = copy.deepcopy(model).requires_grad_(False).to(team.device) if recipe.ema_decay else None
     model.to(team.device)
 
-    progress, resumed = _load_checkpoint(run, cell, model, optimizer, averaged)
+    progress = _load_checkpoint(run, kept, model, optimizer, averaged) if kept else Progress()
     unlabeled = Unlabeled(averaged, plan.total_steps) if recipe.unlabeled and averaged is not None else None
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed, unlabeled)
     wrapped = team.wrap_model(model)
@@ -69,7 +74,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     log = _open_log(run, cell, plan, progress.step)
     log.say(
         f"{len(subset)} labeled images of {len(run.train.classes)} classes, {len(run.val)} to validate; "
-        f"{plan.total_steps} steps{plan.warm_up_note}" + (f"; resumed at step {progress.step}" if resumed else "")
+        f"{plan.total_steps} steps{plan.warm_up_note}" + (f"; resumed at step {progress.step}" if kept else "")
     )
 
     if length:
@@ -164,21 +169,18 @@ def parameter_groups(recipe: FinetuneRecipe, model: Supervised, seed: int) -> li
 
 
 def _load_checkpoint(
-    run: Run, cell: Cell, model: Supervised, optimizer: torch.optim.Optimizer, averaged: Supervised | None
-) -> tuple[Progress, bool]:
-    """Load the newest checkpoint of a cell, if there is one: (progress, whether there is).
+    run: Run, path: Path, model: Supervised, optimizer: torch.optim.Optimizer, averaged: Supervised | None
+) -> Progress:
+    """Load a checkpoint of a cell.
 
     Raises:
         UserError: It was made with other data or another encoder.
     """
-    path = run.team.on_main(partial(checkpoint.newest, cell.folder / "checkpoints"))
-    if path is None:
-        return Progress(), False
     state = checkpoint.read_state(path)
     if state["data_fingerprint"] != run.fingerprint:
         raise UserError(f"{path}: the training data or the encoder changed since; start a new run")
     checkpoint.load(path, model, optimizer, averaged)
-    return Progress.from_json(state), True
+    return Progress.from_json(state)
 
 
 def _open_log(run: Run, cell: Cell, plan: Plan, resumed_at: int) -> RunLog:

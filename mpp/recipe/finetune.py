@@ -215,6 +215,10 @@ class FinetuneRecipe(Run):
     """Alpha of the beta distribution (Zhang et al. 2018); 0: none."""
     cutmix: NonNegativeFloat = 0.0
     """Alpha of the beta distribution (Yun et al. 2019); 0: none."""
+    head_init: Literal["zero", "probe"] = "zero"
+    """How the new head begins. zero: next to zero, so that all classes are equally likely. probe: as a linear probe,
+    fitted to the frozen encoder's features of the training images (LP-FT, Kumar et al. 2022); what that start is worth
+    is measured, too. From scratch it is always zero."""
     frozen: Fraction = 0.0
     """Part of the steps in which the head alone learns: 1 is a frozen encoder; below 1, LP-FT (Kumar et al. 2022),
     whose backward pass still goes through the encoder."""

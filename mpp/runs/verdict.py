@@ -99,6 +99,17 @@ def compare_roads(score: Mapping[str, Estimate]) -> Conclusion | None:
     return Conclusion("not_shown", text)
 
 
+def compare_with_start(verdict: Verdict) -> str:
+    """Say what the linear probe was worth with which the pretrained encoder's head began; "" if it began otherwise."""
+    start = verdict.metrics.get("pretrained", {}).get(f"start_{verdict.metric}")
+    if start is None:
+        return ""
+    worse = start.mean > verdict.score["pretrained"].mean
+    return f"{'probe':<12} {start}   (its start" + (
+        "; fine-tuning lost against it: lower optim.base_lr)" if worse else ")"
+    )
+
+
 def name_unread(classes: Sequence[str]) -> str:
     """Say which classes had no validation image that could be read; the same words everywhere."""
     return f"data.val: not one image of {', '.join(classes)} could be read; the scores are of the other classes only"
@@ -211,6 +222,7 @@ def _one(verdict: Verdict) -> str:
     for arm, e in verdict.score.items():
         cost = verdict.cost.text(arm) if verdict.cost else ""
         rows.append(f"{arm:<12} {e}   (seeds: {_percents(e.values)})" + (f"   {cost}" if cost else ""))
+    rows += [line for line in [compare_with_start(verdict)] if line]
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
         rows.append(conclude(verdict.gain).text)

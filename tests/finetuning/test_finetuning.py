@@ -264,7 +264,7 @@ def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path) -> None:
     changes = {"drop_path_rate": 0.2, "mixup": 0.8, "data.erase": 0.3, "seeds": [0], "optim.steps": 60}
-    changes |= {"ema_decay": 0.9, "unlabeled": {"images": str(shards), "threshold": 0.5}}
+    changes |= {"ema_decay": 0.9, "head_init": "probe", "unlabeled": {"images": str(shards), "threshold": 0.5}}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(values(shards, tmp_path / "whole", run, **changes)))
     mpp.finetune(path)

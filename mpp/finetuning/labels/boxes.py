@@ -30,6 +30,7 @@ class BoxesLabels(PlaceLabels):
         "cutmix": (0.0,),
         "balance": ("none",),
         "distill": (None,),
+        "head_init": ("zero",),
         "unlabeled": (None,),
         "data.labels_per_class": (None,),
         "pool": ("mean",),

@@ -32,6 +32,7 @@ class MaskLabels(PlaceLabels):
         "cutmix": (0.0,),
         "balance": ("none", "loss"),
         "distill": (None,),
+        "head_init": ("zero",),
         "unlabeled": (None,),
         "data.labels_per_class": (None,),
         "pool": ("mean",),

@@ -15,6 +15,7 @@ class SeveralClassesLabels(ImageLabels):
         "cutmix": (0.0,),
         "balance": ("none",),
         "distill": (None,),
+        "head_init": ("zero",),
         "data.labels_per_class": (None,),
         "data.val_side_px": (None,),
     }

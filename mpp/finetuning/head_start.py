@@ -1,0 +1,94 @@
+"""A head that begins as a linear probe: fitted to the frozen encoder's features before anything is trained (LP-FT)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from mpp.data.loader import batches
+from mpp.data.subsets import split
+from mpp.errors import UserError
+from mpp.evaluation.probes import linear
+from mpp.finetuning.job import Run
+from mpp.finetuning.label_kind import LabelKind
+from mpp.finetuning.model import Supervised
+from mpp.recipe.finetune import FinetuneRecipe
+
+WEIGHT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)
+"""Of the probe, from strong to weak; the best is chosen on a part of the training images (a guess)."""
+TUNED_ON = 0.2
+"""That part."""
+MAX_ITERATIONS = 100
+AT_ONCE = 256
+
+
+def fit_head(
+    run: Run, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray, seed: int
+) -> None:
+    """Let the head begin as a linear probe of the encoder (Kumar et al. 2022, section 4, on fine-tuning that distorts
+    features while a random head learns).
+
+    Args:
+        run: What the cells share.
+        recipe: Of the arm.
+        kind: Of label, for this arm.
+        model: A classifier on its device, whose head is changed.
+        subset: Numbers of the images to train on.
+        seed: Of the cell.
+
+    Raises:
+        UserError: The head is not one linear layer, or no image can be read.
+    """
+    out = model.task.out
+    if model.task.hidden is not None or model.distilled is not None:
+        raise UserError("head_init: probe: wants a head of one linear layer; allowed: zero")
+    chosen = np.unique(subset)
+    weight, bias = run.team.on_main(partial(_fitted, run, recipe, kind, model, chosen, seed))
+    with torch.no_grad():
+        out.weight.copy_(weight)
+        out.bias.copy_(bias)
+
+
+def _fitted(
+    run: Run, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, chosen: np.ndarray, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(classes, D) and (classes,), of features as the encoder gives them."""
+    x, labels = _read_features(run, recipe, kind, model, chosen)
+    classes, device = len(run.train.classes), model.mean.device
+    fit, tune = split(labels, TUNED_ON, seed)
+    best, decay = -1.0, WEIGHT_DECAYS[0]
+    probe = None
+    for candidate in WEIGHT_DECAYS if len(tune) else ():
+        fits = partial(linear.fit, device=device, max_iterations=MAX_ITERATIONS, start=probe)
+        probe = fits(x[fit], labels[fit], classes, candidate)
+        score = float((probe.predict(x[tune]) == labels[tune]).mean())
+        if score > best:
+            best, decay = score, candidate
+    probe = linear.fit(x, labels, classes, decay, device=device, max_iterations=MAX_ITERATIONS)
+    weight = probe.weight * probe.scale
+    return weight.cpu(), (probe.bias - weight @ probe.mean).cpu()
+
+
+@torch.no_grad()
+def _read_features(
+    run: Run, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, chosen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, D) features of the central crops of images, (n,) labels."""
+    model.eval()
+    size = min(AT_ONCE, recipe.optim.max_batch_per_device)
+    parts = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]
+    features, labels = [], []
+    for batch in batches(kind.judging_set(run.train), parts, workers=recipe.data.workers, pin_memory=False):
+        if batch.readable.any():
+            images, of_images = kind.readable_part(batch)
+            assert isinstance(images, torch.Tensor)
+            assert isinstance(of_images, torch.Tensor)
+            with run.team.autocast():
+                read = model.encoder(model.normalise(images.to(model.mean.device)))
+            features.append(read.float().cpu().numpy())
+            labels.append(of_images.numpy())
+    if not features:
+        raise UserError("data.train: not one of the chosen images can be read")
+    return np.concatenate(features), np.concatenate(labels)

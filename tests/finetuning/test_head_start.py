@@ -1,0 +1,80 @@
+"""A head that begins as a linear probe of the frozen encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+import mpp
+from mpp.errors import UserError
+from mpp.finetuning import head_start
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.loading import check_recipe
+from tests.conftest import pretrain_recipe
+from tests.finetuning.test_finetuning import values
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained tiny ViT."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    mpp.pretrain(pretrain_recipe(shards, out))
+    return out
+
+
+def recipe(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> FinetuneRecipe:
+    small = {"seeds": [0], "head_init": "probe", "optim.steps": 2, "optim.base_lr": 1e-9}
+    return check_recipe(values(shards, out, encoder, **small | changes), FinetuneRecipe)
+
+
+def test_it_begins_as_scikit_learns_probe(
+    shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one weight decay, so that nothing is chosen; steps of next to nothing leave it as it is."""
+    decay, read = 0.1, list[tuple[np.ndarray, np.ndarray]]()
+    real = head_start._read_features
+    monkeypatch.setattr(head_start, "WEIGHT_DECAYS", (decay,))
+    monkeypatch.setattr(head_start, "_read_features", lambda *of: read.append(real(*of)) or read[-1])
+    result = mpp.finetune(recipe(shards, tmp_path / "run", run))
+    (features, labels), cell = read[0], tmp_path / "run" / "pretrained-seed0"
+    assert len(read) == 1, "from scratch there is nothing to probe"
+    assert features.shape == (20, 32)
+    scaled = (features - features.mean(0)) / features.std(0)
+    # of two classes scikit-learn decays one difference of weights, where softmax decays both
+    theirs = LogisticRegression(C=2 / (len(labels) * decay), tol=1e-8, max_iter=10_000).fit(scaled, labels)
+    model = mpp.load_encoder(cell).eval()
+    ours = model.get_classifier()(torch.from_numpy(features)).softmax(-1)
+    np.testing.assert_allclose(ours.detach().numpy(), theirs.predict_proba(scaled), atol=2e-3)
+
+    metrics = json.loads((cell / "result.json").read_text())["metrics"]
+    assert metrics["start_accuracy"] == metrics["accuracy"], "steps of next to nothing"
+    assert (
+        "start_accuracy" not in json.loads((tmp_path / "run" / "scratch-seed0" / "result.json").read_text())["metrics"]
+    )
+    assert "probe" in result.table()
+    assert "fine-tuning lost" not in result.table()
+
+
+def test_a_fine_tune_below_its_own_start_is_named(
+    shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpp.finetuning import loop
+
+    monkeypatch.setattr(loop, "judge_start", lambda job: 1.0)
+    result = mpp.finetune(
+        recipe(shards, tmp_path / "run", run, beside=[], **{"optim.base_lr": 10.0, "optim.steps": 20})
+    )
+    assert "probe        100.0 %   (its start; fine-tuning lost against it: lower optim.base_lr)" in result.table()
+
+
+def test_what_it_is_not_for(shards: Path, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="head_init: probe: wants a head of one linear layer; allowed: zero"):
+        mpp.finetune(recipe(shards, tmp_path / "run", run, **{"task.tanh_dim": 8}))
+    with pytest.raises(UserError, match="head_init: not with task: segment"):
+        recipe(shards, tmp_path / "other", run, task="segment", **{"data.labels_per_class": None})
