@@ -151,6 +151,7 @@ def save_encoder(
     aside = folder.with_name(folder.name + ".tmp")
     training = model.training
     model.eval()
+    model.to(memory_format=torch.contiguous_format)  # the only one that files hold
     try:
         shutil.rmtree(aside, ignore_errors=True)
         config = _write_timm_files(model, aside, origin, classes)

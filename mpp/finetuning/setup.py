@@ -23,6 +23,7 @@ from mpp.finetuning.micro_loss import MicroLoss, Unlabeled
 from mpp.finetuning.model import Supervised, build
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.progress import Progress
+from mpp.parallel.devices import prefer_channels_last
 from mpp.recipe.dump import settings_of
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
@@ -50,6 +51,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
         cell.folder.mkdir(parents=True, exist_ok=True)
     team.wait()
     model = build(recipe, cell.arm, cell.seed, len(run.train.classes))
+    prefer_channels_last(model)
     if recipe.balance == "loss":
         model.task.weigh(torch.from_numpy(kind.counts(run.train, subset)))
     kept = run.team.on_main(partial(checkpoint.newest, cell.folder / "checkpoints"))

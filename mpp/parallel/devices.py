@@ -57,6 +57,16 @@ def write_attention_out(written_out: bool) -> None:
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(written_out)
 
 
+def prefer_channels_last(model: torch.nn.Module) -> None:
+    """Lay the weights of a convolutional network out with channels last, in place, as devices compute them fastest.
+
+    A step of a narrow ResNet in bf16 on a CPU takes 0.78 of the time (recipes/LOG.md). A network with batch norms
+    counts as convolutional; the others stay as they are.
+    """
+    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        model.to(memory_format=torch.channels_last)
+
+
 def compile_forward(model: torch.nn.Module, device: torch.device) -> None:
     """Compile the model's forward by `torch.compile`, in place: names and state stay as they are.
 

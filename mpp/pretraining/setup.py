@@ -24,7 +24,7 @@ from mpp.errors import UserError
 from mpp.objective.build import build_mask, build_model
 from mpp.objective.interfaces import Mask
 from mpp.objective.model import MaskedPatchModel
-from mpp.parallel.devices import compile_forward, cores_in_use, cpu_has_bf16
+from mpp.parallel.devices import compile_forward, cores_in_use, cpu_has_bf16, prefer_channels_last
 from mpp.parallel.liveness import Watch
 from mpp.parallel.sharding import Whole, shard
 from mpp.parallel.signals import StopRequest
@@ -201,6 +201,7 @@ def _place_on_device(model: MaskedPatchModel, team: Team, *, sharded: bool) -> W
     if sharded:
         shard(model, team.device, whole=(model.guide,) if model.guide is not None else ())
     else:
+        prefer_channels_last(model)
         model.to(team.device)
     return whole
 

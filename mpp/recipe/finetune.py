@@ -96,12 +96,12 @@ class Cnn(Section):
     """
 
     name: str | None = None
-    """timm's; default: a narrow ResNet-18 for images below 128 px, resnet18 above."""
+    """timm's; default: resnet18d, of half the width, for images below 128 px, resnet18 above."""
     args: TimmArgs = {}  # noqa: RUF012 (pydantic copies it)
     """timm's arguments of that model."""
     image_size: ImageSize | None = None
     """Side in pixels, or [height, width]: small images are enlarged for networks whose first layers halve them twice.
-    Default: twice that of the images below 96 px, else their own."""
+    Default: twice that of the images below 48 px, else their own."""
     base_lr: PositiveFloat = 4e-3
     weight_decay: NonNegativeFloat = 0.05
     max_epochs: PositiveFloat = 1000.0

@@ -331,7 +331,10 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     for name, value in _read(path, "optimizer", parameters, of=lambda name: name.rpartition("|")[0]).items():
         parameter, _, key = name.rpartition("|")
         p = parameters[parameter]
-        state.setdefault(p, {})[key] = value.to(p.device)
+        value = value.to(p.device)
+        if value.shape == p.shape and not p.is_contiguous():  # laid out as its parameter is
+            value = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        state.setdefault(p, {})[key] = value
     optimizer.state.update(state)
 
 

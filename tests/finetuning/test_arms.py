@@ -72,7 +72,7 @@ def test_each_arm_is_a_recipe(shards: Path, tmp_path: Path) -> None:
     assert (scratch.encoder, scratch.drop_path_rate) == ("runs/x", 0.1)
     cnn = recipe_of_arm(made, "cnn")
     assert cnn.architecture is not None
-    assert (cnn.encoder, cnn.architecture.name, cnn.optim.base_lr, cnn.lora) == ("scratch", "resnet18", 0.25, None)
+    assert (cnn.encoder, cnn.architecture.name, cnn.optim.base_lr, cnn.lora) == ("scratch", "resnet18d", 0.25, None)
     assert cnn.data.image_size == (32, 32), "16 px, enlarged"
     large = recipe(shards, tmp_path, "runs/x", beside="cnn", **{"data.image_size": 224})
     cnn = recipe_of_arm(large, "cnn")
