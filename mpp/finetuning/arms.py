@@ -19,8 +19,8 @@ SMALL_BELOW_PX = 128
 ENLARGED_BELOW_PX = 48
 """Images that are enlarged to twice their size for the CNN, whose first layers halve them twice."""
 NARROW: JsonObject = {"channels": [32, 64, 128, 256], "stem_width": 16}
-"""Of a ResNet-18-D (He et al. 2019, section 4). On CIFAR-10 with 100 labels a class the best for its time of the networks
-tried, see recipes/LOG.md."""
+"""Of a ResNet-18-D (He et al. 2019, section 4). On CIFAR-10 with 100 labels a class the best for its time of the
+networks tried, see recipes/LOG.md."""
 
 
 def arms_of(recipe: FinetuneRecipe) -> list[str]:
