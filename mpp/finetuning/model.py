@@ -130,7 +130,9 @@ def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supe
     encoder = _encoder(recipe, pretrained=arm not in ("scratch", "cnn"), pool=None)
     if is_dense(recipe):
         return _dense(recipe, encoder, num_classes)
-    wanted = "avg" if recipe.pool == "mean" else "token"
+    wanted = {"mean": "avg", "token": "token", "attention": "map"}[recipe.pool]
+    if wanted == "map" and not hasattr(encoder, "attn_pool"):
+        raise UserError(f"pool: attention: timm's {type(encoder).__name__} has no attention that pools; allowed: mean")
     if wanted == "token" and getattr(encoder, "num_prefix_tokens", 0) == 0:
         raise UserError(f"pool: token: {type(encoder).__name__} has no class token here; allowed: mean")
     if wanted == "avg" and type(encoder).__name__ == "VisionTransformerDistilled":
@@ -164,8 +166,8 @@ def _pooled(recipe: FinetuneRecipe, encoder: TimmModel, wanted: str, seed: int) 
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
     built = _encoder(recipe, pretrained=False, pool={"global_pool": wanted, **({key: norm_after} if key else {})})
     missing, extra = built.load_state_dict(encoder.state_dict(), strict=False)
-    # attention that pooled (SigLIP, Perception Encoder) has no part in a mean
-    strange = [name for name in missing if not name.startswith(("norm.", "fc_norm."))]
+    # attention that pools is new; one that pooled (SigLIP, Perception Encoder) has no part in a mean
+    strange = [name for name in missing if not name.startswith(("norm.", "fc_norm.", "attn_pool."))]
     strange += [name for name in extra if not name.startswith(("norm.", "fc_norm.", "attn_pool."))]
     if strange:
         raise UserError(

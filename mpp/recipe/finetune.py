@@ -204,9 +204,10 @@ class FinetuneRecipe(Run):
     """Each draws its own labels, order and initial head."""
     data: FinetuneData
     task: component_section("task", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    pool: Literal["mean", "token"] = "mean"
-    """Features of an image: the mean of its patch tokens, or the class token. Pretraining trains the class token's last
-    output only with the heads transformer and cross_attention."""
+    pool: Literal["mean", "token", "attention"] = "mean"
+    """Features of an image: the mean of its patch tokens, the class token, or what a new attention layer with one query
+    reads from all tokens (timm's, of ViTs; Zhai et al. 2022, section 3.2, who call it MAP). Pretraining trains the
+    class token's last output only with the heads transformer and cross_attention."""
     fc_norm: Bool | None = None
     """With `pool: mean`. true: norm the mean by a new norm, in place of the encoder's final one, as MAE's fine-tuning
     does. false: norm each token by the encoder's final norm, then take the mean. Default: as the encoder has it."""

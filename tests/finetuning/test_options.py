@@ -402,3 +402,24 @@ def test_no_bits_are_black() -> None:
     assert not np.asarray(augment._posterized(image, 0)).any()
     assert len(np.unique(np.asarray(augment._posterized(image, 1)))) == 2
     assert np.array_equal(np.asarray(augment._posterized(image, 8)), np.asarray(image))
+
+
+def test_attention_pools(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A new layer on the pretrained encoder, timm's own: the export is a plain timm model with it."""
+    small = {"seeds": [0], "beside": [], "optim.steps": 2, "optim.base_lr": 1e-9}
+    result = mpp.finetune(recipe(shards, tmp_path / "ft", run, pool="attention", **small))
+    assert result.encoder is not None
+    config = json.loads((result.encoder / "config.json").read_text())
+    assert config["global_pool"] == "map"
+    before, after = (mpp.load_encoder(place).state_dict() for place in (run, result.encoder))
+    torch.testing.assert_close(after["blocks.1.mlp.fc2.weight"], before["blocks.1.mlp.fc2.weight"], atol=1e-6, rtol=0)
+    assert "attn_pool.latent" in after
+    assert "attn_pool.latent" not in before
+    mpp.verify(result.encoder)
+    layers, depth = optim.layer_numbers(mpp.load_encoder(result.encoder, num_classes=0))
+    assert {layers[name] for name in after if name.startswith("attn_pool.")} == {depth + 1}, (
+        "it learns as the head does"
+    )
+    architecture = {"name": "resnet10t"}
+    with pytest.raises(UserError, match="pool: attention: timm's ResNet has no attention that pools; allowed: mean"):
+        mpp.finetune(recipe(shards, tmp_path / "b", "scratch", architecture=architecture, pool="attention"))
