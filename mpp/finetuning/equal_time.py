@@ -75,6 +75,9 @@ def length_of_cell(
         kind: Of label, for this arm.
         model: Of the cell, on its device. It stays as it is.
         subset: Numbers of the images to train on.
+
+    Raises:
+        UserError: Nobody kept what the first arm took.
     """
     team, path = run.team, cell.folder / LENGTH
     kept: Length | None = team.on_main(partial(_read, path))
@@ -85,8 +88,10 @@ def length_of_cell(
     (twin,) = (c for c in cells_of(run.recipe) if c.arm == first_arm and (c.seed, c.labels_per_class) == pairs)
     result = team.on_main(partial(read_result, twin.folder, run.fingerprint))
     assert result is not None, "cells run in the order of the arms"
+    if math.isnan(result.device_minutes):
+        raise UserError(f"beside: cnn: {twin.folder} did not keep what it took, as of a release before; give a new out")
     before = pretraining_minutes(run.recipe.encoder)
-    minutes = (before or 0.0) + (0.0 if math.isnan(result.device_minutes) else result.device_minutes)
+    minutes = (before or 0.0) + result.device_minutes
     step_minutes = measure_step(run, cell, recipe, kind, model, subset)
     in_time = max(1, round(minutes / step_minutes))
     most = max(1, round(recipe.cnn.max_epochs * len(subset) / recipe.optim.global_batch_size))

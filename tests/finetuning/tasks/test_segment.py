@@ -239,7 +239,9 @@ def test_pretrained_beside_scratch(shapes: Path, tmp_path: Path) -> None:
     pack(str(shapes / "unlabeled"), str(tmp_path / "shards"), images_per_shard=50, labels=False, workers=1)
     small = {"encoder": VIT, "data.image_size": 32, "optim.steps": 2}
     mpp.pretrain(pretrain_recipe(tmp_path / "shards", tmp_path / "run", **small))
-    given = recipe(shapes, tmp_path / "ft", architecture=None, encoder=str(tmp_path / "run"))
+    cnn = {"args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}, "image_size": 32}
+    others = {"beside": ["scratch", "cnn"], "cnn": cnn}
+    given = recipe(shapes, tmp_path / "ft", architecture=None, encoder=str(tmp_path / "run"), **others)
     pretrained, scratch = (build(given, arm, 0, 4) for arm in ("pretrained", "scratch"))
     stored = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
     assert all(torch.equal(pretrained.encoder.state_dict()[k], v) for k, v in stored.items())
@@ -248,7 +250,7 @@ def test_pretrained_beside_scratch(shapes: Path, tmp_path: Path) -> None:
         torch.equal(a, b) for a, b in zip(pretrained.task.parameters(), scratch.task.parameters(), strict=True)
     ), "the arms share the head they begin with"
     result = mpp.finetune(given)
-    assert result.score.keys() == {"pretrained", "scratch"}
+    assert result.score.keys() == {"pretrained", "scratch", "cnn"}
     assert result.gain is not None
 
 
