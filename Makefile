@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 
 # The quick tests; `make check` runs all of them. On JOBS cores, each with up to 7 GiB of memory.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest --durations 20 --numprocesses $(JOBS) --dist worksteal
 
 test: $(VENV)/.installed
 	$(PYTEST) -m 'not slow'
