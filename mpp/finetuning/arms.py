@@ -76,6 +76,7 @@ def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
     factor = 2 if min(height, width) < ENLARGED_BELOW_PX else 1
     values["data"]["image_size"] = list(cnn.image_size or (factor * height, factor * width))
     values["optim"] |= {
+        "name": cnn.optimizer,
         "base_lr": cnn.base_lr,
         "weight_decay": cnn.weight_decay,
         "layer_decay": 1.0,

@@ -33,7 +33,7 @@ from mpp.runs.trackers import Trackers
 from mpp.training.device_time import DeviceTime
 from mpp.training.exchange import accumulation
 from mpp.training.nonfinite import BatchNormStatistics
-from mpp.training.optimizer import GuardedOptimizer, ParameterGroup, adamw, finetune_groups, unfreeze
+from mpp.training.optimizer import GuardedOptimizer, ParameterGroup, finetune_groups, make_optimizer, unfreeze
 from mpp.training.plan import Plan, steps_of
 from mpp.training.steps import MicroBatchStream, Pace
 
@@ -64,7 +64,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     groups = parameter_groups(recipe, model, cell.seed)
     unfreeze(groups, frozen_steps=round(recipe.frozen * plan.total_steps), gradual=recipe.unfreeze == "gradual")
     starts = (g["starts_at_step"] for g in groups if "starts_at_step" in g)
-    optimizer = adamw(groups, recipe.optim.betas)
+    optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     averaged = copy.deepcopy(model).requires_grad_(False).to(team.device) if recipe.ema_decay else None
     model.to(team.device)
 

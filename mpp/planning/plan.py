@@ -29,11 +29,13 @@ from mpp.pretraining.dataset import PretrainDataset
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.training.exchange import accumulation
-from mpp.training.optimizer import adamw, pretrain_groups
+from mpp.training.optimizer import make_optimizer, pretrain_groups
 from mpp.training.plan import steps_of
 
-FP32, MOMENTS = 4, 8
-"""Bytes of a number, and of AdamW's two moments of it."""
+FP32 = 4
+"""Bytes of a number."""
+MOMENTS = {"adamw": ("AdamW's moments", 8), "sgd": ("SGD's momentum", 4)}
+"""What an optimizer keeps of a number, and its bytes."""
 TRIED_S, TRIED_IMAGES = 2.0, 64
 """How long steps are timed on this CPU, and from how many images reading is timed."""
 REST = 1.25
@@ -166,7 +168,7 @@ def plan(
         step_s = REST * _with_loader(step_s, read_s * optim.global_batch_size, data.workers)
     elif mfu is None:
         mfu = MFU
-    checkpoint = size.weights + MOMENTS * size.trained
+    checkpoint = size.weights + MOMENTS[recipe.optim.name][1] * size.trained
     seen = steps * optim.global_batch_size
     return Plan(
         encoder=recipe.encoder.name,
@@ -240,10 +242,11 @@ def _memory(recipe: PretrainRecipe, size: _Size, devices: int, micro: int, peak:
     micro: images of a micro-batch. peak: bytes of activations and gradients.
     """
     data, share = recipe.data, devices if size.sharded else 1
+    moments, moment_bytes = MOMENTS[recipe.optim.name]
     memory = {
         "weights": size.weights // share + size.gathered,
         "gradients": FP32 * size.trained // share,
-        "AdamW's moments": MOMENTS * size.trained // share,
+        moments: moment_bytes * size.trained // share,
         "activations, at worst": max(peak - FP32 * size.trained, 0),
         "images": 2 * micro * data.channels * data.image_size[0] * data.image_size[1] * (1 if data.eight_bit else 4),
     }
@@ -258,7 +261,8 @@ def _step_s(
     A part of the micro-batch is enough if a whole one would take long.
     """
     model.train()
-    optimizer = adamw(pretrain_groups(model, recipe.optim.weight_decay), recipe.optim.betas)
+    groups = pretrain_groups(model, recipe.optim.weight_decay)
+    optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     dtype = torch.uint8 if recipe.data.eight_bit else torch.float32
     count, per_image = min(micro, 2), list[float]()
     until = time.monotonic() + TRIED_S

@@ -47,7 +47,7 @@ from mpp.runs.trackers import Trackers
 from mpp.training import nonfinite
 from mpp.training.device_time import DeviceTime
 from mpp.training.exchange import accumulation
-from mpp.training.optimizer import GuardedOptimizer, adamw, pretrain_groups
+from mpp.training.optimizer import GuardedOptimizer, make_optimizer, pretrain_groups
 from mpp.training.plan import Plan, steps_of
 from mpp.training.steps import MicroBatchStream, Pace
 
@@ -86,7 +86,8 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     plan = make_plan(recipe, order.epoch_len, micro_batches)
     sharded = recipe.fsdp and team.world > 1
     whole = _place_on_device(model, team, sharded=sharded)
-    optimizer = adamw(pretrain_groups(model, optim.weight_decay), optim.betas)
+    groups = pretrain_groups(model, optim.weight_decay)
+    optimizer = make_optimizer(groups, name=optim.name, betas=optim.betas)
     held_out = _held_out_batch(dataset)
     probe = _open_probe(recipe, model)
 

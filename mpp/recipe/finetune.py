@@ -102,8 +102,10 @@ class Cnn(Section):
     image_size: ImageSize | None = None
     """Side in pixels, or [height, width]: small images are enlarged for networks whose first layers halve them twice.
     Default: twice that of the images below 48 px, else their own."""
-    base_lr: PositiveFloat = 4e-3
-    weight_decay: NonNegativeFloat = 0.05
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    """As optim.name."""
+    base_lr: PositiveFloat = 0.2
+    weight_decay: NonNegativeFloat = 1e-3
     max_epochs: PositiveFloat = 1000.0
     """It trains no longer than so many passes, even if it has more time: nothing rises any more by then."""
 

@@ -198,8 +198,11 @@ def or_null(schema: JsonObject) -> None:
 
 
 class Optim(Section):
-    """AdamW, linear warm-up, cosine."""
+    """Optimizer, linear warm-up, cosine."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """sgd: with Nesterov's momentum of 0.9. It wants a higher base_lr (0.2) and a lower weight_decay (1e-3), which is
+    part of its gradient; convolutional networks from scratch learn better by it."""
     base_lr: PositiveFloat = 1.5e-4
     """Learning rate for 256 images; scaled by global_batch_size / 256 (Goyal et al. 2017). MAE: 1.5e-4."""
     global_batch_size: PositiveInt = 256

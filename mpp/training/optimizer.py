@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from timm.models._manipulate import group_with_matcher
@@ -111,8 +111,22 @@ def unfreeze(groups: list[ParameterGroup], *, frozen_steps: int, gradual: bool) 
             group["starts_at_step"] = frozen_steps * (group["from_top"] + 1) // blocks if gradual else frozen_steps
 
 
-def adamw(groups: list[ParameterGroup], betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused AdamW: 5 times faster than the loop on CPUs at ViT-B's size, and no slower on CUDA."""
+MOMENTUM = 0.9
+"""Of SGD."""
+
+
+def make_optimizer(
+    groups: list[ParameterGroup], *, name: Literal["adamw", "sgd"], betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """Return a fused optimizer: AdamW is 5 times faster so than the loop on CPUs at ViT-B's size, no slower on CUDA.
+
+    Args:
+        groups: See `pretrain_groups`, `finetune_groups`.
+        name: "sgd" has Nesterov's momentum.
+        betas: Of AdamW.
+    """
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
@@ -133,12 +147,12 @@ def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, m
 
 
 class GuardedOptimizer:
-    """An optimizer of `adamw` whose device leaves out the update of a step that is not finite.
+    """An optimizer of `make_optimizer` whose device leaves out the update of a step that is not finite.
 
     A step that is left out changes neither weights nor moments nor their count, and the host need not know of it.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, team: Team) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, team: Team) -> None:
         self.plain = optimizer
         self._wrapped = team.wrap_optimizer(optimizer)
 
@@ -151,7 +165,17 @@ class GuardedOptimizer:
         """
         for group in self.plain.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
+        if isinstance(self.plain, torch.optim.SGD):
+            self._begin_momentum()
         # torch's GradScaler leaves its word here for fused optimizers
         self.plain.found_inf = (~only_if).float()  # type: ignore[attr-defined]
         self._wrapped.step()
         self._wrapped.zero_grad(set_to_none=True)
+
+    def _begin_momentum(self) -> None:
+        """Let momentum begin at zero, which is the same as none. torch takes memory as it comes for a first step, and
+        would go on from that if the device left the first step out."""
+        for group in self.plain.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p not in self.plain.state:
+                    self.plain.state[p]["momentum_buffer"] = torch.zeros_like(p)

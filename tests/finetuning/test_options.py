@@ -121,7 +121,12 @@ def test_averages_of_batch_norms() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"ema_decay": 0.9, "frozen": 0.4}, {"early_stop.every_steps": 3, "balance": "loss"}]
+    "changes",
+    [
+        {"ema_decay": 0.9, "frozen": 0.4},
+        {"early_stop.every_steps": 3, "balance": "loss"},
+        {"optim.name": "sgd", "frozen": 0.7, "unfreeze": "gradual"},  # momentum of some begins after the cut
+    ],
 )
 def test_killed_and_resumed_it_is_the_same(
     changes: dict[str, Any],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from mpp.finetuning.tasks.classify import ClassifyTask
 from mpp.objective.build import build_model
 from mpp.parallel.team import start_team
-from mpp.training.optimizer import GuardedOptimizer, adamw, finetune_groups, pretrain_groups, scheduled_lr
+from mpp.training.optimizer import GuardedOptimizer, finetune_groups, make_optimizer, pretrain_groups, scheduled_lr
 from mpp.training.plan import Plan, steps_of
 from tests.conftest import pretrain_recipe
 
@@ -38,9 +41,8 @@ def test_matrices_of_modules_named_after_tokens_are_decayed() -> None:
 def test_layer_decay_reaches_the_optimizer() -> None:
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=4, embed_dim=32, num_heads=2)
     task = ClassifyTask(32, 5)
-    optimizer = adamw(
-        finetune_groups(encoder, task, weight_decay=0.1, layer_decay=0.5, head_lr_scale=3.0), (0.9, 0.999)
-    )
+    groups = finetune_groups(encoder, task, weight_decay=0.1, layer_decay=0.5, head_lr_scale=3.0)
+    optimizer = make_optimizer(groups, name="adamw", betas=(0.9, 0.999))
     GuardedOptimizer(optimizer, start_team("fp32")).update(lr=1.0, only_if=torch.tensor(True))
     names = {id(p): n for n, p in [*encoder.named_parameters(), *task.named_parameters()]}
     lr = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
@@ -72,15 +74,20 @@ def test_steps_of() -> None:
     assert steps_of(0.001, None, 100, 10) == 1
 
 
-def test_fused_adamw_is_adamw() -> None:
+PLAIN = {
+    "adamw": partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.95), foreach=False),
+    "sgd": partial(torch.optim.SGD, lr=0.0, momentum=0.9, nesterov=True, foreach=False),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_fused_optimizer_is_the_plain_one(name: Any) -> None:
     states = []
     for fused in (True, False):
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 5)
         groups = [{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}]
-        optimizer = (
-            adamw(groups, (0.9, 0.95)) if fused else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=False)
-        )
+        optimizer = make_optimizer(groups, name=name, betas=(0.9, 0.95)) if fused else PLAIN[name](groups)
         for group in optimizer.param_groups:
             group["lr"] = 1e-2
         for i in range(5):
@@ -91,20 +98,28 @@ def test_fused_adamw_is_adamw() -> None:
     torch.testing.assert_close(*states)
 
 
-def test_the_device_leaves_out_an_update() -> None:
-    """Weights, moments and their count stay as they were."""
-    model = torch.nn.Linear(3, 3)
-    optimizer = adamw([{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}], (0.9, 0.95))
-    guarded = GuardedOptimizer(optimizer, start_team("fp32"))
-    seen = []
-    for finite in (True, False, True):
-        model(torch.ones(2, 3)).square().sum().backward()
-        guarded.update(lr=0.1, only_if=torch.tensor(finite))
-        assert all(p.grad is None for p in model.parameters())
-        seen.append((model.weight.detach().clone(), float(optimizer.state[model.weight]["step"])))
-    assert torch.equal(seen[0][0], seen[1][0])
-    assert not torch.equal(seen[1][0], seen[2][0])
-    assert [count for _, count in seen] == [1, 1, 2]
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_the_device_leaves_out_an_update(left_out: int, name: Any) -> None:
+    """Weights, moments and their count stay as they were; the first step may be left out, too."""
+    weights = {}
+    for steps in ((0, 1, 2), tuple(step for step in (0, 1, 2) if step != left_out)):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 3)
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}]
+        optimizer = make_optimizer(groups, name=name, betas=(0.9, 0.95))
+        guarded = GuardedOptimizer(optimizer, start_team("fp32"))
+        for step in steps:
+            before = model.weight.detach().clone()
+            model(torch.full((2, 3), 1.0 + step)).square().sum().backward()
+            guarded.update(lr=0.1, only_if=torch.tensor(step != left_out))
+            assert all(p.grad is None for p in model.parameters())
+            assert torch.equal(before, model.weight) == (step == left_out)
+        weights[len(steps)] = (model.weight.detach(), dict(optimizer.state[model.weight]))
+    (with_it, state), (without, state_without) = weights[3], weights[2]
+    assert torch.equal(with_it, without)
+    assert state.keys() == state_without.keys()
+    assert all(torch.equal(value, state_without[key]) for key, value in state.items())
 
 
 def plan_of(**changes: object) -> Plan:
