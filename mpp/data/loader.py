@@ -20,6 +20,8 @@ from mpp.errors import UserError
 from mpp.parallel.children import end_with
 from mpp.parallel.workers import of_a_worker, worker_died
 
+READ_AHEAD = 4
+"""Batches that each worker reads ahead."""
 QUIET_S = 0.05
 """Before workers are forked. Just after an exchange threads of gloo's enter Python, and a CPython (3.11) that is forked
 then may leave the child waiting for ever for a lock that such a thread had: 3 of some 20,000 forks."""
@@ -73,7 +75,7 @@ def batches(dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=READ_AHEAD if workers else None,
         worker_init_fn=_serve_the_parent_alone,
     )
     if workers and dist.is_available() and dist.is_initialized():

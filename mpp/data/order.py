@@ -53,8 +53,19 @@ class Order:
         self.epoch_len = self.lane_len * self.lanes
         self.global_batch, self.window, self.seed = global_batch, window, seed
         self.total = total
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keep what was permuted last."""
         self._shards = lru_cache(2)(self._make_shards)
         self._window = lru_cache(4 * self.lanes)(self._make_window)
+
+    def __getstate__(self) -> dict[str, object]:  # for workers that are spawned
+        return {key: value for key, value in self.__dict__.items() if key not in ("_shards", "_window")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     def _make_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """The permuted shards of an epoch, where each starts, and at which sample the first lane begins."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -36,11 +36,11 @@ class UnlabeledViews:
 
 
 class UnlabeledDataset(Dataset[UnlabeledViews]):
-    """Views of images; keys are (position, shard, row). A bad image is replaced by the next of its shard.
+    """Views of images; keys are (position, shard, place in `rows`). A bad image is replaced by the next of its shard.
 
     Args:
         images: Of the shards or folders.
-        left_out: (shard, row) of images that are never shown: those that judge.
+        rows: (n,) of each shard, the rows that are shown; those that judge are not among them.
         strong: PIL image -> (C, H, W) uint8, as `augment` of `LabeledDataset`: the view that is learned from.
         weak: How the view is cropped from which a teacher says what it sees; None: there is none.
         size: (H, W) of the views.
@@ -51,14 +51,14 @@ class UnlabeledDataset(Dataset[UnlabeledViews]):
     def __init__(
         self,
         images: ShardImages,
-        left_out: frozenset[tuple[int, int]],
+        rows: Sequence[np.ndarray],
         strong: Callable[..., Tensor],
         weak: Crop | None,
         size: tuple[int, int],
         seed: int,
         **decoding: Unpack[Decoding],
     ) -> None:
-        self.images, self.left_out, self.strong, self.weak = images, left_out, strong, weak
+        self.images, self.rows, self.strong, self.weak = images, rows, strong, weak
         self.size, self.seed, self.decoding = size, seed, decoding
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> UnlabeledViews:
@@ -67,20 +67,16 @@ class UnlabeledDataset(Dataset[UnlabeledViews]):
         weak = torch.stack([of_one[1] for of_one in views]) if self.weak else None
         return UnlabeledViews(strong, weak, sum(map(bool, lines)), [line for of_one in lines for line in of_one])
 
-    def _views(self, position: int, shard: int, row: int) -> tuple[list[Tensor], list[str]]:
+    def _views(self, position: int, shard: int, place: int) -> tuple[list[Tensor], list[str]]:
         """The strong view and the weak one, and a line for each unreadable image in whose place this one stands."""
         bad: list[str] = []
-        rows, tried = self.images.counts[shard], 0
-        for at in ((row + step) % rows for step in range(rows)):
-            if (shard, at) in self.left_out:
-                continue
-            if tried == REPLACEMENTS:
-                break
-            tried += 1
+        rows = self.rows[shard]
+        for step in range(min(REPLACEMENTS, len(rows))):
+            row = int(rows[(place + step) % len(rows)])
             try:
-                return self._augment(self.images.read(shard, at), position), bad
+                return self._augment(self.images.read(shard, row), position), bad
             except BadImage as error:
-                bad.append(f"{self.images.name(shard, at)}: {error}")
+                bad.append(f"{self.images.name(shard, row)}: {error}")
         grey = torch.full((self.decoding["channels"], *self.size), GREY, dtype=torch.uint8)
         return [grey if self._eight_bit else grey.float()] * 2, bad
 

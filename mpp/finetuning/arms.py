@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import timm
 
@@ -18,9 +21,17 @@ SMALL_BELOW_PX = 128
 """Images that the narrow network is for."""
 ENLARGED_BELOW_PX = 48
 """Images that are enlarged to twice their size for the CNN, whose first layers halve them twice."""
+STRIDE_PX = 32
+"""Of the networks that are taken by default: sides must be multiples of it."""
 NARROW: JsonObject = {"channels": [32, 64, 128, 256], "stem_width": 16}
 """Of a ResNet-18-D (He et al. 2019, section 4). On CIFAR-10 with 100 labels a class the best for its time of the
 networks tried, see recipes/LOG.md."""
+
+
+GIVEN_ELSEWHERE = ("img_size", "in_chans", "num_classes", "global_pool", "drop_path_rate", "fc_norm")
+"""Arguments of timm's that follow from other keys of a recipe."""
+KEYS_OF_CNN = {"data.image_size": "cnn.image_size", "architecture.name": "cnn.name", "architecture.args": "cnn.args"}
+"""Which key gives what the recipe of that arm has in another one."""
 
 
 def arms_of(recipe: FinetuneRecipe) -> list[str]:
@@ -45,10 +56,21 @@ def recipe_of_arm(recipe: FinetuneRecipe, arm: str) -> FinetuneRecipe:
     values = recipe.model_dump(mode="json", exclude_unset=True)
     {"scratch": _from_scratch, "cnn": _as_cnn, "published": _from_published}[arm](recipe, values)
     values["beside"] = []
-    try:
+    with named_after(arm):
         return check_recipe(values, FinetuneRecipe)
+
+
+@contextmanager
+def named_after(arm: str) -> Iterator[None]:
+    """Let messages about an arm name it, and the keys that the user wrote for it."""
+    try:
+        yield
     except UserError as error:
+        if arm in ("pretrained", "scratch"):  # whose keys are those of the recipe
+            raise
         lines = [line.removeprefix("recipe: ") for line in str(error).splitlines()]
+        for theirs, ours in KEYS_OF_CNN.items() if arm == "cnn" else ():
+            lines = [line.replace(theirs, ours) for line in lines]
         raise UserError("\n".join(f"beside: {arm}: {line}" for line in lines)) from error
 
 
@@ -74,7 +96,8 @@ def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
     args = cnn.args or (NARROW if small and cnn.name is None else {})
     values["architecture"] = {"name": cnn.name or ("resnet18d" if small else "resnet18"), "args": args}
     factor = 2 if min(height, width) < ENLARGED_BELOW_PX else 1
-    values["data"]["image_size"] = list(cnn.image_size or (factor * height, factor * width))
+    rounded = [math.ceil(factor * side / STRIDE_PX) * STRIDE_PX for side in (height, width)]
+    values["data"]["image_size"] = list(cnn.image_size or rounded)
     values["optim"] |= {
         "name": cnn.optimizer,
         "base_lr": cnn.base_lr,
@@ -120,6 +143,4 @@ def _from_published(recipe: FinetuneRecipe, values: JsonObject) -> None:
 def _of_constructor(config: JsonObject) -> JsonObject:
     """Arguments that an encoder was made with, without those that a recipe gives by other keys."""
     args = config.get("model_args") or {}
-    return {
-        key: value for key, value in args.items() if key not in ("img_size", "in_chans", "num_classes", "global_pool")
-    }
+    return {key: value for key, value in args.items() if key not in GIVEN_ELSEWHERE}

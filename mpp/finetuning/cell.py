@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mpp.errors import UserError
 from mpp.finetuning.arms import arms_of
 from mpp.recipe.finetune import FinetuneRecipe
+from mpp.runs.records import steps
 
 RESULT = "result.json"
 
@@ -64,10 +65,11 @@ def read_result(cell: Path, fingerprint: str) -> CellResult | None:
 
 
 def _read_minutes(cell: Path) -> float:
-    """What training took, as the cell's status says: result.json is the same for every run of a recipe."""
+    """What training took, as the last checkpoint says: result.json is the same for every run of a recipe."""
     try:
-        return float(json.loads((cell / "status.json").read_text())["device_minutes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        newest = steps(cell / "checkpoints")[0]
+        return float(json.loads((newest / "state.json").read_text())["device_minutes"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return math.nan
 
 

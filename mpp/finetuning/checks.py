@@ -6,7 +6,8 @@ from mpp.data.readers import LabeledImages
 from mpp.data.subsets import split
 from mpp.errors import UserError
 from mpp.finetuning import lora
-from mpp.finetuning.arms import arms_of, recipe_of_arm
+from mpp.finetuning.arms import arms_of, named_after, recipe_of_arm
+from mpp.finetuning.head_start import check_head
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.micro_loss import make_distillation
 from mpp.finetuning.model import build
@@ -31,7 +32,10 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
     # Models are built to be thrown away: what an encoder does not take is known only then.
     for arm in arms_of(recipe):
         of_arm = recipe_of_arm(recipe, arm)
-        model = build(of_arm, arm, recipe.seeds[0], len(train.classes))
+        with named_after(arm):
+            model = build(of_arm, arm, recipe.seeds[0], len(train.classes))
+            if of_arm.head_init == "probe":
+                check_head(model)
         if of_arm.lora:
             lora.add(model.encoder, **of_arm.lora.model_dump())
     if recipe.distill:

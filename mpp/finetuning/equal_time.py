@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from mpp.data.loader import READ_AHEAD
 from mpp.errors import UserError
 from mpp.finetuning.arms import arms_of
 from mpp.finetuning.batches import load_batches
@@ -22,9 +23,12 @@ from mpp.finetuning.micro_loss import MicroLoss
 from mpp.finetuning.model import Supervised
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.runs.records import encoder_folder, write_json
-from mpp.training.device_time import DeviceTime
+from mpp.training.device_time import DeviceTime, cpu_seconds, unit_of
+from mpp.training.optimizer import make_optimizer
 
 LENGTH = "length.json"
+LONGEST_WAIT_S = 20.0
+"""For workers that read ahead."""
 STARTING_STEPS, TIMED_STEPS = 3, 8
 """Steps that are made and thrown away to learn what one takes; the first also allocate memory and start workers."""
 
@@ -35,7 +39,7 @@ class Length:
 
     steps: int
     pretraining_minutes: float | None
-    """None: nobody kept what the encoder's pretraining took."""
+    """None: nobody knows what the encoder's pretraining took on this kind of device."""
     finetuning_minutes: float
     """Of the encoder, with the same seed and labels."""
     step_minutes: float
@@ -47,17 +51,30 @@ class Length:
     def sentence(self) -> str:
         """What a log says of it."""
         before = self.pretraining_minutes
-        known = f"{before:.1f} + " if before is not None else ""
-        unknown = "" if before is not None else "; what pretraining took was not kept, so it does not count"
+        known = f"{before:.1f} + " if before else ""
+        unknown = (
+            "" if before is not None else "; what pretraining took on such a device is not known and does not count"
+        )
         why = "; cnn.max_epochs ends it" if self.ended_by == "max_epochs" else ""
         return f"{self.steps} steps: the encoder took {known}{self.finetuning_minutes:.1f} minutes{unknown}{why}"
 
 
-def pretraining_minutes(encoder: str) -> float | None:
-    """Return what the pretraining of an encoder took, as its folder says; None where it says nothing."""
+def pretraining_minutes(encoder: str, device: str) -> float | None:
+    """Return what the pretraining of an encoder took, as its folder says.
+
+    Args:
+        encoder: As a recipe names it.
+        device: "CPU" or "GPU".
+
+    Returns:
+        Minutes of that kind of device; 0 from scratch; None where the folder says nothing, or pretraining ran on
+        another kind.
+    """
+    if encoder == "scratch":
+        return 0.0
     try:
         metrics = json.loads((encoder_folder(encoder) / "export.json").read_text())["metrics"]
-        minutes = float(metrics["device_minutes"])
+        minutes = float(metrics[f"{device.lower()}_minutes"])
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return None
     return minutes if math.isfinite(minutes) else None
@@ -89,8 +106,11 @@ def length_of_cell(
     result = team.on_main(partial(read_result, twin.folder, run.fingerprint))
     assert result is not None, "cells run in the order of the arms"
     if math.isnan(result.device_minutes):
-        raise UserError(f"beside: cnn: {twin.folder} did not keep what it took, as of a release before; give a new out")
-    before = pretraining_minutes(run.recipe.encoder)
+        raise UserError(
+            f"beside: cnn: what {twin.folder} took is not known: an earlier release trained it, or its checkpoints are "
+            "gone; give a new out"
+        )
+    before = pretraining_minutes(run.recipe.encoder, unit_of(team))
     minutes = (before or 0.0) + result.device_minutes
     step_minutes = measure_step(run, cell, recipe, kind, model, subset)
     in_time = max(1, round(minutes / step_minutes))
@@ -108,15 +128,18 @@ def measure_step(
     """Return the minutes of a training step, over all processes, by making some with a copy of the model."""
     team, model = run.team, copy.deepcopy(model)
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     wrapped = team.wrap_model(model).train()
     steps = STARTING_STEPS + TIMED_STEPS
-    batches = load_batches(run, cell, recipe, kind, subset, first_step=0, steps=steps)
+    ahead = READ_AHEAD * recipe.data.workers  # there must be more to read, or reading ends before the clock begins
+    batches = load_batches(run, cell, recipe, kind, subset, first_step=0, steps=steps + ahead)
     clock = DeviceTime(team)
     for step in range(steps):
         run.watch.at(0, "measuring a step")
         if step == STARTING_STEPS:
-            clock.begin()
+            _wait_until_read_ahead()
+            clock = DeviceTime(team)
         for m in range(batches.micro_batches):
             batch = next(batches.loaded)
             with team.accumulate(wrapped, exchange=m == batches.micro_batches - 1):
@@ -126,6 +149,17 @@ def measure_step(
         optimizer.zero_grad()
         loss.item()  # wait for the device
     return max(clock.minutes() / TIMED_STEPS, 1e-9)
+
+
+def _wait_until_read_ahead() -> None:
+    """Wait until loader workers have read what they may: from then on they read a batch for each that is taken."""
+    before, until_s = cpu_seconds(), time.monotonic() + LONGEST_WAIT_S
+    while time.monotonic() < until_s:
+        time.sleep(0.1)
+        now = cpu_seconds()
+        if now - before < 0.02:
+            return
+        before = now
 
 
 def _read(path: Path) -> Length | None:

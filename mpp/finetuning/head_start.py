@@ -24,11 +24,21 @@ MAX_ITERATIONS = 100
 AT_ONCE = 256
 
 
+def check_head(model: Supervised) -> None:
+    """Check that a head can begin as a probe.
+
+    Raises:
+        UserError: It is not one linear layer.
+    """
+    if model.task.hidden is not None or model.distilled is not None:
+        raise UserError("head_init: probe: wants a head of one linear layer; allowed: zero")
+
+
 def fit_head(
     run: Run, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray, seed: int
 ) -> None:
     """Let the head begin as a linear probe of the encoder (Kumar et al. 2022, section 4, on fine-tuning that distorts
-    features while a random head learns).
+    features while a random head learns). All processes read features, the main one fits.
 
     Args:
         run: What the cells share.
@@ -39,24 +49,25 @@ def fit_head(
         seed: Of the cell.
 
     Raises:
-        UserError: The head is not one linear layer, or no image can be read.
+        UserError: No image can be read.
     """
-    out = model.task.out
-    if model.task.hidden is not None or model.distilled is not None:
-        raise UserError("head_init: probe: wants a head of one linear layer; allowed: zero")
-    chosen = np.unique(subset)
-    weight, bias = run.team.on_main(partial(_fitted, run, recipe, kind, model, chosen, seed))
+    team, chosen = run.team, np.unique(subset)
+    read = team.gather(_read_features(run, recipe, kind, model, chosen[team.rank :: team.world]))
+    if not read:
+        raise UserError("data.train: not one of the chosen images can be read")
+    numbers, x, labels = (np.concatenate(parts) for parts in zip(*read, strict=True))
+    order = np.argsort(numbers)  # the same for any number of processes
+    classes, device = len(run.train.classes), model.mean.device
+    weight, bias = team.on_main(lambda: _fitted(x[order], labels[order], classes, device, seed))
     with torch.no_grad():
-        out.weight.copy_(weight)
-        out.bias.copy_(bias)
+        model.task.out.weight.copy_(weight)
+        model.task.out.bias.copy_(bias)
 
 
 def _fitted(
-    run: Run, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, chosen: np.ndarray, seed: int
+    x: np.ndarray, labels: np.ndarray, classes: int, device: torch.device, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(classes, D) and (classes,), of features as the encoder gives them."""
-    x, labels = _read_features(run, recipe, kind, model, chosen)
-    classes, device = len(run.train.classes), model.mean.device
+    """(n, D) features and (n,) labels -> (classes, D) and (classes,), of features as the encoder gives them."""
     fit, tune = split(labels, TUNED_ON, seed)
     best, decay = -1.0, WEIGHT_DECAYS[0]
     probe = None
@@ -74,21 +85,20 @@ def _fitted(
 @torch.no_grad()
 def _read_features(
     run: Run, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, chosen: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """(n, D) features of the central crops of images, (n,) labels."""
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each batch of central crops: (n,) numbers of the images, (n, D) features, (n,) labels."""
     model.eval()
     size = min(AT_ONCE, recipe.optim.max_batch_per_device)
     parts = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]
-    features, labels = [], []
+    read = []
     for batch in batches(kind.judging_set(run.train), parts, workers=recipe.data.workers, pin_memory=False):
+        run.watch.at(0, "reading features")
         if batch.readable.any():
-            images, of_images = kind.readable_part(batch)
+            images, labels = kind.readable_part(batch)
             assert isinstance(images, torch.Tensor)
-            assert isinstance(of_images, torch.Tensor)
+            assert isinstance(labels, torch.Tensor)
             with run.team.autocast():
-                read = model.encoder(model.normalise(images.to(model.mean.device)))
-            features.append(read.float().cpu().numpy())
-            labels.append(of_images.numpy())
-    if not features:
-        raise UserError("data.train: not one of the chosen images can be read")
-    return np.concatenate(features), np.concatenate(labels)
+                features = model.encoder(model.normalise(images.to(model.mean.device)))
+            numbers = batch.positions[batch.readable]
+            read.append((numbers.numpy(), features.float().cpu().numpy(), labels.numpy()))
+    return read

@@ -43,7 +43,6 @@ def train(job: Finetuning) -> CellResult | None:
     if recipe.head_init == "probe" and progress.step == 0:
         progress.start_score = judge_start(job)
     job.pace.begin()
-    job.device_time.begin()
 
     for step in range(progress.step, plan.total_steps):
         if progress.given_up:  # a resumed cell that had ended early already
@@ -217,7 +216,7 @@ def record_of(job: Finetuning, lr: float, score: dict[str, float]) -> dict[str, 
     progress, global_batch = job.progress, job.plan.global_batch_size
     record = {"step": progress.step, "seen": progress.step * global_batch, "loss": progress.loss, "lr": lr, **score}
     record |= {"grad_norm": progress.grad_norm, **job.pace.rates(global_batch)}
-    return record | {"device_minutes": progress.device_minutes}
+    return record | {job.device_time.key: progress.device_minutes}
 
 
 def save(job: Finetuning, *, required: bool) -> None:
@@ -289,7 +288,7 @@ def _record_result(job: Finetuning, judged: Judged) -> None:
         job.log.note(f"unreadable, data.val: {line}")
     if judged.unread_classes:
         job.log.say(f"warning: {name_unread(judged.unread_classes)}")
-    job.log.status("finished", step=job.progress.step, device_minutes=job.progress.device_minutes)
+    job.log.status("finished", step=job.progress.step)
     of_class = {} if judged.per_class is None else dict(zip(classes, judged.per_class, strict=True))
     write_json(
         job.cell.folder / RESULT,

@@ -43,7 +43,7 @@ class Progress:
             "given_up": self.given_up,
             "skipped": self.skipped,
             "bad": self.unreadable,
-            "device_minutes": self.device_minutes,
+            "device_minutes": self.device_minutes if math.isfinite(self.device_minutes) else None,
             **({"start_score": self.start_score} if math.isfinite(self.start_score) else {}),
         }
 
@@ -58,6 +58,10 @@ class Progress:
             best_step=state["best_step"],
             since_best=state["worse"],
             given_up=state["given_up"],
-            device_minutes=state.get("device_minutes", 0.0),
+            device_minutes=_nan_if_null(state.get("device_minutes")),
             start_score=state.get("start_score", math.nan),
         )
+
+
+def _nan_if_null(value: float | None) -> float:
+    return math.nan if value is None else float(value)

@@ -192,7 +192,8 @@ def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
     """Compare the arms for each number of labels, and write result.json and the plot."""
     recipe, out = run.recipe, Path(run.recipe.out)
     headline = registry.component("task", recipe.task.name).headline
-    before = pretraining_minutes(recipe.encoder)
+    device = unit_of(run.team)
+    before = pretraining_minutes(recipe.encoder, device)
     verdicts = []
     for count in recipe.data.label_counts():
         of_arm = {
@@ -201,7 +202,7 @@ def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
         }
         metrics = {arm: [r.metrics for r in results] for arm, results in of_arm.items()}
         minutes = {arm: float(np.mean([r.device_minutes for r in results])) for arm, results in of_arm.items()}
-        cost = Cost(unit_of(run.team), before, minutes)
+        cost = Cost(device, before, minutes)
         verdicts.append(Verdict.of(count, metrics, headline, cost))
     most = next(c for c in cells_of(recipe) if c.labels_per_class == verdicts[-1].labels_per_class)
     plot = out / PLOT if len(verdicts) > 1 else None
@@ -236,9 +237,10 @@ def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
 
 
 def _name_underfit(run: Run) -> str:
-    """Name the first cell that ended long before it knew its training images, with advice; "" if none did."""
+    """Name a cell of the first arm that ended long before it knew its training images, with advice; "" if none did."""
     recipe = run.recipe.model_dump(mode="json")
-    for cell in cells_of(run.recipe):
+    first_arm = arms_of(run.recipe)[0]
+    for cell in (cell for cell in cells_of(run.recipe) if cell.arm == first_arm):
         if text := underfit(cell.folder.name, read_metrics(cell.folder), recipe, len(run.train.classes)):
             return f"{text} {UNDERFIT_ADVICE}"
     return ""
@@ -273,9 +275,7 @@ def _record_data(run: Run, *, same_images: bool) -> None:
             "val_images": len(val),
             "val_in_train": leaked.to_json(),
             "val_in_pretraining": pretrained_on.to_json() if pretrained_on else None,
-            "unlabeled": {"images": len(run.unlabeled), "left_out": len(run.unlabeled.left_out)}
-            if run.unlabeled
-            else None,
+            "unlabeled": {"images": len(run.unlabeled), "left_out": run.unlabeled.left_out} if run.unlabeled else None,
             "left_out": {"train": train.left_out.found, "val": val.left_out.found},
         },
     )

@@ -45,6 +45,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
         UserError: Anything the user can correct.
     """
     recipe, team = recipe_of_arm(run.recipe, cell.arm), run.team
+    device_time = DeviceTime(team)
     kind = open_label_kind(recipe)
     subset, held_out = choose_images(run, cell)
     if team.is_main:
@@ -69,6 +70,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     model.to(team.device)
 
     progress = _load_checkpoint(run, kept, model, optimizer, averaged) if kept else Progress()
+    device_time.minutes_before = progress.device_minutes
     unlabeled = Unlabeled(averaged, plan.total_steps) if recipe.unlabeled and averaged is not None else None
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed, unlabeled)
     wrapped = team.wrap_model(model)
@@ -104,7 +106,7 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
         progress=progress,
         micro_batches=MicroBatchStream(batches.loaded, plan.micro_batches, run.watch, pace),
         pace=pace,
-        device_time=DeviceTime(team, progress.device_minutes),
+        device_time=device_time,
         log=log,
     )
 

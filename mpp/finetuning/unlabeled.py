@@ -6,16 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mpp.data.crop import Crop
 from mpp.data.leak import find_shared
 from mpp.data.loader import KeyedDataset
 from mpp.data.order import Order
 from mpp.data.readers import LabeledImages, PackedReader
-from mpp.data.shards.reader import ShardImages
+from mpp.data.shards.reader import ShardImages, evenly
 from mpp.data.unlabeled_sets import UnlabeledDataset, WithUnlabeled
-from mpp.errors import UserError
+from mpp.errors import BadImage, UserError
 from mpp.finetuning.augment import make_augmentation
 from mpp.recipe.finetune import FinetuneRecipe
+
+LOOKED_AT = 16
+"""Images that are opened before anything is trained."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,16 @@ class UnlabeledImages:
     """Images without labels."""
 
     images: ShardImages
-    left_out: frozenset[tuple[int, int]]
-    """(shard, row) of those that are among the validation images, byte by byte."""
+    rows: tuple[np.ndarray, ...]
+    """(n,) of each shard: rows of the images that are not among the validation images, byte by byte."""
 
     def __len__(self) -> int:
-        return sum(self.images.counts) - len(self.left_out)
+        return sum(map(len, self.rows))
+
+    @property
+    def left_out(self) -> int:
+        """Images that are among the validation images."""
+        return sum(self.images.counts) - len(self)
 
 
 def unlabeled_per_label(recipe: FinetuneRecipe) -> int:
@@ -52,10 +62,31 @@ def open_unlabeled(recipe: FinetuneRecipe, val: LabeledImages) -> UnlabeledImage
         return None
     images = ShardImages(places, key=key, **recipe.data.opening())
     reader = PackedReader(images)
-    opened = UnlabeledImages(images, frozenset(reader.at(i) for i in find_shared(reader, val.reader)))
+    shown = np.ones(sum(images.counts), dtype=bool)
+    shown[find_shared(reader, val.reader)] = False
+    rows = tuple(np.flatnonzero(of_shard) for of_shard in np.split(shown, np.cumsum(images.counts)[:-1]))
+    opened = UnlabeledImages(images, rows)
     if not len(opened):
         raise UserError(f"{key}: every one of them is a validation image, too")
+    _look_at_some(reader, np.flatnonzero(shown), recipe, key)
     return opened
+
+
+def _look_at_some(reader: PackedReader, chosen: np.ndarray, recipe: FinetuneRecipe, key: str) -> None:
+    """Open some images, so that a place of unreadable ones is refused before anything is trained.
+
+    Raises:
+        UserError: Not one of them can be read.
+    """
+    crop = Crop(recipe.data.image_size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, **recipe.data.decoding())
+    reasons = []
+    for at in evenly(len(chosen), LOOKED_AT):
+        try:
+            crop.centre(reader.read(int(chosen[at])))
+            return
+        except BadImage as error:
+            reasons.append(f"{reader.name(int(chosen[at]))}: {error}")
+    raise UserError(f"{key}: not one of {len(reasons)} images looked at can be read; the first: {reasons[0]}")
 
 
 def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: FinetuneRecipe, seed: int) -> WithUnlabeled:
@@ -77,8 +108,9 @@ def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: Finetu
         scale = recipe.unlabeled.weak_crop_scale
         weak = Crop(data.image_size, scale=scale, ratio=data.crop_ratio, flip=data.flip, **decoding)
     strong = _strong_view(recipe)
-    unlabeled = UnlabeledDataset(opened.images, opened.left_out, strong, weak, data.image_size, seed, **decoding)
-    order = Order(opened.images.counts, global_batch=per_label * recipe.optim.global_batch_size, seed=seed)
+    unlabeled = UnlabeledDataset(opened.images, opened.rows, strong, weak, data.image_size, seed, **decoding)
+    counts = [len(rows) for rows in opened.rows]
+    order = Order(counts, global_batch=per_label * recipe.optim.global_batch_size, seed=seed)
     return WithUnlabeled(labeled, unlabeled, order, per_label)
 
 

@@ -64,7 +64,9 @@ def prefer_channels_last(model: torch.nn.Module) -> None:
     counts as convolutional; the others stay as they are.
     """
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        model.to(memory_format=torch.channels_last)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
 
 
 def compile_forward(model: torch.nn.Module, device: torch.device) -> None:

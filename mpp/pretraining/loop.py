@@ -65,7 +65,6 @@ def train(job: Pretraining) -> PretrainResult:
     job.log.status("running", step=progress.step)
     job.stop_request.listen()
     job.pace.begin()
-    job.device_time.begin()
 
     for step in range(progress.step, plan.total_steps):
         faults.point("train.step_begins")  # tests make processes fail here
@@ -189,7 +188,7 @@ def finish(job: Pretraining) -> PretrainResult:
     """Write the encoder as a timm folder, whose embedding is the mean of the patch tokens."""
     progress, folder = job.progress, job.run.out / "encoder"
     metrics = {"step": progress.step, "loss": progress.loss, "skill": progress.skill}
-    metrics["device_minutes"] = progress.device_minutes
+    metrics[job.device_time.key] = progress.device_minutes
     with job.whole.on_device(job.team.device) as model:
         pool_patches(model.encoder.model)
         job.team.on_main(partial(save_encoder, model.encoder.model, folder, trained_by(job.recipe), metrics))

@@ -104,7 +104,7 @@ def record_of(job: Pretraining, lr: float, measured: JsonObject) -> JsonObject:
         record |= {f"loss_{o.name}": value for o, value in zip(objectives, progress.losses, strict=True)}
     record |= measured
     record |= {"lr": lr, "grad_norm": progress.grad_norm, **job.pace.rates(job.plan.global_batch_size)}
-    record["device_minutes"] = progress.device_minutes
+    record[job.device_time.key] = progress.device_minutes
     record["skipped_images"] = progress.unreadable
     return record | ({"skipped_steps": progress.skipped} if progress.skipped else {})
 

@@ -53,7 +53,7 @@ class Progress:
             "features": [*self.features] if self.features else None,
             "history": [[*m] for m in self.history],
             "probed": [*self.probed] if self.probed else None,
-            "device_minutes": self.device_minutes,
+            "device_minutes": self.device_minutes if math.isfinite(self.device_minutes) else None,
         }
 
     @staticmethod
@@ -69,7 +69,7 @@ class Progress:
             features=Spread(*state["features"]) if state["features"] else None,
             history=[Measured(*m) for m in state["history"]],
             probed=Probed(*state["probed"]) if state["probed"] else None,
-            device_minutes=state.get("device_minutes", 0.0),
+            device_minutes=_nan_if_null(state.get("device_minutes")),
         )
 
 

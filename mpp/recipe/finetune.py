@@ -248,16 +248,24 @@ class FinetuneRecipe(Run):
         """Read recipes that were written while `beside` was `beside_scratch: true` or `false`."""
         if not isinstance(values, dict) or "beside_scratch" not in values:
             return values
+        if "beside" in values:
+            raise ValueError("beside_scratch: is called beside now, which is given, too; leave this one out")
         rest = {key: value for key, value in values.items() if key != "beside_scratch"}
-        return {"beside": ["scratch"] if values["beside_scratch"] else [], **rest}
+        return {**rest, "beside": ["scratch"] if values["beside_scratch"] else []}
 
     @model_validator(mode="after")
     def _architecture(self) -> FinetuneRecipe:
         named = self.architecture and self.architecture.name
         if self.encoder == "scratch" and not named:
             raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
-        if self.fc_norm and self.pool == "token":
-            raise ValueError("fc_norm: norms the mean of the patch tokens; not with pool: token")
+        if self.encoder == "scratch" and "published" in self.beside:
+            raise ValueError("beside: published: not with encoder: scratch; encoder=NAME takes timm's weights itself")
+        if self.fc_norm and self.pool != "mean":
+            raise ValueError(f"fc_norm: norms the mean of the patch tokens; not with pool: {self.pool}")
+        if self.pool == "attention" and (self.frozen or self.lora or self.head_init == "probe"):
+            raise ValueError(
+                "pool: attention: learns from the first step on; not with frozen, lora or head_init: probe"
+            )
         if self.unfreeze == "gradual" and not 0 < self.frozen < 1:
             raise ValueError("unfreeze: gradual: wants `frozen` between 0 and 1, the part of the steps that it takes")
         if self.lora and self.frozen == 1:

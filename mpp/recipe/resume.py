@@ -14,7 +14,8 @@ MAY_CHANGE = {
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
     "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp",
-    "data.shards", "data.train", "data.val", "unlabeled.images",  # where they are: what they hold has a fingerprint
+    # where images are: what they hold has a fingerprint
+    "data.shards", "data.train", "data.val", "unlabeled.images", "distill.images",
 }  # fmt: skip
 """Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
 decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""

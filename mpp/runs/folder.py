@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mpp.errors import UserError
 from mpp.parallel.team import Team
-from mpp.recipe.dump import dump_recipe
+from mpp.recipe.dump import dump_recipe, settings_of
 from mpp.recipe.loading import load_recipe
 from mpp.recipe.resume import differences
 from mpp.recipe.sections import Job
@@ -60,8 +60,8 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
             find_run(recipe, resume, fingerprint=fingerprint)
         lock = Lock(out)
         run = find_run(recipe, resume, fingerprint=fingerprint)  # another process may have come first
-        if resume != "auto" or read_state(out) != "finished":  # whose records stay as they are
-            create_run(recipe)
+        if resume != "auto" or read_state(out) != "finished" or _asks_for_more(out, recipe):
+            create_run(recipe)  # the records of a finished run stay as they are
         return run
 
     try:
@@ -184,6 +184,12 @@ def _same_recipe(run: Path, recipe: Job) -> None:
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
         raise UserError(f"out: {run} was made by another recipe; give another folder, or set back:\n{lines}")
+
+
+def _asks_for_more(run: Path, recipe: Job) -> bool:
+    """Whether a recipe has other seeds or arms than a finished run; their settings belong into its records."""
+    before, now = settings_of(load_recipe(run / RECIPE, type(recipe))), settings_of(recipe)
+    return any(before.get(key) != now.get(key) for key in ("seeds", "beside"))
 
 
 def _same_data(run: Path, fingerprint: str) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mpp.errors import one_line
 from mpp.recipe.flat import JsonMapping
-from mpp.runs.history import History
+from mpp.runs.history import History, arms_of_finetune
 from mpp.runs.verdict import ROADS, compare_roads, conclude, other_roads, stored_estimate
 
 FLAT = 0.98
@@ -296,10 +296,12 @@ def _of_finetuning(run: History) -> list[Symptom]:
             advice = "Pretrain longer, on more images of the same kind; more seeds make the interval narrower."
             listed.append(Symptom("no_gain", gain_text[0].upper() + gain_text[1:], advice))
     listed += [symptom for v in run.result.get("verdicts", []) if (symptom := _better_road(v))]
+    first_arm = arms_of_finetune(run.recipe)[0]
     for cell in run.cells:
-        if cell.result and (text := underfit(cell.name, cell.metrics, run.recipe, run.data.get("classes", 0))):
+        text = underfit(cell.name, cell.metrics, run.recipe, run.data.get("classes", 0)) if cell.result else ""
+        if text and f"{first_arm}-seed" in cell.name:
             listed.append(Symptom("underfit", text, UNDERFIT_ADVICE))
-            break  # the others are of the same length
+            break  # the other seeds are of the same length
     return listed
 
 

@@ -123,7 +123,7 @@ def stored_estimate(value: JsonMapping) -> Estimate:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the arms took to train, without judging."""
+    """What the arms took to train, with what was measured and saved on the way."""
 
     device: str
     """"CPU" or "GPU": whose minutes these are, over all processes."""

@@ -12,25 +12,27 @@ from mpp.parallel.team import Team
 
 
 class DeviceTime:
-    """A clock for the time that a run takes of its devices, over all processes and over all its resumes.
+    """A clock for the time that a run takes of its devices, over all processes and over all its resumes. It runs from
+    now on.
 
     Args:
         team: Its processes.
-        minutes_before: Of the run, before it was resumed.
+        minutes_before: Of the run, before it was resumed; nan if nobody kept them.
     """
 
     def __init__(self, team: Team, minutes_before: float = 0.0) -> None:
-        self._team, self._minutes_before = team, minutes_before
+        self._team, self.minutes_before = team, minutes_before
         self._began_s = self._read_s()
 
-    def begin(self) -> None:
-        """Begin to measure; what was before does not count."""
-        self._began_s = self._read_s()
+    @property
+    def key(self) -> str:
+        """What records call the minutes: cpu_minutes or gpu_minutes."""
+        return f"{unit_of(self._team).lower()}_minutes"
 
     def minutes(self) -> float:
         """Return the minutes so far. Every process calls this."""
         (seconds,) = self._team.sum([self._read_s() - self._began_s])
-        return self._minutes_before + seconds / 60
+        return self.minutes_before + seconds / 60
 
     def _read_s(self) -> float:
         return cpu_seconds() if self._team.device.type == "cpu" else time.monotonic()

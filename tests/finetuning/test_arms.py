@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -57,6 +58,10 @@ def test_arms_are_those_that_the_records_name(beside: Any, encoder: str, shards:
 def test_recipes_from_before_beside_are_read(shards: Path, tmp_path: Path) -> None:
     assert recipe(shards, tmp_path, "runs/x", beside_scratch=False).beside == ()
     assert recipe(shards, tmp_path, "runs/x", beside_scratch=True).beside == ("scratch",)
+    with pytest.raises(UserError, match="beside_scratch: is called beside now, which is given, too"):
+        recipe(shards, tmp_path, "runs/x", beside_scratch=True, beside="cnn")
+    with pytest.raises(UserError, match="beside: published: not with encoder: scratch"):
+        recipe(shards, tmp_path, "scratch", architecture={"name": "vit_tiny_patch16_224"}, beside="published")
     assert arms_of_finetune({"encoder": "runs/x", "beside_scratch": False}) == ["pretrained"]
     assert arms_of_finetune({"encoder": "runs/x"}) == ["pretrained", "scratch"]
 
@@ -77,6 +82,20 @@ def test_each_arm_is_a_recipe(shards: Path, tmp_path: Path) -> None:
     large = recipe(shards, tmp_path, "runs/x", beside="cnn", **{"data.image_size": 224})
     cnn = recipe_of_arm(large, "cnn")
     assert (cnn.data.image_size, cnn.architecture and cnn.architecture.args) == ((224, 224), {})
+    for side_px, of_cnn in ((28, 64), (48, 64), (64, 64), (112, 128)):
+        made = recipe(shards, tmp_path, "runs/x", beside="cnn", **{"data.image_size": side_px})
+        assert recipe_of_arm(made, "cnn").data.image_size == (of_cnn, of_cnn), "a multiple of its stride"
+
+
+def test_messages_about_the_cnn_name_its_own_keys(shards: Path, run: Path, tmp_path: Path) -> None:
+    for cnn, words in (
+        ({"name": "resnet19"}, "beside: cnn: cnn.name: timm .* has no model 'resnet19'"),
+        ({"args": {"bogus": 1}}, "beside: cnn: cnn.args: resnet18d does not take this"),
+        ({"image_size": 40}, "beside: cnn: cnn.image_size: the encoder has a stride of 32 px; got 40×40"),
+    ):
+        with pytest.raises(UserError, match=words):
+            mpp.finetune(recipe(shards, tmp_path / "run", run, beside=["cnn"], cnn=cnn, seeds=[0]))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("which", [["mixup=0.4", "task.label_smoothing=0.1"], ["early_stop={}", "ema_decay=0.9"]])
@@ -89,13 +108,16 @@ def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Pat
     result = mpp.finetune(made)
     cell = out / "cnn-seed0"
     length = json.loads((cell / "length.json").read_text())
-    took = pretraining_minutes(str(run))
+    took = pretraining_minutes(str(run), "CPU")
+    assert pretraining_minutes(str(run), "GPU") is None, "minutes of another kind are not added"
     assert took == length["pretraining_minutes"]
     assert took is not None
     assert took > 0
-    status = json.loads((out / "pretrained-seed0" / "status.json").read_text())
-    assert length["finetuning_minutes"] == status["device_minutes"] > 0
-    in_time = max(1, round((took + status["device_minutes"]) / length["step_minutes"]))
+    spent = json.loads(max((out / "pretrained-seed0" / "checkpoints").glob("*/state.json")).read_text())[
+        "device_minutes"
+    ]
+    assert length["finetuning_minutes"] == spent > 0
+    in_time = max(1, round((took + spent) / length["step_minutes"]))
     assert length["steps"] == min(in_time, 1000 * 10 // 2)
     config = json.loads((cell / "encoder" / "config.json").read_text())
     assert (config["architecture"], config["pretrained_cfg"]["input_size"]) == ("resnet18", [3, 32, 32])
@@ -129,6 +151,10 @@ def test_arms_may_be_added_to_a_finished_run(shards: Path, run: Path, tmp_path: 
     mpp.finetune(recipe(shards, tmp_path / "run", run, beside=[], **small))
     more = mpp.finetune(recipe(shards, tmp_path / "run", run, beside=["cnn"], cnn=CNN, **small), resume="auto")
     assert more.score.keys() == {"pretrained", "cnn"}
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["beside"] == ["cnn"], "the record says so"
+    other = recipe(shards, tmp_path / "run", run, beside=["cnn"], cnn={**CNN, "base_lr": 1.0}, **small)
+    with pytest.raises(UserError, match=r"cnn\.base_lr: was 0\.2, now 1\.0"):
+        mpp.finetune(other, resume="auto")
 
 
 @register_model

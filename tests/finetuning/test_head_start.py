@@ -37,12 +37,12 @@ def test_it_begins_as_scikit_learns_probe(
     shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one weight decay, so that nothing is chosen; steps of next to nothing leave it as it is."""
-    decay, read = 0.1, list[tuple[np.ndarray, np.ndarray]]()
+    decay, read = 0.1, list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
     real = head_start._read_features
     monkeypatch.setattr(head_start, "WEIGHT_DECAYS", (decay,))
-    monkeypatch.setattr(head_start, "_read_features", lambda *of: read.append(real(*of)) or read[-1])
+    monkeypatch.setattr(head_start, "_read_features", lambda *of: read.extend(real(*of)) or read[-1:])
     result = mpp.finetune(recipe(shards, tmp_path / "run", run))
-    (features, labels), cell = read[0], tmp_path / "run" / "pretrained-seed0"
+    (_, features, labels), cell = read[0], tmp_path / "run" / "pretrained-seed0"
     assert len(read) == 1, "from scratch there is nothing to probe"
     assert features.shape == (20, 32)
     scaled = (features - features.mean(0)) / features.std(0)
@@ -76,5 +76,10 @@ def test_a_fine_tune_below_its_own_start_is_named(
 def test_what_it_is_not_for(shards: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="head_init: probe: wants a head of one linear layer; allowed: zero"):
         mpp.finetune(recipe(shards, tmp_path / "run", run, **{"task.tanh_dim": 8}))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(
+        UserError, match="pool: attention: learns from the first step on; not with frozen, lora or head_init"
+    ):
+        recipe(shards, tmp_path / "other", run, pool="attention")
     with pytest.raises(UserError, match="head_init: not with task: segment"):
         recipe(shards, tmp_path / "other", run, task="segment", **{"data.labels_per_class": None})

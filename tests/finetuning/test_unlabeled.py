@@ -67,14 +67,18 @@ def test_validation_images_are_left_out_and_counted(shards: Path, tmp_path: Path
         name.split("/")[-1]
         for name in map(reader.name, find_shared(reader, PackedReader(ShardImages(made.data.val, key="x"))))
     }
-    assert len(names) == len(images.left_out) == 25, "one of three shards judges"
+    assert len(names) == 25
+    assert [len(rows) for rows in images.rows] == [0, 25, 10], "one of three shards judges"
     shown = []
     images._augment = lambda data, position: shown.append(data) or [torch.zeros(1), torch.zeros(1)]  # type: ignore[method-assign]
-    for shard, count in enumerate(images.images.counts):
-        images.__getitems__([(0, shard, row) for row in range(count) if shard or row < 3])
+    labeled = dataset(made)
+    labeled.unlabeled = images
+    for start in range(0, 200, 20):
+        labeled.__getitems__([(start + i, 0, i) for i in range(20)])
     judged = {reader.read(i) for i in find_shared(reader, PackedReader(ShardImages(made.data.val, key="x")))}
     assert not judged & set(shown)
-    assert len(set(shown)) >= 35
+    assert len(set(shown)) == 35, "all the others are"
+    assert len(shown) == 600
     mpp.finetune(made)
     told = json.loads((tmp_path / "run" / "data.json").read_text())["unlabeled"]
     assert told == {"images": 35, "left_out": 25}
@@ -168,6 +172,27 @@ def test_what_does_not_go_with_them(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unlabeled\.auto_augment: timm has no policy 'strange'"):
         mpp.finetune(recipe(shards, tmp_path / "run", shards, **{"unlabeled.auto_augment": "strange"}))
     assert not (tmp_path / "run").exists()
+
+
+def test_images_of_which_none_can_be_read_are_refused(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(b"no image")
+    with pytest.raises(
+        UserError, match=r"unlabeled\.images: not one of 3 images looked at can be read; the first: .*\.jpg"
+    ):
+        mpp.finetune(recipe(shards, tmp_path / "run", tmp_path / "images"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_they_can_be_read_by_workers_that_are_spawned(shards: Path, tmp_path: Path) -> None:
+    import pickle
+
+    images = dataset(recipe(shards, tmp_path, shards))
+    images.labeled.augment = None  # type: ignore[attr-defined]  # timm's, which is not ours to pickle
+    images.unlabeled.strong = len  # type: ignore[assignment]
+    again = pickle.loads(pickle.dumps(images))
+    assert again.order.at(0, 0, 9) == images.order.at(0, 0, 9)
 
 
 def test_a_bad_image_is_replaced_and_named(shards: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_what_a_run_leaves(shards: Path, tmp_path: Path) -> None:
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
     last = read_metrics(out)[-1]
     keys = {"step", "seen", "loss", "skill", "lr", "grad_norm", "images_per_s", "data_wait", "skipped_images"}
-    keys |= {"device_minutes"}
+    keys |= {"cpu_minutes"}
     assert last.keys() == keys
     assert last["seen"] == 20 * 16
     assert 0 < last["skill"] < 1

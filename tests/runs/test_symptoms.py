@@ -296,7 +296,9 @@ def test_a_fine_tune_that_ended_too_early(last_loss: float, changes: dict[str, A
         "and a mere guess among 20 classes has 3.00." if found else ""
     )  # fmt: skip
     run = history("finetune", data={"classes": 20}, recipe=changes)
-    run.cells = [history("cell", metrics=records(loss=losses), result={"metrics": {}})]
+    for arm in ("cnn", "pretrained"):  # the CNN has keys of its own
+        cell = History(Path(f"runs/a/{arm}-seed0"), "cell", {}, {}, {}, records(loss=losses), {"metrics": {}})
+        run.cells.append(cell)
     assert [s.kind for s in symptoms(run)] == ["underfit"] * found
 
 
