@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpp.encoders.resolve import stored_recipe
 from mpp.errors import UserError, without_secrets
 from mpp.evaluation.probes import PROTOCOL
 from mpp.recipe.flat import JsonObject
@@ -13,14 +15,25 @@ from mpp.runs.history import History, read_run
 PRETRAINING = ("encoder.name", "data.image_size", "mask", "corruption", "target", "loss", "head", "predict_fraction")
 FINETUNING = (
     "encoder",
+    "architecture",
     "task",
     "data.image_size",
     "data.labels_per_class",
     "data.fraction",
     "frozen",
     "drop_path_rate",
+    "unlabeled",
 )
-OPTIM = ("optim.epochs", "optim.steps", "optim.global_batch_size", "optim.base_lr", "precision", "seed", "seeds")
+OPTIM = (
+    "optim.name",
+    "optim.epochs",
+    "optim.steps",
+    "optim.global_batch_size",
+    "optim.base_lr",
+    "precision",
+    "seed",
+    "seeds",
+)
 
 
 def sections(source: str | Path) -> list[tuple[str, str]]:
@@ -38,6 +51,7 @@ def sections(source: str | Path) -> list[tuple[str, str]]:
             return []
         if run.job != "finetune":
             return []
+        run = replace(run, recipe=stored_recipe(place / "encoder") or run.recipe)  # an arm has keys of its own
     shown = _pretrained(run) if run.job == "pretrain" else _finetuned(run, cell) if run.job == "finetune" else []
     return [(title, without_secrets(text)) for title, text in shown if text]
 

@@ -121,6 +121,8 @@ def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Pat
     assert length["steps"] == min(in_time, 1000 * 10 // 2)
     config = json.loads((cell / "encoder" / "config.json").read_text())
     assert (config["architecture"], config["pretrained_cfg"]["input_size"]) == ("resnet18", [3, 32, 32])
+    card = mpp.export(cell, tmp_path / "export").folder / "README.md"
+    assert "| architecture | resnet18 (args" in card.read_text(), "what this arm was, not the run"
     assert result.verdicts[0].cost is not None
     assert result.verdicts[0].cost.minutes.keys() == {"pretrained", "cnn"}
     assert "the CNN from scratch" in result.table()
