@@ -307,7 +307,8 @@ def test_every_fine_tune_runs_at_tiny_scale(path: Path, tiny_encoder: Path, shar
     places = {"data.train": f"{shards}/shard-00000[12].tar", "data.val": f"{shards}/shard-000000.tar"}
     result = mpp.finetune(path, scale="tiny", encoder=str(tiny_encoder), out=str(tmp_path / "run"), **places)
     assert result.state == "finished"
-    assert len(list(result.out.glob("*-seed0"))) == 2
+    cells = [f"{arm}-seed0" for arm in ("pretrained", *load_recipe(path, FinetuneRecipe, given_to(path)).beside)]
+    assert sorted(p.name for p in result.out.glob("*-seed0")) == sorted(cells)
 
 
 def test_every_recipe_has_a_tiny_scale() -> None:
