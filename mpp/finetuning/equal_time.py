@@ -110,7 +110,7 @@ def length_of_cell(
             f"beside: cnn: what {twin.folder} took is not known: an earlier release trained it, or its checkpoints are "
             "gone; give a new out"
         )
-    before = pretraining_minutes(run.recipe.encoder, unit_of(team))
+    before = team.on_main(partial(pretraining_minutes, run.recipe.encoder, unit_of(team)))
     minutes = (before or 0.0) + result.device_minutes
     step_minutes = measure_step(run, cell, recipe, kind, model, subset)
     in_time = max(1, round(minutes / step_minutes))

@@ -21,6 +21,7 @@ from sklearn.metrics import jaccard_score, recall_score
 import mpp
 from mpp.encoders.maps import FeatureMaps, probe_maps, read_maps
 from mpp.errors import UserError
+from mpp.finetuning.arms import recipe_of_arm
 from mpp.finetuning.model import build, load_dense
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.tasks import segment
@@ -189,7 +190,7 @@ def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
         assert mpp.verify(cell).difference <= 1e-5, "the encoder is plain timm"
     model, again, classes = load_dense(cell)
     assert (again, classes) == (
-        recipe(shapes, tmp_path / "ft", **changes),
+        recipe_of_arm(recipe(shapes, tmp_path / "ft", **changes), "scratch"),
         ["background", "disc", "square", "triangle"],
     )
     kind = open_label_kind(again)
