@@ -112,19 +112,38 @@ class LabeledDataset(Dataset[LabeledBatch]):
             number = int(self.subset[(place + step) % len(self.subset)])
             try:
                 data = self.data.reader.read(number)
-                if "value_range" in self.decoding:
-                    return self.augment(data, stream(self.seed, Purpose.AUGMENT, position)), number, bad
-                reading: Reading = self.decoding
-                image = decode_pillow(data, **reading)
+                image = augment_image(data, self.augment, self.seed, Purpose.AUGMENT, position, self.decoding)
+                return image, number, bad
             except BadImage as error:
                 bad.append(f"{self.data.reader.name(number)}: {error}")
-                continue
-            seed = torch_seed(self.seed, Purpose.AUGMENT, position)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed also asks every device: 0.6 ms
-            return torch.as_tensor(self.augment(image)), number, bad
         raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
+
+
+def augment_image(
+    data: bytes, augment: Callable[..., Tensor], seed: int, purpose: Purpose, position: int, decoding: Decoding
+) -> Tensor:
+    """Decode and augment an image, as a pure function of its bytes and (seed, purpose, position).
+
+    Args:
+        data: The bytes of a file.
+        augment: As `LabeledDataset` takes it.
+        seed: Of the run.
+        purpose: What is drawn.
+        position: Of the sample.
+        decoding: How it is decoded.
+
+    Raises:
+        BadImage: The bytes cannot be decoded.
+    """
+    if "value_range" in decoding:
+        return augment(data, stream(seed, purpose, position))
+    reading: Reading = decoding
+    image = decode_pillow(data, **reading)
+    drawn = torch_seed(seed, purpose, position)
+    random.seed(drawn)
+    np.random.seed(drawn % 2**32)
+    torch.default_generator.manual_seed(drawn)  # torch.manual_seed also asks every device: 0.6 ms
+    return torch.as_tensor(augment(image))
 
 
 def _of(data: Labeled, numbers: list[int]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -13,14 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mpp.data.crop import Crop
-from mpp.data.decoding.decode import GREY, decode_pillow
-from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.decoding.decode import GREY
+from mpp.data.labeled_sets import LabeledBatch, augment_image
 from mpp.data.loader import KeyedDataset
 from mpp.data.order import Order
 from mpp.data.shards.reader import REPLACEMENTS, ShardImages
 from mpp.errors import BadImage, UserError
-from mpp.recipe.sections import Decoding, Reading
-from mpp.rng import Purpose, stream, torch_seed
+from mpp.recipe.sections import Decoding
+from mpp.rng import Purpose, stream
 
 
 @dataclass
@@ -77,25 +76,14 @@ class UnlabeledDataset(Dataset[UnlabeledViews]):
                 return self._augment(self.images.read(shard, row), position), bad
             except BadImage as error:
                 bad.append(f"{self.images.name(shard, row)}: {error}")
-        grey = torch.full((self.decoding["channels"], *self.size), GREY, dtype=torch.uint8)
-        return [grey if self._eight_bit else grey.float()] * 2, bad
+        dtype = torch.float32 if "value_range" in self.decoding else torch.uint8
+        grey = torch.full((self.decoding["channels"], *self.size), GREY, dtype=dtype)
+        return [grey, grey], bad
 
     def _augment(self, data: bytes, position: int) -> list[Tensor]:
         """The strong view, and the weak one if it is asked for."""
-        weak = [self.weak.random(data, stream(self.seed, Purpose.WEAK, position))] if self.weak else []
-        if not self._eight_bit:
-            return [self.strong(data, stream(self.seed, Purpose.STRONG, position)), *weak]
-        reading: Reading = self.decoding
-        image = decode_pillow(data, **reading)
-        seed = torch_seed(self.seed, Purpose.STRONG, position)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        return [torch.as_tensor(self.strong(image)), *weak]
-
-    @property
-    def _eight_bit(self) -> bool:
-        return "value_range" not in self.decoding
+        strong = augment_image(data, self.strong, self.seed, Purpose.STRONG, position, self.decoding)
+        return [strong, self.weak.random(data, stream(self.seed, Purpose.WEAK, position))] if self.weak else [strong]
 
 
 class WithUnlabeled(Dataset[LabeledBatch]):

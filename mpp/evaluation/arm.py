@@ -221,11 +221,8 @@ def _linear(
 ) -> Score:
     x, labels, first = train.features[place], train.labels, train.first
     keys: Any = {"device": device, "max_iterations": recipe.linear.max_iterations}
-    tuned: dict[float, float] = {}
-    fitted = None
-    for decay in sorted(recipe.linear.weight_decay, reverse=True):  # from strong to weak, each from the one before
-        fitted = linear.fit(x[:first], labels[:first], classes, decay, start=fitted, **keys)
-        tuned[decay] = float((fitted.predict(x[first:]) == labels[first:]).mean())
+    decays = recipe.linear.weight_decay
+    tuned = linear.accuracies(x[:first], labels[:first], x[first:], labels[first:], classes, decays, **keys)
     decay = best_setting(tuned, smaller=False)
     fitted = linear.fit(x, labels, classes, decay, **keys)
     accuracy = float((fitted.predict(val.features[place]) == val.labels).mean())

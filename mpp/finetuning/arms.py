@@ -15,6 +15,7 @@ from mpp.errors import UserError
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.loading import check_recipe
+from mpp.runs.history import arms_of_finetune
 from mpp.runs.records import encoder_folder
 
 SMALL_BELOW_PX = 128
@@ -22,10 +23,10 @@ SMALL_BELOW_PX = 128
 ENLARGED_BELOW_PX = 48
 """Images that are enlarged to twice their size for the CNN, whose first layers halve them twice."""
 STRIDE_PX = 32
-"""Of the networks that are taken by default: sides must be multiples of it."""
+"""Stride of the networks that are taken by default. Image sides must be multiples of it."""
 NARROW: JsonObject = {"channels": [32, 64, 128, 256], "stem_width": 16}
-"""Of a ResNet-18-D (He et al. 2019, section 4). On CIFAR-10 with 100 labels a class the best for its time of the
-networks tried, see recipes/LOG.md."""
+"""Arguments of a ResNet-18-D (He et al. 2019, section 4) of half the width. Of the networks tried on CIFAR-10 with 100
+labels a class, it was the most accurate for its time, see recipes/LOG.md."""
 
 
 GIVEN_ELSEWHERE = ("img_size", "in_chans", "num_classes", "global_pool", "drop_path_rate", "fc_norm")
@@ -36,9 +37,7 @@ KEYS_OF_CNN = {"data.image_size": "cnn.image_size", "architecture.name": "cnn.na
 
 def arms_of(recipe: FinetuneRecipe) -> list[str]:
     """Return the arms of a run, the one to be compared first."""
-    if recipe.encoder == "scratch":
-        return ["scratch", *(arm for arm in recipe.beside if arm == "cnn")]
-    return ["pretrained", *recipe.beside]
+    return arms_of_finetune({"encoder": recipe.encoder, "beside": recipe.beside})
 
 
 def recipe_of_arm(recipe: FinetuneRecipe, arm: str) -> FinetuneRecipe:

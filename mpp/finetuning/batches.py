@@ -28,7 +28,7 @@ class CellBatches:
     """This process's micro-batches."""
     loaded: Iterator[LabeledBatch]
     micro_batches: int
-    """Of one step on each process."""
+    """How many make up one step of a process."""
 
 
 def load_batches(

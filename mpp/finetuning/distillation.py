@@ -74,7 +74,8 @@ class Distillation:
         """Compute the loss of learning from labels and teacher at once.
 
         Args:
-            logits: (B + U, classes), or two of them, of which the second learns from the teacher alone.
+            logits: (B + U, classes). For a model with a distillation head two of these; the second learns from the
+                teacher alone.
             x: (B + U, C, H, W), normalised for the model: images with labels, then those without.
             labels: Of the first B images.
             task_loss: Loss of logits and labels.

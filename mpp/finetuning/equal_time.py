@@ -41,9 +41,9 @@ class Length:
     pretraining_minutes: float | None
     """None: nobody knows what the encoder's pretraining took on this kind of device."""
     finetuning_minutes: float
-    """Of the encoder, with the same seed and labels."""
+    """What fine-tuning the encoder took, with the same seed and labels."""
     step_minutes: float
-    """Of the cell's own step, over all processes."""
+    """What one training step of this cell takes, over all processes."""
     ended_by: str
     """"time", or "max_epochs": more time would not have been used."""
 
@@ -90,7 +90,7 @@ def length_of_cell(
         cell: Which has a folder already.
         recipe: Of its arm.
         kind: Of label, for this arm.
-        model: Of the cell, on its device. It stays as it is.
+        model: The cell's model, on its device. It is not changed.
         subset: Numbers of the images to train on.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +11,14 @@ from mpp.data.loader import batches
 from mpp.data.subsets import split
 from mpp.errors import UserError
 from mpp.evaluation.probes import linear
+from mpp.evaluation.result import best_setting
 from mpp.finetuning.job import Run
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.model import Supervised
 from mpp.recipe.finetune import FinetuneRecipe
 
 WEIGHT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)
-"""Of the probe, from strong to weak; the best is chosen on a part of the training images (a guess)."""
+"""Weight decays of the probe that are tried. The best one is chosen on a part of the training images (a guess)."""
 TUNED_ON = 0.2
 """That part."""
 MAX_ITERATIONS = 100
@@ -69,15 +70,12 @@ def _fitted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, D) features and (n,) labels -> (classes, D) and (classes,), of features as the encoder gives them."""
     fit, tune = split(labels, TUNED_ON, seed)
-    best, decay = -1.0, WEIGHT_DECAYS[0]
-    probe = None
-    for candidate in WEIGHT_DECAYS if len(tune) else ():
-        fits = partial(linear.fit, device=device, max_iterations=MAX_ITERATIONS, start=probe)
-        probe = fits(x[fit], labels[fit], classes, candidate)
-        score = float((probe.predict(x[tune]) == labels[tune]).mean())
-        if score > best:
-            best, decay = score, candidate
-    probe = linear.fit(x, labels, classes, decay, device=device, max_iterations=MAX_ITERATIONS)
+    how: Any = {"device": device, "max_iterations": MAX_ITERATIONS}
+    decay = max(WEIGHT_DECAYS)
+    if len(tune):
+        tuned = linear.accuracies(x[fit], labels[fit], x[tune], labels[tune], classes, WEIGHT_DECAYS, **how)
+        decay = best_setting(tuned, smaller=False)
+    probe = linear.fit(x, labels, classes, decay, **how)
     weight = probe.weight * probe.scale
     return weight.cpu(), (probe.bias - weight @ probe.mean).cpu()
 

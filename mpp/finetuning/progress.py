@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mpp.recipe.flat import JsonObject
+from mpp.runs.records import nan_if_null
 
 
 @dataclass
@@ -58,10 +59,6 @@ class Progress:
             best_step=state["best_step"],
             since_best=state["worse"],
             given_up=state["given_up"],
-            device_minutes=_nan_if_null(state.get("device_minutes")),
+            device_minutes=nan_if_null(state.get("device_minutes")),
             start_score=state.get("start_score", math.nan),
         )
-
-
-def _nan_if_null(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -123,7 +123,7 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     train_images = kind.open(recipe.data.train, key="data.train", classes=None)
     val_images = kind.open(recipe.data.val, key="data.val", classes=train_images.classes)
     check_run(recipe, team, kind, train_images, val_images)
-    unlabeled = open_unlabeled(recipe, val_images)
+    unlabeled = open_unlabeled(recipe, team, val_images)
 
     def look_at_images() -> list[str]:
         warning_lines = []

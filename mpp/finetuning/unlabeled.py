@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mpp.data.shards.reader import ShardImages, evenly
 from mpp.data.unlabeled_sets import UnlabeledDataset, WithUnlabeled
 from mpp.errors import BadImage, UserError
 from mpp.finetuning.augment import make_augmentation
+from mpp.parallel.team import Team
 from mpp.recipe.finetune import FinetuneRecipe
 
 LOOKED_AT = 16
@@ -47,8 +49,8 @@ def unlabeled_per_label(recipe: FinetuneRecipe) -> int:
     return recipe.distill.per_label if recipe.distill and recipe.distill.images else 0
 
 
-def open_unlabeled(recipe: FinetuneRecipe, val: LabeledImages) -> UnlabeledImages | None:
-    """Open the images of `unlabeled` or `distill`; None where the recipe has none.
+def open_unlabeled(recipe: FinetuneRecipe, team: Team, val: LabeledImages) -> UnlabeledImages | None:
+    """Open the images of `unlabeled` or `distill`; None where the recipe has none. Every process calls this.
 
     Raises:
         UserError: They cannot be read, or none is left without the validation images.
@@ -63,7 +65,7 @@ def open_unlabeled(recipe: FinetuneRecipe, val: LabeledImages) -> UnlabeledImage
     images = ShardImages(places, key=key, **recipe.data.opening())
     reader = PackedReader(images)
     shown = np.ones(sum(images.counts), dtype=bool)
-    shown[find_shared(reader, val.reader)] = False
+    shown[team.on_main(partial(find_shared, reader, val.reader))] = False  # one process reads for all
     rows = tuple(np.flatnonzero(of_shard) for of_shard in np.split(shown, np.cumsum(images.counts)[:-1]))
     opened = UnlabeledImages(images, rows)
     if not len(opened):

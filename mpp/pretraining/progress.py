@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from mpp.pretraining.monitor import Probed, Spread
 from mpp.recipe.flat import JsonObject
+from mpp.runs.records import nan_if_null
 from mpp.runs.symptoms import Measured
 
 
@@ -63,15 +64,11 @@ class Progress:
             step=state["step"],
             unreadable=int(state["bad"]),
             skipped=int(state["skipped"]),
-            loss=_nan_if_null(state["loss"]),
-            skills=[_nan_if_null(value) for value in state["skills"]],
+            loss=nan_if_null(state["loss"]),
+            skills=[nan_if_null(value) for value in state["skills"]],
             collapse=state["collapse"],
             features=Spread(*state["features"]) if state["features"] else None,
             history=[Measured(*m) for m in state["history"]],
             probed=Probed(*state["probed"]) if state["probed"] else None,
-            device_minutes=_nan_if_null(state.get("device_minutes")),
+            device_minutes=nan_if_null(state.get("device_minutes")),
         )
-
-
-def _nan_if_null(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -23,7 +23,6 @@ from mpp.runs.verdict import (
     compare_roads,
     conclude,
     name_unread,
-    other_roads,
     stored_cost,
     stored_estimate,
 )
@@ -281,7 +280,7 @@ def _conclusions(verdict: JsonObject) -> list[Conclusion]:
     """What a verdict allows to say: of the gain from pretraining, and of the roads if there are others."""
     conclusions = [conclude(stored_estimate(verdict["gain"]))] if verdict.get("gain") else []
     score = {arm: stored_estimate(value) for arm, value in verdict["score"].items()}
-    if other_roads(score) and (compared := compare_roads(score)):
+    if compared := compare_roads(score):
         conclusions.append(compared)
     return conclusions
 

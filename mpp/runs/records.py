@@ -33,6 +33,11 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def nan_if_null(value: float | None) -> float:
+    """Return a number as `write_json` was given it."""
+    return math.nan if value is None else float(value)
+
+
 def write_status(out: Path, state: str, **more: object) -> None:
     """status.json of a run or a cell; while it is running with whose process that is."""
     who = {"host": platform.node(), "pid": os.getpid()} if state == "running" else {}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from mpp.errors import one_line
 from mpp.recipe.flat import JsonMapping
 from mpp.runs.history import History, arms_of_finetune
-from mpp.runs.verdict import ROADS, compare_roads, conclude, other_roads, stored_estimate
+from mpp.runs.verdict import ROADS, compare_roads, conclude, stored_estimate
 
 FLAT = 0.98
 """The loss has not fallen where its last quarter's median is above so much of its second eighth's."""
@@ -334,10 +334,11 @@ def underfit(cell: str, metrics: Sequence[JsonMapping], recipe: JsonMapping, cla
 def _better_road(verdict: JsonMapping) -> Symptom | None:
     """Another arm than the encoder is best, and more than by chance."""
     score = {arm: stored_estimate(value) for arm, value in verdict.get("score", {}).items()}
-    if "pretrained" not in score or not other_roads(score):
+    compared = compare_roads(score) if "pretrained" in score else None
+    if compared is None or compared.kind != "best":
         return None
-    compared, best = compare_roads(score), max(score, key=lambda arm: score[arm].mean)
-    if compared is None or compared.kind != "best" or best == "pretrained":
+    best = max(score, key=lambda arm: score[arm].mean)
+    if best == "pretrained":
         return None
     text = f"{compared.text[0].upper()}{compared.text[1:]}."
     return Symptom(

@@ -78,9 +78,10 @@ def compare_roads(score: Mapping[str, Estimate]) -> Conclusion | None:
         score: By arm, over the same seeds.
 
     Returns:
-        "best", "not_shown" or "one_seed"; None where there are no two arms.
+        "best", "not_shown" or "one_seed"; None if there is nothing to compare, or only the encoder and the same from
+        scratch, whose gain says it all.
     """
-    if len(score) < 2:
+    if len(score) < 2 or {*score} == {"pretrained", "scratch"}:
         return None
     best, second = sorted(score, key=lambda arm: -score[arm].mean)[:2]
     ahead = estimate([a - b for a, b in zip(score[best].values, score[second].values, strict=True)])
@@ -212,7 +213,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
     for v in verdicts:
         if v.gain and (conclusion := conclude(v.gain)).kind != "helped":
             lines.append(f"{v.labels_per_class} labels a class: {conclusion.text}")
-        if other_roads(v.score) and (compared := compare_roads(v.score)):
+        if compared := compare_roads(v.score):
             lines.append(f"{v.labels_per_class} labels a class: {compared.text}")
     return "\n".join(lines)
 
@@ -226,14 +227,9 @@ def _one(verdict: Verdict) -> str:
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
         rows.append(conclude(verdict.gain).text)
-    if other_roads(verdict.score) and (compared := compare_roads(verdict.score)):
+    if compared := compare_roads(verdict.score):
         rows.append(compared.text)
     return "\n".join(rows)
-
-
-def other_roads(score: Mapping[str, object]) -> bool:
-    """Whether there are more arms than the encoder and the same from scratch, whose gain says it all."""
-    return not {*score} <= {"pretrained", "scratch"}
 
 
 def _percents(values: list[float]) -> str:

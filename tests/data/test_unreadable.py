@@ -19,7 +19,8 @@ from mpp.data.readers import FileReader
 from mpp.data.unreadable import check_images, find_coarse_images, unread_classes
 from mpp.errors import MppWarning, UserError
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe
-from tests.finetuning.test_finetuning import recipe, run, values  # noqa: F401 (a fixture)
+from tests.finetuning.conftest import run  # noqa: F401 (a fixture)
+from tests.finetuning.test_finetuning import recipe, values
 
 READING: dict[str, Any] = {"channels": 3, "formats": ("JPEG", "PNG"), "max_image_pixels": 10**6}
 GREY: dict[str, Any] = {**READING, "channels": 1}

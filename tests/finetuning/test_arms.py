@@ -34,14 +34,6 @@ CNN = {
 NAME = "mpp_test_published_vit"
 
 
-@pytest.fixture(scope="module")
-def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained tiny ViT."""
-    out = tmp_path_factory.mktemp("pretrained") / "run"
-    mpp.pretrain(pretrain_recipe(shards, out))
-    return out
-
-
 def recipe(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> FinetuneRecipe:
     return check_recipe(values(shards, out, encoder, **copy.deepcopy(changes)), FinetuneRecipe)
 

@@ -16,7 +16,7 @@ import mpp
 from mpp.errors import UserError
 from mpp.finetuning.distillation import Distillation
 from mpp.finetuning.model import build
-from tests.finetuning.test_finetuning import ARGS, recipe, run  # noqa: F401 (a fixture)
+from tests.finetuning.test_finetuning import ARGS, recipe
 
 DEIT = {"name": "deit_tiny_distilled_patch16_224", "args": {**ARGS, "depth": 1}}
 CONVNET = {"name": "resnet10t", "args": {}}
@@ -167,7 +167,7 @@ def test_a_distilled_model_is_exported_with_both_heads(shards: Path, teacher: Pa
     assert again.score == result.score
 
 
-def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, teacher: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, teacher: Path, tmp_path: Path) -> None:
     changes = {"seeds": [0], "optim.steps": 14, "distill": {"teacher": str(teacher), "kind": "soft", "alpha": 0.5}}
     mpp.finetune(recipe(shards, tmp_path / "whole", run, **changes))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -198,7 +198,7 @@ def test_measuring_on_the_way_leaves_two_heads(shards: Path, teacher: Path, tmp_
     assert losses[0] == losses[1]
 
 
-def test_only_a_student_with_the_token_has_a_second_head(shards: Path, run: Path, teacher: Path) -> None:  # noqa: F811
+def test_only_a_student_with_the_token_has_a_second_head(shards: Path, run: Path, teacher: Path) -> None:
     with_teacher = {"distill.teacher": str(teacher)}
     assert build(recipe(shards, "o", run, **with_teacher), "pretrained", 0, 2).distilled is None
     deit = {"architecture": DEIT, "pool": "token"}
@@ -214,7 +214,7 @@ def renamed(cell: Path, out: Path, names: list[str]) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:data.channels. 1, but the encoder:mpp.errors.MppWarning")
-def test_wrong_teachers(shards: Path, run: Path, teacher: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_wrong_teachers(shards: Path, run: Path, teacher: Path, tmp_path: Path) -> None:
     other = renamed(teacher, tmp_path / "other", ["disc", "ring"])
     for source, changes, message in [
         ("nowhere", {}, r"distill\.teacher: 'nowhere': no such folder, and no such model of timm"),

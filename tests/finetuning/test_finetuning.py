@@ -30,14 +30,6 @@ from tests.synchronisations import check_steady_steps
 ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-@pytest.fixture(scope="module")
-def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained tiny ViT."""
-    out = tmp_path_factory.mktemp("pretrained") / "run"
-    mpp.pretrain(pretrain_recipe(shards, out))
-    return out
-
-
 def values(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> dict[str, Any]:
     from mpp.recipe.overrides import apply_overrides
 

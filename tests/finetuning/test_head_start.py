@@ -16,16 +16,7 @@ from mpp.errors import UserError
 from mpp.finetuning import head_start
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
-from tests.conftest import pretrain_recipe
 from tests.finetuning.test_finetuning import values
-
-
-@pytest.fixture(scope="module")
-def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained tiny ViT."""
-    out = tmp_path_factory.mktemp("pretrained") / "run"
-    mpp.pretrain(pretrain_recipe(shards, out))
-    return out
 
 
 def recipe(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> FinetuneRecipe:

@@ -17,7 +17,7 @@ import mpp
 from mpp.errors import UserError
 from mpp.finetuning import lora
 from tests.conftest import command
-from tests.finetuning.test_finetuning import recipe, run, values  # noqa: F401 (a fixture)
+from tests.finetuning.test_finetuning import recipe, values
 
 SHORT = {"optim.steps": 6, "seeds": [0], "checkpoint_every_steps": 3, "lora": {"rank": 4}}
 VIT = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16}
@@ -48,7 +48,7 @@ def test_they_begin_as_nothing_and_merge_into_the_plain_model(name: str, args: d
     torch.testing.assert_close(model(x), adapted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_run(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run(shards: Path, run: Path, tmp_path: Path) -> None:
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run, **SHORT, ema_decay=0.9))
     assert result.score.keys() == {"pretrained", "scratch"}
     before = load_file(run / "encoder" / "model.safetensors")
@@ -65,7 +65,7 @@ def test_a_run(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
     assert not any("lora_" in name for name in scratch), "the arm from scratch trains all of itself"
 
 
-def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, tmp_path: Path) -> None:
     whole = mpp.finetune(recipe(shards, tmp_path / "whole", run, **SHORT, beside=[]))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cell, other = (tmp_path / o / "pretrained-seed0" for o in ("whole", "cut"))
@@ -79,7 +79,7 @@ def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, tmp_path: Pa
 
 
 @pytest.mark.exhaustive
-def test_on_two_processes_the_losses_are_those_of_one(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_on_two_processes_the_losses_are_those_of_one(shards: Path, run: Path, tmp_path: Path) -> None:
     import yaml
 
     from mpp.runs.records import read_metrics
@@ -93,7 +93,7 @@ def test_on_two_processes_the_losses_are_those_of_one(shards: Path, run: Path, t
     assert two == pytest.approx(one, rel=1e-5)
 
 
-def test_what_is_refused(shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_what_is_refused(shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="lora: its adapters are in the encoder, which `frozen: 1` keeps"):
         recipe(shards, tmp_path / "a", run, lora={}, frozen=1)
     with pytest.raises(UserError, match=r"lora\.rank: must be >= 1; got 0"):

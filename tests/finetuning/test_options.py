@@ -27,7 +27,7 @@ from mpp.finetuning.tasks.classify import ClassifyTask
 from mpp.runs.records import read_metrics
 from mpp.training import optimizer as optim
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe
-from tests.finetuning.test_finetuning import recipe, run  # noqa: F401 (a fixture)
+from tests.finetuning.test_finetuning import recipe
 
 CELL = "pretrained-seed0"
 
@@ -50,7 +50,7 @@ def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
     }
 
 
-def test_a_frozen_encoder_stands_still(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_frozen_encoder_stands_still(shards: Path, run: Path, tmp_path: Path) -> None:
     tuned(shards, tmp_path / "o", run, frozen=1.0, beside=["scratch"])
     assert moved(weights(tmp_path / "o", 1), weights(tmp_path / "o", 12)) == {"head"}
     before = mpp.load_encoder(run).state_dict()
@@ -60,13 +60,13 @@ def test_a_frozen_encoder_stands_still(shards: Path, run: Path, tmp_path: Path) 
     assert "blocks.0" in scratch, "there, nothing is worth standing still for"
 
 
-def test_first_the_head_then_everything(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_first_the_head_then_everything(shards: Path, run: Path, tmp_path: Path) -> None:
     tuned(shards, tmp_path / "o", run, frozen=0.5)
     assert moved(weights(tmp_path / "o", 1), weights(tmp_path / "o", 6)) == {"head"}
     assert {"blocks.0", "blocks.1", "patch_embed"} <= moved(weights(tmp_path / "o", 6), weights(tmp_path / "o", 7))
 
 
-def test_the_last_block_first(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_last_block_first(shards: Path, run: Path, tmp_path: Path) -> None:
     """timm has three layers here: the stem, a block, the last block with its norm. In 12 steps one thaws every fourth."""
     tuned(shards, tmp_path / "o", run, frozen=1.0 - 1e-9, unfreeze="gradual")
     seen = [moved(weights(tmp_path / "o", a), weights(tmp_path / "o", a + 1)) for a in range(1, 12)]
@@ -92,7 +92,7 @@ def test_layers_are_counted_from_the_top(name: str) -> None:
     assert {g.get("starts_at_step", 0) for g in groups} == {0, 7}
 
 
-def test_the_average_of_the_weights_is_what_is_judged(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_average_of_the_weights_is_what_is_judged(shards: Path, run: Path, tmp_path: Path) -> None:
     tuned(shards, tmp_path / "o", run, ema_decay=0.9)
     mean = weights(tmp_path / "o", 1, name="averaged")
     for step in range(2, 13):
@@ -131,7 +131,7 @@ def test_averages_of_batch_norms() -> None:
 def test_killed_and_resumed_it_is_the_same(
     changes: dict[str, Any],
     shards: Path,
-    run: Path,  # noqa: F811
+    run: Path,
     tmp_path: Path,
 ) -> None:
     whole = tuned(shards, tmp_path / "whole", run, **changes)
@@ -153,7 +153,7 @@ def test_killed_and_resumed_it_is_the_same(
     assert a == b
 
 
-def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:
     """At a learning rate of nothing it never rises again: it stops, with the weights that were best."""
     given = {"early_stop": {"every_steps": 2, "patience": 3, "fraction": 0.3}, "optim.base_lr": 1e-9, "optim.steps": 40}
     tuned(shards, tmp_path / "o", run, **given)
@@ -175,7 +175,7 @@ def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:  # noq
         assert [m["step"] for m in read_metrics(cell)][-1] == 8, "and does not go on"
 
 
-def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:
     given = {"early_stop": {"every_steps": 4, "fraction": 0.3}, "drop_path_rate": 0.3}
     tuned(shards, tmp_path / "o", run, **given)
     log = (tmp_path / "o" / CELL / "train.log").read_text()
@@ -186,7 +186,7 @@ def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: P
     assert [m["loss"] for m in read_metrics(tmp_path / "r" / CELL)] == losses, "judging leaves training as it was"
 
 
-def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     given = {"early_stop": {"every_steps": 2, "patience": 2, "fraction": 0.3}, "ema_decay": 0.5}
     straight = tuned(shards, tmp_path / "a", run, **given)
     real = image_labels.open_labeled
@@ -206,7 +206,7 @@ def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path:
     assert torch.equal(exported["blocks.0.mlp.fc1.weight"], averaged["encoder.blocks.0.mlp.fc1.weight"])
 
 
-def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Killed after a new best and before the next checkpoint, the run goes on from one that names the old best."""
     real, scores, there = judge.judge, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
 
@@ -330,7 +330,7 @@ def test_a_rare_class_is_not_forgotten(balance: str, tmp_path: Path) -> None:
         ({"early_stop.fraction": 0.5, "data.labels_per_class": 1}, "early_stop: to hold some out, a class needs two"),
     ],
 )
-def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         tuned(shards, tmp_path / "o", run, **changes)
     assert not (tmp_path / "o").exists()
@@ -368,7 +368,7 @@ def test_at_a_higher_resolution_than_in_pretraining(
 
 
 @pytest.mark.parametrize("views", [2, 10])
-def test_views_of_validation_images_are_those_of_predict(shards: Path, run: Path, tmp_path: Path, views: int) -> None:  # noqa: F811
+def test_views_of_validation_images_are_those_of_predict(shards: Path, run: Path, tmp_path: Path, views: int) -> None:
     from mpp.data.labeled import open_labeled
     from mpp.finetuning.predict_images import Predictor
 
@@ -409,7 +409,7 @@ def test_no_bits_are_black() -> None:
     assert np.array_equal(np.asarray(augment._posterized(image, 8)), np.asarray(image))
 
 
-def test_attention_pools(shards: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_attention_pools(shards: Path, run: Path, tmp_path: Path) -> None:
     """A new layer on the pretrained encoder, timm's own: the export is a plain timm model with it."""
     small = {"seeds": [0], "beside": [], "optim.steps": 2, "optim.base_lr": 1e-9}
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run, pool="attention", **small))

@@ -22,6 +22,7 @@ from mpp.finetuning.consistency import Consistency
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.unlabeled import add_unlabeled, open_unlabeled
 from mpp.inspection.replay import replay
+from mpp.parallel.team import start_team
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
 from mpp.runs.records import read_metrics
@@ -38,7 +39,7 @@ def recipe(shards: Path, out: Path, images: Path | str, **changes: Any) -> Finet
 def dataset(made: FinetuneRecipe) -> WithUnlabeled:
     kind = open_label_kind(made)
     train = kind.open(made.data.train, key="data.train", classes=None)
-    opened = open_unlabeled(made, kind.open(made.data.val, key="data.val", classes=train.classes))
+    opened = open_unlabeled(made, start_team("fp32"), kind.open(made.data.val, key="data.val", classes=train.classes))
     assert opened is not None
     return add_unlabeled(kind.training_set(train, np.arange(20), 0), opened, made, seed=0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,3 +114,35 @@ def fit(
 
     optimizer.step(objective)
     return Linear(mean, scale, weight.detach(), bias.detach())
+
+
+def accuracies(
+    x: np.ndarray,
+    labels: np.ndarray,
+    tune_x: np.ndarray,
+    tune_labels: np.ndarray,
+    num_classes: int,
+    weight_decays: Iterable[float],
+    *,
+    device: torch.device,
+    max_iterations: int,
+) -> dict[float, float]:
+    """Return what a probe is worth on other features for each weight decay, from strong to weak, each fitted from the
+    one before.
+
+    Args:
+        x: (n, D), to fit to.
+        labels: (n,) int64.
+        tune_x: (m, D), to judge by.
+        tune_labels: (m,) int64.
+        num_classes: How many there are.
+        weight_decays: See `fit`.
+        device: See `fit`.
+        max_iterations: See `fit`.
+    """
+    tuned: dict[float, float] = {}
+    fitted = None
+    for decay in sorted(weight_decays, reverse=True):
+        fitted = fit(x, labels, num_classes, decay, device=device, max_iterations=max_iterations, start=fitted)
+        tuned[decay] = float((fitted.predict(tune_x) == tune_labels).mean())
+    return tuned
