@@ -71,6 +71,13 @@ def test_each_arm_is_a_recipe(shards: Path, tmp_path: Path) -> None:
     assert cnn.architecture is not None
     assert (cnn.encoder, cnn.architecture.name, cnn.optim.base_lr, cnn.lora) == ("scratch", "resnet18d", 0.25, None)
     assert cnn.data.image_size == (32, 32), "16 px, enlarged"
+    images = {"images": "photos"}
+    learning = recipe(shards, tmp_path, "runs/x", ema_decay=0.9, unlabeled=images, beside=["scratch", "cnn"])
+    taught = recipe(shards, tmp_path, "runs/x", distill={"teacher": "runs/y", **images}, beside=["scratch", "cnn"])
+    assert recipe_of_arm(learning, "scratch").unlabeled == learning.unlabeled
+    assert recipe_of_arm(taught, "scratch").distill == taught.distill
+    assert recipe_of_arm(learning, "cnn").unlabeled is None, "it is what one would do without such images"
+    assert recipe_of_arm(taught, "cnn").distill is None
     large = recipe(shards, tmp_path, "runs/x", beside="cnn", **{"data.image_size": 224})
     cnn = recipe_of_arm(large, "cnn")
     assert (cnn.data.image_size, cnn.architecture and cnn.architecture.args) == ((224, 224), {})
