@@ -24,7 +24,7 @@ FINER = 4  # outlines are drawn at so many times the size, and shrunk
 PARTS = {"unlabeled": 0, "train": 1, "val": 2}
 
 
-def texture(rng: np.random.Generator, colour: tuple[int, int, int], side_px: int) -> np.ndarray:
+def texture(rng: np.random.Generator, colour: Sequence[float], side_px: int) -> np.ndarray:
     """(side, side, 3) float in [0, 255]: two colours, each near the one given, mixed by a few waves, and noise."""
     y, x = np.mgrid[:side_px, :side_px] / side_px
     waves = np.zeros((side_px, side_px))

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import yaml
 
+from mpp.runs.verdict import ROADS
+
 RESULTS = Path(__file__).resolve().parent.parent / "recipes" / "RESULTS.csv"
 COLUMNS = ["run", "task", "labels_per_class", "arm", "seed", "metric", "value"]
-CELL = re.compile(r"(?:labels(?P<labels>\d+)-)?(?P<arm>pretrained|scratch)-seed(?P<seed>\d+)")
+CELL = re.compile(rf"(?:labels(?P<labels>\d+)-)?(?P<arm>{'|'.join(ROADS)})-seed(?P<seed>\d+)")
 
 
 def rows_of(name: str, run: Path) -> list[dict[str, str]]:

@@ -211,10 +211,13 @@ def table(verdicts: Sequence[Verdict]) -> str:
         rows.append([str(v.labels_per_class), *(str(e) for e in v.score.values()), *gain])
     lines = aligned(rows)
     for v in verdicts:
+        costs = [f"{arm} {text}" for arm in v.score if v.cost and (text := v.cost.text(arm))]
+        notes = [", ".join(costs), " ".join(compare_with_start(v).split())]
         if v.gain and (conclusion := conclude(v.gain)).kind != "helped":
-            lines.append(f"{v.labels_per_class} labels a class: {conclusion.text}")
+            notes.append(conclusion.text)
         if compared := compare_roads(v.score):
-            lines.append(f"{v.labels_per_class} labels a class: {compared.text}")
+            notes.append(compared.text)
+        lines += [f"{v.labels_per_class} labels a class: {note}" for note in notes if note]
     return "\n".join(lines)
 
 

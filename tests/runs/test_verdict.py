@@ -112,3 +112,12 @@ def test_two_arms_have_the_gain_and_no_second_sentence() -> None:
     shown = table([Verdict.of(None, cells(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))])
     assert "best here" not in shown
     assert compare_roads({"pretrained": estimate([0.4])}) is None
+
+
+def test_minutes_and_the_probe_stand_beside_each_number_of_labels() -> None:
+    begun = {"pretrained": [{"accuracy": 0.5, "start_accuracy": 0.6}], "cnn": [{"accuracy": 0.4}]}
+    verdicts = [Verdict.of(n, begun, "accuracy", Cost("CPU", 13.6, {"pretrained": n, "cnn": 20.0})) for n in (5, 25)]
+    shown = table(verdicts).splitlines()
+    assert "5 labels a class: pretrained 13.6 + 5.0 CPU-minutes, cnn 20.0 CPU-minutes" in shown
+    assert "25 labels a class: pretrained 13.6 + 25.0 CPU-minutes, cnn 20.0 CPU-minutes" in shown
+    assert "25 labels a class: probe 60.0 % (its start; fine-tuning lost against it: lower optim.base_lr)" in shown

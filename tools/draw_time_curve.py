@@ -1,0 +1,73 @@
+"""Fine-tuning runs after pretraining of several lengths -> one figure: does it pay to pretrain longer?
+
+    python tools/draw_time_curve.py runs/after-5 runs/after-15 runs/after-45 --out docs/pretraining_time.png
+
+Over the minutes of pretraining and fine-tuning together: the score of the pretrained encoder, of the CNN that had the same
+time, and, level, of the same encoder from scratch. Intervals are 95 %, over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpp.drawing.plots import Level, Line, draw
+from mpp.runs.verdict import ROADS, Estimate, stored_cost, stored_estimate
+
+Point = tuple[float, Estimate]
+
+
+def read_points(runs: Sequence[Path]) -> tuple[dict[str, list[Point]], str, str]:
+    """Arm -> (minutes with pretraining, score) of each run, from short to long; the metric; the device.
+
+    Raises:
+        ValueError: A run is of several numbers of labels, or its encoder's minutes are not known.
+    """
+    points: dict[str, list[Point]] = {}
+    metric = device = ""
+    for run in runs:
+        result = json.loads((run / "result.json").read_text())
+        if len(result["verdicts"]) > 1:
+            raise ValueError(f"{run}: several numbers of labels; give runs of one")
+        (verdict,) = result["verdicts"]
+        cost = stored_cost(verdict["cost"])
+        if cost is None or cost.pretraining_minutes is None:
+            raise ValueError(f"{run}: what its encoder's pretraining took is not known")
+        metric, device = verdict["metric"], cost.device
+        for arm, score in verdict["score"].items():
+            before = cost.pretraining_minutes if arm == "pretrained" else 0.0
+            points.setdefault(arm, []).append((before + cost.minutes[arm], stored_estimate(score)))
+    return {arm: sorted(of_arm, key=lambda p: p[0]) for arm, of_arm in points.items()}, metric, device
+
+
+def draw_curve(runs: Sequence[Path], out: Path) -> None:
+    """Draw the figure of these runs into a PNG."""
+    points, metric, device = read_points(runs)
+    shown: list[Line | Level] = []
+    for arm, of_arm in points.items():
+        means = [100 * score.mean for _, score in of_arm]
+        if arm == "scratch":  # its time is that of fine-tuning, whatever was before
+            shown.append(Level(ROADS[arm], sum(means) / len(means)))
+            continue
+        widths = [100 * score.half_width for _, score in of_arm]
+        known = None if any(map(math.isnan, widths)) else widths
+        shown.append(Line(ROADS[arm], [x for x, _ in of_arm], means, known, dashed=arm == "cnn"))
+    seeds = len(points["pretrained"][0][1].values)
+    title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
+    draw({title: shown}, out, xlabel=f"{device}-minutes, with pretraining", ylabel=f"{metric}, %", log_x=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Score over the time of pretraining and fine-tuning together.")
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(words)
+    draw_curve(given.runs, given.out)
+    print(given.out)
+
+
+if __name__ == "__main__":
+    main()
