@@ -137,7 +137,8 @@ def add_person(scene: Scene, x: float, y: float, near: float) -> None:
     """A head over a body on two legs."""
     tall = 0.1 + 0.3 * near
     colour = any_colour(scene)
-    legs = [box(x + s * tall * 0.1 - tall * 0.05, y - tall * 0.45, x + s * tall * 0.1 + tall * 0.05, y) for s in (-1, 1)]
+    half = tall * 0.05
+    legs = [box(at - half, y - tall * 0.45, at + half, y) for at in (x - 2 * half, x + 2 * half)]
     body = box(x - tall * 0.17, y - tall * 0.82, x + tall * 0.17, y - tall * 0.4)
     scene.add(PERSON, body, *legs, colour=colour)
     head = [(x - tall * 0.09, y - tall), (x + tall * 0.09, y - tall * 0.8)]

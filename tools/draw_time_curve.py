@@ -2,8 +2,8 @@
 
     python tools/draw_time_curve.py runs/after-5 runs/after-15 runs/after-45 --out docs/pretraining_time.png
 
-Over the minutes of pretraining and fine-tuning together: the score of the pretrained encoder, of the CNN that had the same
-time, and, level, of the same encoder from scratch. Intervals are 95 %, over seeds.
+Over the minutes of pretraining and fine-tuning together: the score of the pretrained encoder, of the CNN that had the
+same time, and, level, of the same encoder from scratch. Intervals are 95 %, over seeds.
 """
 
 from __future__ import annotations
