@@ -257,13 +257,11 @@ def test_every_command_of_a_recipe_gives_what_its_keys_need() -> None:
 
 
 PRETRAINING = [p for p in all_recipes() if p.parent.name == "pretrain"]
-LARGE = ("mae_vit_l16", "mae_vit_h14", "simmim_swin_b", "hybrid_r50_b16")
+SLOW = dict.fromkeys(("mae_vit_l16", "simmim_swin_b", "hybrid_r50_b16"), pytest.mark.slow)
+SLOW["mae_vit_h14"] = pytest.mark.exhaustive  # 630 M parameters; otherwise as mae_vit_l16
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LARGE else []) for p in PRETRAINING],
-)
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=SLOW.get(p.stem, ())) for p in PRETRAINING])
 def test_every_pretraining_recipe_builds(path: Path) -> None:
     from mpp.objective.build import build_model
 
