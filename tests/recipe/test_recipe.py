@@ -303,9 +303,12 @@ def tiny_encoder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_every_fine_tune_runs_at_tiny_scale(path: Path, tiny_encoder: Path, shards: Path, tmp_path: Path) -> None:
     """Those of places are run where the guides run them."""
     places = {"data.train": f"{shards}/shard-00000[12].tar", "data.val": f"{shards}/shard-000000.tar"}
+    recipe = load_recipe(path, FinetuneRecipe, given_to(path))
+    if recipe.unlabeled:
+        places["unlabeled.images"] = str(shards)
     result = mpp.finetune(path, scale="tiny", encoder=str(tiny_encoder), out=str(tmp_path / "run"), **places)
     assert result.state == "finished"
-    cells = [f"{arm}-seed0" for arm in ("pretrained", *load_recipe(path, FinetuneRecipe, given_to(path)).beside)]
+    cells = [f"{arm}-seed0" for arm in ("pretrained", *recipe.beside)]
     assert sorted(p.name for p in result.out.glob("*-seed0")) == sorted(cells)
 
 
