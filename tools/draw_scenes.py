@@ -2,9 +2,9 @@
 
     python tools/draw_scenes.py scenes        # unlabeled/ 2,000 images; train/ 50 and val/ 200 with masks
 
-Eight classes of very unequal size: a pole covers one pixel in a hundred. Colours say little: trees and grass are both
-green, houses and roads grey, cars and people of any colour. Edges between classes count for nothing (255), as in PASCAL
-VOC. Image i of a part is a pure function of (part, i).
+Eight classes of very unequal size: people and poles cover two pixels in a hundred each. Colours say little: trees and
+grass are both green, houses and roads grey, cars and people of any colour. Edges between classes count for nothing
+(255), as in PASCAL VOC. Image i of a part is a pure function of (part, i).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def drawn(part: str, number: int, height_px: int = 96, width_px: int = 128) -> t
 
 
 def add_house(scene: Scene, horizon: float, wide: float) -> None:
-    """A wall with a roof, and windows that are as dark as roads."""
+    """A wall with a roof, and dark windows."""
     rng = scene.rng
     left, width, height = rng.uniform(-0.1, wide), rng.uniform(0.2, 0.5), rng.uniform(0.12, 0.35)
     bottom = horizon + rng.uniform(0, 0.06)
