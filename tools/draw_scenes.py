@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from draw_shapes import FINER, PARTS, texture
+from draw_shapes import FINER, PARTS, make_folders, texture
 
 CLASSES = ("sky", "road", "grass", "house", "tree", "car", "person", "pole")
 SKY, ROAD, GRASS, HOUSE, TREE, CAR, PERSON, POLE = range(len(CLASSES))
@@ -27,7 +27,7 @@ COLOURS = {
     SKY: (165, 180, 205), ROAD: (110, 108, 110), GRASS: (95, 125, 80), HOUSE: (135, 125, 115), TREE: (75, 105, 70),
     POLE: (105, 105, 105),
 }  # fmt: skip
-"""Of each class; cars and people have any."""
+"""The colour near which the texture of a class is drawn. Cars and people have a random colour."""
 IGNORED = 255
 EDGE = (0.05, 0.95)
 """A pixel that a thing covers by a part between these belongs to no class."""
@@ -47,7 +47,7 @@ class Scene:
 
         Args:
             kind: Its class.
-            *outlines: Polygons of (x, y) from the left and the top; what lies in one of them is the thing's.
+            *outlines: Polygons of (x, y), measured from the upper left corner. The thing covers all of them.
             round_: Each outline is two corners of the box of an ellipse.
             colour: In place of that of the class.
         """
@@ -155,17 +155,14 @@ def add_pole(scene: Scene, x: float, y: float, near: float) -> None:
 
 def write(out: Path, part: str, images: int, height_px: int, width_px: int) -> None:
     """out/part: images, and but for "unlabeled" masks and classes.txt."""
-    folder = out / part
-    labeled = part != "unlabeled"
-    for name in ("images", "masks") if labeled else (".",):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    of_images, of_masks = make_folders(out, part)
     for i in range(images):
         image, mask = drawn(part, i, height_px, width_px)
-        image.save(folder / ("images" if labeled else ".") / f"{i:05d}.png")
-        if labeled:
-            Image.fromarray(mask).save(folder / "masks" / f"{i:05d}.png")
-    if labeled:
-        (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+        image.save(of_images / f"{i:05d}.png")
+        if of_masks:
+            Image.fromarray(mask).save(of_masks / f"{i:05d}.png")
+    if of_masks:
+        (out / part / "classes.txt").write_text("\n".join(CLASSES) + "\n")
 
 
 def main(words: Sequence[str] | None = None) -> None:

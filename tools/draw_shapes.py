@@ -71,21 +71,28 @@ def drawn(part: str, number: int, side_px: int = 64) -> tuple[Image.Image, np.nd
     return Image.fromarray(pixels.round().astype(np.uint8)), mask, shapes
 
 
-def write(out: Path, part: str, images: int, side_px: int = 64) -> None:
-    """out/part: images, and but for "unlabeled" masks, classes.txt and annotations.json."""
+def make_folders(out: Path, part: str) -> tuple[Path, Path | None]:
+    """Make out/part, and return the folders of its images and of its masks; "unlabeled" has no masks."""
     folder = out / part
     labeled = part != "unlabeled"
-    for name in ("images", "masks") if labeled else (".",):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    images, masks = (folder / "images", folder / "masks") if labeled else (folder, None)
+    for made in filter(None, (images, masks)):
+        made.mkdir(parents=True, exist_ok=True)
+    return images, masks
+
+
+def write(out: Path, part: str, images: int, side_px: int = 64) -> None:
+    """out/part: images, and but for "unlabeled" masks, classes.txt and annotations.json."""
+    folder, (of_images, of_masks) = out / part, make_folders(out, part)
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for i in range(images):
         image, mask, shapes = drawn(part, i, side_px)
         name = f"{i:05d}.png"
-        image.save(folder / ("images" if labeled else ".") / name)
-        if not labeled:
+        image.save(of_images / name)
+        if of_masks is None:
             continue
-        Image.fromarray(mask).save(folder / "masks" / name)
+        Image.fromarray(mask).save(of_masks / name)
         entries.append({"id": i, "file_name": name, "width": side_px, "height": side_px})
         for kind, where in shapes:
             ys, xs = np.nonzero(where)
@@ -97,7 +104,7 @@ def write(out: Path, part: str, images: int, side_px: int = 64) -> None:
                     "area": int(where.sum()), "iscrowd": 0,
                 }
             )  # fmt: skip
-    if labeled:
+    if of_masks:
         (folder / "classes.txt").write_text("background\n" + "\n".join(CLASSES) + "\n")
         categories = [{"id": k + 1, "name": name} for k, name in enumerate(CLASSES)]
         coco = {"images": entries, "annotations": annotations, "categories": categories}

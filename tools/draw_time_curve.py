@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpp.drawing.plots import Level, Line, draw
-from mpp.runs.verdict import ROADS, Estimate, stored_cost, stored_estimate
+from mpp.runs.verdict import ROADS, Estimate, line_of_scores, stored_cost, stored_estimate
 
 Point = tuple[float, Estimate]
 
@@ -48,13 +47,10 @@ def draw_curve(runs: Sequence[Path], out: Path) -> None:
     points, metric, device = read_points(runs)
     shown: list[Line | Level] = []
     for arm, of_arm in points.items():
-        means = [100 * score.mean for _, score in of_arm]
         if arm == "scratch":  # its time is that of fine-tuning, whatever was before
-            shown.append(Level(ROADS[arm], sum(means) / len(means)))
-            continue
-        widths = [100 * score.half_width for _, score in of_arm]
-        known = None if any(map(math.isnan, widths)) else widths
-        shown.append(Line(ROADS[arm], [x for x, _ in of_arm], means, known, dashed=arm == "cnn"))
+            shown.append(Level(ROADS[arm], sum(100 * score.mean for _, score in of_arm) / len(of_arm)))
+        else:
+            shown.append(line_of_scores(ROADS[arm], of_arm, dashed=arm == "cnn"))
     seeds = len(points["pretrained"][0][1].values)
     title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
     draw({title: shown}, out, xlabel=f"{device}-minutes, with pretraining", ylabel=f"{metric}, %", log_x=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from mpp.data.readers import LabeledImages, PackedReader
 from mpp.data.shards.reader import ShardImages
 from mpp.data.shards.remote import is_remote
 from mpp.data.unreadable import check_images
-from mpp.drawing.plots import Line, draw
+from mpp.drawing.plots import draw
 from mpp.encoders.resolve import resolve
 from mpp.encoders.sources import check_source, fingerprint_of_inputs
 from mpp.errors import MppWarning, UserError
@@ -42,7 +41,7 @@ from mpp.runs.environment import environment
 from mpp.runs.folder import DATA, opened
 from mpp.runs.records import read_metrics, write_json, write_status
 from mpp.runs.symptoms import UNDERFIT_ADVICE, underfit
-from mpp.runs.verdict import Cost, Estimate, Verdict, name_unread, table
+from mpp.runs.verdict import Cost, Estimate, Verdict, line_of_scores, name_unread, table
 from mpp.training.device_time import unit_of
 
 PLOT = "label_efficiency.png"
@@ -296,9 +295,7 @@ def _plot(result: FinetuneResult, out: Path) -> None:
     lines = []
     for arm in result.score:
         points = [(float(v.labels_per_class or 0), v.score[arm]) for v in result.verdicts]
-        x, means = [n for n, _ in points], [100 * e.mean for _, e in points]
-        widths = [100 * e.half_width for _, e in points]
-        lines.append(Line(arm, x, means, None if any(map(math.isnan, widths)) else widths, dashed=arm == "scratch"))
+        lines.append(line_of_scores(arm, points, dashed=arm == "scratch"))
     seeds = len(next(iter(result.score.values())).values)
     title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
     draw({title: lines}, out, xlabel="labels a class", ylabel=f"{result.verdicts[-1].metric}, %", log_x=True)

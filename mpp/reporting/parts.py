@@ -22,6 +22,7 @@ from mpp.runs.verdict import (
     Conclusion,
     compare_roads,
     conclude,
+    line_of_scores,
     name_unread,
     stored_cost,
     stored_estimate,
@@ -227,17 +228,8 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
     if len(verdicts) > 1:
         lines = []
         for arm in scored:
-            points = [(float(v["labels_per_class"]), v["score"][arm]) for v in verdicts]
-            widths = [100 * e["half_width"] for _, e in points if number_text(e.get("half_width"))]
-            lines.append(
-                Line(
-                    arm,
-                    [x for x, _ in points],
-                    [100 * e["mean"] for _, e in points],
-                    widths if len(widths) == len(points) else None,
-                    dashed=arm == "scratch",
-                )
-            )
+            points = [(float(v["labels_per_class"]), stored_estimate(v["score"][arm])) for v in verdicts]
+            lines.append(line_of_scores(arm, points, dashed=arm == "scratch"))
         alt = "; ".join(f"{line.name} from {line.y[0]:.1f} to {line.y[-1]:.1f} %" for line in lines)
         figure = plots.lines({"Label efficiency": lines}, xlabel="labels a class", ylabel=f"{metric}, %", log_x=True)
         part.pictures.append(pictures.plot(figure, f"{metric} against labels a class: {alt}."))

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from mpp.drawing.plots import Line
 from mpp.recipe.flat import JsonMapping
 
 T_975 = (
@@ -100,15 +101,27 @@ def compare_roads(score: Mapping[str, Estimate]) -> Conclusion | None:
     return Conclusion("not_shown", text)
 
 
-def compare_with_start(verdict: Verdict) -> str:
-    """Say what the linear probe was worth with which the pretrained encoder's head began; "" if it began otherwise."""
+def compare_with_start(verdict: Verdict) -> tuple[Estimate, str] | None:
+    """Return the score of the linear probe that the pretrained encoder's head began as, and a remark about it; None if
+    the head began otherwise."""
     start = verdict.metrics.get("pretrained", {}).get(f"start_{verdict.metric}")
     if start is None:
-        return ""
+        return None
     worse = start.mean > verdict.score["pretrained"].mean
-    return f"{'probe':<12} {start}   (its start" + (
-        "; fine-tuning lost against it: lower optim.base_lr)" if worse else ")"
-    )
+    return start, "(its start" + ("; fine-tuning lost against it: lower optim.base_lr)" if worse else ")")
+
+
+def line_of_scores(name: str, points: Sequence[tuple[float, Estimate]], *, dashed: bool = False) -> Line:
+    """Return the line of a plot, in percent; it has intervals if every point has one.
+
+    Args:
+        name: Of the line.
+        points: (x, score).
+        dashed: Whether it is drawn so.
+    """
+    widths = [100 * score.half_width for _, score in points]
+    known = all(map(math.isfinite, widths))
+    return Line(name, [x for x, _ in points], [100 * e.mean for _, e in points], widths if known else None, dashed)
 
 
 def name_unread(classes: Sequence[str]) -> str:
@@ -212,7 +225,9 @@ def table(verdicts: Sequence[Verdict]) -> str:
     lines = aligned(rows)
     for v in verdicts:
         costs = [f"{arm} {text}" for arm in v.score if v.cost and (text := v.cost.text(arm))]
-        notes = [", ".join(costs), " ".join(compare_with_start(v).split())]
+        notes = [", ".join(costs)]
+        if begun := compare_with_start(v):
+            notes.append(f"probe {begun[0]} {begun[1]}")
         if v.gain and (conclusion := conclude(v.gain)).kind != "helped":
             notes.append(conclusion.text)
         if compared := compare_roads(v.score):
@@ -226,7 +241,8 @@ def _one(verdict: Verdict) -> str:
     for arm, e in verdict.score.items():
         cost = verdict.cost.text(arm) if verdict.cost else ""
         rows.append(f"{arm:<12} {e}   (seeds: {_percents(e.values)})" + (f"   {cost}" if cost else ""))
-    rows += [line for line in [compare_with_start(verdict)] if line]
+    if begun := compare_with_start(verdict):
+        rows.append(f"{'probe':<12} {begun[0]}   {begun[1]}")
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
         rows.append(conclude(verdict.gain).text)
