@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,24 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from mpp.finetuning.model import Supervised
+
+
+class Taught(NamedTuple):
+    """What weak views of images teach."""
+
+    targets: Tensor
+    """(U,) int64 classes; (U, classes) float32, 0 or 1, where an image may have several."""
+    sure: Tensor
+    """bool, as `targets`: whether it is learned."""
+
+    def keep_sure(self, strong: Tensor) -> tuple[Tensor, Taught]:
+        """Return strong views (U, C, H, W) of images of which something is sure, and what they are taught.
+
+        The others would be computed to be multiplied by zero. How many they are is known on the device alone: on a
+        GPU each step would wait for that, so this is for CPUs.
+        """
+        kept = self.sure if self.sure.dim() == 1 else self.sure.any(-1)
+        return strong[kept], Taught(self.targets[kept], self.sure[kept])
 
 
 class Consistency:
@@ -45,27 +63,29 @@ class Consistency:
         """Erases a part of strong views, (U, C, H, W) normalised."""
 
     @torch.no_grad()
-    def probabilities(self, images: Tensor) -> Tensor:
-        """(U, C, H, W) uint8 weak views -> (U, classes) float32, what the averaged model says."""
+    def teach(self, weak: Tensor) -> Taught:
+        """Judge weak views, (U, C, H, W) uint8."""
         with self.autocast():
-            logits = self.averaged(self.averaged.normalise(images)).float()
-        return logits.sigmoid() if self.independent_classes else logits.softmax(-1)
+            logits = self.averaged(self.averaged.normalise(weak)).float()
+        if self.independent_classes:
+            said = logits.sigmoid()
+            return Taught((said > 0.5).float(), (said >= self.threshold) | (said <= 1 - self.threshold))
+        likeliest, classes = logits.softmax(-1).max(-1)
+        return Taught(classes, likeliest >= self.threshold)
 
-    def loss(self, logits: Tensor, weak: Tensor, step: int) -> Tensor:
+    def loss(self, logits: Tensor, taught: Taught, images: int, step: int) -> Tensor:
         """Return the weighted loss of a micro-batch.
 
         Args:
             logits: (U, classes) of the strong views.
-            weak: (U, C, H, W) uint8 weak views of the same images.
+            taught: By the weak views of the same images.
+            images: Of the micro-batch, those included that were left out because nothing is sure.
             step: Of the run, from 0.
         """
-        said, logits = self.probabilities(weak), logits.float()
+        logits = logits.float()
         if self.independent_classes:
-            sure = (said >= self.threshold) | (said <= 1 - self.threshold)
-            each = F.binary_cross_entropy_with_logits(logits, (said > 0.5).float(), reduction="none")
+            each = F.binary_cross_entropy_with_logits(logits, taught.targets, reduction="none") / logits.shape[1]
         else:
-            likeliest, classes = said.max(-1)
-            sure = likeliest >= self.threshold
-            each = F.cross_entropy(logits, classes, reduction="none")
+            each = F.cross_entropy(logits, taught.targets, reduction="none")
         rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.weight * rise * (each * sure).mean()
+        return self.weight * rise * (each * taught.sure).sum() / images

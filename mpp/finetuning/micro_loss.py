@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from mpp.data.labeled_sets import LabeledBatch
+from mpp.data.labeled_sets import LabeledBatch, Labels
 from mpp.errors import UserError, one_line
 from mpp.finetuning.consistency import Consistency
 from mpp.finetuning.distillation import Distillation, open_teacher
@@ -83,20 +83,38 @@ class MicroLoss:
             x = self.erase(x)
         if self.mix is not None:
             x, labels = self.mix(x, labels)
-        labeled = len(x)
+        own_loss = self.model.task.loss
+        if self.consistency is not None and batch.strong is not None and batch.weak is not None:
+            return self._with_unlabeled(wrapped, x, labels, batch.strong, batch.weak, position)
         if batch.strong is not None:
-            # One forward pass for both kinds of images: batch norms see them together, and processes exchange once.
-            strong = self.model.normalise(batch.strong.to(self.device, non_blocking=True))
-            x = torch.cat([x, self.consistency.erase(strong) if self.consistency else strong])
-        outputs, own_loss = wrapped(x, labels), self.model.task.loss
+            x = torch.cat([x, self.model.normalise(batch.strong.to(self.device, non_blocking=True))])
+        outputs = wrapped(x, labels)
         if self.distillation is not None:
             return self.distillation.loss(outputs, x, labels, own_loss)
-        if self.consistency is None or batch.weak is None:
-            loss: torch.Tensor = own_loss(outputs, labels)
-            return loss
-        weak = batch.weak.to(self.device, non_blocking=True)
+        loss: torch.Tensor = own_loss(outputs, labels)
+        return loss
+
+    def _with_unlabeled(
+        self,
+        wrapped: torch.nn.Module,
+        x: torch.Tensor,
+        labels: Labels,
+        strong: torch.Tensor,
+        weak: torch.Tensor,
+        position: int,
+    ) -> torch.Tensor:
+        """The loss of labeled images `x` and of images without labels, of which there are two views."""
+        assert self.consistency is not None
+        images, labeled = len(strong), len(x)
+        taught = self.consistency.teach(weak.to(self.device, non_blocking=True))
+        strong = self.consistency.erase(self.model.normalise(strong.to(self.device, non_blocking=True)))
+        if self.device.type == "cpu":
+            strong, taught = taught.keep_sure(strong)
+        # One forward pass for both kinds of images: batch norms see them together, and processes exchange once.
+        outputs = wrapped(torch.cat([x, strong]), labels)
         step = position // self.global_batch_size
-        return own_loss(outputs[:labeled], labels) + self.consistency.loss(outputs[labeled:], weak, step)
+        of_labeled: torch.Tensor = self.model.task.loss(outputs[:labeled], labels)
+        return of_labeled + self.consistency.loss(outputs[labeled:], taught, images, step)
 
 
 def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: Unlabeled) -> Consistency:

@@ -115,21 +115,39 @@ def consistency(**changes: Any) -> Consistency:
 def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
     weak = torch.tensor([[9.0, 0, 0, 0], [1.0, 0, 0, 0], [0.0, 0, 9.0, 0]]).view(3, 1, 2, 2)
     logits = torch.zeros(3, 3, requires_grad=True)
-    loss = consistency().loss(logits, weak, step=0)
+    taught = consistency().teach(weak)
+    loss = consistency().loss(logits, taught, 3, step=0)
     # two of three are sure; each costs log 3 at logits of zero; the mean is over all three, times the weight
     assert loss.item() == pytest.approx(2 * 2 / 3 * np.log(3), rel=1e-6)
     loss.backward()
     assert logits.grad is not None
     assert logits.grad[1].abs().sum() == 0
     assert logits.grad.argmin(-1)[[0, 2]].tolist() == [0, 2], "what was said rises"
-    rising = [consistency(warmup_steps=4).loss(logits, weak, step).item() for step in (0, 1, 3, 9)]
+    rising = [consistency(warmup_steps=4).loss(logits, taught, 3, step).item() for step in (0, 1, 3, 9)]
     assert rising == pytest.approx([loss.item() * part for part in (0.25, 0.5, 1, 1)])
+
+
+@pytest.mark.parametrize("independent_classes", [False, True])
+def test_images_of_which_nothing_is_sure_may_be_left_out(independent_classes: bool) -> None:
+    weak = torch.tensor([[9.0, 0, 0, 0], [1.0, 0, 0, 0], [0.0, 0, 9.0, 0]]).view(3, 1, 2, 2)
+    logits = torch.arange(9.0).view(3, 3)
+    ours = consistency(independent_classes=independent_classes)
+    taught = ours.teach(weak)
+    kept_logits, kept = taught.keep_sure(logits)
+    assert kept_logits.tolist() == logits[[0, 2]].tolist()
+    assert ours.loss(kept_logits, kept, 3, step=0).item() == pytest.approx(ours.loss(logits, taught, 3, step=0).item())
+    nothing = ours.teach(torch.zeros_like(weak)).keep_sure(logits.requires_grad_())
+    loss = ours.loss(*nothing, 3, step=0)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()  # type: ignore[union-attr]
 
 
 def test_of_several_classes_each_counts_by_itself() -> None:
     weak = torch.tensor([[9.0, -9.0, 0.0, 0]]).view(1, 1, 2, 2)
     logits = torch.zeros(1, 3, requires_grad=True)
-    loss = consistency(independent_classes=True, weight=1.0).loss(logits, weak, step=0)
+    ours = consistency(independent_classes=True, weight=1.0)
+    loss = ours.loss(logits, ours.teach(weak), 1, step=0)
     assert loss.item() == pytest.approx(2 / 3 * np.log(2), rel=1e-6)
     loss.backward()
     assert logits.grad is not None
