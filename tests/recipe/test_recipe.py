@@ -444,14 +444,6 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
         load_recipe("pretrain/vit_smal", PretrainRecipe)
 
 
-@pytest.mark.parametrize("path", [ROOT / "recipes" / job / "vit_small.yaml" for job in ("pretrain", "finetune")])
-def test_a_small_scale_is_for_cpus(path: Path) -> None:
-    """One goes with the other: a fine-tune at the size of pretraining."""
-    recipe = load_any(path, given_to(path), scale="small")
-    assert recipe.data.image_size == (64, 64)  # type: ignore[attr-defined]
-    assert recipe.optim.epochs is None  # type: ignore[attr-defined]
-
-
 def test_a_recipe_from_before_resize_on_was_removed(tmp_path: Path) -> None:
     """Runs wrote the key into their folders. The loader resizes now, as with `cpu`."""
     path = tmp_path / "r.yaml"
