@@ -23,18 +23,24 @@ SAVING = [
     "prune.before", "prune.inside", "prune.after", "save.ends", "export.written", "export.before_rename",
     "export.renamed",
 ]  # fmt: skip
+EXHAUSTIVE = pytest.mark.exhaustive
 WRITTEN = [p for p in SAVING if p.endswith("_written")]
 LOADING = ["load.begins", "load.model_read", "load.ends", "load.metrics_kept", "load.metrics_rewound"]
 ONCE = ("export.written", "export.before_rename", "export.renamed")
 NOT_IN = {"pretrain": {"save.averaged_written"}, "finetune": set()}
-FEW = {"save.model_written", "save.before_rename", "prune.inside"}
-"""Of fine-tuning these are enough for every change; `make faults` tries all."""
-AT_POINTS = [
-    pytest.param(job, p, marks=() if job == "pretrain" or p in FEW else pytest.mark.exhaustive)
-    for job in JOBS
-    for p in SAVING
-    if p not in NOT_IN[job]
-]
+FEW = {"save.model_written", "save.before_rename", "prune.inside", "load.model_read"}
+"""At these fine-tuning, the second rank and the third checkpoint are tried after every change; `make faults` tries all."""
+
+
+def at_points(points: list[str], others: tuple[int, int]) -> list[Any]:
+    """(job, point, one of two) for each of both; all but `FEW` are tried with pretraining and the first of two alone."""
+    return [
+        pytest.param(job, p, other, marks=() if p in FEW or (job, other) == ("pretrain", others[0]) else EXHAUSTIVE)
+        for job in JOBS
+        for p in points
+        for other in others
+        if p not in NOT_IN[job]
+    ]
 
 
 @pytest.mark.promise("Every place where a run is broken on purpose is one that runs come by")
@@ -50,8 +56,7 @@ def test_the_points_are_those_that_are_reached(job: str, bench: Bench) -> None:
 
 
 @pytest.mark.promise("kill -9 of either rank at any named point of saving: losses and weights bit-equal after resuming")
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("job", "point"), AT_POINTS)
+@pytest.mark.parametrize(("job", "point", "victim"), at_points(SAVING, (0, 1)))
 def test_killed_while_saving(job: str, point: str, victim: int, bench: Bench) -> None:
     path = bench.recipe(job)
     fault = {"point": point, "nth": 1 if point in ONCE else 2, "do": "kill", "victim": victim}
@@ -67,8 +72,7 @@ def test_killed_while_saving(job: str, point: str, victim: int, bench: Bench) ->
 
 
 @pytest.mark.promise("kill -9 in the middle of writing a file: losses and weights bit-equal after resuming")
-@pytest.mark.parametrize("nth", [1, 3])
-@pytest.mark.parametrize(("job", "point"), [p for p in AT_POINTS if p.values[1] in WRITTEN])
+@pytest.mark.parametrize(("job", "point", "nth"), at_points(WRITTEN, (1, 3)))
 def test_killed_inside_a_file(job: str, point: str, nth: int, bench: Bench) -> None:
     path = bench.recipe(job)
     fault = {"point": point, "nth": nth, "do": "halve"}
@@ -78,9 +82,7 @@ def test_killed_inside_a_file(job: str, point: str, nth: int, bench: Bench) -> N
 
 
 @pytest.mark.promise("kill -9 while resuming, and again: losses and weights bit-equal after the third start")
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("point", LOADING)
-@pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("job", "point", "victim"), at_points(LOADING, (0, 1)))
 def test_killed_while_loading(job: str, point: str, victim: int, bench: Bench) -> None:
     path = bench.recipe(job)
     first = {"point": "save.manifest_written", "nth": 3, "do": "halve"}

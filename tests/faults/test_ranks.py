@@ -292,7 +292,10 @@ def test_skipped_steps(nursery: Nursery, one_white: Path, folder: Path) -> None:
     "Uneven and few shards, epochs that do not divide: no hang, no loss, each sample at most once an epoch"
 )
 @pytest.mark.parametrize("sizes", [[1, 7, 30], [3], [40, 1], [1] * 9, [2]])
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("world", "workers"),
+    [(3, 2), *(pytest.param(*other, marks=pytest.mark.exhaustive) for other in ((1, 2), (2, 0)))],
+)
 def test_shares(
     sizes: list[int],
     world: int,
