@@ -63,7 +63,8 @@ def finetuned(out: Path, before_minutes: float | None, pretrained: list[float]) 
         "cnn": [{"accuracy": 0.6} for _ in pretrained],
     }
     minutes = {"pretrained": 5.0, "scratch": 4.0, "cnn": (before_minutes or 0) + 5}
-    verdict = Verdict.of(100, cells, cost=Cost("CPU", before_minutes, minutes))
+    before = {"pretrained": before_minutes, "scratch": 0.0, "cnn": 0.0}
+    verdict = Verdict.of(100, cells, cost=Cost("CPU", before, minutes))
     write_json(out / "result.json", {"verdicts": [asdict(verdict)]})
     return out
 

@@ -33,11 +33,11 @@ def read_points(runs: Sequence[Path]) -> tuple[dict[str, list[Point]], str, str]
             raise ValueError(f"{run}: several numbers of labels; give runs of one")
         (verdict,) = result["verdicts"]
         cost = stored_cost(verdict["cost"])
-        if cost is None or cost.pretraining_minutes is None:
+        if cost is None or None in cost.minutes_before.values():
             raise ValueError(f"{run}: what its encoder's pretraining took is not known")
         metric, device = verdict["metric"], cost.device
         for arm, score in verdict["score"].items():
-            before = cost.pretraining_minutes if arm == "pretrained" else 0.0
+            before = cost.minutes_before.get(arm) or 0.0
             points.setdefault(arm, []).append((before + cost.minutes[arm], stored_estimate(score)))
     return {arm: sorted(of_arm, key=lambda p: p[0]) for arm, of_arm in points.items()}, metric, device
 

@@ -20,9 +20,10 @@ from mpp.finetuning.cell import Cell, cells_of, read_result
 from mpp.finetuning.job import Run
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.micro_loss import MicroLoss
+from mpp.finetuning.minutes_before import minutes_before
 from mpp.finetuning.model import Supervised
 from mpp.recipe.finetune import FinetuneRecipe
-from mpp.runs.records import encoder_folder, write_json
+from mpp.runs.records import write_json
 from mpp.training.device_time import DeviceTime, cpu_seconds, unit_of
 from mpp.training.optimizer import make_optimizer
 
@@ -38,8 +39,8 @@ class Length:
     """How long a cell trains, and why. It is measured once and kept, so that a resumed cell has the same schedule."""
 
     steps: int
-    pretraining_minutes: float | None
-    """None: nobody knows what the encoder's pretraining took on this kind of device."""
+    minutes_before: float | None
+    """What the first arm's encoder and teacher took; None: nobody knows, of this kind of device."""
     finetuning_minutes: float
     """What fine-tuning the encoder took, with the same seed and labels."""
     step_minutes: float
@@ -50,34 +51,13 @@ class Length:
     @property
     def sentence(self) -> str:
         """What a log says of it."""
-        before = self.pretraining_minutes
+        before = self.minutes_before
         known = f"{before:.1f} + " if before else ""
         unknown = (
-            "" if before is not None else "; what pretraining took on such a device is not known and does not count"
+            "" if before is not None else "; what was trained before on such a device is not known and does not count"
         )
         why = "; cnn.max_epochs ends it" if self.ended_by == "max_epochs" else ""
         return f"{self.steps} steps: the encoder took {known}{self.finetuning_minutes:.1f} minutes{unknown}{why}"
-
-
-def pretraining_minutes(encoder: str, device: str) -> float | None:
-    """Return what the pretraining of an encoder took, as its folder says.
-
-    Args:
-        encoder: As a recipe names it.
-        device: "CPU" or "GPU".
-
-    Returns:
-        Minutes of that kind of device; 0 from scratch; None where the folder says nothing, or pretraining ran on
-        another kind.
-    """
-    if encoder == "scratch":
-        return 0.0
-    try:
-        metrics = json.loads((encoder_folder(encoder) / "export.json").read_text())["metrics"]
-        minutes = float(metrics[f"{device.lower()}_minutes"])
-    except (UserError, OSError, ValueError, KeyError, TypeError):
-        return None
-    return minutes if math.isfinite(minutes) else None
 
 
 def length_of_cell(
@@ -110,7 +90,7 @@ def length_of_cell(
             f"beside: cnn: what {twin.folder} took is not known: an earlier release trained it, or its checkpoints are "
             "gone; give a new out"
         )
-    before = team.on_main(partial(pretraining_minutes, run.recipe.encoder, unit_of(team)))
+    before = team.on_main(partial(minutes_before, run.recipe, first_arm, unit_of(team)))
     minutes = (before or 0.0) + result.device_minutes
     step_minutes = measure_step(run, cell, recipe, kind, model, subset)
     in_time = max(1, round(minutes / step_minutes))

@@ -23,9 +23,9 @@ from mpp.errors import MppWarning, UserError
 from mpp.finetuning.arms import arms_of
 from mpp.finetuning.cell import RESULT, Cell, CellResult, cells_of, read_result, read_unread_classes
 from mpp.finetuning.checks import check_run
-from mpp.finetuning.equal_time import pretraining_minutes
 from mpp.finetuning.job import Run
 from mpp.finetuning.loop import train
+from mpp.finetuning.minutes_before import minutes_before
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.setup import prepare_cell
 from mpp.finetuning.unlabeled import open_unlabeled
@@ -192,7 +192,7 @@ def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
     recipe, out = run.recipe, Path(run.recipe.out)
     headline = registry.component("task", recipe.task.name).headline
     device = unit_of(run.team)
-    before = pretraining_minutes(recipe.encoder, device)
+    before = {arm: minutes_before(recipe, arm, device) for arm in arms_of(recipe)}
     verdicts = []
     for count in recipe.data.label_counts():
         of_arm = {

@@ -141,8 +141,8 @@ class Cost:
 
     device: str
     """"CPU" or "GPU": whose minutes these are, over all processes."""
-    pretraining_minutes: float | None
-    """Of the encoder; None where nobody kept it."""
+    minutes_before: dict[str, float | None]
+    """Arm -> what was trained before, its encoder and its teacher; None where nobody kept it."""
     minutes: dict[str, float]
     """Arm -> fine-tuning, the mean of the seeds."""
 
@@ -151,8 +151,8 @@ class Cost:
         own = self.minutes.get(arm, math.nan)
         if not math.isfinite(own):
             return ""
-        before = f"{self.pretraining_minutes:.1f} + " if arm == "pretrained" and self.pretraining_minutes else ""
-        return f"{before}{own:.1f} {self.device}-minutes"
+        before = self.minutes_before.get(arm)
+        return f"{f'{before:.1f} + ' if before else ''}{own:.1f} {self.device}-minutes"
 
 
 def stored_cost(value: JsonMapping | None) -> Cost | None:
@@ -160,7 +160,8 @@ def stored_cost(value: JsonMapping | None) -> Cost | None:
     if not value:
         return None
     minutes = {arm: math.nan if m is None else float(m) for arm, m in value["minutes"].items()}
-    return Cost(str(value["device"]), value["pretraining_minutes"], minutes)
+    before = value.get("minutes_before") or {"pretrained": value.get("pretraining_minutes")}  # as it was called once
+    return Cost(str(value["device"]), dict(before), minutes)
 
 
 @dataclass(frozen=True)

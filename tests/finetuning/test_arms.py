@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 import mpp
 from mpp.errors import UserError
 from mpp.finetuning.arms import arms_of, recipe_of_arm
-from mpp.finetuning.equal_time import pretraining_minutes
+from mpp.finetuning.minutes_before import minutes_before
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
 from mpp.runs.history import arms_of_finetune
@@ -107,9 +107,10 @@ def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Pat
     result = mpp.finetune(made)
     cell = out / "cnn-seed0"
     length = json.loads((cell / "length.json").read_text())
-    took = pretraining_minutes(str(run), "CPU")
-    assert pretraining_minutes(str(run), "GPU") is None, "minutes of another kind are not added"
-    assert took == length["pretraining_minutes"]
+    took = minutes_before(made, "pretrained", "CPU")
+    assert minutes_before(made, "pretrained", "GPU") is None, "minutes of another kind are not added"
+    assert minutes_before(made, "cnn", "CPU") == 0
+    assert took == length["minutes_before"]
     assert took is not None
     assert took > 0
     spent = json.loads(max((out / "pretrained-seed0" / "checkpoints").glob("*/state.json")).read_text())[

@@ -95,7 +95,12 @@ def test_what_a_gain_allows_to_say(gains: list[float], kind: str, words: str) ->
     ids=["cnn", "pretrained", "published", "no difference", "one seed"],
 )
 def test_the_sentence_about_roads(accuracies: dict[str, list[float]], kind: str, words: str) -> None:
-    verdict = Verdict.of(None, cells(**accuracies), "accuracy", Cost("CPU", 13.6, {"pretrained": 6.3, "cnn": 20.0}))
+    verdict = Verdict.of(
+        None,
+        cells(**accuracies),
+        "accuracy",
+        Cost("CPU", {"pretrained": 13.6, "cnn": 0.0}, {"pretrained": 6.3, "cnn": 20.0}),
+    )
     found = compare_roads(verdict.score)
     assert found is not None
     assert found.kind == kind
@@ -116,7 +121,10 @@ def test_two_arms_have_the_gain_and_no_second_sentence() -> None:
 
 def test_minutes_and_the_probe_stand_beside_each_number_of_labels() -> None:
     begun = {"pretrained": [{"accuracy": 0.5, "start_accuracy": 0.6}], "cnn": [{"accuracy": 0.4}]}
-    verdicts = [Verdict.of(n, begun, "accuracy", Cost("CPU", 13.6, {"pretrained": n, "cnn": 20.0})) for n in (5, 25)]
+    verdicts = [
+        Verdict.of(n, begun, "accuracy", Cost("CPU", {"pretrained": 13.6, "cnn": 0.0}, {"pretrained": n, "cnn": 20.0}))
+        for n in (5, 25)
+    ]
     shown = table(verdicts).splitlines()
     assert "5 labels a class: pretrained 13.6 + 5.0 CPU-minutes, cnn 20.0 CPU-minutes" in shown
     assert "25 labels a class: pretrained 13.6 + 25.0 CPU-minutes, cnn 20.0 CPU-minutes" in shown

@@ -1,0 +1,73 @@
+"""What was trained before a run counts: once each, whatever was made of what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mpp.finetuning.minutes_before import minutes_before
+from mpp.recipe.finetune import FinetuneRecipe
+from mpp.recipe.loading import check_recipe
+
+
+def recipe(encoder: Path | str, teacher: Path | None = None) -> FinetuneRecipe:
+    values: dict[str, Any] = {"job": "finetune", "encoder": str(encoder), "out": "runs/x"}
+    values["data"] = {"train": "labeled/train", "val": "labeled/val", "image_size": 32}
+    values["optim"] = {"base_lr": 1e-3, "global_batch_size": 8, "steps": 2}
+    if encoder == "scratch":
+        values["architecture"] = {"name": "vit_tiny_patch16_224"}
+    if teacher:
+        values["distill"] = {"teacher": str(teacher)}
+    return check_recipe(values, FinetuneRecipe)
+
+
+def pretrained(folder: Path, minutes: float) -> Path:
+    """A pretraining run, as far as its minutes go."""
+    (folder / "encoder").mkdir(parents=True)
+    (folder / "encoder" / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    (folder / "encoder" / "model.safetensors").write_bytes(b"")
+    (folder / "encoder" / "export.json").write_text(json.dumps({"metrics": {"cpu_minutes": minutes}}))
+    return folder
+
+
+def finetuned(out: Path, minutes: float, of: FinetuneRecipe, cell: str = "pretrained-seed0") -> Path:
+    """A cell of a fine-tune."""
+    (out / cell).mkdir(parents=True)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(of.model_dump(mode="json", exclude_unset=True)))
+    lines = [{"step": 1, "cpu_minutes": minutes / 2}, {"step": 2, "cpu_minutes": minutes}]
+    (out / cell / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out / cell
+
+
+def test_each_run_counts_once(tmp_path: Path) -> None:
+    encoder = pretrained(tmp_path / "p", 11.0)
+    assert minutes_before(recipe(encoder), "pretrained", "CPU") == 11
+    first = finetuned(tmp_path / "f", 6.0, recipe(encoder))
+    assert minutes_before(recipe(first), "pretrained", "CPU") == 17, "fine-tuned twice"
+    taught = recipe(encoder, teacher=first)
+    assert minutes_before(taught, "pretrained", "CPU") == 17, "encoder and teacher began with one pretraining"
+    second = finetuned(tmp_path / "g", 20.0, taught)
+    assert minutes_before(recipe(encoder, teacher=second), "pretrained", "CPU") == 37
+    assert minutes_before(recipe(encoder, teacher=second), "scratch", "CPU") == 37, "its teacher's"
+    assert minutes_before(recipe(encoder, teacher=second), "cnn", "CPU") == 0, "has no teacher"
+
+
+@pytest.mark.parametrize("cell", ["scratch-seed0", "labels5-scratch-seed0", "cnn-seed3"])
+def test_a_teacher_from_scratch_has_no_pretraining(cell: str, tmp_path: Path) -> None:
+    encoder = pretrained(tmp_path / "p", 11.0)
+    teacher = finetuned(tmp_path / "f", 6.0, recipe(encoder), cell)
+    assert minutes_before(recipe("scratch", teacher), "scratch", "CPU") == 6
+
+
+def test_what_is_not_known_is_none(tmp_path: Path) -> None:
+    encoder = pretrained(tmp_path / "p", 11.0)
+    assert minutes_before(recipe(encoder), "pretrained", "GPU") is None
+    assert minutes_before(recipe("vit_tiny_patch16_224"), "pretrained", "CPU") is None, "timm's weights"
+    assert minutes_before(recipe(tmp_path / "missing"), "pretrained", "CPU") is None
+    cut_off = finetuned(tmp_path / "f", 6.0, recipe(encoder))
+    (cut_off / "metrics.jsonl").unlink()
+    assert minutes_before(recipe(encoder, cut_off), "pretrained", "CPU") is None
