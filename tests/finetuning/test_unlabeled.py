@@ -19,6 +19,7 @@ from mpp.data.shards.reader import ShardImages
 from mpp.data.unlabeled_sets import WithUnlabeled
 from mpp.errors import UserError
 from mpp.finetuning.consistency import Consistency
+from mpp.finetuning.model import Classifier
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.unlabeled import add_unlabeled, open_unlabeled
 from mpp.inspection.replay import replay
@@ -167,6 +168,23 @@ def test_they_change_what_is_learned_and_may_move(shards: Path, tmp_path: Path) 
     other = recipe(shards, tmp_path / "with", shards / "shard-000001.tar", **{"unlabeled.threshold": 0.1})
     with pytest.raises(UserError, match="the data changed since|data or the encoder changed since"):
         mpp.finetune(other, resume="auto")
+
+
+def test_a_cpu_computes_only_those_that_teach(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: dict[float, list[int]] = {0.1: [], 0.999: []}
+    forward = Classifier.forward
+
+    def count_images(model: Classifier, x: Tensor, *rest: Any) -> Any:
+        if model.training:
+            computed[threshold].append(len(x))
+        return forward(model, x, *rest)
+
+    monkeypatch.setattr(Classifier, "forward", count_images)
+    for threshold in computed:
+        made = recipe(shards, tmp_path / str(threshold), shards, **{"unlabeled.threshold": threshold})
+        mpp.finetune(made)
+    labeled = made.optim.global_batch_size
+    assert computed == {0.1: [4 * labeled] * 4, 0.999: [labeled] * 4}
 
 
 def test_a_step_with_them_is_replayed(shards: Path, tmp_path: Path) -> None:
