@@ -9,17 +9,17 @@ import yaml
 from mpp.errors import without_secrets
 from mpp.recipe.flat import JsonObject, flat_keys
 from mpp.recipe.loading import RECIPES
+from mpp.recipe.messages import EXAMPLES
 from mpp.recipe.sections import Job
 
 
 def json_schema(job: str) -> JsonObject:
     """Of a job's recipes as they are written, with every short form, for editors. It knows no rule between keys."""
     schema: JsonObject = _with_limits(RECIPES[job].model_json_schema())
-    for section in (schema, *schema.get("$defs", {}).values()):  # a recipe may leave these to the command line
+    open_keys = {key.rsplit(".", maxsplit=1)[-1] for key in EXAMPLES}  # which a recipe may leave to the command line
+    for section in (schema, *schema.get("$defs", {}).values()):
         if "required" in section:
-            section["required"] = [
-                key for key in section["required"] if key not in ("shards", "train", "val", "encoder")
-            ]
+            section["required"] = [key for key in section["required"] if key not in open_keys]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -93,9 +93,16 @@ def load_open(path: str | Path, overrides: JsonObject, scale: str | None) -> tup
     values, places = parse_yaml(_text(path), str(path))
     apply_scale(values, places, scale, str(path))
     apply_overrides(values, places, overrides)
-    left = [key for key in required if flat_keys(values).get(key) is None]
+    given = flat_keys(values)
+    left = [key for key in required if given.get(key) is None and _has_section(key, job, values)]
     apply_overrides(values, places, dict.fromkeys(left, OPEN))
     return check_recipe(values, job, places, str(path)), left
+
+
+def _has_section(key: str, job: type[Job], values: JsonObject) -> bool:
+    """Whether a recipe has the section that a key is in, or must have it."""
+    section = key.split(".", maxsplit=1)[0]
+    return job.model_fields[section].is_required() or bool(values.get(section))
 
 
 def _job_of(path: str | Path) -> type[Job]:

@@ -19,8 +19,11 @@ EXAMPLES = {
     "data.val": "FOLDER",
     "encoder": "RUN",
     "out": "FOLDER",
+    "unlabeled.images": "FOLDER",
+    "distill.teacher": "RUN",
 }
-"""Required keys that recipes for one's own images leave open, and what to write."""
+"""Required keys that recipes for one's own images leave open, and what to write. Those of a section that a recipe may
+lack are required where it has the section."""
 
 
 def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) -> str:

@@ -236,6 +236,16 @@ def test_every_recipe_round_trips(path: Path, tmp_path: Path) -> None:
     assert recipe.job == path.parent.name
 
 
+def test_a_key_of_a_section_is_left_open_where_the_section_is_there() -> None:
+    path = ROOT / "recipes" / "finetune" / "small_images_unlabeled.yaml"
+    assert set(given_to(path)) == {"data.train", "data.val", "unlabeled.images"}
+    with pytest.raises(
+        UserError, match=r"unlabeled_?.*yaml:\d+: unlabeled\.images: required; add unlabeled\.images=FOLDER"
+    ):
+        load_any(path)
+    assert set(given_to(path.with_stem("small_images"))) == {"data.train", "data.val"}
+
+
 @pytest.mark.parametrize("path", all_recipes(), ids=lambda p: p.stem)
 def test_every_recipe_opens_with_source_command_cost_and_score(path: Path) -> None:
     head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
