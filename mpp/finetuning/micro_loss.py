@@ -107,9 +107,10 @@ class MicroLoss:
         assert self.consistency is not None
         images, labeled = len(strong), len(x)
         taught = self.consistency.teach(weak.to(self.device, non_blocking=True))
-        strong = self.consistency.erase(self.model.normalise(strong.to(self.device, non_blocking=True)))
+        strong = strong.to(self.device, non_blocking=True)
         if self.device.type == "cpu":
             strong, taught = taught.keep_sure(strong)
+        strong = self.consistency.erase(self.model.normalise(strong))
         # One forward pass for both kinds of images: batch norms see them together, and processes exchange once.
         outputs = wrapped(torch.cat([x, strong]), labels)
         step = position // self.global_batch_size
