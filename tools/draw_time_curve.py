@@ -33,7 +33,7 @@ def read_points(runs: Sequence[Path]) -> tuple[dict[str, list[Point]], str, str]
             raise ValueError(f"{run}: several numbers of labels; give runs of one")
         (verdict,) = result["verdicts"]
         cost = stored_cost(verdict["cost"])
-        if cost is None or None in cost.minutes_before.values():
+        if cost is None or cost.minutes_before.get("pretrained") is None:
             raise ValueError(f"{run}: what its encoder's pretraining took is not known")
         metric, device = verdict["metric"], cost.device
         for arm, score in verdict["score"].items():

@@ -25,8 +25,9 @@ class Taught(NamedTuple):
     def keep_sure(self, strong: Tensor) -> tuple[Tensor, Taught]:
         """Return strong views (U, C, H, W) of images of which something is sure, and what they are taught.
 
-        The others would be computed to be multiplied by zero. How many they are is known on the device alone: on a
-        GPU each step would wait for that, so this is for CPUs.
+        The loss of the others would be multiplied by zero. How many they are is known on the device alone: on a GPU
+        each step would wait for that, so this is for CPUs. Batch norms, which on a GPU see all strong views, see those
+        that are left.
         """
         kept = self.sure if self.sure.dim() == 1 else self.sure.any(-1)
         return strong[kept], Taught(self.targets[kept], self.sure[kept])

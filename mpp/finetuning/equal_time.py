@@ -107,7 +107,7 @@ def measure_step(
 ) -> float:
     """Return the minutes of a training step, over all processes, by making some with a copy of the model."""
     team, model = run.team, copy.deepcopy(model)
-    micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed)
+    micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed)  # the CNN has no unlabeled images
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     wrapped = team.wrap_model(model).train()
@@ -125,7 +125,7 @@ def measure_step(
             with team.accumulate(wrapped, exchange=m == batches.micro_batches - 1):
                 loss = micro_loss(wrapped, batch, int(batch.positions[0]))
                 team.backward(loss / batches.micro_batches)
-        optimizer.step()
+        optimizer.step()  # at a learning rate of 0, which takes as long
         optimizer.zero_grad()
         loss.item()  # wait for the device
     return max(clock.minutes() / TIMED_STEPS, 1e-9)

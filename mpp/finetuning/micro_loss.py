@@ -32,7 +32,9 @@ class Unlabeled(NamedTuple):
 
 
 class MicroLoss:
-    """A pure function of (weights, averaged weights, images, seed, position).
+    """The loss, determined by (weights, averaged weights, images, seed, position).
+
+    The generators of torch, Python and NumPy are seeded for each micro-batch.
 
     Args:
         recipe: Of the cell's arm.
@@ -86,7 +88,7 @@ class MicroLoss:
         own_loss = self.model.task.loss
         if self.consistency is not None and batch.strong is not None and batch.weak is not None:
             return self._with_unlabeled(wrapped, x, labels, batch.strong, batch.weak, position)
-        if batch.strong is not None:
+        if batch.strong is not None:  # images without labels, of which a teacher tells the classes
             x = torch.cat([x, self.model.normalise(batch.strong.to(self.device, non_blocking=True))])
         outputs = wrapped(x, labels)
         if self.distillation is not None:

@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from mpp.encoders.sources import is_timm_name
 from mpp.errors import UserError
 from mpp.recipe.finetune import FinetuneRecipe
-from mpp.recipe.loading import load_recipe
+from mpp.recipe.loading import load_any
+from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs.records import encoder_folder, read_metrics
 
 
@@ -22,37 +22,46 @@ def minutes_before(recipe: FinetuneRecipe, arm: str, device: str) -> float | Non
         device: "CPU" or "GPU".
 
     Returns:
-        Minutes of that kind of device; 0 from scratch; None where a folder does not tell, or what it holds was trained
-        on another kind of device.
+        Minutes of that kind of device; 0 from scratch; None for published weights, and where a folder does not tell, or
+        what it holds was trained on another kind of device.
     """
+    if arm == "published":
+        return None
     minutes: dict[Path, float] = {}
-    _collect(_begun_with(recipe, arm), f"{device.lower()}_minutes", minutes)
+    for source in _begun_with(recipe, arm):
+        _count(source, f"{device.lower()}_minutes", minutes)
     total = sum(minutes.values())
     return total if math.isfinite(total) else None
 
 
 def _begun_with(recipe: FinetuneRecipe, arm: str) -> list[str]:
     """The encoder and the teacher of an arm, as its recipe names them."""
-    encoder = [recipe.encoder] if arm == "pretrained" else []
+    encoder = [recipe.encoder] if arm == "pretrained" and recipe.encoder != "scratch" else []
     return encoder + ([recipe.distill.teacher] if recipe.distill and arm != "cnn" else [])
 
 
-def _collect(sources: list[str], key: str, minutes: dict[Path, float]) -> None:
-    """Note the minutes of folders, and of what they began with; nan where one does not tell."""
-    for source in sources:
-        path = Path(source).resolve()
-        if path in minutes or source == "scratch":
-            continue
-        minutes[path] = math.nan
-        if is_timm_name(source):
-            continue
-        try:
-            if (path.parent / "recipe.yaml").is_file():  # a fine-tuned cell
-                minutes[path] = float(read_metrics(path)[-1][key])
-                arm = path.name.split("-seed")[0].rsplit("-", 1)[-1]
-                _collect(_begun_with(load_recipe(path.parent / "recipe.yaml", FinetuneRecipe), arm), key, minutes)
-            else:
-                export = json.loads((encoder_folder(source) / "export.json").read_text())
-                minutes[path] = float(export["metrics"][key])
-        except (UserError, OSError, ValueError, KeyError, IndexError, TypeError):
-            continue
+def _count(source: str, key: str, minutes: dict[Path, float]) -> None:
+    """Note the minutes of a run, and of the runs that it began with; nan where one does not tell."""
+    folder = Path(source).resolve()
+    if folder.name == "encoder" and (folder.parent / "metrics.jsonl").is_file():
+        folder = folder.parent  # of the run or the cell
+    if folder in minutes:
+        return
+    minutes[folder] = math.nan
+    try:
+        if not (folder / "metrics.jsonl").is_file():  # an export, which keeps its own minutes alone
+            minutes[folder] = float(json.loads((encoder_folder(source) / "export.json").read_text())["metrics"][key])
+            return
+        minutes[folder] = float([record[key] for record in read_metrics(folder) if key in record][-1])
+        is_cell = not (folder / "recipe.yaml").is_file()
+        recipe = load_any((folder.parent if is_cell else folder) / "recipe.yaml")
+    except (UserError, OSError, ValueError, KeyError, IndexError, TypeError):
+        return
+    began: list[str] = []
+    if isinstance(recipe, FinetuneRecipe):
+        arm = folder.name.split("-seed")[0].rsplit("-", 1)[-1]  # labels25-pretrained-seed0
+        began = _begun_with(recipe, arm)
+    elif isinstance(recipe, PretrainRecipe) and (Path(recipe.encoder.name) / "metrics.jsonl").is_file():
+        began = [recipe.encoder.name]  # a run that went on from another; weights of others cost nothing
+    for earlier in began:
+        _count(earlier, key, minutes)

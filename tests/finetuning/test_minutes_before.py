@@ -25,21 +25,34 @@ def recipe(encoder: Path | str, teacher: Path | None = None) -> FinetuneRecipe:
     return check_recipe(values, FinetuneRecipe)
 
 
-def pretrained(folder: Path, minutes: float) -> Path:
+def pretrained(folder: Path, minutes: float, began_with: str = "vit_tiny_patch16_224") -> Path:
     """A pretraining run, as far as its minutes go."""
-    (folder / "encoder").mkdir(parents=True)
-    (folder / "encoder" / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
-    (folder / "encoder" / "model.safetensors").write_bytes(b"")
-    (folder / "encoder" / "export.json").write_text(json.dumps({"metrics": {"cpu_minutes": minutes}}))
+    folder.mkdir()
+    of_run = {"out": str(folder), "data": {"shards": "s", "image_size": 32}, "optim": {"epochs": 1}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(of_run | {"encoder": {"name": began_with}}))
+    write_metrics(folder, minutes)
     return folder
+
+
+def exported(folder: Path, minutes: float) -> Path:
+    """An export of a pretraining run."""
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "export.json").write_text(json.dumps({"metrics": {"cpu_minutes": minutes}}))
+    return folder
+
+
+def write_metrics(folder: Path, minutes: float) -> None:
+    lines = [{"step": 1, "cpu_minutes": minutes / 2}, {"step": 2, "cpu_minutes": minutes}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def finetuned(out: Path, minutes: float, of: FinetuneRecipe, cell: str = "pretrained-seed0") -> Path:
     """A cell of a fine-tune."""
     (out / cell).mkdir(parents=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(of.model_dump(mode="json", exclude_unset=True)))
-    lines = [{"step": 1, "cpu_minutes": minutes / 2}, {"step": 2, "cpu_minutes": minutes}]
-    (out / cell / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_metrics(out / cell, minutes)
     return out / cell
 
 
@@ -54,6 +67,18 @@ def test_each_run_counts_once(tmp_path: Path) -> None:
     assert minutes_before(recipe(encoder, teacher=second), "pretrained", "CPU") == 37
     assert minutes_before(recipe(encoder, teacher=second), "scratch", "CPU") == 37, "its teacher's"
     assert minutes_before(recipe(encoder, teacher=second), "cnn", "CPU") == 0, "has no teacher"
+    (second / "encoder").mkdir()
+    assert minutes_before(recipe(encoder, teacher=second / "encoder"), "pretrained", "CPU") == 37, "as logs name it"
+
+
+def test_pretraining_that_went_on_counts_what_it_began_with(tmp_path: Path) -> None:
+    first = pretrained(tmp_path / "first", 11.0)
+    second = pretrained(tmp_path / "second", 5.0, began_with=str(first))
+    assert minutes_before(recipe(second), "pretrained", "CPU") == 16
+    export = exported(tmp_path / "export", 7.0)
+    assert minutes_before(recipe(export), "pretrained", "CPU") == 7
+    third = pretrained(tmp_path / "third", 5.0, began_with=str(export))
+    assert minutes_before(recipe(third), "pretrained", "CPU") == 5, "weights of others cost nothing"
 
 
 @pytest.mark.parametrize("cell", ["scratch-seed0", "labels5-scratch-seed0", "cnn-seed3"])
@@ -68,6 +93,7 @@ def test_what_is_not_known_is_none(tmp_path: Path) -> None:
     assert minutes_before(recipe(encoder), "pretrained", "GPU") is None
     assert minutes_before(recipe("vit_tiny_patch16_224"), "pretrained", "CPU") is None, "timm's weights"
     assert minutes_before(recipe(tmp_path / "missing"), "pretrained", "CPU") is None
+    assert minutes_before(recipe(encoder), "published", "CPU") is None
     cut_off = finetuned(tmp_path / "f", 6.0, recipe(encoder))
     (cut_off / "metrics.jsonl").unlink()
     assert minutes_before(recipe(encoder, cut_off), "pretrained", "CPU") is None
