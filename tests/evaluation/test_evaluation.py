@@ -171,7 +171,7 @@ LONG: dict[str, Any] = {"probes": "attentive", "attentive.epochs": 2000, "contro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_a_signal_ends_it_as_training(number: signal.Signals, shards: Path, run: Path, tmp_path: Path) -> None:
     """Also the SIGINT that a shell has its background jobs ignore; and it says how far it is meanwhile."""
     words = [f"{key}={value}" for key, value in keys(shards, **LONG).items() if key not in ("data.train", "knn.k")]

@@ -117,7 +117,14 @@ def under_torchrun(path: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.promise(
     "Under torchrun: SIGTERM or SIGHUP to it, or Ctrl-C to its whole group, saves; the run goes on bit-equal"
 )
-@pytest.mark.parametrize("how", ["SIGTERM to torchrun", "SIGHUP to torchrun", "SIGINT to the group"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "SIGTERM to torchrun",
+        pytest.param("SIGHUP to torchrun", marks=pytest.mark.exhaustive),
+        "SIGINT to the group",
+    ],
+)
 def test_under_torchrun(how: str, bench: Bench) -> None:
     path, out = bench.recipe("pretrain", **LONG), bench.folder / "run"
     with under_torchrun(path, out) as run:
