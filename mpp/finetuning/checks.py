@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mpp.data.readers import LabeledImages
 from mpp.data.subsets import split
 from mpp.errors import UserError
@@ -40,6 +42,29 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
             lora.add(model.encoder, **of_arm.lora.model_dump())
     if recipe.distill:
         make_distillation(recipe, team, model, train.classes)
+
+
+def doubt_teacher(recipe: FinetuneRecipe) -> list[str]:
+    """Warn of a teacher that has learned from other labels than its students: each seed draws its own part of them.
+
+    Args:
+        recipe: Of the run.
+
+    Returns:
+        A line, or none.
+    """
+    drawn = recipe.data.labels_per_class is not None or recipe.data.fraction is not None
+    if recipe.distill is None or not drawn:
+        return []
+    cell = re.search(r"-seed(\d+)(?:/encoder)?/?$", recipe.distill.teacher)
+    others = [seed for seed in recipe.seeds if cell and seed != int(cell[1])]
+    if not cell or not others:
+        return []
+    seeds = ", ".join(map(str, others))
+    return [
+        f"distill.teacher: {recipe.distill.teacher} learned from the labels that seed {cell[1]} draws; seed {seeds} "
+        f"draws others, and learns from both. For a fair comparison give seeds=[{cell[1]}]"
+    ]
 
 
 def _check_images(recipe: FinetuneRecipe, kind: LabelKind, train: LabeledImages, val: LabeledImages) -> None:

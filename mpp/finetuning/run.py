@@ -22,7 +22,7 @@ from mpp.encoders.sources import check_source, fingerprint_of_inputs
 from mpp.errors import MppWarning, UserError
 from mpp.finetuning.arms import arms_of
 from mpp.finetuning.cell import RESULT, Cell, CellResult, cells_of, read_result, read_unread_classes
-from mpp.finetuning.checks import check_run
+from mpp.finetuning.checks import check_run, doubt_teacher
 from mpp.finetuning.job import Run
 from mpp.finetuning.loop import train
 from mpp.finetuning.minutes_before import minutes_before
@@ -124,14 +124,14 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     check_run(recipe, team, kind, train_images, val_images)
     unlabeled = open_unlabeled(recipe, team, val_images)
 
-    def look_at_images() -> list[str]:
-        warning_lines = []
+    def collect_doubts() -> list[str]:
+        warning_lines = doubt_teacher(recipe)
         for key, images in (("data.train", train_images), ("data.val", val_images)):
             warning_lines += kind.warnings(images, key)
             warning_lines += check_images(images, key, recipe.data.decoding(), recipe.data.max_bad_fraction)
         return warning_lines
 
-    doubts = team.on_main(look_at_images)
+    doubts = team.on_main(collect_doubts)
     teacher = recipe.distill.teacher if recipe.distill else None
     prints = train_images.fingerprint(), val_images.fingerprint()
     print_of_unlabeled = unlabeled.images.fingerprint if unlabeled else ""
