@@ -61,10 +61,10 @@ def commands(text: str) -> list[str]:
 def cut_down(line: str) -> str:
     """The same command, of two processes at most, small and short."""
     line = re.sub(r"(--nproc_per_node|--num_processes) \d+", r"\1 2", line)
+    if "/small_images" in line:  # a ResNet: the arguments in SMALLER are a ViT's
+        return f"{line} --scale tiny"
     job = re.search(r"mpp \w+", line)
     extra = SMALLER.get(job[0], []) if job and not any(mark in line for mark in AS_IT_IS) else []
-    if "/small_images" in line:  # of which a ViT's arguments make nothing smaller
-        return f"{line} --scale tiny"
     given = {word.split("=")[0].strip("'") for word in line.split()}
     if "encoder={name:" in line:
         given.update(OF_A_FOLDER)

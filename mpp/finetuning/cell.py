@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,13 @@ def cells_of(recipe: FinetuneRecipe) -> list[Cell]:
         for seed in recipe.seeds
         for arm in arms_of(recipe)
     ]
+
+
+def parse_folder(folder: Path) -> tuple[str, int] | None:
+    """Return the arm and the seed of a cell by the name of its folder, or of `encoder` in it; None: it is no cell."""
+    name = folder.parent.name if folder.name == "encoder" else folder.name
+    found = re.fullmatch(r"(?:labels\d+-)?([a-z]+)-seed(\d+)", name)
+    return (found[1], int(found[2])) if found else None
 
 
 class CellResult(NamedTuple):

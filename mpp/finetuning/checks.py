@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 
 from mpp.data.readers import LabeledImages
 from mpp.data.subsets import split
 from mpp.errors import UserError
 from mpp.finetuning import lora
 from mpp.finetuning.arms import arms_of, named_after, recipe_of_arm
+from mpp.finetuning.cell import parse_folder
 from mpp.finetuning.head_start import check_head
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.micro_loss import make_distillation
@@ -56,8 +57,8 @@ def doubt_teacher(recipe: FinetuneRecipe) -> list[str]:
     drawn = recipe.data.labels_per_class is not None or recipe.data.fraction is not None
     if recipe.distill is None or not drawn:
         return []
-    cell = re.search(r"-seed(\d+)(?:/encoder)?/?$", recipe.distill.teacher)
-    others = [seed for seed in recipe.seeds if cell and seed != int(cell[1])]
+    cell = parse_folder(Path(recipe.distill.teacher))
+    others = [seed for seed in recipe.seeds if cell and seed != cell[1]]
     if not cell or not others:
         return []
     seeds = ", ".join(map(str, others))

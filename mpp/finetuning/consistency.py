@@ -23,7 +23,7 @@ class Taught(NamedTuple):
     """bool, as `targets`: whether it is learned."""
 
     def keep_sure(self, strong: Tensor) -> tuple[Tensor, Taught]:
-        """Return strong views (U, C, H, W) of images of which something is sure, and what they are taught.
+        """Keep the strong views, (U, C, H, W), of those images that teach something, with what they teach.
 
         The loss of the others would be multiplied by zero. How many they are is known on the device alone: on a GPU
         each step would wait for that, so this is for CPUs. Batch norms, which on a GPU see all strong views, see those

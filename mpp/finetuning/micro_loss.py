@@ -88,7 +88,7 @@ class MicroLoss:
         own_loss = self.model.task.loss
         if self.consistency is not None and batch.strong is not None and batch.weak is not None:
             return self._with_unlabeled(wrapped, x, labels, batch.strong, batch.weak, position)
-        if batch.strong is not None:  # images without labels, of which a teacher tells the classes
+        if batch.strong is not None:  # unlabeled images; a teacher labels them
             x = torch.cat([x, self.model.normalise(batch.strong.to(self.device, non_blocking=True))])
         outputs = wrapped(x, labels)
         if self.distillation is not None:
@@ -105,7 +105,7 @@ class MicroLoss:
         weak: torch.Tensor,
         position: int,
     ) -> torch.Tensor:
-        """The loss of labeled images `x` and of images without labels, of which there are two views."""
+        """Add the loss of unlabeled images, each in a strong and a weak view, to that of the labeled images `x`."""
         assert self.consistency is not None
         images, labeled = len(strong), len(x)
         taught = self.consistency.teach(weak.to(self.device, non_blocking=True))

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from mpp.errors import UserError
+from mpp.finetuning.cell import parse_folder
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import load_any
 from mpp.recipe.pretrain import PretrainRecipe
@@ -58,9 +59,8 @@ def _count(source: str, key: str, minutes: dict[Path, float]) -> None:
     except (UserError, OSError, ValueError, KeyError, IndexError, TypeError):
         return
     began: list[str] = []
-    if isinstance(recipe, FinetuneRecipe):
-        arm = folder.name.split("-seed")[0].rsplit("-", 1)[-1]  # labels25-pretrained-seed0
-        began = _begun_with(recipe, arm)
+    if isinstance(recipe, FinetuneRecipe) and (cell := parse_folder(folder)):
+        began = _begun_with(recipe, arm=cell[0])
     elif isinstance(recipe, PretrainRecipe) and (Path(recipe.encoder.name) / "metrics.jsonl").is_file():
         began = [recipe.encoder.name]  # a run that went on from another; weights of others cost nothing
     for earlier in began:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpp.finetuning.checks import doubt_teacher
 from mpp.recipe.finetune import FinetuneRecipe
-from mpp.recipe.loading import check_recipe
+from tests.finetuning.test_finetuning import recipe as finetune_recipe
 
 
 def recipe(teacher: str | None, seeds: list[int], **data: Any) -> FinetuneRecipe:
-    values: dict[str, Any] = {"job": "finetune", "encoder": "runs/p", "out": "runs/x", "seeds": seeds}
-    values["data"] = {"train": "labeled/train", "val": "labeled/val", "image_size": 32, **data}
-    values["optim"] = {"base_lr": 1e-3, "global_batch_size": 8, "steps": 2}
-    return check_recipe(values | ({"distill": {"teacher": teacher}} if teacher else {}), FinetuneRecipe)
+    keys = {f"data.{key}": value for key, value in ({"labels_per_class": None} | data).items()}
+    return finetune_recipe(
+        Path("shards"), Path("runs/x"), "runs/p", seeds=seeds, distill={"teacher": teacher} if teacher else None, **keys
+    )
 
 
 @pytest.mark.parametrize("teacher", ["runs/f/pretrained-seed0", "runs/f/labels25-pretrained-seed0/encoder"])

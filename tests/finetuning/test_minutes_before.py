@@ -11,18 +11,14 @@ import yaml
 
 from mpp.finetuning.minutes_before import minutes_before
 from mpp.recipe.finetune import FinetuneRecipe
-from mpp.recipe.loading import check_recipe
+from tests.finetuning.test_finetuning import recipe as finetune_recipe
 
 
 def recipe(encoder: Path | str, teacher: Path | None = None) -> FinetuneRecipe:
-    values: dict[str, Any] = {"job": "finetune", "encoder": str(encoder), "out": "runs/x"}
-    values["data"] = {"train": "labeled/train", "val": "labeled/val", "image_size": 32}
-    values["optim"] = {"base_lr": 1e-3, "global_batch_size": 8, "steps": 2}
+    changes: dict[str, Any] = {"distill.teacher": str(teacher)} if teacher else {}
     if encoder == "scratch":
-        values["architecture"] = {"name": "vit_tiny_patch16_224"}
-    if teacher:
-        values["distill"] = {"teacher": str(teacher)}
-    return check_recipe(values, FinetuneRecipe)
+        changes["architecture.name"] = "vit_tiny_patch16_224"
+    return finetune_recipe(Path("shards"), Path("runs/x"), encoder, **changes)
 
 
 def pretrained(folder: Path, minutes: float, began_with: str = "vit_tiny_patch16_224") -> Path:

@@ -17,7 +17,7 @@ from mpp.data.leak import find_shared
 from mpp.data.readers import PackedReader
 from mpp.data.shards.reader import ShardImages
 from mpp.data.unlabeled_sets import WithUnlabeled
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from mpp.finetuning.consistency import Consistency
 from mpp.finetuning.model import Classifier
 from mpp.finetuning.open_labels import open_label_kind
@@ -251,6 +251,8 @@ def test_a_teacher_teaches_from_them(shards: Path, tmp_path: Path) -> None:
     teacher = str(tmp_path / "teacher" / "scratch-seed0")
     distill = {"teacher": teacher, "kind": "soft", "alpha": 1.0, "images": str(shards), "per_label": 2}
     changes: dict[str, Any] = {"unlabeled": None, "optim.steps": 8, "checkpoint_every_steps": 3, "keep_checkpoints": 9}
+    with pytest.warns(MppWarning, match="learned from the labels that seed 0 draws; seed 1 draws others"):
+        mpp.finetune(recipe(shards, tmp_path / "other", shards, unlabeled=None, distill=distill, seeds=[1]))
     losses = {}
     for name, images in (("with", str(shards)), ("without", None)):
         made = recipe(shards, tmp_path / name, shards, distill=distill | {"images": images}, **changes)
