@@ -29,7 +29,7 @@ from mpp.finetuning.minutes_before import minutes_before
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.setup import prepare_cell
 from mpp.finetuning.unlabeled import open_unlabeled
-from mpp.parallel.devices import cores_in_use
+from mpp.parallel.devices import advise_on_cpu
 from mpp.parallel.liveness import Watch
 from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import start_team
@@ -151,8 +151,9 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
         write_json(out / "env.json", environment())
         write_status(out, "running")
         _record_data(run, same_images=prints[0] == prints[1])
-        if team.device.type == "cpu" and team.world == 1 and (taken := cores_in_use()):
-            warnings.warn(taken, MppWarning, stacklevel=2)
+        if team.device.type == "cpu":
+            for advice in advise_on_cpu(recipe.precision, team.world):
+                print(f"note: {advice}", flush=True)
         for doubt in doubts:
             warnings.warn(doubt, MppWarning, stacklevel=2)
     return run

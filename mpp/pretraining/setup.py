@@ -24,7 +24,7 @@ from mpp.errors import UserError
 from mpp.objective.build import build_mask, build_model
 from mpp.objective.interfaces import Mask
 from mpp.objective.model import MaskedPatchModel
-from mpp.parallel.devices import compile_forward, cores_in_use, cpu_has_bf16, prefer_channels_last
+from mpp.parallel.devices import advise_on_cpu, compile_forward, prefer_channels_last
 from mpp.parallel.liveness import Watch
 from mpp.parallel.sharding import Whole, shard
 from mpp.parallel.signals import StopRequest
@@ -266,10 +266,9 @@ def _introduce(job: Pretraining) -> None:
             },
         )
     log.say(_opening_line(job))
-    if recipe.precision == "auto" and team.device.type == "cpu" and cpu_has_bf16():
-        log.say("note: this CPU has instructions for bf16: precision=bf16 may take half the time")
-    if team.device.type == "cpu" and team.world == 1 and (taken := cores_in_use()):
-        log.say(f"note: {taken}")
+    if team.device.type == "cpu":
+        for advice in advise_on_cpu(recipe.precision, team.world):
+            log.say(f"note: {advice}")
     if images.left_out:
         log.say(f"note: data.shards: {images.left_out}")
     for line in team.on_main(partial(_look_at_range, images, recipe.data.decoding())):

@@ -56,9 +56,13 @@ def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
     return check_recipe(values(*args, **changes), FinetuneRecipe)
 
 
-def test_both_arms_with_intervals(shards: Path, run: Path, tmp_path: Path) -> None:
+def test_both_arms_with_intervals(
+    shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mpp.parallel.devices.cores_in_use", lambda: "busy")
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run))
     assert result.state == "finished"
+    assert "note: busy\n" in capsys.readouterr().out
     assert result.score.keys() == {"pretrained", "scratch"}
     for arm in result.score.values():
         assert len(arm.values) == 2

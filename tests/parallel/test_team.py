@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpp.errors import UserError
-from mpp.parallel.devices import cores_in_use, multiply_in_tf32
+from mpp.parallel.devices import multiply_in_tf32
 from mpp.parallel.launch import check_launch
 from mpp.parallel.team import ranks_here, start_team
 
@@ -124,18 +122,3 @@ def test_sharding_is_for_the_recipe_to_ask_for(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(UserError, match=f"^accelerate's {engine}: allowed: a launch without --use_{engine.lower()}"):
         start_team("fp32")
-
-
-@pytest.mark.parametrize(
-    ("load", "threads", "said"),
-    [(1.5, 2, True), (0.2, 2, False), (3.0, 1, False), (2.5, 4, True), (0.5, 4, False)],
-)
-def test_threads_that_would_wait_are_spoken_of(
-    load: float, threads: int, said: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cores = max(threads, 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    expected = f"other work takes {load:.1f} of {cores} cores, so a run is slower than it could be"
-    assert cores_in_use() == (expected if said else "")

@@ -139,14 +139,6 @@ def test_a_steady_step_asks_the_device_for_nothing(
     check_steady_steps(monkeypatch, lambda: mpp.pretrain(recipe))
 
 
-def test_a_cpu_with_bf16_is_pointed_out(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, (has, precision) in enumerate([(True, "auto"), (False, "auto"), (True, "fp32")]):
-        monkeypatch.setattr("mpp.pretraining.setup.cpu_has_bf16", lambda has=has: has)
-        out = tmp_path / str(number)
-        mpp.pretrain(pretrain_recipe(shards, out, precision=precision, **{"optim.steps": 1}))
-        assert ("precision=bf16" in (out / "train.log").read_text()) == (number == 0)
-
-
 def test_what_a_run_of_several_targets_logs(shards: Path, tmp_path: Path) -> None:
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **OBJECTIVES["bert, three targets"]))
     last = read_metrics(tmp_path / "run")[-1]
