@@ -12,6 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from mpp.finetuning.model import Supervised
+from mpp.training.batch_norms import batch_norms_of, statistics_of_the_batch
 
 
 class Taught(NamedTuple):
@@ -37,7 +38,8 @@ class Consistency:
     """The loss of unlabeled images, beside that of the labeled ones.
 
     Args:
-        averaged: A moving average of the model's weights. It judges weak views in eval mode.
+        averaged: A moving average of the model's weights. It judges weak views in eval mode, but for its batch norms,
+            which normalise with the statistics of these views: those of the model are of strong views.
         threshold: Least probability of what is learned.
         weight: Of this loss in the end.
         warmup_steps: In which the weight rises from 0.
@@ -57,7 +59,7 @@ class Consistency:
         independent_classes: bool,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        self.averaged = averaged.eval()
+        self.averaged, self.batch_norms = averaged.eval(), batch_norms_of(averaged)
         self.threshold, self.weight, self.warmup_steps = threshold, weight, warmup_steps
         self.independent_classes, self.autocast = independent_classes, autocast
         self.erase = RandomErasing(erase, mode="pixel", device=averaged.mean.device)
@@ -66,7 +68,7 @@ class Consistency:
     @torch.no_grad()
     def teach(self, weak: Tensor) -> Taught:
         """Judge weak views, (U, C, H, W) uint8."""
-        with self.autocast():
+        with self.autocast(), statistics_of_the_batch(self.batch_norms):
             logits = self.averaged(self.averaged.normalise(weak)).float()
         if self.independent_classes:
             said = logits.sigmoid()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpp.data.loader import batches
 from mpp.data.unreadable import count_unreadable
 from mpp.finetuning import lora
 from mpp.finetuning.cell import RESULT, CellResult
@@ -21,6 +23,7 @@ from mpp.runs import checkpoint
 from mpp.runs.records import write_json
 from mpp.runs.verdict import name_unread
 from mpp.training import nonfinite
+from mpp.training.batch_norms import batch_norms_of, choose_batches, measure_batch_norms
 from mpp.training.steps import StepReport, StepReports, allow_unsaved
 
 PREDICTIONS = "predictions.png"
@@ -192,6 +195,7 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
     """
     run, progress, headline = job.run, job.progress, job.model.task.headline
     assert job.recipe.early_stop is not None
+    adjust_batch_norms(job)
     judged = judge(
         job.recipe, run.team, job.kind, job.judged, run.train, job.held_out, "early_stop", headline_only=True
     )
@@ -203,6 +207,35 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
         checkpoint.save_together(run.team, folder, progress.step, job.model, None, {}, keep=None, averaged=job.averaged)
     progress.given_up = progress.since_best >= job.recipe.early_stop.patience
     return {f"tune_{headline}": score}
+
+
+def adjust_batch_norms(job: Finetuning) -> None:
+    """Give the batch norms of the model that is judged the statistics of training images as they are judged; of crops,
+    as in training, if labels are of places. A frozen encoder keeps its statistics.
+
+    Every process calls this. The main one measures; `judge` hands its statistics to the others.
+    """
+    model, kind, train = job.judged, job.kind, job.run.train
+    norms = batch_norms_of(model)
+    if job.progress.step <= job.encoder_learns_at:
+        of_encoder = set(batch_norms_of(model.encoder))
+        norms = [norm for norm in norms if norm not in of_encoder]
+    if not norms:
+        return
+    if kind.at_every_place:
+        dataset, chosen = kind.training_set(train, job.subset, job.cell.seed), choose_batches(range(len(job.subset)))
+        keys: list[list[Any]] = [[(place, 0, place) for place in batch] for batch in chosen]
+    else:
+        dataset, keys = kind.judging_set(train), choose_batches(job.subset.tolist())
+
+    def measure() -> None:
+        loaded = batches(dataset, keys, workers=job.recipe.data.workers, pin_memory=False)
+        readable = (batch.images[batch.readable] for batch in loaded)
+        normalised = (model.normalise(x.to(model.mean.device)) for x in readable if len(x) > 1)
+        with job.run.team.autocast():
+            measure_batch_norms(model, norms, normalised)
+
+    job.run.team.on_main(measure)
 
 
 def record_of(job: Finetuning, lr: float, score: dict[str, float]) -> dict[str, float]:
@@ -267,6 +300,7 @@ def finish(job: Finetuning) -> CellResult:
         job.log.say(f"step {progress.best_step} of {progress.step}: {held_out}")
     if job.recipe.lora:  # before it is judged: what is judged is what is exported
         lora.merge(model.encoder)
+    adjust_batch_norms(job)
     judged = judge(job.recipe, run.team, job.kind, model, run.val, np.arange(len(run.val)), "data.val")
     if math.isfinite(progress.start_score):
         judged.metrics[f"start_{job.model.task.headline}"] = progress.start_score

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mpp.data.unreadable import count_unreadable
@@ -18,6 +17,7 @@ from mpp.recipe.pretrain import PretrainRecipe
 from mpp.rng import Purpose, torch_seed
 from mpp.runs import checkpoint
 from mpp.training import nonfinite
+from mpp.training.batch_norms import batch_norms_of, choose_batches, measure_batch_norms
 from mpp.training.steps import StepReport, StepReports, allow_unsaved, seed_dropout
 
 
@@ -185,13 +185,27 @@ def stop(job: Pretraining) -> PretrainResult:
 
 
 def finish(job: Pretraining) -> PretrainResult:
-    """Write the encoder as a timm folder, whose embedding is the mean of the patch tokens."""
+    """Write the encoder as a timm folder, whose embedding is the mean of the patch tokens.
+
+    Its batch norms, if it has any, get the statistics of whole images, the held-out ones: in training they saw images
+    that were hidden in part.
+    """
     progress, folder = job.progress, job.run.out / "encoder"
     metrics = {"step": progress.step, "loss": progress.loss, "skill": progress.skill}
     metrics[job.device_time.key] = progress.device_minutes
     with job.whole.on_device(job.team.device) as model:
-        pool_patches(model.encoder.model)
-        job.team.on_main(partial(save_encoder, model.encoder.model, folder, trained_by(job.recipe), metrics))
+        encoder = model.encoder.model
+        pool_patches(encoder)
+        norms, images = batch_norms_of(encoder), job.held_out.images
+        chosen = [rows for rows in choose_batches(range(len(images))) if norms and len(rows) > 1]
+
+        def save_encoder_that_reads_whole_images() -> None:
+            with job.team.autocast():
+                batches = (model.images(images[rows].to(job.team.device)).normalised for rows in chosen)
+                measure_batch_norms(encoder, norms, batches)
+            save_encoder(encoder, folder, trained_by(job.recipe), metrics)
+
+        job.team.on_main(save_encoder_that_reads_whole_images)
     job.log.say(f"encoder: {folder}")
     job.log.status("finished", step=progress.step)
     return PretrainResult(job.run.out, "finished", progress.step, progress.loss, progress.skill, folder)

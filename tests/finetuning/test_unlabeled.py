@@ -103,14 +103,24 @@ class Says(torch.nn.Module):
         return x.flatten(1)[:, :3]
 
 
-def consistency(**changes: Any) -> Consistency:
+def consistency(averaged: Any = None, **changes: Any) -> Consistency:
     from contextlib import nullcontext
 
     how: dict[str, Any] = {
         "threshold": 0.9, "weight": 2.0, "warmup_steps": 0, "erase": 0.0, "independent_classes": False,
         "autocast": nullcontext, **changes,
     }  # fmt: skip
-    return Consistency(Says(), **how)  # type: ignore[arg-type]
+    return Consistency(averaged or Says(), **how)
+
+
+def test_batch_norms_of_the_teacher_see_weak_views_alone() -> None:
+    """Those of the model have seen strong ones."""
+    averaged = torch.nn.Sequential(Says(), torch.nn.BatchNorm1d(3, affine=False))
+    averaged.mean, averaged.normalise = averaged[0].mean, averaged[0].normalise
+    weak = torch.tensor([[5.0, 2.0, 0.0, 0], [5.0, 1.0, 0.0, 0], [9.0, 1.0, 0.0, 0]]).view(3, 1, 2, 2)
+    assert consistency(averaged).teach(weak).targets.tolist() == [1, 2, 0]
+    assert averaged[1].running_mean.tolist() == [0, 0, 0], "left as they are"
+    assert averaged[1].num_batches_tracked == 0
 
 
 def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:

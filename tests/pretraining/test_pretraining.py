@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 
 import mpp
 from mpp.errors import UserError
+from mpp.pretraining.setup import prepare
 from mpp.runs.records import read_metrics
+from mpp.training.batch_norms import batch_norms_of, measure_batch_norms
 from tests.conftest import ROOT, command, drawn_image, encoded, pretrain_recipe
 from tests.data.test_loader import shard_of
 from tests.synchronisations import check_steady_steps
@@ -137,6 +140,24 @@ def test_a_steady_step_asks_the_device_for_nothing(
         **{"optim.steps": 6, "reconstruct_images": 0, "max_skipped_steps": 3},
     )
     check_steady_steps(monkeypatch, lambda: mpp.pretrain(recipe))
+
+
+def test_batch_norms_of_the_encoder_have_the_statistics_of_whole_images(shards: Path, tmp_path: Path) -> None:
+    resnet = {"encoder": {"name": "resnet10t"}, "corruption": "zeros", "mask.unit_px": 32, "data.image_size": 64}
+    made = pretrain_recipe(shards, tmp_path / "run", **resnet, **{"optim.steps": 3})
+    encoder = mpp.load_encoder(mpp.pretrain(made).out)
+    exported = {k: v.clone() for k, v in encoder.state_dict().items()}
+    with ExitStack() as until_the_end:
+        job = prepare(made, "auto", until_the_end)
+        whole = job.model.images(job.held_out.images).normalised
+    learned = job.model.encoder.model.state_dict()
+    measure_batch_norms(encoder, batch_norms_of(encoder), [whole])
+    for name, value in encoder.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(value, exported[name])
+            assert not torch.allclose(value, learned[name], rtol=0.01)
+        elif "num_batches" not in name:
+            assert torch.equal(value, learned[name])
 
 
 def test_what_a_run_of_several_targets_logs(shards: Path, tmp_path: Path) -> None:

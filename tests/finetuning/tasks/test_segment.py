@@ -29,6 +29,7 @@ from mpp.finetuning.tasks.segment import SegmentTask
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
 from mpp.runs.records import read_metrics
+from mpp.training.batch_norms import batch_norms_of, choose_batches, measure_batch_norms
 from tests.conftest import command
 
 MAPS = FeatureMaps((8, 8), (4, 4))
@@ -199,6 +200,25 @@ def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     with torch.no_grad():
         judged = model.task.judge(model.run, batch.images, batch.labels, (32, 32))
     assert model.task.metrics([judged])["miou"] == pytest.approx(stored["metrics"]["miou"], abs=2e-3)
+
+
+def test_batch_norms_have_the_statistics_of_training_crops(shapes: Path, tmp_path: Path) -> None:
+    given = recipe(shapes, tmp_path / "ft", architecture={"name": "resnet10t"}, ema_decay=0.9)
+    mpp.finetune(given)
+    model, again, _ = load_dense(tmp_path / "ft" / "scratch-seed0")
+    stored = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+    kind = open_label_kind(again)
+    images = kind.open(again.data.train, key="data.train", classes=None)
+    dataset = kind.training_set(images, np.arange(len(images)), seed=0)
+    crops = (
+        dataset.__getitems__([(place, 0, place) for place in batch]).images
+        for batch in choose_batches(range(len(images)))
+    )
+    measure_batch_norms(model, batch_norms_of(model), (model.normalise(x) for x in crops))
+    assert stored
+    for name, value in model.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(value, stored[name])
 
 
 def test_it_learns(tmp_path: Path) -> None:

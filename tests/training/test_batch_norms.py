@@ -1,0 +1,80 @@
+"""Statistics of batch norms, measured after training."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mpp.training.batch_norms import (
+    AT_ONCE,
+    MEASURED_ON,
+    batch_norms_of,
+    choose_batches,
+    measure_batch_norms,
+    statistics_of_the_batch,
+)
+
+
+def trained() -> nn.Sequential:
+    """A network whose statistics are of other images than those it judges."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
+    model(torch.randn(8, 3, 4, 4) + 3)
+    return model
+
+
+def test_statistics_are_the_mean_over_the_batches() -> None:
+    model = trained()
+    first, second = batch_norms_of(model)
+    first.momentum = 0.3
+    batches = [torch.randn(size, 3, 4, 4) for size in (8, 6, 7)]
+    measure_batch_norms(model, [first, second], iter(batches))
+    embedded = [model[0](batch) for batch in batches]
+    torch.testing.assert_close(first.running_mean, torch.stack([x.mean((0, 2, 3)) for x in embedded]).mean(0))
+    torch.testing.assert_close(first.running_var, torch.stack([x.var((0, 2, 3)) for x in embedded]).mean(0))
+    assert (first.momentum, second.momentum) == (0.3, 0.1)
+    assert not any(m.training for m in model.modules())
+    hidden = [model[3](nn.functional.batch_norm(x, None, None, first.weight, first.bias, True)) for x in embedded]
+    torch.testing.assert_close(second.running_mean, torch.stack([x.mean((0, 2, 3)) for x in hidden]).mean(0))
+
+
+def test_norms_that_are_not_named_stay() -> None:
+    model = trained()
+    first, second = batch_norms_of(model)
+    before = {name: value.clone() for name, value in first.named_buffers()}
+    measure_batch_norms(model, [second], [torch.randn(8, 3, 4, 4)])
+    assert all(torch.equal(value, before[name]) for name, value in first.named_buffers())
+
+
+def test_without_images_the_statistics_stay() -> None:
+    model = trained()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    measure_batch_norms(model, batch_norms_of(model), [])
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_statistics_of_a_batch_leave_those_of_the_model_alone() -> None:
+    model, images = trained(), torch.randn(8, 3, 4, 4)
+    model[2] = nn.Identity()
+    expected = model.train()(images)
+    model = trained().eval()
+    model[2] = nn.Identity()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    own = model(images)
+    with statistics_of_the_batch(batch_norms_of(model)):
+        torch.testing.assert_close(model(images), expected)
+    assert torch.equal(model(images), own)
+    assert not torch.allclose(own, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+@given(st.integers(0, 3 * MEASURED_ON))
+def test_batches_are_of_nearly_the_same_size(count: int) -> None:
+    batches = choose_batches(range(100, 100 + count))
+    chosen = [number for batch in batches for number in batch]
+    assert len(set(chosen)) == len(chosen) == min(count, MEASURED_ON)
+    assert set(chosen) <= set(range(100, 100 + count))
+    sizes = {len(batch) for batch in batches}
+    assert not sizes or (max(sizes) <= AT_ONCE and max(sizes) - min(sizes) <= 1)
