@@ -12,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from mpp.finetuning.model import Supervised
-from mpp.training.batch_norms import batch_norms_of, statistics_of_the_batch
+from mpp.training.batch_norms import batch_norms_of, use_batch_statistics
 
 
 class Taught(NamedTuple):
@@ -38,8 +38,7 @@ class Consistency:
     """The loss of unlabeled images, beside that of the labeled ones.
 
     Args:
-        averaged: A moving average of the model's weights. It judges weak views in eval mode, but for its batch norms,
-            which normalise with the statistics of these views: those of the model are of strong views.
+        averaged: A moving average of the model's weights. It judges weak views in eval mode.
         threshold: Least probability of what is learned.
         weight: Of this loss in the end.
         warmup_steps: In which the weight rises from 0.
@@ -66,9 +65,16 @@ class Consistency:
         """Erases a part of strong views, (U, C, H, W) normalised."""
 
     @torch.no_grad()
-    def teach(self, weak: Tensor) -> Taught:
-        """Judge weak views, (U, C, H, W) uint8."""
-        with self.autocast(), statistics_of_the_batch(self.batch_norms):
+    def teach(self, weak: Tensor, *, encoder_learns: bool) -> Taught:
+        """Judge weak views.
+
+        Args:
+            weak: (U, C, H, W) uint8.
+            encoder_learns: Whether it does in this step. Its batch norms then have statistics of strong views, and
+                normalise by those of the weak ones instead. A frozen encoder keeps its own.
+        """
+        adapted = self.batch_norms if encoder_learns and len(weak) > 1 else []
+        with self.autocast(), use_batch_statistics(adapted):
             logits = self.averaged(self.averaged.normalise(weak)).float()
         if self.independent_classes:
             said = logits.sigmoid()

@@ -23,7 +23,7 @@ from mpp.runs import checkpoint
 from mpp.runs.records import write_json
 from mpp.runs.verdict import name_unread
 from mpp.training import nonfinite
-from mpp.training.batch_norms import batch_norms_of, choose_batches, measure_batch_norms
+from mpp.training.batch_norms import AT_ONCE, batch_norms_of, choose_batches, measure_batch_norms
 from mpp.training.steps import StepReport, StepReports, allow_unsaved
 
 PREDICTIONS = "predictions.png"
@@ -210,23 +210,22 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
 
 
 def adjust_batch_norms(job: Finetuning) -> None:
-    """Give the batch norms of the model that is judged the statistics of training images as they are judged; of crops,
-    as in training, if labels are of places. A frozen encoder keeps its statistics.
+    """Give the batch norms of the model that is judged the statistics of training images as they are judged.
 
-    Every process calls this. The main one measures; `judge` hands its statistics to the others.
+    Of labels at places, whole images have many sizes: there they are those of crops, as in training. A frozen encoder
+    keeps its statistics; heads have no batch norms. Every process calls this. The main one measures, and `judge` hands
+    its statistics to the others.
     """
     model, kind, train = job.judged, job.kind, job.run.train
     norms = batch_norms_of(model)
-    if job.progress.step <= job.encoder_learns_at:
-        of_encoder = set(batch_norms_of(model.encoder))
-        norms = [norm for norm in norms if norm not in of_encoder]
-    if not norms:
+    if not norms or job.progress.step <= job.encoder_learns_at:
         return
+    most = min(AT_ONCE, job.recipe.optim.max_batch_per_device)
     if kind.at_every_place:
-        dataset, chosen = kind.training_set(train, job.subset, job.cell.seed), choose_batches(range(len(job.subset)))
-        keys: list[list[Any]] = [[(place, 0, place) for place in batch] for batch in chosen]
+        dataset, chosen = kind.training_set(train, job.subset, job.cell.seed), range(len(job.subset))
+        keys: list[list[Any]] = [[(i, 0, i) for i in places] for places in choose_batches(chosen, most)]
     else:
-        dataset, keys = kind.judging_set(train), choose_batches(job.subset.tolist())
+        dataset, keys = kind.judging_set(train), choose_batches(job.subset.tolist(), most)
 
     def measure() -> None:
         loaded = batches(dataset, keys, workers=job.recipe.data.workers, pin_memory=False)
@@ -298,9 +297,10 @@ def finish(job: Finetuning) -> CellResult:
         checkpoint.load(best, job.model, averaged=job.averaged, checked=True)
         held_out = f"best on {len(job.held_out)} training images held out, {100 * progress.best:.2f} %"
         job.log.say(f"step {progress.best_step} of {progress.step}: {held_out}")
+    else:  # the best weights have the statistics that they were judged with
+        adjust_batch_norms(job)
     if job.recipe.lora:  # before it is judged: what is judged is what is exported
         lora.merge(model.encoder)
-    adjust_batch_norms(job)
     judged = judge(job.recipe, run.team, job.kind, model, run.val, np.arange(len(run.val)), "data.val")
     if math.isfinite(progress.start_score):
         judged.metrics[f"start_{job.model.task.headline}"] = progress.start_score

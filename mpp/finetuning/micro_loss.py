@@ -108,7 +108,8 @@ class MicroLoss:
         """Add the loss of unlabeled images, each in a strong and a weak view, to that of the labeled images `x`."""
         assert self.consistency is not None
         images, labeled = len(strong), len(x)
-        taught = self.consistency.teach(weak.to(self.device, non_blocking=True))
+        weak = weak.to(self.device, non_blocking=True)
+        taught = self.consistency.teach(weak, encoder_learns=self.model.encoder.training)
         strong = strong.to(self.device, non_blocking=True)
         if self.device.type == "cpu":
             strong, taught = taught.keep_sure(strong)

@@ -196,16 +196,16 @@ def finish(job: Pretraining) -> PretrainResult:
     with job.whole.on_device(job.team.device) as model:
         encoder = model.encoder.model
         pool_patches(encoder)
-        norms, images = batch_norms_of(encoder), job.held_out.images
-        chosen = [rows for rows in choose_batches(range(len(images))) if norms and len(rows) > 1]
+        images = job.held_out.images
+        chosen = choose_batches(range(len(images)))
 
-        def save_encoder_that_reads_whole_images() -> None:
+        def measure_and_save() -> None:
             with job.team.autocast():
                 batches = (model.images(images[rows].to(job.team.device)).normalised for rows in chosen)
-                measure_batch_norms(encoder, norms, batches)
+                measure_batch_norms(encoder, batch_norms_of(encoder), batches)
             save_encoder(encoder, folder, trained_by(job.recipe), metrics)
 
-        job.team.on_main(save_encoder_that_reads_whole_images)
+        job.team.on_main(measure_and_save)
     job.log.say(f"encoder: {folder}")
     job.log.status("finished", step=progress.step)
     return PretrainResult(job.run.out, "finished", progress.step, progress.loss, progress.skill, folder)

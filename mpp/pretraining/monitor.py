@@ -19,6 +19,7 @@ from mpp.evaluation.probes import linear
 from mpp.evaluation.rank import effective_rank, image_share
 from mpp.recipe.sections import Decoding
 from mpp.rng import Purpose, stream
+from mpp.training.batch_norms import batch_norms_of, choose_batches, measure_batch_norms, restore_statistics
 
 BATCH = 256
 MAX_ITERATIONS = 50
@@ -82,7 +83,8 @@ class OnlineProbe:
         self.mean, self.std = mean.flatten().tolist(), std.flatten().tolist()
 
     def __call__(self, model: nn.Module, device: torch.device) -> Probed:
-        """Probe the encoder as it is.
+        """Probe the encoder as it is, but for its batch norms: they get the statistics of whole images meanwhile, as
+        in the exported encoder.
 
         Args:
             model: A timm encoder, in eval mode.
@@ -90,7 +92,11 @@ class OnlineProbe:
         """
         began = time.monotonic()
         reader = EncoderReader(model, None, self.mean, self.std).to(device)
-        train, val = (self._features(reader, side.images, device) for side in (self.train, self.val))
+        norms, images = batch_norms_of(model), self.train.images
+        batches = (images[rows].to(device) for rows in choose_batches(range(len(images))))
+        with restore_statistics(norms):
+            measure_batch_norms(reader, norms, batches)
+            train, val = (self._features(reader, side.images, device) for side in (self.train, self.val))
         accuracy_of = {}
         for layer in reader.layers:
             x, y = train[str(layer)], val[str(layer)]

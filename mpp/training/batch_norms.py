@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +21,7 @@ MEASURED_ON = 1024
 """Images that statistics are measured on, if there are so many. 1,000 to 10,000 are enough (Wu & Johnson 2021,
 "Rethinking 'Batch' in BatchNorm", section 3)."""
 AT_ONCE = 64
-"""Images whose statistics are taken together (a guess; 256 gave the same accuracy)."""
+"""Images whose statistics are taken together, at most (a guess; 256 gave the same accuracy)."""
 
 
 def batch_norms_of(model: nn.Module) -> list[_BatchNorm]:
@@ -29,7 +30,7 @@ def batch_norms_of(model: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def statistics_of_the_batch(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+def use_batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Let batch norms that are in eval mode normalise by the statistics of each batch, and keep their own."""
     for norm in norms:
         norm.training, norm.track_running_stats = True, False
@@ -40,11 +41,23 @@ def statistics_of_the_batch(norms: Sequence[_BatchNorm]) -> Iterator[None]:
             norm.training, norm.track_running_stats = False, True
 
 
+@contextmanager
+def restore_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Give batch norms back the statistics that they have now."""
+    before = [_copy_statistics(norm) for norm in norms]
+    try:
+        yield
+    finally:
+        for norm, statistics in zip(norms, before, strict=True):
+            _put_back(norm, statistics)
+
+
 @torch.no_grad()
 def measure_batch_norms(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Tensor]) -> None:
     """Replace the statistics of batch norms by their mean over some batches.
 
-    Everything else of the model runs in eval mode, in which it is left.
+    Everything else of the model runs in eval mode, in which it is left. A batch norm that no image reaches keeps its
+    statistics: a model that is asked for maps of features may end before its last ones.
 
     Args:
         model: Whose they are.
@@ -52,23 +65,44 @@ def measure_batch_norms(model: nn.Module, norms: Sequence[_BatchNorm], batches: 
         batches: Of what the model takes, (B, C, H, W) normalised, B > 1. If there is none, the statistics stay.
     """
     model.eval()
-    momenta = [norm.momentum for norm in norms]
-    for number, images in enumerate(batches):
-        for norm in norms if number == 0 else ():
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean of all batches
-            norm.train()
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
+    before = [(norm.momentum, _copy_statistics(norm)) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+        norm.training = True
+    try:
+        for images in batches:
+            model(images)
+    finally:
+        for norm, (momentum, statistics) in zip(norms, before, strict=True):
+            norm.momentum, norm.training = momentum, False
+            if norm.num_batches_tracked == 0:
+                _put_back(norm, statistics)
 
 
-def choose_batches(numbers: Sequence[int]) -> list[list[int]]:
-    """Choose at most `MEASURED_ON` of these numbers, and share them into batches of nearly the same size.
+def _copy_statistics(norm: _BatchNorm) -> list[Tensor]:
+    return [value.clone() for value in norm.buffers(recurse=False)]
 
-    Neighbours, which often have the same class, come into different batches.
+
+def _put_back(norm: _BatchNorm, statistics: list[Tensor]) -> None:
+    for value, before in zip(norm.buffers(recurse=False), statistics, strict=True):
+        value.copy_(before)
+
+
+def choose_batches(numbers: Sequence[int], most: int = AT_ONCE) -> list[list[int]]:
+    """Choose numbers of images to measure on, in batches of nearly the same size.
+
+    Args:
+        numbers: Of all images.
+        most: Images of a batch; of 3 at least, as no batch may have one alone.
+
+    Returns:
+        At most `MEASURED_ON` of the numbers, in an order that is always the same and has nothing to do with theirs:
+        neighbours often have the same class. Nothing if there are fewer than two.
     """
     chosen = [numbers[i] for i in evenly(len(numbers), MEASURED_ON)]
-    count = -(-len(chosen) // AT_ONCE)
-    return [chosen[start::count] for start in range(count)]
+    if len(chosen) < 2:
+        return []
+    shuffled = np.random.default_rng(0).permutation(np.asarray(chosen))
+    count = min(-(-len(chosen) // most), len(chosen) // 2)
+    return [part.tolist() for part in np.array_split(shuffled, count)]

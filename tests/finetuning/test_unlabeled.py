@@ -118,15 +118,18 @@ def test_batch_norms_of_the_teacher_see_weak_views_alone() -> None:
     averaged = torch.nn.Sequential(Says(), torch.nn.BatchNorm1d(3, affine=False))
     averaged.mean, averaged.normalise = averaged[0].mean, averaged[0].normalise
     weak = torch.tensor([[5.0, 2.0, 0.0, 0], [5.0, 1.0, 0.0, 0], [9.0, 1.0, 0.0, 0]]).view(3, 1, 2, 2)
-    assert consistency(averaged).teach(weak).targets.tolist() == [1, 2, 0]
+    ours = consistency(averaged)
+    assert ours.teach(weak, encoder_learns=True).targets.tolist() == [1, 2, 0]
     assert averaged[1].running_mean.tolist() == [0, 0, 0], "left as they are"
     assert averaged[1].num_batches_tracked == 0
+    assert ours.teach(weak, encoder_learns=False).targets.tolist() == [0, 0, 0]
+    assert ours.teach(weak[:1], encoder_learns=True).targets.tolist() == [0], "one image has no statistics"
 
 
 def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
     weak = torch.tensor([[9.0, 0, 0, 0], [1.0, 0, 0, 0], [0.0, 0, 9.0, 0]]).view(3, 1, 2, 2)
     logits = torch.zeros(3, 3, requires_grad=True)
-    taught = consistency().teach(weak)
+    taught = consistency().teach(weak, encoder_learns=True)
     loss = consistency().loss(logits, taught, 3, step=0)
     # two of three are sure; each costs log 3 at logits of zero; the mean is over all three, times the weight
     assert loss.item() == pytest.approx(2 * 2 / 3 * np.log(3), rel=1e-6)
@@ -143,11 +146,11 @@ def test_images_of_which_nothing_is_sure_may_be_left_out(independent_classes: bo
     weak = torch.tensor([[9.0, 0, 0, 0], [1.0, 0, 0, 0], [0.0, 0, 9.0, 0]]).view(3, 1, 2, 2)
     logits = torch.arange(9.0).view(3, 3)
     ours = consistency(independent_classes=independent_classes)
-    taught = ours.teach(weak)
+    taught = ours.teach(weak, encoder_learns=True)
     kept_logits, kept = taught.keep_sure(logits)
     assert kept_logits.tolist() == logits[[0, 2]].tolist()
     assert ours.loss(kept_logits, kept, 3, step=0).item() == pytest.approx(ours.loss(logits, taught, 3, step=0).item())
-    nothing = ours.teach(torch.zeros_like(weak)).keep_sure(logits.requires_grad_())
+    nothing = ours.teach(torch.zeros_like(weak), encoder_learns=True).keep_sure(logits.requires_grad_())
     loss = ours.loss(*nothing, 3, step=0)
     loss.backward()
     assert loss.item() == 0
@@ -158,7 +161,7 @@ def test_of_several_classes_each_counts_by_itself() -> None:
     weak = torch.tensor([[9.0, -9.0, 0.0, 0]]).view(1, 1, 2, 2)
     logits = torch.zeros(1, 3, requires_grad=True)
     ours = consistency(independent_classes=True, weight=1.0)
-    loss = ours.loss(logits, ours.teach(weak), 1, step=0)
+    loss = ours.loss(logits, ours.teach(weak, encoder_learns=True), 1, step=0)
     assert loss.item() == pytest.approx(2 / 3 * np.log(2), rel=1e-6)
     loss.backward()
     assert logits.grad is not None

@@ -13,7 +13,8 @@ from mpp.training.batch_norms import (
     batch_norms_of,
     choose_batches,
     measure_batch_norms,
-    statistics_of_the_batch,
+    restore_statistics,
+    use_batch_statistics,
 )
 
 
@@ -63,18 +64,44 @@ def test_statistics_of_a_batch_leave_those_of_the_model_alone() -> None:
     model[2] = nn.Identity()
     before = {name: value.clone() for name, value in model.named_buffers()}
     own = model(images)
-    with statistics_of_the_batch(batch_norms_of(model)):
+    with use_batch_statistics(batch_norms_of(model)):
         torch.testing.assert_close(model(images), expected)
     assert torch.equal(model(images), own)
     assert not torch.allclose(own, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
-@given(st.integers(0, 3 * MEASURED_ON))
-def test_batches_are_of_nearly_the_same_size(count: int) -> None:
-    batches = choose_batches(range(100, 100 + count))
+def test_what_no_image_reaches_stays() -> None:
+    model = trained()
+    unused = nn.BatchNorm2d(4)
+    nn.init.constant_(unused.running_mean, 3.0)  # type: ignore[arg-type]
+    measure_batch_norms(model, [*batch_norms_of(model), unused], [torch.randn(8, 3, 4, 4)])
+    assert unused.running_mean.tolist() == [3.0] * 4  # type: ignore[union-attr]
+    assert not unused.training
+
+
+def test_statistics_come_back() -> None:
+    model, images = trained(), torch.randn(8, 3, 4, 4)
+    norms = batch_norms_of(model)
+    before = model.eval()(images)
+    with restore_statistics(norms):
+        measure_batch_norms(model, norms, [images])
+        assert not torch.allclose(model(images), before)
+    assert torch.equal(model(images), before)
+
+
+@given(st.integers(0, 3 * MEASURED_ON), st.integers(3, AT_ONCE))
+def test_batches_are_of_nearly_the_same_size(count: int, most: int) -> None:
+    batches = choose_batches(range(100, 100 + count), most)
     chosen = [number for batch in batches for number in batch]
-    assert len(set(chosen)) == len(chosen) == min(count, MEASURED_ON)
+    assert len(set(chosen)) == len(chosen) == (min(count, MEASURED_ON) if count > 1 else 0)
     assert set(chosen) <= set(range(100, 100 + count))
     sizes = {len(batch) for batch in batches}
-    assert not sizes or (max(sizes) <= AT_ONCE and max(sizes) - min(sizes) <= 1)
+    assert not sizes or (min(sizes) > 1 and max(sizes) <= most and max(sizes) - min(sizes) <= 1)
+
+
+def test_batches_mix_images_whatever_their_order() -> None:
+    """Classes one after the other, or in turns."""
+    for classes in (torch.arange(640) // 64, torch.arange(640) % 10):
+        shares = [len(set(classes[batch].tolist())) for batch in choose_batches(range(640))]
+        assert min(shares) >= 9
