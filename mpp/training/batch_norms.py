@@ -20,6 +20,9 @@ from mpp.data.shards.reader import evenly
 MEASURED_ON = 1024
 """Images that statistics are measured on, if there are so many. 1,000 to 10,000 are enough (Wu & Johnson 2021,
 "Rethinking 'Batch' in BatchNorm", section 3)."""
+LEAST_IMAGES = 24
+"""Of fewer images the statistics say too little: a channel that hardly varies among them would be blown up (a guess;
+of 12 images of 32 px an EfficientNet's last maps, of one place, were)."""
 AT_ONCE = 64
 """Images whose statistics are taken together, at most (a guess; 256 gave the same accuracy)."""
 
@@ -65,6 +68,8 @@ def measure_batch_norms(model: nn.Module, norms: Sequence[_BatchNorm], batches: 
         batches: Of what the model takes, (B, C, H, W) normalised, B > 1. If there is none, the statistics stay.
     """
     model.eval()
+    if not norms:
+        return
     before = [(norm.momentum, _copy_statistics(norm)) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -94,15 +99,15 @@ def choose_batches(numbers: Sequence[int], most: int = AT_ONCE) -> list[list[int
 
     Args:
         numbers: Of all images.
-        most: Images of a batch; of 3 at least, as no batch may have one alone.
+        most: Images of a batch; if it is less than 3, batches have 2 or 3.
 
     Returns:
         At most `MEASURED_ON` of the numbers, in an order that is always the same and has nothing to do with theirs:
-        neighbours often have the same class. Nothing if there are fewer than two.
+        neighbours often have the same class. Nothing if there are fewer than `LEAST_IMAGES`.
     """
     chosen = [numbers[i] for i in evenly(len(numbers), MEASURED_ON)]
-    if len(chosen) < 2:
+    if len(chosen) < LEAST_IMAGES:
         return []
     shuffled = np.random.default_rng(0).permutation(np.asarray(chosen))
-    count = min(-(-len(chosen) // most), len(chosen) // 2)
+    count = min(-(-len(chosen) // most), len(chosen) // 2)  # no batch has one image alone
     return [part.tolist() for part in np.array_split(shuffled, count)]

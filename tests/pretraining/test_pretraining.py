@@ -144,7 +144,7 @@ def test_a_steady_step_asks_the_device_for_nothing(
 
 def test_batch_norms_of_the_encoder_have_the_statistics_of_whole_images(shards: Path, tmp_path: Path) -> None:
     resnet = {"encoder": {"name": "resnet10t"}, "corruption": "zeros", "mask.unit_px": 32, "data.image_size": 64}
-    made = pretrain_recipe(shards, tmp_path / "run", **resnet, **{"optim.steps": 3})
+    made = pretrain_recipe(shards, tmp_path / "run", **resnet, **{"optim.steps": 3, "data.held_out": 30})
     encoder = mpp.load_encoder(mpp.pretrain(made).out)
     exported = {k: v.clone() for k, v in encoder.state_dict().items()}
     with ExitStack() as until_the_end:
@@ -154,7 +154,7 @@ def test_batch_norms_of_the_encoder_have_the_statistics_of_whole_images(shards: 
     measure_batch_norms(encoder, batch_norms_of(encoder), [whole])
     for name, value in encoder.state_dict().items():
         if "running" in name:
-            torch.testing.assert_close(value, exported[name])
+            torch.testing.assert_close(value, exported[name], rtol=1e-3, atol=1e-4)
             assert not torch.allclose(value, learned[name], rtol=0.01)
         elif "num_batches" not in name:
             assert torch.equal(value, learned[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from torch import nn
 
 from mpp.training.batch_norms import (
     AT_ONCE,
+    LEAST_IMAGES,
     MEASURED_ON,
     batch_norms_of,
     choose_batches,
@@ -71,6 +73,13 @@ def test_statistics_of_a_batch_leave_those_of_the_model_alone() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
+def test_a_model_without_batch_norms_is_not_run() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_forward_hook(lambda *_: pytest.fail("run for nothing"))
+    measure_batch_norms(model, batch_norms_of(model), [torch.zeros(2, 2)])
+    assert not model.training
+
+
 def test_what_no_image_reaches_stays() -> None:
     model = trained()
     unused = nn.BatchNorm2d(4)
@@ -94,7 +103,7 @@ def test_statistics_come_back() -> None:
 def test_batches_are_of_nearly_the_same_size(count: int, most: int) -> None:
     batches = choose_batches(range(100, 100 + count), most)
     chosen = [number for batch in batches for number in batch]
-    assert len(set(chosen)) == len(chosen) == (min(count, MEASURED_ON) if count > 1 else 0)
+    assert len(set(chosen)) == len(chosen) == (min(count, MEASURED_ON) if count >= LEAST_IMAGES else 0)
     assert set(chosen) <= set(range(100, 100 + count))
     sizes = {len(batch) for batch in batches}
     assert not sizes or (min(sizes) > 1 and max(sizes) <= most and max(sizes) - min(sizes) <= 1)

@@ -218,7 +218,7 @@ def test_batch_norms_have_the_statistics_of_training_crops(shapes: Path, tmp_pat
     assert stored
     for name, value in model.named_buffers():
         if "running" in name:
-            torch.testing.assert_close(value, stored[name])
+            torch.testing.assert_close(value, stored[name], rtol=1e-3, atol=1e-4)
 
 
 def test_it_learns(tmp_path: Path) -> None:
