@@ -83,8 +83,10 @@ class OnlineProbe:
         self.mean, self.std = mean.flatten().tolist(), std.flatten().tolist()
 
     def __call__(self, model: nn.Module, device: torch.device) -> Probed:
-        """Probe the encoder as it is, but for its batch norms: they get the statistics of whole images meanwhile, as
-        in the exported encoder.
+        """Probe the encoder as it is now.
+
+        Its batch norms normalise by the statistics of the probe's training images, then get back their own, which are
+        of images hidden in part. The exported encoder has statistics of whole images, too.
 
         Args:
             model: A timm encoder, in eval mode.

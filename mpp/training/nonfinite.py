@@ -25,6 +25,7 @@ from mpp.parallel.team import Team
 from mpp.recipe.flat import JsonObject
 from mpp.runs import checkpoint
 from mpp.runs.records import write_json
+from mpp.training.batch_norms import batch_norms_of
 
 FOLDER = "non-finite"
 KEPT = 3
@@ -51,7 +52,7 @@ class BatchNormStatistics:
     """
 
     def __init__(self, model: nn.Module, *, needed: bool) -> None:
-        norms = (m for m in model.modules() if needed and isinstance(m, nn.modules.batchnorm._BatchNorm))
+        norms = batch_norms_of(model) if needed else []
         self._values = [value for m in norms for value in m.buffers(recurse=False)]
         self._before: list[Tensor] = []
 

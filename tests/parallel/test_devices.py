@@ -66,8 +66,11 @@ def test_how_busy_the_cores_are_is_said_of_a_run_of_one_process(monkeypatch: pyt
 
 
 def test_pretraining_says_what_would_make_it_faster(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpp.parallel.devices.cores_in_use", lambda: "busy")
+    monkeypatch.setattr("mpp.parallel.devices.cpu_has_bf16", lambda: True)
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 1}))
-    assert "note: busy\n" in capsys.readouterr().out
+    said = (tmp_path / "run" / "train.log").read_text()
+    assert "note: busy\n" in said
+    assert "precision=bf16" in said
