@@ -51,7 +51,7 @@ def components() -> str:
             lines += [f"``{name}``", "^" * (len(name) + 4), "", *found.doc.splitlines(), ""]
             for key, argument in found.arguments.items():
                 default = "required" if argument.default is ... else f"default ``{argument.default!r}``"
-                lines += [f"* ``{key}``, {default}"]
+                lines += [f"``{key}``, {default}", f"   {argument.description}"]
             lines += [""]
     return "\n".join(lines)
 

@@ -51,7 +51,7 @@ def pretrain(
     recipe: str | Path | Mapping[str, object] | PretrainRecipe,
     *,
     resume: str = "never",
-    scale: str | None = None,
+    preset: str | None = None,
     **overrides: object,
 ) -> PretrainResult:
     """Pretrain an encoder by predicting masked patches.
@@ -60,7 +60,7 @@ def pretrain(
         recipe: A file, a mapping of its keys, or a checked recipe.
         resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint's
             folder.
-        scale: One of the recipe's own sets of overrides, such as "tiny".
+        preset: One of the recipe's presets, such as "tiny".
         **overrides: Dotted keys of the recipe and their values.
 
     Returns:
@@ -72,7 +72,7 @@ def pretrain(
     from mpp.recipe.loading import checked
     from mpp.recipe.pretrain import PretrainRecipe
 
-    checked_recipe = checked(recipe, PretrainRecipe, overrides, scale)  # mistakes are reported before torch is imported
+    checked_recipe = checked(recipe, PretrainRecipe, overrides, preset)  # reports mistakes before torch is imported
     from mpp.pretraining import loop
 
     return loop.pretrain(checked_recipe, resume)
@@ -82,7 +82,7 @@ def finetune(
     recipe: str | Path | Mapping[str, object] | FinetuneRecipe,
     *,
     resume: str = "never",
-    scale: str | None = None,
+    preset: str | None = None,
     **overrides: object,
 ) -> FinetuneResult:
     """Fine-tune an encoder on labeled images, and compare it with other roads, such as the same from scratch.
@@ -91,7 +91,7 @@ def finetune(
         recipe: A file, a mapping of its keys, or a checked recipe.
         resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint's
             folder.
-        scale: One of the recipe's own sets of overrides.
+        preset: One of the recipe's presets.
         **overrides: Dotted keys of the recipe and their values.
 
     Returns:
@@ -103,7 +103,7 @@ def finetune(
     from mpp.recipe.finetune import FinetuneRecipe
     from mpp.recipe.loading import checked
 
-    checked_recipe = checked(recipe, FinetuneRecipe, overrides, scale)
+    checked_recipe = checked(recipe, FinetuneRecipe, overrides, preset)
     from mpp.finetuning import run
 
     return run.finetune(checked_recipe, resume)
@@ -114,7 +114,7 @@ def evaluate(
     *,
     recipe: str | Path | Mapping[str, object] | EvaluateRecipe | None = None,
     resume: str = "never",
-    scale: str | None = None,
+    preset: str | None = None,
     **overrides: object,
 ) -> EvaluateResult:
     """Probe a frozen encoder (kNN, linear, attentive) over its layers and poolings, beside controls.
@@ -124,7 +124,7 @@ def evaluate(
         recipe: A file, a mapping of its keys, or a checked recipe; without one, `data.train` and `data.val` are all
             that has no default.
         resume: "never", "auto", or a checkpoint's folder.
-        scale: One of the recipe's own sets of overrides.
+        preset: One of the recipe's presets.
         **overrides: Dotted keys of the recipe and their values.
 
     Returns:
@@ -138,7 +138,7 @@ def evaluate(
 
     if encoder is not None:
         overrides = {"encoder": Path(encoder), **overrides}
-    checked_recipe = checked(recipe or {"job": "evaluate"}, EvaluateRecipe, overrides, scale)
+    checked_recipe = checked(recipe or {"job": "evaluate"}, EvaluateRecipe, overrides, preset)
     from mpp.evaluation import run
 
     return run.evaluate(checked_recipe, resume)
@@ -244,7 +244,7 @@ def plan(
     device: str = "a100",
     mfu: float | None = None,
     images: int | None = None,
-    scale: str | None = None,
+    preset: str | None = None,
     **overrides: object,
 ) -> Plan:
     """Estimate memory, time and disk of a pretraining run, without training.
@@ -255,7 +255,7 @@ def plan(
         device: The name of a kind of device, or "cpu": this one, which is tried.
         mfu: The part of a device's peak that training reaches; None: a guess for its kind.
         images: How many there are; None: the data are opened and counted.
-        scale: One of the recipe's own sets of overrides.
+        preset: One of the recipe's presets.
         **overrides: Dotted keys of the recipe and their values.
 
     Raises:
@@ -264,7 +264,7 @@ def plan(
     from mpp.recipe.loading import checked
     from mpp.recipe.pretrain import PretrainRecipe
 
-    checked_recipe = checked(recipe, PretrainRecipe, overrides, scale)
+    checked_recipe = checked(recipe, PretrainRecipe, overrides, preset)
     from mpp.planning import plan as planning
 
     return planning.plan(checked_recipe, devices=devices, device=device, mfu=mfu, images=images)
@@ -350,7 +350,7 @@ def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
     return load_encoder(source, **timm_args)
 
 
-def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: object) -> Job:
+def load_recipe(path: str | Path, *, preset: str | None = None, **overrides: object) -> Job:
     """Read and check a recipe of any job.
 
     Raises:
@@ -358,7 +358,7 @@ def load_recipe(path: str | Path, *, scale: str | None = None, **overrides: obje
     """
     from mpp.recipe.loading import load_any
 
-    return load_any(path, overrides, scale)
+    return load_any(path, overrides, preset)
 
 
 __all__ = [

@@ -33,7 +33,7 @@ SMALLER = {
     "mpp evaluate": ["data.workers=0", "attentive.epochs=1", "linear.weight_decay=[0.1]"],
     "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0]"],
 }  # fmt: skip
-AS_IT_IS = ("--scale", "mine.yaml")
+AS_IT_IS = ("--preset", "mine.yaml")
 """Commands of which nothing is to be cut down."""
 OF_A_FOLDER = ("encoder.args", "corruption.enter")
 """Of these nothing, where the encoder is a folder with an architecture of its own."""
@@ -61,8 +61,8 @@ def commands(text: str) -> list[str]:
 def cut_down(line: str) -> str:
     """The same command, of two processes at most, small and short."""
     line = re.sub(r"(--nproc_per_node|--num_processes) \d+", r"\1 2", line)
-    if "/small_images" in line:  # a ResNet: the arguments in SMALLER are a ViT's
-        return f"{line} --scale tiny"
+    if "small_images" in line.split("=")[0]:  # a ResNet: the arguments in SMALLER are a ViT's
+        return f"{line} --preset tiny"
     job = re.search(r"mpp \w+", line)
     extra = SMALLER.get(job[0], []) if job and not any(mark in line for mark in AS_IT_IS) else []
     given = {word.split("=")[0].strip("'") for word in line.split()}

@@ -9,7 +9,7 @@ import select
 import signal
 import sys
 import warnings
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import click
 
@@ -97,7 +97,7 @@ class Commands(click.Group):
                 raise
             _no_more_output()
             if ctx.invoked_subcommand in TRAINING:
-                click.echo("nobody reads the output any more; go on with --resume auto", err=True)
+                click.echo("output pipe closed, run stopped; continue with --resume auto", err=True)
             sys.exit(128 + signal.SIGPIPE)  # as a program that the signal itself ends
         except OSError as error:
             if error.filename is None and error.errno not in OF_THE_STORAGE:  # not about the user's files
@@ -117,10 +117,39 @@ class Commands(click.Group):
             sys.exit(130)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+class Main(Commands):
+    """The command `mpp`, whose help shows the commands in groups, in the order of their use."""
+
+    GROUPS: ClassVar = {
+        "Data": ("pack", "index"),
+        "Train": ("plan", "pretrain", "finetune"),
+        "Evaluate": ("evaluate", "predict", "inspect", "reconstruct"),
+        "Monitor": ("watch", "report"),
+        "Share": ("export", "verify", "import", "upload"),
+        "Help": ("recipe", "models", "doctor", "completion"),
+    }
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in self.GROUPS.items():
+            with formatter.section(title):
+                commands = [(name, self.get_command(ctx, name)) for name in names]
+                formatter.write_dl([(name, command.get_short_help_str(60)) for name, command in commands if command])
+
+
+@click.group(
+    cls=Main,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Examples:
+  mpp pretrain vit_small data.shards=photos out=runs/photos
+  mpp finetune vit_small encoder=runs/photos data.train=labeled/train data.val=labeled/val
+  mpp export runs/photos encoders/photos
+  mpp pretrain --help         what a command takes
+  mpp recipe keys pretrain    every setting of a recipe, with its default""",
+)
 @click.version_option(mpp.__version__)
 def main() -> None:
-    """Masked-patch pretraining on unlabeled images, fine-tuning on labeled ones, export of the encoder."""
+    """Pretrain a vision encoder on unlabeled images, fine-tune it on a few labels, and export it."""
 
 
 def to_json(value: object) -> str:
@@ -143,6 +172,4 @@ def to_json(value: object) -> str:
     return json.dumps(plain(value), indent=1)
 
 
-JSON = click.option(
-    "--json", "as_json", is_flag=True, help="For scripts: print the result as JSON, and progress to stderr."
-)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (progress goes to stderr).")

@@ -28,24 +28,34 @@ _EXTENSION = click.option(
     default=None,
     metavar="EXT",
     callback=_check_extension,
-    help="Ending of the image to read of each sample, such as rgb.png; default: see docs/inputs.md.",
+    help="Which image of a tar sample to read, for example rgb.png. Default: see docs/inputs.md.",
 )
 
 
 @main.command()
 @click.argument("source")
 @click.argument("out")
-@click.option("--images-per-shard", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--images-per-shard", default=1000, show_default=True, type=click.IntRange(min=1), help="Images of each tar file."
+)
 @click.option(
     "--labels/--no-labels",
     default=None,
-    help="Class folders become labels; default: if every image is in one.",
+    help="Use folder names as labels. Default: yes if every image is in a subfolder.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**56 - 1), help="Of the order of the images."
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**56 - 1), help="Seed for shuffling the images."
 )
-@click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
-@click.option("--part", default="1/1", show_default=True, metavar="I/N", help="The I-th of N such calls into one OUT.")
+@click.option(
+    "--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1), help="Parallel processes."
+)
+@click.option(
+    "--part",
+    default="1/1",
+    show_default=True,
+    metavar="I/N",
+    help="Pack only part I of N, to split work across machines.",
+)
 @_EXTENSION
 @JSON
 def pack(
@@ -59,9 +69,14 @@ def pack(
     image_extension: str | None,
     as_json: bool,
 ) -> None:
-    """Write the images of SOURCE into shards with indexes in OUT. After an interruption, repeat the call to resume.
+    """Pack images into shards
 
-    SOURCE: a folder of images, a CSV file (image, label), Parquet files or a folder of them, or tar shards to repack.
+    Pack the images in SOURCE into tar shards in OUT. If interrupted, run the same command again to continue.
+
+    SOURCE is a folder of images, a CSV file (image, label), Parquet files or a folder of them, or tar shards to repack.
+
+    \b
+    mpp pack photos shards/photos
     """
     from tqdm import tqdm
 
@@ -69,7 +84,7 @@ def pack(
 
     share = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
     if share is None:
-        raise UserError(f"--part: '{part}': the first of three is 1/3, the last 3/3")
+        raise UserError(f"--part: expected I/N, for example 1/3; got '{part}'")
     with tqdm(unit="shard", disable=not sys.stderr.isatty()) as bar:
 
         def on_shard(done: int, of: int) -> None:
@@ -102,11 +117,19 @@ def pack(
 
 @main.command()
 @click.argument("shards", nargs=-1, required=True)
-@click.option("--cache-dir", default=None, help="For remote shards, and where the shards' folder cannot be written.")
+@click.option(
+    "--cache-dir", default=None, metavar="FOLDER", help="Folder for downloads and for indexes of read-only shards."
+)
 @_EXTENSION
 @JSON
 def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str | None, as_json: bool) -> None:
-    """Check tar shards made elsewhere and write their indexes: folders, files, patterns or URLs."""
+    """Check tar shards and index them
+
+    Check WebDataset-style tar shards and write the indexes that mpp needs. SHARDS are folders, files, patterns or URLs.
+
+    \b
+    mpp index elsewhere/*.tar
+    """
     from mpp.data.shards.index import expand
     from mpp.data.shards.listing import write_listing
     from mpp.data.shards.remote import is_remote

@@ -26,26 +26,48 @@ def _clear_away_when_ended() -> None:
             signal.signal(asked, lambda number, _: sys.exit(128 + number))
 
 
+_OUT = click.option("-o", "--out", "out_option", default=None, metavar="FOLDER", help="The same as OUT.")
+
+
+def _one_out(argument: str | None, option: str | None) -> str:
+    """Return the new folder of a command, which is given once: as its last word or by --out."""
+    given = [value for value in (argument, option) if value is not None]
+    if len(given) != 1:
+        raise click.UsageError(f"OUT: given {'twice' if given else 'neither as a word nor by --out'}.")
+    return given[0]
+
+
 @main.command()
 @click.argument("encoder")
 @click.argument("images", nargs=-1, required=True)
-@click.option("--top", default=1, show_default=True, type=click.IntRange(min=1), help="Classes named for each image.")
+@click.option(
+    "--top", default=1, show_default=True, type=click.IntRange(min=1), help="Number of top classes to report."
+)
 @click.option(
     "--views",
     default="1",
     show_default=True,
     type=click.Choice(["1", "2", "10"]),
-    help="Crops of each image: 1 is the centre; 2 adds its mirror image; 10 adds the corners.",
+    help="Test-time crops to average: 1 centre, 2 adds a flip, 10 adds corners.",
 )
-@click.option("--out", default=None, metavar="FILE", help="Write the rows there, not to the terminal.")
+@click.option("-o", "--out", default=None, metavar="FILE", help="Write the CSV to this file instead of the terminal.")
 @click.option(
     "--report",
     default=None,
     metavar="FOLDER",
-    help="Write the confusion matrix and worst mistakes there (images must be in class folders); or masks, overlays.",
+    help="Write a report to this folder: confusion matrix and worst mistakes (images must be in class folders), "
+    "or masks and overlays.",
 )
 def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: str | None, report: str | None) -> None:
-    """What a fine-tuned ENCODER says of IMAGES (files or folders), as CSV."""
+    """Predict with a fine-tuned model
+
+    Run a fine-tuned model on IMAGES (files or folders) and write the predictions as CSV. ENCODER is a fine-tuned
+    model, such as runs/classes/pretrained-seed0, or its export.
+
+    \b
+    mpp predict runs/classes/pretrained-seed0 photos --out predictions.csv
+    mpp predict runs/classes/pretrained-seed0 labeled/val --report mistakes
+    """
     import csv
 
     if hasattr(sys.stdout, "reconfigure"):
@@ -64,54 +86,86 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 
 @main.command()
 @click.argument("run")
-@click.argument("out")
+@click.argument("out", required=False, default=None)
+@_OUT
 @click.option(
     "--format",
     "format",
     default="timm",
     show_default=True,
     type=click.Choice(["timm", "onnx", "safetensors", "torch_export", "transformers"]),
+    help="Output format.",
 )
 @JSON
-def export(run: str, out: str, format: str, as_json: bool) -> None:
-    """Write the encoder of RUN (a run, a fine-tuned cell, an export) to the new folder OUT, and verify it there."""
+def export(run: str, out: str | None, out_option: str | None, format: str, as_json: bool) -> None:
+    """Export an encoder (timm, ONNX, …)
+
+    Export the encoder of RUN to the new folder OUT and verify it in a fresh process. RUN is a pretraining run, a
+    fine-tuned model, such as runs/classes/pretrained-seed0, or an export.
+
+    \b
+    mpp export runs/photos encoders/photos
+    mpp export runs/photos encoders/photos-onnx --format onnx
+    """
     require_existing(run)
     _clear_away_when_ended()
-    _say_verified(mpp.export(run, out, format), as_json)
+    folder = _one_out(out, out_option)
+    click.echo("exporting, and loading the export in a fresh process …", err=True)
+    verified = mpp.export(run, folder, format)
+    _say_verified(verified, as_json)
+    if not as_json and format == "timm":
+        click.echo(f'use it: timm.create_model("local-dir:{folder}", pretrained=True)')
 
 
 @main.command()
 @click.argument("folder")
 @click.argument("repository", metavar="OWNER/NAME")
-@click.option("--public", is_flag=True, help="Where the repository is made now; private otherwise.")
+@click.option("--public", is_flag=True, help="Make a newly created repository public. Default: private.")
 def upload(folder: str, repository: str, public: bool) -> None:
-    """Verify an exported FOLDER and send it to a Hugging Face hub (HF_ENDPOINT, HF_TOKEN)."""
+    """Upload to the Hugging Face Hub
+
+    Verify the exported FOLDER and upload it. Reads HF_TOKEN and HF_ENDPOINT.
+    """
     click.echo(mpp.upload(folder, repository, public=public))
 
 
 @main.command("import")
 @click.argument("file")
-@click.argument("out")
+@click.argument("out", required=False, default=None)
 @click.argument("args", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--model",
     default=None,
-    help="Of timm's, perhaps with a tag (vit_small_patch16_224.dino), whose mean and std are taken then. Folders of "
-    "transformers' and timm's say it themselves.",
+    metavar="NAME",
+    help="timm name, for example vit_small_patch16_224, or with a tag (.dino), which gives mean and std. Not needed "
+    "for transformers and timm folders.",
 )
-@click.option("--image-size", "side_px", default=None, type=click.IntRange(min=1), help="In px; default: the model's.")
-@click.option("--channels", default=None, type=click.IntRange(min=1), help="Default: 3, or as the folder says.")
 @click.option(
-    "--mean", default=None, metavar="R,G,B", help="Of pixels from 0 to 1, that the weights were trained with."
+    "--image-size",
+    "side_px",
+    default=None,
+    type=click.IntRange(min=1),
+    help="Side of the images in pixels. Default: the model's.",
 )
-@click.option("--std", default=None, metavar="R,G,B", help="The same.")
-@click.option("--prefix", default=None, help="Of the weights that are meant, where there are several encoders.")
-@click.option("--partial", is_flag=True, help="Let some of the encoder's weights be missing; they stay random.")
-@click.option("--trust", is_flag=True, help="Open a pickle, as tensors and plain containers alone.")
+@click.option(
+    "--channels",
+    default=None,
+    type=click.IntRange(min=1),
+    help="Channels of the images. Default: the folder's, else 3.",
+)
+@click.option("--mean", default=None, metavar="R,G,B", help="Mean used in training, for pixels in [0, 1].")
+@click.option("--std", default=None, metavar="R,G,B", help="Standard deviation used in training, as --mean.")
+@click.option(
+    "--prefix", default=None, help="Name prefix of the encoder's weights, if the file holds several encoders."
+)
+@click.option("--partial", is_flag=True, help="Allow missing weights, which stay random.")
+@_OUT
+@click.option("--trust", is_flag=True, help="Allow pickle files (only tensors and plain containers are read).")
 @JSON
 def import_(
     file: str,
-    out: str,
+    out: str | None,
+    out_option: str | None,
     args: tuple[str, ...],
     model: str | None,
     side_px: int | None,
@@ -123,13 +177,20 @@ def import_(
     trust: bool,
     as_json: bool,
 ) -> None:
-    """Weights from elsewhere in FILE -> the new folder OUT, a timm folder, verified there. All fit, or none.
+    """Import weights from other projects
 
-    FILE may be a folder of transformers', or a file with weights named as by MAE, SimMIM, mmpretrain, transformers,
-    lightly, torchvision or timm, perhaps nested and with a prefix. KEY=VALUE: arguments of the model (patch_size=8).
+    Convert the weights in FILE to the new encoder folder OUT. Fails if a weight is missing; see --partial. FILE holds
+    weights of MAE, SimMIM, mmpretrain, transformers, lightly, torchvision or timm, or is a transformers or timm folder.
+    KEY=VALUE are arguments of the model, such as patch_size=8.
+
+    \b
+    mpp import mae.pth encoders/mae --model vit_base_patch16_224.mae --trust
     """
     require_existing(file)
-    check_new(Path(out))
+    if out is not None and "=" in out and out_option is not None:  # an argument of the model, in the place of OUT
+        args, out = (out, *args), None
+    folder = _one_out(out, out_option)
+    check_new(Path(folder))
     from mpp.recipe.overrides import apply_overrides, parse_overrides
 
     _clear_away_when_ended()
@@ -137,7 +198,7 @@ def import_(
     apply_overrides(values, {}, parse_overrides(args, example="patch_size=8"))
     imported = mpp.import_weights(
         file,
-        out,
+        folder,
         model=model,
         args=values,
         image_size=(side_px, side_px) if side_px else None,
@@ -165,8 +226,12 @@ def _numbers(text: str | None, key: str) -> list[float] | None:
 @click.argument("folder")
 @JSON
 def verify(folder: str, as_json: bool) -> None:
-    """Load an exported FOLDER in a clean process, as its users do, and compare what it gives."""
+    """Verify an exported encoder
+
+    Load the export in FOLDER in a fresh process and compare its output with the original.
+    """
     require_existing(folder)
+    click.echo("loading the export in a fresh process …", err=True)
     _say_verified(mpp.verify(folder), as_json)
 
 
@@ -182,15 +247,26 @@ def _say_verified(verified: Verified, as_json: bool = False) -> None:
 @main.command()
 @click.argument("encoder")
 @click.argument("images", nargs=-1, required=True)
-@click.option("--out", default=None, metavar="FOLDER", help="Default: RUN/inspect, or inspect/NAME.")
-@click.option("--compare", default=None, metavar="ENCODER", help="Another encoder, for the similarity of layers.")
-@click.option("--count", default=128, show_default=True, type=click.IntRange(min=4), help="Images that are measured.")
-@click.option("--shown", default=4, show_default=True, type=click.IntRange(1, 16), help="Images that are drawn.")
-@click.option("--random", is_flag=True, help="With random weights, as a control; --compare, too.")
+@click.option(
+    "-o", "--out", default=None, metavar="FOLDER", help="Output folder. Default: RUN/inspect, or inspect/NAME."
+)
+@click.option("--compare", default=None, metavar="ENCODER", help="Another encoder to compare layers with.")
+@click.option(
+    "--count", default=128, show_default=True, type=click.IntRange(min=4), help="Number of images to measure."
+)
+@click.option("--shown", default=4, show_default=True, type=click.IntRange(1, 16), help="Number of images to draw.")
+@click.option("--random", is_flag=True, help="Use random weights as a control (also for --compare).")
 def inspect(
     encoder: str, images: tuple[str, ...], out: str | None, compare: str | None, count: int, shown: int, random: bool
 ) -> None:
-    """What ENCODER (a run, an export, a timm name) learned, seen through IMAGES: shards, files or folders."""
+    """Plot attention, CKA, PCA features
+
+    Plot what an encoder has learned: attention, similarity of layers (CKA), PCA of features, and more. ENCODER is a
+    run, an export or a timm name. IMAGES are shards, files or folders.
+
+    \b
+    mpp inspect runs/photos photos
+    """
     inspection = mpp.inspect(encoder, images, out=out, compare=compare, images=count, shown=shown, random=random)
     click.echo(inspection.table())
     click.echo(f"{inspection.out}")
@@ -198,17 +274,26 @@ def inspect(
 
 @main.command()
 @click.argument("name", required=False, metavar="[NAME|PATTERN]")
-@click.option("--check", is_flag=True, help="Run every contract test on NAME, whatever its family.")
+@click.option("--check", is_flag=True, help="Run every contract test on the model NAME.")
 @JSON
 def models(name: str | None, check: bool, as_json: bool) -> None:
-    """Encoders: the support table; or what a probe of timm's model NAME finds; or the names that fit a PATTERN."""
+    """List and check supported encoders
+
+    Without a word, list the supported families. With a PATTERN, list the timm names that match it. With a NAME, try
+    that timm model and show which ways of masking it supports.
+
+    \b
+    mpp models
+    mpp models 'vit_*'
+    mpp models resnet18 --check
+    """
     from mpp.encoders import support
 
     if name is not None and (not name or (check and any(c in name for c in "*?["))):
-        raise UserError(f"models: '{name}': give the name of one model of timm's")
+        raise UserError(f"models: '{name}': expected the name of one timm model")
     if name is None:
         if check:
-            raise UserError("--check: of which model? mpp models --check NAME")
+            raise UserError("--check: requires a name: mpp models NAME --check")
         rows = [dict(zip(support.COLUMNS, row, strict=True)) for row in support.support_rows()]
         click.echo(to_json(rows) if as_json else support.text())
         return
@@ -217,11 +302,11 @@ def models(name: str | None, check: bool, as_json: bool) -> None:
 
     if check:
         if as_json:
-            raise UserError("--json: not with --check, whose exit code says it all")
+            raise UserError("--json cannot be combined with --check; use the exit code")
         text, held = known.check(name)
         click.echo(text)
         if not held:
-            raise UserError(f"models: {name}: not every check holds")
+            raise UserError(f"models: {name}: some checks failed")
     elif any(c in name for c in "*?["):
         names = timm_names(name, "models")
         click.echo(to_json(names) if as_json else "\n".join(names))

@@ -7,13 +7,20 @@ from pathlib import Path
 import click
 
 from mpp.cli.app import JSON, Commands, main, to_json
-from mpp.cli.train import SCALE
+from mpp.cli.train import PRESET
+from mpp.errors import UserError
 
 
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """What makes SHELL complete mpp's commands and options: eval "$(mpp completion bash)" in its start-up file."""
+    """Print a shell-completion script
+
+    Print the completion script for SHELL. Add this line to the start-up file of your shell:
+
+    \b
+    eval "$(mpp completion bash)"
+    """
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)
@@ -23,13 +30,19 @@ def completion(shell: str) -> None:
 
 @main.group(cls=Commands)
 def recipe() -> None:
-    """Look at recipes."""
+    """List, explain, copy and check recipes"""
+
+
+JOB = click.Choice(["pretrain", "finetune", "evaluate"])
 
 
 @recipe.command("list")
 @JSON
 def list_recipes(as_json: bool) -> None:
-    """Recipes that come with mpp: their names, which stand for their files, and what each is."""
+    """List the recipes that come with mpp
+
+    Each line has a name that `mpp pretrain` or `mpp finetune` takes, and what the recipe is for.
+    """
     from mpp.recipe.loading import bundled
 
     summaries = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in bundled().items()}
@@ -39,25 +52,103 @@ def list_recipes(as_json: bool) -> None:
 
 
 @recipe.command()
+@click.argument("job", type=JOB)
+@click.argument("pattern", default="*")
+@JSON
+def keys(job: str, pattern: str, as_json: bool) -> None:
+    """List the settings of a recipe
+
+    List every key of the recipes of JOB with its default. PATTERN limits the list: words that a key contains, or
+    a pattern such as 'optim.*'.
+
+    \b
+    mpp recipe keys pretrain
+    mpp recipe keys finetune lr
+    """
+    from mpp.recipe.keys import find_keys
+    from mpp.recipe.loading import RECIPES
+
+    found = find_keys(RECIPES[job], pattern)
+    if not found:
+        raise UserError(f"recipe keys: no key of {job} matches '{pattern}'")
+    lines = (line for key in found for line in (key.title, f"    {key.summary}"))
+    click.echo(to_json(found) if as_json else "\n".join(lines))
+
+
+@recipe.command()
+@click.argument("key")
+def explain(key: str) -> None:
+    """Explain a setting
+
+    Print the text, default and allowed values of KEY, in every job that has it.
+
+    \b
+    mpp recipe explain optim.base_lr
+    mpp recipe explain mask
+    """
+    from mpp.recipe.keys import explain as explain_key
+    from mpp.recipe.loading import RECIPES
+    from mpp.recipe.messages import meant_by
+
+    jobs: dict[str, list[str]] = {}  # by text, as jobs share many keys
+    for job, kind in RECIPES.items():
+        if text := explain_key(kind, key):
+            jobs.setdefault(text, []).append(f"mpp {job}")
+    if not jobs:
+        meant = next((m for kind in RECIPES.values() if (m := meant_by(tuple(key.split(".")), [], kind))), None)
+        hint = f" Did you mean '{meant}'?" if meant else " `mpp recipe keys pretrain` lists the keys of a job"
+        raise UserError(f"recipe explain: {key}: unknown key.{hint}")
+    click.echo("\n".join(f"{', '.join(names)}\n{text}" for text, names in jobs.items()))
+
+
+@recipe.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@SCALE
-def show(path: Path, overrides: tuple[str, ...], scale: str | None) -> None:
-    """Check a recipe and print it with every default."""
+@PRESET
+def show(path: Path, overrides: tuple[str, ...], preset: str | None) -> None:
+    """Print a recipe with all defaults
+
+    Check the recipe PATH, a file or a name from `mpp recipe list`, and print it with every default.
+    """
     from mpp.recipe.dump import dump_recipe
     from mpp.recipe.loading import OPEN, load_open
     from mpp.recipe.overrides import parse_overrides
 
-    open_recipe, required = load_open(path, parse_overrides(overrides), scale)
+    open_recipe, required = load_open(path, parse_overrides(overrides), preset)
     if required:
-        click.echo(f"# {OPEN} stands for what must still be given: {', '.join(required)}")
+        click.echo(f"# {OPEN} marks what you must still give: {', '.join(required)}")
     click.echo(dump_recipe(open_recipe), nl=False)
 
 
 @recipe.command()
-@click.argument("job", type=click.Choice(["pretrain", "finetune", "evaluate"]))
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+def copy(name: str, file: Path) -> None:
+    """Copy a recipe to a file of your own
+
+    Copy the recipe NAME from `mpp recipe list` to the new FILE, to be edited.
+
+    \b
+    mpp recipe copy pretrain/vit_small mine.yaml
+    """
+    from mpp.recipe.loading import find_recipe
+
+    text = find_recipe(name).read_text(encoding="utf-8")
+    try:
+        with open(file, "x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError:
+        raise UserError(f"{file}: exists already; choose another name") from None
+    click.echo(f"{file}")
+
+
+@recipe.command()
+@click.argument("job", type=JOB)
 def schema(job: str) -> None:
-    """JSON schema of a job's recipes, for editors."""
+    """Print the JSON schema of recipes
+
+    Print the JSON schema of the recipes of JOB, for completion and checks in an editor.
+    """
     import json
 
     from mpp.recipe.dump import json_schema

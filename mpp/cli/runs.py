@@ -11,12 +11,15 @@ from mpp.cli.app import JSON, main, to_json
 from mpp.errors import UserError, require_existing
 
 
-@main.command()
+@main.command(hidden=True)
 @click.argument("run")
-@click.option("--step", default=None, type=click.IntRange(min=0), help="Default: the last one that was kept.")
+@click.option("--step", default=None, type=click.IntRange(min=0), help="Step to rerun. Default: the last one saved.")
 @JSON
 def replay(run: str, step: int | None, as_json: bool) -> None:
-    """Run a step of RUN again whose loss or gradient was not finite, and say where that began."""
+    """Debug a step with a NaN loss
+
+    Rerun a step of RUN whose loss or gradient was NaN or infinite, and locate where it started.
+    """
     replayed = mpp.replay(run, step)
     if as_json:
         return click.echo(to_json(replayed))
@@ -27,9 +30,24 @@ def replay(run: str, step: int | None, as_json: bool) -> None:
 @main.command()
 @click.argument("run")
 @click.argument("images", nargs=-1)
-@click.option("--out", default="reconstructions.png", show_default=True)
+@click.option(
+    "-o",
+    "--out",
+    default="reconstructions.png",
+    show_default=True,
+    metavar="FILE",
+    help="Output picture (.png, or .gif for an animation).",
+)
 def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
-    """Draw what RUN predicts for hidden patches of IMAGES, files or folders; without any, its own through training."""
+    """Draw predictions for hidden patches
+
+    Draw the predictions of RUN for IMAGES (files or folders). Without IMAGES, draw those of its held-out images
+    through training.
+
+    \b
+    mpp reconstruct runs/photos photos --out reconstructions.png
+    mpp reconstruct runs/photos --out training.gif
+    """
     require_existing(run, *images)
     from mpp.inspection.reconstruct import reconstruct as draw
 
@@ -38,10 +56,22 @@ def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--every", default=None, type=click.FloatRange(min=0.1), metavar="SECONDS", help="Again, until they end.")
+@click.option(
+    "--every",
+    default=None,
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="Refresh every so many seconds until the runs end.",
+)
 @JSON
 def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
-    """Where RUNS stand: step, time left, skill, throughput, last checkpoint, warnings; from their files."""
+    """Show progress of running jobs
+
+    Show step, time left, metrics, last checkpoint and warnings of one or more runs, read from their files.
+
+    \b
+    mpp watch runs/photos --every 10
+    """
     import time
 
     require_existing(*runs)
@@ -49,7 +79,7 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
 
     if as_json:
         if every is not None:
-            raise UserError("--json: once; a script asks again itself, without --every")
+            raise UserError("--json cannot be combined with --every")
         return click.echo(to_json([record(run) for run in runs]))
     while True:
         standings = [standing(run) for run in runs]
@@ -63,10 +93,18 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--out", default=None, metavar="FILE", help="Default: report.html in the first run.")
+@click.option("-o", "--out", default=None, metavar="FILE", help="Output page. Default: report.html in the first run.")
 def report(runs: tuple[str, ...], out: str | None) -> None:
-    """One HTML page about RUNS: a pretraining run with its fine-tunes and evaluations, or several compared."""
+    """Write an HTML report
+
+    Write one HTML page about a pretraining run with its fine-tunes and evaluations, or one that compares several
+    pretraining runs.
+
+    \b
+    mpp report runs/photos runs/classes
+    """
     require_existing(*runs)
+    click.echo("writing the report …", err=True)
     click.echo(f"{mpp.report(runs, out)}")
 
 
@@ -74,7 +112,10 @@ def report(runs: tuple[str, ...], out: str | None) -> None:
 @click.argument("folder", default=".")
 @JSON
 def doctor(folder: str, as_json: bool) -> None:
-    """What this machine has and lacks for runs in FOLDER: versions, devices, precision, speed, memory, disk, clock."""
+    """Check this machine
+
+    Check Python, packages, GPU, memory, disk and clock for running mpp in FOLDER.
+    """
     from mpp.planning.doctor import examine
 
     findings = []
@@ -85,4 +126,4 @@ def doctor(folder: str, as_json: bool) -> None:
     if as_json:
         click.echo(to_json(findings))
     if wrong := [finding for finding in findings if not finding.ok]:
-        raise UserError(f"doctor: {len(wrong)} of {len(findings)} lines want attention")
+        raise UserError(f"doctor: {len(wrong)} of {len(findings)} lines need attention")

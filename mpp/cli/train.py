@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -27,85 +29,159 @@ def _exit_as_stopped(result: PretrainResult | FinetuneResult) -> None:
 
 
 def _progress_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
-    """What a job says while it goes on belongs elsewhere than what a script reads."""
+    """Send progress to stderr if a script reads the result from stdout."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
+def _with_out(pairs: tuple[str, ...], out: str | None) -> dict[str, object]:
+    """Return the overrides of a command, with the run folder of --out among them."""
+    from mpp.recipe.overrides import parse_overrides
+
+    given: dict[str, object] = {**parse_overrides(pairs)}
+    if out is not None:
+        if "out" in given:
+            raise UserError(f"command line: out: given twice: {given['out']}, {out}")
+        given["out"] = Path(out)
+    return given
+
+
+def _summarise(result: PretrainResult, recipe: str, elapsed_s: float) -> str:
+    """Return what a finished run leaves and what can be done next."""
+    from mpp.recipe.loading import bundled
+
+    minutes, seconds = divmod(round(elapsed_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    name, pictures = Path(recipe).stem, result.out / "reconstructions"
+    lines = [
+        f"Finished in {f'{hours}:{minutes:02}' if hours else minutes}:{seconds:02}: "
+        f"{result.step:,} steps, loss {result.loss:.4g}, skill {result.skill:.3f}",
+        f"  encoder   {result.encoder}",
+        f"  pictures  {pictures}" if pictures.is_dir() else "",
+        "Next:",
+        f"  mpp finetune {name if f'finetune/{name}' in bundled() else 'RECIPE'} encoder={result.out} "
+        "data.train=FOLDER data.val=FOLDER",
+        f"  mpp report {result.out}",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
 _RESUME = click.option(
-    "--resume", default="never", show_default=True, metavar="auto|never|PATH", help="Go on from a checkpoint."
+    "--resume",
+    default="never",
+    show_default=True,
+    metavar="auto|never|PATH",
+    help="Continue a run: auto = newest checkpoint, or start new.",
 )
-SCALE = click.option("--scale", default=None, metavar="NAME", help="Apply one of the recipe's `scales`, such as tiny.")
+PRESET = click.option(
+    "--preset",
+    "--scale",
+    "preset",
+    default=None,
+    metavar="NAME",
+    help="Apply a preset of the recipe: tiny = smoke test.",
+)
+_OUT = click.option("-o", "--out", default=None, metavar="FOLDER", help="Run folder (the same as out=FOLDER).")
 
 
 @main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_OUT
+@PRESET
 @_RESUME
-@SCALE
 @JSON
-def pretrain(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None, as_json: bool) -> None:
-    """Pretrain an encoder on unlabeled shards, as RECIPE says; KEY=VALUE changes it (optim.epochs=10)."""
-    from mpp.recipe.overrides import parse_overrides
+def pretrain(
+    recipe: str, overrides: tuple[str, ...], out: str | None, preset: str | None, resume: str, as_json: bool
+) -> None:
+    """Pretrain an encoder on unlabeled images
 
+    Pretrain an encoder on unlabeled images. RECIPE is a file or a name from `mpp recipe list`. KEY=VALUE changes
+    a setting of the recipe; `mpp recipe keys pretrain` lists them.
+
+    \b
+    mpp pretrain vit_small data.shards=photos out=runs/photos
+    mpp pretrain vit_small data.shards=photos out=runs/try --preset tiny
+    """
+    began_s = time.monotonic()
     with _progress_aside(as_json):
-        result = mpp.pretrain(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
+        result = mpp.pretrain(recipe, resume=resume, preset=preset, **_with_out(overrides, out))
     if RANK == "0" and as_json:
         click.echo(to_json(result))
     elif RANK == "0" and result.state == "finished":
-        click.echo(f"skill {result.skill:.3f}, loss {result.loss:.4f} after {result.step} steps: {result.encoder}")
+        click.echo(_summarise(result, recipe, time.monotonic() - began_s))
     _exit_as_stopped(result)
 
 
 @main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@SCALE
-@click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1))
+@PRESET
+@click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Number of devices.")
 @click.option(
-    "--device", default="a100", show_default=True, help="a100, h100, h200, l40s, a10, rtx4090, or cpu: this one."
+    "--device",
+    default="a100",
+    show_default=True,
+    help="GPU to estimate for: a100, h100, h200, l40s, a10, rtx4090; cpu measures this machine.",
 )
 @click.option(
     "--mfu",
     default=None,
     type=float,
-    help="Part of the devices' peak that the run reaches; default: 0.3; on a CPU, what its timed steps reach.",
+    help="Assumed fraction of peak FLOP/s.  [default: 0.3; CPU: measured]",
 )
 @click.option(
-    "--images", default=None, type=click.IntRange(min=1), help="How many there are; default: data are opened."
+    "--images", default=None, type=click.IntRange(min=1), help="Number of training images. Default: count them."
 )
 @JSON
 def plan(
     recipe: str,
     overrides: tuple[str, ...],
-    scale: str | None,
+    preset: str | None,
     devices: int,
     device: str,
     mfu: float | None,
     images: int | None,
     as_json: bool,
 ) -> None:
-    """What pretraining as RECIPE says will take: parameters, FLOP, memory of a device, time, disk. Keeps nothing."""
+    """Estimate memory, time and disk space
+
+    Estimate the memory, time and disk space of a pretraining run without training.
+
+    \b
+    mpp plan vit_small data.shards=photos --device h100 --devices 8
+    mpp plan small_images data.shards=photos --device cpu
+    """
     from mpp.recipe.overrides import parse_overrides
 
     given = parse_overrides(overrides)
     if images is not None:
         given = {"data.shards": "not opened"} | given
-    estimate = mpp.plan(recipe, devices=devices, device=device, mfu=mfu, images=images, scale=scale, **given)
+    estimate = mpp.plan(recipe, devices=devices, device=device, mfu=mfu, images=images, preset=preset, **given)
     click.echo(to_json(estimate.as_dict()) if as_json else estimate.text())
 
 
 @main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_OUT
+@PRESET
 @_RESUME
-@SCALE
 @JSON
-def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | None, as_json: bool) -> None:
-    """Fine-tune on labeled images, beside other roads. encoder=RUN|FOLDER|TIMM_NAME|scratch"""
-    from mpp.recipe.overrides import parse_overrides
+def finetune(
+    recipe: str, overrides: tuple[str, ...], out: str | None, preset: str | None, resume: str, as_json: bool
+) -> None:
+    """Fine-tune on labels, vs. from scratch
 
+    Fine-tune an encoder on labeled images and compare it with training from scratch. RECIPE is a file or a name
+    from `mpp recipe list`. KEY=VALUE changes a setting of the recipe; `mpp recipe keys finetune` lists them.
+
+    encoder= takes the folder of a pretraining run or an export, a timm name, or scratch.
+
+    \b
+    mpp finetune vit_small encoder=runs/photos data.train=labeled/train data.val=labeled/val
+    """
     with _progress_aside(as_json):
-        result = mpp.finetune(recipe, resume=resume, scale=scale, **parse_overrides(overrides))
+        result = mpp.finetune(recipe, resume=resume, preset=preset, **_with_out(overrides, out))
     if RANK == "0" and as_json:
         click.echo(to_json(result))
     elif RANK == "0" and result.state == "finished":
@@ -117,21 +193,33 @@ def finetune(recipe: str, overrides: tuple[str, ...], resume: str, scale: str | 
 @main.command()
 @click.argument("encoder")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--recipe", default=None, metavar="FILE", help="Keys from a file, under those given here.")
+@click.option("--recipe", default=None, metavar="FILE", help="Read settings from a YAML file; KEY=VALUE overrides it.")
+@_OUT
+@PRESET
 @_RESUME
-@SCALE
 @JSON
 def evaluate(
-    encoder: str, overrides: tuple[str, ...], recipe: str | None, resume: str, scale: str | None, as_json: bool
+    encoder: str,
+    overrides: tuple[str, ...],
+    recipe: str | None,
+    out: str | None,
+    preset: str | None,
+    resume: str,
+    as_json: bool,
 ) -> None:
-    """Probe the frozen features of ENCODER (a run, an export or a timm name): data.train=… data.val=…"""
-    from mpp.recipe.overrides import parse_overrides
+    """Probe frozen features (kNN, linear)
 
-    given = parse_overrides(overrides)
+    Evaluate frozen features with kNN, linear and attentive probes. ENCODER is the folder of a run or an export, or a
+    timm name. Needs data.train= and data.val=; `mpp recipe keys evaluate` lists all settings.
+
+    \b
+    mpp evaluate runs/photos data.train=labeled/train data.val=labeled/val
+    """
+    given = _with_out(overrides, out)
     if "encoder" in given:
         raise UserError("command line: encoder: is the first word, mpp evaluate ENCODER …; give another as compare=")
     with _progress_aside(as_json):
-        result = mpp.evaluate(encoder, recipe=recipe, resume=resume, scale=scale, **given)
+        result = mpp.evaluate(encoder, recipe=recipe, resume=resume, preset=preset, **given)
     if as_json:
         return click.echo(to_json(result))
     click.echo(result.table())

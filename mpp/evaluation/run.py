@@ -92,7 +92,7 @@ def _evaluate(
         if done is None:
             began, left = time.monotonic(), len(readers) - number
             pace = f", about {format_duration(sum(took_s) / len(took_s) * left)} left" if took_s else ""
-            print(f"arm {number + 1} of {len(readers)}: {arm}{pace}", flush=True)
+            print(f"part {number + 1} of {len(readers)}: {arm}{pace}", flush=True)
             write_status(out, "running", arm=arm, number=number + 1, of=len(readers))
             size = arm_reader.size if arm_reader else sizes["encoder"]
             reader = arm_reader.reader if arm_reader else PixelReader()

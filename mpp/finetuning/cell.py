@@ -27,6 +27,12 @@ class Cell:
     seed: int
     labels_per_class: int | None
 
+    @property
+    def title(self) -> str:
+        """What is trained, in words."""
+        labels = f"{self.labels_per_class} labels a class, " if self.labels_per_class else ""
+        return f"{self.arm}, {labels}seed {self.seed}"
+
 
 def cells_of(recipe: FinetuneRecipe) -> list[Cell]:
     """Return the cells of a run in their order. A folder is named after the number of labels if there are several."""

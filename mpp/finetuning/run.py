@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ from mpp.recipe.loading import load_recipe
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs.environment import environment
 from mpp.runs.folder import DATA, opened
+from mpp.runs.log import format_duration
 from mpp.runs.records import read_metrics, write_json, write_status
 from mpp.runs.symptoms import UNDERFIT_ADVICE, underfit
 from mpp.runs.verdict import Cost, Estimate, Verdict, line_of_scores, name_unread, table
@@ -167,14 +169,19 @@ def run_cells(run: Run) -> dict[Cell, CellResult] | None:
     """
     cells = cells_of(run.recipe)
     measured: dict[Cell, CellResult] = {}
+    took_s: list[float] = []
     run.stop_request.listen()
     for number, cell in enumerate(cells):
         result = run.team.on_main(partial(read_result, cell.folder, run.fingerprint))
         if result is None:
             run.status("running", cell=cell.folder.name)
             if run.team.is_main:
-                print(f"cell {number + 1} of {len(cells)}: {cell.folder.name}", flush=True)
+                left_s = sum(took_s) / len(took_s) * (len(cells) - number) if took_s else 0
+                left = f" (about {format_duration(left_s)} left for all of them)" if took_s else ""
+                print(f"run {number + 1} of {len(cells)}: {cell.title}{left}", flush=True)
+            began_s = time.monotonic()
             result = train(prepare_cell(run, cell))
+            took_s.append(time.monotonic() - began_s)
             run.watch.status = run.status
             (stopping,) = run.team.sum([bool(run.stop_request)])
             if result is None or (stopping and number < len(cells) - 1):

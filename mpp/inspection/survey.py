@@ -92,7 +92,7 @@ def tiny_overrides(family: Family) -> JsonObject:
 def tiny_command(family: Family) -> str:
     """The same as a command, for people."""
     words = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in tiny_overrides(family).items()]
-    return f"mpp pretrain recipes/pretrain/simmim_vit_b16.yaml --scale tiny {' '.join(words)}"
+    return f"mpp pretrain recipes/pretrain/simmim_vit_b16.yaml --preset tiny {' '.join(words)}"
 
 
 def check(name: str) -> tuple[str, bool]:

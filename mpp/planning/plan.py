@@ -28,7 +28,7 @@ from mpp.planning.memory import CUDA_KEEPS, bytes_of, count_step
 from mpp.pretraining.dataset import PretrainDataset
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.pretrain import PretrainRecipe
-from mpp.training.exchange import accumulation
+from mpp.training.exchange import accumulation, describe_batch
 from mpp.training.optimizer import make_optimizer, pretrain_groups
 from mpp.training.plan import steps_of
 
@@ -100,9 +100,8 @@ class Plan:
             f"{self.encoder}: {self.encoder_parameters / 1e6:.1f} M parameters, "
             f"{self.parameters / 1e6:.1f} M with all that belongs to it, {self.trained / 1e6:.1f} M trained\n"
             f"{self.flop_per_image / 1e9:.2f} GFLOP an image, forward and backward\n"
-            f"{self.images} images an epoch, {self.held_out} more held out; {self.steps} steps of "
-            f"{self.global_batch_size} ({self.devices} × {self.accumulate} × {self.micro_batch}), "
-            f"{self.epochs:.1f} epochs\n"
+            f"{self.images:,} images an epoch, {self.held_out:,} more held out; {self.steps:,} steps of "
+            f"{describe_batch(self.global_batch_size, self.devices, self.accumulate)}; {self.epochs:.1f} epochs\n"
             f"memory of each {self.device}: {bytes_of(total)} of {bytes_of(int(size))}{fits}\n{parts}\n{host}"
             f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
             f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s{self._reading()}\n"

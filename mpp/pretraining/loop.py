@@ -206,6 +206,5 @@ def finish(job: Pretraining) -> PretrainResult:
             save_encoder(encoder, folder, trained_by(job.recipe), metrics)
 
         job.team.on_main(measure_and_save)
-    job.log.say(f"encoder: {folder}")
     job.log.status("finished", step=progress.step)
     return PretrainResult(job.run.out, "finished", progress.step, progress.loss, progress.skill, folder)

@@ -46,7 +46,7 @@ from mpp.runs.records import write_json
 from mpp.runs.trackers import Trackers
 from mpp.training import nonfinite
 from mpp.training.device_time import DeviceTime
-from mpp.training.exchange import accumulation
+from mpp.training.exchange import accumulation, describe_batch
 from mpp.training.optimizer import GuardedOptimizer, make_optimizer, pretrain_groups
 from mpp.training.plan import Plan, steps_of
 from mpp.training.steps import MicroBatchStream, Pace
@@ -287,12 +287,14 @@ def _introduce(job: Pretraining) -> None:
 
 def _opening_line(job: Pretraining) -> str:
     """The first line of the log: images, steps, size."""
-    plan, dataset, world = job.plan, job.dataset, job.team.world
-    images = f"{sum(dataset.train_counts)} images in {len(dataset.images.names)} shards"
-    micro_batch = plan.global_batch_size // world // plan.micro_batches
-    steps = f"{plan.total_steps} steps of {plan.global_batch_size} ({world} × {plan.micro_batches} × {micro_batch})"
-    parameters = f"{sum(p.numel() for p in job.trained) / 1e6:.2f} M parameters trained"
-    line = f"{images}, {len(job.held_out.images)} more held out; {steps}, {parameters}{plan.warm_up_note}"
+    plan, dataset = job.plan, job.dataset
+    shards, parameters = len(dataset.images.names), sum(p.numel() for p in job.trained) / 1e6
+    line = (
+        f"training on {sum(dataset.train_counts):,} images in {shards:,} shard{'s' * (shards != 1)}, "
+        f"{len(job.held_out.images):,} more held out; {plan.total_steps:,} steps of "
+        f"{describe_batch(plan.global_batch_size, job.team.world, plan.micro_batches)}; "
+        f"{parameters:.2f} M parameters{plan.warm_up_note}"
+    )
     if job.run.checkpoint:
         line += f"; resumed at step {job.progress.step}"
         line += ", which is the last: nothing is left to do" if job.progress.step >= plan.total_steps else ""

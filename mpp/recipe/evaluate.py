@@ -28,16 +28,16 @@ class EvaluateData(LabeledData):
     """Labeled images; size and normalisation are the encoder's own where they are not given."""
 
     image_size: ImageSize | None = None  # type: ignore[assignment]
-    """Side in pixels, or [height, width]; default: the encoder's."""
+    """Side of the images in pixels, or [height, width]. Default: the encoder's."""
     batch_size: PositiveInt = 256
-    """Images a device takes at once."""
+    """Images in the memory of a device at once."""
 
 
 class Knn(Section):
     """Nearest neighbours by cosine similarity, each with one vote."""
 
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 5, 10, 20, 50, 100, 200)
-    """Numbers of neighbours that are tried (around the 10 to 200 of DINO, Caron et al. 2021, section 4.1)."""
+    """Numbers of neighbours to try (DINO, Caron et al. 2021, section 4.1, uses 10 to 200)."""
 
 
 class LinearProbe(Section):
@@ -46,20 +46,24 @@ class LinearProbe(Section):
     weight_decay: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
         1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0,
     )  # fmt: skip
-    """Values tried: λ of mean cross-entropy + λ/2 · |weights|² (CLIP, Radford et al. 2021, A.3, sweeps 1e-6 to 1e6)."""
+    """Values to try: λ of mean cross-entropy + λ/2 · |weights|² (CLIP, Radford et al. 2021, A.3, sweeps 1e-6 to
+    1e6)."""
     max_iterations: PositiveInt = 200
+    """Most iterations of L-BFGS."""
 
 
 class AttentiveProbe(Section):
     """One learned query that attends to the patch tokens, then a linear layer (CAE, Chen et al. 2022, section 4.1)."""
 
     batch_size: PositiveInt = 64
+    """Images of one optimizer step."""
 
     lr: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (3e-4, 1e-3, 3e-3)
-    """Learning rates tried (guess)."""
+    """Learning rates to try (a guess)."""
     epochs: PositiveInt = 20
-    """Passes over the training images (guess)."""
+    """Passes over the training images (a guess)."""
     weight_decay: NonNegativeFloat = 0.01
+    """Weight decay of the probe."""
 
 
 def _out_may_be_left_out(schema: JsonObject) -> None:
@@ -73,31 +77,34 @@ class EvaluateRecipe(Job):
     model_config = ConfigDict(json_schema_extra=_out_may_be_left_out)
 
     job: Literal["evaluate"] = "evaluate"
+    """The command that runs this recipe."""
     encoder: FilePath
-    """A pretraining run, an exported folder, or a name of timm's."""
+    """Encoder to evaluate: the folder of a pretraining run or an export, or a timm name."""
     architecture: Architecture | None = None
+    """Changed timm arguments of the encoder."""
     compare: FilePath | None = None
-    """Another encoder, read in the same way."""
+    """Another encoder to evaluate in the same way."""
     controls: Bool = True
-    """Evaluate the same architecture at random initialisation, and raw pixels, too."""
+    """Also evaluate the same architecture with random weights, and raw pixels."""
     seed: Annotated[NonNegativeInt, Field(lt=2**56)] = 0
-    """Of the labels drawn, the split of the training images, the random initialisation and the attentive probe."""
+    """Seed of the labels drawn, the split of the training images, the random weights and the attentive probe."""
     data: EvaluateData
     probes: Annotated[
         tuple[Probe, ...],
         BeforeValidator(listed, json_schema_input_type=Probe | Annotated[tuple[Probe, ...], Field(min_length=1)]),
         Field(min_length=1),
     ] = ("knn", "linear", "attentive")
+    """Probes to fit: knn, linear, attentive."""
     layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
-    """Blocks (stages, in hierarchical families) whose output is probed, counted from 1; default: all. Beside them
-    always "out", what the plain timm model gives for an image."""
+    """Blocks, or stages of hierarchical encoders, to probe, counted from 1. Default: all. The output of the whole
+    encoder, called out, is always probed."""
     tune_fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.2
-    """Part of the training images on which k, weight decay, learning rate and the best layer are chosen."""
+    """Fraction of the training images on which k, weight decay, learning rate and the best layer are chosen."""
     knn: Knn = Knn()
     linear: LinearProbe = LinearProbe()
     attentive: AttentiveProbe = AttentiveProbe()
     keep_features: Bool = False
-    """Leave the features in the run folder, as .npy files."""
+    """Write the features into the run folder as .npy files."""
 
     @model_validator(mode="before")
     @classmethod

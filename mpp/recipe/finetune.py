@@ -35,20 +35,23 @@ class FinetuneData(LabeledData):
     """Labeled images, and how they are augmented; `mean` and `std` are the encoder's own where they are not given."""
 
     labels_per_class: LabelCounts | None = None  # type: ignore[assignment]
-    """Train on so many images of each class, drawn by the seed; a list, [10, 100, 500], fine-tunes on each of them."""
+    """Train on this many images of each class, drawn by the seed. A list, [10, 100, 500], trains every setting."""
     crop_scale: AreaRange = (0.08, 1.0)
+    """Range of the area of random crops, as a fraction of the image."""
     crop_ratio: Range = (3 / 4, 4 / 3)
+    """Range of the aspect ratio of random crops."""
     auto_augment: str | None = None
-    """timm's policy string, such as rand-m9-mstd0.5-inc1 (RandAugment)."""
+    """timm policy string, for example rand-m9-mstd0.5-inc1 (RandAugment). Default: none."""
     color_jitter: NonNegativeFloat | None = None
+    """Strength of random changes of brightness, contrast and saturation. Default: none."""
     erase: Fraction = 0.0
     """Probability of random erasing (Zhong et al. 2020)."""
     val_views: Annotated[Literal[1, 2, 10], BeforeValidator(no_bool)] = 1
-    """Views of a validation image whose probabilities are averaged: 2: mirrored, too; 10: corners, too (Krizhevsky et
-    al. 2012, section 4.1)."""
+    """Views of a validation image to average. 1: centre; 2: adds a mirror image; 10: adds corners (Krizhevsky et al.
+    2012, section 4.1)."""
     val_side_px: PositiveInt | None = None
-    """With task: segment: shorter side to which validation images are scaled, then read in overlapping windows of
-    image_size; default: the shorter of image_size."""
+    """With task: segment: shorter side in pixels to which validation images are scaled before they are read in
+    overlapping windows of image_size. Default: the shorter side of image_size."""
 
     @model_validator(mode="after")
     def _augmentations_of_colours(self) -> Self:
@@ -67,12 +70,14 @@ class FinetuneOptim(Optim):
     """As in pretraining, and what fine-tuning adds."""
 
     base_lr: PositiveFloat = 5e-4
-    """For 256 images (MAE, table 9: 5e-4 for ViT-L/H, 5e-4 for ViT-B)."""
+    """Learning rate for a batch of 256 images, multiplied by global_batch_size / 256 (MAE, table 9: 5e-4 for ViT-B and
+    ViT-L)."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
     layer_decay: Annotated[Float, Field(gt=0, le=1)] = 0.75
-    """Learning rate of a layer over that of the next (BEiT; MAE: 0.75). The scratch arm uses 1."""
+    """Learning rate of a layer divided by that of the next layer (BEiT; MAE: 0.75). Training from scratch uses 1."""
     head_lr_scale: PositiveFloat = 1.0
-    """Learning rate of the new head over that of the last layer."""
+    """Learning rate of the new head divided by that of the last layer."""
 
 
 Beside: TypeAlias = Literal["scratch", "cnn", "published"]
@@ -82,10 +87,11 @@ class Scratch(Section):
     """What the arm from scratch does otherwise; None: as the pretrained arm."""
 
     base_lr: PositiveFloat | None = None
+    """Learning rate from scratch. Default: as optim.base_lr."""
     layer_decay: Annotated[Float, Field(gt=0, le=1)] | None = 1.0
-    """1: layer decay protects pretrained layers, and there are none."""
+    """Layer decay from scratch. 1: none, as there are no pretrained layers to protect."""
     frozen: Fraction | None = 0.0
-    """0: nothing is worth standing still for."""
+    """As the key frozen, from scratch. 0: everything learns from the first step."""
 
 
 class Cnn(Section):
@@ -96,18 +102,20 @@ class Cnn(Section):
     """
 
     name: str | None = None
-    """timm's; default: resnet18d, of half the width, for images below 128 px, resnet18 above."""
+    """timm name of the network. Default: resnet18d of half the width for images below 128 px, else resnet18."""
     args: TimmArgs = {}  # noqa: RUF012 (pydantic copies it)
-    """timm's arguments of that model."""
+    """timm arguments of the network."""
     image_size: ImageSize | None = None
-    """Side in pixels, or [height, width]: small images are enlarged for networks whose first layers halve them twice.
-    Default: twice that of the images below 48 px, else their own."""
+    """Side of its images in pixels, or [height, width]. Default: image_size, doubled below 48 px, because the first
+    layers of the network halve the image twice."""
     optimizer: Literal["adamw", "sgd"] = "sgd"
-    """As optim.name."""
+    """Its optimizer, as optim.name."""
     base_lr: PositiveFloat = 0.2
+    """Its learning rate for a batch of 256 images."""
     weight_decay: NonNegativeFloat = 1e-3
+    """Its weight decay."""
     max_epochs: PositiveFloat = 1000.0
-    """It trains no longer than so many passes, even if it has more time: nothing rises any more by then."""
+    """Most passes over the training images, even if there is time for more. Accuracy no longer rises by then."""
 
 
 class Distill(Section):
@@ -117,19 +125,19 @@ class Distill(Section):
     """
 
     teacher: FilePath
-    """A fine-tuned cell (runs/a/pretrained-seed0), its export, or a name of timm's, with a classifier of the same
+    """Folder of a fine-tuned model (runs/a/pretrained-seed0), its export, or a timm name, with a classifier of the same
     classes."""
     kind: Literal["hard", "soft"] = "hard"
-    """hard: the teacher's likeliest class is a second label; soft: its probabilities are."""
+    """hard: the teacher's likeliest class is a second label. soft: its probabilities are."""
     alpha: Fraction = 0.5
-    """The teacher's part of the loss (DeiT: 0.5 with hard, 0.1 with soft)."""
+    """The teacher's share of the loss (DeiT: 0.5 with hard, 0.1 with soft)."""
     temperature: PositiveFloat = 3.0
-    """Of soft labels (DeiT: 3)."""
+    """Temperature of soft labels (DeiT: 3)."""
     images: Places | None = None
-    """Shards or folders of images without labels, from which the teacher teaches, too, as large models teach small ones
-    (Chen et al. 2020, section 2.3). Validation images among them are left out."""
+    """Unlabeled images for the teacher to label, as shards or folders (Chen et al. 2020, section 2.3). Validation
+    images among them are left out. Default: none."""
     per_label: PositiveInt = 3
-    """Of these images to each labeled one of a step."""
+    """Number of these images for each labeled image of a step."""
 
 
 class Unlabeled(Section):
@@ -140,22 +148,23 @@ class Unlabeled(Section):
     """
 
     images: Places
-    """Shards, or folders of images, as pretraining reads them. Validation images among them are left out."""
+    """Unlabeled images, as shards or folders. Validation images among them are left out."""
     per_label: PositiveInt = 3
-    """Unlabeled images to each labeled one of a step (FixMatch: 7)."""
+    """Number of unlabeled images for each labeled image of a step (FixMatch: 7)."""
     weight: PositiveFloat = 1.0
-    """Of their loss beside that of the labeled ones (FixMatch: 1)."""
+    """Weight of their loss; that of labeled images is 1 (FixMatch: 1)."""
     warmup: Fraction = 0.1
-    """Part of the steps in which the weight rises from 0 (a guess)."""
+    """Fraction of the steps during which the weight rises from 0 (a guess)."""
     threshold: Annotated[Float, Field(gt=0, lt=1)] = 0.95
-    """Least probability of what is learned (FixMatch: 0.95). Of several classes that an image may have, each is learned
-    where it is as sure to be there, or not to be."""
+    """Least probability at which the model learns the averaged model's class (FixMatch: 0.95). If an image may have
+    several classes, each class is learned if it is as surely present or absent."""
     weak_crop_scale: AreaRange = (0.75, 1.0)
-    """Range of the area of the weak view, which is mirrored half of the time (a guess)."""
+    """Range of the area of the weak view's crop, as a fraction of the image; half of the crops are mirrored (a
+    guess)."""
     auto_augment: str | None = "rand-m10-n2-mstd0.5-inc1"
-    """timm's policy of the strong view, on crops as labeled images have them (FixMatch: RandAugment)."""
+    """timm policy string of the strong view, on crops like those of labeled images (FixMatch: RandAugment)."""
     erase: Fraction = 1.0
-    """Probability of random erasing in the strong view (FixMatch: Cutout, always)."""
+    """Probability of random erasing in the strong view (FixMatch: cutout, always)."""
 
 
 class Lora(Section):
@@ -166,10 +175,11 @@ class Lora(Section):
     """
 
     rank: PositiveInt = 8
+    """Rank of the adapters."""
     alpha: PositiveInt = 16
-    """alpha / rank is the adapters' scale (guess: 2)."""
+    """Scale of the adapters, times rank (a guess: twice the rank)."""
     dropout: BelowOne = 0.0
-    """On what the adapters see."""
+    """Dropout on the input of the adapters."""
 
 
 class EarlyStop(Section):
@@ -179,65 +189,75 @@ class EarlyStop(Section):
     """
 
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.2
-    """Part of the training images of each class that is judged on, and not trained on."""
+    """Fraction of the training images of each class to judge by instead of training on it."""
     every_steps: PositiveInt = 100
+    """Steps between two measurements."""
     patience: PositiveInt = 5
-    """Measurements without a new best before it stops."""
+    """Measurements without a new best before training stops."""
 
 
 class FinetuneRecipe(Run):
     """Fine-tuning on labeled images, beside the same from scratch."""
 
     job: Literal["finetune"] = "finetune"
+    """The command that runs this recipe."""
     encoder: FilePath
-    """A pretraining run, an exported folder, a name of timm's, or scratch."""
+    """Encoder to fine-tune: the folder of a pretraining run or an export, a timm name, or scratch."""
     architecture: Architecture | None = None
+    """Which encoder to build with encoder: scratch, or changed arguments of the given encoder."""
     beside: Annotated[
         tuple[Beside, ...],
         BeforeValidator(listed, json_schema_input_type=Beside | tuple[Beside, ...]),
         AfterValidator(each_once),
     ] = ("scratch",)
-    """What the fine-tune is compared with. scratch: the same from random weights. cnn: a convolutional network from
-    scratch, for the same time, pretraining included, see `cnn`. published: the same from the weights that timm has for
-    this encoder. []: nothing."""
+    """Baselines to compare with. scratch: the same encoder from random weights. cnn: a convolutional network from
+    scratch for the same time, including pretraining; see cnn. published: the same encoder with timm's weights. []:
+    none."""
     seeds: Annotated[
         tuple[Annotated[NonNegativeInt, Field(lt=2**56)], ...], Field(min_length=1), AfterValidator(each_once)
     ] = (0, 1, 2)
-    """Each draws its own labels, order and initial head."""
+    """Seeds to train. Each draws its own labels, order and initial head."""
     data: FinetuneData
     task: component_section("task", "classify") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    """What is learned: classify, multilabel, segment or detect."""
     pool: Literal["mean", "token", "attention"] = "mean"
-    """Features of an image: the mean of its patch tokens, the class token, or what a new attention layer with one query
-    reads from all tokens (timm's, of ViTs; Zhai et al. 2022, section 3.2, who call it MAP). Pretraining trains the
-    class token's last output only with the heads transformer and cross_attention."""
+    """Feature of an image. mean: the mean of its patch tokens. token: the class token, which pretraining trains only
+    with the heads transformer and cross_attention. attention: what a new attention layer with one query reads from all
+    tokens (timm's layer, for ViTs; Zhai et al. 2022, section 3.2)."""
     fc_norm: Bool | None = None
-    """With `pool: mean`. true: norm the mean by a new norm, in place of the encoder's final one, as MAE's fine-tuning
-    does. false: norm each token by the encoder's final norm, then take the mean. Default: as the encoder has it."""
+    """With pool: mean. true: a new norm of the mean replaces the encoder's final norm, as in MAE. false: the encoder's
+    final norm is applied to each token before the mean. Default: as the encoder has it."""
     drop_path_rate: BelowOne = 0.0
+    """Probability of skipping a residual branch in training (stochastic depth)."""
     mixup: NonNegativeFloat = 0.0
-    """Alpha of the beta distribution (Zhang et al. 2018); 0: none."""
+    """Alpha of mixup's beta distribution (Zhang et al. 2018). 0: no mixup."""
     cutmix: NonNegativeFloat = 0.0
-    """Alpha of the beta distribution (Yun et al. 2019); 0: none."""
+    """Alpha of CutMix's beta distribution (Yun et al. 2019). 0: no CutMix."""
     head_init: Literal["zero", "probe"] = "zero"
-    """How the new head begins. zero: next to zero, so that all classes are equally likely. probe: as a linear probe,
-    fitted to the frozen encoder's features of the training images (LP-FT, Kumar et al. 2022); what that start is worth
-    is measured, too. From scratch it is always zero."""
+    """How the new head starts. zero: close to zero, so that all classes are equally likely. probe: as a linear probe
+    fitted to the frozen features of the training images (LP-FT, Kumar et al. 2022), whose score is also measured. From
+    scratch it is always zero."""
     frozen: Fraction = 0.0
-    """Part of the steps in which the head alone learns: 1 is a frozen encoder; below 1, LP-FT (Kumar et al. 2022),
-    whose backward pass still goes through the encoder."""
+    """Fraction of the steps during which only the head learns. 1: the encoder stays frozen. Below 1: LP-FT (Kumar et
+    al. 2022)."""
     unfreeze: Literal["at_once", "gradual"] = "at_once"
-    """After `frozen`. gradual: block by block, the last one first (ULMFiT, Howard & Ruder 2018, section 3.3)."""
+    """What happens after frozen. at_once: everything learns. gradual: block by block, the last one first (ULMFiT,
+    Howard & Ruder 2018, section 3.3)."""
     ema_decay: BelowOne | None = None
-    """Judge and export a moving average of the weights, such as 0.9999; it moves faster in the first steps."""
+    """Decay of a moving average of the weights, for example 0.9999, which is then judged and exported. It moves faster
+    in the first steps. Default: no average."""
     balance: Literal["none", "sampling", "loss"] = "none"
-    """Classes of unequal size. sampling: images of small classes come more often; loss: they count for more."""
+    """How to treat classes of unequal size. sampling: images of small classes are drawn more often. loss: they weigh
+    more."""
     early_stop: EarlyStop | None = None
+    """Stop when the score on some held-out training images no longer rises: early_stop={}. Default: train to the
+    end."""
     lora: Lora | None = None
-    """Train adapters beside the encoder's linear layers: `lora={}`."""
+    """Train low-rank adapters instead of the encoder's linear layers: lora={}."""
     distill: Distill | None = None
-    """Learn from a teacher, too; all arms do but the CNN."""
+    """Also learn from a teacher. The baseline cnn does not."""
     unlabeled: Unlabeled | None = None
-    """Learn from images without labels, too: `unlabeled={images: shards/photos}`. All arms do but the CNN."""
+    """Also learn from unlabeled images: unlabeled={images: shards/photos}. The baseline cnn does not."""
     optim: FinetuneOptim
     scratch: Scratch = Scratch()
     cnn: Cnn = Cnn()

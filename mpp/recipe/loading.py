@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from mpp.recipe.evaluate import EvaluateRecipe
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.flat import JsonMapping, JsonObject, flat_keys
 from mpp.recipe.messages import EXAMPLES, error_line, leaves
-from mpp.recipe.overrides import apply_overrides, apply_scale
+from mpp.recipe.overrides import apply_overrides, apply_preset
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.recipe.sections import Job
 from mpp.recipe.yaml_reader import Key, parse_yaml
@@ -33,54 +34,80 @@ def bundled() -> dict[str, Path]:
     return {f"{job}/{path.stem}": path for job, paths in files.items() for path in paths}
 
 
-def _text(path: str | Path) -> str:
-    """Of a recipe's file; where there is none, of the one of that name that comes with mpp. UserError."""
+def find_recipe(path: str | Path, job: str | None = None) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        path: A file, or the name of a recipe that comes with mpp: pretrain/vit_small, or vit_small.
+        job: Which job the recipe must be for, if only the second part of its name is given.
+
+    Raises:
+        UserError: There is no such recipe, or there are recipes of this name for several jobs.
+    """
     place = Path(path)
+    if place.exists() and not place.is_dir():
+        return place
+    known = bundled()
+    name = place.as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if name in known:
+        return known[name]
+    alike = [other for other in known if other.split("/")[1] == Path(name).name]
+    found = [other for other in alike if other == f"{job}/{name}"] or (alike if job is None else [])
+    if len(found) == 1 and "/" not in name:
+        return known[found[0]]
+    if place.is_dir():
+        raise UserError(f"{path}: is a folder, not a recipe")
+    if not alike:
+        close = get_close_matches(Path(name).name, sorted({other.split("/")[1] for other in known}), 2)
+        alike = [other for other in known if other.split("/")[1] in close]
+    what = "no such recipe" if place.suffix == "" else "No such file or directory"
+    if place.is_absolute():
+        raise UserError(f"{path}: {what}")
+    meant = f" Did you mean {' or '.join(alike)}?" if alike else ""
+    raise UserError(f"{path}: {what}.{meant} `mpp recipe list` shows the recipes that come with mpp")
+
+
+def _text(path: str | Path, job: str | None = None) -> str:
+    """Return the text of a recipe; see `find_recipe`."""
+    place = find_recipe(path, job)
     try:
-        if not place.exists():
-            name = place.as_posix().removeprefix("recipes/").removesuffix(".yaml")
-            place = bundled().get(name, place)
         return place.read_text(encoding="utf-8")
     except OSError as error:
-        advice = ""
-        if isinstance(error, FileNotFoundError) and not place.is_absolute():
-            alike = " or ".join(name for name in bundled() if name.split("/")[1] == place.stem)
-            advice = f"; {f'is {alike} meant? ' if alike else ''}`mpp recipe list` names those that come with mpp"
-        raise UserError(f"{path}: {error.strerror or error}{advice}") from error
+        raise UserError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8") from error
 
 
-def load_recipe(path: str | Path, job: type[R], overrides: JsonObject | None = None, scale: str | None = None) -> R:
+def load_recipe(path: str | Path, job: type[R], overrides: JsonObject | None = None, preset: str | None = None) -> R:
     """Read and check a recipe.
 
     Args:
-        path: Of the file.
+        path: A file or a name; see `find_recipe`.
         job: The recipe's type.
         overrides: Dotted keys and their values.
-        scale: One of its `scales`, applied before the overrides.
+        preset: One of its presets, applied before the overrides.
 
     Raises:
         UserError: With a line for each thing that is wrong.
     """
-    values, places = parse_yaml(_text(path), str(path))
-    apply_scale(values, places, scale, str(path))
+    values, places = parse_yaml(_text(path, job.model_fields["job"].default), str(path))
+    apply_preset(values, places, preset, str(path))
     apply_overrides(values, places, overrides or {})
     return check_recipe(values, job, places, str(path))
 
 
-def load_any(path: str | Path, overrides: JsonObject | None = None, scale: str | None = None) -> Job:
+def load_any(path: str | Path, overrides: JsonObject | None = None, preset: str | None = None) -> Job:
     """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
-    return load_recipe(path, _job_of(path), overrides, scale)
+    return load_recipe(path, _job_of(path), overrides, preset)
 
 
-def load_open(path: str | Path, overrides: JsonObject, scale: str | None) -> tuple[Job, list[str]]:
+def load_open(path: str | Path, overrides: JsonObject, preset: str | None) -> tuple[Job, list[str]]:
     """Read a recipe that may leave required keys to the command line.
 
     Args:
         path: Of the file.
         overrides: Dotted keys and their values.
-        scale: One of its `scales`.
+        preset: One of its presets.
 
     Returns:
         The recipe, in which missing keys are OPEN, and these keys.
@@ -91,7 +118,7 @@ def load_open(path: str | Path, overrides: JsonObject, scale: str | None) -> tup
     job = _job_of(path)
     required = [key for key, f in leaves(job).items() if key in EXAMPLES and f.is_required()]
     values, places = parse_yaml(_text(path), str(path))
-    apply_scale(values, places, scale, str(path))
+    apply_preset(values, places, preset, str(path))
     apply_overrides(values, places, overrides)
     given = flat_keys(values)
     left = [key for key in required if given.get(key) is None and _has_section(key, job, values)]
@@ -110,20 +137,20 @@ def _job_of(path: str | Path) -> type[Job]:
     return RECIPES.get(job, PretrainRecipe) if isinstance(job, str) else PretrainRecipe
 
 
-def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonObject, scale: str | None = None) -> R:
-    """Return a recipe with one of its scales and overrides applied.
+def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonObject, preset: str | None = None) -> R:
+    """Return a recipe with one of its presets and overrides applied.
 
     Args:
         recipe: A file, a mapping of its keys, or a checked recipe.
         job: The recipe's type.
         overrides: Dotted keys and their values.
-        scale: One of its `scales`.
+        preset: One of its presets.
 
     Raises:
         UserError: With a line for each thing that is wrong.
     """
     if isinstance(recipe, str | Path):
-        return load_recipe(recipe, job, overrides, scale)
+        return load_recipe(recipe, job, overrides, preset)
     if isinstance(recipe, Mapping):
         values = deepcopy(dict(recipe))
     elif isinstance(recipe, job):
@@ -133,7 +160,7 @@ def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonO
     else:
         raise UserError(f"recipe: a file, a mapping of keys or a checked recipe; got {type(recipe).__name__}")
     places: dict[Key, str] = {}
-    apply_scale(values, places, scale, "recipe")
+    apply_preset(values, places, preset, "recipe")
     apply_overrides(values, places, overrides)
     return check_recipe(values, job, places)
 

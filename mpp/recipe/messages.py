@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel
 
 from mpp.recipe.flat import JsonObject
+from mpp.recipe.registry import RECIPE_KEYS
 from mpp.recipe.sections import Job
 from mpp.recipe.yaml_reader import Key, dotted
 
@@ -26,16 +27,73 @@ EXAMPLES = {
 lack are required where it has the section."""
 
 
+SLIPS = {
+    "lr": ("optim.base_lr",),
+    "learning_rate": ("optim.base_lr",),
+    "batch_size": ("optim.global_batch_size", "data.batch_size"),
+    "num_epochs": ("optim.epochs",),
+    "max_steps": ("optim.steps",),
+    "warmup": ("optim.warmup_epochs",),
+    "optimizer": ("optim.name",),
+    "model": ("encoder.name", "encoder"),
+    "arch": ("encoder.name", "encoder"),
+    "backbone": ("encoder.name", "encoder"),
+    "checkpoint": ("encoder.name", "encoder"),
+    "img_size": ("data.image_size",),
+    "resolution": ("data.image_size",),
+    "num_workers": ("data.workers",),
+    "dataset": ("data.shards", "data.train"),
+    "data_dir": ("data.shards", "data.train"),
+    "images": ("data.shards", "data.train"),
+    "labels": ("data.labels_per_class",),
+    "mask_ratio": ("mask.ratio",),
+    "masking_ratio": ("mask.ratio",),
+    "decoder": ("head",),
+    "output_dir": ("out",),
+    "output": ("out",),
+    "save_dir": ("out",),
+    "seed": ("seed", "seeds"),
+    "amp": ("precision",),
+    "fp16": ("precision",),
+    "tracker": ("trackers",),
+    "wandb": ("trackers",),
+    "baseline": ("beside",),
+    "compare": ("beside",),
+    **dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"), ("encoder.args", "architecture.args")),
+}
+"""Keys as other projects call them, and what is meant: the first that a job has."""
+MAIN_KEYS = {"data": ("data.shards", "data.train"), "encoder": ("encoder.name",)}
+"""Which key of a section is meant by a value for the section itself."""
+
+
+def meant_by(key: Key, allowed: list[str], job: type[Job]) -> str | None:
+    """Return the key that an unknown one stands for; None if no key is like it.
+
+    Args:
+        key: The unknown key.
+        allowed: Keys of its section.
+        job: Type of the recipe.
+    """
+    known, last = leaves(job), str(key[-1])
+    of_component = any(part in RECIPE_KEYS for part in key[:-1])  # whose keys are few, and its own
+    for meant in () if of_component else SLIPS.get(last, ()):
+        if meant != dotted(key) and (meant in known or meant in job.model_fields):
+            return f"{meant}.{last}" if meant.endswith(".args") else meant
+    if here := difflib.get_close_matches(last, allowed, 1, 0.6):
+        return dotted((*key[:-1], here[0]))
+    return next((name for name in known if name.split(".")[-1] == last and name != dotted(key)), None)
+
+
 def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) -> str:
     key, fields = _without_tags(tuple(error["loc"]), job)
     kind, context, got = error["type"], error.get("ctx", {}), error.get("input")
     place = next((places[key[:n]] for n in range(len(key), -1, -1) if key[:n] in places), source)
     if kind == "extra_forbidden":
-        # a slip of the pen, or a key that belongs elsewhere
-        here = difflib.get_close_matches(str(key[-1]), fields, 1, 0.6)
-        close = [dotted((*key[:-1], here[0]))] if here else [k for k in leaves(job) if k.split(".")[-1] == key[-1]]
-        hint = f" Did you mean '{close[0]}'?" if close and close[0] != dotted(key) else ""
-        return f"{place}: {dotted(key)}: unknown key.{hint} Allowed here: {', '.join(sorted(fields))}"
+        meant = meant_by(key, fields, job)
+        if meant is None:
+            return f"{place}: {dotted(key)}: unknown key. Allowed here: {', '.join(sorted(fields))}"
+        every = f"`mpp recipe keys {job.model_fields['job'].default}` lists all keys"
+        return f"{place}: {dotted(key)}: unknown key. Did you mean '{meant}'? {every}"
     if kind == "missing":
         example = f"; add {dotted(key)}={EXAMPLES[dotted(key)]}" if dotted(key) in EXAMPLES else ""
         return f"{place}: {dotted(key)}: required{example}"
@@ -61,23 +119,26 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
         return f"{place}: {dotted(key)}: {inner}"
     limits = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
     message = error["msg"].removeprefix("Value error, ")
-    bounds = _bounds(key, job)
+    bounds = bounds_of(key, job)
     if kind in limits and bounds:
         message = "must be " + bounds
     elif kind in ("tuple_type", "list_type"):
         message = "must be one number or [height, width]" if key[-1] == "image_size" else "must be a list, [a, b, …]"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "must be keys with values" + (f": {', '.join(sorted(set(fields)))}" if fields else "")
+        meant = next((name for name in MAIN_KEYS.get(dotted(key), ()) if name in leaves(job)), None)
+        if meant and isinstance(got, str):
+            return f"{place}: {dotted(key)}: has keys of its own. Did you mean {meant}={got}?"
     else:
         message = message[0].lower() + message[1:]
     return f"{place}: {dotted(key)}: {message}; got {got!r}"
 
 
-def _section_types(annotation: Any) -> list[type[BaseModel]]:
+def section_types(annotation: Any) -> list[type[BaseModel]]:
     """The recipe sections inside an annotation: unions and Annotated are looked through."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [t for a in get_args(annotation) for t in _section_types(a)]
+    return [t for a in get_args(annotation) for t in section_types(a)]
 
 
 def _without_tags(loc: Key, job: type[BaseModel]) -> tuple[Key, list[str]]:
@@ -94,7 +155,7 @@ def _without_tags(loc: Key, job: type[BaseModel]) -> tuple[Key, list[str]]:
         key.append(part)
         inner = [s.model_fields[part] for s in sections if isinstance(part, str) and part in s.model_fields]
         if inner:
-            sections = [t for f in inner for t in _section_types(f.annotation)]
+            sections = [t for f in inner for t in section_types(f.annotation)]
         elif part != loc[-1] and not isinstance(part, int):
             key.pop()  # a branch label of a plain union
     return tuple(key), [name for s in sections for name in s.model_fields]
@@ -104,7 +165,7 @@ def leaves(job: type[BaseModel], prefix: str = "") -> JsonObject:
     """Every dotted key of a recipe and its field."""
     fields: JsonObject = {}
     for name, f in job.model_fields.items():
-        sections = _section_types(f.annotation)
+        sections = section_types(f.annotation)
         for s in sections:
             fields.update(leaves(s, f"{prefix}{name}."))
         if not sections:
@@ -112,7 +173,7 @@ def leaves(job: type[BaseModel], prefix: str = "") -> JsonObject:
     return fields
 
 
-def _bounds(key: Key, job: type[BaseModel]) -> str:
+def bounds_of(key: Key, job: type[BaseModel]) -> str:
     """The numeric limits of a key in words: "> 0 and < 1"."""
     field = leaves(job).get(dotted(tuple(k for k in key if isinstance(k, str))))
     if field is None:

@@ -1,4 +1,4 @@
-"""Apply scales and `key=value` words of the command line to the keys of a recipe."""
+"""Apply presets and `key=value` words of the command line to the keys of a recipe."""
 
 from __future__ import annotations
 
@@ -15,33 +15,39 @@ from mpp.recipe.registry import RECIPE_KEYS, is_component_key
 from mpp.recipe.yaml_reader import Key, Loader, dotted, parse_yaml
 
 COMMAND_LINE = "command line"
+PRESETS, OLD_PRESETS = "presets", "scales"
+"""The key of a recipe's sets of overrides, and what it was called before."""
 
 
-def apply_scale(values: JsonObject, places: dict[Key, str], scale: str | None, source: str) -> None:
-    """Apply one of the recipe's own sets of overrides in place, and take the sets out.
+def apply_preset(values: JsonObject, places: dict[Key, str], preset: str | None, source: str) -> None:
+    """Apply one of the recipe's own sets of overrides in place, and remove the sets.
 
     Args:
-        values: Of the recipe.
+        values: Keys of the recipe.
         places: Where each key stands, changed likewise.
-        scale: The set's name; None: no set.
+        preset: Name of the set; None: no set.
         source: The recipe, for messages.
 
     Raises:
         UserError: The recipe has no set of this name.
     """
-    scales = values.pop("scales", None) or {}
-    if not isinstance(scales, dict):
-        raise UserError(f"{places.get(('scales',), source)}: scales: must be names with keys; got {scales!r}")
-    for name, chosen in scales.items():
+    section = OLD_PRESETS if OLD_PRESETS in values and PRESETS not in values else PRESETS
+    presets = values.pop(section, None) or {}
+    if not isinstance(presets, dict):
+        raise UserError(f"{places.get((section,), source)}: {section}: must be names with keys; got {presets!r}")
+    for name, chosen in presets.items():
         if not isinstance(chosen, dict) or not all(isinstance(key, str) for key in chosen):
-            place = places.get(("scales", str(name)), source)
-            raise UserError(f"{place}: scales.{name}: must be keys with values, such as optim.steps: 3; got {chosen!r}")
-    if scale is None:
+            place = places.get((section, str(name)), source)
+            raise UserError(
+                f"{place}: {section}.{name}: must be keys with values, such as optim.steps: 3; got {chosen!r}"
+            )
+    if preset is None:
         return
-    if scale not in scales:
-        raise UserError(f"--scale {scale}: {source} has {', '.join(map(str, scales)) or 'no scales'}")
-    given_at = {key: places.get(("scales", scale, key), source) for key in scales[scale]}
-    apply_overrides(values, places, scales[scale], given_at)
+    if preset not in presets:
+        known = f"its presets are {', '.join(map(str, presets))}" if presets else "it has no presets"
+        raise UserError(f"--preset {preset}: not in {source}; {known}")
+    given_at = {key: places.get((section, preset, key), source) for key in presets[preset]}
+    apply_overrides(values, places, presets[preset], given_at)
 
 
 def apply_overrides(
@@ -60,8 +66,8 @@ def apply_overrides(
     for name, value in names_first:
         *outer, last = name.split(".")
         place = (given_at or {}).get(name, COMMAND_LINE)
-        if name.split(".")[0] == "scales":
-            raise UserError(f"{place}: {name}: scales are the recipe's own; give the key itself")
+        if name.split(".")[0] in (PRESETS, OLD_PRESETS):
+            raise UserError(f"{place}: {name}: presets can only be changed in the recipe; give the key itself")
         node: Any = values
         key: list[str | int] = []
         for part in outer:
@@ -129,9 +135,9 @@ def parse_overrides(pairs: tuple[str, ...], example: str = "optim.base_lr=1e-4")
         if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", pair):
             raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as {example}")
     given: dict[str, str] = {}
-    for word in ("recipe", "resume", "scale"):
+    for word in ("recipe", "resume", "preset", "scale"):
         if any(pair.startswith(f"{word}=") for pair in pairs):
-            raise UserError(f"{COMMAND_LINE}: {word}: no key of a recipe; see --help for --{word} and its like")
+            raise UserError(f"{COMMAND_LINE}: {word}: not a key of a recipe; use the option --{word}")
     for key, _, value in (pair.partition("=") for pair in pairs):
         if key in given:
             raise UserError(

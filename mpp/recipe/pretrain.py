@@ -29,20 +29,21 @@ class PretrainData(ImageData):
     """Unlabeled images."""
 
     shards: Places
-    """Tar shards: a folder, a file, a pattern (`*`, `{000..099}`), an URL, or a list of these. Or images as they are: a
-    folder of them, or a CSV file whose column `image` names them; for many images `mpp pack` is worth its while."""
+    """Unlabeled images: tar shards as a folder, file, pattern (* or {000..099}), URL, or list of these; or a folder of
+    images, or a CSV file with a column image. For many images, pack them first with `mpp pack`."""
     crop_scale: AreaRange = (0.2, 1.0)
-    """Random resized crop: range of the crop's area (MAE: 0.2 to 1; SimMIM: 0.67 to 1)."""
+    """Range of the area of random crops, as a fraction of the image (MAE: 0.2 to 1; SimMIM: 0.67 to 1)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
-    """Random resized crop: range of the crop's aspect ratio."""
+    """Range of the aspect ratio of random crops."""
     held_out: PositiveInt = 256
-    """Images taken from the ends of the shards, never trained on, for the skill."""
+    """Number of images to measure the skill on. They are taken from the ends of the shards and never trained on."""
     max_bad_fraction: Fraction = 0.001
-    """The run stops when more images than this fraction, and at least 100, could not be read."""
+    """Largest fraction of unreadable images. The run ends if more images, and at least 100, cannot be read."""
     lanes: PositiveInt = 256
-    """Most runs of shards that are read side by side; see `data/order.py`. Fewer need less of `cache_limit_gb`."""
+    """Most sequences of shards that are read side by side; see data/order.py. Fewer lanes need less of
+    cache_limit_gb."""
     window: PositiveInt = 4096
-    """Samples shuffled at a time within a lane."""
+    """Number of images that are shuffled at a time within a lane."""
 
     @model_validator(mode="before")
     @classmethod
@@ -59,17 +60,18 @@ class Encoder(Section):
     """Any timm encoder with a map of features; `mpp models` lists the families that were tried."""
 
     name: str = "vit_base_patch16_224"
-    """Name of the timm model; or the folder of a run or an export, such as `mpp import` makes, whose weights and
-    architecture it starts from."""
+    """timm name of the encoder; or the folder of a run, an export or an import, whose weights and architecture training
+    starts from."""
     args: TimmArgs = {}  # noqa: RUF012 (pydantic copies it)
-    """timm's arguments for it, such as patch_size, embed_dim, depth, num_heads, drop_path_rate."""
+    """timm arguments of the encoder, such as patch_size, embed_dim, depth, num_heads and drop_path_rate."""
     pretrained: Bool = False
     """Start from timm's published weights of this name."""
     weight_init: Literal["timm", "mae"] = "timm"
-    """How random weights are drawn. mae: as MAE's published code does for plain ViTs: linear layers and patch embedding
-    from Xavier's uniform distribution, the class token from N(0, 0.02²), fixed sine-cosine positions."""
+    """How random weights are drawn. mae: as MAE's published code does for plain ViTs. Linear layers and the patch
+    embedding come from Xavier's uniform distribution, the class token from N(0, 0.02²), and positions are fixed
+    sine-cosine."""
     grad_checkpointing: Bool = False
-    """Recompute activations in the backward pass: slower, less memory."""
+    """Recompute activations in the backward pass: slower, but less memory."""
 
 
 def _own_loss(values: object) -> object:
@@ -98,11 +100,13 @@ class ExtraTarget(Section):
     """One more target on the same forward, with a head and a loss of its own."""
 
     target: component_section("target", "pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    """What this target predicts."""
     loss: component_section("loss", "mse") = Field(None, json_schema_extra=or_null)  # type: ignore[valid-type]
-    """Default: mse, or cross_entropy for a target of classes."""
+    """Its loss. Default: mse, or cross_entropy for a target of classes."""
     head: component_section("head", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    """Its prediction head."""
     weight: PositiveFloat = 1.0
-    """Of its loss in the sum; the first target's is 1."""
+    """Weight of its loss in the sum; the first target's weight is 1."""
 
     _default_loss = model_validator(mode="before")(_own_loss)
     _loss_fits = model_validator(mode="after")(_fitting_loss)
@@ -112,47 +116,55 @@ class OnlineProbe(Section):
     """A linear probe of the encoder in training, on few labeled images: a monitor, not evidence."""
 
     train: Places
+    """Labeled images to fit the probe on, as in fine-tuning. The encoder is never trained on them."""
     val: Places
-    """Labeled images, as in fine-tuning; they are looked at, never trained on."""
+    """Labeled images to judge the probe by, as in fine-tuning."""
     every_steps: PositiveInt = 2000
+    """Steps between two probes."""
     images: PositiveInt = 1000
-    """Most images of either, drawn by the seed and held in memory: what bounds the cost."""
+    """Most images of probe.train and of probe.val, drawn by the seed and held in memory. This limits the cost."""
     weight_decay: PositiveFloat = 0.01
-    """As in `mpp evaluate` (guess)."""
+    """Weight decay of the probe, as in `mpp evaluate` (a guess)."""
 
 
 class PretrainRecipe(Run):
     """Masked-patch pretraining on unlabeled shards."""
 
     job: Literal["pretrain"] = "pretrain"
+    """The command that runs this recipe."""
     seed: Annotated[NonNegativeInt, Field(lt=2**56)] = 0
-    """Of the initial weights, the order, crops, masks and whatever else is drawn."""
+    """Seed of the initial weights, the order of the images, crops, masks and everything else that is random."""
     data: PretrainData
     encoder: Encoder = Encoder()
     mask: component_section("mask", "uniform") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    """Which patches are hidden."""
     corruption: component_section("corruption", "token") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    """What the encoder sees in place of hidden patches."""
     target: component_section("target", "norm_pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    """What is predicted of hidden patches."""
     loss: component_section("loss", "mse") = Field(None, json_schema_extra=or_null)  # type: ignore[valid-type]
-    """Default: mse, or cross_entropy for a target of classes."""
+    """How far a prediction is from its target. Default: mse, or cross_entropy for a target of classes."""
     head: component_section("head", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
+    """The network that predicts the target from the encoder's features."""
     extra_targets: tuple[ExtraTarget, ...] = ()
-    """More targets on the same forward: `[{target: pixels, head: linear, weight: 0.5}]`."""
+    """More targets on the same forward pass: [{target: pixels, head: linear, weight: 0.5}]."""
     predict_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    """Part of the hidden cells that is predicted."""
+    """Fraction of the hidden cells to predict."""
     optim: Optim
     compile: Bool = False
-    """torch.compile of the forward and backward pass: a minute at the start, then 1.03 to 1.2 times as fast on a CPU
-    (recipes/LOG.md). It rounds otherwise. Wants a C++ compiler, on GPUs Triton."""
+    """Compile the forward and backward pass with torch.compile: about a minute at the start, then 1.03 to 1.2 times as
+    fast on a CPU (recipes/LOG.md). Losses differ by rounding. Requires a C++ compiler, on GPUs Triton."""
     fsdp: Bool = False
-    """Share weights, gradients and moments out among the processes (FSDP2), where they are too large for each; set
-    encoder.grad_checkpointing, too. A whole copy of the weights waits in the host's memory; each device must have room
-    for it to evaluate and to export. Checkpoints are written in parts."""
+    """Shard weights, gradients and optimizer state across GPUs (FSDP2), for encoders that do not fit on one GPU. Also
+    set encoder.grad_checkpointing. The host needs memory for a whole copy of the weights, and each GPU for evaluating
+    and exporting it. Checkpoints are written in parts."""
     skill_every_steps: PositiveInt = 500
-    """Steps between measurements of the skill on held-out images."""
+    """Steps between two measurements of the skill on held-out images."""
     reconstruct_images: NonNegativeInt = 6
-    """Held-out images whose reconstructions are kept as the run goes, where the target has a picture; 0: none."""
+    """Number of held-out images whose reconstructions are stored during training, if the target has a picture. 0:
+    none."""
     probe: OnlineProbe | None = None
-    """Probe the encoder now and then; it changes nothing in training."""
+    """Measure a linear probe of the encoder during training. It does not change training."""
 
     _default_loss = model_validator(mode="before")(_own_loss)
     _loss_fits = model_validator(mode="after")(_fitting_loss)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
@@ -60,9 +61,13 @@ class Argument(NamedTuple):
     annotation: Any
     default: Any
     """`REQUIRED` if there is none."""
+    description: str
+    """As the docstring of the class has it; empty if it has none."""
 
 
 REQUIRED: Any = ...
+ARGS = "Args:\n"
+"""The line of a docstring above its arguments."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Declaration:
 
     class_name: str
     doc: str
+    """The docstring without its section of arguments."""
     arguments: Mapping[str, Argument]
     constants: JsonMapping
     """Attributes of the class that are plain values, such as `of` and `labels`."""
@@ -104,14 +110,14 @@ def declaration(kind: str, name: str) -> Declaration:
     if cls is None:
         raise UserError(f"{_shown(path)}: class {expected} is missing")
     constructor = next((n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    known, arguments = _types_of(module), dict[str, Argument]()
+    doc, _, of_arguments = (ast.get_docstring(cls) or "").partition(ARGS)
+    known, described, arguments = _types_of(module), _described(of_arguments), dict[str, Argument]()
     if constructor is not None:
         for argument, default in zip(constructor.args.kwonlyargs, constructor.args.kw_defaults, strict=True):
             place = f"{_shown(path)}:{argument.lineno}: {argument.arg}"
             annotation = _evaluate(argument.annotation, known, place)
-            arguments[argument.arg] = Argument(
-                annotation, REQUIRED if default is None else _evaluate(default, known, place)
-            )
+            value = REQUIRED if default is None else _evaluate(default, known, place)
+            arguments[argument.arg] = Argument(annotation, value, described.get(argument.arg, ""))
     constants: JsonObject = {}
     for node in cls.body:
         if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
@@ -123,7 +129,19 @@ def declaration(kind: str, name: str) -> Declaration:
     for required in KINDS[kind].states:
         if required not in constants:
             raise UserError(f"{_shown(path)}: class {expected} must set `{required}` to a plain value")
-    return Declaration(expected, ast.get_docstring(cls) or "", arguments, constants)
+    return Declaration(expected, doc.strip(), arguments, constants)
+
+
+def _described(of_arguments: str) -> dict[str, str]:
+    """Return the text of each argument in the `Args:` section of a docstring, on one line each."""
+    texts: dict[str, str] = {}
+    name = ""
+    for line in of_arguments.splitlines():
+        if found := re.match(r"    (\w+): (.*)", line):
+            name, texts[found[1]] = found[1], found[2]
+        elif line.startswith("        ") and name:
+            texts[name] += f" {line.strip()}"
+    return texts
 
 
 def named_with(kind: str, **constants: object) -> list[str]:

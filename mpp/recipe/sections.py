@@ -73,8 +73,11 @@ def component_section(kind: str, default: str) -> Any:
     sections = []
     for name in registry.names(kind):
         component = registry.declaration(kind, name)
-        fields: JsonObject = {key: tuple(argument) for key, argument in component.arguments.items()}
-        fields["name"] = (Literal[name], name)
+        fields: JsonObject = {
+            key: (argument.annotation, Field(argument.default, description=argument.description))
+            for key, argument in component.arguments.items()
+        }
+        fields["name"] = (Literal[name], Field(name, description=f"Which {kind} it is."))
         base = Section if name == default else Chosen
         sections.append(create_model(component.class_name, __base__=base, __doc__=component.doc, **fields))
 
@@ -121,38 +124,38 @@ class ImageData(Section):
     """How images are read, common to both jobs."""
 
     image_size: ImageSize
-    """Side in pixels, or [height, width]."""
+    """Side of the training crops in pixels, or [height, width]."""
     channels: Annotated[PositiveInt, Field(le=MOST_CHANNELS)] = 3
-    """1: grey, 3: RGB, 4: RGBA; any other number: TIFF and .npy files of so many channels, first or last."""
+    """Channels of the images. 1: grey, 3: RGB, 4: RGBA. Any other number: TIFF and .npy files with that many channels,
+    first or last."""
     value_range: Annotated[tuple[Float, Float], AfterValidator(growing)] | None = None
-    """Of images that are not of 8 bit: what counts as 0 and 1 for mean and std, [0, 10000]; beyond it values are cut.
-    They are read with all their bits then. Where it is not given, it is the encoder's; where that has none, images
-    of 1, 3 and 4 channels are read as 8 bit, and for others it is 0 and the largest number of their type, of
-    floating-point numbers 0 and 1."""
+    """Pixel range [low, high] of images that are not 8-bit, for example [0, 10000]. Values are scaled so that low is 0
+    and high is 1, and clipped. Default: the encoder's range; else 8-bit for 1, 3 or 4 channels; else the full range of
+    integer types, and [0, 1] for floating point."""
     nodata: Float | None = None
-    """Of images that are not of 8 bit: the value of pixels where nothing was measured, -9999; TIFFs may name it
-    themselves. These pixels, and those that are not a number, get the mean of their channel. An image of which more
-    than half is missing is a bad image."""
+    """Value of missing pixels in images that are not 8-bit, for example -9999; TIFF files may name it themselves.
+    Missing pixels and NaN become the mean of their channel. If more than half of an image is missing, it counts as
+    unreadable."""
     mean: tuple[Fraction, ...] | None = None
-    """Of each channel, of pixels in [0, 1]; default: that of the weights it starts from, else 0.5."""
+    """Mean of each channel, for pixels in [0, 1]. Default: that of the weights the encoder starts from, else 0.5."""
     std: tuple[Annotated[PositiveFloat, Field(le=1)], ...] | None = None
-    """Of each channel; the same default."""
+    """Standard deviation of each channel, for pixels in [0, 1]. Default: as mean."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip in training."""
     workers: NonNegativeInt = 2
-    """Loader processes per training process."""
+    """Loader processes of each training process. 0: images are read in the training process itself."""
     formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "NPY", "PPM")
-    """Image formats that are decoded; any other is a bad image."""
+    """Image formats to decode. Files of other formats count as unreadable."""
     max_image_pixels: Annotated[PositiveInt, Field(le=178_000_000)] = 64_000_000
-    """Images with more pixels are bad images, refused from their header."""
+    """Images with more pixels count as unreadable; only their header is read."""
     image_extension: ImageExtension | None = None
-    """Of tar shards whose samples hold several images, `7.rgb.png` and `7.depth.png`: what follows the sample's name in
-    that of the image to read, rgb.png. Default: every image whose name does not begin with that of another one."""
+    """Which image of a tar sample to read, if a sample has several: rgb.png reads 7.rgb.png and not 7.depth.png.
+    Default: every image whose name does not begin with the name of another."""
     cache_dir: FilePath | None = None
-    """Folder for copies of remote shards and for indexes that cannot lie beside their shards; default
-    $MPP_CACHE or ~/.cache/mpp."""
+    """Folder for downloaded shards and for indexes of read-only shards. Default: $MPP_CACHE, else ~/.cache/mpp."""
     cache_limit_gb: PositiveFloat = 200.0
-    """Copies of remote shards take no more: those used least recently leave, and come again when they are needed."""
+    """Most gigabytes of downloaded shards to keep. The least recently used ones are deleted and downloaded again when
+    needed."""
 
     @model_validator(mode="after")
     def _channels(self) -> ImageData:
@@ -201,26 +204,31 @@ class Optim(Section):
     """Optimizer, linear warm-up, cosine."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """sgd: with Nesterov's momentum of 0.9. It wants a higher base_lr (0.2) and a lower weight_decay (1e-3), which is
-    part of its gradient; convolutional networks from scratch learn better by it."""
+    """adamw, or sgd with Nesterov momentum of 0.9. SGD needs a higher base_lr (0.2) and a lower weight_decay (1e-3),
+    which it adds to the gradient. Convolutional networks learn better with it from scratch."""
     base_lr: PositiveFloat = 1.5e-4
-    """Learning rate for 256 images; scaled by global_batch_size / 256 (Goyal et al. 2017). MAE: 1.5e-4."""
+    """Learning rate for a batch of 256 images, multiplied by global_batch_size / 256 (Goyal et al. 2017). MAE:
+    1.5e-4."""
     global_batch_size: PositiveInt = 256
     """Images of one optimizer step, over all processes and accumulated micro-batches."""
     max_batch_per_device: PositiveInt = 256
-    """Most images a device takes at once; more are accumulated."""
+    """Most images in the memory of a device at once. Larger batches are accumulated from micro-batches."""
     weight_decay: NonNegativeFloat = 0.05
-    """Not applied to norms, biases, tokens and positions."""
+    """Weight decay; not applied to norms, biases, tokens and position embeddings."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
     clip_grad_norm: PositiveFloat | None = None
+    """Largest norm of the gradient; longer gradients are scaled down to it. Default: no limit."""
     warmup_epochs: NonNegativeFloat = 0.0
+    """Length of the linear warm-up of the learning rate, in epochs."""
     warmup_steps: NonNegativeInt | None = None
-    """Overrides warmup_epochs."""
+    """Length of the warm-up in steps. It replaces warmup_epochs."""
     epochs: PositiveFloat | None = None
-    """Passes over the data; this or steps."""
+    """Length of training in passes over the images. Give either epochs or steps."""
     steps: PositiveInt | None = None
+    """Length of training in optimizer steps. Give either epochs or steps."""
     min_lr: NonNegativeFloat = 0.0
-    """Where the cosine ends, for 256 images like base_lr."""
+    """Learning rate at the end of the cosine schedule, for 256 images like base_lr."""
 
     @model_validator(mode="after")
     def _length(self) -> Optim:
@@ -234,49 +242,58 @@ class Job(Section):
     """Keys of every job."""
 
     job: str
+    """Which command the recipe is for: pretrain, finetune or evaluate."""
     out: FilePath
-    """Run folder; must be new or empty unless the run is resumed."""
+    """Run folder. It must be new or empty, unless you resume the run."""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA devices that have it, else fp32. tf32: fp32 whose products take numbers with
-    10 bits of mantissa, on CUDA devices that have it."""
-    scales: dict[str, JsonObject] = {}
-    """Sets of overrides by name, `tiny: {optim.steps: 3}`, that `--scale tiny` applies. Reading a recipe empties it."""
+    """auto: bf16 autocast on CUDA devices that support it, else fp32. tf32: fp32 with 10-bit mantissas in matrix
+    products, on CUDA devices that support it."""
+    presets: dict[str, JsonObject] = {}
+    """Named sets of overrides, for example tiny: {optim.steps: 3}. `--preset tiny` applies one. Older recipes call this
+    key scales."""
 
 
 class Run(Job):
     """Keys of the jobs that train."""
 
     log_every_steps: PositiveInt = 50
+    """Steps between two lines of the log."""
     checkpoint_every_steps: PositiveInt = 1000
+    """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Checkpoints kept, newest first."""
+    """Number of checkpoints to keep; older ones are deleted."""
     if_unsaved: Literal["stop", "go_on"] = "stop"
-    """Where a checkpoint cannot be written, for want of space, say; the last one of a run always stops it. Those before
-    it stay in either case."""
+    """What to do if a checkpoint cannot be written, for example because the disk is full. stop: end the run. go_on:
+    warn, and try again at the next checkpoint. The last checkpoint of a run always ends it. Earlier checkpoints stay in
+    either case."""
     max_skipped_steps: NonNegativeInt = 0
-    """Steps whose loss or gradient is not finite that are left out, before one stops the run."""
+    """Number of steps with a NaN or infinite loss or gradient to skip before such a step ends the run."""
     hang_timeout_s: Annotated[PositiveFloat, Field(ge=5, le=1e9)] = 1800.0
-    """A process that makes no progress for so long ends the run, which names it; on slow storage reading a batch and
-    saving must fit in it (a guess)."""
+    """Seconds without progress after which a process counts as hung and the run ends. Reading a batch and saving a
+    checkpoint must fit into this time (default: a guess)."""
     trackers: Annotated[
         tuple[Tracker, ...], BeforeValidator(listed, json_schema_input_type=Tracker | tuple[Tracker, ...])
     ] = ()
-    """Where else the metrics go, as they are written: each wants its package."""
+    """Where else to send the metrics: tensorboard, wandb or trackio. Each requires its package."""
 
 
 class LabeledData(ImageData):
     """Labeled images: a folder with a folder for each class, shards with labels, or a CSV file (image,label)."""
 
     train: Places
+    """Labeled training images: a folder with a subfolder for each class, packed shards, or a CSV file (image,label)."""
     val: Places
+    """Labeled validation images, in the same form as data.train."""
     labels_per_class: PositiveInt | None = None
-    """Train on so many images of each class, drawn by the seed."""
+    """Train on this many images of each class, drawn by the seed."""
     fraction: Annotated[Float, Field(gt=0, le=1)] | None = None
     """Train on this fraction of each class, drawn by the seed; at least one image of each."""
     max_bad_fraction: Fraction = 0.05
-    """Nothing starts if more of the images looked at beforehand than this fraction, and at least 2, cannot be read."""
+    """Largest fraction of unreadable images among those checked before the start. If more are unreadable, and at least
+    2, nothing is trained."""
     val_crop_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    """Validation: the central crop is this fraction of the resized image's side (ImageNet recipes: 0.875)."""
+    """Side of the central crop that validation images are cut to, as a fraction of the image (ImageNet recipes:
+    0.875)."""
 
     @model_validator(mode="after")
     def _subset(self) -> Self:
@@ -289,7 +306,7 @@ class Architecture(Section):
     """Which timm encoder to build, or arguments for the one that `encoder` names."""
 
     name: str | None = None
-    """timm's name, for `encoder: scratch` only."""
+    """timm name of the encoder to build; only with encoder: scratch."""
     args: TimmArgs = {}
-    """timm's arguments. For a run or an export they change its own, such as `window_size: 7` for a Swin that was
-    pretrained with windows of 6 at 192 px."""
+    """timm arguments of the encoder. For a run or an export they change its own, for example window_size: 7 for a Swin
+    that was pretrained with windows of 6 at 192 px."""

@@ -28,6 +28,19 @@ def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> in
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max_batch_per_device)
 
 
+def describe_batch(global_batch: int, world: int, micro_batches: int) -> str:
+    """Say what a step takes: 64 images; 512 images (8 processes × 2 micro-batches × 32).
+
+    Args:
+        global_batch: Images of a step over all processes.
+        world: How many processes there are.
+        micro_batches: Of a step on each process.
+    """
+    factors = [f"{world} processes"] * (world > 1) + [f"{micro_batches} micro-batches"] * (micro_batches > 1)
+    shares = f" ({' × '.join([*factors, str(global_batch // world // micro_batches)])})" if factors else ""
+    return f"{global_batch:,} images{shares}"
+
+
 class Exchange:
     """A step's numbers from all processes, on their way to the host, which waits for them only when it reads them.
 

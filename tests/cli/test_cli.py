@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import timm
 import torch
 from click.testing import CliRunner
 
 import mpp
-from mpp.cli.app import main
+from mpp.cli.app import Main, main
 from tests.conftest import ROOT, command, drawn_image, encoded
 from tests.data.shards.test_index import write_tar
 
@@ -102,17 +104,109 @@ def test_an_error_in_a_process_of_its_own(recipe_file: Callable[..., Path]) -> N
     done = command("pretrain", recipe_file(), "mask.ratoi=0.5")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "command line: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px"
+        "command line: mask.ratoi: unknown key. Did you mean 'mask.ratio'? `mpp recipe keys pretrain` lists all keys"
     ]
     assert done.stdout == ""
 
 
-def test_help_of_every_command() -> None:
-    runner = CliRunner()
-    for words in ([], *([name] for name in main.commands), ["recipe", "show"], ["recipe", "schema"]):
-        done = runner.invoke(main, [*words, "--help"])
-        assert done.exit_code == 0
-        assert "Usage:" in done.output
+def every_command() -> dict[tuple[str, ...], click.Command]:
+    """Words -> command."""
+    recipes = main.commands["recipe"]
+    assert isinstance(recipes, click.Group)
+    found = {(name,): command for name, command in main.commands.items()}
+    return found | {("recipe", name): command for name, command in recipes.commands.items()}
+
+
+def test_the_help_shows_every_command_uncut() -> None:
+    shown = CliRunner().invoke(main, ["--help"]).output
+    grouped = [name for names in Main.GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(name for name, command in main.commands.items() if not command.hidden)
+    for name in grouped:
+        (line,) = re.findall(rf"^  {name} +(.+)$", shown, re.MULTILINE)
+        assert len(line) <= 45
+        assert line == (main.commands[name].help or "").splitlines()[0]
+        assert line[0].isupper()
+        assert not line.endswith("…")
+
+
+@pytest.mark.parametrize("words", every_command(), ids=" ".join)
+def test_help_of_a_command(words: tuple[str, ...]) -> None:
+    command = every_command()[words]
+    done = CliRunner().invoke(main, [*words, "--help"])
+    assert done.exit_code == 0
+    assert "Usage:" in done.output
+    assert len((command.help or "").splitlines()[0]) <= 45
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"{option.name} has no text"
+            assert option.help[0].isupper() or option.help.startswith("timm"), option.name
+
+
+def test_examples_of_the_help_are_commands() -> None:
+    """Each begins with a command of mpp's, whose recipes and options are there."""
+    from mpp.recipe.loading import find_recipe
+
+    texts = [main.epilog, *(command.help for command in every_command().values())]
+    examples = [line.split() for text in texts for line in re.findall(r"^ *mpp (.+)$", text or "", re.MULTILINE)]
+    assert len(examples) > 20
+    for name, *words in examples:
+        command = main.commands[name]
+        if name in ("pretrain", "finetune", "plan") and words[0] != "--help":
+            assert find_recipe(words[0], "finetune" if name == "finetune" else "pretrain").is_file()
+        known = {option for p in command.params if isinstance(p, click.Option) for option in p.opts} | {"--help"}
+        assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_keys_are_listed_and_explained(tmp_path: Path) -> None:
+    def said(*words: str) -> str:
+        done = CliRunner().invoke(main, ["recipe", *words])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert "optim.base_lr: 0.00015\n    Learning rate for a batch of 256 images" in said("keys", "pretrain")
+    assert "mask.min_block: 16  (with mask=block)" in said("keys", "pretrain", "mask.*")
+    assert [key["name"] for key in json.loads(said("keys", "finetune", "crop_scale", "--json"))] == [
+        "data.crop_scale",
+        "unlabeled.weak_crop_scale",
+    ]
+    assert "mpp pretrain, mpp finetune\noptim.min_lr: 0" in said("explain", "optim.min_lr")
+    assert "grid: Keep one unit" in said("explain", "mask")
+    for words in (["explain", "lr"], ["explain", "colour"], ["keys", "pretrain", "colour"]):
+        done = CliRunner().invoke(main, ["recipe", *words])
+        assert done.exit_code == 2
+        assert len(done.stderr.splitlines()) == 1
+    assert "Did you mean 'optim.base_lr'?" in CliRunner().invoke(main, ["recipe", "explain", "lr"]).stderr
+
+
+def test_a_recipe_is_copied_once(tmp_path: Path) -> None:
+    words = ["recipe", "copy", "pretrain/vit_small", str(tmp_path / "mine.yaml")]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert (tmp_path / "mine.yaml").read_bytes() == (ROOT / "recipes/pretrain/vit_small.yaml").read_bytes()
+    again = CliRunner().invoke(main, words)
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+
+
+def test_out_is_an_option_everywhere(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Beside out=FOLDER, and beside the last word of export and import; given twice it is refused."""
+    recipe = str(recipe_file(**{"optim.steps": 1}))
+    done = CliRunner().invoke(main, ["pretrain", recipe, "-o", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert f"  encoder   {tmp_path}/run/encoder" in done.output
+    assert f"  mpp finetune RECIPE encoder={tmp_path}/run data.train=FOLDER data.val=FOLDER" in done.output
+    done = CliRunner().invoke(main, ["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")])
+    assert done.exit_code == 0, done.output
+    assert f'use it: timm.create_model("local-dir:{tmp_path}/export", pretrained=True)' in done.stdout
+    for words in (
+        ["pretrain", recipe, "out=a", "-o", "b"],
+        ["export", str(tmp_path / "run"), "a", "--out", "b"],
+        ["export", str(tmp_path / "run")],
+        ["import", str(recipe_file())],
+    ):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert "out" in done.stderr.lower()
 
 
 def test_index_reports_good_and_bad_shards(shards: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_where_it_stands_is_said(
     capsys.readouterr()
     mpp.evaluate(run, out=str(tmp_path / "e"), resume="auto", **keys(shards, probes="knn"))
     assert stands() == "finished"
-    assert capsys.readouterr().out.splitlines()[0] == "arm 1 of 3: encoder"
+    assert capsys.readouterr().out.splitlines()[0] == "part 1 of 3: encoder"
 
 
 LONG: dict[str, Any] = {"probes": "attentive", "attentive.epochs": 2000, "controls": False}

@@ -97,7 +97,7 @@ def test_what_may_not_be_trained_says_why() -> None:
     assert "give the name of one model" in said("--check", "vit_tiny*", code=2)
     assert "give the name of one model" in said("", code=2)
     assert "Did you mean" in said("regnety_02", code=2)
-    assert "of which model?" in said("--check", code=2)
+    assert "requires a name" in said("--check", code=2)
 
 
 @pytest.mark.slow
@@ -145,7 +145,7 @@ def test_every_family_is_verified_in_a_clean_process_and_fine_tunes(
 
     recipe = ROOT / "recipes" / "pretrain" / "simmim_vit_b16.yaml"
     run = mpp.pretrain(
-        recipe, scale="tiny", **tiny_overrides(family), **{"data.shards": str(shards), "out": str(tmp_path / "run")}
+        recipe, preset="tiny", **tiny_overrides(family), **{"data.shards": str(shards), "out": str(tmp_path / "run")}
     )
     assert mpp.export(run.out, tmp_path / "export").difference <= 1e-5
     values = {

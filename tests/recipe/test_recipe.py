@@ -46,7 +46,7 @@ WRONG = {
     # what is wrong -> (lines added, overrides, the one line that says so)
     "unknown key": (
         "mask:\n  ratoi: 0.5\n", [],
-        "r.yaml:8: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px",
+        "r.yaml:8: mask.ratoi: unknown key. Did you mean 'mask.ratio'? `mpp recipe keys pretrain` lists all keys",
     ),
     "unknown section": ("maks: {}\n", [], "r.yaml:7: maks: unknown key. Did you mean 'mask'?"),
     "a key that belongs elsewhere": ("epochs: 3\n", [], "r.yaml:7: epochs: unknown key. Did you mean 'optim.epochs'?"),
@@ -80,13 +80,13 @@ WRONG = {
     "a size in words": ("", ["data.image_size=32x32"], "command line: data.image_size: must be one number or [height, width]; got '32x32'"),
     "a number for a list": ("", ["optim.betas=0.9"], "command line: optim.betas: must be a list, [a, b, …]; got 0.9"),
     "a format in small letters": ("", ["data.formats=[jpeg]"], "command line: data.formats.0: no such choice; got 'jpeg'. Allowed: JPEG"),
-    "a word for a section": ("", ["encoder=vit"], "command line: encoder: must be keys with values: args, grad_checkpointing, name, pretrained"),
+    "a word for a section": ("", ["encoder=vit"], "command line: encoder: has keys of its own. Did you mean encoder.name=vit?"),
     "a mean of 8-bit pixels": ("", ["data.mean=[123.7, 0.5, 0.5]"], "command line: data.mean.0: must be >= 0 and <= 1; got 123.7"),
     "a range the wrong way round": ("mask: {ratio: [0.8, 0.5]}\n", [], "r.yaml:7: mask.ratio: the lower end comes first; got [0.8, 0.5]"),
     "a range of three": ("mask: {ratio: [0.1, 0.5, 0.8]}\n", [], "r.yaml:7: mask.ratio: must be one number or [lowest, highest]"),
     "classes compared by distance": ("target: mean_color\nloss: mse\n", [], "r.yaml:8: loss: mse is not for classes, which target mean_color has; allowed with it: cross_entropy"),
     "values compared as classes": ("loss: cross_entropy\n", [], "r.yaml:7: loss: cross_entropy is not for values, which target norm_pixels has; allowed with it: cosine, l1, mse, smooth_l1"),
-    "a scale that is no mapping": ("scales: {tiny: 3}\n", [], "r.yaml:7: scales.tiny: must be keys with values, such as optim.steps: 3; got 3"),
+    "a preset that is not a mapping": ("presets: {tiny: 3}\n", [], "r.yaml:7: presets.tiny: must be keys with values, such as optim.steps: 3; got 3"),
     "a number with a leading zero": ("", ["optim.clip_grad_norm=12:30"], "command line: optim.clip_grad_norm: input should be a valid number"),
     "minutes for a count": ("", ["seed=12:30"], "command line: seed: input should be a valid integer"),
     "a number far too large": ("", ["data.window=1" + "0" * 400], "command line: data.window: must be at most 10^15"),
@@ -95,9 +95,9 @@ WRONG = {
     "a tag of another type": ("seed: !!bool maybe\n", [], "r.yaml: not valid YAML: "),
     "no for a switch of timm's": ("", ["encoder.args.qkv_bias=no"], "command line: encoder.args.qkv_bias: 'no' is text; write true or false"),
     "a member that is no image": ("", ["data.image_extension=cls"], "command line: data.image_extension: what follows the name of a sample"),
-    "a scale of numbers": ("scales: {tiny: {3: 1}}\n", [], "r.yaml:7: scales.tiny.3: keys must be text"),
+    "a preset of numbers": ("presets: {tiny: {3: 1}}\n", [], "r.yaml:7: presets.tiny.3: keys must be text"),
     "twice in one value": ("", ["mask={name: block, ratio: 0.4, ratio: 0.5}"], "command line: mask:1: ratio: given twice"),
-    "a scale on the command line": ("", ["scales.tiny.seed=3"], "command line: scales.tiny.seed: scales are the recipe's own; give the key itself"),
+    "a preset on the command line": ("", ["presets.tiny.seed=3"], "command line: presets.tiny.seed: presets can only be changed in the recipe; give the key itself"),
     "an endless block": ("", ["mask=block", "mask.max_aspect=1e308"], "command line: mask.max_aspect: must be >= 1 and <= 100"),
     "nothing for a component": ("target: null\n", [], "r.yaml:7: target: must be keys with values: args, bits, "),
     "predict none": ("predict_fraction: 0\n", [], "r.yaml:7: predict_fraction: must be > 0 and <= 1; got 0"),
@@ -282,16 +282,16 @@ def test_every_pretraining_recipe_builds(path: Path) -> None:
     assert grid[0] * model.unit_px == recipe.data.image_size[0]
 
 
-SCALED = [p for p in PRETRAINING if "scales:" in p.read_text()]
+WITH_PRESETS = [p for p in PRETRAINING if "presets:" in p.read_text()]
 
 
-@pytest.mark.parametrize("path", SCALED, ids=lambda p: p.stem)
-def test_every_recipe_runs_at_tiny_scale(path: Path, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", WITH_PRESETS, ids=lambda p: p.stem)
+def test_every_recipe_runs_with_the_preset_tiny(path: Path, shards: Path, tmp_path: Path) -> None:
     changes = {"data.shards": str(shards), "out": str(tmp_path / "run")}
-    result = mpp.pretrain(path, scale="tiny", **changes)
+    result = mpp.pretrain(path, preset="tiny", **changes)
     assert result.step == 3
     assert all(m["loss"] > 0 for m in read_metrics(result.out))
-    assert "scales: {}" in (result.out / "recipe.yaml").read_text()
+    assert "presets: {}" in (result.out / "recipe.yaml").read_text()
 
 
 FINETUNING = [path for name, path in sorted(bundled().items()) if name.startswith("finetune/")]
@@ -303,40 +303,44 @@ CLASSIFYING = [
 @pytest.fixture(scope="module")
 def tiny_encoder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "run"
-    mpp.pretrain(bundled()["pretrain/vit_small"], scale="tiny", **{"data.shards": str(shards), "out": str(out)})
+    mpp.pretrain(bundled()["pretrain/vit_small"], preset="tiny", **{"data.shards": str(shards), "out": str(out)})
     return out
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:data.channels. 1, but the encoder:mpp.errors.MppWarning")
 @pytest.mark.parametrize("path", CLASSIFYING, ids=lambda p: p.stem)
-def test_every_fine_tune_runs_at_tiny_scale(path: Path, tiny_encoder: Path, shards: Path, tmp_path: Path) -> None:
+def test_every_fine_tune_runs_with_the_preset_tiny(
+    path: Path, tiny_encoder: Path, shards: Path, tmp_path: Path
+) -> None:
     """Those of places are run where the guides run them."""
     places = {"data.train": f"{shards}/shard-00000[12].tar", "data.val": f"{shards}/shard-000000.tar"}
     recipe = load_recipe(path, FinetuneRecipe, given_to(path))
     if recipe.unlabeled:
         places["unlabeled.images"] = str(shards)
-    result = mpp.finetune(path, scale="tiny", encoder=str(tiny_encoder), out=str(tmp_path / "run"), **places)
+    result = mpp.finetune(path, preset="tiny", encoder=str(tiny_encoder), out=str(tmp_path / "run"), **places)
     assert result.state == "finished"
     cells = [f"{arm}-seed0" for arm in ("pretrained", *recipe.beside)]
     assert sorted(p.name for p in result.out.glob("*-seed0")) == sorted(cells)
 
 
-def test_every_recipe_has_a_tiny_scale() -> None:
-    assert {p.stem for p in PRETRAINING} == {p.stem for p in SCALED}
+def test_every_recipe_has_the_preset_tiny() -> None:
+    assert {p.stem for p in PRETRAINING} == {p.stem for p in WITH_PRESETS}
     assert [p.stem for p in FINETUNING if "  tiny:" not in p.read_text()] == []
 
 
-def test_scales_come_before_overrides_and_keep_their_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("section", ["presets", "scales"])
+def test_presets_come_before_overrides_and_keep_their_place(section: str, tmp_path: Path) -> None:
+    """Older recipes call them scales."""
     path = tmp_path / "r.yaml"
-    path.write_text(BASE + "scales:\n  tiny: {data.image_size: 8, optim.epochs: 1}\n  odd:\n    mask.ratio: 3\n")
+    path.write_text(BASE + f"{section}:\n  tiny: {{data.image_size: 8, optim.epochs: 1}}\n  odd:\n    mask.ratio: 3\n")
     recipe = load_recipe(path, PretrainRecipe, {"optim.epochs": 2}, "tiny")
-    assert (recipe.data.image_size, recipe.optim.epochs, recipe.scales) == ((8, 8), 2, {})
+    assert (recipe.data.image_size, recipe.optim.epochs, recipe.presets) == ((8, 8), 2, {})
     assert load_recipe(path, PretrainRecipe).data.image_size == (32, 32)
     with pytest.raises(UserError, match=r"r.yaml:10: mask.ratio: must be > 0 and < 1; got 3"):
         load_recipe(path, PretrainRecipe, None, "odd")
-    assert load_recipe(path, PretrainRecipe).scales == {}, "a run may be resumed when one of them changed"
-    with pytest.raises(UserError, match=r"--scale huge: .*r.yaml has tiny, odd"):
+    assert load_recipe(path, PretrainRecipe).presets == {}, "a run may be resumed when one of them changed"
+    with pytest.raises(UserError, match=r"--preset huge: not in .*r.yaml; its presets are tiny, odd"):
         load_recipe(path, PretrainRecipe, None, "huge")
 
 
@@ -448,10 +452,18 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
     text = (ROOT / "recipes" / "pretrain" / "vit_small.yaml").read_text()
     (tmp_path / "pretrain" / "vit_small.yaml").write_text(text.replace("image_size: 224", "image_size: 112"))
     assert load_recipe("pretrain/vit_small.yaml", PretrainRecipe, shards).data.image_size == (112, 112)
-    with pytest.raises(UserError, match=r"vit_small: No such .*; is pretrain/vit_small or finetune/vit_small meant\?"):
-        load_recipe("vit_small", PretrainRecipe)
-    with pytest.raises(UserError, match=r"pretrain/vit_smal: No such file or directory; `mpp recipe list` names those"):
-        load_recipe("pretrain/vit_smal", PretrainRecipe)
+    (tmp_path / "vit_small").mkdir()
+    assert load_recipe("vit_small", PretrainRecipe, shards).job == "pretrain", "a folder is not a recipe"
+    with pytest.raises(UserError, match=r"vit_small: .*Did you mean finetune/vit_small or pretrain/vit_small|a folder"):
+        load_any("vit_small")
+    with pytest.raises(
+        UserError, match=r"vit_smal: no such recipe. Did you mean .*pretrain/vit_small.* `mpp recipe list`"
+    ):
+        load_recipe("vit_smal", PretrainRecipe)
+    with pytest.raises(UserError, match=r"mae_vit_b16: no such recipe. Did you mean pretrain/mae_vit_b16\?"):
+        load_recipe("mae_vit_b16", FinetuneRecipe)
+    with pytest.raises(UserError, match=r"mine.yaml: No such file or directory. `mpp recipe list` shows"):
+        load_recipe("mine.yaml", FinetuneRecipe)
 
 
 def test_a_recipe_from_before_resize_on_was_removed(tmp_path: Path) -> None:

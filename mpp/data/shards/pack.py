@@ -84,7 +84,7 @@ def pack(
     opened = open_source(source, labels=labels, seed=seed, image_extension=image_extension)
     shards = -(-opened.samples // images_per_shard)
     if not 1 <= part[0] <= part[1]:
-        raise UserError(f"--part: {part[0]}/{part[1]}: the first of three is 1/3, the last 3/3")
+        raise UserError(f"--part: expected I/N with I from 1 to N, for example 1/3; got {part[0]}/{part[1]}")
     description = {
         "format": 1,
         "images_listed": opened.samples,

@@ -14,10 +14,12 @@ from mpp.recipe.values import Fraction, PositiveInt
 
 
 class ClassifyTask(Task):
-    """The head that is put on the encoder's features, its loss and its metrics.
+    """Classify images: the head on the encoder's features, its loss and its metrics.
 
-    `label_smoothing`: Szegedy et al. 2016, section 7. `tanh_dim`: width of a tanh hidden layer before the
-    linear one (ViT, Dosovitskiy et al. 2021, section 3.1, their head in pretraining); None: linear alone.
+    Args:
+        label_smoothing: Probability moved from the label to all classes (Szegedy et al. 2016, section 7).
+        tanh_dim: Width of a tanh hidden layer before the linear one (ViT, Dosovitskiy et al. 2021, section 3.1, in
+            pretraining). Default: only the linear layer.
     """
 
     labels = "one_class"

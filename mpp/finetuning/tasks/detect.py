@@ -25,12 +25,15 @@ from mpp.recipe.values import Fraction, PositiveInt
 
 
 class DetectTask(Task):
-    """A torchvision detector on a pyramid over the encoder's maps, its losses and its metrics.
+    """Detect objects: a torchvision detector on a pyramid over the encoder's maps, its losses and its metrics.
 
-    `detector`: fcos (Tian et al. 2019), retinanet (Lin et al. 2017) or faster_rcnn (Ren et al. 2015). `width`: channels
-    of every level. `finest`: cells of the first level along a cell of a plain encoder (ViTDet: 4); hierarchical ones
-    have levels of their own. `score_threshold`: detections below are dropped (torchvision: 0.05). `max_detections`: of
-    an image (COCO's evaluation counts 100).
+    Args:
+        detector: fcos (Tian et al. 2019), retinanet (Lin et al. 2017) or faster_rcnn (Ren et al. 2015).
+        width: Channels of every pyramid level.
+        finest: Cells of the first pyramid level along a cell of a plain encoder (ViTDet: 4). Hierarchical encoders have
+            levels of their own.
+        score_threshold: Detections with a lower score are dropped (torchvision: 0.05).
+        max_detections: Most detections of an image (COCO's evaluation counts 100).
     """
 
     labels = "boxes"

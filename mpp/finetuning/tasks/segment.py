@@ -23,12 +23,16 @@ NEVER = -1e9
 
 
 class SegmentTask(Task):
-    """The head on the encoder's maps, its loss and its metrics.
+    """Segment images: the head on the encoder's maps, its loss and its metrics.
 
-    `head`: linear, a linear layer on the last map; fpn, a pyramid of `width` channels whose levels are added at the
-    finest (the semantic branch of Panoptic FPN, Kirillov et al. 2019, lighter). `finest`: cells of its first level
-    along a cell of a plain encoder (ViTDet: 4); hierarchical ones have levels of their own. `ignore_index`: the value
-    of mask pixels that count for nothing. `window_overlap`: of neighbouring windows, where an image is larger than one.
+    Args:
+        head: linear: a linear layer on the last map. fpn: a pyramid whose levels are added at the finest (the semantic
+            branch of Panoptic FPN, Kirillov et al. 2019, lighter).
+        width: Channels of every pyramid level.
+        finest: Cells of the first pyramid level along a cell of a plain encoder (ViTDet: 4). Hierarchical encoders have
+            levels of their own.
+        ignore_index: Value of mask pixels that count neither in training nor in the score.
+        window_overlap: Overlap of neighbouring windows, as a fraction, when an image is larger than one window.
     """
 
     labels = "mask"

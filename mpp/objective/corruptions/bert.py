@@ -16,13 +16,16 @@ from mpp.recipe.values import Fraction
 
 
 class BertCorruption(Corruption):
-    """All hidden units are predicted, whatever stands in their place.
+    """Replace hidden units by mask tokens, other patches or themselves; predict all of them.
 
-    `random`: part of the hidden units that show another, visible unit of the same image.
-    `keep`: part of the hidden units that show themselves: the encoder cannot tell them from visible ones, so
-    it has to have something to say of every patch.
-    The rest gets the learnable mask token at the stem. Parts are rounded to whole units, equal in every image.
-    The skill is over all hidden units, kept ones too, and so a little higher than with `token`.
+    Hidden units that are not covered by `random` and `keep` get the learnable mask token at the stem. Both parts are
+    rounded to whole units, the same number in every image. The skill is over all hidden units, including kept ones, and
+    therefore a little higher than with `token`.
+
+    Args:
+        random: Fraction of the hidden units that show another, visible unit of the same image.
+        keep: Fraction of the hidden units that show themselves. The encoder cannot tell them from visible units, so it
+            must describe every patch.
     """
 
     hidden_enter = True

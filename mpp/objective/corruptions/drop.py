@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Corruption, CorruptionContext
 
 
 class DropCorruption(Corruption):
-    """Only visible tokens are encoded. Needs a head that reads them: `transformer` or `cross_attention`."""
+    """Encode the visible patches only. The head must read them: `transformer` or `cross_attention`."""
 
     hidden_enter = False
     mechanism = "drop"

@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Corruption, CorruptionContext
 
 
 class RandomPatchCorruption(Corruption):
-    """Copies come from visible units alone, so they reveal nothing of what is hidden."""
+    """Replace hidden units by copies of visible units of the same image, which reveal nothing of what is hidden."""
 
     hidden_enter = True
     mechanism = "pixel"

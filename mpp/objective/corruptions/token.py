@@ -13,11 +13,13 @@ from mpp.recipe.values import NonNegativeInt
 
 
 class TokenCorruption(Corruption):
-    """`enter`: the encoder block at whose input the mask tokens join the visible ones.
+    """Put learnable mask tokens in the place of hidden patches.
 
-    0 puts them in at the stem (BERT, Devlin et al. 2019, section 3.1; SimMIM, Xie et al. 2022, section 3.1).
-    Above 0 only visible tokens run through the first blocks, and only the cells to be predicted join: cheaper
-    by the blocks they skip (our own; between SimMIM and MAE).
+    Args:
+        enter: Encoder block at whose input the mask tokens join the visible ones. 0: at the stem (BERT, Devlin et al.
+            2019, section 3.1; SimMIM, Xie et al. 2022, section 3.1). Above 0, only visible tokens run through the first
+            blocks and only the cells to be predicted join, which saves these blocks (our variant, between SimMIM and
+            MAE).
     """
 
     hidden_enter = True

@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Corruption, CorruptionContext
 
 
 class ZerosCorruption(Corruption):
-    """The mean colour stands at hidden units; the encoder is not told which they are."""
+    """Replace hidden pixels by the mean colour; the encoder is not told which pixels are hidden."""
 
     hidden_enter = True
     mechanism = "pixel"

@@ -28,12 +28,17 @@ class CrossBlock(nn.Module):
 
 
 class CrossAttentionHead(Head):
-    """`dim`, `depth`, `num_heads` of the decoder; dim a multiple of 4 and of num_heads.
-    `prefix_tokens`: queries also attend to the encoder's class and register tokens, as in CrossMAE.
+    """Decode the predicted cells only, by cross-attention to the visible tokens (CrossMAE, Fu et al. 2024).
 
-    Defaults as the `transformer` head's. Cost grows with the predicted cells only: `predict_fraction` below 1
-    makes it cheaper still. CrossMAE also mixes features of several encoder layers for each block; this head does not,
-    and it embeds the visible tokens and gives them positions, which CrossMAE does not.
+    Its cost grows with the predicted cells only, so a `predict_fraction` below 1 makes it cheaper. CrossMAE also mixes
+    features of several encoder layers for each block. This head does not; it embeds the visible tokens and gives them
+    positions, which CrossMAE does not.
+
+    Args:
+        dim: Width of the decoder, a multiple of 4 and of num_heads. Default: half of the encoder's width (a guess).
+        depth: Number of decoder blocks (a guess).
+        num_heads: Number of attention heads (a guess).
+        prefix_tokens: Let queries also attend to the encoder's class and register tokens, as in CrossMAE.
     """
 
     needs_hidden_tokens = False

@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Head
 
 
 class LinearHead(Head):
-    """LayerNorm, then a linear layer on the encoder's tokens at predicted cells."""
+    """Predict each cell by a LayerNorm and a linear layer on the encoder's token."""
 
     needs_hidden_tokens = True
     reads_visible = False

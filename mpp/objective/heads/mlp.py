@@ -10,7 +10,11 @@ from mpp.recipe.values import PositiveInt
 
 
 class MlpHead(Head):
-    """`hidden_dim`: width of the hidden layer (None: the encoder's width)."""
+    """Predict each cell by two linear layers with a GELU between them.
+
+    Args:
+        hidden_dim: Width of the hidden layer. Default: the encoder's width.
+    """
 
     needs_hidden_tokens = True
     reads_visible = False

@@ -16,13 +16,18 @@ NORM_EPS = 1e-6
 
 
 class TransformerHead(Head):
-    """`dim`, `depth`, `num_heads` of the decoder; dim a multiple of 4 and of num_heads.
-    `prefix_tokens`: the decoder also reads the encoder's class and register tokens, as MAE's does; without them, the
-    class token's last output gets no gradient.
+    """Decode visible and mask tokens by a small transformer, as MAE does.
 
-    Defaults: half the encoder's width, depth 1, 4 heads (guesses), so that the head stays light compared with small
-    encoders; MAE's own 512 × 8 × 16 costs 6 to 7 times a CIFAR-sized encoder. If hidden cells were in the encoder
-    already (`hidden_enter`), their tokens take the place of the head's mask token.
+    The defaults (half of the encoder's width, one block, 4 heads) are guesses that keep the head light compared with
+    small encoders. MAE's own decoder, 512 × 8 × 16, costs 6 to 7 times a CIFAR-sized encoder. If hidden cells were in
+    the encoder already (`hidden_enter`), their tokens take the place of the head's mask token.
+
+    Args:
+        dim: Width of the decoder, a multiple of 4 and of num_heads. Default: half of the encoder's width (a guess).
+        depth: Number of decoder blocks (a guess; MAE: 8).
+        num_heads: Number of attention heads (a guess; MAE: 16).
+        prefix_tokens: Let the decoder also read the encoder's class and register tokens, as MAE's does. Without them,
+            the class token's last output gets no gradient.
     """
 
     needs_hidden_tokens = False

@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Loss
 
 
 class CosineLoss(Loss):
-    """Mean over images and predicted cells, in [0, 2]; a target of zeros costs 1."""
+    """One minus the cosine, averaged over images and predicted cells, in [0, 2]; a target of zeros costs 1."""
 
     of = "values"
 

@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Loss
 
 
 class CrossEntropyLoss(Loss):
-    """Mean over images, predicted cells and the class numbers of a cell; in nats."""
+    """Cross-entropy in nats, averaged over images, predicted cells and the class numbers of a cell."""
 
     of = "classes"
 

@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Loss
 
 
 class L1Loss(Loss):
-    """Mean over images, predicted cells and values."""
+    """Absolute error, averaged over images, predicted cells and values."""
 
     of = "values"
 

@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Loss
 
 
 class MseLoss(Loss):
-    """Mean over images, predicted cells and values: already a mean, never divided by a cell count again."""
+    """Squared error, averaged over images, predicted cells and values."""
 
     of = "values"
 

@@ -10,9 +10,10 @@ from mpp.recipe.values import PositiveFloat
 
 
 class SmoothL1Loss(Loss):
-    """Mean over images, predicted cells and values.
+    """Mean smooth L1 distance over images, predicted cells and values.
 
-    `beta`: where it turns from squared to absolute (data2vec for images: 2.0).
+    Args:
+        beta: Distance at which the loss turns from squared to absolute (data2vec for images: 2.0).
     """
 
     of = "values"

@@ -16,16 +16,19 @@ from mpp.recipe.values import Bool, NonNegativeFloat, PositiveInt, Ratio, TimmAr
 
 
 class AttentionMask(Mask):
-    """The most attended units are hidden, loosened by chance; drawn where the teacher runs, not by the loader.
+    """Hide the units that a teacher attends to most, with some chance (AttMask, Kakogeorgiou et al. 2022).
 
-    `ratio`: part of the units hidden (AttMask: 0.1 to 0.5 of the patches); a range is drawn per batch.
-    `teacher`: a plain ViT of timm's, or the folder of a run or an export.
-    `pretrained`: with timm's published weights. `args`: timm's arguments for it.
-    `strength`: 0 is uniform; units are drawn without replacement with probability ~ attention^strength. AttMask
-    hides the most attended without chance: a large number. 1 is a guess.
-    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+    The teacher draws the mask on the device, not the loader. That a unit is hidden tells the encoder that the
+    teacher attends to it, and nothing else.
 
-    That a unit is hidden tells the encoder that the teacher attends to it; nothing else of it.
+    Args:
+        ratio: Fraction of the units to hide (AttMask: 0.1 to 0.5). A range [a, b] is drawn for each batch.
+        teacher: Name of a plain timm ViT, or the folder of a run or an export.
+        pretrained: Load timm's published weights into the teacher.
+        args: timm's arguments for the teacher.
+        strength: Units are drawn without replacement with probability proportional to attention^strength. 0 is uniform;
+            a large number hides the most attended units, as AttMask does. The default is a guess.
+        unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
 
     def __init__(

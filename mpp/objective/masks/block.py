@@ -12,15 +12,16 @@ from mpp.recipe.values import Aspect, PositiveInt, Ratio
 
 
 class BlockMask(Mask):
-    """Rectangles of random aspect are hidden until `ratio` of the units is; the last one is trimmed.
+    """Hide rectangles of random aspect until the ratio is reached; the last rectangle is trimmed.
 
-    `ratio`: part of the units hidden, exact after rounding (BEiT: 0.4); a range is drawn per batch.
-    `min_block`: smallest rectangle in units (BEiT: 16 on a 14×14 grid); capped at what is still to hide.
-    `max_aspect`: rectangles have aspects in [1 / max_aspect, max_aspect] (BEiT: 1 / 0.3).
-    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+    BEiT accepts a mask that hides fewer units than asked. Here every mask hides the same number, which dropping
+    hidden tokens needs: a rectangle that would hide too many loses random units.
 
-    BEiT accepts a mask with fewer units than asked. Here every mask has the same count, which dropping
-    hidden tokens needs: the block that would overshoot loses random units.
+    Args:
+        ratio: Fraction of the units to hide, exact after rounding (BEiT: 0.4). A range [a, b] is drawn for each batch.
+        min_block: Smallest rectangle in units (BEiT: 16 on a 14×14 grid), at most what is still to hide.
+        max_aspect: Rectangles have aspects in [1 / max_aspect, max_aspect] (BEiT: 1 / 0.3).
+        unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
 
     def __init__(

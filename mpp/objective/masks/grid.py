@@ -9,11 +9,12 @@ from mpp.recipe.values import PositiveInt
 
 
 class GridMask(Mask):
-    """One unit of every `period` × `period` stays visible; where the grid begins is drawn for each image.
+    """Keep one unit of every square of units visible; where the grid begins is drawn for each image.
 
-    `period`: 2 hides 3 of 4. Rows and columns beyond the last whole period are hidden, so that every image
-    hides as many.
-    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+    Args:
+        period: Side of the squares in units; 2 hides 3 of 4 units. Rows and columns beyond the last whole square are
+            hidden, so that every image hides the same number.
+        unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
 
     def __init__(self, *, period: PositiveInt = 2, unit_px: PositiveInt | None = None) -> None:

@@ -12,15 +12,18 @@ from mpp.recipe.values import Aspect, Bool, PositiveInt, Ratio
 
 
 class InverseBlockMask(Mask):
-    """A rectangle of random aspect stays visible, with an exact count.
+    """Keep one rectangle of random aspect visible, with an exact number of units.
 
-    `ratio`: part of the units hidden, exact after rounding (data2vec 2.0: 0.8 for ViT-B); a range is drawn per batch.
-    `max_aspect`: the rectangle's aspect is in [1 / max_aspect, max_aspect] (a guess).
-    `roll`: the block may lie across the edges and go on at the other side, so that every unit is visible as
-    often; without it, units in the middle are.
-    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
+    data2vec 2.0 keeps several overlapping blocks and adjusts the number at random. This mask keeps one, whose last
+    row is trimmed.
 
-    The paper keeps several overlapping blocks and adjusts at random; here it is one, whose last row is trimmed.
+    Args:
+        ratio: Fraction of the units to hide, exact after rounding (data2vec 2.0: 0.8 for ViT-B). A range [a, b] is
+            drawn for each batch.
+        max_aspect: The rectangle's aspect is in [1 / max_aspect, max_aspect] (a guess).
+        roll: Let the rectangle wrap around the edges, so that every unit is visible equally often. Without it, units in
+            the middle are visible more often.
+        unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
 
     def __init__(

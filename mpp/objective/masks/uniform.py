@@ -10,10 +10,14 @@ from mpp.recipe.values import PositiveInt, Ratio
 
 
 class UniformMask(Mask):
-    """`ratio`: part of the units hidden, rounded, at least one hidden and one visible; a range is drawn per batch.
+    """Hide units at random, each with the same probability.
 
-    `unit_px`: side of a mask unit in pixels (None: the encoder's stride).
-    Default ratio 0.6 and 32 px units are SimMIM's for token prediction, 0.75 is MAE's.
+    Ratio 0.6 and units of 32 px are SimMIM's for token prediction; ratio 0.75 is MAE's.
+
+    Args:
+        ratio: Fraction of the units to hide, rounded; at least one unit is hidden and one visible. A range [a, b] is
+            drawn for each batch.
+        unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
 
     def __init__(self, *, ratio: Ratio = 0.6, unit_px: PositiveInt | None = None) -> None:

@@ -12,10 +12,11 @@ from mpp.recipe.values import PositiveInt
 
 
 class DownsizedColorTarget(Target):
-    """`side` × `side` classes for each cell: the bins of the mean colours of its parts, of pixels as they are.
+    """Predict `side` × `side` colour classes for each cell: binned mean colours of its parts, not normalised.
 
-    `side`: the paper has 4; it must divide the cell's side in pixels.
-    `bits`: of each channel; the paper has 3. At most 65,536 classes.
+    Args:
+        side: Parts along each side of a cell (paper: 4). It must divide the cell's side in pixels.
+        bits: Bits of each channel (paper: 3). At most 65,536 classes.
     """
 
     of = "classes"

@@ -15,16 +15,18 @@ from mpp.recipe.values import Bool, Fraction, PositiveInt
 
 
 class EmaTeacherTarget(Target):
-    """The averaged last blocks of a copy of the encoder, which sees the whole image and follows slowly.
+    """Predict the averaged last blocks of a moving average of the encoder, which sees the whole image.
 
-    `layers`: last blocks that are averaged (data2vec for ViT-B: 6; the copy's own number at most).
-    `norm_average`: layer-norm the average once more (data2vec's released command does).
-    `decay`: of the moving average at the first step (data2vec for ViT-B: 0.9998; I-JEPA: 0.996).
-    `decay_end`: its end; in between it rises linearly (I-JEPA: 1).
-    Against collapse: every token of every block is layer-normed before averaging (data2vec, section 3.3), no
-    gradient goes into the copy; the effective rank of the targets and the share of them that depends on the image
-    are logged (`target_rank`, `target_share`), with a warning where they fall.
-    The skill is against a target that moves: it need not rise while the encoder gets better.
+    Three things work against collapse. Every token of every block is layer-normed before averaging (data2vec, section
+    3.3). No gradient goes into the moving average. The log has the effective rank of the targets (`target_rank`) and
+    the share of them that depends on the image (`target_share`), with a warning when they fall. The skill is measured
+    against a moving target: it need not rise while the encoder gets better.
+
+    Args:
+        layers: Number of last blocks to average (data2vec for ViT-B: 6); at most the depth of the encoder.
+        norm_average: Layer-norm the average once more, as data2vec's released command does.
+        decay: Decay of the moving average at the first step (data2vec for ViT-B: 0.9998; I-JEPA: 0.996).
+        decay_end: Decay at the last step (I-JEPA: 1). It rises linearly in between.
     """
 
     of = "values"

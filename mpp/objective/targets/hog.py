@@ -22,13 +22,15 @@ EPSILON = 1e-3
 
 
 class HogTarget(Target):
-    """For each channel, histograms of unsigned gradient directions over squares of the cell, each of length 1.
+    """Predict histograms of gradient directions (HOG) of each channel, over squares of the cell, each of length 1.
 
-    `orientations`: bins over 180 degrees (MaskFeat: 9).
-    `square_px`: side of the squares (MaskFeat: 8); None: 8, or the cell where that is smaller or no multiple of 8.
+    Computed as MaskFeat's published code does: Sobel gradients of the image reflected at its border, each pixel votes
+    with its magnitude for one bin, directions are measured from the vertical, no window.
 
-    As MaskFeat's published code computes it: Sobel's gradients of the image reflected at its border, each pixel voting
-    with its magnitude for one bin, directions measured from the vertical, no window.
+    Args:
+        orientations: Bins over 180 degrees (MaskFeat: 9).
+        square_px: Side of the squares in pixels (MaskFeat: 8). Default: 8, or the whole cell if it is smaller or not a
+            multiple of 8.
     """
 
     of = "values"

@@ -12,9 +12,10 @@ from mpp.recipe.values import PositiveInt
 
 
 class MeanColorTarget(Target):
-    """One class for each cell: the bins of its mean colour, of pixels as they are, not normalised.
+    """Predict one class for each cell: its binned mean colour, not normalised.
 
-    `bits`: of each channel; the paper has 3, which is 512 classes for 3 channels. At most 65,536 classes.
+    Args:
+        bits: Bits of each channel (paper: 3, which gives 512 classes for 3 channels). At most 65,536 classes.
     """
 
     of = "classes"

@@ -13,7 +13,7 @@ EPSILON = 1e-6  # added to the variance, as MAE's published code does
 
 
 class NormPixelsTarget(Target):
-    """(patch - mean) / std over all pixels and channels of the patch, unbiased variance, in float32."""
+    """Predict (patch - mean) / std over all pixels and channels of a patch, with unbiased variance, in float32."""
 
     of = "values"
 

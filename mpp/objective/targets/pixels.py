@@ -10,7 +10,7 @@ from mpp.objective.interfaces import Target, TargetContext
 
 
 class PixelsTarget(Target):
-    """Pixels normalised by the data set's mean and std, nothing more."""
+    """Predict pixels, normalised by the mean and std of the data set."""
 
     of = "values"
 

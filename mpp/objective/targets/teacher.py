@@ -10,13 +10,16 @@ from mpp.recipe.values import Bool, PositiveInt, TimmArgs
 
 
 class TeacherTarget(Target):
-    """The teacher's patch features, each layer-normed without affine, at the cells of this encoder.
+    """Predict a teacher's patch features, each layer-normed without affine, at the cells of this encoder.
 
-    `teacher`: any timm model, or the folder of a run or an export, which comes with its weights.
-    `pretrained`: with timm's published weights. `args`: timm's arguments for it.
-    `layers`: last blocks that are averaged, after normalising each (data2vec, Baevski et al. 2022, section 3.3).
+    The teacher gets images at the size that gives it as many cells as this encoder has, normalised by its own mean and
+    std.
 
-    The teacher gets images at the size that gives it as many cells as this encoder has, normalised as it wants.
+    Args:
+        teacher: Name of any timm model, or the folder of a run or an export, which comes with its weights.
+        pretrained: Load timm's published weights into the teacher.
+        args: timm's arguments for the teacher.
+        layers: Number of last blocks to average, after normalising each (data2vec, Baevski et al. 2022, section 3.3).
     """
 
     of = "values"
