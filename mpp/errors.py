@@ -16,7 +16,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def without_secrets(text: str) -> str:
-    """The text with the passwords, tokens and signatures of its URLs blotted out."""
+    """Return the text with *** for the passwords, tokens and signatures of its URLs."""
     return _PARAMETER.sub(r"\1***", _IN_URL.sub("***@", text))
 
 
@@ -37,7 +37,7 @@ class ToldElsewhere(UserError):
 
 
 class BadImage(Exception):
-    """An image that cannot be decoded as asked; the loader replaces it, counts it and goes on."""
+    """An image that cannot be decoded as asked; the loader replaces it and counts it."""
 
 
 class MppWarning(UserWarning):
@@ -73,13 +73,13 @@ def how_to_get(*extras: str) -> str:
 
 
 def suggest_path(name: str | os.PathLike[str]) -> str:
-    """Of a place that is not there: what lies beside it under a name like it, as the end of a message; or ''."""
+    """Return a similar name in the folder of a missing file, as the end of a message; or ''."""
     import difflib
 
     folder, base = os.path.split(os.path.abspath(name))
     try:
         like = difflib.get_close_matches(base, os.listdir(folder), n=1)
-    except OSError:  # nor is the folder that it would lie in
+    except OSError:  # its folder is missing as well
         return ""
     return f"; is '{os.path.join(os.path.dirname(name), like[0])}' meant?" if like else ""
 

@@ -1,7 +1,7 @@
 """Randomness as a pure function of (seed, purpose, position).
 
 Nothing random in the toolkit depends on a worker, a rank or what ran before, so a run can stop anywhere and
-go on with any number of processes. Philox is counter-based: making a generator costs microseconds.
+continue with any number of processes. Philox is counter-based: making a generator costs microseconds.
 """
 
 from __future__ import annotations

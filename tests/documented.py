@@ -1,7 +1,7 @@
 """What documents tell a reader to type, run as it stands; only sizes, lengths and numbers of processes are cut down.
 
 Fenced blocks of `sh`, `python` and `yaml` are taken, in their order. A block whose first line is a comment with a file's name
-is that file. A page says by `% workspace: …` what it takes for granted (see `Workspace`).
+is that file. A page says by `<!-- workspace: … -->` what it takes for granted (see `Workspace`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +94,15 @@ def _ask_preloaded(words: list[str], cwd: Path) -> tuple[int, str]:
     return answer["code"], answer["said"]
 
 
-def run(line: str, cwd: Path, allowed: tuple[int, ...] = (0,), **env: str) -> None:
-    """A line of the shell. env: of its environment."""
+def run(line: str, cwd: Path, allowed: tuple[int, ...] = (0,), **env: str) -> str:
+    """Run a line of the shell and return what it prints.
+
+    Args:
+        line: As a page has it.
+        cwd: Where it runs.
+        allowed: Exit codes.
+        **env: Of its environment.
+    """
     if line.startswith("mpp ") and not env and not set(line) & set("|<>&;$*`"):
         code, said = _ask_preloaded(shlex.split(line)[1:], cwd)
     else:
@@ -103,6 +111,7 @@ def run(line: str, cwd: Path, allowed: tuple[int, ...] = (0,), **env: str) -> No
         )
         code, said = done.returncode, done.stdout + done.stderr
     assert code in allowed, f"{line}\n{said}"
+    return said
 
 
 def run_python(code: str, cwd: Path, **env: str) -> None:
@@ -112,9 +121,18 @@ def run_python(code: str, cwd: Path, **env: str) -> None:
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
 
 
-def run_page(text: str, cwd: Path, **env: str) -> list[str]:
-    """Everything on a page, in its order -> the commands that ran. env: of their environment."""
-    ran = []
+def run_page(text: str, cwd: Path, **env: str) -> dict[str, str]:
+    """Run everything on a page in its order.
+
+    Args:
+        text: The page.
+        cwd: Where it runs.
+        **env: Of the commands' environment.
+
+    Returns:
+        What each command printed.
+    """
+    printed: dict[str, str] = {}
     for language, block in blocks(text):
         file = re.match(r"# (\S+\.\w+)\n", block)
         if language != "sh" and file:
@@ -126,11 +144,42 @@ def run_page(text: str, cwd: Path, **env: str) -> list[str]:
                 if line.startswith(NOT_RUN):
                     continue
                 # what doctor says of this machine is not ours to judge
-                run(cut_down(line), cwd, allowed=(0, 2) if line == "mpp doctor" else (0,), **env)
-                ran.append(line)
+                printed[line] = run(cut_down(line), cwd, allowed=(0, 2) if line == "mpp doctor" else (0,), **env)
         else:
             raise AssertionError(f"a block of {language} that is no file:\n{block}")
-    return ran
+    return printed
+
+
+def shown_outputs(text: str) -> list[tuple[str, list[str]]]:
+    """Return the commands that a page shows the output of, each with the lines of the `text` block below it."""
+    found = re.findall(r"^```sh\n([^`]*)^```\n+```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(commands(f"```sh\n{block}```")[-1], shown.splitlines()) for block, shown in found]
+
+
+def assert_shown(text: str, printed: dict[str, str], also: Collection[str] = ()) -> int:
+    """Check that commands print what a page shows of their output, but for figures.
+
+    Args:
+        text: The page.
+        printed: By command.
+        also: Lines that are known from elsewhere, without figures.
+
+    Returns:
+        How many commands' output the page shows.
+    """
+    shown = shown_outputs(text)
+    for command, lines in shown:
+        known = {without_figures(line) for line in printed[command].splitlines()} | {*also}
+        missing = [line for line in lines if without_figures(line) not in known]
+        assert missing == [], f"{command}\n{printed[command]}"
+    return len(shown)
+
+
+def without_figures(line: str) -> str:
+    """Return a line of output without what differs from run to run: figures, intervals, several seeds, a plural."""
+    line = re.sub(r"[-+]?\d[\d,.:e+-]*", "N", line)
+    line = re.sub(r" ± N|N(, N)+|\(N % interval N to N\)", lambda found: "N" if found[0][0] == "N" else "", line)
+    return " ".join(re.sub(r"\bN s\b", "N", line).replace("shards", "shard").split())
 
 
 def lay_out(folder: Path) -> Path:
@@ -180,7 +229,7 @@ class Workspace:
 
     def copy(self, text: str, to: Path) -> Path:
         """As a page wants it."""
-        named = re.match(r"% workspace: (.*)\n", text)
+        named = re.match(r"<!-- workspace: (.*) -->\n", text)
         wanted = named[1].split() if named else []
         known = {"shards", "labeled", "multichannel", "theirs", "runs/photos"}
         assert set(wanted) <= known, f"allowed are {known}"

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.documented import ENVIRONMENT, NOT_RUN, Workspace, blocks, commands, run, run_page
+from tests.documented import ENVIRONMENT, NOT_RUN, Workspace, assert_shown, blocks, commands, run, run_page
 
 DOCS = ROOT / "docs"
 PAGES = sorted(p.relative_to(DOCS) for p in DOCS.rglob("*.md"))
@@ -28,7 +28,9 @@ WITH_COMMANDS = [p for p in PAGES if commands((DOCS / p).read_text()) and p != L
 @pytest.mark.parametrize("page", [p for p in WITH_COMMANDS if p.name != "extending.md"], ids=str)
 def test_every_command_and_snippet(page: Path, workspace: Workspace, tmp_path: Path) -> None:
     text = (DOCS / page).read_text()
-    assert run_page(text, workspace.copy(text, tmp_path))
+    printed = run_page(text, workspace.copy(text, tmp_path))
+    assert printed
+    assert_shown(text, printed)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_an_objective_is_one_file(shards: Path, tmp_path: Path) -> None:
     assert passed
     assert int(passed[1]) >= 20, found
     assert "LumaTarget" in copy.python("mpp", "recipe", "schema", "pretrain")
-    words = ("--scale", "tiny", "target=luma", "target.gain=2", f"data.shards={shards}", "out=run")
+    words = ("--preset", "tiny", "target=luma", "target.gain=2", f"data.shards={shards}", "out=run")
     copy.python("mpp", "pretrain", "recipes/pretrain/simmim_vit_b16.yaml", *words)
 
 

@@ -1,4 +1,4 @@
-"""Run the contract on every family; write mpp/encoders/support.json and the README's table.
+"""Run the contract on every family; write mpp/encoders/support.json and the table of docs/encoders.md.
 
 python tools/support_table.py            about 4 minutes on one core
 """
@@ -15,7 +15,7 @@ import torch
 from mpp.encoders.support import FAMILIES, TABLE, markdown
 from mpp.objective import contract
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "encoders.md"
 BETWEEN = re.compile(r"(<!-- support table: .* -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -27,8 +27,7 @@ def main() -> None:
         faults = [f"{way}: {fault}" for way, found in rows[-1]["ways"].items() for fault in found]
         print(f"{family.title}: {'; '.join(faults) or 'all checks hold'}", flush=True)
     TABLE.write_text(json.dumps(rows, indent=1) + "\n")
-    readme = README.read_text()
-    README.write_text(BETWEEN.sub(lambda m: m[1] + markdown(rows) + m[2], readme))
+    PAGE.write_text(BETWEEN.sub(lambda m: m[1] + markdown(rows) + m[2], PAGE.read_text()))
     sys.exit(any(found for r in rows for found in r["ways"].values()))
 
 

@@ -106,7 +106,8 @@ def pack(
         return click.echo(to_json(packed))
     named = f"{len(packed.classes)} classes" if packed.classes else "with labels, numbers without names"
     kind = f"{named} (pretraining passes over them; --no-labels leaves them out)" if packed.labeled else "no labels"
-    click.echo(f"{packed.images} images, {kind}, {packed.shards} shards in {out} ({packed.shards_written} written now)")
+    shards = f"{packed.shards} shard{'s' * (packed.shards != 1)} in {out} ({packed.shards_written} written now)"
+    click.echo(f"{packed.images} images, {kind}, {shards}")
     if packed.shards_missing:
         click.echo(f"{packed.shards_missing} shards are not here yet; the part that comes last finishes")
     for path, why in packed.skipped[:10]:

@@ -46,23 +46,39 @@ def _with_out(pairs: tuple[str, ...], out: str | None) -> dict[str, object]:
 
 
 def _summarise(result: PretrainResult, recipe: str, elapsed_s: float) -> str:
-    """Return what a finished run leaves and what can be done next."""
+    """Return what a finished pretraining run leaves and what can be done next."""
     from mpp.recipe.loading import bundled
+    from mpp.runs.log import format_duration
 
-    minutes, seconds = divmod(round(elapsed_s), 60)
-    hours, minutes = divmod(minutes, 60)
     name, pictures = Path(recipe).stem, result.out / "reconstructions"
+    to_finetune = name if f"finetune/{name}" in bundled() else "RECIPE"
     lines = [
-        f"Finished in {f'{hours}:{minutes:02}' if hours else minutes}:{seconds:02}: "
-        f"{result.step:,} steps, loss {result.loss:.4g}, skill {result.skill:.3f}",
+        f"Finished in {format_duration(elapsed_s)}: {result.step:,} steps, loss {result.loss:.4g}, "
+        f"skill {result.skill:.3f}",
         f"  encoder   {result.encoder}",
         f"  pictures  {pictures}" if pictures.is_dir() else "",
         "Next:",
-        f"  mpp finetune {name if f'finetune/{name}' in bundled() else 'RECIPE'} encoder={result.out} "
-        "data.train=FOLDER data.val=FOLDER",
+        f"  mpp finetune {to_finetune} encoder={result.out} data.train=FOLDER data.val=FOLDER",
         f"  mpp report {result.out}",
     ]
     return "\n".join(line for line in lines if line)
+
+
+def _summarise_finetune(result: FinetuneResult, elapsed_s: float) -> str:
+    """Return the table of a finished fine-tune, where its models are and what can be done next."""
+    from mpp.runs.log import format_duration
+
+    first = result.encoder.parent if result.encoder else result.out
+    lines = [
+        result.table(),
+        f"Finished in {format_duration(elapsed_s)}",
+        f"  models    {result.out}/*/encoder",
+        "Next:",
+        f"  mpp predict {first} IMAGES",
+        f"  mpp export {first} FOLDER",
+        f"  mpp report {result.out}",
+    ]
+    return "\n".join(lines)
 
 
 _RESUME = click.option(
@@ -180,13 +196,13 @@ def finetune(
     \b
     mpp finetune vit_small encoder=runs/photos data.train=labeled/train data.val=labeled/val
     """
+    began_s = time.monotonic()
     with _progress_aside(as_json):
         result = mpp.finetune(recipe, resume=resume, preset=preset, **_with_out(overrides, out))
     if RANK == "0" and as_json:
         click.echo(to_json(result))
     elif RANK == "0" and result.state == "finished":
-        click.echo(result.table())
-        click.echo(f"{result.encoder}")
+        click.echo(_summarise_finetune(result, time.monotonic() - began_s))
     _exit_as_stopped(result)
 
 

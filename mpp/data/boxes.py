@@ -59,7 +59,7 @@ class _CocoFile:
         for part in ("images", "annotations", "categories"):
             entries = values.get(part) if isinstance(values, dict) else None
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-                raise UserError(f"{place}: wants lists of objects named images, annotations and categories")
+                raise UserError(f"{place}: requires lists of objects named images, annotations and categories")
             self.lists[part] = entries
 
     def number(self, part: str, i: int, name: str, words: str = "a number") -> int:

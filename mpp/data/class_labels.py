@@ -25,7 +25,7 @@ def read_labels(images: ShardImages, shard: int, row: int) -> list[str]:
     except (ValueError, KeyError, TypeError, RecursionError):
         values = None
     if not isinstance(values, list) or not all(isinstance(v, str | int) and not isinstance(v, bool) for v in values):
-        raise UserError(f"{name}: wants a .json beside it with 'labels', a list of names")
+        raise UserError(f"{name}: requires a .json file in the same folder with 'labels', a list of names")
     return [class_name(str(value), name) for value in values]
 
 

@@ -40,7 +40,7 @@ class DenseDataset(Dataset[LabeledBatch]):
         color_jitter: float | None,
         **decoding: Unpack[Decoding],
     ) -> None:
-        """size: (H, W) px; scale, ratio: ranges of a crop's area and aspect. decoding: as `decode_crop` wants it."""
+        """size: (H, W) px; scale, ratio: ranges of a crop's area and aspect. decoding: as `decode_crop` takes it."""
         self.data, self.subset, self.seed, self.decoding = data, subset, seed, decoding
         self.size, self.scale, self.ratio, self.flip, self.color_jitter = size, scale, ratio, flip, color_jitter
 

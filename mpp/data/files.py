@@ -24,7 +24,7 @@ FILES_PER_SHARD = 1000
 MOST_IMAGE_BYTES = 1 << 30
 """Of a file that is read at once: 64 megapixels of 16-bit RGBA, uncompressed, are half of it."""
 STATS_AT_A_TIME = 32
-"""Questions for sizes of files, which may lie on a server."""
+"""Questions for sizes of files, which may be on a server."""
 
 
 def read_manifest(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:

@@ -224,7 +224,7 @@ def _folder(spec: str, key: str, classes: list[str] | None) -> Labeled:
         what = "holds neither *.tar shards nor a folder for each class"
         raise UserError(f"{key}: {spec} {what}{classes_of_parquet(spec, spec)}")
     if folder_names == ["images", "masks"]:
-        raise UserError(f"{key}: {spec} holds images/ and masks/, for task: segment; wants a folder for each class")
+        raise UserError(f"{key}: {spec} holds images/ and masks/, for task: segment; expected a folder for each class")
     known = classes or folder_names
     files, left_out = list_images(spec)
     members: dict[str, list[str]] = {name: [] for name in folder_names}

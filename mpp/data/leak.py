@@ -27,7 +27,7 @@ class Leak:
     """What was found."""
 
     shared: int
-    """Of the images that were looked for, those whose very bytes are there, too."""
+    """Of the images that were looked for, the number whose very bytes are there."""
     checked: int
     examples: list[tuple[str, str]]
     """(name in validation, name in training)"""
@@ -39,7 +39,7 @@ class Leak:
 def leak(val: Reader, train: Reader) -> Leak:
     """Look for validation images among training images.
 
-    The same picture encoded anew is not found; images of one colour do not count: a black sky is like any other.
+    The same picture encoded again is not found. Images of one colour do not count: a black sky is like any other.
     Sizes first, then checksums of the images that have a size in common.
     """
     val_sizes, theirs = val.sizes(), train.sizes()

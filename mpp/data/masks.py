@@ -33,7 +33,7 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
     root = one_folder(spec, key, "images/ and masks/")
     for part in ("images", "masks"):
         if not os.path.isdir(os.path.join(root, part)):
-            raise UserError(f"{key}: {root}: no folder {part}/ in it; task: segment wants images/ and masks/")
+            raise UserError(f"{key}: {root}: no folder {part}/ in it; task: segment requires images/ and masks/")
     images, left_out = images_below(os.path.join(root, "images"))
     if not images:
         raise UserError(f"{key}: {root}/images: no images in it" + (f"; {left_out}" if left_out else ""))
@@ -76,7 +76,7 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
 
 def one_folder(spec: tuple[str, ...], key: str, what: str) -> str:
     if len(spec) != 1 or not os.path.isdir(spec[0]):
-        raise UserError(f"{key}: {', '.join(spec)}: wants one folder with {what}")
+        raise UserError(f"{key}: {', '.join(spec)}: expected one folder with {what}")
     return spec[0]
 
 

@@ -3,7 +3,7 @@
 In each epoch the shards are permuted and laid end to end, cut into `lanes` equal runs, and each lane is
 shuffled in windows of `window` samples. A global batch takes batch / lanes samples from every lane, so it
 mixes shards from the first step on while reading stays nearly sequential. Nothing is remembered but the
-number of samples seen: a run can stop anywhere and go on with any number of processes and workers.
+number of samples seen: a run can stop anywhere and continue with any number of processes and workers.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ B = TypeVar("B", bound=Movable)
 def load_ahead(
     dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int, device: torch.device
 ) -> Iterator[Any]:
-    """Give the batches of a dataset, read ahead by workers; for a GPU copied ahead, too.
+    """Give the batches of a dataset, read ahead by workers, and for a GPU also copied ahead.
 
     Args:
         dataset: The data.

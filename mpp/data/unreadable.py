@@ -23,7 +23,7 @@ MOST_LOOKED_AT = 256
 LEAST_UNREADABLE = 2
 """Of labeled images looked at, before they are too many: a single one ends no run."""
 LEAST_IN_TRAINING = 100
-"""Unreadable images before they are too many while a run goes on."""
+"""Unreadable images before they are too many during a run."""
 SMALL_PX = 32
 """Side to which images are decoded here; a small one is quick."""
 USED_PART = 4
@@ -144,7 +144,7 @@ def count_unreadable(
         log: Of the run.
 
     Returns:
-        The new count. It is said at the 1st, 10th, 100th ….
+        The new count. It is logged at the 1st, 10th, 100th ….
 
     Raises:
         UserError: There are more than `max_bad_fraction`, and at least LEAST_IN_TRAINING.

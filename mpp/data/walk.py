@@ -115,7 +115,7 @@ def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What lies in a folder, by name. UserError if it may not be read: its images would be missing in silence."""
+    """Return the content of a folder, by name. UserError if it cannot be read: its images would be missing silently."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)

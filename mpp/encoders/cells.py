@@ -37,7 +37,7 @@ class Corrupted:
     images: Tensor
     """(B, C, H, W) float; nothing of hidden units is left in it, unless the corruption says it keeps some."""
     mask_token: Tensor | None = None
-    """(D,) the learnable token that stands at `replaced` cells, or joins; None: the pixels are all there is."""
+    """(D,) the learnable token at `replaced` cells, or of cells that join; None: only pixels are changed."""
     replaced: Tensor | None = None
     """(B, uh, uw) bool: units whose stem output the mask token takes the place of."""
     enter: int | None = 0

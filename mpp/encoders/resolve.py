@@ -28,7 +28,7 @@ R = TypeVar("R", PretrainRecipe, FinetuneRecipe, EvaluateRecipe)
 
 
 def stored_recipe(folder: Path) -> JsonObject:
-    """The recipe in an encoder's folder, as it stands there; nothing for one made elsewhere."""
+    """Return the recipe in an encoder's folder, unchecked; nothing for one made elsewhere."""
     try:
         values = yaml.safe_load((folder / "recipe.yaml").read_text())
         return values if isinstance(values, dict) and isinstance(values["data"], dict) else {}
@@ -63,7 +63,7 @@ def resolve(recipe: R, source: str | None, *, warn: bool, normalise: bool = True
         recipe: As it was given.
         source: The encoder, as a recipe names it; None: random weights of a new one.
         warn: Warn if the recipe gives other values than the encoder was trained with.
-        normalise: Fill in mean and std, too.
+        normalise: Also fill in mean and std.
 
     Raises:
         UserError: The recipe's keys do not go together with what is filled in.

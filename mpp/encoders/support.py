@@ -2,7 +2,7 @@
 
 A family that is not here is probed like any other (`timm_encoder.py`) and may be trained where its probe and leak
 check hold; `mpp models --check NAME` runs the whole contract on it. To add one: a line in FAMILIES, then
-`python tools/support_table.py`, which writes support.json and the README's table.
+`python tools/support_table.py`, which writes support.json and the table of docs/encoders.md.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _verdict(faults_of: dict[str, list[str]], ways: list[str]) -> str:
 
 
 def markdown(rows: list[JsonObject] | None = None) -> str:
-    """The support table for the README."""
+    """Return the support table for docs/encoders.md."""
     lines = [COLUMNS, tuple("---" for _ in COLUMNS)]
     for title, models, stem, *verdicts in support_rows(rows):
         code = (" or ".join(f"`{word}`" for word in stem.split(" or ")), *verdicts)

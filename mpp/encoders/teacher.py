@@ -56,7 +56,7 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     def pixels(self, images: Images, grid: tuple[int, int]) -> Tensor:
-        """Images as the model wants them: its normalisation, and as many cells as `grid`."""
+        """Return images as the model takes them: its normalisation, and as many cells as `grid`."""
         if not self.own_normalisation:
             return images.normalised
         x = (images.raw.float() / 255 - self.mean) / self.std  # type: ignore[operator]

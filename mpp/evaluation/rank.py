@@ -11,7 +11,7 @@ from torch import Tensor
 def image_share(values: Tensor) -> float:
     """Part of the energy of (B, N, D) that is left without the mean of each cell over the images, in [0, 1].
 
-    Near 0 the values say nothing of the image, whatever noise lies on them.
+    Near 0 the values hardly depend on the image, whatever their noise.
     """
     x = values.double()
     return float((x - x.mean(0)).square().sum() / x.square().sum().clamp_min(1e-300))

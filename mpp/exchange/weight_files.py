@@ -43,7 +43,7 @@ DEEPEST = 8
 
 @dataclass(frozen=True)
 class Source:
-    """What was found at a place: weights by name, and what is said of them beside."""
+    """What was found at a place: weights by name, and what accompanying files record of them."""
 
     tensors: dict[str, Tensor]
     model: str | None = None
@@ -137,7 +137,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and std, of pixels in [0, 1], of transformers' image processor, where one lies beside. ValueError."""
+    """Return mean and std, of pixels in [0, 1], of transformers' image processor, if the folder has one. ValueError."""
     try:
         processor = json.loads((folder / "preprocessor_config.json").read_text())
     except FileNotFoundError:

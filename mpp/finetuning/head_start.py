@@ -32,7 +32,7 @@ def check_head(model: Supervised) -> None:
         UserError: It is not one linear layer.
     """
     if model.task.hidden is not None or model.distilled is not None:
-        raise UserError("head_init: probe: wants a head of one linear layer; allowed: zero")
+        raise UserError("head_init: probe: requires a head of one linear layer; use head_init=zero")
 
 
 def fit_head(

@@ -46,7 +46,7 @@ class Run:
     stop_request: StopRequest
     watch: Watch
     status: Callable[..., None]
-    """Writes the run's status.json; a cell has one of its own, too."""
+    """Writes the run's status.json; each cell also has its own."""
     until_the_end: ExitStack
 
 

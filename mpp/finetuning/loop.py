@@ -258,7 +258,7 @@ def save(job: Finetuning, *, required: bool) -> None:
         required: If it cannot be written, end the run, whatever the recipe's `if_unsaved` says.
 
     Raises:
-        UserError: It cannot be written, and the run must not go on without it.
+        UserError: It cannot be written, and the run must not continue without it.
     """
     run, progress, folder = job.run, job.progress, job.cell.folder
     seen = progress.step * job.plan.global_batch_size
@@ -281,7 +281,7 @@ def save(job: Finetuning, *, required: bool) -> None:
 def stop(job: Finetuning) -> None:
     """End a cell that a signal stopped, after it has saved."""
     step, why = job.progress.step, job.run.stop_request.reason
-    job.log.say(f"stopped at step {step} by {why}; go on with --resume auto")
+    job.log.say(f"stopped at step {step} by {why}; continue with --resume auto")
     job.log.status("stopped", step=step, why=why)
 
 

@@ -25,7 +25,7 @@ def add(encoder: nn.Module, *, rank: int, alpha: int, dropout: float) -> None:
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
     except ImportError as error:
-        raise UserError("lora: wants the package peft: pip install peft") from error
+        raise UserError("lora: requires the package peft: pip install peft") from error
     # what the task does not read was frozen before, and adapters there would get no gradient
     names = [n for n, module in encoder.named_modules() if _is_linear(module) and module.weight.requires_grad]
     if not names:
@@ -41,7 +41,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def merge(encoder: nn.Module) -> None:
-    """Add the adapters to the weights they stand beside: the plain encoder again, with its own names."""
+    """Add the adapters to the weights that they adapt, which gives the plain encoder again, with its own names."""
     from peft.tuners.lora import LoraLayer
 
     for parent in list(encoder.modules()):

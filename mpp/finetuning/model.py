@@ -90,7 +90,7 @@ def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool
     Args:
         run: (n, C, H, W) uint8 -> (n, classes) logits.
         crops: (B, crops, C, H, W) uint8.
-        mirrored: Whether mirror images count, too.
+        mirrored: Whether mirror images also count.
         independent: Whether each class is one by itself, because images may have several.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Fine-tuning on labeled images, beside the same fine-tune from scratch: the cells of a run, and its verdict."""
+"""Fine-tuning on labeled images, compared with baselines: the cells of a run, and its verdict."""
 
 from __future__ import annotations
 

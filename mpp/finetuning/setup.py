@@ -188,7 +188,7 @@ def _load_checkpoint(
 
 
 def _open_log(run: Run, cell: Cell, plan: Plan, resumed_at: int) -> RunLog:
-    """Open the records of a cell. From now on the status of the cell is the run's, too."""
+    """Open the records of a cell. From now on the status of the cell is also the run's."""
     active, name = run.team.is_main, cell.folder.name
     settings = settings_of(run.recipe)
     trackers = Trackers(run.recipe.trackers, cell.folder, settings, resumed_at=resumed_at, active=active)

@@ -92,7 +92,7 @@ def _look_at_some(reader: PackedReader, chosen: np.ndarray, recipe: FinetuneReci
 
 
 def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: FinetuneRecipe, seed: int) -> WithUnlabeled:
-    """Return a dataset whose batches bring images without labels, too.
+    """Return a dataset whose batches also bring images without labels.
 
     Args:
         labeled: Images with labels.

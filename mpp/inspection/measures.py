@@ -18,7 +18,7 @@ def gram(features: Tensor) -> Tensor:
     """Compute the Gram matrix of features centred over n images, U-centred (Székely & Rizzo 2014, section 3).
 
     U-centred: zero diagonal, and rows and columns of the rest that sum to zero. The scalar product of two such matrices
-    is n (n - 3) times the unbiased estimate of HSIC (Song et al. 2012, equation 5), which is what CKA wants.
+    is n (n - 3) times the unbiased estimate of HSIC (Song et al. 2012, equation 5), which CKA requires.
 
     Returns:
         (n, n) float64, of features (n, ...).
@@ -179,7 +179,7 @@ def by_distance(values: Tensor, where: Tensor, step_px: float) -> ByDistance:
 def localised(origin: Tensor) -> float:
     """(N, N) CKA between the token at each place and the input at each -> the part whose own place is the most alike.
 
-    Whether a token still speaks of the place that it stands at (Raghu et al. 2021, section 5).
+    Whether a token still describes its own place (Raghu et al. 2021, section 5).
     """
     return float((origin.argmax(1) == torch.arange(len(origin), device=origin.device)).double().mean())
 

@@ -29,7 +29,7 @@ MOST_CELLS = 16
 
 @dataclass
 class InspectedEncoder:
-    """An encoder with what it wants of images."""
+    """An encoder with the images that it takes."""
 
     name: str
     model: TimmModel

@@ -94,7 +94,7 @@ class TokenPlaces(NamedTuple):
     """Of the queries."""
     stride_px: int
     everywhere: bool
-    """Every place looks at every place of the same grid: what attention rollout wants."""
+    """Whether every place looks at every place of the same grid, as attention rollout requires."""
 
 
 def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tuple[int, int]) -> TokenPlaces | str:

@@ -60,10 +60,10 @@ def _open(source: str, *, random: bool, device: torch.device, key: str) -> Inspe
         for k in ("mean", "std")
     )
     if channels not in (1, 3, 4):
-        raise UserError(f"{key}: {source} wants images of {channels} channels; images are read with 1, 3 or 4")
+        raise UserError(f"{key}: {source} takes images of {channels} channels; mpp inspect reads images of 1, 3 or 4")
     folder = timm_folder(source)
     if folder and stored_recipe(folder).get("data", {}).get("value_range"):
-        raise UserError(f"{key}: {source} wants images with data.value_range; here they are read as 8 bit")
+        raise UserError(f"{key}: {source} takes images with data.value_range; mpp inspect reads 8-bit images")
     decoding = decoding_of(folder or Path(source), channels)
     return InspectedEncoder(source, model, (int(size[0]), int(size[1])), channels, mean, std, decoding)
 

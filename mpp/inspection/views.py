@@ -42,7 +42,7 @@ class View:
     numbers: JsonObject
     figure: Figure
     summary: str
-    """The numbers in a line; the alternative text of the picture, too."""
+    """The numbers in a line, which are also the alternative text of the picture."""
 
 
 def positions(subject: InspectedEncoder) -> View | str:

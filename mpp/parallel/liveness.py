@@ -1,4 +1,4 @@
-"""Whether the other processes of a run go on. Who is gone or hangs is named, and nobody waits for ever.
+"""Watch the other processes of a run. A process that is gone or hangs is named, and no process waits for ever.
 
 Each process has a thread that writes a beat and its main thread's progress into the store of the process group, every
 second. An exchange that breaks is then explained: by what another process left as its last word, by whose beat has

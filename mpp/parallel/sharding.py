@@ -22,8 +22,8 @@ def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] =
     """Shard a model over all processes, in place. Parameters are replaced, so the optimizer is made afterwards.
 
     Each block is gathered for its own passes, forward and backward; what is in no block, for those of the whole model.
-    Weights are gathered in fp32, so that a step computes what it does without; under autocast autograd keeps their bf16
-    copies from one pass to the other, 2 bytes for each weight, but not with activation checkpointing.
+    Weights are gathered in fp32, so that a step computes the same as without sharding. Under autocast, autograd keeps
+    their bf16 copies from one pass to the other, 2 bytes for each weight, but not with activation checkpointing.
 
     Args:
         model: What is sharded.

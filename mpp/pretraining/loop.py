@@ -164,7 +164,7 @@ def save(job: Pretraining, *, required: bool) -> None:
         required: If it cannot be written, end the run, whatever the recipe's `if_unsaved` says.
 
     Raises:
-        UserError: It cannot be written, and the run must not go on without it.
+        UserError: It cannot be written, and the run must not continue without it.
     """
     seen = job.progress.step * job.plan.global_batch_size
     state = {"seen": seen, **job.progress.to_json(), "data_fingerprint": job.dataset.images.fingerprint}
@@ -179,7 +179,7 @@ def stop(job: Pretraining) -> PretrainResult:
     progress = job.progress
     why = job.stop_request.reason
     signal = job.stop_request.of_all(job.team)
-    job.log.say(f"stopped at step {progress.step} by {why}; go on with --resume auto")
+    job.log.say(f"stopped at step {progress.step} by {why}; continue with --resume auto")
     job.log.status("stopped", step=progress.step, why=why)
     return PretrainResult(job.run.out, "stopped", progress.step, progress.loss, progress.skill, None, signal)
 

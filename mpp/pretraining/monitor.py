@@ -86,7 +86,7 @@ class OnlineProbe:
         """Probe the encoder as it is now.
 
         Its batch norms normalise by the statistics of the probe's training images, then get back their own, which are
-        of images hidden in part. The exported encoder has statistics of whole images, too.
+        of images hidden in part. The exported encoder also has statistics of whole images.
 
         Args:
             model: A timm encoder, in eval mode.

@@ -236,7 +236,7 @@ def _open_probe(recipe: PretrainRecipe, model: MaskedPatchModel) -> OnlineProbe 
     train = open_labeled(keys.train, key="probe.train", classes=None, **data.opening())
     val = open_labeled(keys.val, key="probe.val", classes=train.classes, **data.opening())
     if len(train.classes) < 2 or not len(val.labels):
-        raise UserError("probe: wants two classes at least in probe.train, and images in probe.val")
+        raise UserError("probe: requires at least two classes in probe.train, and images in probe.val")
     reading = data.decoding()
     size, most, seed = data.image_size, keys.images, recipe.seed
     learned = probe_images(train, size, most, seed, "probe.train", **reading)

@@ -197,7 +197,7 @@ class EarlyStop(Section):
 
 
 class FinetuneRecipe(Run):
-    """Fine-tuning on labeled images, beside the same from scratch."""
+    """Fine-tuning on labeled images, compared with baselines."""
 
     job: Literal["finetune"] = "finetune"
     """The command that runs this recipe."""

@@ -172,7 +172,7 @@ def check_recipe(values: JsonObject, job: type[R], places: dict[Key, str] | None
         values: The mapping.
         job: The recipe's type.
         places: Where each key stands (file:line), for messages.
-        source: What a key without a place is said to stand in.
+        source: The place of keys that `places` lacks, for messages.
 
     Raises:
         UserError: With a line for each thing that is wrong.

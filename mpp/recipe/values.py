@@ -106,7 +106,7 @@ def listed(value: object) -> object:
 
 
 def _no_words_for_switches(args: TimmArgs) -> dict[str, Any]:
-    """Python takes any text for true, "no" and "false", too."""
+    """Refuse words for switches: Python takes any text for true, even "no" and "false"."""
     for key, value in args.items():
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "true", "false"):
             raise ValueError(f"{key}: '{value}' is text; write true or false")

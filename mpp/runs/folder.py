@@ -1,4 +1,4 @@
-"""Run folders: who may write into one, and from which checkpoint a run goes on."""
+"""Run folders: which process may write into one, and from which checkpoint a run continues."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class OpenRun:
 
     out: Path
     checkpoint: Path | None
-    """Where to go on from; None: from the start."""
+    """The checkpoint to continue from; None: from the start."""
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
     if RECIPE in others and _is_unused(out):
         others = []  # its records are replaced
     if others and resume == "never":
-        raise UserError(f"out: {out} is not empty; go on with --resume auto, or give another folder")
+        raise UserError(f"out: {out} is not empty; continue its run with --resume auto, or choose another folder")
     if others and RECIPE not in others:
         raise UserError(f"out: {out} is not a run folder (no {RECIPE}); give another folder")
     path = None if resume in ("never", "auto") else Path(resume)
@@ -143,7 +143,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         _same_data(out, fingerprint)
         path = path or checkpoint.newest(out / "checkpoints")
         if path is None and (out / "encoder").exists():
-            raise UserError(f"out: {out} has its encoder but no checkpoint to go on from; give another folder")
+            raise UserError(f"out: {out} has its encoder but no checkpoint to continue from; choose another folder")
     elif path is not None and (path.parent.parent / RECIPE).exists():
         _same_recipe(path.parent.parent, recipe)
     if path is not None:
@@ -157,7 +157,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
             raise UserError(f"--resume {path}: {fault}")
         state = checkpoint.read_state(path)
         if "data_fingerprint" not in state:  # a step that was kept for `mpp replay`
-            raise UserError(f"--resume {path}: no checkpoint to go on from; allowed: auto, or one of {out}/checkpoints")
+            raise UserError(f"--resume {path}: no checkpoint to continue from; use auto, or one of {out}/checkpoints")
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{path}: the data changed since (shards, their sizes or their images); start a new run")
     return OpenRun(out, path)
@@ -166,7 +166,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
 def _is_unused(out: Path) -> bool:
     """Whether a run ended before it had a checkpoint, a result or a line of metrics, and nothing else is there.
 
-    There is nothing to go on from then, and a corrected recipe may have the folder. A run in progress holds its lock.
+    Then there is nothing to continue from, and a corrected recipe may have the folder. A run in progress has its lock.
     """
     if read_state(out) == "finished":
         return False
@@ -193,7 +193,7 @@ def _asks_for_more(run: Path, recipe: Job) -> bool:
 
 
 def _same_data(run: Path, fingerprint: str) -> None:
-    """By what the run noted of its data, before its first checkpoint, too."""
+    """Compare with what the run noted of its data, even before its first checkpoint."""
     try:
         before = json.loads((run / DATA).read_text())["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):

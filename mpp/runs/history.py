@@ -21,7 +21,7 @@ COUNTS = ("step", "steps", "pid")
 
 @dataclass
 class History:
-    """What lies in a run folder. Files that are missing or half written are empty here."""
+    """The content of a run folder. Files that are missing or half written are empty here."""
 
     folder: Path
     job: str
@@ -52,7 +52,7 @@ class History:
 
     @property
     def latest(self) -> JsonObject:
-        """The newest value of every metric: what is measured now and then stands in few lines."""
+        """The newest value of every metric; some are measured only now and then."""
         return {key: value for line in self.metrics for key, value in line.items()}
 
     @property

@@ -114,8 +114,8 @@ def encoder_folder(source: str | Path) -> Path:
     if (Path(source) / "recipe.yaml").exists():
         if read_state(Path(source)) == "running":
             raise UserError(
-                f"{source}: this run is still going on, or was killed, and has not written its encoder yet; "
-                "`mpp watch` says which"
+                f"{source}: this run is still in progress, or was killed, and has not written its encoder yet; "
+                "`mpp watch` shows which"
             )
         raise UserError(f"{source}: this run has not written its encoder yet; finish it with --resume auto")
     raise UserError(f"{source}: neither a run nor an exported encoder (no config.json with model.safetensors)")
@@ -141,4 +141,4 @@ def check_beside(out: Path, source: Path) -> None:
         UserError: It would.
     """
     if out.absolute().is_relative_to(source.absolute()):
-        raise UserError(f"{out}: lies in {source}; give a folder beside it")
+        raise UserError(f"{out}: is inside {source}; choose another folder")

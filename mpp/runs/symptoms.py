@@ -21,10 +21,10 @@ from mpp.runs.verdict import ROADS, compare_roads, conclude, stored_estimate
 FLAT = 0.98
 """The loss has not fallen where its last quarter's median is above so much of its second eighth's."""
 LEAST_RECORDS = 8
-"""Of metrics, before anything is said of a curve."""
+"""Least number of measurements before a curve is judged."""
 DIVERGED_LOSS = 1.25
 """Of the lowest median of neighbouring losses, an eighth of the run and five at least, what the last such median must
-not reach while the skill falls, too…"""
+not reach while the skill also falls…"""
 DIVERGED_SKILL = 0.1
 """… nor the skill alone fall below its best by."""
 DATA_BOUND = 0.25
@@ -41,7 +41,7 @@ UNDERFIT = 0.75
 end; mixup and label smoothing alone leave it at half of that (a guess)."""
 
 COLLAPSED_RANK = 2.0
-"""A warning is said where the effective rank of a target or of the features falls below: two directions at most are
+"""If the effective rank of a target or of the features falls below, there is a warning: at most two directions are
 left (a guess; features of 18 encoders that fine-tune had 5 to 57)."""
 COLLAPSED_TARGET_SHARE = 0.1
 """And where less of a target's energy depends on the image (a guess; half of it does at first)."""

@@ -245,7 +245,7 @@ def _one(verdict: Verdict) -> str:
     if begun := compare_with_start(verdict):
         rows.append(f"{'probe':<12} {begun[0]}   {begun[1]}")
     if verdict.gain is not None:
-        rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}")
+        rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}".rstrip())
         rows.append(conclude(verdict.gain).text)
     if compared := compare_roads(verdict.score):
         rows.append(compared.text)

@@ -15,13 +15,13 @@ from mpp.runs.records import RECIPE
 from mpp.runs.symptoms import symptoms
 
 QUIET = 10
-"""A run that has written nothing for so many times as long as it takes between two lines is said to be silent."""
+"""A run counts as silent if it has written nothing for this many times the usual time between two lines."""
 YOUNG_S = 600
 """A run folder without a status is taken for one that begins, for so long (a guess)."""
 
 
 def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
-    """Return lines for people about a run, and whether it is still going on.
+    """Return lines for people about a run, and whether it is still in progress.
 
     Args:
         folder: Of the run.

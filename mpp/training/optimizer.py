@@ -43,7 +43,7 @@ def finetune_groups(
 
     Args:
         encoder: A timm model without classifier.
-        head: What stands on it.
+        head: What is put on it.
         weight_decay: Not applied to vectors and to what the encoder names in `no_weight_decay`.
         layer_decay: Learning rate of a layer over that of the next.
         head_lr_scale: Learning rate of the head over that of the optimizer.
@@ -174,7 +174,7 @@ class GuardedOptimizer:
 
     def _begin_momentum(self) -> None:
         """Let momentum begin at zero, which is the same as none. torch takes memory as it comes for a first step, and
-        would go on from that if the device left the first step out."""
+        would continue from that if the device skipped the first step."""
         for group in self.plain.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p not in self.plain.state:

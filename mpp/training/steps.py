@@ -36,15 +36,15 @@ class LoadedBatch(Protocol):
 def seed_dropout(seed: int, batch: LoadedBatch) -> None:
     """Seed torch's generators for a micro-batch, by the position of its first sample.
 
-    Dropout and drop path draw from them. Call it after the batch has come: a loader that starts its workers draws from
-    torch's generator, too.
+    Dropout and drop path draw from them. Call it after the batch has come: a loader that starts its workers also draws
+    from torch's generator.
     """
     torch.manual_seed(torch_seed(seed, Purpose.STEP, int(batch.positions[0])))
 
 
 @contextmanager
 def allow_unsaved(log: RunLog, *, required: bool) -> Iterator[None]:
-    """Let the run go on if what happens inside cannot be written, with a warning in its log.
+    """Let the run continue, with a warning in its log, if what happens inside cannot be written.
 
     Args:
         log: Of the run.
@@ -58,7 +58,7 @@ def allow_unsaved(log: RunLog, *, required: bool) -> Iterator[None]:
     except UserError as error:
         if required:
             raise
-        log.say(f"warning: {error}; going on, as if_unsaved says")
+        log.say(f"warning: {error}; the run continues because of if_unsaved")
 
 
 @dataclass

@@ -227,7 +227,7 @@ def test_pack_says_what_it_skipped(tmp_path: Path) -> None:
         (tmp_path / "in" / f"{i}.txt").touch()
     done = CliRunner().invoke(main, ["pack", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
     assert done.exit_code == 0
-    assert "1 images, no labels, 1 shards" in done.output
+    assert "1 images, no labels, 1 shard in" in done.output
     assert "… 12 files skipped in all; see" in done.output
 
 

@@ -73,7 +73,7 @@ def test_what_is_no_file_of_its_own(image_folder: Path, tmp_path: Path) -> None:
     for twice in (f"{image_folder}/", str(image_folder)):
         with pytest.raises(UserError, match="is named twice"):
             opened(image_folder, twice)
-    with pytest.raises(UserError, match="one lies in the other"):
+    with pytest.raises(UserError, match="overlap: one contains the other"):
         opened(image_folder, image_folder / "disc")
 
 

@@ -294,8 +294,8 @@ def _all_ignored(f: Path) -> None:
         (_same_names, "classes.txt:3: a a second time; one class a line"),
         (_gap, "classes.txt:2: no name; one class a line"),
         (_all_ignored, "every pixel has the value 255, task.ignore_index"),
-        (lambda f: shutil.rmtree(f / "masks"), "no folder masks/ in it; task: segment wants images/ and masks/"),
-        (lambda f: shutil.rmtree(f), "wants one folder with images/ and masks/"),
+        (lambda f: shutil.rmtree(f / "masks"), "no folder masks/ in it; task: segment requires images/ and masks/"),
+        (lambda f: shutil.rmtree(f), "expected one folder with images/ and masks/"),
         (lambda f: [p.unlink() for p in (f / "images").iterdir()], "images: no images in it"),
     ],
 )  # fmt: skip
@@ -331,7 +331,7 @@ def test_masks_that_do_not_fit(rectangles: Path, change: Any, words: str) -> Non
         (("annotations", 1, "area"), -5, r"annotations\[1\].area: must be a number of pixels; got -5"),
         (("annotations", 1, "area"), math.nan, r"annotations\[1\].area: must be a number of pixels; got NaN"),
         (("categories", 0, "name"), "  ", r"categories\[0\].name: an empty label"),
-        (("images",), {}, "wants lists of objects named images, annotations and categories"),
+        (("images",), {}, "requires lists of objects named images, annotations and categories"),
         (("images",), [], r"annotations\[0\].image_id: there is no image 0|no images in it"),
     ],
 )  # fmt: skip
@@ -353,7 +353,9 @@ def test_annotations_elsewhere_and_none(rectangles: Path) -> None:
     assert len(detected(moved, rectangles / "images")) == 4
     with pytest.raises(UserError, match=r"annotations.json: No such file"):
         detected(rectangles)
-    with pytest.raises(UserError, match=r"wants one folder with annotations.json and images/, or \[annotations.json"):
+    with pytest.raises(
+        UserError, match=r"expected one folder with annotations.json and images/, or \[annotations.json"
+    ):
         detected(moved)
     Path(moved).write_text("{")
     with pytest.raises(UserError, match=r"other.json: cannot be read as JSON"):

@@ -200,7 +200,7 @@ def test_features_that_are_no_numbers(exported: Path) -> None:
 
 def test_not_into_itself(exported: Path) -> None:
     for format in ("timm", "safetensors"):
-        with pytest.raises(UserError, match="lies in .*; give a folder beside it"):
+        with pytest.raises(UserError, match="is inside .*; choose another folder"):
             mpp.export(exported, exported / "inner" / "e", format)
 
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match="has not written its encoder yet; finish it with --resume auto"):
         mpp.export(tmp_path / "begun", tmp_path / "o")
     (tmp_path / "begun" / "status.json").write_text('{"state": "running"}')
-    with pytest.raises(UserError, match="this run is still going on, or was killed, .*; `mpp watch` says which"):
+    with pytest.raises(UserError, match="this run is still in progress, or was killed, .*; `mpp watch` shows which"):
         mpp.export(tmp_path / "begun", tmp_path / "o")
     (exported / "reference.safetensors").rename(tmp_path / "reference")
     with pytest.raises(UserError, match=r"reference\.safetensors is missing"):

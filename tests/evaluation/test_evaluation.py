@@ -136,7 +136,7 @@ def test_arms_that_are_done_are_kept(shards: Path, run: Path, tmp_path: Path) ->
     shutil.rmtree(out / "arms" / "random")
     (out / "arms" / "random" / "features").mkdir(parents=True)  # killed in the middle of it
     (out / "arms" / "random" / "features" / "half.npy").write_bytes(b"half")
-    with pytest.raises(UserError, match="is not empty; go on with --resume auto"):
+    with pytest.raises(UserError, match="is not empty; continue its run with --resume auto"):
         mpp.evaluate(run, out=str(out), **keys(shards))
     again = mpp.evaluate(run, out=str(out), resume="auto", **keys(shards))
     assert again.scores["encoder"][0].accuracy == 0.123, "not evaluated again"

@@ -161,7 +161,7 @@ def test_a_run_that_came_to_nothing(shards: Path, tmp_path: Path, monkeypatch: p
     corrected = pretrain_recipe(shards, out, **{"optim.base_lr": 0.01, "optim.steps": 2})
     assert mpp.pretrain(corrected).state == "finished"
     for taken in (out, shutil.copytree(out / "encoder", tmp_path / "export")):
-        with pytest.raises(UserError, match="is not empty; go on with --resume auto"):
+        with pytest.raises(UserError, match="is not empty; continue its run with --resume auto"):
             mpp.pretrain(pretrain_recipe(shards, taken, **{"optim.steps": 2}))
 
 
@@ -249,7 +249,7 @@ def test_a_checkpoint_that_cannot_be_written(
     assert "GB free there" in line
     assert [checkpoint.broken(p) for p in steps(saves)] == [None, None], "those before are intact"
     assert not list(saves.glob("*.tmp")), "nothing is left of the one that failed"
-    assert ("going on, as if_unsaved says" in said) == (policy == "go_on")
+    assert ("the run continues because of if_unsaved" in said) == (policy == "go_on")
     last = max(
         json.loads(text)["step"]
         for text in (records_of(job, out) / "metrics.jsonl").read_text().splitlines()

@@ -65,7 +65,7 @@ def test_a_fine_tune_below_its_own_start_is_named(
 
 
 def test_what_it_is_not_for(shards: Path, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="head_init: probe: wants a head of one linear layer; allowed: zero"):
+    with pytest.raises(UserError, match="head_init: probe: requires a head of one linear layer; use head_init=zero"):
         mpp.finetune(recipe(shards, tmp_path / "run", run, **{"task.tanh_dim": 8}))
     assert not (tmp_path / "run").exists()
     with pytest.raises(

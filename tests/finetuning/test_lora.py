@@ -105,7 +105,7 @@ def test_what_is_refused(shards: Path, run: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match="lora: Sequential has no linear layers for adapters"):
         lora.add(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), rank=2, alpha=2, dropout=0.0)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"lora: wants the package peft: pip install peft"):
+    with pytest.raises(UserError, match=r"lora: requires the package peft: pip install peft"):
         mpp.finetune(recipe(shards, tmp_path / "b", run, **SHORT))
     assert not (tmp_path / "b").exists(), "said before anything is made"
     assert json.loads((run / "encoder" / "export.json").read_text())

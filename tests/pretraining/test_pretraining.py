@@ -323,7 +323,7 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again(shards: Path, tmp
     recipe = pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 2})
     mpp.pretrain(recipe)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(UserError, match="has its encoder but no checkpoint to go on from"):
+    with pytest.raises(UserError, match="has its encoder but no checkpoint to continue from"):
         mpp.pretrain(recipe, resume="auto")
     with pytest.raises(UserError, match="resume: True; allowed: auto, never"):
         mpp.pretrain(recipe, resume=True)  # type: ignore[arg-type]
@@ -374,7 +374,7 @@ def test_shards_may_lie_elsewhere_when_a_run_goes_on(shards: Path, tmp_path: Pat
 def test_who_may_write_into_a_run_folder(shards: Path, tmp_path: Path) -> None:
     recipe = pretrain_recipe(shards, tmp_path / "run")
     mpp.pretrain(recipe)
-    with pytest.raises(UserError, match="is not empty; go on with --resume auto"):
+    with pytest.raises(UserError, match="is not empty; continue its run with --resume auto"):
         mpp.pretrain(recipe)
     with pytest.raises(
         UserError, match=r"(?s)another recipe.*mask.ratio: was 0.6, now 0.3\n  optim.steps: was 20, now 30"

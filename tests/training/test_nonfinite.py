@@ -82,7 +82,7 @@ def test_a_step_that_was_kept_is_no_checkpoint_to_go_on_from(shards: Path, tmp_p
     recipe = pretrain_recipe(shards, tmp_path / "run", **DIVERGES, **{"optim.steps": 4})
     kept = next((mpp.pretrain(recipe).out / "non-finite").iterdir())
     with pytest.raises(
-        UserError, match=r"--resume .*: no checkpoint to go on from; allowed: auto, or one of .*/other/ch"
+        UserError, match=r"--resume .*: no checkpoint to continue from; use auto, or one of .*/other/ch"
     ):
         mpp.pretrain(recipe, out=str(tmp_path / "other"), resume=str(kept))
 

@@ -63,7 +63,7 @@ def random_box(
 ) -> Box:
     """Draw a random resized crop (Szegedy et al. 2015, section 6).
 
-    After ten misses it is the largest centred box whose aspect lies in `ratio`, as in torchvision.
+    After ten misses it is the largest centred box with an aspect in `ratio`, as in torchvision.
 
     Args:
         rng: Where it is drawn from.
@@ -103,7 +103,7 @@ def centre_box(width: int, height: int, size: tuple[int, int], fraction: float =
 
 
 def view_boxes(views: int, size: tuple[int, int], fraction: float) -> list[Callable[[int, int], Box]]:
-    """Return what chooses the crops of so many views of an image: the centre; of ten views the corners, too.
+    """Return what chooses the crops of so many views of an image: the centre, and also the corners for ten views.
 
     The other half of two or ten views are mirror images of these.
 

@@ -338,7 +338,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
             same = os.path.realpath(name)
             for other in (o for o in seen if os.path.isdir(o)):
                 if os.path.commonpath([same, other]) in (same, other) and same != other:
-                    raise UserError(f"{key}: '{name}' and '{seen[other]}': one lies in the other")
+                    raise UserError(f"{key}: '{name}' and '{seen[other]}' overlap: one contains the other")
         elif not is_remote(name):
             same = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
         if same in seen:

@@ -1,7 +1,7 @@
 """One file about all shards of a folder, so that a run opens the index of a shard when it first reads from it.
 
-`index.json` lies beside the shards; `mpp pack` and `mpp index` write it. It is not believed: of a shard of another size
-or date the own index is read, and an index that is opened later must be the one it speaks of.
+`mpp pack` and `mpp index` write `index.json` into the folder of the shards. It is not trusted: for a shard of another
+size or date, the shard's own index is read, and an index that is opened later must be the one that it names.
 """
 
 from __future__ import annotations

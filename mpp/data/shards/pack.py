@@ -66,7 +66,7 @@ def pack(
 ) -> Packed:
     """Write the images of `source` as shards into `out`, files in an order shuffled by `seed`.
 
-    Interrupted, the same call goes on where it stopped. The images' bytes are copied as they are.
+    If interrupted, the same call continues where it stopped. The images' bytes are copied as they are.
 
     Args:
         labels: Pack the label of each image, in a folder the name of the first folder below `source`; None: if every
@@ -80,7 +80,7 @@ def pack(
         UserError: There are no images, or `out` holds something else.
     """
     if os.path.isdir(source) and Path(out).resolve().is_relative_to(Path(source).resolve()):
-        raise UserError(f"{out}: lies in {source}; give a folder beside it")
+        raise UserError(f"{out}: is inside {source}; choose another folder")
     opened = open_source(source, labels=labels, seed=seed, image_extension=image_extension)
     shards = -(-opened.samples // images_per_shard)
     if not 1 <= part[0] <= part[1]:
@@ -106,9 +106,9 @@ def pack(
             if on_shard:
                 on_shard(done, len(jobs))
     except BrokenProcessPool as error:
-        raise UserError("a packing process died (out of memory?); run the same command again to go on") from error
+        raise UserError("a packing process died (out of memory?); run the same command again to continue") from error
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror}; run the same command again to go on") from error
+        raise UserError(f"{error.filename or out}: {error.strerror}; run the same command again to continue") from error
 
     there = [path for path in paths if os.path.exists(path)]
     indexes = {os.path.basename(path): index_shard(path, out) for path in there}

@@ -115,7 +115,9 @@ class ShardImages:
         index = self._own_index(name)
         opened, listed = entry_of(index), self._entries[shard]
         if (opened.size_bytes, opened.digest) != (listed.size_bytes, listed.digest):
-            raise UserError(f"{name}: another one than {LISTING} beside it says; `mpp index` there writes it anew")
+            raise UserError(
+                f"{name}: does not match {LISTING} in the same folder; rebuild the index with `mpp index FOLDER`"
+            )
         return index
 
     def remote(self, shards: Iterable[int]) -> dict[int, int]:
@@ -217,14 +219,14 @@ class ShardImages:
     ) -> tuple[T, list[str]]:
         """Read and decode an image; in place of a bad one, the next good one of its shard.
 
-        After REPLACEMENTS bad ones in a row `blank` stands in, so that every process always gets full batches.
+        After REPLACEMENTS bad ones in a row it returns `blank`, so that every process always gets full batches.
 
         Args:
             shard: Its number.
             row: Of the image in the shard.
             rows: Those that may replace it.
             decode: Makes a value of the bytes.
-            blank: The value that stands in.
+            blank: The value that replaces an image.
             few: As of `read`.
 
         Returns:

@@ -105,15 +105,15 @@ def _stem(name: str) -> str:
 
 
 def _with_extension(images: list[str], image_extension: str) -> list[str]:
-    """Those whose file's name goes on so after its first dot."""
+    """Return the images whose file name continues with this extension after its first dot."""
     return [name for name in images if _extension(name) == image_extension]
 
 
 def _one_each(images: list[str], labels: list[str]) -> list[str]:
     """Of images with one key, those that are images of samples of their own.
 
-    An image whose stem goes on where the stem of another one ends (`7.seg.png` beside `7.jpg`) belongs to the sample of
-    that one, unless it has a class label of its own (`7.seg.cls`).
+    An image whose stem begins with the whole stem of another (`7.seg.png` and `7.jpg`) belongs to the sample of the
+    other, unless it has a class label of its own (`7.seg.cls`).
     """
     if len(images) == 1:
         return images

@@ -125,14 +125,14 @@ class Files:
 
     @classmethod
     def of_folder(cls, source: str, labels: bool | None, seed: int) -> Files:
-        """The first folder below `source` is an image's class; labels None: if every image lies in one."""
+        """The first folder below `source` is an image's class; labels None: if every image is in one."""
         files, skipped = list_images(source)
         if not files:
             raise UserError(f"{source}: no images found (by name: {IMAGE_ENDINGS})" + _but(skipped))
         in_folders = all("/" in f for f in files)
         if labels and not in_folders:
             stray = next(f for f in files if "/" not in f)
-            raise UserError(f"{source}: labels are the first folder's name, but {stray} lies in none")
+            raise UserError(f"--labels: labels come from folder names, but {stray} is not in a subfolder of {source}")
         named = [f.split("/", 1)[0] for f in files] if (in_folders if labels is None else labels) else None
         return cls._mixed(source, files, named, seed, skipped)
 
@@ -328,7 +328,7 @@ def _reason(error: BaseException) -> str:
 
 
 class Shards:
-    """Tar shards made elsewhere, in their order: packed anew, in shards of equal size. Numbers of classes stay."""
+    """Tar shards made elsewhere, in their order: packed again, in shards of equal size. Numbers of classes stay."""
 
     def __init__(self, source: str, labels: bool | None, image_extension: str | None) -> None:
         self.reader = PackedReader(ShardImages(source, key="SOURCE", image_extension=image_extension))
@@ -348,8 +348,8 @@ class Shards:
             raise UserError(f"{source}: labels were asked for, but not every image has one")
         if self.labeled and any(in_json for _, in_json in known):
             raise UserError(
-                f"{source}: its labels lie in .json, which is not packed; the shards can be used as they are, or "
-                "--no-labels leaves the labels out"
+                f"{source}: its labels are in .json files, which are not packed; use the shards as they are, or leave "
+                "the labels out with --no-labels"
             )
 
     def read(self, first: int, end: int) -> Iterator[Sample]:

@@ -88,7 +88,7 @@ class Store:
         return target
 
     def index(self, url: str) -> ShardIndex:
-        """Of a shard: as it was once fetched, else as it lies beside it (see `mpp index`), else it is fetched."""
+        """Return the index of a shard: stored, or next to the shard (see `mpp index`), or made of the fetched shard."""
         target = self.target(url)
         stored = self._stored_index(target)
         index = read_index(stored)
@@ -170,7 +170,7 @@ class Store:
         return index_path(str(target), image_extension=self.image_extension)
 
     def listing(self, folder: str) -> dict[str, Entry]:
-        """Of the shards below an URL, as it lies beside them; {} where there is none."""
+        """Return the listing of the shards below an URL; {} if there is none."""
         try:
             with remote.opened(f"{folder}/{LISTING}") as answer:
                 return parse_listing(answer.stream.read(MOST_LISTING_BYTES))
@@ -178,7 +178,7 @@ class Store:
             return {}
 
     def _index_elsewhere(self, url: str) -> ShardIndex | None:
-        """The index that lies beside a remote shard; None where there is none that could be of a shard."""
+        """Return the index next to a remote shard; None if there is none that could be of a shard."""
         try:
             beside = remote.next_to(url, str(index_path("", image_extension=self.image_extension)))
             with remote.opened(beside) as answer:

@@ -79,7 +79,7 @@ def fit(
         weight_decay: See above.
         device: Where it is computed.
         max_iterations: Of L-BFGS.
-        start: Weights to go on from, of a fit to the same x.
+        start: Weights to start from, of a fit to the same x.
     """
     if start is None:
         mean, scale = standardisation(x, device)

@@ -13,7 +13,7 @@ import torch
 from mpp.exchange.artifact import Artifact
 
 MOST_INSIDE_BYTES = 1_900_000_000
-"""Of weights in the file itself, which protobuf bounds at 2 GiB; more lie beside it."""
+"""Most bytes of weights in the file itself, which protobuf limits to 2 GiB; more are written to a second file."""
 EXTRA, NEEDS = "onnx", ("onnx", "onnxscript", "onnxruntime")
 
 USE = """

@@ -1,7 +1,7 @@
 """A folder that transformers' Auto classes load, with an image processor.
 
-ViT, DeiT, BEiT, Swin and PVT v2 become transformers' own models where these compute the same, which is tried; all
-others, and classifiers that pool otherwise than transformers' own, are timm's folder read by its TimmWrapper.
+ViT, DeiT, BEiT, Swin and PVT v2 become transformers' own models if these compute the same, which is tried. All others
+are timm's folder, read by transformers' TimmWrapper. So are classifiers that pool differently than transformers' own.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def write(artifact: Artifact, folder: Path) -> str:
 
 
 def _written(transformers: object, config: JsonObject, artifact: Artifact, folder: Path) -> bool:
-    """Whether its own model takes every weight and computes the same; it lies in `folder` then."""
+    """Return whether transformers' own model takes every weight and computes the same; it is then in `folder`."""
     base, kind = config.pop("class"), config["model_type"]
     state = dict(artifact.timm.state_dict())
     prefix, heads = "", {}
@@ -251,7 +251,7 @@ def _pvt_v2(model: TimmModel) -> JsonObject:
 
 
 def _whole(value: float) -> float:
-    """An int where it is one, as transformers wants it."""
+    """Return an int if the value is one, as transformers requires."""
     return int(value) if value == int(value) else value
 
 

@@ -51,7 +51,7 @@ VIT = (
     rule(r"norm\.(.+)", "layernorm.{0}"),
     rule(r"fc_norm\.(.+)", "pooler.layernorm.{0}"),
 )
-"""And BEiT, whose norm of the mean of its tokens is said to be the pooler's."""
+"""And BEiT, whose norm of the mean token is called the pooler's."""
 
 STAGE = "encoder.layers.{0}.blocks.{1}"
 SWIN = (
@@ -94,7 +94,7 @@ class Architecture:
     args: TimmArgs
     """All that it says."""
     defaults: JsonObject
-    """What these are where nothing is said, by the name."""
+    """Defaults of the arguments, by the name."""
     norm_eps: float
 
     @property
@@ -123,7 +123,7 @@ def architecture(config: JsonMapping) -> Architecture:
 
 
 Described = tuple[str, JsonObject, JsonObject]
-"""timm's name, arguments, and what these are where nothing is said."""
+"""timm's name, arguments, and the defaults of these arguments."""
 
 
 def _vit(config: JsonMapping) -> Described:

@@ -8,7 +8,7 @@ from mpp.finetuning.image_labels import ImageLabels
 
 
 class SeveralClassesLabels(ImageLabels):
-    """The classes of an image stand in the shards or the CSV file, separated by semicolons; there may be none."""
+    """The classes of an image are recorded in the shards or the CSV file, separated by semicolons; it may have none."""
 
     allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "mixup": (0.0,),

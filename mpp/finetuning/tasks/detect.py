@@ -181,8 +181,8 @@ class DetectTask(Task):
 class _Anchors(AnchorGenerator):
     """Boxes of these sizes and aspects (height over width) about the centre of every cell.
 
-    torchvision's own stand at the cells' corners, are rounded to pixels, and take a level's stride to be the image's
-    side over its cells, rounded down: with patches of 14 px they drift by 32 px over 224.
+    torchvision's own boxes are centred on the cells' corners and rounded to pixels. They take the stride of a level to
+    be the image's side over its cells, rounded down. With patches of 14 px they drift by 32 px over 224.
     """
 
     def __init__(self, sizes: Sequence[Sequence[float]], aspects: Sequence[float], strides: Sequence[float]) -> None:

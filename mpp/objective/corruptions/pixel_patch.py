@@ -1,4 +1,4 @@
-"""A learnable patch of pixels stands at hidden units: works with any encoder, even one without a stem to hook."""
+"""A learnable patch of pixels replaces hidden units. This works with any encoder, even one without a stem to hook."""
 
 from __future__ import annotations
 

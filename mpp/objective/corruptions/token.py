@@ -1,4 +1,4 @@
-"""A learnable mask token stands at hidden cells, from the stem or joining at a later block."""
+"""A learnable mask token replaces hidden cells, from the stem on or joining at a later block."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_shard_that_is_another_one(folder: Path, dated: bool) -> None:
     if dated:
         assert images.counts == [24, 25, 10]
     else:
-        with pytest.raises(UserError, match="shard-000000.tar: another one than index.json beside it says"):
+        with pytest.raises(UserError, match="shard-000000.tar: does not match index.json in the same folder"):
             images.read(0, 0)
 
 
@@ -200,6 +200,6 @@ def test_of_remote_shards_that_changed(served: Served, folder: Path, tmp_path: P
     shutil.copy(folder / "shard-000001.tar", folder / "shard-000000.tar")
     index_path(str(folder / "shard-000000.tar")).unlink()
     images = ShardImages(served.url + SPEC, key="k", cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"000\.tar: another one than index.json beside it says"):
+    with pytest.raises(UserError, match=r"000\.tar: does not match index.json in the same folder"):
         images.read(0, 0)
     assert images.read(1, 0)

@@ -104,7 +104,7 @@ def test_labels(tmp_path: Path) -> None:
         (tmp_path / "in" / name).write_bytes(encoded(drawn_image(0)))
     assert pack(str(tmp_path / "in"), str(tmp_path / "o1"), workers=1).classes == []
     assert pack(str(tmp_path / "in" / "a"), str(tmp_path / "o2"), workers=1).classes == []
-    with pytest.raises(UserError, match=r"2\.png lies in none"):
+    with pytest.raises(UserError, match=r"2\.png is not in a subfolder"):
         pack(str(tmp_path / "in"), str(tmp_path / "o3"), labels=True, workers=1)
     (tmp_path / "in" / "2.png").unlink()
     assert pack(str(tmp_path / "in"), str(tmp_path / "o4"), labels=False, workers=1).classes == []
