@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
 from mpp import __version__
@@ -57,35 +56,27 @@ def components() -> str:
 
 
 def recipes() -> str:
-    """One page of every key of every recipe, in the schema's own words."""
-    from pydantic_core import PydanticUndefined
-
-    from mpp.recipe import evaluate, finetune, pretrain, sections
-    from mpp.recipe.sections import Section
+    """Return a page with every key of every recipe by its full path, one table for each section."""
+    from mpp.recipe.keys import keys_of
+    from mpp.recipe.loading import RECIPES
 
     lines = ["Keys of recipes", "===============", ""]
-    lines += ["A key of a section is written with a dot: ``data.shards``, ``optim.base_lr``. What a key may be is in"]
-    lines += ["the schema, too: ``mpp recipe schema pretrain``.", ""]
-    modules = (sections, pretrain, finetune, evaluate)
-    found = {n: c for m in modules for n, c in vars(m).items() if getattr(c, "__module__", "") == m.__name__}
-    for name, cls in found.items():
-        if not (inspect.isclass(cls) and issubclass(cls, Section)) or name in (
-            "Section",
-            "Job",
-            "Run",
-            "ImageData",
-            "LabeledData",
-            "Optim",
-        ):
-            continue  # those that others are made from
-        job = f"mpp {name.removesuffix('Recipe').lower()}"
-        title = f"``{job}``" if name.endswith("Recipe") else f"Section ``{name}``"
-        lines += [title, "-" * len(title), "", *inspect.cleandoc(cls.__doc__ or "").splitlines(), ""]
-        for key, field in cls.model_fields.items():
-            factory = field.default is PydanticUndefined
-            default = "required" if field.is_required() else "" if factory else f"default ``{field.default!r}``"
-            said = " ".join((field.description or "").split()).replace("|", "\\|").replace("*", "\\*")
-            lines += [f"``{key}``", f"   {'; '.join(p for p in (said.rstrip('.'), default) if p)}.", ""]
+    lines += ["``mpp recipe keys pretrain`` prints the same list, and ``mpp recipe explain optim.base_lr`` one key."]
+    lines += ["The keys of masks, corruptions, targets, losses, heads and tasks are on :doc:`components`.", ""]
+    for job, kind in RECIPES.items():
+        title = f"``mpp {job}``"
+        lines += [title, "-" * len(title), ""]
+        keys = [key for key in keys_of(kind) if not key.component]
+        for section in dict.fromkeys(key.name.rpartition(".")[0] for key in keys):
+            title = f"``{section}``" if section else "Top level"
+            lines += [title, "^" * len(title), "", ".. list-table::", "   :header-rows: 1", "   :widths: 25 15 60", ""]
+            lines += ["   * - key", "     - default", "     - what it is"]
+            for key in (key for key in keys if key.name.rpartition(".")[0] == section):
+                allowed = f" Allowed: {key.allowed}." if key.allowed else ""
+                text = f"{key.text}{allowed}".replace("|", "\\|").replace("*", "\\*")
+                lines += [f"   * - ``{key.name}``", f"     - ``{key.default}``" if key.default else "     -"]
+                lines += [f"     - {text}"]
+            lines += [""]
     return "\n".join(lines)
 
 

@@ -241,7 +241,7 @@ def plan(
     recipe: str | Path | Mapping[str, object] | PretrainRecipe,
     *,
     devices: int = 1,
-    device: str = "a100",
+    device: str | None = None,
     mfu: float | None = None,
     images: int | None = None,
     preset: str | None = None,
@@ -252,7 +252,8 @@ def plan(
     Args:
         recipe: A file, a mapping of its keys, or a checked recipe.
         devices: How many there will be.
-        device: The name of a kind of device, or "cpu": this one, which is tried.
+        device: a100, h100, h200, l40s, a10, rtx4090, or "cpu": this machine, whose steps are timed. None: the device of
+            this machine.
         mfu: The part of a device's peak that training reaches; None: a guess for its kind.
         images: How many there are; None: the data are opened and counted.
         preset: One of the recipe's presets.

@@ -25,6 +25,10 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+DISTRIBUTION = "maskpatch"
+"""The name of the installed package; `mpp` on PyPI is another project."""
+
+
 class UserError(Exception):
     """An input the user can correct. The command line prints each line of it and exits with code 2."""
 
@@ -64,7 +68,7 @@ def how_to_get(*extras: str) -> str:
     from packaging.requirements import Requirement
 
     try:
-        listed = [Requirement(line) for line in requires("mpp") or []]
+        listed = [Requirement(line) for line in requires(DISTRIBUTION) or []]
     except PackageNotFoundError:  # not installed: run from a checkout
         listed = []
     wanted = [r for r in listed if r.marker and any(r.marker.evaluate({"extra": extra}) for extra in extras)]

@@ -33,6 +33,12 @@ def _progress_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
+def _say_loading() -> None:
+    """Print a first line before PyTorch is imported, which takes seconds."""
+    if RANK == "0":
+        click.echo("loading PyTorch …")
+
+
 def _with_out(pairs: tuple[str, ...], out: str | None) -> dict[str, object]:
     """Return the overrides of a command, with the run folder of --out among them."""
     from mpp.recipe.overrides import parse_overrides
@@ -118,9 +124,14 @@ def pretrain(
     mpp pretrain vit_small data.shards=photos out=runs/photos
     mpp pretrain vit_small data.shards=photos out=runs/try --preset tiny
     """
+    from mpp.recipe.loading import checked
+    from mpp.recipe.pretrain import PretrainRecipe
+
     began_s = time.monotonic()
+    recipe_to_run = checked(recipe, PretrainRecipe, _with_out(overrides, out), preset)
     with _progress_aside(as_json):
-        result = mpp.pretrain(recipe, resume=resume, preset=preset, **_with_out(overrides, out))
+        _say_loading()
+        result = mpp.pretrain(recipe_to_run, resume=resume)
     if RANK == "0" and as_json:
         click.echo(to_json(result))
     elif RANK == "0" and result.state == "finished":
@@ -135,9 +146,8 @@ def pretrain(
 @click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Number of devices.")
 @click.option(
     "--device",
-    default="a100",
-    show_default=True,
-    help="GPU to estimate for: a100, h100, h200, l40s, a10, rtx4090; cpu measures this machine.",
+    default=None,
+    help="GPU to estimate for: a100, h100, h200, l40s, a10, rtx4090; cpu measures this machine. Default: this machine.",
 )
 @click.option(
     "--mfu",
@@ -154,7 +164,7 @@ def plan(
     overrides: tuple[str, ...],
     preset: str | None,
     devices: int,
-    device: str,
+    device: str | None,
     mfu: float | None,
     images: int | None,
     as_json: bool,
@@ -165,7 +175,7 @@ def plan(
 
     \b
     mpp plan vit_small data.shards=photos --device h100 --devices 8
-    mpp plan small_images data.shards=photos --device cpu
+    mpp plan small_images data.shards=photos
     """
     from mpp.recipe.overrides import parse_overrides
 
@@ -196,9 +206,14 @@ def finetune(
     \b
     mpp finetune vit_small encoder=runs/photos data.train=labeled/train data.val=labeled/val
     """
+    from mpp.recipe.finetune import FinetuneRecipe
+    from mpp.recipe.loading import checked
+
     began_s = time.monotonic()
+    recipe_to_run = checked(recipe, FinetuneRecipe, _with_out(overrides, out), preset)
     with _progress_aside(as_json):
-        result = mpp.finetune(recipe, resume=resume, preset=preset, **_with_out(overrides, out))
+        _say_loading()
+        result = mpp.finetune(recipe_to_run, resume=resume)
     if RANK == "0" and as_json:
         click.echo(to_json(result))
     elif RANK == "0" and result.state == "finished":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+
+from mpp.errors import UserError
 
 MFU = 0.3
 """Part of a device's peak that a run reaches, where nobody says (a guess)."""
@@ -53,3 +56,19 @@ def this_cpu() -> Device:
 
 def find_device(name: str) -> Device:
     return this_cpu() if name == CPU else DEVICES[name]
+
+
+def device_here() -> str:
+    """Return the kind of device that a run on this machine would use: one of DEVICES, or the CPU.
+
+    Raises:
+        UserError: It is a GPU that is not among DEVICES.
+    """
+    if not torch.cuda.is_available():
+        return CPU
+    gpu = torch.cuda.get_device_name(0)
+    words = re.findall(r"[a-z0-9]+", gpu.lower().replace("rtx ", "rtx"))
+    found = [name for name in DEVICES if name in words]
+    if not found:
+        raise UserError(f"--device: there are no figures for {gpu}; choose the closest of {', '.join(DEVICES)}")
+    return found[0]

@@ -1,4 +1,4 @@
-"""What this machine has and lacks for a run, tried where it can be: a line each, and how to get what is missing."""
+"""Check what a machine has for runs, by trying it where possible, and find out what to do about the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from mpp.data.decoding.decode import decode_crop
 from mpp.data.shards.store import default_cache_dir
-from mpp.errors import how_to_get
+from mpp.errors import DISTRIBUTION, how_to_get
 from mpp.parallel.devices import cores, cores_in_use, cpu_has_bf16
 from mpp.runs.environment import environment
 
@@ -50,21 +50,29 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of `mpp doctor`."""
+    """A line of `mpp doctor`, and one with what to do."""
 
     what: str
     found: str
     ok: bool = True
     advice: str = ""
 
+    @property
+    def state(self) -> str:
+        """A problem needs attention; a note may be of use."""
+        return "problem" if not self.ok else "note" if self.advice else "ok"
+
     def __str__(self) -> str:
-        return f"{'ok ' if self.ok else '!! '} {self.what:<16} {self.found}" + (
-            f": {self.advice}" if self.advice else ""
-        )
+        advice = f"\n{'':<25}{self.advice}" if self.advice else ""
+        return f"{self.state:<8}{self.what:<17}{self.found}{advice}"
 
 
 def examine(folder: str = ".") -> Iterator[Finding]:
-    """One finding after the other. folder: where runs will be written."""
+    """Yield what is found, one thing after the other.
+
+    Args:
+        folder: Where runs will be written.
+    """
     for look in (_versions, _devices, _precision, _decoding, _memory, _shared_memory):
         yield from look()
     yield from _disk(Path(folder))
@@ -82,13 +90,13 @@ def _versions() -> Iterator[Finding]:
 def _unmet() -> list[tuple[str, str]]:
     """Packages that are missing or of another version than asked for: what is there, and the requirement.
 
-    Each is named with its own requirement: the project itself is not on PyPI, where another one has its name.
+    Each is named with its own requirement: the project itself is not on PyPI.
     """
     from packaging.requirements import InvalidRequirement, Requirement
 
     unmet = []
     try:
-        asked = requires("mpp") or []
+        asked = requires(DISTRIBUTION) or []
     except PackageNotFoundError:  # not installed: run from a checkout
         return []
     for line in asked:
@@ -117,7 +125,7 @@ def _devices() -> Iterator[Finding]:
             if cuda
             else ("this torch was built without CUDA: https://pytorch.org/get-started/locally")
         )
-        return (yield Finding("GPU", "none", True, f"runs take the CPU; {why}"))
+        return (yield Finding("GPU", "none", True, f"runs use the CPU; {why}"))
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         name, major_minor = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
@@ -223,6 +231,5 @@ def _optional() -> Iterator[Finding]:
     if missing:
         yield Finding("optional", f"without {', '.join(missing)}", True, how_to_get(*missing))
     compiler = shutil.which(os.environ.get("CXX", "g++")) is not None
-    yield Finding(
-        "compile=true", "possible" if compiler else "not possible", True, "" if compiler else "wants a C++ compiler"
-    )
+    advice = "" if compiler else "install a C++ compiler, such as g++"
+    yield Finding("compile=true", "possible" if compiler else "not possible", True, advice)

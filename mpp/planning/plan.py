@@ -23,7 +23,7 @@ from mpp.objective.mask_drawing import draw_masks
 from mpp.objective.model import MaskedPatchModel
 from mpp.parallel.devices import cores
 from mpp.parallel.sharding import blocks
-from mpp.planning.devices import CPU, DEVICES, MFU, find_device
+from mpp.planning.devices import CPU, DEVICES, MFU, device_here, find_device
 from mpp.planning.memory import CUDA_KEEPS, bytes_of, count_step
 from mpp.pretraining.dataset import PretrainDataset
 from mpp.recipe.flat import JsonObject
@@ -124,7 +124,7 @@ def plan(
     recipe: PretrainRecipe,
     *,
     devices: int = 1,
-    device: str = "a100",
+    device: str | None = None,
     mfu: float | None = None,
     images: int | None = None,
 ) -> Plan:
@@ -134,13 +134,14 @@ def plan(
         recipe: What will run.
         devices: How many there are.
         device: One of DEVICES, or "cpu": this machine, whose steps and reading are timed for some seconds, with the
-            threads and workers that the run will have.
+            threads and workers that the run will have. None: the device of this machine.
         mfu: Part of the peak that the run reaches; None: MFU, and for a CPU what its timed steps reach.
         images: How many there are, with those held out; None: the recipe's data are opened.
 
     Raises:
         UserError: As for the run itself.
     """
+    device = device or device_here()
     _check_request(device, devices, mfu)
     data, optim = recipe.data, recipe.optim
     model, grid = build_model(recipe)
@@ -200,7 +201,9 @@ def _check_request(device: str, devices: int, mfu: float | None) -> None:
     if device not in (*DEVICES, CPU):
         raise UserError(f"--device: '{device}': allowed are {', '.join((*DEVICES, CPU))}")
     if device == CPU and devices > 1:
-        raise UserError(f"--devices: {devices}: steps are timed in one process of this machine; allowed with cpu: 1")
+        raise UserError(
+            f"--devices: {devices}: steps of a CPU are timed in one process; give --device, one of {', '.join(DEVICES)}"
+        )
     if mfu is not None and not 0 < mfu <= 1:
         raise UserError(f"--mfu: must be > 0 and <= 1; got {mfu:g}")
 

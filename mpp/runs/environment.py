@@ -7,7 +7,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from mpp.errors import without_secrets
+from mpp.errors import DISTRIBUTION, without_secrets
 from mpp.recipe.flat import JsonObject
 
 PACKAGES = (
@@ -31,7 +31,7 @@ def environment() -> JsonObject:
     versions = {}
     for name in PACKAGES:
         try:
-            versions[name] = version(name)
+            versions[name] = version(DISTRIBUTION if name == "mpp" else name)
         except PackageNotFoundError:
             versions[name] = "not installed"
     return {

@@ -264,7 +264,7 @@ def test_a_device_without_memory_left(recipe_file: Callable[..., Path], monkeypa
 
     done = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words."))
     assert done.exit_code == 2
-    assert done.output.startswith(
+    assert done.stderr.startswith(
         "out of memory on the device: CUDA out of memory. Tried to allocate 2 GiB. Allowed: a"
     )
     assert done.output.count("\n") == 1

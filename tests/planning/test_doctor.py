@@ -1,4 +1,4 @@
-"""What is wrong with a machine is said, with what to do; what is right is said, too."""
+"""What is wrong with a machine is reported with what to do, and what is right is reported."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     found = list(doctor.examine(str(tmp_path / "not" / "there")))
     wrong = {f.what: str(f) for f in found if not f.ok}
     assert wrong.keys() >= {"packages", "disk, runs", "disk, cache", "clock"}
-    assert wrong["packages"].endswith("; needs torch>=99: pip install 'torch>=99'")
+    assert wrong["packages"].startswith("problem packages")
+    assert wrong["packages"].endswith("; needs torch>=99\n                         pip install 'torch>=99'")
     assert "timedatectl" in wrong["clock"]
     assert any("pip install " in f.advice and "peft" in f.advice for f in found)
-    assert all("\n" not in str(f) for f in found)
+    assert {str(f).split()[0] for f in found} == {"ok", "note", "problem"}
 
 
 @pytest.mark.usefixtures("quick")
@@ -52,7 +53,10 @@ def test_nobody_is_sent_to_another_project(tmp_path: Path, monkeypatch: pytest.M
     """PyPI's `mpp` is somebody else's, with a higher version."""
     monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=99", "no-such-package-here>=1"])
     found = "\n".join(str(f) for f in doctor.examine(str(tmp_path)))
-    assert "no-such-package-here is not installed; needs no-such-package-here>=1: pip install" in found
+    assert (
+        "no-such-package-here is not installed; needs no-such-package-here>=1\n                         pip install"
+        in found
+    )
     assert not re.search(r"pip install (-U |--upgrade )?'?mpp\b", found)
     for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("mpp/**/*.py")]:
         assert not re.search(r"pip install (-U |--upgrade )?'?mpp\b", file.read_text()), file
@@ -65,6 +69,7 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", full)
     (line,) = [f for f in doctor.examine(str(tmp_path)) if f.what == "writing"]
-    assert (
-        str(line) == f"!!  writing          {tmp_path}: No space left on device: give another folder: mpp doctor FOLDER"
-    )
+    assert str(line).splitlines() == [
+        f"problem writing          {tmp_path}: No space left on device",
+        "                         give another folder: mpp doctor FOLDER",
+    ]

@@ -17,7 +17,7 @@ from mpp.errors import UserError
 from mpp.objective.build import build_mask, build_model
 from mpp.objective.mask_drawing import draw_masks
 from mpp.planning import plan as planning
-from mpp.planning.devices import this_cpu
+from mpp.planning.devices import device_here, this_cpu
 from mpp.planning.memory import _Live, count_step
 from mpp.planning.plan import Plan, _with_loader
 from tests.conftest import command, pretrain_recipe, pretrain_values
@@ -78,7 +78,7 @@ def test_how_it_grows() -> None:
 
     def planned(**more: Any) -> Plan:
         keys = {key: more.pop(key) for key in list(more) if key in ("devices", "device", "mfu")}
-        return mpp.plan(values, images=10_256, **keys, **more)
+        return mpp.plan(values, images=10_256, **{"device": "a100", **keys}, **more)
 
     one = planned()
     assert (one.images, one.held_out, one.micro_batch, one.accumulate) == (10_000, 256, 32, 2)
@@ -116,17 +116,43 @@ def test_the_command(tmp_path: Path) -> None:
         assert part in done.stdout
     values = {"out": "runs/x", "data": {"shards": "none", "image_size": 224}, "optim": {"epochs": 1}}
     (tmp_path / "r.yaml").write_text(json.dumps(values | {"encoder": {"name": "vit_tiny_patch16_224"}}))
-    found = CliRunner().invoke(main, ["plan", str(tmp_path / "r.yaml"), "--images", "9999", "--json"])
+    found = CliRunner().invoke(
+        main, ["plan", str(tmp_path / "r.yaml"), "--images", "9999", "--device", "a10", "--json"]
+    )
     assert json.loads(found.stdout)["images"] == 9999 - 256
+
+
+@pytest.mark.parametrize(
+    ("gpu", "device"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA A10", "a10"),
+        ("Tesla V100", "no figures for Tesla V100"),
+        (None, "cpu"),
+    ],
+)
+def test_the_device_of_this_machine(gpu: str | None, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: gpu)
+    if device.startswith("no"):
+        with pytest.raises(UserError, match=device):
+            device_here()
+    else:
+        assert device_here() == device
 
 
 def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
     recipe = pretrain_recipe(shards, tmp_path / "run")
     for options, message in (
         ({"device": "tpu"}, "--device: 'tpu': allowed are a100, h100"),
-        ({"device": "cpu", "devices": 2}, "--devices: 2: steps are timed in one process"),
+        (
+            {"device": "cpu", "devices": 2},
+            "--devices: 2: steps of a CPU are timed in one process; give --device, one of a100",
+        ),
         ({"mfu": 1.5}, "--mfu: must be > 0 and <= 1; got 1.5"),
-        ({"devices": 3}, "optim.global_batch_size: 16 cannot be shared by 3 processes"),
+        ({"device": "a100", "devices": 3}, "optim.global_batch_size: 16 cannot be shared by 3 processes"),
         ({"images": 10}, "data.held_out: 12 of only 10 images"),
     ):
         with pytest.raises(UserError, match=message):
@@ -147,7 +173,7 @@ def test_this_machine(shards: Path) -> None:
     assert "reading them is not counted" in mpp.plan(values, device="cpu", images=60).text()
     asked = [mpp.plan(values, device="cpu", mfu=mfu, images=60).seconds for mfu in (0.6, 0.3)]
     assert asked[1] == pytest.approx(2 * asked[0])
-    assert mpp.plan(values, images=60).mfu == 0.3
+    assert mpp.plan(values, images=60, device="a100").mfu == 0.3
 
 
 @pytest.mark.parametrize(
@@ -177,5 +203,5 @@ def test_attention_is_counted_as_fused() -> None:
         values = pretrain_values(
             "nowhere", "out", **{"encoder.args": args, "data.image_size": side_px, "corruption": "token"}
         )
-        sizes[side_px] = mpp.plan(values, images=1000).memory_bytes["activations, at worst"]
+        sizes[side_px] = mpp.plan(values, images=1000, device="a100").memory_bytes["activations, at worst"]
     assert sizes[128] < 6 * sizes[64]
