@@ -45,10 +45,12 @@ def list_recipes(as_json: bool) -> None:
     """
     from mpp.recipe.loading import bundled
 
-    summaries = {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in bundled().items()}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in bundled().items()}
+    summaries = {name: text.splitlines()[0].lstrip("# ") for name, text in texts.items()}
     width = max(map(len, summaries))
-    lines = (f"{name:<{width}}  {summary}" for name, summary in summaries.items())
-    click.echo(to_json(summaries) if as_json else "\n".join(lines))
+    marks = {name: "*" if "Expected: not run by us" in text else " " for name, text in texts.items()}
+    lines = [f"{name:<{width}} {marks[name]} {summary}" for name, summary in summaries.items()]
+    click.echo(to_json(summaries) if as_json else "\n".join([*lines, "", "* not yet trained in full by us"]))
 
 
 @recipe.command()
