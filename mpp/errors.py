@@ -16,7 +16,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def without_secrets(text: str) -> str:
-    """Return the text with *** for the passwords, tokens and signatures of its URLs."""
+    """Return the text with asterisks for the passwords, tokens and signatures of its URLs."""
     return _PARAMETER.sub(r"\1***", _IN_URL.sub("***@", text))
 
 

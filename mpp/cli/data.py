@@ -129,7 +129,7 @@ def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str |
     Check WebDataset-style tar shards and write the indexes that mpp needs. SHARDS are folders, files, patterns or URLs.
 
     \b
-    mpp index elsewhere/*.tar
+    mpp index elsewhere
     """
     from mpp.data.shards.index import expand
     from mpp.data.shards.listing import write_listing
