@@ -267,7 +267,7 @@ def test_a_device_without_memory_left(recipe_file: Callable[..., Path], monkeypa
     assert done.stderr.startswith(
         "out of memory on the device: CUDA out of memory. Tried to allocate 2 GiB. Allowed: a"
     )
-    assert done.output.count("\n") == 1
+    assert done.stderr.count("\n") == 1
     assert isinstance(fail(RuntimeError("shapes")).exception, RuntimeError)
 
 
