@@ -14,8 +14,19 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
+from mpp.cli.app import main
 from tests.conftest import ROOT
-from tests.documented import ENVIRONMENT, NOT_RUN, Workspace, assert_shown, blocks, commands, run, run_page
+from tests.documented import (
+    ENVIRONMENT,
+    NOT_RUN,
+    Workspace,
+    assert_shown,
+    blocks,
+    commands,
+    run,
+    run_page,
+    shown_outputs,
+)
 
 DOCS = ROOT / "docs"
 PAGES = sorted(p.relative_to(DOCS) for p in DOCS.rglob("*.md"))
@@ -51,6 +62,18 @@ def test_a_component_as_the_guide_adds_it(workspace: Workspace, tmp_path: Path) 
     run(
         f"{sys.executable} -m pytest -q -p no:cacheprovider tests/contracts/test_components.py -k stripe", folder, **env
     )
+
+
+def test_guides_run_every_command_and_show_some_output() -> None:
+    ran = {
+        word
+        for page in PAGES
+        for word in re.findall(r"^mpp (\w+)", "\n".join(commands((DOCS / page).read_text())), re.M)
+    }
+    hidden_or_not_here = {"upload", "replay", "completion", "index"}
+    assert set(main.commands) - ran <= hidden_or_not_here
+    shown = {page.name: len(shown_outputs((DOCS / page).read_text())) for page in PAGES}
+    assert {name: count for name, count in shown.items() if count} == {"start.md": 2, "images.md": 1}
 
 
 def test_what_is_not_run_exists() -> None:

@@ -40,7 +40,7 @@ def main(words: list[str]) -> None:
     if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # which glibc reads when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
     recipe = load_recipe(words[0], PretrainRecipe, {**FIXED, **parse_overrides(words[1:])})
-    planned = plan(recipe, images=1_281_167)
+    planned = plan(recipe, images=1_281_167, device="a100")
     gc.collect()
     before = memory_bytes("VmRSS")
     model, grid = build_model(recipe)

@@ -152,6 +152,16 @@ def main() -> None:
     """Pretrain a vision encoder on unlabeled images, fine-tune it on a few labels, and export it."""
 
 
+def ask_for_patience(what: str) -> None:
+    """Print what takes seconds, if somebody waits for it at a terminal.
+
+    Args:
+        what: In a few words.
+    """
+    if RANK == "0" and sys.stderr.isatty():
+        click.echo(f"{what} …", err=True)
+
+
 def to_json(value: object) -> str:
     """One object, in which numbers that are none are null."""
     import dataclasses

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, main, to_json
+from mpp.cli.app import JSON, ask_for_patience, main, to_json
 from mpp.errors import UserError, require_existing
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new
@@ -110,7 +110,7 @@ def export(run: str, out: str | None, out_option: str | None, format: str, as_js
     require_existing(run)
     _clear_away_when_ended()
     folder = _one_out(out, out_option)
-    click.echo("exporting, and loading the export in a fresh process …", err=True)
+    ask_for_patience("exporting, and loading the export in a fresh process")
     verified = mpp.export(run, folder, format)
     _say_verified(verified, as_json)
     if not as_json and format == "timm":
@@ -231,7 +231,7 @@ def verify(folder: str, as_json: bool) -> None:
     Load the export in FOLDER in a fresh process and compare its output with the original.
     """
     require_existing(folder)
-    click.echo("loading the export in a fresh process …", err=True)
+    ask_for_patience("loading the export in a fresh process")
     _say_verified(mpp.verify(folder), as_json)
 
 

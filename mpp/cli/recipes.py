@@ -60,8 +60,8 @@ def list_recipes(as_json: bool) -> None:
 def keys(job: str, pattern: str, as_json: bool) -> None:
     """List the settings of a recipe
 
-    List every key of the recipes of JOB with its default. PATTERN limits the list: words that a key contains, or
-    a pattern such as 'optim.*'.
+    List every key of the recipes of JOB with its default. PATTERN limits the list: a section, words that a key
+    contains, or a pattern such as 'optim.*'.
 
     \b
     mpp recipe keys pretrain
@@ -133,9 +133,9 @@ def copy(name: str, file: Path) -> None:
     \b
     mpp recipe copy pretrain/vit_small mine.yaml
     """
-    from mpp.recipe.loading import find_recipe
+    from mpp.recipe.loading import recipe_text
 
-    text = find_recipe(name).read_text(encoding="utf-8")
+    text = recipe_text(name)
     try:
         with open(file, "x", encoding="utf-8") as new:
             new.write(text)

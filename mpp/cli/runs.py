@@ -7,7 +7,7 @@ import sys
 import click
 
 import mpp
-from mpp.cli.app import JSON, main, to_json
+from mpp.cli.app import JSON, ask_for_patience, main, to_json
 from mpp.errors import UserError, require_existing
 
 
@@ -104,7 +104,7 @@ def report(runs: tuple[str, ...], out: str | None) -> None:
     mpp report runs/photos runs/classes
     """
     require_existing(*runs)
-    click.echo("writing the report …", err=True)
+    ask_for_patience("writing the report")
     click.echo(f"{mpp.report(runs, out)}")
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, RANK, leave_process_group, main, to_json
+from mpp.cli.app import JSON, RANK, ask_for_patience, leave_process_group, main, to_json
 from mpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,18 +33,14 @@ def _progress_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
-def _say_loading() -> None:
-    """Print a first line before PyTorch is imported, which takes seconds."""
-    if RANK == "0":
-        click.echo("loading PyTorch …")
-
-
 def _with_out(pairs: tuple[str, ...], out: str | None) -> dict[str, object]:
     """Return the overrides of a command, with the run folder of --out among them."""
     from mpp.recipe.overrides import parse_overrides
 
     given: dict[str, object] = {**parse_overrides(pairs)}
     if out is not None:
+        if not out:
+            raise UserError("--out: is empty; give a folder")
         if "out" in given:
             raise UserError(f"command line: out: given twice: {given['out']}, {out}")
         given["out"] = Path(out)
@@ -129,8 +125,8 @@ def pretrain(
 
     began_s = time.monotonic()
     recipe_to_run = checked(recipe, PretrainRecipe, _with_out(overrides, out), preset)
+    ask_for_patience("loading PyTorch")
     with _progress_aside(as_json):
-        _say_loading()
         result = mpp.pretrain(recipe_to_run, resume=resume)
     if RANK == "0" and as_json:
         click.echo(to_json(result))
@@ -211,8 +207,8 @@ def finetune(
 
     began_s = time.monotonic()
     recipe_to_run = checked(recipe, FinetuneRecipe, _with_out(overrides, out), preset)
+    ask_for_patience("loading PyTorch")
     with _progress_aside(as_json):
-        _say_loading()
         result = mpp.finetune(recipe_to_run, resume=resume)
     if RANK == "0" and as_json:
         click.echo(to_json(result))

@@ -72,3 +72,10 @@ def device_here() -> str:
     if not found:
         raise UserError(f"--device: there are no figures for {gpu}; choose the closest of {', '.join(DEVICES)}")
     return found[0]
+
+
+def memory_here() -> int:
+    """Return the bytes of memory of the device that a run on this machine would use."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(this_cpu().memory_gb * 1e9)

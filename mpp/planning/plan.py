@@ -23,7 +23,7 @@ from mpp.objective.mask_drawing import draw_masks
 from mpp.objective.model import MaskedPatchModel
 from mpp.parallel.devices import cores
 from mpp.parallel.sharding import blocks
-from mpp.planning.devices import CPU, DEVICES, MFU, device_here, find_device
+from mpp.planning.devices import CPU, DEVICES, MFU, device_here, find_device, memory_here
 from mpp.planning.memory import CUDA_KEEPS, bytes_of, count_step
 from mpp.pretraining.dataset import PretrainDataset
 from mpp.recipe.flat import JsonObject
@@ -56,6 +56,8 @@ class Plan:
     """Forward and backward; a multiplication and the addition after it are two."""
     devices: int
     device: str
+    device_memory_bytes: int
+    """By the datasheet; of this machine's device what it has."""
     global_batch_size: int
     micro_batch: int
     """Images that a device takes at once."""
@@ -92,7 +94,7 @@ class Plan:
 
     def text(self) -> str:
         """For people."""
-        size, total = find_device(self.device).memory_gb * 1e9, self.device_bytes
+        size, total = self.device_memory_bytes, self.device_bytes
         fits = "" if total < 0.9 * size else "  more than nine tenths of what it has: " + self._advice()
         parts = "\n".join(f"  {name:<28}{bytes_of(value):>10}" for name, value in self.memory_bytes.items())
         host = f"  {'on the host, a whole copy':<28}{bytes_of(self.host_bytes):>10}\n" if self.host_bytes else ""
@@ -102,7 +104,7 @@ class Plan:
             f"{self.flop_per_image / 1e9:.2f} GFLOP an image, forward and backward\n"
             f"{self.images:,} images an epoch, {self.held_out:,} more held out; {self.steps:,} steps of "
             f"{describe_batch(self.global_batch_size, self.devices, self.accumulate)}; {self.epochs:.1f} epochs\n"
-            f"memory of each {self.device}: {bytes_of(total)} of {bytes_of(int(size))}{fits}\n{parts}\n{host}"
+            f"memory of each {self.device}: {bytes_of(total)} of {bytes_of(size)}{fits}\n{parts}\n{host}"
             f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
             f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s{self._reading()}\n"
             f"disk: {bytes_of(self.disk_bytes)}, {bytes_of(self.checkpoint_bytes)} a checkpoint\n"
@@ -141,7 +143,7 @@ def plan(
     Raises:
         UserError: As for the run itself.
     """
-    device = device or device_here()
+    here, device = device is None, device or device_here()
     _check_request(device, devices, mfu)
     data, optim = recipe.data, recipe.optim
     model, grid = build_model(recipe)
@@ -178,6 +180,7 @@ def plan(
         flop_per_image=flop / micro,
         devices=devices,
         device=device,
+        device_memory_bytes=memory_here() if here else int(find_device(device).memory_gb * 1e9),
         global_batch_size=optim.global_batch_size,
         micro_batch=micro,
         accumulate=accumulate,

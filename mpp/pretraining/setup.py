@@ -293,7 +293,7 @@ def _opening_line(job: Pretraining) -> str:
         f"training on {sum(dataset.train_counts):,} images in {shards:,} shard{'s' * (shards != 1)}, "
         f"{len(job.held_out.images):,} more held out; {plan.total_steps:,} steps of "
         f"{describe_batch(plan.global_batch_size, job.team.world, plan.micro_batches)}; "
-        f"{parameters:.2f} M parameters{plan.warm_up_note}"
+        f"{parameters:.2f} M parameters trained{plan.warm_up_note}"
     )
     if job.run.checkpoint:
         line += f"; resumed at step {job.progress.step}"

@@ -10,6 +10,7 @@ from mpp.errors import without_secrets
 from mpp.recipe.flat import JsonObject, flat_keys
 from mpp.recipe.loading import RECIPES
 from mpp.recipe.messages import EXAMPLES
+from mpp.recipe.overrides import OLD_PRESETS, PRESETS
 from mpp.recipe.sections import Job
 
 
@@ -20,6 +21,7 @@ def json_schema(job: str) -> JsonObject:
     for section in (schema, *schema.get("$defs", {}).values()):
         if "required" in section:
             section["required"] = [key for key in section["required"] if key not in open_keys]
+    schema["properties"][OLD_PRESETS] = schema["properties"][PRESETS] | {"deprecated": True}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

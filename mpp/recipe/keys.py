@@ -18,6 +18,9 @@ from mpp.recipe.messages import bounds_of, section_types
 from mpp.recipe.registry import RECIPE_KEYS, declaration
 from mpp.recipe.sections import Chosen, Job
 
+FILLED_IN = {("evaluate", "out"): "RUN/evaluation"}
+"""Defaults of required keys that a job fills in by itself, by (job, key)."""
+
 
 @dataclass(frozen=True)
 class RecipeKey:
@@ -43,7 +46,7 @@ class RecipeKey:
     def title(self) -> str:
         """The key with its default, and the component that it belongs to."""
         of_component = f"  (with {self.name.rpartition('.')[0]}={self.component})" if self.component else ""
-        return f"{self.name}: {self.default}{of_component}"
+        return f"{self.name}: {self.default}{of_component}".removesuffix(": ")
 
 
 def keys_of(job: type[Job]) -> list[RecipeKey]:
@@ -56,26 +59,30 @@ def find_keys(job: type[Job], pattern: str) -> list[RecipeKey]:
 
     Args:
         job: Type of the recipes.
-        pattern: A key, a pattern such as optim.*, or words that a key contains.
+        pattern: A key or a section, a pattern such as optim.*, or words that a key contains.
     """
     keys = keys_of(job)
-    exact = [key for key in keys if key.name == pattern]
-    if exact:
-        return exact
-    wanted = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
-    return [key for key in keys if fnmatchcase(key.name, wanted)]
+    if any(key.name == pattern for key in keys):
+        return [key for key in keys if key.name == pattern or key.name.startswith(f"{pattern}.")]
+    if set(pattern) & set("*?["):
+        return [key for key in keys if fnmatchcase(key.name, pattern)]
+    return [key for key in keys if all(word in key.name for word in pattern.split())]
 
 
 def explain(job: type[Job], name: str) -> str:
-    """Return everything that is known of a key, as text; empty if a job's recipes do not have it."""
+    """Return everything that is known of a key or a section, as text; empty if a job's recipes do not have it."""
     lines = []
-    for key in (key for key in keys_of(job) if key.name == name):
+    name = re.sub(r"\.args\..*", ".args", name)  # what is below is timm's
+    keys = keys_of(job)
+    for key in (key for key in keys if key.name == name):
         lines += [key.title, *wrap(key.text, 100, initial_indent="    ", subsequent_indent="    ")]
         if key.name in RECIPE_KEYS:
             for choice in key.allowed.split(", "):
                 lines += [f"    {choice}: {_summary(key.name, choice)}"]
         elif key.allowed:
             lines += [f"    Allowed: {key.allowed}"]
+        elif not key.default:
+            lines += [f"    Its keys: {', '.join(k.name for k in keys if k.name.rpartition('.')[0] == name)}"]
     return "\n".join(lines)
 
 
@@ -94,12 +101,21 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[RecipeKey]:
             yield RecipeKey(key, _one_line(text), first[0].model_fields["name"].default, choices)
             for component in inner:
                 yield from _of_component(component, key)
-        elif inner and get_origin(field.annotation) is not tuple:  # not a list of sections
-            if not isinstance(field.default, BaseModel) and not field.is_required():
-                yield RecipeKey(key, _one_line(text), "null", "")
+        elif inner and get_origin(field.annotation) is tuple:  # a list of sections, here with its first item
+            yield RecipeKey(key, _one_line(text), _default(field), "")
+            yield from (k for k in _keys_of(inner[0], f"{key}.0.") if not k.component)
+        elif inner:
+            is_there = field.is_required() or isinstance(field.default, BaseModel)
+            yield RecipeKey(key, _one_line(text), "" if is_there else "null", "")
             yield from _keys_of(inner[0], f"{key}.")
         else:
-            yield RecipeKey(key, _one_line(text), _default(field), _allowed(field, section, name))
+            default = FILLED_IN.get((_job_of(section), name)) or _default(field)
+            yield RecipeKey(key, _one_line(text), default, _allowed(field, section, name))
+
+
+def _job_of(section: type[BaseModel]) -> str:
+    """Return the job of a whole recipe; "" for a section."""
+    return str(section.model_fields["job"].default) if "job" in section.model_fields else ""
 
 
 def _of_component(component: type[BaseModel], key: str) -> Iterator[RecipeKey]:

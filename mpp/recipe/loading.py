@@ -44,18 +44,22 @@ def find_recipe(path: str | Path, job: str | None = None) -> Path:
     Raises:
         UserError: There is no such recipe, or there are recipes of this name for several jobs.
     """
-    place = Path(path)
-    if place.exists() and not place.is_dir():
-        return place
+    place, given = Path(path), str(path)
+    try:
+        if place.exists() and not place.is_dir():
+            return place
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{given[:100]}: {error.strerror}") from error
     known = bundled()
     name = place.as_posix().removeprefix("recipes/").removesuffix(".yaml")
-    if name in known:
+    if name in known:  # with its job
         return known[name]
     alike = [other for other in known if other.split("/")[1] == Path(name).name]
-    found = [other for other in alike if other == f"{job}/{name}"] or (alike if job is None else [])
-    if len(found) == 1 and "/" not in name:
-        return known[found[0]]
-    if place.is_dir():
+    if given == name == Path(name).name:  # the short name, not a path
+        found = [other for other in alike if job is None or other == f"{job}/{name}"]
+        if len(found) == 1:
+            return known[found[0]]
+    if place.is_dir() and not alike:
         raise UserError(f"{path}: is a folder, not a recipe")
     if not alike:
         close = get_close_matches(Path(name).name, sorted({other.split("/")[1] for other in known}), 2)
@@ -67,8 +71,16 @@ def find_recipe(path: str | Path, job: str | None = None) -> Path:
     raise UserError(f"{path}: {what}.{meant} `mpp recipe list` shows the recipes that come with mpp")
 
 
-def _text(path: str | Path, job: str | None = None) -> str:
-    """Return the text of a recipe; see `find_recipe`."""
+def recipe_text(path: str | Path, job: str | None = None) -> str:
+    """Return the text of a recipe.
+
+    Args:
+        path: As of `find_recipe`.
+        job: As of `find_recipe`.
+
+    Raises:
+        UserError: There is no such recipe, or it cannot be read.
+    """
     place = find_recipe(path, job)
     try:
         return place.read_text(encoding="utf-8")
@@ -90,7 +102,7 @@ def load_recipe(path: str | Path, job: type[R], overrides: JsonObject | None = N
     Raises:
         UserError: With a line for each thing that is wrong.
     """
-    values, places = parse_yaml(_text(path, job.model_fields["job"].default), str(path))
+    values, places = parse_yaml(recipe_text(path, job.model_fields["job"].default), str(path))
     apply_preset(values, places, preset, str(path))
     apply_overrides(values, places, overrides or {})
     return check_recipe(values, job, places, str(path))
@@ -117,7 +129,7 @@ def load_open(path: str | Path, overrides: JsonObject, preset: str | None) -> tu
     """
     job = _job_of(path)
     required = [key for key, f in leaves(job).items() if key in EXAMPLES and f.is_required()]
-    values, places = parse_yaml(_text(path), str(path))
+    values, places = parse_yaml(recipe_text(path), str(path))
     apply_preset(values, places, preset, str(path))
     apply_overrides(values, places, overrides)
     given = flat_keys(values)
@@ -133,7 +145,7 @@ def _has_section(key: str, job: type[Job], values: JsonObject) -> bool:
 
 
 def _job_of(path: str | Path) -> type[Job]:
-    job = parse_yaml(_text(path), str(path))[0].get("job")
+    job = parse_yaml(recipe_text(path), str(path))[0].get("job")
     return RECIPES.get(job, PretrainRecipe) if isinstance(job, str) else PretrainRecipe
 
 
@@ -151,6 +163,8 @@ def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonO
     """
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, job, overrides, preset)
+    if isinstance(recipe, job) and not overrides and preset is None:
+        return recipe
     if isinstance(recipe, Mapping):
         values = deepcopy(dict(recipe))
     elif isinstance(recipe, job):

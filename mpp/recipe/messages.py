@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 
+from mpp.errors import one_line
 from mpp.recipe.flat import JsonObject
-from mpp.recipe.registry import RECIPE_KEYS
+from mpp.recipe.registry import RECIPE_KEYS, declaration, names
 from mpp.recipe.sections import Job
 from mpp.recipe.yaml_reader import Key, dotted
 
@@ -62,11 +64,15 @@ SLIPS = {
     **dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"), ("encoder.args", "architecture.args")),
 }
 """Keys as other projects call them, and what is meant: the first that a job has."""
+SLIPPED_SECTIONS = ("data", "optim", "encoder", "architecture")
+"""Sections in which a key of another section is looked for first."""
+MOST_LISTED = 12
+"""Keys of a section that are listed if a better key is suggested as well."""
 MAIN_KEYS = {"data": ("data.shards", "data.train"), "encoder": ("encoder.name",)}
 """Which key of a section is meant by a value for the section itself."""
 
 
-def meant_by(key: Key, allowed: list[str], job: type[Job]) -> str | None:
+def meant_by(key: Key, allowed: Collection[str], job: type[Job]) -> str | None:
     """Return the key that an unknown one stands for; None if no key is like it.
 
     Args:
@@ -74,14 +80,29 @@ def meant_by(key: Key, allowed: list[str], job: type[Job]) -> str | None:
         allowed: Keys of its section.
         job: Type of the recipe.
     """
-    known, last = leaves(job), str(key[-1])
-    of_component = any(part in RECIPE_KEYS for part in key[:-1])  # whose keys are few, and its own
-    for meant in () if of_component else SLIPS.get(last, ()):
-        if meant != dotted(key) and (meant in known or meant in job.model_fields):
-            return f"{meant}.{last}" if meant.endswith(".args") else meant
-    if here := difflib.get_close_matches(last, allowed, 1, 0.6):
+    known, last, section = leaves(job), str(key[-1]), dotted(key[:-1])
+    here = [name for meant in SLIPS.get(last, ()) if (name := meant.rpartition(".")[2]) in allowed]
+    if section and here:
         return dotted((*key[:-1], here[0]))
-    return next((name for name in known if name.split(".")[-1] == last and name != dotted(key)), None)
+    named = [meant for meant in SLIPS.get(last, ()) if meant in known or meant in job.model_fields]
+    if section in ("", *SLIPPED_SECTIONS) and named:
+        meant = f"{named[0]}.{last}" if named[0].endswith(".args") else named[0]
+        return meant if meant != dotted(key) else None
+    is_component = any(part in RECIPE_KEYS for part in key[:-1])  # its keys are few, and its own
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last and not name.startswith("extra_targets.")]
+    if not is_component and elsewhere and elsewhere[0] != dotted(key):
+        return elsewhere[0]
+    close = difflib.get_close_matches(last, allowed, 1, 0.75)
+    return dotted((*key[:-1], close[0])) if close else None
+
+
+def _owners(key: Key) -> str:
+    """Say which components have a key that another component of the same kind lacks; "" if none has it."""
+    kind = next((str(part) for part in reversed(key[:-1]) if part in RECIPE_KEYS), None)
+    if kind is None:
+        return ""
+    owners = [name for name in names(kind) if key[-1] in declaration(kind, name).arguments]
+    return f" It belongs to {' and '.join(f'{kind}={name}' for name in owners)}." if owners else ""
 
 
 def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) -> str:
@@ -90,10 +111,10 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
     place = next((places[key[:n]] for n in range(len(key), -1, -1) if key[:n] in places), source)
     if kind == "extra_forbidden":
         meant = meant_by(key, fields, job)
-        if meant is None:
-            return f"{place}: {dotted(key)}: unknown key. Allowed here: {', '.join(sorted(fields))}"
-        every = f"`mpp recipe keys {job.model_fields['job'].default}` lists all keys"
-        return f"{place}: {dotted(key)}: unknown key. Did you mean '{meant}'? {every}"
+        hint = f" Did you mean '{meant}'?" if meant else _owners(key)
+        if len(fields) > MOST_LISTED and meant:
+            return f"{place}: {dotted(key)}: unknown key.{hint} `mpp recipe keys {_job_name(job)}` lists all keys"
+        return f"{place}: {dotted(key)}: unknown key.{hint} Allowed here: {', '.join(sorted(fields))}"
     if kind == "missing":
         example = f"; add {dotted(key)}={EXAMPLES[dotted(key)]}" if dotted(key) in EXAMPLES else ""
         return f"{place}: {dotted(key)}: required{example}"
@@ -128,10 +149,14 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
         message = "must be keys with values" + (f": {', '.join(sorted(set(fields)))}" if fields else "")
         meant = next((name for name in MAIN_KEYS.get(dotted(key), ()) if name in leaves(job)), None)
         if meant and isinstance(got, str):
-            return f"{place}: {dotted(key)}: has keys of its own. Did you mean {meant}={got}?"
+            return f"{place}: {dotted(key)}: has keys of its own. Did you mean {meant}={one_line(got)}?"
     else:
         message = message[0].lower() + message[1:]
     return f"{place}: {dotted(key)}: {message}; got {got!r}"
+
+
+def _job_name(job: type[Job]) -> str:
+    return str(job.model_fields["job"].default)
 
 
 def section_types(annotation: Any) -> list[type[BaseModel]]:

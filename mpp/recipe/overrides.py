@@ -31,7 +31,12 @@ def apply_preset(values: JsonObject, places: dict[Key, str], preset: str | None,
     Raises:
         UserError: The recipe has no set of this name.
     """
-    section = OLD_PRESETS if OLD_PRESETS in values and PRESETS not in values else PRESETS
+    if OLD_PRESETS in values and PRESETS in values:
+        place = places.get((OLD_PRESETS,), source)
+        raise UserError(
+            f"{place}: {OLD_PRESETS}: is called {PRESETS} now, which is given as well; leave out {OLD_PRESETS}"
+        )
+    section = OLD_PRESETS if OLD_PRESETS in values else PRESETS
     presets = values.pop(section, None) or {}
     if not isinstance(presets, dict):
         raise UserError(f"{places.get((section,), source)}: {section}: must be names with keys; got {presets!r}")
@@ -66,6 +71,8 @@ def apply_overrides(
     for name, value in names_first:
         *outer, last = name.split(".")
         place = (given_at or {}).get(name, COMMAND_LINE)
+        if name == "scale":
+            raise UserError(f"{place}: scale: is called preset now")
         if name.split(".")[0] in (PRESETS, OLD_PRESETS):
             raise UserError(f"{place}: {name}: presets can only be changed in the recipe; give the key itself")
         node: Any = values
@@ -135,9 +142,9 @@ def parse_overrides(pairs: tuple[str, ...], example: str = "optim.base_lr=1e-4")
         if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", pair):
             raise UserError(f"{COMMAND_LINE}: '{pair}': write key=value, such as {example}")
     given: dict[str, str] = {}
-    for word in ("recipe", "resume", "preset", "scale"):
+    for word, option in (("recipe", "recipe"), ("resume", "resume"), ("preset", "preset"), ("scale", "preset")):
         if any(pair.startswith(f"{word}=") for pair in pairs):
-            raise UserError(f"{COMMAND_LINE}: {word}: not a key of a recipe; use the option --{word}")
+            raise UserError(f"{COMMAND_LINE}: {word}: not a key of a recipe; use the option --{option}")
     for key, _, value in (pair.partition("=") for pair in pairs):
         if key in given:
             raise UserError(

@@ -130,8 +130,8 @@ class ImageData(Section):
     first or last."""
     value_range: Annotated[tuple[Float, Float], AfterValidator(growing)] | None = None
     """Pixel range [low, high] of images that are not 8-bit, for example [0, 10000]. Values are scaled so that low is 0
-    and high is 1, and clipped. Default: the encoder's range; else 8-bit for 1, 3 or 4 channels; else the full range of
-    integer types, and [0, 1] for floating point."""
+    and high is 1, and clipped. Default: the encoder's range; else 8-bit for 1, 3 or 4 channels; else from 0 to the
+    largest number of integer types, and [0, 1] for floating point."""
     nodata: Float | None = None
     """Value of missing pixels in images that are not 8-bit, for example -9999; TIFF files may name it themselves.
     Missing pixels and NaN become the mean of their channel. If more than half of an image is missing, it counts as
@@ -264,7 +264,8 @@ class Run(Job):
     """Number of checkpoints to keep; older ones are deleted."""
     if_unsaved: Literal["stop", "go_on"] = "stop"
     """What to do if a checkpoint cannot be written, for example because the disk is full. stop: end the run. go_on:
-    warn, and try again at the next checkpoint. The last checkpoint of a run always ends it. Earlier checkpoints stay in
+    warn, and try again at the next checkpoint. If the last checkpoint of a run cannot be written, the run
+    always ends. Earlier checkpoints stay in
     either case."""
     max_skipped_steps: NonNegativeInt = 0
     """Number of steps with a NaN or infinite loss or gradient to skip before such a step ends the run."""

@@ -13,6 +13,7 @@ import yaml
 
 from mpp.errors import UserError
 from mpp.recipe.flat import JsonObject, differing, flat_keys
+from mpp.recipe.overrides import OLD_PRESETS, PRESETS
 from mpp.runs.records import RECIPE, read_metrics, steps
 
 COUNTS = ("step", "steps", "pid")
@@ -188,7 +189,8 @@ def _json(path: Path) -> JsonObject:
 def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:
     """(dotted key, its value in each run) of the keys that are not the same everywhere; run folders aside."""
     flat = [flat_keys(run.recipe) for run in runs]
-    return [(key, [_shown(f.get(key)) for f in flat]) for key in differing(flat) if key != "out"]
+    aside = ("out", PRESETS, OLD_PRESETS)  # a run's presets are applied already
+    return [(key, [_shown(f.get(key)) for f in flat]) for key in differing(flat) if key not in aside]
 
 
 def _shown(value: object) -> str:

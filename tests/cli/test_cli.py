@@ -104,7 +104,7 @@ def test_an_error_in_a_process_of_its_own(recipe_file: Callable[..., Path]) -> N
     done = command("pretrain", recipe_file(), "mask.ratoi=0.5")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "command line: mask.ratoi: unknown key. Did you mean 'mask.ratio'? `mpp recipe keys pretrain` lists all keys"
+        "command line: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px"
     ]
     assert done.stdout == ""
 
@@ -171,6 +171,12 @@ def test_keys_are_listed_and_explained(tmp_path: Path) -> None:
     ]
     assert "mpp pretrain, mpp finetune\noptim.min_lr: 0" in said("explain", "optim.min_lr")
     assert "grid: Keep one unit" in said("explain", "mask")
+    assert said("explain", "encoder.args.depth") == said("explain", "encoder.args"), "what is below is timm's"
+    assert "Its keys: optim.name, optim.base_lr" in said("explain", "optim")
+    assert "out: RUN/evaluation" in said("keys", "evaluate", "out")
+    assert "mask.ratio: 0.6  (with mask=uniform)" in said("keys", "pretrain", "mask")
+    assert "extra_targets.0.weight: 1" in said("keys", "pretrain", "weight")
+    assert said("keys", "pretrain", "lr base").startswith("optim.base_lr: ")
     for words in (["explain", "lr"], ["explain", "colour"], ["keys", "pretrain", "colour"]):
         done = CliRunner().invoke(main, ["recipe", *words])
         assert done.exit_code == 2
@@ -185,6 +191,9 @@ def test_a_recipe_is_copied_once(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, words)
     assert again.exit_code == 2
     assert "exists already" in again.stderr
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    done = CliRunner().invoke(main, ["recipe", "copy", str(tmp_path / "binary.yaml"), str(tmp_path / "other.yaml")])
+    assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
 
 
 def test_out_is_an_option_everywhere(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -199,6 +208,7 @@ def test_out_is_an_option_everywhere(recipe_file: Callable[..., Path], tmp_path:
     assert f'use it: timm.create_model("local-dir:{tmp_path}/export", pretrained=True)' in done.stdout
     for words in (
         ["pretrain", recipe, "out=a", "-o", "b"],
+        ["pretrain", recipe, "-o", ""],
         ["export", str(tmp_path / "run"), "a", "--out", "b"],
         ["export", str(tmp_path / "run")],
         ["import", str(recipe_file())],

@@ -152,8 +152,9 @@ def test_words_that_go_nowhere(stream: str, started: Any, tmp_path: Path) -> Non
 
 @pytest.mark.promise(LOST)
 def test_an_output_in_ascii(shards: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(pretrain_values(shards, tmp_path / "run", **{"optim.steps": 1})))
+    values = pretrain_values(shards, tmp_path / "run", **{"optim.steps": 1, "optim.max_batch_per_device": 8})
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = command("pretrain", tmp_path / "r.yaml", environment=ascii_only)
     assert done.returncode == 0, done.stderr
-    assert "1 steps of 16 (1 \\xd7 1 \\xd7 16)" in done.stdout
+    assert "1 steps of 16 images (2 micro-batches \\xd7 8)" in done.stdout

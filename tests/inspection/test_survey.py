@@ -94,8 +94,8 @@ def test_families_nobody_tried_train_and_are_verified(name: str, shards: Path, t
 def test_what_may_not_be_trained_says_why() -> None:
     assert "may be trained: no: " in said("crossvit_tiny_240")
     assert "they do not tile the image" in said("inception_v3")
-    assert "give the name of one model" in said("--check", "vit_tiny*", code=2)
-    assert "give the name of one model" in said("", code=2)
+    assert "expected the name of one timm model" in said("--check", "vit_tiny*", code=2)
+    assert "expected the name of one timm model" in said("", code=2)
     assert "Did you mean" in said("regnety_02", code=2)
     assert "requires a name" in said("--check", code=2)
 

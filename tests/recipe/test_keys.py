@@ -27,7 +27,8 @@ def test_a_key_is_found_by_name_pattern_and_part() -> None:
     assert {key.name for key in find_keys(job, "optim.*_lr")} == {"optim.base_lr", "optim.min_lr"}
     assert {key.name for key in find_keys(job, "warmup")} == {"optim.warmup_epochs", "optim.warmup_steps"}
     assert [key.default for key in find_keys(job, "data.shards")] == ["required"]
-    assert [key.default for key in find_keys(job, "probe")] == ["null"], "a section that a recipe may lack"
+    probe = {key.name: key.default for key in find_keys(job, "probe")}
+    assert (probe["probe"], probe["probe.train"]) == ("null", "required"), "a section that a recipe may lack"
 
 
 SLIPS = {
@@ -37,11 +38,12 @@ SLIPS = {
         "data=photos": "data.shards=photos", "model=vit": "encoder.name", "encoder=vit": "encoder.name=vit",
         "image_size=32": "data.image_size", "data.img_size=32": "data.image_size", "mask_ratio=0.5": "mask.ratio",
         "patch_size=4": "encoder.args.patch_size", "encoder.depth=4": "encoder.args.depth", "seeds=[1]": "seed",
-        "num_workers=2": "data.workers", "output_dir=x": "out", "data.mean_std=1": "data.mean",
+        "num_workers=2": "data.workers", "output_dir=x": "out",
     },
     "finetune": {
         "lr=1": "optim.base_lr", "model=vit": "encoder", "data=photos": "data.train=photos", "seed=3": "seeds",
         "labels=10": "data.labels_per_class", "embed_dim=4": "architecture.args.embed_dim", "baseline=cnn": "beside",
+        "steps=3": "optim.steps", "cnn.lr=1": "cnn.base_lr", "scratch.lr=1": "scratch.base_lr", "cnn.model=a": "cnn.name",
     },
 }  # fmt: skip
 
@@ -52,3 +54,18 @@ def test_slips_find_their_key(job: str) -> None:
         with pytest.raises(UserError) as refused:
             load_recipe(bundled()[f"{job}/vit_small"], RECIPES[job], parse_overrides((slip,)))
         assert f"Did you mean '{meant}'?" in str(refused.value) or f"Did you mean {meant}?" in str(refused.value), slip
+
+
+@pytest.mark.parametrize(
+    ("slip", "line"),
+    [
+        ("head.depth=2", "It belongs to head=cross_attention and head=transformer. Allowed here: name"),
+        ("target.layers=2", "It belongs to target=ema_teacher and target=teacher. Allowed here: name"),
+        ("loss.beta=2", "It belongs to loss=smooth_l1. Allowed here: name"),
+        ("head.layers=2", "unknown key. Allowed here: name"),
+    ],
+)
+def test_keys_of_other_components_are_named_with_them(slip: str, line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_recipe(bundled()["pretrain/vit_small"], RECIPES["pretrain"], parse_overrides((slip, "data.shards=a")))
+    assert line in str(refused.value)

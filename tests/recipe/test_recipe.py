@@ -46,7 +46,7 @@ WRONG = {
     # what is wrong -> (lines added, overrides, the one line that says so)
     "unknown key": (
         "mask:\n  ratoi: 0.5\n", [],
-        "r.yaml:8: mask.ratoi: unknown key. Did you mean 'mask.ratio'? `mpp recipe keys pretrain` lists all keys",
+        "r.yaml:8: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px",
     ),
     "unknown section": ("maks: {}\n", [], "r.yaml:7: maks: unknown key. Did you mean 'mask'?"),
     "a key that belongs elsewhere": ("epochs: 3\n", [], "r.yaml:7: epochs: unknown key. Did you mean 'optim.epochs'?"),
@@ -64,7 +64,7 @@ WRONG = {
         "mask: {name: blok}\n", [], "r.yaml:7: mask.name: no such choice; got 'blok'. Did you mean 'block'? Allowed: attention, block, grid, inverse_block, uniform",
     ),
     "unknown component, short form": ("head: lineer\n", [], "r.yaml:7: head.name: no such choice; got 'lineer'. Did you mean 'linear'?"),
-    "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. Allowed here: name"),
+    "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. It belongs to head=cross_attention and head=transformer. Allowed here: name"),
     "unknown choice": ("precision: fp16\n", [], "r.yaml:7: precision: no such choice; got 'fp16'. Did you mean 'bf16'? Allowed: auto, fp32, tf32, bf16"),
     "both of two": ("", ["optim.steps=5"], "r.yaml:6: optim.epochs: give one of epochs and steps, not both; epochs: null or steps: null takes one away"),
     "mean of other channels": ("", ["data.mean=[0.5]"], "command line: data.mean: has 1 values for 3 channels"),
@@ -256,12 +256,10 @@ def test_every_recipe_opens_with_source_command_cost_and_score(path: Path) -> No
 def test_every_command_of_a_recipe_gives_what_its_keys_need() -> None:
     tried = 0
     for path in all_recipes():
-        for line in re.findall(
-            r"^# .*?\bmpp (?:pretrain|finetune) (recipes/\S+\.yaml.*)$", path.read_text(), re.MULTILINE
-        ):
+        for line in re.findall(r"^# .*?\bmpp (?:pretrain|finetune) (\w+\b.*)$", path.read_text(), re.MULTILINE):
             name, *rest = shlex.split(line.partition("   (")[0])
             given = dict(word.split("=", 1) for word in rest if "=" in word and not word.startswith("-"))
-            assert load_any(ROOT / name, given).job == path.parent.name, path
+            assert load_recipe(name, RECIPES[path.parent.name], given).job == path.parent.name, path
             tried += 1
     assert tried >= 15
 
@@ -340,6 +338,12 @@ def test_presets_come_before_overrides_and_keep_their_place(section: str, tmp_pa
     with pytest.raises(UserError, match=r"r.yaml:10: mask.ratio: must be > 0 and < 1; got 3"):
         load_recipe(path, PretrainRecipe, None, "odd")
     assert load_recipe(path, PretrainRecipe).presets == {}, "a run may be resumed when one of them changed"
+    both = tmp_path / "both.yaml"
+    both.write_text(path.read_text() + "presets: {}\n" if section == "scales" else path.read_text() + "scales: {}\n")
+    with pytest.raises(UserError, match=r"both.yaml:\d+: scales: is called presets now"):
+        load_recipe(both, PretrainRecipe)
+    with pytest.raises(UserError, match="scale: is called preset now"):
+        load_recipe(path, PretrainRecipe, {"scale": "tiny"})
     with pytest.raises(UserError, match=r"--preset huge: not in .*r.yaml; its presets are tiny, odd"):
         load_recipe(path, PretrainRecipe, None, "huge")
 
@@ -452,10 +456,22 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
     text = (ROOT / "recipes" / "pretrain" / "vit_small.yaml").read_text()
     (tmp_path / "pretrain" / "vit_small.yaml").write_text(text.replace("image_size: 224", "image_size: 112"))
     assert load_recipe("pretrain/vit_small.yaml", PretrainRecipe, shards).data.image_size == (112, 112)
-    (tmp_path / "vit_small").mkdir()
-    assert load_recipe("vit_small", PretrainRecipe, shards).job == "pretrain", "a folder is not a recipe"
-    with pytest.raises(UserError, match=r"vit_small: .*Did you mean finetune/vit_small or pretrain/vit_small|a folder"):
-        load_any("vit_small")
+    for _ in range(2):  # without a folder of that name, and with one, which is not a recipe
+        assert load_recipe("vit_small", PretrainRecipe, shards).job == "pretrain"
+        with pytest.raises(
+            UserError, match=r"vit_small: no such recipe. Did you mean pretrain/vit_small or finetune/vit"
+        ):
+            load_any("vit_small")
+        (tmp_path / "vit_small").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=r"pretrain: is a folder, not a recipe"):
+        load_any("pretrain")
+    for path in ("vit_small.yaml", "./vit_small.yaml", "elsewhere/vit_small"):  # paths of files that are not there
+        with pytest.raises(
+            UserError, match=r"vit_small.*: (No such file|no such recipe).* Did you mean pretrain/vit_small"
+        ):
+            load_recipe(path, PretrainRecipe, shards)
+    with pytest.raises(UserError, match=r"File name too long"):
+        load_recipe("x" * 300, PretrainRecipe)
     with pytest.raises(
         UserError, match=r"vit_smal: no such recipe. Did you mean .*pretrain/vit_small.* `mpp recipe list`"
     ):

@@ -29,8 +29,8 @@ class HogTarget(Target):
 
     Args:
         orientations: Bins over 180 degrees (MaskFeat: 9).
-        square_px: Side of the squares in pixels (MaskFeat: 8). Default: 8, or the whole cell if it is smaller or not a
-            multiple of 8.
+        square_px: Side of the squares in pixels (MaskFeat: 8). Default: 8, or the largest common divisor of 8 and the
+            side of a cell, if that is smaller.
     """
 
     of = "values"

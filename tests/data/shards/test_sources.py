@@ -272,7 +272,7 @@ def test_the_command(image_folder: Path, tmp_path: Path) -> None:
     ]
     for words, message in (
         (["--part", "half"], "--part: expected I/N, for example 1/3; got 'half'"),
-        (["--part", "0/2"], "--part: 0/2: the first"),
+        (["--part", "0/2"], "--part: expected I/N with I from 1 to N, for example 1/3; got 0/2"),
     ):
         found = CliRunner().invoke(main, ["pack", str(image_folder), str(tmp_path / "x"), *words])
         assert (found.exit_code, found.stderr.startswith(message)) == (2, True), found.stderr
