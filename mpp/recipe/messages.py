@@ -83,7 +83,7 @@ def meant_by(key: Key, allowed: Collection[str], job: type[Job]) -> str | None:
     known, last, section = leaves(job), str(key[-1]), dotted(key[:-1])
     here = [name for meant in SLIPS.get(last, ()) if (name := meant.rpartition(".")[2]) in allowed]
     if section and here:
-        return dotted((*key[:-1], here[0]))
+        return dotted((*key[:-1], here[0], *([last] if here[0] == "args" else [])))
     named = [meant for meant in SLIPS.get(last, ()) if meant in known or meant in job.model_fields]
     if section in ("", *SLIPPED_SECTIONS) and named:
         meant = f"{named[0]}.{last}" if named[0].endswith(".args") else named[0]
