@@ -13,7 +13,6 @@ import yaml
 
 from mpp.errors import UserError
 from mpp.recipe.flat import JsonObject, differing, flat_keys
-from mpp.recipe.overrides import OLD_PRESETS, PRESETS
 from mpp.runs.records import RECIPE, read_metrics, steps
 
 COUNTS = ("step", "steps", "pid")
@@ -189,7 +188,7 @@ def _json(path: Path) -> JsonObject:
 def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:
     """(dotted key, its value in each run) of the keys that are not the same everywhere; run folders aside."""
     flat = [flat_keys(run.recipe) for run in runs]
-    aside = ("out", PRESETS, OLD_PRESETS)  # a run's presets are applied already
+    aside = ("out", "presets", "scales")  # a run's presets are applied already
     return [(key, [_shown(f.get(key)) for f in flat]) for key in differing(flat) if key not in aside]
 
 

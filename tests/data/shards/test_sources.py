@@ -183,7 +183,7 @@ def test_parquet_of_others(photos: list[tuple[bytes, int]], tmp_path: Path) -> N
         pack(str(tmp_path / "p"), str(tmp_path / "mixed"), workers=1)
     done = CliRunner().invoke(main, ["pack", str(tmp_path / "p/c.parquet"), str(tmp_path / "numbers")])
     assert done.output.startswith(
-        "2 images, with labels, numbers without names (pretraining passes over them; --no-labels leaves them out), 1 shards"
+        "2 images, with labels, numbers without names (pretraining passes over them; --no-labels leaves them out), 1 shard in"
     )
     assert [label for _, label in contents(tmp_path / "numbers")] == [b"3", b"5"]
 
