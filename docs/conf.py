@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mpp import __version__
 from mpp.recipe import registry
@@ -84,3 +85,12 @@ made = HERE / "reference"
 made.mkdir(exist_ok=True)
 (made / "components.rst").write_text(components())
 (made / "recipes.rst").write_text(recipes())
+
+
+def setup(app: Any) -> None:
+    """Let links to the log lead to its page on the site. Read in the repository, they lead to the file itself."""
+
+    def link_to_page(_: Any, __: str, source: list[str]) -> None:
+        source[0] = source[0].replace("](../recipes/LOG.md)", "](log.md)")
+
+    app.connect("source-read", link_to_page)
