@@ -103,7 +103,7 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
 def _finetune(run: History, now: float) -> tuple[list[str], bool]:
     state = str(run.status.get("state", "not begun"))
     done = sum(bool(cell.result) for cell in run.cells)
-    lines = [f"{run.folder}: {state}, {done} of {_cells_wanted(run)} cells done"]
+    lines = [f"{run.folder}: {state}, {done} of {_cells_wanted(run)} models done"]
     for cell in run.cells:
         if not cell.result:
             lines += ["  " + line for line in _trained(cell, now)[0]]

@@ -99,14 +99,14 @@ def test_a_fine_tune_is_told_by_its_cells(shards: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.warns(mpp.MppWarning, match="the same images"):
         mpp.finetune(check_recipe(values, FinetuneRecipe))
-    assert "finished, 2 of 2 cells done" in standing(tmp_path / "ft")[0]
+    assert "finished, 2 of 2 models done" in standing(tmp_path / "ft")[0]
     (tmp_path / "ft" / "scratch-seed1" / "result.json").unlink()
     status = json.loads((tmp_path / "ft" / "status.json").read_text())
     running = {**status, "state": "running", "host": platform.node(), "pid": os.getpid()}
     (tmp_path / "ft" / "status.json").write_text(json.dumps(running))
     text, going = standing(tmp_path / "ft")
     assert going
-    assert "running, 1 of 2 cells done" in text
+    assert "running, 1 of 2 models done" in text
     assert "scratch-seed1: finished, step 2 of 2" in text
 
 
