@@ -1,6 +1,6 @@
 """The picture on top of the README: photographs, the same with hidden patches, and what a small MAE predicts there.
 
-    python tools/hero_picture.py docs/hero.png      about 15 minutes on one CPU core
+    python tools/hero_picture.py docs/hero.png      about 25 minutes on one CPU core
 
 Crops of colour photographs inside scikit-image that may be shown (see tools/demo_images.py). The MAE is trained on the
 left part of each photograph; the picture shows crops of the right part, with a gap between.
