@@ -54,6 +54,6 @@ def test_installation_comes_early() -> None:
     assert len(words) < 200
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)]+)\)", README))
+@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http|#)[^)]+)\)", README))
 def test_links(link: str) -> None:
     assert (ROOT / link).exists()
