@@ -1,4 +1,4 @@
-"""The picture on top of the README: photographs, the same with hidden patches, and what a small MAE predicts there.
+"""Draw a colour picture for the README: photographs, the same with hidden patches, and what a small MAE predicts there.
 
     python tools/hero_picture.py docs/hero.png      about 25 minutes on one CPU core
 

@@ -35,8 +35,6 @@ HABITS = {
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/reference/*.md")
 NOT_CHECKED = ("docs/promises.md", "docs/benchmarks.md", "docs/log.md", "docs/architecture.md", "docs/changelog.md")
 """Pages that are generated, or that only include another file."""
-
-
 MESSAGES = ("UserError", "MppWarning", "echo", "say", "Conclusion")
 """Functions whose arguments are shown to users."""
 

@@ -51,8 +51,9 @@ def _summarise(result: PretrainResult, recipe: str, elapsed_s: float) -> str:
     """Return what a finished pretraining run leaves and what can be done next."""
     from mpp.recipe.loading import bundled
     from mpp.runs.log import format_duration
+    from mpp.runs.pictures import FOLDER
 
-    name, pictures = Path(recipe).stem, result.out / "reconstructions"
+    name, pictures = Path(recipe).stem, result.out / FOLDER
     to_finetune = name if f"finetune/{name}" in bundled() else "RECIPE"
     lines = [
         f"Finished in {format_duration(elapsed_s)}: {result.step:,} steps, loss {result.loss:.4g}, "

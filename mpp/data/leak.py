@@ -27,7 +27,7 @@ class Leak:
     """What was found."""
 
     shared: int
-    """Of the images that were looked for, the number whose very bytes are there."""
+    """Number of the checked images whose exact bytes are in the other set."""
     checked: int
     examples: list[tuple[str, str]]
     """(name in validation, name in training)"""

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mpp.recipe.messages import bounds_of, section_types
+from mpp.recipe.messages import bounds_of, job_of, section_types
 from mpp.recipe.registry import RECIPE_KEYS, declaration
 from mpp.recipe.sections import Chosen, Job
 
@@ -31,7 +31,7 @@ class RecipeKey:
     text: str
     """What it is, with its unit."""
     default: str
-    """As it is written in a recipe; "required" if there is none, empty for a section."""
+    """The default, written as in a recipe; "required" if there is none, empty for a section."""
     allowed: str
     """Choices or limits; empty if the text says what it may be."""
     component: str = ""
@@ -109,13 +109,8 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[RecipeKey]:
             yield RecipeKey(key, _one_line(text), "" if is_there else "null", "")
             yield from _keys_of(inner[0], f"{key}.")
         else:
-            default = FILLED_IN.get((_job_of(section), name)) or _default(field)
+            default = FILLED_IN.get((job_of(section), name)) or _default(field)
             yield RecipeKey(key, _one_line(text), default, _allowed(field, section, name))
-
-
-def _job_of(section: type[BaseModel]) -> str:
-    """Return the job of a whole recipe; "" for a section."""
-    return str(section.model_fields["job"].default) if "job" in section.model_fields else ""
 
 
 def _of_component(component: type[BaseModel], key: str) -> Iterator[RecipeKey]:

@@ -113,7 +113,7 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
         meant = meant_by(key, fields, job)
         hint = f" Did you mean '{meant}'?" if meant else _owners(key)
         if len(fields) > MOST_LISTED and meant:
-            return f"{place}: {dotted(key)}: unknown key.{hint} `mpp recipe keys {_job_name(job)}` lists all keys"
+            return f"{place}: {dotted(key)}: unknown key.{hint} `mpp recipe keys {job_of(job)}` lists all keys"
         return f"{place}: {dotted(key)}: unknown key.{hint} Allowed here: {', '.join(sorted(fields))}"
     if kind == "missing":
         example = f"; add {dotted(key)}={EXAMPLES[dotted(key)]}" if dotted(key) in EXAMPLES else ""
@@ -155,8 +155,9 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
     return f"{place}: {dotted(key)}: {message}; got {got!r}"
 
 
-def _job_name(job: type[Job]) -> str:
-    return str(job.model_fields["job"].default)
+def job_of(job: type[BaseModel]) -> str:
+    """Return the job of a whole recipe; "" for a section."""
+    return str(job.model_fields["job"].default) if "job" in job.model_fields else ""
 
 
 def section_types(annotation: Any) -> list[type[BaseModel]]:

@@ -197,7 +197,7 @@ def test_a_recipe_is_copied_once(tmp_path: Path) -> None:
 
 
 def test_out_is_an_option_everywhere(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Beside out=FOLDER, and beside the last word of export and import; given twice it is refused."""
+    """It replaces out=FOLDER, and the last word of export and import. Both together are refused."""
     recipe = str(recipe_file(**{"optim.steps": 1}))
     done = CliRunner().invoke(main, ["pretrain", recipe, "-o", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
