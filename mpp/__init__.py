@@ -85,7 +85,7 @@ def finetune(
     preset: str | None = None,
     **overrides: object,
 ) -> FinetuneResult:
-    """Fine-tune an encoder on labeled images, and compare it with other roads, such as the same from scratch.
+    """Fine-tune an encoder on labeled images, and compare it with other approaches, such as the same from scratch.
 
     Args:
         recipe: A file, a mapping of its keys, or a checked recipe.
@@ -156,7 +156,7 @@ def predict(
     """Predict image files, or the images of folders, with a fine-tuned encoder.
 
     Args:
-        encoder: A cell of a fine-tuning run, or its export.
+        encoder: A fine-tuned model, such as RUN/pretrained-seed0, or its export.
         images: Files and folders.
         views: Crops of each image that are averaged: 1, 2 (mirrored) or 10 (corners, mirrored).
         top: Classes named in a row.
@@ -275,7 +275,7 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
     """Write the encoder of a run into a new folder and verify it in a clean process.
 
     Args:
-        run: A run, a cell of a fine-tuning run, or an export.
+        run: A run, a fine-tuned model such as RUN/pretrained-seed0, or an export.
         out: The new folder.
         format: timm, transformers, safetensors, onnx or torch_export.
 

@@ -23,8 +23,8 @@ def conclusions() -> set[str]:
             scores = dict(zip(order, SCORES.values(), strict=True))
             scores["cnn"] = tuple(score + shift * (i - 1) for i, score in enumerate(scores["cnn"]))
             scores["pretrained"] = tuple(score - shift * (i - 1) for i, score in enumerate(scores["pretrained"]))
-            cells = {arm: [{"accuracy": score} for score in seeds] for arm, seeds in scores.items()}
-            lines |= {without_figures(line) for line in table([Verdict.of(None, cells)]).splitlines()}
+            trials = {approach: [{"accuracy": score} for score in seeds] for approach, seeds in scores.items()}
+            lines |= {without_figures(line) for line in table([Verdict.of(None, trials)]).splitlines()}
     return lines
 
 

@@ -1,4 +1,4 @@
-"""recipes/RESULTS.csv: the tool writes what the cells hold, and the file holds what the LOG's verdicts say."""
+"""recipes/RESULTS.csv: the tool writes what the trials hold, and the file holds what the LOG's verdicts say."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mpp.runs.verdict import Cost, Verdict
 from tests.conftest import ROOT, tool
 
 
-def run_of(folder: Path, cells: dict[str, float], counts: list[int] | None) -> Path:
-    for name, value in cells.items():
+def run_of(folder: Path, trials: dict[str, float], counts: list[int] | None) -> Path:
+    for name, value in trials.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "result.json").write_text(json.dumps({"metrics": {"accuracy": value, "ece": 0.1}}))
     values = {"task": {"name": "classify"}, "data": {"labels_per_class": counts}}
@@ -48,23 +48,23 @@ def test_rows_of_a_run_replace_those_before(tmp_path: Path) -> None:
 def test_the_file_has_both_arms_of_every_seed() -> None:
     with open(ROOT / "recipes" / "RESULTS.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["task"] != "bench"]
-    cells = {(r["run"], r["labels_per_class"], r["arm"], r["seed"]): float(r["value"]) for r in rows}
-    assert len(cells) == len(rows), "each once"
-    assert all(0 <= value <= 1 for value in cells.values())
-    for run, labels, arm, seed in cells:
-        assert (run, labels, "pretrained" if arm == "scratch" else "scratch", seed) in cells
+    trials = {(r["run"], r["labels_per_class"], r["approach"], r["seed"]): float(r["value"]) for r in rows}
+    assert len(trials) == len(rows), "each once"
+    assert all(0 <= value <= 1 for value in trials.values())
+    for run, labels, approach, seed in trials:
+        assert (run, labels, "pretrained" if approach == "scratch" else "scratch", seed) in trials
 
 
 def finetuned(out: Path, before_minutes: float | None, pretrained: list[float]) -> Path:
     """A fine-tune's result.json, as the verdict writes it."""
-    cells = {
+    trials = {
         "pretrained": [{"accuracy": v} for v in pretrained],
         "scratch": [{"accuracy": 0.5} for _ in pretrained],
         "cnn": [{"accuracy": 0.6} for _ in pretrained],
     }
     minutes = {"pretrained": 5.0, "scratch": 4.0, "cnn": (before_minutes or 0) + 5}
     before = {"pretrained": before_minutes, "scratch": 0.0, "cnn": 0.0}
-    verdict = Verdict.of(100, cells, cost=Cost("CPU", before, minutes))
+    verdict = Verdict.of(100, trials, cost=Cost("CPU", before, minutes))
     write_json(out / "result.json", {"verdicts": [asdict(verdict)]})
     return out
 

@@ -57,8 +57,8 @@ def main() -> None:
     gain = result["gain"]["mean"]
     print(f"\nThis is a demonstration: {result['val_images']} crops of 11 photographs, 5 labels for each of them.\n")
     print(f"  {'':<16}accuracy   each of {len(result['seeds'])} seeds")
-    for arm, a in result["score"].items():
-        print(f"  {arm:<16}{100 * a['mean']:5.1f} %    {', '.join(f'{100 * v:.1f}' for v in a['values'])}")
+    for approach, a in result["score"].items():
+        print(f"  {approach:<16}{100 * a['mean']:5.1f} %    {', '.join(f'{100 * v:.1f}' for v in a['values'])}")
     print(f"  {'gain':<16}{100 * gain:+5.1f}      points; the largest spread between seeds is {100 * spread:.1f}")
     print(f"""
   encoder         {OUT}/encoder   (timm.create_model("local-dir:{OUT}/encoder", pretrained=True))

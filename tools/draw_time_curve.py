@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpp.drawing.plots import Level, Line, draw
-from mpp.runs.verdict import ROADS, Estimate, line_of_scores, stored_cost, stored_estimate
+from mpp.runs.verdict import APPROACHES, Estimate, line_of_scores, stored_cost, stored_estimate
 
 Point = tuple[float, Estimate]
 
 
 def read_points(runs: Sequence[Path]) -> tuple[dict[str, list[Point]], str, str]:
-    """Arm -> (minutes with pretraining, score) of each run, from short to long; the metric; the device.
+    """Approach -> (minutes with pretraining, score) of each run, from short to long; the metric; the device.
 
     Raises:
         ValueError: A run is of several numbers of labels, or its encoder's minutes are not known.
@@ -36,21 +36,27 @@ def read_points(runs: Sequence[Path]) -> tuple[dict[str, list[Point]], str, str]
         if cost is None or cost.minutes_before.get("pretrained") is None:
             raise ValueError(f"{run}: what its encoder's pretraining took is not known")
         metric, device = verdict["metric"], cost.device
-        for arm, score in verdict["score"].items():
-            before = cost.minutes_before.get(arm) or 0.0
-            points.setdefault(arm, []).append((before + cost.minutes[arm], stored_estimate(score)))
-    return {arm: sorted(of_arm, key=lambda p: p[0]) for arm, of_arm in points.items()}, metric, device
+        for approach, score in verdict["score"].items():
+            before = cost.minutes_before.get(approach) or 0.0
+            points.setdefault(approach, []).append((before + cost.minutes[approach], stored_estimate(score)))
+    return (
+        {approach: sorted(of_approach, key=lambda p: p[0]) for approach, of_approach in points.items()},
+        metric,
+        device,
+    )
 
 
 def draw_curve(runs: Sequence[Path], out: Path) -> None:
     """Draw the figure of these runs into a PNG."""
     points, metric, device = read_points(runs)
     shown: list[Line | Level] = []
-    for arm, of_arm in points.items():
-        if arm == "scratch":  # its time is that of fine-tuning, whatever was before
-            shown.append(Level(ROADS[arm], sum(100 * score.mean for _, score in of_arm) / len(of_arm)))
+    for approach, of_approach in points.items():
+        if approach == "scratch":  # its time is that of fine-tuning, whatever was before
+            shown.append(
+                Level(APPROACHES[approach], sum(100 * score.mean for _, score in of_approach) / len(of_approach))
+            )
         else:
-            shown.append(line_of_scores(ROADS[arm], of_arm, dashed=arm == "cnn"))
+            shown.append(line_of_scores(APPROACHES[approach], of_approach, dashed=approach == "cnn"))
     seeds = len(points["pretrained"][0][1].values)
     title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
     draw({title: shown}, out, xlabel=f"{device}-minutes, with pretraining", ylabel=f"{metric}, %", log_x=True)

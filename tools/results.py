@@ -1,4 +1,4 @@
-"""Fine-tuning runs -> rows of recipes/RESULTS.csv, one for each cell; rows of the same name are replaced.
+"""Fine-tuning runs -> rows of recipes/RESULTS.csv, one for each trial; rows of the same name are replaced.
 
     python tools/results.py cifar10-labels=runs/cifar10-labels segment-shapes=runs/segment-shapes
 
@@ -16,30 +16,30 @@ from pathlib import Path
 
 import yaml
 
-from mpp.runs.verdict import ROADS
+from mpp.runs.verdict import APPROACHES
 
 RESULTS = Path(__file__).resolve().parent.parent / "recipes" / "RESULTS.csv"
-COLUMNS = ["run", "task", "labels_per_class", "arm", "seed", "metric", "value"]
-CELL = re.compile(rf"(?:labels(?P<labels>\d+)-)?(?P<arm>{'|'.join(ROADS)})-seed(?P<seed>\d+)")
+COLUMNS = ["run", "task", "labels_per_class", "approach", "seed", "metric", "value"]
+TRIAL = re.compile(rf"(?:labels(?P<labels>\d+)-)?(?P<approach>{'|'.join(APPROACHES)})-seed(?P<seed>\d+)")
 
 
 def rows_of(name: str, run: Path) -> list[dict[str, str]]:
-    """Of the cells that are done. ValueError where one is not."""
+    """Of the trials that are done. ValueError where one is not."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     counts = recipe["data"]["labels_per_class"]
     metric = json.loads((run / "result.json").read_text())["metric"]
     rows = []
-    for cell in sorted(run.iterdir()):
-        found = CELL.fullmatch(cell.name)
+    for trial in sorted(run.iterdir()):
+        found = TRIAL.fullmatch(trial.name)
         if found is None:
             continue
-        if not (cell / "result.json").exists():
-            raise ValueError(f"{cell}: not finished")
-        value = json.loads((cell / "result.json").read_text())["metrics"][metric]
+        if not (trial / "result.json").exists():
+            raise ValueError(f"{trial}: not finished")
+        value = json.loads((trial / "result.json").read_text())["metrics"][metric]
         labels = found["labels"] or (str(counts[0]) if counts else "all")
-        row = [name, recipe["task"]["name"], labels, found["arm"], found["seed"], metric, f"{value:.4f}"]
+        row = [name, recipe["task"]["name"], labels, found["approach"], found["seed"], metric, f"{value:.4f}"]
         rows.append(dict(zip(COLUMNS, row, strict=True)))
-    return sorted(rows, key=lambda r: (int(r["labels_per_class"].replace("all", "0")), r["arm"], int(r["seed"])))
+    return sorted(rows, key=lambda r: (int(r["labels_per_class"].replace("all", "0")), r["approach"], int(r["seed"])))
 
 
 def replace(names: Collection[str], new: list[dict[str, str]], results: Path = RESULTS) -> None:

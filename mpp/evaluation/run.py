@@ -38,14 +38,14 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
 
     Args:
         recipe: What to run.
-        resume: "never" (the run folder must be new) or "auto" (arms that are done are kept).
+        resume: "never" (the run folder must be new) or "auto" (finished encoders and controls are kept).
 
     Raises:
         UserError: Anything the user can correct.
     """
     recipe = resolve(recipe, recipe.encoder, warn=True, normalise=False)
     if resume not in ("never", "auto"):
-        raise UserError(f"--resume {resume}: each arm has a result of its own; allowed: auto, never")
+        raise UserError(f"--resume {resume}: expected auto or never; an evaluation has no checkpoints")
     team = start_team(recipe.precision)
     if team.world > 1:
         raise UserError(f"evaluate runs in one process; got {team.world}")
@@ -65,7 +65,7 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
             number = end.code - 128 if isinstance(end, SystemExit) and isinstance(end.code, int) else signal.SIGINT
             with suppress(OSError):
                 write_status(Path(recipe.out), "stopped", why=signal.Signals(number).name)
-            print("stopped; --resume auto keeps the arms that are done", flush=True)
+            print("stopped; --resume auto keeps what is finished", flush=True)
             raise
         except BaseException as error:
             with suppress(OSError):  # a full disk, most likely

@@ -37,22 +37,22 @@ OPTIM = (
 
 
 def sections(source: str | Path) -> list[tuple[str, str]]:
-    """(title, text) of what is known of a run, or of the cell of a fine-tune; nothing where it is none."""
+    """(title, text) of what is known of a run, or of the trial of a fine-tune; nothing where it is none."""
     place = Path(source)
     place = place.parent if place.name == "encoder" else place
     if not (place / "status.json").exists():
         return []  # an export keeps its recipe, too, and has a card
     try:
-        run, cell = read_run(place), None
+        run, trial = read_run(place), None
     except UserError:
         try:
-            run, cell = read_run(place.parent), place.name
+            run, trial = read_run(place.parent), place.name
         except UserError:
             return []
         if run.job != "finetune":
             return []
-        run = replace(run, recipe=stored_recipe(place / "encoder") or run.recipe)  # an arm has keys of its own
-    shown = _pretrained(run) if run.job == "pretrain" else _finetuned(run, cell) if run.job == "finetune" else []
+        run = replace(run, recipe=stored_recipe(place / "encoder") or run.recipe)  # an approach has keys of its own
+    shown = _pretrained(run) if run.job == "pretrain" else _finetuned(run, trial) if run.job == "finetune" else []
     return [(title, without_secrets(text)) for title, text in shown if text]
 
 
@@ -85,8 +85,8 @@ def _pretrained(run: History) -> list[tuple[str, str]]:
     ]
 
 
-def _finetuned(run: History, cell: str | None) -> list[tuple[str, str]]:
-    exported = next((c for c in run.cells if c.name == cell), None)
+def _finetuned(run: History, trial: str | None) -> list[tuple[str, str]]:
+    exported = next((c for c in run.trials if c.name == trial), None)
     places = (
         f"Labeled images from {_list(run.setting('data.train', []))}, judged on {_list(run.setting('data.val', []))}."
     )
@@ -103,10 +103,10 @@ def _evaluated(folder: Path) -> list[str]:
         result = read_run(folder).result
         best, chance = result["best"], float(result["chance"])
         probes = list(best["encoder"])
-        arms = {"encoder": "this encoder", "random": "at random initialisation", "pixels": "raw pixels"}
+        compared = {"encoder": "this encoder", "random": "at random initialisation", "pixels": "raw pixels"}
         rows = [
-            f"| {words} | " + " | ".join(_percent(best.get(arm, {}).get(p)) for p in probes) + " |"
-            for arm, words in arms.items()
+            f"| {words} | " + " | ".join(_percent(best.get(name, {}).get(p)) for p in probes) + " |"
+            for name, words in compared.items()
         ]
         head = [f"| frozen features | {' | '.join(probes)} |", "|---" * (len(probes) + 1) + "|"]
         last = [f"| the most frequent class | {' | '.join([f'{100 * chance:.1f} %'] * len(probes))} |"]

@@ -72,7 +72,7 @@ def export_timm_folder(run: str | Path, out: str | Path, card_sections: Sequence
     """Copy a run's encoder and verify the copy.
 
     Args:
-        run: The run, or a cell of one.
+        run: The run, or a trial of one.
         out: The new folder.
         card_sections: (title, text) of sections for its model card.
 

@@ -1,4 +1,4 @@
-"""The batches of a cell, in the order of its seed."""
+"""The batches of a trial, in the order of its seed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mpp.data.labeled_sets import LabeledBatch
 from mpp.data.loader import KeyedDataset
 from mpp.data.order import MicroBatches, Order
 from mpp.data.transfer import load_ahead
-from mpp.finetuning.cell import Cell
 from mpp.finetuning.job import Run
 from mpp.finetuning.label_kind import LabelKind
+from mpp.finetuning.trial import Trial
 from mpp.finetuning.unlabeled import add_unlabeled, unlabeled_per_label
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.training.exchange import accumulation
 
 
 @dataclass
-class CellBatches:
-    """Some steps of a cell."""
+class TrialBatches:
+    """Some steps of a trial."""
 
     dataset: KeyedDataset
     sampler: MicroBatches
@@ -32,15 +32,15 @@ class CellBatches:
 
 
 def load_batches(
-    run: Run, cell: Cell, recipe: FinetuneRecipe, kind: LabelKind, subset: np.ndarray, *, first_step: int, steps: int
-) -> CellBatches:
+    run: Run, trial: Trial, recipe: FinetuneRecipe, kind: LabelKind, subset: np.ndarray, *, first_step: int, steps: int
+) -> TrialBatches:
     """Load this process's part of some steps.
 
     Args:
-        run: What the cells share.
-        cell: Whose seed draws the order and the augmentation.
-        recipe: Of the cell's arm.
-        kind: Of label, for this arm.
+        run: What the trials share.
+        trial: Whose seed draws the order and the augmentation.
+        recipe: Of the trial's approach.
+        kind: Of label, for this approach.
         subset: Numbers of the images to train on.
         first_step: Counts from 0.
         steps: How many there are.
@@ -50,11 +50,11 @@ def load_batches(
     """
     optim, team = recipe.optim, run.team
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
-    dataset = kind.training_set(run.train, subset, cell.seed)
+    dataset = kind.training_set(run.train, subset, trial.seed)
     if run.unlabeled and unlabeled_per_label(recipe):
-        dataset = add_unlabeled(dataset, run.unlabeled, recipe, cell.seed)
+        dataset = add_unlabeled(dataset, run.unlabeled, recipe, trial.seed)
     sampler = MicroBatches(
-        Order([len(subset)], global_batch=optim.global_batch_size, seed=cell.seed, lanes=1),
+        Order([len(subset)], global_batch=optim.global_batch_size, seed=trial.seed, lanes=1),
         seen=first_step * optim.global_batch_size,
         steps=steps,
         accumulate=micro_batches,
@@ -62,4 +62,4 @@ def load_batches(
         world=team.world,
     )
     loaded = load_ahead(dataset, sampler, workers=recipe.data.workers, device=team.device)
-    return CellBatches(dataset, sampler, loaded, micro_batches)
+    return TrialBatches(dataset, sampler, loaded, micro_batches)

@@ -1,4 +1,4 @@
-"""Refuse a fine-tuning run that cannot work, before its folder is made and its first cell has trained."""
+"""Refuse a fine-tuning run that cannot work, before its folder is made and its first trial has trained."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from mpp.data.readers import LabeledImages
 from mpp.data.subsets import split
 from mpp.errors import UserError
 from mpp.finetuning import lora
-from mpp.finetuning.arms import arms_of, named_after, recipe_of_arm
-from mpp.finetuning.cell import parse_folder
+from mpp.finetuning.approaches import approaches_of, named_after, recipe_of_approach
 from mpp.finetuning.head_start import check_head
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.micro_loss import make_distillation
 from mpp.finetuning.model import build
+from mpp.finetuning.trial import parse_folder
 from mpp.parallel.team import Team
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.training.exchange import accumulation
@@ -33,14 +33,14 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
         raise UserError(f"mixup: needs an even number of images on a device; got {on_device}")
     kind.check_augmentation()
     # Models are built to be thrown away: what an encoder does not take is known only then.
-    for arm in arms_of(recipe):
-        of_arm = recipe_of_arm(recipe, arm)
-        with named_after(arm):
-            model = build(of_arm, arm, recipe.seeds[0], len(train.classes))
-            if of_arm.head_init == "probe":
+    for approach in approaches_of(recipe):
+        of_approach = recipe_of_approach(recipe, approach)
+        with named_after(approach):
+            model = build(of_approach, approach, recipe.seeds[0], len(train.classes))
+            if of_approach.head_init == "probe":
                 check_head(model)
-        if of_arm.lora:
-            lora.add(model.encoder, **of_arm.lora.model_dump())
+        if of_approach.lora:
+            lora.add(model.encoder, **of_approach.lora.model_dump())
     if recipe.distill:
         make_distillation(recipe, team, model, train.classes)
 
@@ -57,14 +57,14 @@ def doubt_teacher(recipe: FinetuneRecipe) -> list[str]:
     drawn = recipe.data.labels_per_class is not None or recipe.data.fraction is not None
     if recipe.distill is None or not drawn:
         return []
-    cell = parse_folder(Path(recipe.distill.teacher))
-    others = [seed for seed in recipe.seeds if cell and seed != cell[1]]
-    if not cell or not others:
+    trial = parse_folder(Path(recipe.distill.teacher))
+    others = [seed for seed in recipe.seeds if trial and seed != trial[1]]
+    if not trial or not others:
         return []
     seeds = ", ".join(map(str, others))
     return [
-        f"distill.teacher: {recipe.distill.teacher} learned from the labels that seed {cell[1]} draws; seed {seeds} "
-        f"draws others, and learns from both. For a fair comparison give seeds=[{cell[1]}]"
+        f"distill.teacher: {recipe.distill.teacher} learned from the labels that seed {trial[1]} draws; seed {seeds} "
+        f"draws others, and learns from both. For a fair comparison give seeds=[{trial[1]}]"
     ]
 
 

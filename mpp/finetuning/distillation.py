@@ -95,7 +95,7 @@ def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Modul
     """Open a timm model with a classifier of these classes.
 
     Args:
-        source: A fine-tuned cell, its export, or one of timm's names.
+        source: A fine-tuned model, its export, or one of timm's names.
         classes: Those that it must have.
         channels: Those that it must read.
 

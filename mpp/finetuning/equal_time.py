@@ -14,14 +14,14 @@ import numpy as np
 
 from mpp.data.loader import READ_AHEAD
 from mpp.errors import UserError
-from mpp.finetuning.arms import arms_of
+from mpp.finetuning.approaches import approaches_of
 from mpp.finetuning.batches import load_batches
-from mpp.finetuning.cell import Cell, cells_of, read_result
 from mpp.finetuning.job import Run
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.micro_loss import MicroLoss
 from mpp.finetuning.minutes_before import minutes_before
 from mpp.finetuning.model import Supervised
+from mpp.finetuning.trial import Trial, read_result, trials_of
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.runs.records import write_json
 from mpp.training.device_time import DeviceTime, cpu_seconds, unit_of
@@ -36,15 +36,15 @@ STARTING_STEPS, TIMED_STEPS = 3, 8
 
 @dataclass(frozen=True)
 class Length:
-    """How long a cell trains, and why. It is measured once and kept, so that a resumed cell has the same schedule."""
+    """How long a trial trains, and why. It is measured once and kept, so that a resumed trial has the same schedule."""
 
     steps: int
     minutes_before: float | None
-    """What the first arm's encoder and teacher took; None: nobody knows, of this kind of device."""
+    """What the first approach's encoder and teacher took; None: nobody knows, of this kind of device."""
     finetuning_minutes: float
     """What fine-tuning the encoder took, with the same seed and labels."""
     step_minutes: float
-    """What one training step of this cell takes, over all processes."""
+    """What one training step of this trial takes, over all processes."""
     ended_by: str
     """"time", or "max_epochs": more time would not have been used."""
 
@@ -60,39 +60,41 @@ class Length:
         return f"{self.steps} steps: the encoder took {known}{self.finetuning_minutes:.1f} minutes{unknown}{why}"
 
 
-def length_of_cell(
-    run: Run, cell: Cell, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray
+def length_of_trial(
+    run: Run, trial: Trial, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray
 ) -> Length:
-    """Return how long a cell trains to take the time of the first arm: as it was measured before, or measured now.
+    """Return how many steps take the time of the first approach. It is measured once and kept in the trial's folder.
 
     Args:
-        run: What the cells share.
-        cell: Which has a folder already.
-        recipe: Of its arm.
-        kind: Of label, for this arm.
-        model: The cell's model, on its device. It is not changed.
+        run: What the trials share.
+        trial: Which has a folder already.
+        recipe: Of its approach.
+        kind: Of label, for this approach.
+        model: The trial's model, on its device. It is not changed.
         subset: Numbers of the images to train on.
 
     Raises:
-        UserError: Nobody kept what the first arm took.
+        UserError: Nobody kept what the first approach took.
     """
-    team, path = run.team, cell.folder / LENGTH
+    team, path = run.team, trial.folder / LENGTH
     kept: Length | None = team.on_main(partial(_read, path))
     if kept is not None:
         return kept
-    first_arm = arms_of(run.recipe)[0]
-    pairs = (cell.seed, cell.labels_per_class)
-    (twin,) = (c for c in cells_of(run.recipe) if c.arm == first_arm and (c.seed, c.labels_per_class) == pairs)
+    first_approach = approaches_of(run.recipe)[0]
+    pairs = (trial.seed, trial.labels_per_class)
+    (twin,) = (
+        c for c in trials_of(run.recipe) if c.approach == first_approach and (c.seed, c.labels_per_class) == pairs
+    )
     result = team.on_main(partial(read_result, twin.folder, run.fingerprint))
-    assert result is not None, "cells run in the order of the arms"
+    assert result is not None, "trials run in the order of the approaches"
     if math.isnan(result.device_minutes):
         raise UserError(
             f"beside: cnn: what {twin.folder} took is not known: an earlier release trained it, or its checkpoints are "
             "gone; give a new out"
         )
-    before = team.on_main(partial(minutes_before, run.recipe, first_arm, unit_of(team)))
+    before = team.on_main(partial(minutes_before, run.recipe, first_approach, unit_of(team)))
     minutes = (before or 0.0) + result.device_minutes
-    step_minutes = measure_step(run, cell, recipe, kind, model, subset)
+    step_minutes = measure_step(run, trial, recipe, kind, model, subset)
     in_time = max(1, round(minutes / step_minutes))
     most = max(1, round(recipe.cnn.max_epochs * len(subset) / recipe.optim.global_batch_size))
     ended_by = "time" if in_time <= most else "max_epochs"
@@ -103,17 +105,17 @@ def length_of_cell(
 
 
 def measure_step(
-    run: Run, cell: Cell, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray
+    run: Run, trial: Trial, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray
 ) -> float:
     """Return the minutes of a training step, over all processes, by making some with a copy of the model."""
     team, model = run.team, copy.deepcopy(model)
-    micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed)  # the CNN has no unlabeled images
+    micro_loss = MicroLoss(recipe, team, model, run.train.classes, trial.seed)  # the CNN has no unlabeled images
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     wrapped = team.wrap_model(model).train()
     steps = STARTING_STEPS + TIMED_STEPS
     ahead = READ_AHEAD * recipe.data.workers  # there must be more to read, or reading ends before the clock begins
-    batches = load_batches(run, cell, recipe, kind, subset, first_step=0, steps=steps + ahead)
+    batches = load_batches(run, trial, recipe, kind, subset, first_step=0, steps=steps + ahead)
     clock = DeviceTime(team)
     for step in range(steps):
         run.watch.at(0, "measuring a step")

@@ -42,12 +42,12 @@ def fit_head(
     features while a random head learns). All processes read features, the main one fits.
 
     Args:
-        run: What the cells share.
-        recipe: Of the arm.
-        kind: Of label, for this arm.
+        run: What the trials share.
+        recipe: Of the approach.
+        kind: Of label, for this approach.
         model: A classifier on its device, whose head is changed.
         subset: Numbers of the images to train on.
-        seed: Of the cell.
+        seed: Of the trial.
 
     Raises:
         UserError: No image can be read.

@@ -1,4 +1,4 @@
-"""A cell of fine-tuning that is ready to train: everything its loop works with."""
+"""A trial of fine-tuning that is ready to train: everything its loop works with."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mpp.data.labeled_sets import LabeledBatch
 from mpp.data.loader import KeyedDataset
 from mpp.data.order import MicroBatches
 from mpp.data.readers import LabeledImages
-from mpp.finetuning.cell import Cell
 from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.micro_loss import MicroLoss
 from mpp.finetuning.model import Supervised
 from mpp.finetuning.progress import Progress
+from mpp.finetuning.trial import Trial
 from mpp.finetuning.unlabeled import UnlabeledImages
 from mpp.parallel.liveness import Watch
 from mpp.parallel.signals import StopRequest
@@ -33,7 +33,7 @@ from mpp.training.steps import MicroBatchStream, Pace
 
 @dataclass(frozen=True)
 class Run:
-    """What the cells of a run share."""
+    """What the trials of a run share."""
 
     recipe: FinetuneRecipe
     """Resolved: nothing changes it any more."""
@@ -42,24 +42,24 @@ class Run:
     val: LabeledImages
     unlabeled: UnlabeledImages | None
     fingerprint: str
-    """Of images, labels and the weights that the cells begin with."""
+    """Of images, labels and the weights that the trials begin with."""
     stop_request: StopRequest
     watch: Watch
     status: Callable[..., None]
-    """Writes the run's status.json; each cell also has its own."""
+    """Writes the run's status.json; each trial also has its own."""
     until_the_end: ExitStack
 
 
 @dataclass
 class Finetuning:
-    """A cell that is ready to train."""
+    """A trial that is ready to train."""
 
     run: Run
-    cell: Cell
+    trial: Trial
     recipe: FinetuneRecipe
-    """Of this arm, see `recipe_of_arm`."""
+    """Of this approach, see `recipe_of_approach`."""
     kind: LabelKind
-    """Of this arm, which may read images at a size of its own."""
+    """Of this approach, which may read images at a size of its own."""
     plan: Plan
     subset: np.ndarray
     """Numbers of the images to train on."""

@@ -1,4 +1,4 @@
-"""Fine-tuning one cell: the loop, to be read from top to bottom."""
+"""Fine-tuning one trial: the loop, to be read from top to bottom."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from mpp.data.loader import batches
 from mpp.data.unreadable import count_unreadable
 from mpp.finetuning import lora
-from mpp.finetuning.cell import RESULT, CellResult
 from mpp.finetuning.job import Finetuning
 from mpp.finetuning.judge import Judged, judge
 from mpp.finetuning.model import save as save_model
+from mpp.finetuning.trial import RESULT, TrialResult
 from mpp.finetuning.unlabeled import unlabeled_per_label
 from mpp.parallel import faults
 from mpp.parallel.liveness import SAVING
@@ -29,7 +29,7 @@ from mpp.training.steps import StepReport, StepReports, allow_unsaved
 PREDICTIONS = "predictions.png"
 
 
-def train(job: Finetuning) -> CellResult | None:
+def train(job: Finetuning) -> TrialResult | None:
     """Train until the last step, until nothing gets better, or until a signal asks to stop. One turn of the loop is
     one optimizer step.
 
@@ -37,7 +37,7 @@ def train(job: Finetuning) -> CellResult | None:
     host never waits for the device, except if something is due that needs the newest numbers.
 
     Returns:
-        What came of it, or None if a signal stopped the cell (it has a checkpoint then).
+        What came of it, or None if a signal stopped the trial (it has a checkpoint then).
     """
     run, plan, progress = job.run, job.plan, job.progress
     recipe, team = job.recipe, run.team
@@ -48,7 +48,7 @@ def train(job: Finetuning) -> CellResult | None:
     job.pace.begin()
 
     for step in range(progress.step, plan.total_steps):
-        if progress.given_up:  # a resumed cell that had ended early already
+        if progress.given_up:  # a resumed trial that had ended early already
             break
         faults.point("train.step_begins")  # tests make processes fail here
         due = plan.due_after(step)  # of log, checkpoint, held_out; everything, and "end", after the last step
@@ -83,7 +83,7 @@ def train(job: Finetuning) -> CellResult | None:
         job.pace.steps += 1
         job.log.step()
 
-        # 3. What is due: judge on held-out training images, write a line of metrics, save. If the cell is asked to
+        # 3. What is due: judge on held-out training images, write a line of metrics, save. If the trial is asked to
         #    stop (SIGINT, SIGTERM, SIGUSR1, SIGHUP), it finishes its step, saves, and stops.
         run.watch.at(progress.step, SAVING)
         score = judge_held_out(job) if "held_out" in due else {}
@@ -110,7 +110,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
     Raises:
         UserError: More steps were not finite, or more images unreadable, than the recipe allows.
     """
-    run, progress, folder = job.run, job.progress, job.cell.folder
+    run, progress, folder = job.run, job.progress, job.trial.folder
     recipe, train = job.recipe, run.train
     (progress.loss,), progress.grad_norm = report.losses, report.grad_norm
     seen_before = report.step * job.plan.global_batch_size
@@ -119,10 +119,10 @@ def account_for(report: StepReport, job: Finetuning) -> None:
         weights = job.model.task.class_weights
         keys = job.sampler.keys(seen_before)  # (position, 0, place in the subset) of the images of each micro-batch
         record = {
-            "arm": job.cell.arm,
+            "approach": job.trial.approach,
             "total_steps": job.plan.total_steps,
             "encoder_learns": report.step >= job.encoder_learns_at,
-            "seed": job.cell.seed,
+            "seed": job.trial.seed,
             "classes": train.classes,
             "class_weights": None if weights is None else weights.tolist(),
             "seeds": [position for ((position, _, _), *_) in keys],
@@ -203,7 +203,7 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
     progress.since_best += 1
     if score > progress.best:
         progress.best, progress.best_step, progress.since_best = score, progress.step, 0
-        folder = job.cell.folder / "best"
+        folder = job.trial.folder / "best"
         checkpoint.save_together(run.team, folder, progress.step, job.model, None, {}, keep=None, averaged=job.averaged)
     progress.given_up = progress.since_best >= job.recipe.early_stop.patience
     return {f"tune_{headline}": score}
@@ -222,7 +222,7 @@ def adjust_batch_norms(job: Finetuning) -> None:
         return
     most = min(AT_ONCE, job.recipe.optim.max_batch_per_device)
     if kind.at_every_place:
-        dataset, chosen = kind.training_set(train, job.subset, job.cell.seed), range(len(job.subset))
+        dataset, chosen = kind.training_set(train, job.subset, job.trial.seed), range(len(job.subset))
         keys: list[list[Any]] = [[(i, 0, i) for i in places] for places in choose_batches(chosen, most)]
     else:
         dataset, keys = kind.judging_set(train), choose_batches(job.subset.tolist(), most)
@@ -260,7 +260,7 @@ def save(job: Finetuning, *, required: bool) -> None:
     Raises:
         UserError: It cannot be written, and the run must not continue without it.
     """
-    run, progress, folder = job.run, job.progress, job.cell.folder
+    run, progress, folder = job.run, job.progress, job.trial.folder
     seen = progress.step * job.plan.global_batch_size
     state = {"seen": seen, "data_fingerprint": run.fingerprint, **progress.to_json()}
     with allow_unsaved(job.log, required=required or job.recipe.if_unsaved == "stop"):
@@ -279,19 +279,19 @@ def save(job: Finetuning, *, required: bool) -> None:
 
 
 def stop(job: Finetuning) -> None:
-    """End a cell that a signal stopped, after it has saved."""
+    """End a trial that a signal stopped, after it has saved."""
     step, why = job.progress.step, job.run.stop_request.reason
     job.log.say(f"stopped at step {step} by {why}; continue with --resume auto")
     job.log.status("stopped", step=step, why=why)
 
 
-def finish(job: Finetuning) -> CellResult:
-    """Load the best weights if the cell stops early, merge adapters, judge on the validation images, write the model.
+def finish(job: Finetuning) -> TrialResult:
+    """Load the best weights if the trial stops early, merge adapters, judge on the validation images, write the model.
 
     The weights are those of the last step, or the best ones on held-out training images. None are chosen by looking at
     the validation images.
     """
-    run, progress, folder, model = job.run, job.progress, job.cell.folder, job.judged
+    run, progress, folder, model = job.run, job.progress, job.trial.folder, job.judged
     if job.recipe.early_stop:
         best = folder / "best" / f"step-{progress.best_step:08d}"
         checkpoint.load(best, job.model, averaged=job.averaged, checked=True)
@@ -310,7 +310,7 @@ def finish(job: Finetuning) -> CellResult:
         job.kind.draw(model, run.val, folder / PREDICTIONS)
     job.log.close()
     run.team.wait()
-    return CellResult(judged.metrics, progress.device_minutes)
+    return TrialResult(judged.metrics, progress.device_minutes)
 
 
 def _record_result(job: Finetuning, judged: Judged) -> None:
@@ -325,7 +325,7 @@ def _record_result(job: Finetuning, judged: Judged) -> None:
     job.log.status("finished", step=job.progress.step)
     of_class = {} if judged.per_class is None else dict(zip(classes, judged.per_class, strict=True))
     write_json(
-        job.cell.folder / RESULT,
+        job.trial.folder / RESULT,
         {
             "metrics": judged.metrics,
             **({f"{headline}_per_class": of_class} if judged.per_class is not None else {}),

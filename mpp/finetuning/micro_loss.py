@@ -28,7 +28,7 @@ class Unlabeled(NamedTuple):
     averaged: Supervised
     """A moving average of the model's weights, on its device."""
     total_steps: int
-    """Of the cell."""
+    """Of the trial."""
 
 
 class MicroLoss:
@@ -37,11 +37,11 @@ class MicroLoss:
     The generators of torch, Python and NumPy are seeded for each micro-batch.
 
     Args:
-        recipe: Of the cell's arm.
+        recipe: Of the trial's approach.
         team: Its processes.
         model: On its device already, with adapters if it has any.
         classes: Of the training images.
-        seed: Of the cell.
+        seed: Of the trial.
         unlabeled: If the recipe has unlabeled images.
 
     Raises:

@@ -7,45 +7,45 @@ import math
 from pathlib import Path
 
 from mpp.errors import UserError
-from mpp.finetuning.cell import parse_folder
+from mpp.finetuning.trial import parse_folder
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import load_any
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs.records import encoder_folder, read_metrics
 
 
-def minutes_before(recipe: FinetuneRecipe, arm: str, device: str) -> float | None:
-    """Return what was trained before an arm, each run counted once.
+def minutes_before(recipe: FinetuneRecipe, approach: str, device: str) -> float | None:
+    """Return what was trained before an approach, each run counted once.
 
     Args:
         recipe: Of the run.
-        arm: One of its arms.
+        approach: One of its approaches.
         device: "CPU" or "GPU".
 
     Returns:
         Minutes of that kind of device; 0 from scratch; None for published weights, and where a folder does not tell, or
         what it holds was trained on another kind of device.
     """
-    if arm == "published":
+    if approach == "published":
         return None
     minutes: dict[Path, float] = {}
-    for source in _begun_with(recipe, arm):
+    for source in _begun_with(recipe, approach):
         _count(source, f"{device.lower()}_minutes", minutes)
     total = sum(minutes.values())
     return total if math.isfinite(total) else None
 
 
-def _begun_with(recipe: FinetuneRecipe, arm: str) -> list[str]:
-    """The encoder and the teacher of an arm, as its recipe names them."""
-    encoder = [recipe.encoder] if arm == "pretrained" and recipe.encoder != "scratch" else []
-    return encoder + ([recipe.distill.teacher] if recipe.distill and arm != "cnn" else [])
+def _begun_with(recipe: FinetuneRecipe, approach: str) -> list[str]:
+    """The encoder and the teacher of an approach, as its recipe names them."""
+    encoder = [recipe.encoder] if approach == "pretrained" and recipe.encoder != "scratch" else []
+    return encoder + ([recipe.distill.teacher] if recipe.distill and approach != "cnn" else [])
 
 
 def _count(source: str, key: str, minutes: dict[Path, float]) -> None:
     """Note the minutes of a run, and of the runs that it began with; nan where one does not tell."""
     folder = Path(source).resolve()
     if folder.name == "encoder" and (folder.parent / "metrics.jsonl").is_file():
-        folder = folder.parent  # of the run or the cell
+        folder = folder.parent  # of the run or the trial
     if folder in minutes:
         return
     minutes[folder] = math.nan
@@ -54,13 +54,13 @@ def _count(source: str, key: str, minutes: dict[Path, float]) -> None:
             minutes[folder] = float(json.loads((encoder_folder(source) / "export.json").read_text())["metrics"][key])
             return
         minutes[folder] = float([record[key] for record in read_metrics(folder) if key in record][-1])
-        is_cell = not (folder / "recipe.yaml").is_file()
-        recipe = load_any((folder.parent if is_cell else folder) / "recipe.yaml")
+        is_trial = not (folder / "recipe.yaml").is_file()
+        recipe = load_any((folder.parent if is_trial else folder) / "recipe.yaml")
     except (UserError, OSError, ValueError, KeyError, IndexError, TypeError):
         return
     began: list[str] = []
-    if isinstance(recipe, FinetuneRecipe) and (cell := parse_folder(folder)):
-        began = _begun_with(recipe, arm=cell[0])
+    if isinstance(recipe, FinetuneRecipe) and (trial := parse_folder(folder)):
+        began = _begun_with(recipe, approach=trial[0])
     elif isinstance(recipe, PretrainRecipe) and (Path(recipe.encoder.name) / "metrics.jsonl").is_file():
         began = [recipe.encoder.name]  # a run that went on from another; weights of others cost nothing
     for earlier in began:

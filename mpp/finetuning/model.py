@@ -114,20 +114,20 @@ def is_dense(recipe: FinetuneRecipe) -> bool:
     return bool(kind.at_every_place)
 
 
-def build(recipe: FinetuneRecipe, arm: str, seed: int, num_classes: int) -> Supervised:
-    """Make the model of a cell, initialised from its seed.
+def build(recipe: FinetuneRecipe, approach: str, seed: int, num_classes: int) -> Supervised:
+    """Make the model of a trial, initialised from its seed.
 
     Args:
-        recipe: Of the arm, see `recipe_of_arm`.
-        arm: From "scratch" and "cnn" the encoder's weights are random.
-        seed: Of the cell.
+        recipe: Of the approach, see `recipe_of_approach`.
+        approach: From "scratch" and "cnn" the encoder's weights are random.
+        seed: Of the trial.
         num_classes: How many there are.
 
     Raises:
         UserError: The encoder cannot be had so.
     """
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
-    encoder = _encoder(recipe, pretrained=arm not in ("scratch", "cnn"), pool=None)
+    encoder = _encoder(recipe, pretrained=approach not in ("scratch", "cnn"), pool=None)
     if is_dense(recipe):
         return _dense(recipe, encoder, num_classes)
     wanted = {"mean": "avg", "token": "token", "attention": "map"}[recipe.pool]
@@ -213,7 +213,7 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: JsonObject | Non
     )
 
 
-def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
+def save(model: Supervised, trial: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
     """Write the fine-tuned model as a timm folder.
 
     Its classifier is in it where timm's is the same linear layers; the head of a task that predicts at every place has
@@ -221,12 +221,12 @@ def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[st
 
     Args:
         model: What is written.
-        cell: The folder of the cell.
+        trial: The folder of the trial.
         recipe: Of fine-tuning.
         metrics: Of the validation images.
         classes: Their names.
     """
-    encoder, folder, origin = model.encoder, cell / "encoder", trained_by(recipe)
+    encoder, folder, origin = model.encoder, trial / "encoder", trained_by(recipe)
     if isinstance(model, Dense):
         save_encoder(encoder, folder, origin, metrics, head=(model.task.state_dict(), classes))
         return
@@ -248,7 +248,7 @@ def save(model: Supervised, cell: Path, recipe: FinetuneRecipe, metrics: dict[st
 
 
 def load_dense(source: str | Path) -> tuple[Dense, FinetuneRecipe, list[str]]:
-    """Load a fine-tuned model that predicts at every place, its recipe and its classes, from a cell or its export.
+    """Load a fine-tuned model that predicts at every place, its recipe and its classes, from a trial or its export.
 
     Raises:
         UserError: It is not whole.

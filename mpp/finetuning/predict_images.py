@@ -63,7 +63,7 @@ class Report:
 
 
 class Predictor:
-    """A fine-tuned cell, or its export, with its classifier. UserError where it has none."""
+    """A fine-tuned model, or its export, with its classifier. UserError where it has none."""
 
     model: TimmModel
 
@@ -71,7 +71,7 @@ class Predictor:
         """Open a fine-tuned encoder.
 
         Args:
-            source: A cell of a fine-tuning run, or its export.
+            source: A fine-tuned model, such as RUN/pretrained-seed0, or its export.
             views: 1 is the central crop; 2 adds its mirror image; 10 adds the corners (Krizhevsky et al. 2012, section
                 4.1).
         """
@@ -80,7 +80,9 @@ class Predictor:
         self.model = load_encoder(folder).eval().to(self.device)
         names = class_names(folder)
         if not self.model.num_classes or not names:
-            raise UserError(f"{source}: no classifier with class names in it; give a fine-tuned cell or its export")
+            raise UserError(
+                f"{source}: has no classifier with class names; give a fine-tuned model, such as RUN/pretrained-seed0"
+            )
         self.classes = names
         self.views = views
         recipe = stored_recipe(folder)
@@ -160,7 +162,7 @@ def predict_files(
     A model of task: segment or detect, which has neither views nor top, predicts by `predict_places`.
 
     Args:
-        source: A cell of a fine-tuning run, or its export.
+        source: A fine-tuned model, such as RUN/pretrained-seed0, or its export.
         places: Files and folders.
         views: Crops of each image that are averaged: 1, 2 (mirrored) or 10 (corners, mirrored).
         top: Classes named in a row.

@@ -23,7 +23,7 @@ BATCH = 16
 
 
 class PlacePredictor:
-    """A fine-tuned cell whose task has labels at places, or its export.
+    """A fine-tuned model whose task has labels at places, or its export.
 
     Raises:
         UserError: The folder is not whole.
@@ -56,7 +56,7 @@ def predict_places(
     """Predict places in image files.
 
     Args:
-        source: A cell or an export.
+        source: A trial or an export.
         images: Files.
         folder: Gets overlays/, and of masks, for which it must be given, masks/ with PNG files of class numbers.
 

@@ -1,4 +1,4 @@
-"""How far a cell of fine-tuning has come."""
+"""How far a trial of fine-tuning has come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpp.runs.records import nan_if_null
 
 @dataclass
 class Progress:
-    """The numbers of a cell that a checkpoint keeps beside the tensors."""
+    """The numbers of a trial that a checkpoint keeps beside the tensors."""
 
     step: int = 0
     """Optimizer steps that are done."""
@@ -25,7 +25,7 @@ class Progress:
     since_best: int = 0
     """Measurements since the best one."""
     given_up: bool = False
-    """Whether the score has not risen for so long that the cell ends early."""
+    """Whether the score has not risen for so long that the trial ends early."""
     start_score: float = math.nan
     """The headline metric of the untrained model on the validation images, if its head begins as a probe."""
     device_minutes: float = 0.0

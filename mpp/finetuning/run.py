@@ -1,4 +1,4 @@
-"""Fine-tuning on labeled images, compared with baselines: the cells of a run, and its verdict."""
+"""Fine-tuning on labeled images, compared with baselines: the trials of a run, and its verdict."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mpp.drawing.plots import draw
 from mpp.encoders.resolve import resolve
 from mpp.encoders.sources import check_source, fingerprint_of_inputs
 from mpp.errors import MppWarning, UserError
-from mpp.finetuning.arms import arms_of
-from mpp.finetuning.cell import RESULT, Cell, CellResult, cells_of, read_result, read_unread_classes
+from mpp.finetuning.approaches import approaches_of
 from mpp.finetuning.checks import check_run, doubt_teacher
 from mpp.finetuning.job import Run
 from mpp.finetuning.loop import train
 from mpp.finetuning.minutes_before import minutes_before
 from mpp.finetuning.open_labels import open_label_kind
-from mpp.finetuning.setup import prepare_cell
+from mpp.finetuning.setup import prepare_trial
+from mpp.finetuning.trial import RESULT, Trial, TrialResult, read_result, read_unread_classes, trials_of
 from mpp.finetuning.unlabeled import open_unlabeled
 from mpp.parallel.devices import advise_on_cpu
 from mpp.parallel.liveness import Watch
@@ -59,7 +59,7 @@ class FinetuneResult:
     verdicts: tuple[Verdict, ...]
     """One for each number of labels, from few to many; none where it was stopped."""
     encoder: Path | None
-    """The fine-tuned model of the first arm's first seed, with most labels, as a timm folder."""
+    """The fine-tuned model of the first approach's first seed, with most labels, as a timm folder."""
     plot: Path | None = None
     """Accuracy against labels, where there are several numbers of them."""
     signal: str | None = None
@@ -67,11 +67,11 @@ class FinetuneResult:
     unread_classes: tuple[str, ...] = ()
     """Classes of the validation images of which not one could be read."""
     underfit: str = ""
-    """A sentence if a cell ended long before it knew its training images."""
+    """A sentence if a trial ended long before it knew its training images."""
 
     @property
     def score(self) -> dict[str, Estimate]:
-        """Arm -> the task's headline metric (accuracy; mean average precision of several labels), with most labels."""
+        """Approach -> the task's headline metric, such as accuracy, with most labels."""
         return self.verdicts[-1].score if self.verdicts else {}
 
     @property
@@ -96,10 +96,12 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
         UserError: Anything the user can correct.
     """
     if resume not in ("never", "auto"):
-        raise UserError(f"--resume {resume}: fine-tuning has a checkpoint for each cell; allowed: auto, never")
+        raise UserError(
+            f"--resume {resume}: expected auto or never; fine-tuning has no single checkpoint to continue from"
+        )
     with ExitStack() as until_the_end:
         run = prepare(recipe, resume, until_the_end)
-        measured = run_cells(run)
+        measured = run_trials(run)
         return conclude(run, measured) if measured is not None else _stopped(run)
 
 
@@ -161,33 +163,33 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     return run
 
 
-def run_cells(run: Run) -> dict[Cell, CellResult] | None:
-    """Train the cells that are not done yet, one after the other.
+def run_trials(run: Run) -> dict[Trial, TrialResult] | None:
+    """Train the trials that are not done yet, one after the other.
 
     Returns:
-        What came of every cell, or None if a signal stopped the run.
+        What came of every trial, or None if a signal stopped the run.
     """
-    cells = cells_of(run.recipe)
-    measured: dict[Cell, CellResult] = {}
+    trials = trials_of(run.recipe)
+    measured: dict[Trial, TrialResult] = {}
     took_s: list[float] = []
     run.stop_request.listen()
-    for number, cell in enumerate(cells):
-        result = run.team.on_main(partial(read_result, cell.folder, run.fingerprint))
+    for number, trial in enumerate(trials):
+        result = run.team.on_main(partial(read_result, trial.folder, run.fingerprint))
         if result is None:
-            run.status("running", cell=cell.folder.name)
+            run.status("running", trial=trial.folder.name)
             if run.team.is_main:
-                left_s = sum(took_s) / len(took_s) * (len(cells) - number) if took_s else 0
+                left_s = sum(took_s) / len(took_s) * (len(trials) - number) if took_s else 0
                 left = f" (about {format_duration(left_s)} left for all of them)" if took_s else ""
-                print(f"run {number + 1} of {len(cells)}: {cell.title}{left}", flush=True)
+                print(f"run {number + 1} of {len(trials)}: {trial.title}{left}", flush=True)
             began_s = time.monotonic()
-            result = train(prepare_cell(run, cell))
+            result = train(prepare_trial(run, trial))
             took_s.append(time.monotonic() - began_s)
             run.watch.status = run.status
             (stopping,) = run.team.sum([bool(run.stop_request)])
-            if result is None or (stopping and number < len(cells) - 1):
-                run.status("stopped", cell=cell.folder.name, why=run.stop_request.reason)
+            if result is None or (stopping and number < len(trials) - 1):
+                run.status("stopped", trial=trial.folder.name, why=run.stop_request.reason)
                 return None
-        measured[cell] = result
+        measured[trial] = result
     return measured
 
 
@@ -195,23 +197,25 @@ def _stopped(run: Run) -> FinetuneResult:
     return FinetuneResult(Path(run.recipe.out), "stopped", (), None, signal=run.stop_request.of_all(run.team))
 
 
-def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
-    """Compare the arms for each number of labels, and write result.json and the plot."""
+def conclude(run: Run, measured: dict[Trial, TrialResult]) -> FinetuneResult:
+    """Compare the approaches for each number of labels, and write result.json and the plot."""
     recipe, out = run.recipe, Path(run.recipe.out)
     headline = registry.component("task", recipe.task.name).headline
     device = unit_of(run.team)
-    before = {arm: minutes_before(recipe, arm, device) for arm in arms_of(recipe)}
+    before = {approach: minutes_before(recipe, approach, device) for approach in approaches_of(recipe)}
     verdicts = []
     for count in recipe.data.label_counts():
-        of_arm = {
-            arm: [r for c, r in measured.items() if (c.labels_per_class, c.arm) == (count, arm)]
-            for arm in arms_of(recipe)
+        of_approach = {
+            approach: [r for c, r in measured.items() if (c.labels_per_class, c.approach) == (count, approach)]
+            for approach in approaches_of(recipe)
         }
-        metrics = {arm: [r.metrics for r in results] for arm, results in of_arm.items()}
-        minutes = {arm: float(np.mean([r.device_minutes for r in results])) for arm, results in of_arm.items()}
+        metrics = {approach: [r.metrics for r in results] for approach, results in of_approach.items()}
+        minutes = {
+            approach: float(np.mean([r.device_minutes for r in results])) for approach, results in of_approach.items()
+        }
         cost = Cost(device, before, minutes)
         verdicts.append(Verdict.of(count, metrics, headline, cost))
-    most = next(c for c in cells_of(recipe) if c.labels_per_class == verdicts[-1].labels_per_class)
+    most = next(c for c in trials_of(recipe) if c.labels_per_class == verdicts[-1].labels_per_class)
     plot = out / PLOT if len(verdicts) > 1 else None
     unread = run.team.on_main(partial(read_unread_classes, most.folder))
     result = FinetuneResult(
@@ -230,7 +234,7 @@ def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
             out / RESULT,
             {
                 "metric": verdicts[-1].metric,
-                "score": {arm: asdict(e) for arm, e in result.score.items()},
+                "score": {approach: asdict(e) for approach, e in result.score.items()},
                 "gain": asdict(result.gain) if result.gain else None,
                 "verdicts": [asdict(v) for v in verdicts],
                 "seeds": list(recipe.seeds),
@@ -244,11 +248,11 @@ def conclude(run: Run, measured: dict[Cell, CellResult]) -> FinetuneResult:
 
 
 def _name_underfit(run: Run) -> str:
-    """Name a cell of the first arm that ended long before it knew its training images, with advice; "" if none did."""
+    """Name an underfit trial of the first approach, with advice; "" if there is none."""
     recipe = run.recipe.model_dump(mode="json")
-    first_arm = arms_of(run.recipe)[0]
-    for cell in (cell for cell in cells_of(run.recipe) if cell.arm == first_arm):
-        if text := underfit(cell.folder.name, read_metrics(cell.folder), recipe, len(run.train.classes)):
+    first_approach = approaches_of(run.recipe)[0]
+    for trial in (trial for trial in trials_of(run.recipe) if trial.approach == first_approach):
+        if text := underfit(trial.folder.name, read_metrics(trial.folder), recipe, len(run.train.classes)):
             return f"{text} {UNDERFIT_ADVICE}"
     return ""
 
@@ -301,9 +305,9 @@ def _in_pretraining(recipe: FinetuneRecipe, val: LabeledImages) -> Leak | None:
 
 def _plot(result: FinetuneResult, out: Path) -> None:
     lines = []
-    for arm in result.score:
-        points = [(float(v.labels_per_class or 0), v.score[arm]) for v in result.verdicts]
-        lines.append(line_of_scores(arm, points, dashed=arm == "scratch"))
+    for approach in result.score:
+        points = [(float(v.labels_per_class or 0), v.score[approach]) for v in result.verdicts]
+        lines.append(line_of_scores(approach, points, dashed=approach == "scratch"))
     seeds = len(next(iter(result.score.values())).values)
     title = "mean of seeds, 95 % interval" if seeds > 1 else "one seed"
     draw({title: lines}, out, xlabel="labels a class", ylabel=f"{result.verdicts[-1].metric}, %", log_x=True)

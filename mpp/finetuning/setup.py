@@ -1,4 +1,4 @@
-"""Everything a cell of fine-tuning needs before its first step: data, model, optimizer, resume."""
+"""Everything a trial of fine-tuning needs before its first step: data, model, optimizer, resume."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import nn
 from mpp.data.subsets import balanced, split
 from mpp.errors import UserError
 from mpp.finetuning import lora
-from mpp.finetuning.arms import recipe_of_arm
+from mpp.finetuning.approaches import recipe_of_approach
 from mpp.finetuning.batches import load_batches
-from mpp.finetuning.cell import Cell
-from mpp.finetuning.equal_time import length_of_cell
+from mpp.finetuning.equal_time import length_of_trial
 from mpp.finetuning.head_start import fit_head
 from mpp.finetuning.job import Finetuning, Run
 from mpp.finetuning.micro_loss import MicroLoss, Unlabeled
 from mpp.finetuning.model import Supervised, build
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.progress import Progress
+from mpp.finetuning.trial import Trial
 from mpp.parallel.devices import prefer_channels_last
 from mpp.recipe.dump import settings_of
 from mpp.recipe.finetune import FinetuneRecipe
@@ -38,31 +38,31 @@ from mpp.training.plan import Plan, steps_of
 from mpp.training.steps import MicroBatchStream, Pace
 
 
-def prepare_cell(run: Run, cell: Cell) -> Finetuning:
-    """Build the model of a cell, choose its images, and load the checkpoint to continue from.
+def prepare_trial(run: Run, trial: Trial) -> Finetuning:
+    """Build the model of a trial, choose its images, and load the checkpoint to continue from.
 
     Raises:
         UserError: Anything the user can correct.
     """
-    recipe, team = recipe_of_arm(run.recipe, cell.arm), run.team
+    recipe, team = recipe_of_approach(run.recipe, trial.approach), run.team
     device_time = DeviceTime(team)
     kind = open_label_kind(recipe)
-    subset, held_out = choose_images(run, cell)
+    subset, held_out = choose_images(run, trial)
     if team.is_main:
-        cell.folder.mkdir(parents=True, exist_ok=True)
+        trial.folder.mkdir(parents=True, exist_ok=True)
     team.wait()
-    model = build(recipe, cell.arm, cell.seed, len(run.train.classes))
+    model = build(recipe, trial.approach, trial.seed, len(run.train.classes))
     prefer_channels_last(model)
     if recipe.balance == "loss":
         model.task.weigh(torch.from_numpy(kind.counts(run.train, subset)))
-    kept = run.team.on_main(partial(checkpoint.newest, cell.folder / "checkpoints"))
+    kept = run.team.on_main(partial(checkpoint.newest, trial.folder / "checkpoints"))
     if recipe.head_init == "probe" and kept is None:
-        fit_head(run, recipe, kind, model.to(team.device), subset, cell.seed)
+        fit_head(run, recipe, kind, model.to(team.device), subset, trial.seed)
     length = None
-    if cell.arm == "cnn":
-        length = length_of_cell(run, cell, recipe, kind, model.to(team.device), subset)
+    if trial.approach == "cnn":
+        length = length_of_trial(run, trial, recipe, kind, model.to(team.device), subset)
     plan = make_plan(recipe, len(subset), team.world, length.steps if length else None)
-    groups = parameter_groups(recipe, model, cell.seed)
+    groups = parameter_groups(recipe, model, trial.seed)
     unfreeze(groups, frozen_steps=round(recipe.frozen * plan.total_steps), gradual=recipe.unfreeze == "gradual")
     starts = (g["starts_at_step"] for g in groups if "starts_at_step" in g)
     optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
@@ -72,10 +72,10 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     progress = _load_checkpoint(run, kept, model, optimizer, averaged) if kept else Progress()
     device_time.minutes_before = progress.device_minutes
     unlabeled = Unlabeled(averaged, plan.total_steps) if recipe.unlabeled and averaged is not None else None
-    micro_loss = MicroLoss(recipe, team, model, run.train.classes, cell.seed, unlabeled)
+    micro_loss = MicroLoss(recipe, team, model, run.train.classes, trial.seed, unlabeled)
     wrapped = team.wrap_model(model)
     guarded = GuardedOptimizer(optimizer, team)
-    log = _open_log(run, cell, plan, progress.step)
+    log = _open_log(run, trial, plan, progress.step)
     log.say(
         f"{len(subset)} labeled images of {len(run.train.classes)} classes, {len(run.val)} to validate; "
         f"{plan.total_steps} steps{plan.warm_up_note}" + (f"; resumed at step {progress.step}" if kept else "")
@@ -84,11 +84,11 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     if length:
         log.say(length.sentence)
     left = plan.total_steps - progress.step
-    batches = load_batches(run, cell, recipe, kind, subset, first_step=progress.step, steps=left)
+    batches = load_batches(run, trial, recipe, kind, subset, first_step=progress.step, steps=left)
     pace = Pace()
     return Finetuning(
         run=run,
-        cell=cell,
+        trial=trial,
         recipe=recipe,
         kind=kind,
         plan=plan,
@@ -111,11 +111,11 @@ def prepare_cell(run: Run, cell: Cell) -> Finetuning:
     )
 
 
-def choose_images(run: Run, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+def choose_images(run: Run, trial: Trial) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of the images to train on, with repetitions if classes are balanced by sampling, and of those
     that are judged on the way, if the recipe stops early."""
-    recipe, train, seed = run.recipe, run.train, cell.seed
-    subset = train.subset(labels_per_class=cell.labels_per_class, fraction=recipe.data.fraction, seed=seed)
+    recipe, train, seed = run.recipe, run.train, trial.seed
+    subset = train.subset(labels_per_class=trial.labels_per_class, fraction=recipe.data.fraction, seed=seed)
     held_out = subset[:0]
     if recipe.early_stop:
         fit, held = split(train.strata[subset], recipe.early_stop.fraction, seed)
@@ -126,10 +126,10 @@ def choose_images(run: Run, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None) -> Plan:
-    """Return the plan of a cell.
+    """Return the plan of a trial.
 
     Args:
-        recipe: Of its arm.
+        recipe: Of its approach.
         images: That it trains on.
         world: Processes.
         steps: In place of the recipe's length; the warm-up stays the same part of it.
@@ -156,7 +156,7 @@ def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None
 
 
 def parameter_groups(recipe: FinetuneRecipe, model: Supervised, seed: int) -> list[ParameterGroup]:
-    """Freeze or adapt the encoder as the recipe of an arm says, and group the parameters by layer."""
+    """Freeze or adapt the encoder as the recipe of an approach says, and group the parameters by layer."""
     if recipe.frozen == 1:  # its batch norms, too, and no gradient is computed for it
         model.encoder.requires_grad_(False)
     if recipe.lora:
@@ -175,7 +175,7 @@ def parameter_groups(recipe: FinetuneRecipe, model: Supervised, seed: int) -> li
 def _load_checkpoint(
     run: Run, path: Path, model: Supervised, optimizer: torch.optim.Optimizer, averaged: Supervised | None
 ) -> Progress:
-    """Load a checkpoint of a cell.
+    """Load a checkpoint of a trial.
 
     Raises:
         UserError: It was made with other data or another encoder.
@@ -187,13 +187,13 @@ def _load_checkpoint(
     return Progress.from_json(state)
 
 
-def _open_log(run: Run, cell: Cell, plan: Plan, resumed_at: int) -> RunLog:
-    """Open the records of a cell. From now on the status of the cell is also the run's."""
-    active, name = run.team.is_main, cell.folder.name
+def _open_log(run: Run, trial: Trial, plan: Plan, resumed_at: int) -> RunLog:
+    """Open the records of a trial. From now on the status of the trial is also the run's."""
+    active, name = run.team.is_main, trial.folder.name
     settings = settings_of(run.recipe)
-    trackers = Trackers(run.recipe.trackers, cell.folder, settings, resumed_at=resumed_at, active=active)
+    trackers = Trackers(run.recipe.trackers, trial.folder, settings, resumed_at=resumed_at, active=active)
     log = RunLog(
-        cell.folder,
+        trial.folder,
         steps=plan.total_steps,
         resumed_at=resumed_at,
         active=active,
@@ -204,7 +204,7 @@ def _open_log(run: Run, cell: Cell, plan: Plan, resumed_at: int) -> RunLog:
 
     def status_of_both(state: str, **more: object) -> None:
         log.status(state, **more)
-        run.status(state, cell=name, **more)
+        run.status(state, trial=name, **more)
 
     run.watch.status = status_of_both
     return log

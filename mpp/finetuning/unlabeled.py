@@ -97,8 +97,8 @@ def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: Finetu
     Args:
         labeled: Images with labels.
         opened: Those without.
-        recipe: Of the cell's arm.
-        seed: Of the cell.
+        recipe: Of the trial's approach.
+        seed: Of the trial.
 
     Raises:
         UserError: timm does not know the policy of the strong view.

@@ -16,7 +16,7 @@ from mpp.data.batch import Units
 from mpp.data.labeled_sets import LabeledBatch
 from mpp.errors import UserError
 from mpp.finetuning import lora
-from mpp.finetuning.arms import recipe_of_arm
+from mpp.finetuning.approaches import recipe_of_approach
 from mpp.finetuning.micro_loss import MicroLoss, Unlabeled
 from mpp.finetuning.model import build
 from mpp.objective.build import build_model
@@ -48,7 +48,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     """Run the kept step of a run again, on one process.
 
     Args:
-        run: Of pretraining, or a cell of fine-tuning.
+        run: Of pretraining, or a trial of fine-tuning.
         step: Which; None: the last one that was kept.
 
     Raises:
@@ -56,11 +56,11 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     """
     folder = Path(run)
     if not steps(folder / nonfinite.FOLDER):
-        cells = [p.parent for p in sorted(folder.glob(f"*/{nonfinite.FOLDER}")) if steps(p)]
-        if len(cells) != 1:
-            which = f"; name one of {', '.join(map(str, cells))}" if cells else ""
+        trials = [p.parent for p in sorted(folder.glob(f"*/{nonfinite.FOLDER}")) if steps(p)]
+        if len(trials) != 1:
+            which = f"; name one of {', '.join(map(str, trials))}" if trials else ""
             raise UserError(f"{run}: no step was kept: all that it ran had a finite loss and gradient{which}")
-        folder = cells[0]
+        folder = trials[0]
     kept = steps(folder / nonfinite.FOLDER)
     at = next((p for p in kept if step is None or p.name == f"step-{step:08d}"), None)
     if at is None:
@@ -116,11 +116,11 @@ def _pretraining(run: Path) -> tuple[nn.Module, nn.Module | None, LossOf]:
     return model, None, loss_of
 
 
-def _finetuning(cell: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Module | None, LossOf]:
+def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Module | None, LossOf]:
     record = share.record
-    recipe = recipe_of_arm(load_recipe(cell.parent / RECIPE, FinetuneRecipe), record["arm"])
+    recipe = recipe_of_approach(load_recipe(trial.parent / RECIPE, FinetuneRecipe), record["approach"])
     team = start_team(recipe.precision)
-    model = build(recipe, record["arm"], record["seed"], len(record["classes"]))
+    model = build(recipe, record["approach"], record["seed"], len(record["classes"]))
     if recipe.lora:
         lora.add(model.encoder, **recipe.lora.model_dump())
     if record["class_weights"] is not None:

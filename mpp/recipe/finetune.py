@@ -84,7 +84,7 @@ Beside: TypeAlias = Literal["scratch", "cnn", "published"]
 
 
 class Scratch(Section):
-    """What the arm from scratch does otherwise; None: as the pretrained arm."""
+    """What the approach from scratch does otherwise; None: as the pretrained approach."""
 
     base_lr: PositiveFloat | None = None
     """Learning rate from scratch. Default: as optim.base_lr."""
@@ -170,7 +170,7 @@ class Unlabeled(Section):
 class Lora(Section):
     """Low-rank adapters (LoRA, Hu et al. 2022) in place of the encoder's own weights, which stand still.
 
-    Wants the package peft. Adapters are merged at the end: the export is a plain encoder. The arm from scratch has
+    Wants the package peft. Adapters are merged at the end: the export is a plain encoder. The approach from scratch has
     none: it has nothing worth standing still for.
     """
 

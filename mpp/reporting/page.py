@@ -35,7 +35,7 @@ from mpp.reporting.pictures import LEAST_SCALE, Pictures
 from mpp.runs.history import History, read_run
 from mpp.runs.records import timm_folder
 from mpp.runs.symptoms import DAMAGED, Symptom, symptoms
-from mpp.runs.verdict import compare_roads, conclude, stored_estimate
+from mpp.runs.verdict import compare_approaches, conclude, stored_estimate
 
 FILE = "report.html"
 TEMPLATE = "report.html.j2"
@@ -233,7 +233,7 @@ def _gained(other: History) -> str:
             text += f" Fine-tuned, {estimate_text(v['score'].get('pretrained'))}; from scratch "
             text += f"{estimate_text(v['score'].get('scratch'))}; gain {estimate_text(v['gain'], points=True)}"
             text += f"; {conclude(stored_estimate(v['gain'])).text}."
-        score = {arm: stored_estimate(value) for arm, value in v["score"].items()}
-        if compared := compare_roads(score):
+        score = {approach: stored_estimate(value) for approach, value in v["score"].items()}
+        if compared := compare_approaches(score):
             text += f" {compared.text[0].upper()}{compared.text[1:]}."
     return text

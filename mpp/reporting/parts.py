@@ -15,12 +15,12 @@ from mpp.evaluation.probes import ARMS, PROTOCOL
 from mpp.recipe.flat import JsonObject
 from mpp.reporting.pictures import Picture, Pictures
 from mpp.runs import pictures as kept_pictures
-from mpp.runs.history import INSPECTION, History, arms_of_finetune, read_inspection
+from mpp.runs.history import INSPECTION, History, approaches_of_finetune, read_inspection
 from mpp.runs.records import timm_folder
 from mpp.runs.verdict import (
-    ROADS,
+    APPROACHES,
     Conclusion,
-    compare_roads,
+    compare_approaches,
     conclude,
     line_of_scores,
     name_unread,
@@ -203,7 +203,7 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
     part = Part(f"finetune-{run.name}", f"Fine-tuning: {run.name}")
     data = run.data
     counts = f" of {data['train_images']:,} labeled images, judged on {data['val_images']:,}" if data else ""
-    ran = [ROADS[arm] for arm in arms_of_finetune(recipe)]
+    ran = [APPROACHES[approach] for approach in approaches_of_finetune(recipe)]
     how = f"Trained on the same labels: {', '.join(ran)}" if len(ran) > 1 else f"Trained: {ran[0]} alone"
     seeds = recipe.get("seeds", [])
     part.text.append(
@@ -212,8 +212,8 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
     )
     verdicts = run.result.get("verdicts", [])
     if not verdicts:
-        done = sum(bool(c.result) for c in run.cells)
-        part.text.append(f"Not finished: {done} of {len(run.cells)} cells that were begun are.")
+        done = sum(bool(c.result) for c in run.trials)
+        part.text.append(f"Not finished: {done} of {len(run.trials)} models begun so far are trained.")
         return part
     scored = list(verdicts[0]["score"])
     metric = METRICS.get(str(run.result.get("metric")), "accuracy")
@@ -227,52 +227,57 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
         part.text.append(f"{name_unread(unread)}.")
     if len(verdicts) > 1:
         lines = []
-        for arm in scored:
-            points = [(float(v["labels_per_class"]), stored_estimate(v["score"][arm])) for v in verdicts]
-            lines.append(line_of_scores(arm, points, dashed=arm == "scratch"))
+        for approach in scored:
+            points = [(float(v["labels_per_class"]), stored_estimate(v["score"][approach])) for v in verdicts]
+            lines.append(line_of_scores(approach, points, dashed=approach == "scratch"))
         alt = "; ".join(f"{line.name} from {line.y[0]:.1f} to {line.y[-1]:.1f} %" for line in lines)
         figure = plots.lines({"Label efficiency": lines}, xlabel="labels a class", ylabel=f"{metric}, %", log_x=True)
         part.pictures.append(pictures.plot(figure, f"{metric} against labels a class: {alt}."))
     curves = {}
-    for cell in run.cells:
-        steps, values = cell.series("loss")
+    for trial in run.trials:
+        steps, values = trial.series("loss")
         if len(values) > 1:
-            curves[cell.name] = Line(cell.name, steps, values, dashed="scratch" in cell.name)
+            curves[trial.name] = Line(trial.name, steps, values, dashed="scratch" in trial.name)
     if curves and len(curves) <= len(plots.COLOURS):
         alt = "; ".join(f"{name} {short_number(line.y[-1])} at last" for name, line in curves.items())
-        figure = plots.lines({"Loss of each cell": list(curves.values())}, xlabel="step")
-        part.pictures.append(pictures.plot(figure, f"Training loss of each cell: {alt}."))
-    for cell in run.cells[:2]:
-        path = cell.folder / "predictions.png"
-        if path.exists() and (shown := pictures.file(path, f"Truth and prediction of {cell.name}", wide=True)):
-            shown.title = f"What {cell.name} says of validation images"
+        figure = plots.lines({"Loss of each model": list(curves.values())}, xlabel="step")
+        part.pictures.append(pictures.plot(figure, f"Training loss of each model: {alt}."))
+    for trial in run.trials[:2]:
+        path = trial.folder / "predictions.png"
+        if path.exists() and (shown := pictures.file(path, f"Truth and prediction of {trial.name}", wide=True)):
+            shown.title = f"What {trial.name} says of validation images"
             part.pictures.append(shown)
     return part
 
 
 def _scores(verdicts: list[JsonObject], metric: str) -> Table:
-    """A row for each arm, with what it took; a row for each number of labels where there are several."""
-    arms = list(verdicts[0]["score"])
+    """A row for each approach, with what it took; a row for each number of labels where there are several."""
+    approaches = list(verdicts[0]["score"])
     with_gain = any(v.get("gain") for v in verdicts)
     if len(verdicts) == 1:
         (verdict,) = verdicts
         cost = stored_cost(verdict.get("cost"))
-        rows = [[arm, estimate_text(verdict["score"][arm]), (cost.text(arm) if cost else "") or "–"] for arm in arms]
+        rows = [
+            [approach, estimate_text(verdict["score"][approach]), (cost.text(approach) if cost else "") or "–"]
+            for approach in approaches
+        ]
         rows += [["gain", estimate_text(verdict["gain"], points=True), ""]] if with_gain else []
         return Table(["", metric, "trained for"], rows)
     rows = []
     for v in verdicts:
         gain = [estimate_text(v.get("gain"), points=True)] if with_gain else []
-        rows.append([str(v["labels_per_class"]), *(estimate_text(v["score"].get(arm)) for arm in arms), *gain])
-    head = ["labels a class", *(f"{arm}, {metric}" for arm in arms), *(["gain"] if with_gain else [])]
+        rows.append(
+            [str(v["labels_per_class"]), *(estimate_text(v["score"].get(approach)) for approach in approaches), *gain]
+        )
+    head = ["labels a class", *(f"{approach}, {metric}" for approach in approaches), *(["gain"] if with_gain else [])]
     return Table(head, rows)
 
 
 def _conclusions(verdict: JsonObject) -> list[Conclusion]:
-    """What a verdict allows to say: of the gain from pretraining, and of the roads if there are others."""
+    """What a verdict allows to say: of the gain from pretraining, and of the approaches if there are others."""
     conclusions = [conclude(stored_estimate(verdict["gain"]))] if verdict.get("gain") else []
-    score = {arm: stored_estimate(value) for arm, value in verdict["score"].items()}
-    if compared := compare_roads(score):
+    score = {approach: stored_estimate(value) for approach, value in verdict["score"].items()}
+    if compared := compare_approaches(score):
         conclusions.append(compared)
     return conclusions
 

@@ -187,7 +187,7 @@ def _same_recipe(run: Path, recipe: Job) -> None:
 
 
 def _asks_for_more(run: Path, recipe: Job) -> bool:
-    """Whether a recipe has other seeds or arms than a finished run; their settings belong into its records."""
+    """Whether a recipe has other seeds or approaches than a finished run; their settings belong into its records."""
     before, now = settings_of(load_recipe(run / RECIPE, type(recipe))), settings_of(recipe)
     return any(before.get(key) != now.get(key) for key in ("seeds", "beside"))
 

@@ -33,7 +33,7 @@ class History:
     result: JsonObject
     data: JsonObject = field(default_factory=dict)
     """What fine-tuning found of its images"""
-    cells: list[History] = field(default_factory=list)
+    trials: list[History] = field(default_factory=list)
     """Of fine-tuning: those that were begun, in the order in which they ran"""
 
     @property
@@ -112,12 +112,12 @@ class History:
         return True
 
 
-def arms_of_finetune(recipe: JsonObject) -> list[str]:
-    """The arms that a fine-tune trains, as its recipe says; recipes of earlier releases have `beside_scratch`."""
+def approaches_of_finetune(recipe: JsonObject) -> list[str]:
+    """The approaches that a fine-tune trains, as its recipe says; recipes of earlier releases have `beside_scratch`."""
     beside = recipe.get("beside", ["scratch"] if recipe.get("beside_scratch", True) else [])
     beside = [beside] if isinstance(beside, str) else list(beside)
     if recipe.get("encoder") == "scratch":
-        return ["scratch", *(arm for arm in beside if arm == "cnn")]
+        return ["scratch", *(approach for approach in beside if approach == "cnn")]
     return ["pretrained", *beside]
 
 
@@ -148,7 +148,7 @@ def read_run(folder: str | Path) -> History:
             raise TypeError
     except FileNotFoundError as error:
         if (path / "metrics.jsonl").exists() and (path.parent / RECIPE).exists():
-            raise UserError(f"{path}: a cell of the fine-tune {path.parent}; give that") from error
+            raise UserError(f"{path}: is one model of the fine-tune {path.parent}; give that folder") from error
         raise UserError(f"{path}: not a run folder (no {RECIPE})") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -158,7 +158,7 @@ def read_run(folder: str | Path) -> History:
     if job == "finetune":
         parts = [p for p in path.iterdir() if p.is_dir() and (p / "status.json").exists()]
         began = sorted(parts, key=lambda p: (p / "train.log").stat().st_ctime if (p / "train.log").exists() else 0)
-        history.cells = [_history(p, "cell", recipe) for p in began]
+        history.trials = [_history(p, "trial", recipe) for p in began]
     return history
 
 

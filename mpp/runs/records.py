@@ -39,13 +39,13 @@ def nan_if_null(value: float | None) -> float:
 
 
 def write_status(out: Path, state: str, **more: object) -> None:
-    """status.json of a run or a cell; while it is running with whose process that is."""
+    """status.json of a run or a trial; while it is running with whose process that is."""
     who = {"host": platform.node(), "pid": os.getpid()} if state == "running" else {}
     write_json(out / "status.json", {"state": state, "time": time.time(), **who, **more})
 
 
 def read_state(out: Path) -> str:
-    """What status.json of a run or a cell says; "" where there is none that can be read."""
+    """What status.json of a run or a trial says; "" where there is none that can be read."""
     try:
         return str(json.loads((out / "status.json").read_text())["state"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -99,8 +99,8 @@ def encoder_folder(source: str | Path) -> Path:
         if isinstance(config, dict) and "model_type" in config and "architecture" not in config:
             raise UserError(f"{folder}: a folder of transformers'; `mpp import {folder} OUT` makes an encoder of it")
         return folder
-    if cells := sorted(Path(source).glob("*-seed*/encoder")):
-        raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {cells[0].parent}")
+    if trials := sorted(Path(source).glob("*-seed*/encoder")):
+        raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {trials[0].parent}")
     if Path(source).is_file() or any((Path(source) / n).exists() for n in ("pytorch_model.bin", "model.bin")):
         raise UserError(
             f"{source}: not a folder with config.json and model.safetensors; pickled weights are never opened "

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from mpp.errors import one_line
 from mpp.recipe.flat import JsonMapping
-from mpp.runs.history import History, arms_of_finetune
-from mpp.runs.verdict import ROADS, compare_roads, conclude, stored_estimate
+from mpp.runs.history import History, approaches_of_finetune
+from mpp.runs.verdict import APPROACHES, compare_approaches, conclude, stored_estimate
 
 FLAT = 0.98
 """The loss has not fallen where its last quarter's median is above so much of its second eighth's."""
@@ -61,7 +61,7 @@ class Symptom:
 
     kind: str
     """failed, diverged, flat, below_trivial, collapse, data_bound, slower, bad_images, leak, no_gain, control, dead,
-    damaged, better_road, underfit"""
+    damaged, better_approach, underfit"""
     text: str
     """What was seen, in a sentence."""
     advice: str
@@ -114,7 +114,7 @@ def symptoms(run: History) -> list[Symptom]:
 
 def _of_process(run: History) -> list[Symptom]:
     listed = []
-    for part in run.cells or [run]:
+    for part in run.trials or [run]:
         where = f"{part.name}: " if part is not run else ""
         if part.status.get("state") == "failed":
             why = str(part.status.get("why", "see train.log")).removeprefix(f"step {part.status.get('step')}: ")
@@ -295,11 +295,11 @@ def _of_finetuning(run: History) -> list[Symptom]:
             gain_text = f"{labels}{concluded.text} ({100 * gain.mean:+.1f} ± {100 * gain.half_width:.1f} points)."
             advice = "Pretrain longer, on more images of the same kind; more seeds make the interval narrower."
             listed.append(Symptom("no_gain", gain_text[0].upper() + gain_text[1:], advice))
-    listed += [symptom for v in run.result.get("verdicts", []) if (symptom := _better_road(v))]
-    first_arm = arms_of_finetune(run.recipe)[0]
-    for cell in run.cells:
-        text = underfit(cell.name, cell.metrics, run.recipe, run.data.get("classes", 0)) if cell.result else ""
-        if text and f"{first_arm}-seed" in cell.name:
+    listed += [symptom for v in run.result.get("verdicts", []) if (symptom := _better_approach(v))]
+    first_approach = approaches_of_finetune(run.recipe)[0]
+    for trial in run.trials:
+        text = underfit(trial.name, trial.metrics, run.recipe, run.data.get("classes", 0)) if trial.result else ""
+        if text and f"{first_approach}-seed" in trial.name:
             listed.append(Symptom("underfit", text, UNDERFIT_ADVICE))
             break  # the other seeds are of the same length
     return listed
@@ -308,11 +308,11 @@ def _of_finetuning(run: History) -> list[Symptom]:
 UNDERFIT_ADVICE = "Train longer (optim.epochs, optim.steps), or with a higher optim.base_lr."
 
 
-def underfit(cell: str, metrics: Sequence[JsonMapping], recipe: JsonMapping, classes: int) -> str:
+def underfit(trial: str, metrics: Sequence[JsonMapping], recipe: JsonMapping, classes: int) -> str:
     """Return a sentence about a fine-tune that ended long before it knew its training images; "" for any other.
 
     Args:
-        cell: Its name.
+        trial: Its name.
         metrics: Its records.
         recipe: Of the run. What it learns beside labels of one class is not judged.
         classes: How many there are.
@@ -327,22 +327,24 @@ def underfit(cell: str, metrics: Sequence[JsonMapping], recipe: JsonMapping, cla
     last, guess = statistics.median(losses[-len(losses) // 4 :]), math.log(classes)
     if last < UNDERFIT * guess:
         return ""
-    ended = f"{cell} is underfit: its training loss ended at {last:.2f}"
+    ended = f"{trial} is underfit: its training loss ended at {last:.2f}"
     return f"{ended}, and a mere guess among {classes} classes has {guess:.2f}."
 
 
-def _better_road(verdict: JsonMapping) -> Symptom | None:
-    """Another arm than the encoder is best, and more than by chance."""
-    score = {arm: stored_estimate(value) for arm, value in verdict.get("score", {}).items()}
-    compared = compare_roads(score) if "pretrained" in score else None
+def _better_approach(verdict: JsonMapping) -> Symptom | None:
+    """Another approach than the encoder is best, and more than by chance."""
+    score = {approach: stored_estimate(value) for approach, value in verdict.get("score", {}).items()}
+    compared = compare_approaches(score) if "pretrained" in score else None
     if compared is None or compared.kind != "best":
         return None
-    best = max(score, key=lambda arm: score[arm].mean)
+    best = max(score, key=lambda approach: score[approach].mean)
     if best == "pretrained":
         return None
     text = f"{compared.text[0].upper()}{compared.text[1:]}."
     return Symptom(
-        "better_road", text, f"Take that one, or pretrain longer: {ROADS[best]} is in the folders {best}-seed*."
+        "better_approach",
+        text,
+        f"Take that one, or pretrain longer: {APPROACHES[best]} is in the folders {best}-seed*.",
     )
 
 
@@ -350,8 +352,8 @@ def _of_evaluation(run: History) -> list[Symptom]:
     listed = []
     best = run.result.get("best", {})
     for probe, score in best.get("encoder", {}).items():
-        for arm, what in (("random", "the same architecture at random initialisation"), ("pixels", "raw pixels")):
-            control = best.get(arm, {}).get(probe)
+        for approach, what in (("random", "the same architecture at random initialisation"), ("pixels", "raw pixels")):
+            control = best.get(approach, {}).get(probe)
             if control and score["accuracy"] <= control["accuracy"]:
                 text = f"The {probe} probe reads {100 * score['accuracy']:.1f} %, no more than of {what}, "
                 text += f"{100 * control['accuracy']:.1f} %."

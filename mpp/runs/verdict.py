@@ -1,4 +1,4 @@
-"""What pretraining bought: scores over seeds with intervals, the gain, and which road to a classifier was best."""
+"""What pretraining bought: scores over seeds with intervals, the gain, and which approach to a classifier was best."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def estimate(values: list[float]) -> Estimate:
     return Estimate(float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)), values)
 
 
-ROADS = {
+APPROACHES = {
     "pretrained": "the pretrained encoder",
     "scratch": "the same from scratch",
     "cnn": "the CNN from scratch",
     "published": "the encoder with published weights",
 }
-"""What the arms are called in sentences."""
+"""Name of an approach -> what it is called in sentences."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def conclude(gain: Estimate) -> Conclusion:
     return Conclusion("not_shown", f"a gain is not shown with {seeds} seeds: its 95 % interval holds zero")
 
 
-def compare_roads(score: Mapping[str, Estimate]) -> Conclusion | None:
-    """Say which road was best, by how much, and whether that is more than chance: the best against the next, by seed.
+def compare_approaches(score: Mapping[str, Estimate]) -> Conclusion | None:
+    """Say whether the best approach is ahead of the next by more than chance, paired by seed.
 
     Args:
-        score: By arm, over the same seeds.
+        score: By approach, over the same seeds.
 
     Returns:
         "best", "not_shown" or "one_seed"; None if there is nothing to compare, or only the encoder and the same from
@@ -84,21 +84,19 @@ def compare_roads(score: Mapping[str, Estimate]) -> Conclusion | None:
     """
     if len(score) < 2 or {*score} == {"pretrained", "scratch"}:
         return None
-    best, second = sorted(score, key=lambda arm: -score[arm].mean)[:2]
+    best, second = sorted(score, key=lambda approach: -score[approach].mean)[:2]
     ahead = estimate([a - b for a, b in zip(score[best].values, score[second].values, strict=True)])
-    points = f"{100 * ahead.mean:.1f} points above {ROADS[second]}"
+    points = f"{100 * ahead.mean:.1f} points above {APPROACHES[second]}"
     seeds = len(ahead.values)
     if seeds == 1:
         return Conclusion(
-            "one_seed", f"{ROADS[best]} is {points} with one seed, which may be chance: it has no interval"
+            "one_seed", f"{APPROACHES[best]} is {points} with one seed, which may be chance: it has no interval"
         )
     interval = f"95 % interval {_ends(ahead)}"
     if ahead.mean > ahead.half_width:
-        return Conclusion("best", f"best here is {ROADS[best]}, {points}: more than chance ({interval})")
-    text = (
-        f"no road is shown to be best with {seeds} seeds: {ROADS[best]} is {points}, which may be chance ({interval})"
-    )
-    return Conclusion("not_shown", text)
+        return Conclusion("best", f"best here is {APPROACHES[best]}, {points}: more than chance ({interval})")
+    text = f"no approach is shown to be best with {seeds} seeds: {APPROACHES[best]} is {points}, which may be chance"
+    return Conclusion("not_shown", f"{text} ({interval})")
 
 
 def compare_with_start(verdict: Verdict) -> tuple[Estimate, str] | None:
@@ -137,21 +135,21 @@ def stored_estimate(value: JsonMapping) -> Estimate:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the arms took to train, with what was measured and saved on the way."""
+    """What the approaches took to train, with what was measured and saved on the way."""
 
     device: str
     """"CPU" or "GPU": whose minutes these are, over all processes."""
     minutes_before: dict[str, float | None]
-    """Arm -> what was trained before, its encoder and its teacher; None where nobody kept it."""
+    """Approach -> what was trained before, its encoder and its teacher; None where nobody kept it."""
     minutes: dict[str, float]
-    """Arm -> fine-tuning, the mean of the seeds."""
+    """Approach -> fine-tuning, the mean of the seeds."""
 
-    def text(self, arm: str) -> str:
-        """Say what an arm took, such as 13.6 + 6.3 CPU-minutes; "" where nobody knows."""
-        own = self.minutes.get(arm, math.nan)
+    def text(self, approach: str) -> str:
+        """Say what an approach took, such as 13.6 + 6.3 CPU-minutes; "" where nobody knows."""
+        own = self.minutes.get(approach, math.nan)
         if not math.isfinite(own):
             return ""
-        before = self.minutes_before.get(arm)
+        before = self.minutes_before.get(approach)
         return f"{f'{before:.1f} + ' if before else ''}{own:.1f} {self.device}-minutes"
 
 
@@ -159,23 +157,23 @@ def stored_cost(value: JsonMapping | None) -> Cost | None:
     """A cost as result.json has it; None for runs that kept none."""
     if not value:
         return None
-    minutes = {arm: math.nan if m is None else float(m) for arm, m in value["minutes"].items()}
+    minutes = {approach: math.nan if m is None else float(m) for approach, m in value["minutes"].items()}
     before = value.get("minutes_before") or {"pretrained": value.get("pretraining_minutes")}  # as it was called once
     return Cost(str(value["device"]), dict(before), minutes)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The arms of a fine-tune, on one number of labels."""
+    """The approaches of a fine-tune, on one number of labels."""
 
     labels_per_class: int | None
     """None: as many as there are, or a fraction of them."""
     metric: str
     """The task's headline: "accuracy", or "map" where images have several labels."""
     score: dict[str, Estimate]
-    """Arm ("pretrained", "scratch", "cnn", "published") -> that metric on the validation images."""
+    """Approach ("pretrained", "scratch", "cnn", "published") -> that metric on the validation images."""
     metrics: dict[str, dict[str, Estimate]]
-    """Arm -> metric -> the same of every metric that the task has."""
+    """Approach -> metric -> the same of every metric that the task has."""
     gain: Estimate | None
     """pretrained - scratch, paired by seed; None where one of them is missing."""
     cost: Cost | None = field(default=None, compare=False)
@@ -184,28 +182,30 @@ class Verdict:
     @staticmethod
     def of(
         labels_per_class: int | None,
-        cells: Mapping[str, list[dict[str, float]]],
+        trials: Mapping[str, list[dict[str, float]]],
         metric: str = "accuracy",
         cost: Cost | None = None,
     ) -> Verdict:
-        """Summarise cells of one number of labels.
+        """Summarise trials of one number of labels.
 
         Args:
             labels_per_class: None: all.
-            cells: By arm, metrics of each seed, in the same order.
+            trials: By approach, metrics of each seed, in the same order.
             metric: The one that decides.
-            cost: Of the arms.
+            cost: Of the approaches.
         """
-        scores = {arm: [m[metric] for m in seeds] for arm, seeds in cells.items()}
+        scores = {approach: [m[metric] for m in seeds] for approach, seeds in trials.items()}
         metrics = {
-            arm: {name: estimate([m[name] for m in seeds]) for name in seeds[0] if all(name in m for m in seeds)}
-            for arm, seeds in cells.items()
+            approach: {name: estimate([m[name] for m in seeds]) for name in seeds[0] if all(name in m for m in seeds)}
+            for approach, seeds in trials.items()
         }
         gain = None
         if {"pretrained", "scratch"} <= scores.keys():
             pairs = zip(scores["pretrained"], scores["scratch"], strict=True)
             gain = estimate([a - b for a, b in pairs])
-        return Verdict(labels_per_class, metric, {arm: estimate(v) for arm, v in scores.items()}, metrics, gain, cost)
+        return Verdict(
+            labels_per_class, metric, {approach: estimate(v) for approach, v in scores.items()}, metrics, gain, cost
+        )
 
 
 def aligned(rows: Sequence[Sequence[str]], gap: int = 3) -> list[str]:
@@ -218,20 +218,20 @@ def table(verdicts: Sequence[Verdict]) -> str:
     """For people."""
     if len(verdicts) == 1:
         return _one(verdicts[0])
-    arms = list(verdicts[0].score)
-    rows = [["labels a class", *arms, *(["gain"] if verdicts[0].gain else [])]]
+    approaches = list(verdicts[0].score)
+    rows = [["labels a class", *approaches, *(["gain"] if verdicts[0].gain else [])]]
     for v in verdicts:
         gain = [_points(v.gain) + _interval(v.gain)] if v.gain else []
         rows.append([str(v.labels_per_class), *(str(e) for e in v.score.values()), *gain])
     lines = aligned(rows)
     for v in verdicts:
-        costs = [f"{arm} {text}" for arm in v.score if v.cost and (text := v.cost.text(arm))]
+        costs = [f"{approach} {text}" for approach in v.score if v.cost and (text := v.cost.text(approach))]
         notes = [", ".join(costs)]
         if begun := compare_with_start(v):
             notes.append(f"probe {begun[0]} {begun[1]}")
         if v.gain and (conclusion := conclude(v.gain)).kind != "helped":
             notes.append(conclusion.text)
-        if compared := compare_roads(v.score):
+        if compared := compare_approaches(v.score):
             notes.append(compared.text)
         lines += [f"{v.labels_per_class} labels a class: {note}" for note in notes if note]
     return "\n".join(lines)
@@ -239,15 +239,15 @@ def table(verdicts: Sequence[Verdict]) -> str:
 
 def _one(verdict: Verdict) -> str:
     rows = []
-    for arm, e in verdict.score.items():
-        cost = verdict.cost.text(arm) if verdict.cost else ""
-        rows.append(f"{arm:<12} {e}   (seeds: {_percents(e.values)})" + (f"   {cost}" if cost else ""))
+    for approach, e in verdict.score.items():
+        cost = verdict.cost.text(approach) if verdict.cost else ""
+        rows.append(f"{approach:<12} {e}   (seeds: {_percents(e.values)})" + (f"   {cost}" if cost else ""))
     if begun := compare_with_start(verdict):
         rows.append(f"{'probe':<12} {begun[0]}   {begun[1]}")
     if verdict.gain is not None:
         rows.append(f"{'gain':<12} {_points(verdict.gain)}   {_interval(verdict.gain).strip()}".rstrip())
         rows.append(conclude(verdict.gain).text)
-    if compared := compare_roads(verdict.score):
+    if compared := compare_approaches(verdict.score):
         rows.append(compared.text)
     return "\n".join(rows)
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from mpp.recipe.flat import JsonObject
-from mpp.runs.history import History, arms_of_finetune, read_run
+from mpp.runs.history import History, approaches_of_finetune, read_run
 from mpp.runs.log import RECENT_LINES, format_duration
 from mpp.runs.records import RECIPE
 from mpp.runs.symptoms import symptoms
@@ -41,12 +41,12 @@ def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
 
 
 def record(folder: str | Path, now: float | None = None) -> JsonObject:
-    """The same for scripts, with the newest value of each metric, the warnings and a fine-tune's cells."""
+    """The same for scripts, with the newest value of each metric, the warnings and a fine-tune's trials."""
     run = read_run(folder)
     now = time.time() if now is None else now
     standing = _record(run, now)
     if run.job == "finetune":
-        standing |= {"cells": [_record(cell, now) for cell in run.cells], "cells_wanted": _cells_wanted(run)}
+        standing |= {"trials": [_record(trial, now) for trial in run.trials], "trials_total": _count_trials(run)}
     warnings = [dataclasses.asdict(symptom) for symptom in symptoms(run)]
     return standing | {"warnings": warnings}
 
@@ -68,7 +68,7 @@ def _record(run: History, now: float) -> JsonObject:
 
 
 def _trained(run: History, now: float) -> tuple[list[str], bool]:
-    """A pretraining run, a cell of a fine-tune, or an evaluation."""
+    """A pretraining run, a trial of a fine-tune, or an evaluation."""
     state = str(run.status.get("state", "not begun"))
     running = _going_on(run, now)
     step, steps = run.step, run.status.get("steps")
@@ -102,18 +102,18 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
 
 def _finetune(run: History, now: float) -> tuple[list[str], bool]:
     state = str(run.status.get("state", "not begun"))
-    done = sum(bool(cell.result) for cell in run.cells)
-    lines = [f"{run.folder}: {state}, {done} of {_cells_wanted(run)} models done"]
-    for cell in run.cells:
-        if not cell.result:
-            lines += ["  " + line for line in _trained(cell, now)[0]]
+    done = sum(bool(trial.result) for trial in run.trials)
+    lines = [f"{run.folder}: {state}, {done} of {_count_trials(run)} models done"]
+    for trial in run.trials:
+        if not trial.result:
+            lines += ["  " + line for line in _trained(trial, now)[0]]
     return lines, _going_on(run, now)
 
 
-def _cells_wanted(run: History) -> int:
+def _count_trials(run: History) -> int:
     counts = run.setting("data.labels_per_class") or [None]
-    arms = len(arms_of_finetune(run.recipe))
-    return len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * arms
+    approaches = len(approaches_of_finetune(run.recipe))
+    return len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * approaches
 
 
 def _going_on(run: History, now: float) -> bool:

@@ -112,8 +112,8 @@ def test_fine_tuning_looks_before_it_trains(run: Path, tmp_path: Path) -> None: 
         result = mpp.finetune(recipe(train, tmp_path / "ft", run, **data, **{"data.max_bad_fraction": 0.4}))
     assert result.unread_classes == ("ring",)
     assert "data.val: not one image of ring could be read" in result.table()
-    cell = json.loads((tmp_path / "ft" / "pretrained-seed0" / "result.json").read_text())
-    assert (cell["unreadable"], cell["unread_classes"]) == (10, ["ring"])
+    trial = json.loads((tmp_path / "ft" / "pretrained-seed0" / "result.json").read_text())
+    assert (trial["unreadable"], trial["unread_classes"]) == (10, ["ring"])
     log = (tmp_path / "ft" / "pretrained-seed0" / "train.log").read_text()
     assert log.count("unreadable, data.val: ") == 10
     assert "not one image of ring could be read" in mpp.report(tmp_path / "ft").read_text()

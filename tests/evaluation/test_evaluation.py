@@ -191,7 +191,7 @@ def test_a_signal_ends_it_as_training(number: signal.Signals, shards: Path, run:
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert "--resume auto keeps the arms that are done" in said
+    assert "--resume auto keeps what is finished" in said
     ended = json.loads((tmp_path / "e" / "status.json").read_text())
     assert (ended["state"], ended["why"]) == ("stopped", number.name)
 

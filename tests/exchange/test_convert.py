@@ -77,10 +77,10 @@ def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optim": {"steps": 1},
     }
     recipe = check_recipe(values, FinetuneRecipe)
-    cell = tmp_path_factory.mktemp("segmenter") / "cell"
-    cell.mkdir()
-    save(build(recipe, "scratch", 0, 3), cell, recipe, {}, ["sky", "sea", "sand"])
-    return cell / "encoder"
+    trial = tmp_path_factory.mktemp("segmenter") / "trial"
+    trial.mkdir()
+    save(build(recipe, "scratch", 0, 3), trial, recipe, {}, ["sky", "sea", "sand"])
+    return trial / "encoder"
 
 
 @pytest.mark.parametrize("format", OTHERS)

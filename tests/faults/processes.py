@@ -175,7 +175,7 @@ def children(pid: int) -> list[int]:
 
 
 def records_of(job: str, out: Path) -> Path:
-    """The folder that has metrics.jsonl and checkpoints: the run's, or its one cell's."""
+    """The folder that has metrics.jsonl and checkpoints: the run's, or its one trial's."""
     return out if job == "pretrain" else out / "scratch-seed0"
 
 

@@ -82,10 +82,10 @@ def test_without_a_teacher_both_tokens_have_the_same_head(shards: Path, tmp_path
     mpp.finetune(
         recipe(shards, tmp_path / "o", "scratch", architecture=DEIT, pool="token", seeds=[0], **{"optim.steps": 3})
     )
-    cell = tmp_path / "o" / "scratch-seed0"
-    rows, _, _ = mpp.predict(cell, [_drawn(tmp_path)])
+    trial = tmp_path / "o" / "scratch-seed0"
+    rows, _, _ = mpp.predict(trial, [_drawn(tmp_path)])
     assert 0.5 <= rows[0]["probability"] <= 1
-    model = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{trial / 'encoder'}", pretrained=True).eval()
     assert torch.equal(model.head.weight, model.head_dist.weight)
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -158,9 +158,9 @@ def test_a_distilled_model_is_exported_with_both_heads(shards: Path, teacher: Pa
         "architecture": DEIT, "pool": "token", "seeds": [0], "optim.steps": 3, "distill.teacher": str(teacher),
     }  # fmt: skip
     result = mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes))
-    cell = tmp_path / "ft" / "scratch-seed0"
-    mpp.verify(cell)
-    model = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    trial = tmp_path / "ft" / "scratch-seed0"
+    mpp.verify(trial)
+    model = timm.create_model(f"local-dir:{trial / 'encoder'}", pretrained=True).eval()
     assert [layer.out_features for layer in model.get_classifier()] == [2, 2]
     assert not torch.equal(model.head.weight, model.head_dist.weight)
     again = mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes), resume="auto")
@@ -171,14 +171,14 @@ def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, teacher: Pat
     changes = {"seeds": [0], "optim.steps": 14, "distill": {"teacher": str(teacher), "kind": "soft", "alpha": 0.5}}
     mpp.finetune(recipe(shards, tmp_path / "whole", run, **changes))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for arm in ("pretrained", "scratch"):
-        cell = tmp_path / "cut" / f"{arm}-seed0"
-        (cell / "result.json").unlink()
-        shutil.rmtree(cell / "checkpoints" / "step-00000014")
+    for approach in ("pretrained", "scratch"):
+        trial = tmp_path / "cut" / f"{approach}-seed0"
+        (trial / "result.json").unlink()
+        shutil.rmtree(trial / "checkpoints" / "step-00000014")
     mpp.finetune(recipe(shards, tmp_path / "cut", run, **changes), resume="auto")
-    for arm in ("pretrained", "scratch"):
+    for approach in ("pretrained", "scratch"):
         a, b = (
-            [json.loads(line)["loss"] for line in (tmp_path / n / f"{arm}-seed0" / "metrics.jsonl").open()]
+            [json.loads(line)["loss"] for line in (tmp_path / n / f"{approach}-seed0" / "metrics.jsonl").open()]
             for n in ("whole", "cut")
         )
         assert a == b
@@ -206,8 +206,8 @@ def test_only_a_student_with_the_token_has_a_second_head(shards: Path, run: Path
     assert build(recipe(shards, "o", "scratch", **deit, **with_teacher), "scratch", 0, 2).distilled is not None
 
 
-def renamed(cell: Path, out: Path, names: list[str]) -> Path:
-    shutil.copytree(cell, out)
+def renamed(trial: Path, out: Path, names: list[str]) -> Path:
+    shutil.copytree(trial, out)
     config = out / "encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "label_names": names}))
     return out

@@ -1,4 +1,4 @@
-"""Fine-tuning: both arms, intervals, resume to the last bit, every option once."""
+"""Fine-tuning: both approaches, intervals, resume to the last bit, every option once."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def test_both_arms_with_intervals(
     assert result.state == "finished"
     assert "note: busy\n" in capsys.readouterr().out
     assert result.score.keys() == {"pretrained", "scratch"}
-    for arm in result.score.values():
-        assert len(arm.values) == 2
-        assert 0.4 < arm.mean <= 1, "two shapes, told apart better than by chance"
+    for approach in result.score.values():
+        assert len(approach.values) == 2
+        assert 0.4 < approach.mean <= 1, "two shapes, told apart better than by chance"
     stored = json.loads((tmp_path / "ft" / "result.json").read_text())
     assert stored["gain"]["mean"] == pytest.approx(result.score["pretrained"].mean - result.score["scratch"].mean)
     assert stored["val_images"] == 25
@@ -76,13 +76,13 @@ def test_both_arms_with_intervals(
     assert {p.name for p in (tmp_path / "ft").iterdir() if p.is_dir()} == {
         "pretrained-seed0", "pretrained-seed1", "scratch-seed0", "scratch-seed1",
     }  # fmt: skip
-    cell = tmp_path / "ft" / "pretrained-seed0"
-    assert [m["step"] for m in read_metrics(cell)] == list(range(1, 31))
-    verified = mpp.verify(cell)
+    trial = tmp_path / "ft" / "pretrained-seed0"
+    assert [m["step"] for m in read_metrics(trial)] == list(range(1, 31))
+    verified = mpp.verify(trial)
     assert verified.difference <= 1e-5
-    classifier = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    classifier = timm.create_model(f"local-dir:{trial / 'encoder'}", pretrained=True).eval()
     assert classifier(torch.zeros(1, 3, 16, 16)).shape == (1, 2)
-    assert json.loads((cell / "encoder" / "config.json").read_text())["label_names"] == ["disc", "square"]
+    assert json.loads((trial / "encoder" / "config.json").read_text())["label_names"] == ["disc", "square"]
 
 
 def test_the_encoders_own_normalisation(shards: Path, tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_the_encoders_own_normalisation(shards: Path, tmp_path: Path) -> None:
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 1, "data.mean": mean, "data.std": std}))
     few = {"seeds": [0], "optim.steps": 1}
     mpp.finetune(recipe(shards, tmp_path / "own", tmp_path / "run", **few))
-    for arm in ("pretrained", "scratch"):
-        config = json.loads((tmp_path / "own" / f"{arm}-seed0" / "encoder" / "config.json").read_text())
+    for approach in ("pretrained", "scratch"):
+        config = json.loads((tmp_path / "own" / f"{approach}-seed0" / "encoder" / "config.json").read_text())
         assert (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["std"]) == (mean, std)
     other = recipe(shards, tmp_path / "other", tmp_path / "run", **few, **{"data.mean": [0.1, 0.1, 0.1]})
     with pytest.warns(MppWarning, match=r"data\.mean: the encoder was trained with \[0\.4, 0\.5, 0\.6\]; left out"):
@@ -99,12 +99,12 @@ def test_the_encoders_own_normalisation(shards: Path, tmp_path: Path) -> None:
 
 
 def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
-    """Several numbers of labels in one run, resumed cell by cell; a cell is what a run of its own gives."""
+    """Several numbers of labels in one run, resumed trial by trial; a trial is what a run of its own gives."""
     out, changes = tmp_path / "ft", {"optim.steps": 6, "data.labels_per_class": [12, 4]}
     whole = mpp.finetune(recipe(shards, out, run, **changes))
     assert [v.labels_per_class for v in whole.verdicts] == [4, 12]
     assert {p.name for p in out.iterdir() if p.is_dir()} == {
-        f"labels{n}-{arm}-seed{seed}" for n in (4, 12) for arm in ("pretrained", "scratch") for seed in (0, 1)
+        f"labels{n}-{approach}-seed{seed}" for n in (4, 12) for approach in ("pretrained", "scratch") for seed in (0, 1)
     }
     assert whole.score == whole.verdicts[-1].score
     assert whole.encoder == out / "labels12-pretrained-seed0" / "encoder"
@@ -130,7 +130,7 @@ def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
     more = mpp.finetune(recipe(shards, out, run, **changes, seeds=[0, 1, 2]), resume="auto")
     assert [e.values[:2] for e in more.verdicts[1].score.values()] == [
         e.values for e in whole.verdicts[1].score.values()
-    ], "a seed more only adds cells"
+    ], "a seed more only adds trials"
 
 
 def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -144,12 +144,12 @@ def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path
     batch = CentreDataset(
         data, (16, 16), 1.0, channels=3, formats=("JPEG", "PNG"), max_image_pixels=10**6
     ).__getitems__(list(range(25)))
-    cell = tmp_path / "ft" / "pretrained-seed0"
-    classifier = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
+    trial = tmp_path / "ft" / "pretrained-seed0"
+    classifier = timm.create_model(f"local-dir:{trial / 'encoder'}", pretrained=True).eval()
     with torch.no_grad():
         guessed = classifier((batch.images.float() / 255 - 0.5) / 0.5).argmax(-1)
     accuracy = (guessed == batch.labels).float().mean().item()
-    assert accuracy == pytest.approx(json.loads((cell / "result.json").read_text())["metrics"]["accuracy"], abs=1e-6)
+    assert accuracy == pytest.approx(json.loads((trial / "result.json").read_text())["metrics"]["accuracy"], abs=1e-6)
 
 
 def test_distilled_encoders_have_tokens_to_read_and_no_mean(shards: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_distilled_encoders_have_tokens_to_read_and_no_mean(shards: Path, tmp_pa
 
 def test_the_arms_differ_in_their_weights_alone(shards: Path, run: Path, tmp_path: Path) -> None:
     given = recipe(shards, tmp_path / "ft", run)
-    pretrained, scratch = (build(given, arm, 0, 2) for arm in ("pretrained", "scratch"))
+    pretrained, scratch = (build(given, approach, 0, 2) for approach in ("pretrained", "scratch"))
     assert [(n, p.shape) for n, p in pretrained.named_parameters()] == [
         (n, p.shape) for n, p in scratch.named_parameters()
     ]
@@ -265,14 +265,14 @@ def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path)
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(values(shards, tmp_path / "whole", run, **changes)))
     mpp.finetune(path)
-    cells = [tmp_path / "killed" / f"{arm}-seed0" / "metrics.jsonl" for arm in ("pretrained", "scratch")]
-    for cell in cells:
+    trials = [tmp_path / "killed" / f"{approach}-seed0" / "metrics.jsonl" for approach in ("pretrained", "scratch")]
+    for trial in trials:
         process = subprocess.Popen(
             [sys.executable, "-m", "mpp", "finetune", str(path), f"out={tmp_path / 'killed'}", "--resume", "auto"],
             env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120
-        while not (cell.exists() and len(cell.read_text().splitlines()) > 10):
+        while not (trial.exists() and len(trial.read_text().splitlines()) > 10):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -280,8 +280,10 @@ def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path)
         process.wait()
     result = mpp.finetune(path, resume="auto", out=str(tmp_path / "killed"))
     assert result.state == "finished"
-    for arm in ("pretrained", "scratch"):
-        a, b = ([m["loss"].hex() for m in read_metrics(tmp_path / o / f"{arm}-seed0")] for o in ("whole", "killed"))
+    for approach in ("pretrained", "scratch"):
+        a, b = (
+            [m["loss"].hex() for m in read_metrics(tmp_path / o / f"{approach}-seed0")] for o in ("whole", "killed")
+        )
         assert a == b
     both = [json.loads((tmp_path / o / "result.json").read_text())["score"] for o in ("whole", "killed")]
     assert both[0] == both[1]
@@ -356,7 +358,7 @@ def test_a_damaged_encoder_is_not_trained_on(shards: Path, run: Path, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore:.*are among data.train:mpp.errors.MppWarning")
-def test_finished_cells_are_not_mixed_with_other_data(
+def test_finished_trials_are_not_mixed_with_other_data(
     image_folder: Path, shards: Path, run: Path, tmp_path: Path
 ) -> None:
     val = tmp_path / "val"
@@ -366,11 +368,11 @@ def test_finished_cells_are_not_mixed_with_other_data(
     with leaking:
         mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
     (val / "disc" / "002.jpg").unlink()
-    cell = tmp_path / "ft" / "pretrained-seed0"
+    trial = tmp_path / "ft" / "pretrained-seed0"
     for lost, refused in (
         (None, f"{tmp_path}/ft: the data changed since"),
-        (tmp_path / "ft" / "data.json", f"{cell}: the data or the encoder changed since"),
-        (cell / "result.json", f"{cell}/checkpoints/step-00000002: the training data or the encoder changed since"),
+        (tmp_path / "ft" / "data.json", f"{trial}: the data or the encoder changed since"),
+        (trial / "result.json", f"{trial}/checkpoints/step-00000002: the training data or the encoder changed since"),
     ):
         if lost:
             lost.unlink()  # the next that knows of the data refuses

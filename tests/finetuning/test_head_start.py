@@ -33,17 +33,17 @@ def test_it_begins_as_scikit_learns_probe(
     monkeypatch.setattr(head_start, "WEIGHT_DECAYS", (decay,))
     monkeypatch.setattr(head_start, "_read_features", lambda *of: read.extend(real(*of)) or read[-1:])
     result = mpp.finetune(recipe(shards, tmp_path / "run", run))
-    (_, features, labels), cell = read[0], tmp_path / "run" / "pretrained-seed0"
+    (_, features, labels), trial = read[0], tmp_path / "run" / "pretrained-seed0"
     assert len(read) == 1, "from scratch there is nothing to probe"
     assert features.shape == (20, 32)
     scaled = (features - features.mean(0)) / features.std(0)
     # of two classes scikit-learn decays one difference of weights, where softmax decays both
     theirs = LogisticRegression(C=2 / (len(labels) * decay), tol=1e-8, max_iter=10_000).fit(scaled, labels)
-    model = mpp.load_encoder(cell).eval()
+    model = mpp.load_encoder(trial).eval()
     ours = model.get_classifier()(torch.from_numpy(features)).softmax(-1)
     np.testing.assert_allclose(ours.detach().numpy(), theirs.predict_proba(scaled), atol=2e-3)
 
-    metrics = json.loads((cell / "result.json").read_text())["metrics"]
+    metrics = json.loads((trial / "result.json").read_text())["metrics"]
     assert metrics["start_accuracy"] == metrics["accuracy"], "steps of next to nothing"
     assert (
         "start_accuracy" not in json.loads((tmp_path / "run" / "scratch-seed0" / "result.json").read_text())["metrics"]

@@ -52,29 +52,29 @@ def test_a_run(shards: Path, run: Path, tmp_path: Path) -> None:
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run, **SHORT, ema_decay=0.9))
     assert result.score.keys() == {"pretrained", "scratch"}
     before = load_file(run / "encoder" / "model.safetensors")
-    cells = {arm: tmp_path / "ft" / f"{arm}-seed0" for arm in result.score}
-    after = load_file(cells["pretrained"] / "encoder" / "model.safetensors")
+    trials = {approach: tmp_path / "ft" / f"{approach}-seed0" for approach in result.score}
+    after = load_file(trials["pretrained"] / "encoder" / "model.safetensors")
     assert before.keys() <= after.keys()
     for name, value in before.items():
         linear = name.startswith("blocks") and name.endswith("weight") and value.ndim == 2
         assert torch.equal(after[name], value) != linear, f"{name}: matrices of blocks alone have changed"
     delta = after["blocks.0.mlp.fc1.weight"] - before["blocks.0.mlp.fc1.weight"]
     assert torch.linalg.matrix_rank(delta, rtol=1e-3) == 4
-    assert mpp.verify(cells["pretrained"]).difference <= 1e-5
-    scratch = load_file(next((cells["scratch"] / "checkpoints").iterdir()) / "model.safetensors")
-    assert not any("lora_" in name for name in scratch), "the arm from scratch trains all of itself"
+    assert mpp.verify(trials["pretrained"]).difference <= 1e-5
+    scratch = load_file(next((trials["scratch"] / "checkpoints").iterdir()) / "model.safetensors")
+    assert not any("lora_" in name for name in scratch), "the approach from scratch trains all of itself"
 
 
 def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, tmp_path: Path) -> None:
     whole = mpp.finetune(recipe(shards, tmp_path / "whole", run, **SHORT, beside=[]))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    cell, other = (tmp_path / o / "pretrained-seed0" for o in ("whole", "cut"))
+    trial, other = (tmp_path / o / "pretrained-seed0" for o in ("whole", "cut"))
     (other / "result.json").unlink()
     shutil.rmtree(other / "encoder")
     shutil.rmtree(other / "checkpoints" / "step-00000006")
     again = mpp.finetune(recipe(shards, tmp_path / "cut", run, **SHORT, beside=[]), resume="auto")
     assert again.score == whole.score
-    a, b = (load_file(c / "encoder" / "model.safetensors") for c in (cell, other))
+    a, b = (load_file(c / "encoder" / "model.safetensors") for c in (trial, other))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 

@@ -44,12 +44,12 @@ def write_metrics(folder: Path, minutes: float) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def finetuned(out: Path, minutes: float, of: FinetuneRecipe, cell: str = "pretrained-seed0") -> Path:
-    """A cell of a fine-tune."""
-    (out / cell).mkdir(parents=True)
+def finetuned(out: Path, minutes: float, of: FinetuneRecipe, trial: str = "pretrained-seed0") -> Path:
+    """A trial of a fine-tune."""
+    (out / trial).mkdir(parents=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(of.model_dump(mode="json", exclude_unset=True)))
-    write_metrics(out / cell, minutes)
-    return out / cell
+    write_metrics(out / trial, minutes)
+    return out / trial
 
 
 def test_each_run_counts_once(tmp_path: Path) -> None:
@@ -77,10 +77,10 @@ def test_pretraining_that_went_on_counts_what_it_began_with(tmp_path: Path) -> N
     assert minutes_before(recipe(third), "pretrained", "CPU") == 5, "weights of others cost nothing"
 
 
-@pytest.mark.parametrize("cell", ["scratch-seed0", "labels5-scratch-seed0", "cnn-seed3"])
-def test_a_teacher_from_scratch_has_no_pretraining(cell: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trial", ["scratch-seed0", "labels5-scratch-seed0", "cnn-seed3"])
+def test_a_teacher_from_scratch_has_no_pretraining(trial: str, tmp_path: Path) -> None:
     encoder = pretrained(tmp_path / "p", 11.0)
-    teacher = finetuned(tmp_path / "f", 6.0, recipe(encoder), cell)
+    teacher = finetuned(tmp_path / "f", 6.0, recipe(encoder), trial)
     assert minutes_before(recipe("scratch", teacher), "scratch", "CPU") == 6
 
 

@@ -31,11 +31,11 @@ from mpp.training.batch_norms import AT_ONCE, LEAST_IMAGES, batch_norms_of, meas
 from tests.conftest import command, drawn_image, encoded, pretrain_recipe
 from tests.finetuning.test_finetuning import recipe
 
-CELL = "pretrained-seed0"
+TRIAL = "pretrained-seed0"
 
 
-def weights(run_folder: Path, step: int, cell: str = CELL, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run_folder / cell / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+def weights(run_folder: Path, step: int, trial: str = TRIAL, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run_folder / trial / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
 
 
 def tuned(shards: Path, out: Path, encoder: Path, **changes: Any) -> Any:
@@ -56,7 +56,7 @@ def test_a_frozen_encoder_stands_still(shards: Path, run: Path, tmp_path: Path) 
     tuned(shards, tmp_path / "o", run, frozen=1.0, beside=["scratch"])
     assert moved(weights(tmp_path / "o", 1), weights(tmp_path / "o", 12)) == {"head"}
     before = mpp.load_encoder(run).state_dict()
-    after = mpp.load_encoder(tmp_path / "o" / CELL).state_dict()
+    after = mpp.load_encoder(tmp_path / "o" / TRIAL).state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if k in after and not k.startswith("head"))
     scratch = moved(weights(tmp_path / "o", 1, "scratch-seed0"), weights(tmp_path / "o", 12, "scratch-seed0"))
     assert "blocks.0" in scratch, "there, nothing is worth standing still for"
@@ -104,7 +104,7 @@ def test_the_average_of_the_weights_is_what_is_judged(shards: Path, run: Path, t
     stored = weights(tmp_path / "o", 12, name="averaged")
     for k, value in stored.items():
         torch.testing.assert_close(mean[k], value)
-    exported = mpp.load_encoder(tmp_path / "o" / CELL).state_dict()
+    exported = mpp.load_encoder(tmp_path / "o" / TRIAL).state_dict()
     torch.testing.assert_close(exported["blocks.0.mlp.fc1.weight"], stored["encoder.blocks.0.mlp.fc1.weight"])
     assert not torch.equal(
         exported["blocks.0.mlp.fc1.weight"], weights(tmp_path / "o", 12)["encoder.blocks.0.mlp.fc1.weight"]
@@ -138,10 +138,10 @@ def test_killed_and_resumed_it_is_the_same(
 ) -> None:
     whole = tuned(shards, tmp_path / "whole", run, **changes)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    cell = tmp_path / "cut" / CELL
-    (cell / "result.json").unlink()
+    trial = tmp_path / "cut" / TRIAL
+    (trial / "result.json").unlink()
     for step in range(8, 13):
-        shutil.rmtree(cell / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+        shutil.rmtree(trial / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
     given = {
         "seeds": [0],
         "beside": [],
@@ -151,7 +151,7 @@ def test_killed_and_resumed_it_is_the_same(
     }
     again = mpp.finetune(recipe(shards, tmp_path / "cut", run, **given, **changes), resume="auto")
     assert again.verdicts == whole.verdicts
-    a, b = ([(m["step"], m["loss"]) for m in read_metrics(tmp_path / o / CELL)] for o in ("whole", "cut"))
+    a, b = ([(m["step"], m["loss"]) for m in read_metrics(tmp_path / o / TRIAL)] for o in ("whole", "cut"))
     assert a == b
 
 
@@ -159,33 +159,33 @@ def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:
     """At a learning rate of nothing it never rises again: it stops, with the weights that were best."""
     given = {"early_stop": {"every_steps": 2, "patience": 3, "fraction": 0.3}, "optim.base_lr": 1e-9, "optim.steps": 40}
     tuned(shards, tmp_path / "o", run, **given)
-    cell = tmp_path / "o" / CELL
-    measured = [m["step"] for m in read_metrics(cell) if "tune_accuracy" in m]
+    trial = tmp_path / "o" / TRIAL
+    measured = [m["step"] for m in read_metrics(trial) if "tune_accuracy" in m]
     assert measured == [2, 4, 6, 8], "the first is the best, then three without a better one"
-    assert [p.name for p in (cell / "best").iterdir()] == ["step-00000002"]
-    best = load_file(cell / "best" / "step-00000002" / "model.safetensors")
-    exported = mpp.load_encoder(cell).state_dict()
+    assert [p.name for p in (trial / "best").iterdir()] == ["step-00000002"]
+    best = load_file(trial / "best" / "step-00000002" / "model.safetensors")
+    exported = mpp.load_encoder(trial).state_dict()
     assert torch.equal(exported["blocks.0.mlp.fc1.weight"], best["encoder.blocks.0.mlp.fc1.weight"])
-    assert "step 2 of 8: best on 6 training images held out" in (cell / "train.log").read_text()
+    assert "step 2 of 8: best on 6 training images held out" in (trial / "train.log").read_text()
     small = {"seeds": [0], "beside": [], "checkpoint_every_steps": 1, "keep_checkpoints": 99}
     for killed_after in (8, 5):  # between the last checkpoint and the verdict; after one measurement without a new best
-        (cell / "result.json").unlink()
+        (trial / "result.json").unlink()
         for step in range(killed_after + 1, 9):
-            shutil.rmtree(cell / "checkpoints" / f"step-{step:08d}")
+            shutil.rmtree(trial / "checkpoints" / f"step-{step:08d}")
         again = mpp.finetune(recipe(shards, tmp_path / "o", run, **small, **given), resume="auto")
         assert again.state == "finished"
-        assert [m["step"] for m in read_metrics(cell)][-1] == 8, "and does not go on"
+        assert [m["step"] for m in read_metrics(trial)][-1] == 8, "and does not go on"
 
 
 def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:
     given = {"early_stop": {"every_steps": 4, "fraction": 0.3}, "drop_path_rate": 0.3}
     tuned(shards, tmp_path / "o", run, **given)
-    log = (tmp_path / "o" / CELL / "train.log").read_text()
+    log = (tmp_path / "o" / TRIAL / "train.log").read_text()
     assert "14 labeled images of 2 classes" in log, "of 20, and 6 to judge by"
-    losses = [m["loss"] for m in read_metrics(tmp_path / "o" / CELL)]
+    losses = [m["loss"] for m in read_metrics(tmp_path / "o" / TRIAL)]
     rarely = {"early_stop": {"every_steps": 12, "fraction": 0.3}, "drop_path_rate": 0.3}
     tuned(shards, tmp_path / "r", run, **rarely)
-    assert [m["loss"] for m in read_metrics(tmp_path / "r" / CELL)] == losses, "judging leaves training as it was"
+    assert [m["loss"] for m in read_metrics(tmp_path / "r" / TRIAL)] == losses, "judging leaves training as it was"
 
 
 def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -199,12 +199,12 @@ def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path:
 
     monkeypatch.setattr(image_labels, "open_labeled", turned)
     other = tuned(shards, tmp_path / "b", run, **given)
-    a, b = ([m.get("tune_accuracy") for m in read_metrics(tmp_path / o / CELL)] for o in "ab")
+    a, b = ([m.get("tune_accuracy") for m in read_metrics(tmp_path / o / TRIAL)] for o in "ab")
     assert a == b
     assert other.score["pretrained"].mean == pytest.approx(1 - straight.score["pretrained"].mean)
-    (best,) = (tmp_path / "a" / CELL / "best").iterdir()
+    (best,) = (tmp_path / "a" / TRIAL / "best").iterdir()
     averaged = load_file(best / "averaged.safetensors")
-    exported = mpp.load_encoder(tmp_path / "a" / CELL).state_dict()
+    exported = mpp.load_encoder(tmp_path / "a" / TRIAL).state_dict()
     assert torch.equal(exported["blocks.0.mlp.fc1.weight"], averaged["encoder.blocks.0.mlp.fc1.weight"])
 
 
@@ -215,14 +215,14 @@ def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path:
     def rising(recipe: Any, team: Any, kind: Any, model: Any, images: Any, chosen: Any, key: str, **rest: Any) -> Any:
         if key != "early_stop":
             return real(recipe, team, kind, model, images, chosen, key, **rest)
-        best = tmp_path / "o" / CELL / "best"
+        best = tmp_path / "o" / TRIAL / "best"
         there.append(sorted(int(p.name[5:]) for p in best.iterdir()) if best.exists() else [])
         return Judged({"accuracy": next(scores)}, None, 0, [], [])
 
     monkeypatch.setattr(loop, "judge", rising)
     tuned(shards, tmp_path / "o", run, early_stop={"every_steps": 2}, checkpoint_every_steps=5)
     assert there == [[], [2], [4], [4, 6], [4, 6, 8], [10]], "after steps 5 and 10 the older ones go"
-    assert [p.name for p in (tmp_path / "o" / CELL / "best").iterdir()] == ["step-00000012"]
+    assert [p.name for p in (tmp_path / "o" / TRIAL / "best").iterdir()] == ["step-00000012"]
 
 
 RESNET = {"architecture": {"name": "resnet10t"}, "data.image_size": 32}
@@ -234,13 +234,13 @@ def test_batch_norms_of_a_frozen_encoder_stand_still(shards: Path, tmp_path: Pat
         for name, frozen in (("part", 0.5), ("whole", 1.0))
     )  # fmt: skip
     assert part.state == whole.state == "finished"
-    cell = "scratch-seed0"
-    states = [weights(tmp_path / "part", step, cell) for step in (1, 6, 7)]
+    trial = "scratch-seed0"
+    states = [weights(tmp_path / "part", step, trial) for step in (1, 6, 7)]
     statistics = [k for k in states[0] if "running_mean" in k]
     assert statistics
     assert all(torch.equal(states[0][k], states[1][k]) for k in statistics)
     assert not all(torch.equal(states[1][k], states[2][k]) for k in statistics), "thawed"
-    norms = [[m["grad_norm"] for m in read_metrics(tmp_path / name / cell)][:6] for name in ("part", "whole")]
+    norms = [[m["grad_norm"] for m in read_metrics(tmp_path / name / trial)][:6] for name in ("part", "whole")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5), "of the head alone: that is what is clipped"
 
 
@@ -253,8 +253,8 @@ def test_batch_norms_have_the_statistics_of_training_images_as_they_are_judged(
     changes = {"seeds": [0], "beside": [], "optim.steps": 12, "data.labels_per_class": None, **changes}
     given = recipe(shards, tmp_path / "o", "scratch", **RESNET, **changes)
     mpp.finetune(given)
-    cell = tmp_path / "o" / "scratch-seed0"
-    exported = mpp.load_encoder(cell).state_dict()
+    trial = tmp_path / "o" / "scratch-seed0"
+    exported = mpp.load_encoder(trial).state_dict()
     model = build(given, "scratch", 0, 2)
     kind = open_label_kind(given)
     train = kind.open(given.data.train, key="data.train", classes=None)
@@ -290,10 +290,10 @@ def test_batch_norms_on_two_processes(shards: Path, image_folder: Path, tmp_path
     path.write_text(yaml.safe_dump(values(shards, tmp_path / "o", "scratch", **given)))
     done = command("finetune", path, processes=2)
     assert done.returncode == 0, done.stderr
-    cell = tmp_path / "o" / "scratch-seed0"
-    report = mpp.predict(cell, [str(image_folder)], report=tmp_path / "report")[2]
+    trial = tmp_path / "o" / "scratch-seed0"
+    report = mpp.predict(trial, [str(image_folder)], report=tmp_path / "report")[2]
     assert report is not None
-    stored = json.loads((cell / "result.json").read_text())["metrics"]
+    stored = json.loads((trial / "result.json").read_text())["metrics"]
     assert report.accuracy == pytest.approx(stored["accuracy"])
 
 
@@ -383,9 +383,9 @@ def test_at_a_higher_resolution_than_in_pretraining(
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **small))
     still = {"data.image_size": 32, "optim.base_lr": 1e-12, "optim.steps": 1}
     tuned(shards, tmp_path / "o", tmp_path / "run", **still)
-    mpp.verify(tmp_path / "o" / CELL)
+    mpp.verify(tmp_path / "o" / TRIAL)
     before = mpp.load_encoder(tmp_path / "run").state_dict()
-    after = mpp.load_encoder(tmp_path / "o" / CELL).state_dict()
+    after = mpp.load_encoder(tmp_path / "o" / TRIAL).state_dict()
     same = [k for k in before if k in after and before[k].shape == after[k].shape]
     assert all(torch.allclose(before[k], after[k], atol=1e-8) for k in same)
     assert len(same) > 0.8 * len(before)
@@ -403,10 +403,10 @@ def test_views_of_validation_images_are_those_of_predict(shards: Path, run: Path
 
     val = shards / "shard-000000.tar"
     mpp.finetune(recipe(shards, tmp_path / "ft", run, seeds=[0], beside=[], **{"optim.steps": 4, "data.val_views": views}))  # fmt: skip
-    cell = tmp_path / "ft" / "pretrained-seed0"
-    stored = json.loads((cell / "result.json").read_text())["metrics"]
+    trial = tmp_path / "ft" / "pretrained-seed0"
+    stored = json.loads((trial / "result.json").read_text())["metrics"]
     data = open_labeled((str(val),), key="k", classes=None, cache_dir=None, cache_limit_bytes=1e9)
-    predictor = Predictor(cell, views)  # type: ignore[arg-type]
+    predictor = Predictor(trial, views)  # type: ignore[arg-type]
     p = predictor.probabilities(torch.stack([predictor.crops(data.reader.read(i)) for i in range(len(data))]))
     assert stored["accuracy"] == pytest.approx(float((p.argmax(-1).numpy() == data.labels).mean()))
     from mpp.finetuning.tasks.classify import ClassifyTask

@@ -24,20 +24,20 @@ from tests.finetuning.test_finetuning import ARGS, recipe
 
 
 @pytest.fixture(scope="module")
-def cell(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trial(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("fine") / "tuned"
     architecture = {"name": "vit_tiny_patch16_224", "args": ARGS}
     mpp.finetune(recipe(shards, out, "scratch", seeds=[0], architecture=architecture))
     return out / "scratch-seed0"
 
 
-def test_rows_are_what_the_model_says(cell: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_rows_are_what_the_model_says(trial: Path, image_folder: Path, tmp_path: Path) -> None:
     folder = image_folder / "disc"
-    rows, unreadable, report = mpp.predict(cell, [str(folder)], top=2, out=tmp_path / "p" / "rows.csv")
+    rows, unreadable, report = mpp.predict(trial, [str(folder)], top=2, out=tmp_path / "p" / "rows.csv")
     assert (unreadable, report) == ({}, None)
     assert [row["image"] for row in rows] == sorted(str(p) for p in folder.iterdir())
-    model = timm.create_model(f"local-dir:{cell / 'encoder'}", pretrained=True).eval()
-    predictor = Predictor(cell)
+    model = timm.create_model(f"local-dir:{trial / 'encoder'}", pretrained=True).eval()
+    predictor = Predictor(trial)
     pixels = predictor.crops(Path(rows[3]["image"]).read_bytes())
     assert pixels.shape == (1, 3, 16, 16)
     with torch.no_grad():
@@ -51,9 +51,9 @@ def test_rows_are_what_the_model_says(cell: Path, image_folder: Path, tmp_path: 
         assert [r["class"] for r in csv.DictReader(f)] == [r["class"] for r in rows]
 
 
-def test_more_views_are_means(cell: Path, image_folder: Path) -> None:
+def test_more_views_are_means(trial: Path, image_folder: Path) -> None:
     data = next((image_folder / "disc").iterdir()).read_bytes()
-    one, two, ten = (Predictor(cell, views) for views in (1, 2, 10))  # type: ignore[arg-type]
+    one, two, ten = (Predictor(trial, views) for views in (1, 2, 10))  # type: ignore[arg-type]
     centre, five = one.crops(data), ten.crops(data)
     assert five.shape[0] == 5
     assert torch.equal(five[:1], centre)
@@ -64,10 +64,10 @@ def test_more_views_are_means(cell: Path, image_folder: Path) -> None:
     torch.testing.assert_close(ten.probabilities(five[None]), torch.cat(each).mean(0, keepdim=True))
 
 
-def test_the_report(cell: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_the_report(trial: Path, image_folder: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "images"
     shutil.copytree(image_folder, wrong)
-    rows, _, _ = mpp.predict(cell, [str(wrong)])
+    rows, _, _ = mpp.predict(trial, [str(wrong)])
     for row in rows:  # every image into the folder of the other class than it is said to be; one into its own
         name = Path(row["image"])
         other = {"disc": "square", "square": "disc"}[row["class"]]
@@ -75,7 +75,7 @@ def test_the_report(cell: Path, image_folder: Path, tmp_path: Path) -> None:
     for path in tmp_path.glob("*-*.*"):
         kind, _, name = path.name.partition("-")
         shutil.move(path, wrong / kind / name)
-    rows, _, report = mpp.predict(cell, [str(wrong)], report=tmp_path / "report")
+    rows, _, report = mpp.predict(trial, [str(wrong)], report=tmp_path / "report")
     assert report is not None
     assert report.accuracy == 0
     assert report.counts.sum() == 60
@@ -94,46 +94,46 @@ def test_the_report(cell: Path, image_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_unreadable_images_are_named(cell: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_named(trial: Path, tmp_path: Path) -> None:
     good, bad = tmp_path / "a.png", tmp_path / "b.png"
     good.write_bytes(encoded(drawn_image(1)))
     bad.write_bytes(b"not an image")
-    done = command("predict", cell, good, bad)
+    done = command("predict", trial, good, bad)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "image,class,probability"
     assert done.stdout.splitlines()[1].startswith(f"{good},")
     assert f"unreadable: {bad}: " in done.stderr
-    done = command("predict", cell, bad)
+    done = command("predict", trial, bad)
     assert done.returncode == 2
     assert "not one image can be read" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_wrong_inputs(cell: Path, shards: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_wrong_inputs(trial: Path, shards: Path, image_folder: Path, tmp_path: Path) -> None:
     from tests.conftest import pretrain_recipe
 
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 1}))
-    with pytest.raises(UserError, match="no classifier with class names in it; give a fine-tuned cell"):
+    with pytest.raises(UserError, match="has no classifier with class names; give a fine-tuned model"):
         mpp.predict(tmp_path / "run", [str(image_folder)])
     with pytest.raises(UserError, match=r"nowhere\.png: no such file or folder"):
-        mpp.predict(cell, ["nowhere.png"])
+        mpp.predict(trial, ["nowhere.png"])
     with pytest.raises(UserError, match="no images in it"):
-        mpp.predict(cell, [str(tmp_path / "run" / "checkpoints")])
+        mpp.predict(trial, [str(tmp_path / "run" / "checkpoints")])
     stray = tmp_path / "ring" / "a.png"
     stray.parent.mkdir()
     stray.write_bytes(encoded(drawn_image(1)))
     with pytest.raises(UserError, match=r"--report: .*a\.png: its folder is none of the classes \(disc, square\)"):
-        mpp.predict(cell, [str(stray)], report=tmp_path / "r")
+        mpp.predict(trial, [str(stray)], report=tmp_path / "r")
     with pytest.raises(UserError, match="views: 3; allowed: 1, 2, 10"):
-        mpp.predict(cell, [str(stray)], views=3)
+        mpp.predict(trial, [str(stray)], views=3)
     with pytest.raises(UserError, match="neither a run nor an exported encoder"):
         mpp.predict(image_folder, [str(stray)])
-    config = json.loads((cell / "encoder" / "config.json").read_text())
+    config = json.loads((trial / "encoder" / "config.json").read_text())
     assert config["label_names"] == ["disc", "square"]
 
 
-def test_a_recipe_from_elsewhere_runs_nothing(cell: Path, tmp_path: Path) -> None:
-    shutil.copytree(cell / "encoder", tmp_path / "theirs")
+def test_a_recipe_from_elsewhere_runs_nothing(trial: Path, tmp_path: Path) -> None:
+    shutil.copytree(trial / "encoder", tmp_path / "theirs")
     recipe = tmp_path / "theirs" / "recipe.yaml"
     recipe.write_text(f"task: !!python/object/apply:os.mkdir ['{tmp_path / 'mark'}']\n")
     image = tmp_path / "a.png"
@@ -144,9 +144,9 @@ def test_a_recipe_from_elsewhere_runs_nothing(cell: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_odd_names(cell: Path, tmp_path: Path) -> None:
+def test_odd_names(trial: Path, tmp_path: Path) -> None:
     """Dollars are no formulas, bytes that are no text are kept, and what cannot be written is said at once."""
-    odd = shutil.copytree(cell, tmp_path / "odd")
+    odd = shutil.copytree(trial, tmp_path / "odd")
     config = odd / "encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "label_names": ["a$_$b", "c"]}))
     for name in ("a$_$b", "c"):
@@ -160,9 +160,9 @@ def test_odd_names(cell: Path, tmp_path: Path) -> None:
         f.write(encoded(drawn_image(1)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(
-        [sys.executable, "-m", "mpp", "predict", str(cell), strange], capture_output=True, env=environment, check=False
+        [sys.executable, "-m", "mpp", "predict", str(trial), strange], capture_output=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
     assert strange in done.stdout
     with pytest.raises(UserError, match=f"{tmp_path}: Is a directory"):
-        mpp.predict(cell, [os.fsdecode(strange)], out=tmp_path)
+        mpp.predict(trial, [os.fsdecode(strange)], out=tmp_path)

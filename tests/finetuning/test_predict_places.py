@@ -111,6 +111,6 @@ def test_what_is_refused(detector: Path, segmenter: Path, photos: Path, tmp_path
         mpp.predict(segmenter, [str(photos)], report=tmp_path / "out")
     (tmp_path / "recipe.yaml").rename(segmenter / "encoder" / "recipe.yaml")
     (segmenter / "encoder" / "head.safetensors").unlink()
-    for look in (mpp.verify, lambda cell: mpp.predict(cell, [str(photos)], report=tmp_path / "out")):
+    for look in (mpp.verify, lambda trial: mpp.predict(trial, [str(photos)], report=tmp_path / "out")):
         with pytest.raises(UserError, match=r"head\.safetensors: No such file"):
             look(segmenter)

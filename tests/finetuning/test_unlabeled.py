@@ -274,10 +274,10 @@ def test_a_teacher_teaches_from_them(shards: Path, tmp_path: Path) -> None:
     assert losses["with"] != losses["without"]
     told = json.loads((tmp_path / "with" / "data.json").read_text())["unlabeled"]
     assert told == {"images": 35, "left_out": 25}
-    cell = tmp_path / "with" / "scratch-seed0"
-    (cell / "result.json").unlink()
+    trial = tmp_path / "with" / "scratch-seed0"
+    (trial / "result.json").unlink()
     for step in (6, 8):
-        shutil.rmtree(cell / "checkpoints" / f"step-{step:08d}")
+        shutil.rmtree(trial / "checkpoints" / f"step-{step:08d}")
     made = recipe(shards, tmp_path / "with", shards, distill=distill, **changes)
     mpp.finetune(made, resume="auto")
-    assert [m["loss"].hex() for m in read_metrics(cell)] == losses["with"]
+    assert [m["loss"].hex() for m in read_metrics(trial)] == losses["with"]

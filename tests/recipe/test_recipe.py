@@ -318,8 +318,8 @@ def test_every_fine_tune_runs_with_the_preset_tiny(
         places["unlabeled.images"] = str(shards)
     result = mpp.finetune(path, preset="tiny", encoder=str(tiny_encoder), out=str(tmp_path / "run"), **places)
     assert result.state == "finished"
-    cells = [f"{arm}-seed0" for arm in ("pretrained", *recipe.beside)]
-    assert sorted(p.name for p in result.out.glob("*-seed0")) == sorted(cells)
+    trials = [f"{approach}-seed0" for approach in ("pretrained", *recipe.beside)]
+    assert sorted(p.name for p in result.out.glob("*-seed0")) == sorted(trials)
 
 
 def test_every_recipe_has_the_preset_tiny() -> None:

@@ -191,7 +191,7 @@ def test_a_probe_that_does_better_than_the_fine_tune(runs: tuple[Path, Path], tm
 
 def written(folder: Path, recipe: dict[str, Any], scores: dict[str, list[float]]) -> Path:
     """A fine-tune's records, as if it had found these accuracies over its seeds."""
-    verdict = Verdict.of(None, {arm: [{"accuracy": v} for v in values] for arm, values in scores.items()})
+    verdict = Verdict.of(None, {approach: [{"accuracy": v} for v in values] for approach, values in scores.items()})
     folder.mkdir()
     recipe = {"job": "finetune", "out": str(folder), "seeds": list(range(len(next(iter(scores.values()))))), **recipe}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -216,7 +216,9 @@ def test_it_concludes_as_the_terminal_does(
     scores = {"pretrained": [0.205, 0.215][: len(scratch)], "scratch": scratch}
     fine = written(tmp_path / "fine", {"encoder": str(runs[0])}, scores)
     page = " ".join(Page(mpp.report([runs[0], fine], tmp_path / "r.html").read_text()).words)
-    terminal = table([Verdict.of(None, {arm: [{"accuracy": v} for v in values] for arm, values in scores.items()})])
+    terminal = table(
+        [Verdict.of(None, {approach: [{"accuracy": v} for v in values] for approach, values in scores.items()})]
+    )
     assert words in terminal
     assert page.lower().count(words) >= 2, "in the first sentence, and beside the table"
     assert "did not help" not in page
@@ -297,7 +299,7 @@ def test_a_page_is_never_too_large(
     ("words", "message"),
     [
         (["/none"], "/none: no such file or folder"),
-        (["{cell}"], "a cell of the fine-tune"),
+        (["{trial}"], "is one model of the fine-tune"),
         (["{run}", "--out", "{file}/x.html"], "/file/x.html: "),
         (["{broken}"], "recipe.yaml: not the recipe of a run"),
     ],
@@ -306,8 +308,8 @@ def test_errors(words: list[str], message: str, runs: tuple[Path, Path], tmp_pat
     (tmp_path / "file").touch()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "recipe.yaml").write_text("[")
-    cell = next(runs[1].glob("*seed0"))
-    names = {"run": runs[0], "cell": cell, "file": tmp_path / "file", "broken": tmp_path / "broken"}
+    trial = next(runs[1].glob("*seed0"))
+    names = {"run": runs[0], "trial": trial, "file": tmp_path / "file", "broken": tmp_path / "broken"}
     done = CliRunner().invoke(main, ["report", *(w.format(**names) for w in words)])
     assert done.exit_code == 2, done.output
     assert message in done.output

@@ -296,9 +296,9 @@ def test_a_fine_tune_that_ended_too_early(last_loss: float, changes: dict[str, A
         "and a mere guess among 20 classes has 3.00." if found else ""
     )  # fmt: skip
     run = history("finetune", data={"classes": 20}, recipe=changes)
-    for arm in ("cnn", "pretrained"):  # the CNN has keys of its own
-        cell = History(Path(f"runs/a/{arm}-seed0"), "cell", {}, {}, {}, records(loss=losses), {"metrics": {}})
-        run.cells.append(cell)
+    for approach in ("cnn", "pretrained"):  # the CNN has keys of its own
+        trial = History(Path(f"runs/a/{approach}-seed0"), "trial", {}, {}, {}, records(loss=losses), {"metrics": {}})
+        run.trials.append(trial)
     assert [s.kind for s in symptoms(run)] == ["underfit"] * found
 
 
@@ -308,7 +308,7 @@ def test_a_better_road_is_named() -> None:
 
     score = {"pretrained": estimated(0.48, 0.47, 0.49), "cnn": estimated(0.61, 0.60, 0.62)}
     (seen,) = symptoms(history("finetune", result={"verdicts": [{"score": score}]}))
-    assert seen.kind == "better_road"
+    assert seen.kind == "better_approach"
     assert seen.text.startswith("Best here is the CNN from scratch, 13.0 points above the pretrained encoder")
     assert "in the folders cnn-seed*" in seen.advice
     for ours, theirs in ((0.61, 0.48), (0.48, 0.485)):

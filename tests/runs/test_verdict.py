@@ -7,11 +7,11 @@ import math
 
 import pytest
 
-from mpp.runs.verdict import Cost, Verdict, compare_roads, conclude, estimate, stored_estimate, table
+from mpp.runs.verdict import Cost, Verdict, compare_approaches, conclude, estimate, stored_estimate, table
 
 
-def cells(**accuracies: list[float]) -> dict[str, list[dict[str, float]]]:
-    return {arm: [{"accuracy": a, "ece": a / 10} for a in values] for arm, values in accuracies.items()}
+def trials(**accuracies: list[float]) -> dict[str, list[dict[str, float]]]:
+    return {approach: [{"accuracy": a, "ece": a / 10} for a in values] for approach, values in accuracies.items()}
 
 
 def test_the_interval_is_students() -> None:
@@ -22,13 +22,13 @@ def test_the_interval_is_students() -> None:
 
 
 def test_the_gain_is_paired_by_seed() -> None:
-    verdict = Verdict.of(None, cells(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))
+    verdict = Verdict.of(None, trials(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))
     assert verdict.gain is not None
     assert verdict.gain.values == pytest.approx([0.1, 0.1, 0.1])
     assert verdict.gain.half_width < 1e-9, "the seeds differ by a lot, the pairs not at all"
     assert conclude(verdict.gain).kind == "helped"
     assert verdict.metrics["scratch"]["ece"].mean == pytest.approx(0.05)
-    assert Verdict.of(None, cells(scratch=[0.4])).gain is None
+    assert Verdict.of(None, trials(scratch=[0.4])).gain is None
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def test_the_gain_is_paired_by_seed() -> None:
 )
 def test_what_a_gain_allows_to_say(gains: list[float], kind: str, words: str) -> None:
     """On the terminal; the report has the same function, see test_symptoms.py and test_reporting.py."""
-    verdict = Verdict.of(100, cells(pretrained=[0.5 + g for g in gains], scratch=[0.5] * len(gains)))
+    verdict = Verdict.of(100, trials(pretrained=[0.5 + g for g in gains], scratch=[0.5] * len(gains)))
     assert verdict.gain is not None
     found = conclude(verdict.gain)
     assert found.kind == kind
     assert found.text.startswith(words)
     assert found.text in table([verdict])
     assert "did not help" not in table([verdict])
-    both = table([Verdict.of(10, cells(pretrained=[0.9] * 3, scratch=[0.5, 0.51, 0.5])), verdict])
+    both = table([Verdict.of(10, trials(pretrained=[0.9] * 3, scratch=[0.5, 0.51, 0.5])), verdict])
     assert (f"100 labels a class: {words}" in both) == (kind != "helped")
     assert "10 labels a class: pretraining" not in both
     written = json.loads(
@@ -83,7 +83,7 @@ def test_what_a_gain_allows_to_say(gains: list[float], kind: str, words: str) ->
         (
             {"pretrained": [0.62, 0.60, 0.64], "scratch": [0.3, 0.3, 0.3], "cnn": [0.61, 0.62, 0.60]},
             "not_shown",
-            "no road is shown to be best with 3 seeds: the pretrained encoder is 1.0 points above the CNN from scratch, "
+            "no approach is shown to be best with 3 seeds: the pretrained encoder is 1.0 points above the CNN from scratch, "
             "which may be chance (95 % interval -6.5 to +8.5)",
         ),
         (
@@ -94,14 +94,14 @@ def test_what_a_gain_allows_to_say(gains: list[float], kind: str, words: str) ->
     ],
     ids=["cnn", "pretrained", "published", "no difference", "one seed"],
 )
-def test_the_sentence_about_roads(accuracies: dict[str, list[float]], kind: str, words: str) -> None:
+def test_the_sentence_about_approaches(accuracies: dict[str, list[float]], kind: str, words: str) -> None:
     verdict = Verdict.of(
         None,
-        cells(**accuracies),
+        trials(**accuracies),
         "accuracy",
         Cost("CPU", {"pretrained": 13.6, "cnn": 0.0}, {"pretrained": 6.3, "cnn": 20.0}),
     )
-    found = compare_roads(verdict.score)
+    found = compare_approaches(verdict.score)
     assert found is not None
     assert found.kind == kind
     assert found.text.startswith(words)
@@ -110,13 +110,13 @@ def test_the_sentence_about_roads(accuracies: dict[str, list[float]], kind: str,
     assert "13.6 + 6.3 CPU-minutes" in shown
     assert "20.0 CPU-minutes" in shown
     assert f"all labels a class: {found.text}" not in shown
-    assert f"10 labels a class: {found.text}" in table([Verdict.of(10, cells(**accuracies)), verdict])
+    assert f"10 labels a class: {found.text}" in table([Verdict.of(10, trials(**accuracies)), verdict])
 
 
 def test_two_arms_have_the_gain_and_no_second_sentence() -> None:
-    shown = table([Verdict.of(None, cells(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))])
+    shown = table([Verdict.of(None, trials(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))])
     assert "best here" not in shown
-    assert compare_roads({"pretrained": estimate([0.4])}) is None
+    assert compare_approaches({"pretrained": estimate([0.4])}) is None
 
 
 def test_minutes_and_the_probe_stand_beside_each_number_of_labels() -> None:

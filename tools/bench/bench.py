@@ -192,7 +192,7 @@ def read(table: Path) -> list[Row]:
     """The rows that were written, in the order of `BENCHES`."""
     with open(table, newline="") as file:
         found = [
-            Row(r["run"], r["arm"], r["metric"], float(r["value"]))
+            Row(r["run"], r["approach"], r["metric"], float(r["value"]))
             for r in csv.DictReader(file)
             if r["task"] == "bench"
         ]
@@ -202,7 +202,7 @@ def read(table: Path) -> list[Row]:
 def written(rows: Sequence[Row], table: Path) -> None:
     """Into the table of results, in place of those of the same runs."""
     new = [
-        {"run": r.run, "task": "bench", "arm": r.contestant, "metric": r.metric, "value": f"{r.value:.4g}"}
+        {"run": r.run, "task": "bench", "approach": r.contestant, "metric": r.metric, "value": f"{r.value:.4g}"}
         for r in rows
     ]
     results.replace({row.run for row in rows}, new, table)

@@ -89,16 +89,16 @@ def test_it_learns_and_says_all_labels(tables: Path, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "o" / "result.json").read_text())
     assert stored["metric"] == "map"
     assert stored["verdicts"][0]["metrics"]["scratch"].keys() == {"map", "auroc", "ece"}
-    cell = tmp_path / "o" / "scratch-seed0"
-    mpp.verify(cell)
-    rows, _, _ = mpp.predict(cell, [str(tables / "images" / f"{i}.png") for i in range(60, 100)], top=3)
+    trial = tmp_path / "o" / "scratch-seed0"
+    mpp.verify(trial)
+    rows, _, _ = mpp.predict(trial, [str(tables / "images" / f"{i}.png") for i in range(60, 100)], top=3)
     right = []
     for i, row in zip(range(60, 100), rows, strict=True):
         said = {row[f"class{s}"] for s in ("", "_2", "_3") if row[f"probability{s}"] > 0.5}
         right.append(said == set(quarters(i)[1]))
     assert np.mean(right) > 0.7, "probabilities of each class by itself: none, one or several above one half"
     with pytest.raises(UserError, match="--report: only for one label an image"):
-        mpp.predict(cell, [str(tables / "images")], report=tmp_path / "r")
+        mpp.predict(trial, [str(tables / "images")], report=tmp_path / "r")
 
 
 def test_as_scikit_learn() -> None:

@@ -21,7 +21,7 @@ from sklearn.metrics import jaccard_score, recall_score
 import mpp
 from mpp.encoders.maps import FeatureMaps, probe_maps, read_maps
 from mpp.errors import UserError
-from mpp.finetuning.arms import recipe_of_arm
+from mpp.finetuning.approaches import recipe_of_approach
 from mpp.finetuning.model import build, load_dense
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.tasks import segment
@@ -191,7 +191,7 @@ def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
         assert mpp.verify(cell).difference <= 1e-5, "the encoder is plain timm"
     model, again, classes = load_dense(cell)
     assert (again, classes) == (
-        recipe_of_arm(recipe(shapes, tmp_path / "ft", **changes), "scratch"),
+        recipe_of_approach(recipe(shapes, tmp_path / "ft", **changes), "scratch"),
         ["background", "disc", "square", "triangle"],
     )
     kind = open_label_kind(again)
@@ -263,13 +263,13 @@ def test_pretrained_beside_scratch(shapes: Path, tmp_path: Path) -> None:
     cnn = {"args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}, "image_size": 32}
     others = {"beside": ["scratch", "cnn"], "cnn": cnn}
     given = recipe(shapes, tmp_path / "ft", architecture=None, encoder=str(tmp_path / "run"), **others)
-    pretrained, scratch = (build(given, arm, 0, 4) for arm in ("pretrained", "scratch"))
+    pretrained, scratch = (build(given, approach, 0, 4) for approach in ("pretrained", "scratch"))
     stored = load_file(tmp_path / "run" / "encoder" / "model.safetensors")
     assert all(torch.equal(pretrained.encoder.state_dict()[k], v) for k, v in stored.items())
     assert not torch.equal(scratch.encoder.state_dict()["blocks.0.mlp.fc1.weight"], stored["blocks.0.mlp.fc1.weight"])
     assert all(
         torch.equal(a, b) for a, b in zip(pretrained.task.parameters(), scratch.task.parameters(), strict=True)
-    ), "the arms share the head they begin with"
+    ), "the approaches share the head they begin with"
     result = mpp.finetune(given)
     assert result.score.keys() == {"pretrained", "scratch", "cnn"}
     assert result.gain is not None

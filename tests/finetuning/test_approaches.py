@@ -1,4 +1,4 @@
-"""What a fine-tune is compared with: arms, equal time, published weights."""
+"""What a fine-tune is compared with: approaches, equal time, published weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 import mpp
 from mpp.errors import UserError
-from mpp.finetuning.arms import arms_of, recipe_of_arm
+from mpp.finetuning.approaches import approaches_of, recipe_of_approach
 from mpp.finetuning.minutes_before import minutes_before
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
-from mpp.runs.history import arms_of_finetune
+from mpp.runs.history import approaches_of_finetune
 from tests.conftest import pretrain_recipe
 from tests.finetuning.test_finetuning import ARGS, values
 
@@ -43,8 +43,8 @@ def recipe(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> Fine
 def test_arms_are_those_that_the_records_name(beside: Any, encoder: str, shards: Path, tmp_path: Path) -> None:
     architecture = {"name": "vit_tiny_patch16_224"} if encoder == "scratch" else None
     made = recipe(shards, tmp_path, encoder, beside=beside, architecture=architecture)
-    assert arms_of(made) == arms_of_finetune({"encoder": encoder, "beside": beside})
-    assert arms_of(made)[0] == ("scratch" if encoder == "scratch" else "pretrained")
+    assert approaches_of(made) == approaches_of_finetune({"encoder": encoder, "beside": beside})
+    assert approaches_of(made)[0] == ("scratch" if encoder == "scratch" else "pretrained")
 
 
 def test_recipes_from_before_beside_are_read(shards: Path, tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_recipes_from_before_beside_are_read(shards: Path, tmp_path: Path) -> No
         recipe(shards, tmp_path, "runs/x", beside_scratch=True, beside="cnn")
     with pytest.raises(UserError, match="beside: published: not with encoder: scratch"):
         recipe(shards, tmp_path, "scratch", architecture={"name": "vit_tiny_patch16_224"}, beside="published")
-    assert arms_of_finetune({"encoder": "runs/x", "beside_scratch": False}) == ["pretrained"]
-    assert arms_of_finetune({"encoder": "runs/x"}) == ["pretrained", "scratch"]
+    assert approaches_of_finetune({"encoder": "runs/x", "beside_scratch": False}) == ["pretrained"]
+    assert approaches_of_finetune({"encoder": "runs/x"}) == ["pretrained", "scratch"]
 
 
 def test_each_arm_is_a_recipe(shards: Path, tmp_path: Path) -> None:
@@ -63,27 +63,27 @@ def test_each_arm_is_a_recipe(shards: Path, tmp_path: Path) -> None:
         shards, tmp_path, "runs/x", frozen=0.5, unfreeze="gradual", lora={}, beside=["scratch", "cnn"],
         **{"scratch.base_lr": 0.125, "cnn.base_lr": 0.25, "drop_path_rate": 0.1},
     )  # fmt: skip
-    assert recipe_of_arm(made, "pretrained") is made
-    scratch = recipe_of_arm(made, "scratch")
+    assert recipe_of_approach(made, "pretrained") is made
+    scratch = recipe_of_approach(made, "scratch")
     assert (scratch.optim.base_lr, scratch.optim.layer_decay, scratch.frozen, scratch.lora) == (0.125, 1.0, 0.0, None)
     assert (scratch.encoder, scratch.drop_path_rate) == ("runs/x", 0.1)
-    cnn = recipe_of_arm(made, "cnn")
+    cnn = recipe_of_approach(made, "cnn")
     assert cnn.architecture is not None
     assert (cnn.encoder, cnn.architecture.name, cnn.optim.base_lr, cnn.lora) == ("scratch", "resnet18d", 0.25, None)
     assert cnn.data.image_size == (32, 32), "16 px, enlarged"
     images = {"images": "photos"}
     learning = recipe(shards, tmp_path, "runs/x", ema_decay=0.9, unlabeled=images, beside=["scratch", "cnn"])
     taught = recipe(shards, tmp_path, "runs/x", distill={"teacher": "runs/y", **images}, beside=["scratch", "cnn"])
-    assert recipe_of_arm(learning, "scratch").unlabeled == learning.unlabeled
-    assert recipe_of_arm(taught, "scratch").distill == taught.distill
-    assert recipe_of_arm(learning, "cnn").unlabeled is None, "it is what one would do without such images"
-    assert recipe_of_arm(taught, "cnn").distill is None
+    assert recipe_of_approach(learning, "scratch").unlabeled == learning.unlabeled
+    assert recipe_of_approach(taught, "scratch").distill == taught.distill
+    assert recipe_of_approach(learning, "cnn").unlabeled is None, "it is what one would do without such images"
+    assert recipe_of_approach(taught, "cnn").distill is None
     large = recipe(shards, tmp_path, "runs/x", beside="cnn", **{"data.image_size": 224})
-    cnn = recipe_of_arm(large, "cnn")
+    cnn = recipe_of_approach(large, "cnn")
     assert (cnn.data.image_size, cnn.architecture and cnn.architecture.args) == ((224, 224), {})
     for side_px, of_cnn in ((28, 64), (48, 64), (64, 64), (112, 128)):
         made = recipe(shards, tmp_path, "runs/x", beside="cnn", **{"data.image_size": side_px})
-        assert recipe_of_arm(made, "cnn").data.image_size == (of_cnn, of_cnn), "a multiple of its stride"
+        assert recipe_of_approach(made, "cnn").data.image_size == (of_cnn, of_cnn), "a multiple of its stride"
 
 
 def test_messages_about_the_cnn_name_its_own_keys(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_messages_about_the_cnn_name_its_own_keys(shards: Path, run: Path, tmp_p
 
 @pytest.mark.parametrize("which", [["mixup=0.4", "task.label_smoothing=0.1"], ["early_stop={}", "ema_decay=0.9"]])
 def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Path, run: Path, tmp_path: Path) -> None:
-    """And a cell that was cut off goes on with the length that was measured, to the same weights."""
+    """And a trial that was cut off goes on with the length that was measured, to the same weights."""
     from mpp.recipe.overrides import parse_overrides
 
     out = tmp_path / "run"
     made = recipe(shards, out, run, beside=["cnn"], cnn=CNN, seeds=[0], **{"optim.steps": 12}, **parse_overrides(which))
     result = mpp.finetune(made)
-    cell = out / "cnn-seed0"
-    length = json.loads((cell / "length.json").read_text())
+    trial = out / "cnn-seed0"
+    length = json.loads((trial / "length.json").read_text())
     took = minutes_before(made, "pretrained", "CPU")
     assert minutes_before(made, "pretrained", "GPU") is None, "minutes of another kind are not added"
     assert minutes_before(made, "cnn", "CPU") == 0
@@ -119,24 +119,24 @@ def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Pat
     assert length["finetuning_minutes"] == spent > 0
     in_time = max(1, round((took + spent) / length["step_minutes"]))
     assert length["steps"] == min(in_time, 1000 * 10 // 2)
-    config = json.loads((cell / "encoder" / "config.json").read_text())
+    config = json.loads((trial / "encoder" / "config.json").read_text())
     assert (config["architecture"], config["pretrained_cfg"]["input_size"]) == ("resnet18", [3, 32, 32])
-    card = mpp.export(cell, tmp_path / "export").folder / "README.md"
-    assert "| architecture | resnet18 (args" in card.read_text(), "what this arm was, not the run"
+    card = mpp.export(trial, tmp_path / "export").folder / "README.md"
+    assert "| architecture | resnet18 (args" in card.read_text(), "what this approach was, not the run"
     assert result.verdicts[0].cost is not None
     assert result.verdicts[0].cost.minutes.keys() == {"pretrained", "cnn"}
     assert "the CNN from scratch" in result.table()
-    assert f"{length['steps']} steps: the encoder took" in (cell / "train.log").read_text()
+    assert f"{length['steps']} steps: the encoder took" in (trial / "train.log").read_text()
 
-    weights = load_file(cell / "encoder" / "model.safetensors")
-    shutil.rmtree(cell / "encoder")
-    (cell / "result.json").unlink()
-    for checkpoint in (cell / "checkpoints").iterdir():
+    weights = load_file(trial / "encoder" / "model.safetensors")
+    shutil.rmtree(trial / "encoder")
+    (trial / "result.json").unlink()
+    for checkpoint in (trial / "checkpoints").iterdir():
         if not checkpoint.name.endswith("7"):
             shutil.rmtree(checkpoint)
     mpp.finetune(made, resume="auto")
-    assert json.loads((cell / "length.json").read_text()) == length
-    again = load_file(cell / "encoder" / "model.safetensors")
+    assert json.loads((trial / "length.json").read_text()) == length
+    again = load_file(trial / "encoder" / "model.safetensors")
     assert all(torch.equal(again[key], value) for key, value in weights.items())
 
 
@@ -188,11 +188,11 @@ def test_published_weights_beside(shards: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setitem(_registry._model_pretrained_cfgs, NAME, config)
     monkeypatch.setitem(_registry._model_default_cfgs, NAME, DefaultCfg(is_pretrained=True))
-    of_arm = recipe_of_arm(made, "published")
-    assert (of_arm.encoder, of_arm.data.mean) == (NAME, (0.25, 0.25, 0.25))
+    of_approach = recipe_of_approach(made, "published")
+    assert (of_approach.encoder, of_approach.data.mean) == (NAME, (0.25, 0.25, 0.25))
     from mpp.finetuning.model import build
 
-    encoder = build(of_arm, "published", 0, 5).encoder
+    encoder = build(of_approach, "published", 0, 5).encoder
     assert torch.equal(
         encoder.state_dict()["blocks.0.attn.qkv.weight"], theirs.state_dict()["blocks.0.attn.qkv.weight"]
     )
@@ -203,4 +203,4 @@ def test_published_weights_beside(shards: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_published_weights_of_what_is_published_itself(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="beside: published: the encoder is timm's vit_tiny_patch16_224 itself"):
-        recipe_of_arm(recipe(shards, tmp_path, "vit_tiny_patch16_224", beside="published"), "published")
+        recipe_of_approach(recipe(shards, tmp_path, "vit_tiny_patch16_224", beside="published"), "published")

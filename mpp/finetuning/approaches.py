@@ -1,4 +1,4 @@
-"""The arms of a run: the encoder that is fine-tuned, and what it is compared with. Each is a recipe of its own."""
+"""The approaches that a run compares: the encoder that is fine-tuned, and its baselines. Each has its own recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpp.errors import UserError
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.loading import check_recipe
-from mpp.runs.history import arms_of_finetune
+from mpp.runs.history import approaches_of_finetune
 from mpp.runs.records import encoder_folder
 
 SMALL_BELOW_PX = 128
@@ -32,45 +32,45 @@ labels a class, it was the most accurate for its time, see recipes/LOG.md."""
 GIVEN_ELSEWHERE = ("img_size", "in_chans", "num_classes", "global_pool", "drop_path_rate", "fc_norm")
 """Arguments of timm's that follow from other keys of a recipe."""
 KEYS_OF_CNN = {"data.image_size": "cnn.image_size", "architecture.name": "cnn.name", "architecture.args": "cnn.args"}
-"""Which key gives what the recipe of that arm has in another one."""
+"""Key of the CNN's recipe -> the key that the user wrote for it."""
 
 
-def arms_of(recipe: FinetuneRecipe) -> list[str]:
-    """Return the arms of a run, the one to be compared first."""
-    return arms_of_finetune({"encoder": recipe.encoder, "beside": recipe.beside})
+def approaches_of(recipe: FinetuneRecipe) -> list[str]:
+    """Return the names of a run's approaches. The first is the one that all others are compared with."""
+    return approaches_of_finetune({"encoder": recipe.encoder, "beside": recipe.beside})
 
 
-def recipe_of_arm(recipe: FinetuneRecipe, arm: str) -> FinetuneRecipe:
-    """Return what an arm trains: the recipe of the run, and what this arm does otherwise.
+def recipe_of_approach(recipe: FinetuneRecipe, approach: str) -> FinetuneRecipe:
+    """Return the recipe of one approach: the run's recipe with the keys that this approach changes.
 
     Args:
         recipe: Of the run, resolved.
-        arm: One of `arms_of`.
+        approach: One of `approaches_of`.
 
     Raises:
-        UserError: The recipe's keys do not go together for this arm, or there are no published weights.
+        UserError: The recipe's keys do not go together for this approach, or there are no published weights.
     """
-    if arm == "pretrained":
+    if approach == "pretrained":
         return recipe
     values = recipe.model_dump(mode="json", exclude_unset=True)
-    {"scratch": _from_scratch, "cnn": _as_cnn, "published": _from_published}[arm](recipe, values)
+    {"scratch": _from_scratch, "cnn": _as_cnn, "published": _from_published}[approach](recipe, values)
     values["beside"] = []
-    with named_after(arm):
+    with named_after(approach):
         return check_recipe(values, FinetuneRecipe)
 
 
 @contextmanager
-def named_after(arm: str) -> Iterator[None]:
-    """Let messages about an arm name it, and the keys that the user wrote for it."""
+def named_after(approach: str) -> Iterator[None]:
+    """Let messages about an approach name it, and the keys that the user wrote for it."""
     try:
         yield
     except UserError as error:
-        if arm in ("pretrained", "scratch"):  # whose keys are those of the recipe
+        if approach in ("pretrained", "scratch"):  # whose keys are those of the recipe
             raise
         lines = [line.removeprefix("recipe: ") for line in str(error).splitlines()]
-        for theirs, ours in KEYS_OF_CNN.items() if arm == "cnn" else ():
+        for theirs, ours in KEYS_OF_CNN.items() if approach == "cnn" else ():
             lines = [line.replace(theirs, ours) for line in lines]
-        raise UserError("\n".join(f"beside: {arm}: {line}" for line in lines)) from error
+        raise UserError("\n".join(f"beside: {approach}: {line}" for line in lines)) from error
 
 
 def _from_scratch(recipe: FinetuneRecipe, values: JsonObject) -> None:
