@@ -170,7 +170,7 @@ def predict(
         UserError: Anything that the user can correct.
     """
     if views not in (1, 2, 10):
-        raise UserError(f"views: {views}; allowed: 1, 2, 10")
+        raise UserError(f"views: expected 1, 2 or 10; got {views}")
     require_existing(encoder, *images)
     encoder_folder(encoder)
     from mpp.finetuning import predict_images as predicting

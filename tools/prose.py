@@ -30,12 +30,13 @@ HABITS = {
     r"\b(lies|lie|stands|stand) (in|on|at|beside)\b": "is, are",
     r"\bas it stands\b|\bas they stand\b": "unchanged",
     r"\bno longer than so\b": "at most",
+    r"\ballowed (are|is)\b|\ballowed( here| with \w+)?: ": "expected …, use …",
 }
 """Expressions that readers stumble over, and what to write."""
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/reference/*.md")
 NOT_CHECKED = ("docs/promises.md", "docs/benchmarks.md", "docs/log.md", "docs/architecture.md", "docs/changelog.md")
 """Pages that are generated, or that only include another file."""
-MESSAGES = ("UserError", "MppWarning", "echo", "say", "Conclusion")
+MESSAGES = ("UserError", "BadImage", "ValueError", "MppWarning", "Symptom", "Conclusion", "echo", "print", "say")
 """Functions whose arguments are shown to users."""
 
 

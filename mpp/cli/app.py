@@ -20,7 +20,7 @@ from mpp.parallel.streams import keep_output_open
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of a lost connection it prints pages; we say who is gone
 RANK = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else "0"
 LESS_MEMORY = (
-    "Allowed: a smaller optim.max_batch_per_device; in pretraining encoder.grad_checkpointing=true and fsdp=true, too. "
+    "Lower optim.max_batch_per_device; in pretraining, encoder.grad_checkpointing=true and fsdp=true also save memory. "
     "`mpp plan` says what fits"
 )
 OF_THE_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -68,13 +68,13 @@ class _CocoFile:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            self.refuse(part, i, f".{name}: wants {words}; got {json.dumps(value)}")
+            self.refuse(part, i, f".{name}: expected {words}; got {json.dumps(value)}")
         return value
 
     def text(self, part: str, i: int, name: str, words: str) -> str:
         value = self.lists[part][i].get(name)
         if not isinstance(value, str):
-            self.refuse(part, i, f".{name}: wants {words}; got {json.dumps(value)}")
+            self.refuse(part, i, f".{name}: expected {words}; got {json.dumps(value)}")
         return value
 
     def refuse(self, part: str, i: int, why: str) -> NoReturn:
@@ -202,7 +202,7 @@ def _box(file: _CocoFile, i: int, entry: JsonObject) -> tuple[float, float, floa
     box: Any = entry.get("bbox")
     numeric = isinstance(box, list) and len(box) == 4 and all(_is_number(v) for v in box)
     if not numeric or box[2] < 0 or box[3] < 0:
-        file.refuse("annotations", i, f".bbox: wants x, y, width, height, no size negative; got {json.dumps(box)}")
+        file.refuse("annotations", i, f".bbox: expected x, y, width, height, no size negative; got {json.dumps(box)}")
     return float(box[0]), float(box[1]), float(box[2]), float(box[3])
 
 
@@ -210,7 +210,7 @@ def _crowd(file: _CocoFile, i: int, entry: JsonObject) -> int:
     """1 for a box around many objects, which no prediction has to find. UserError."""
     crowd = entry.get("iscrowd", 0)
     if crowd not in (0, 1) or isinstance(crowd, float):
-        file.refuse("annotations", i, f".iscrowd: wants 0 or 1; got {json.dumps(crowd)}")
+        file.refuse("annotations", i, f".iscrowd: expected 0 or 1; got {json.dumps(crowd)}")
     return int(crowd)
 
 

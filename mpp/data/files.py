@@ -176,7 +176,7 @@ def check_bytes(size: int) -> None:
         BadImage: It is too large.
     """
     if size > MOST_IMAGE_BYTES:
-        raise BadImage(f"a file of {size} bytes; allowed are {MOST_IMAGE_BYTES}")
+        raise BadImage(f"a file of {size} bytes; expected at most {MOST_IMAGE_BYTES}")
 
 
 def open_regular(path: str) -> BinaryIO:

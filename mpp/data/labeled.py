@@ -62,7 +62,7 @@ class Labeled:
         if labels_per_class is None and (fraction is None or self.several):
             return draw_fraction(len(self.labels), fraction, seed)
         if self.several:
-            raise UserError("data.labels_per_class: an image may have several labels here; allowed: data.fraction")
+            raise UserError("data.labels_per_class: an image may have several labels here; use data.fraction")
         rng, chosen = stream(seed, Purpose.SUBSET), []
         for label, name in enumerate(self.classes):
             members = np.flatnonzero(self.labels == label)

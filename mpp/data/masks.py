@@ -112,7 +112,7 @@ def _listed_classes(root: str) -> list[str] | None:
         if not name or name in names[: number - 1]:
             raise UserError(f"{path}:{number}: {'no name' if not name else f'{name} a second time'}; one class a line")
     if not names or len(names) > 255:
-        raise UserError(f"{path}: {len(names)} classes; allowed are 1 to 255")
+        raise UserError(f"{path}: expected 1 to 255 classes; got {len(names)}")
     return names
 
 

@@ -158,7 +158,7 @@ def count_unreadable(
         log.say(f"{bad} unreadable images so far, replaced by their neighbours; last: {lines[-1]}")
     if bad >= LEAST_IN_TRAINING and bad > max_bad_fraction * seen:
         raise UserError(
-            f"data.max_bad_fraction: {bad} of {seen} images could not be read, allowed are {max_bad_fraction:.2%}; "
+            f"data.max_bad_fraction: {bad} of {seen} images could not be read, more than {max_bad_fraction:.2%}; "
             f"they are named in {log.out}/train.log"
         )
     return bad

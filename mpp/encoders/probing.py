@@ -82,8 +82,8 @@ def probe(model: TimmModel, image_size: tuple[int, int], unit_px: int | None = N
     stride: int = info[-1]["reduction"]
     if image_size[0] % stride or image_size[1] % stride:
         raise UserError(
-            f"data.image_size: {family} has a stride of {stride} px; got {image_size[0]}×{image_size[1]}, allowed are "
-            f"multiples of {stride}"
+            f"data.image_size: {family} has a stride of {stride} px; expected multiples of it, got "
+            f"{image_size[0]}×{image_size[1]}"
         )
     prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
     if "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:

@@ -87,9 +87,7 @@ def check_size(
     """
     stride = model.feature_info[-1]["reduction"]
     if size[0] % stride or size[1] % stride:
-        raise UserError(
-            f"{key}: {what} has a stride of {stride} px; got {size[0]}×{size[1]}, allowed are multiples of {stride}"
-        )
+        raise UserError(f"{key}: {what} has a stride of {stride} px; expected multiples of it, got {size[0]}×{size[1]}")
 
 
 def fingerprint_of_inputs(train: str, val: str, *sources: str | None) -> str:

@@ -105,7 +105,7 @@ def export(run: str | Path, out: str | Path, format: str) -> Verified:
             encoder.
     """
     if format not in formats():
-        raise UserError(f"--format: '{format}': allowed are {', '.join(formats())}")
+        raise UserError(f"--format: expected one of {', '.join(formats())}; got '{format}'")
     check_new(Path(out))
     card_sections = modelcard.sections(run)
     module = _module(format)
@@ -177,7 +177,7 @@ def verify(folder: str | Path) -> Verified:
     compared = found_in_clean_process(path, module.VERIFY + COMPARE, "cannot be loaded")
     difference = float(compared["difference"])
     if not difference <= tolerance:  # nan, too
-        raise UserError(f"{path}: outputs differ by {difference:.2e}, allowed is {tolerance:.0e}")
+        raise UserError(f"{path}: outputs differ by {difference:.2e}, more than {tolerance:.0e}")
     return Verified(path, difference, parameters, through=f"{format} ({kind})")
 
 
@@ -207,7 +207,7 @@ def _artifact(run: str | Path, format: str) -> Artifact:
         dense, recipe, classes = load_dense(source)
         if recipe.task.name != "segment" or format == "transformers":
             raise UserError(
-                f"--format {format}: has no place for a head of task: {recipe.task.name}; allowed: "
+                f"--format {format}: has no place for a head of task: {recipe.task.name}; use "
                 + ("timm, safetensors, onnx, torch_export" if recipe.task.name == "segment" else "timm, safetensors")
             )
         model, encoder = _Places(dense), dense.encoder

@@ -157,7 +157,7 @@ def _check_names(model: str | None, args: JsonMapping | None) -> None:
     architecture = model.split(".")[0]
     if ":" in model or architecture not in timm_names(architecture, "model"):
         raise UserError(
-            f"model: '{model}': allowed is a name of timm's, such as vit_small_patch16_224, with or without a tag"
+            f"model: expected a timm name, such as vit_small_patch16_224, with or without a tag; got '{model}'"
         )
 
 

@@ -152,7 +152,7 @@ def verify_timm_folder(folder: str | Path) -> Verified:
         if compared[what]:
             raise UserError(f"{path}: {what} weights after loading: {', '.join(compared[what][:5])}")
     if not compared["difference"] <= allowed:
-        raise UserError(f"{path}: features differ by {compared['difference']:.2e}, allowed is {allowed:.0e}")
+        raise UserError(f"{path}: features differ by {compared['difference']:.2e}, more than {allowed:.0e}")
     # names of classes, mean and std, which no feature shows
     check_files(path, json.loads((path / "export.json").read_text()).get("files_sha256", {}))
     return Verified(path, compared["difference"], compared["parameters"])

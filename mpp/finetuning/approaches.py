@@ -124,7 +124,7 @@ def _from_published(recipe: FinetuneRecipe, values: JsonObject) -> None:
         UserError: There are none, or the encoder is itself one of timm's.
     """
     if is_timm_name(recipe.encoder):
-        raise UserError(f"beside: published: the encoder is timm's {recipe.encoder} itself; allowed: scratch, cnn")
+        raise UserError(f"beside: published: the encoder is timm's {recipe.encoder} itself; use scratch or cnn")
     config = json.loads((encoder_folder(recipe.encoder) / "config.json").read_text())
     name = str(config["architecture"])
     known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None

@@ -48,7 +48,7 @@ def make_augmentation(data: FinetuneData, *, key: str = "data.auto_augment") -> 
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         known = "rand-m9-mstd0.5-inc1, augmix-m3-w3, 3a, v0 and the like"
-        raise UserError(f"{key}: timm has no policy {data.auto_augment!r}; allowed are {known}") from error
+        raise UserError(f"{key}: timm has no policy {data.auto_augment!r}; expected {known}") from error
     for step in transform.transforms:
         for op in [*getattr(step, "ops", []), *(op for ops in getattr(step, "policy", []) for op in ops)]:
             if op.name.startswith("Posterize"):

@@ -46,7 +46,7 @@ def load_batches(
         steps: How many there are.
 
     Raises:
-        UserError: The global batch cannot be shared by the processes; or, from a worker, images cannot be read.
+        UserError: The global batch cannot be divided among the processes; or, from a worker, images cannot be read.
     """
     optim, team = recipe.optim, run.team
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)

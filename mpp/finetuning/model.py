@@ -132,11 +132,11 @@ def build(recipe: FinetuneRecipe, approach: str, seed: int, num_classes: int) ->
         return _dense(recipe, encoder, num_classes)
     wanted = {"mean": "avg", "token": "token", "attention": "map"}[recipe.pool]
     if wanted == "map" and not hasattr(encoder, "attn_pool"):
-        raise UserError(f"pool: attention: timm's {type(encoder).__name__} has no attention that pools; allowed: mean")
+        raise UserError(f"pool: attention: timm's {type(encoder).__name__} has no attention pooling; use pool=mean")
     if wanted == "token" and getattr(encoder, "num_prefix_tokens", 0) == 0:
-        raise UserError(f"pool: token: {type(encoder).__name__} has no class token here; allowed: mean")
+        raise UserError(f"pool: token: {type(encoder).__name__} has no class token here; use pool=mean")
     if wanted == "avg" and type(encoder).__name__ == "VisionTransformerDistilled":
-        raise UserError("pool: mean: timm's distilled DeiTs read their class and distillation tokens; allowed: token")
+        raise UserError("pool: mean: timm's distilled DeiTs read their class and distillation tokens; use pool=token")
     encoder = _pooled(recipe, encoder, wanted, seed)
     check_size(encoder, recipe.data.image_size)
     width = _width(encoder, recipe)
@@ -156,7 +156,7 @@ def _pooled(recipe: FinetuneRecipe, encoder: TimmModel, wanted: str, seed: int) 
     takes = inspect.signature(type(encoder).__init__).parameters
     key = next((key for key in ("fc_norm", "use_fc_norm") if key in takes), None)
     if recipe.fc_norm is not None and key is None:
-        raise UserError(f"fc_norm: timm's {type(encoder).__name__} has its norm in one place; allowed: null")
+        raise UserError(f"fc_norm: timm's {type(encoder).__name__} has its norm in one place; leave out fc_norm")
     norms_after = key is not None and not isinstance(encoder.fc_norm, nn.Identity)
     norm_after = recipe.fc_norm if recipe.fc_norm is not None else norms_after and wanted == "avg"
     pooling = getattr(encoder, "global_pool", wanted)

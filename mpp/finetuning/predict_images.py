@@ -179,7 +179,7 @@ def predict_files(
     if has_head(encoder_folder(source)):
         for option, value in (("views", views), ("top", top)):
             if value != 1:
-                raise UserError(f"--{option}: {source} tells of places, not of whole images; allowed: 1")
+                raise UserError(f"--{option}: only 1 is possible for {source}, which predicts places in an image")
         if out is not None:
             _check_writable(Path(out))
         columns, rows, unreadable = predict_places(source, images_of(list(map(_images_part, places))), folder=report)

@@ -135,7 +135,7 @@ def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None
         steps: In place of the recipe's length; the warm-up stays the same part of it.
 
     Raises:
-        UserError: The global batch cannot be shared by the processes.
+        UserError: The global batch cannot be divided among the processes.
     """
     optim = recipe.optim
     total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)

@@ -64,7 +64,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     kept = steps(folder / nonfinite.FOLDER)
     at = next((p for p in kept if step is None or p.name == f"step-{step:08d}"), None)
     if at is None:
-        raise UserError(f"--step {step}: not kept; allowed: {', '.join(str(_step(p)) for p in kept)}")
+        raise UserError(f"--step {step}: not kept; kept steps: {', '.join(str(_step(p)) for p in kept)}")
     shares = nonfinite.read(at)
     pretrained = (folder / RECIPE).exists()
     model, averaged, loss_of = _pretraining(folder) if pretrained else _finetuning(folder, shares[0])

@@ -98,7 +98,7 @@ def _timm_model(recipe: PretrainRecipe) -> TimmModel:
         for key in named.args:
             if not key.endswith("drop_rate") and key != "drop_path_rate":
                 raise UserError(
-                    f"encoder.args.{key}: {named.name} is a folder, which has its own; allowed: drop rates. "
+                    f"encoder.args.{key}: {named.name} is a folder, which has its own; only drop rates can be given. "
                     f"None of the recipe's are taken with encoder='{{name: {named.name}}}'"
                 )
         return load_encoder(named.name, num_classes=0, img_size=size, in_chans=channels, **named.args)

@@ -83,14 +83,14 @@ class MaskedPatchModel(nn.Module):
                 allowed = ", ".join(named_with("head", needs_hidden_tokens=False))
                 raise ValueError(
                     f"{o.where}head.name: this head reads the encoder's tokens of hidden cells, which this corruption "
-                    f"never makes. Allowed with it: {allowed}; or use corruption.name: token"
+                    f"never makes. Use one of {allowed}, or corruption.name: token"
                 )
             if finer and not o.head.needs_hidden_tokens:
                 allowed = ", ".join(named_with("head", needs_hidden_tokens=True))
                 raise ValueError(
                     f"{o.where}head.name: mask units of {unit_px} px are parts of the encoder's cells of "
                     f"{encoder.stride} px, which this head cannot split into hidden and visible ones. "
-                    f"Allowed with them: {allowed}"
+                    f"Use one of {allowed}"
                 )
         self.encoder, self.corruption, self.guide = encoder, corruption, guide
         self.objectives: Any = nn.ModuleList(objectives)

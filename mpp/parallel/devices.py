@@ -96,6 +96,6 @@ def compile_forward(model: torch.nn.Module, device: torch.device) -> None:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # no C++ compiler, no Triton, a Python that torch does not know yet
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        reason = f"torch cannot compile on this machine ({first.strip()}); allowed here: false"
+        reason = f"torch cannot compile on this machine ({first.strip()}); use compile=false"
         raise UserError(f"compile: {reason}") from error
     model.compile()

@@ -40,7 +40,7 @@ def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] =
     for name, module in model.named_modules():
         learns = any(p.requires_grad for p in module.parameters(recurse=False))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and learns:
-            raise UserError(f"fsdp: {name} is a batch norm; allowed with this encoder: false")
+            raise UserError(f"fsdp: {name} is a batch norm; use fsdp=false with this encoder")
     for part in whole:
         part.to(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -51,7 +51,7 @@ def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] =
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params=aside)
     except (ValueError, NotImplementedError, AssertionError) as error:  # 0 dimensions; gaps in memory; several dtypes
-        raise UserError(f"fsdp: {one_line(error)}; allowed with this encoder: false") from error
+        raise UserError(f"fsdp: {one_line(error)}; use fsdp=false with this encoder") from error
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

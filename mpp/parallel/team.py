@@ -151,13 +151,13 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         # on CPUs they would do nothing, on GPUs write one process's part as all, or take the update out of the loop
         if is_set(f"ACCELERATE_USE_{engine}"):
-            reason = f"allowed: a launch without --use_{engine.lower()} (distributed_type: MULTI_GPU)"
+            reason = f"launch without --use_{engine.lower()} (distributed_type: MULTI_GPU)"
             raise UserError(f"accelerate's {engine}: {reason}; `mpp pretrain` has fsdp=true")
     cuda = torch.cuda.is_available()
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
-        raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; allowed: auto, fp32")
+        raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; use auto or fp32")
     if precision == "tf32" and not (cuda and torch.cuda.get_device_capability() >= TF32_FROM):
-        raise UserError("precision: tf32 is for CUDA devices from Ampere on; allowed here: auto, fp32, bf16")
+        raise UserError("precision: tf32 is for CUDA devices from Ampere on; use auto, fp32 or bf16 here")
     if cuda:
         multiply_in_tf32(precision == "tf32")
     bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())

@@ -202,7 +202,7 @@ def plan(
 def _check_request(device: str, devices: int, mfu: float | None) -> None:
     """Raise UserError for a device, a number of them or a utilisation that no plan can be made for."""
     if device not in (*DEVICES, CPU):
-        raise UserError(f"--device: '{device}': allowed are {', '.join((*DEVICES, CPU))}")
+        raise UserError(f"--device: expected one of {', '.join((*DEVICES, CPU))}; got '{device}'")
     if device == CPU and devices > 1:
         raise UserError(
             f"--devices: {devices}: steps of a CPU are timed in one process; give --device, one of {', '.join(DEVICES)}"

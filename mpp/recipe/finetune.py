@@ -269,7 +269,7 @@ class FinetuneRecipe(Run):
         if not isinstance(values, dict) or "beside_scratch" not in values:
             return values
         if "beside" in values:
-            raise ValueError("beside_scratch: is called beside now, which is given, too; leave this one out")
+            raise ValueError("beside_scratch: is called beside now, which is also given; leave this one out")
         rest = {key: value for key, value in values.items() if key != "beside_scratch"}
         return {**rest, "beside": ["scratch"] if values["beside_scratch"] else []}
 
@@ -287,7 +287,7 @@ class FinetuneRecipe(Run):
                 "pool: attention: learns from the first step on; not with frozen, lora or head_init: probe"
             )
         if self.unfreeze == "gradual" and not 0 < self.frozen < 1:
-            raise ValueError("unfreeze: gradual: wants `frozen` between 0 and 1, the part of the steps that it takes")
+            raise ValueError("unfreeze: gradual: requires frozen between 0 and 1, the fraction of steps it takes")
         if self.lora and self.frozen == 1:
             raise ValueError("lora: its adapters are in the encoder, which `frozen: 1` keeps as it is")
         if self.lora and self.encoder == "scratch":
@@ -310,7 +310,7 @@ class FinetuneRecipe(Run):
             raise ValueError(f"task: {self.task.name}: only for images of 8 bit with 1, 3 or 4 channels")
         for key, allowed in constants.get("allowed_values", {}).items():
             if reduce(getattr, key.split("."), self) not in allowed:
-                instead = "; allowed: data.fraction" if key == "data.labels_per_class" else ""
+                instead = "; use data.fraction" if key == "data.labels_per_class" else ""
                 section, _, rest = key.rpartition(".")
                 where = f"{section}: {rest}" if section else rest
                 raise ValueError(f"{where}: not with task: {self.task.name}{instead}")

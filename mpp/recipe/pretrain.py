@@ -91,7 +91,7 @@ def _fitting_loss(section: Any) -> Any:
     if section.loss.name not in fitting:
         raise ValueError(
             f"loss: {section.loss.name} is not for {of}, which target {section.target.name} has; "
-            f"allowed with it: {', '.join(fitting)}"
+            f"use one of {', '.join(fitting)}"
         )
     return section
 
@@ -177,7 +177,7 @@ class PretrainRecipe(Run):
                 allowed = ", ".join(registry.named_with("target", of="values"))
                 raise ValueError(
                     f"target: {section.target.name} takes classes from pixels of 8 bit; with data.value_range, or "
-                    f"channels other than 1, 3 and 4, allowed are {allowed}"
+                    f"channels other than 1, 3 and 4, use one of {allowed}"
                 )
         return self
 

@@ -68,7 +68,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
             break
         scale *= 0.7
     if len(page) > MOST_BYTES:
-        raise UserError(f"{path}: {len(page) / 1e6:.1f} MB, allowed are {MOST_BYTES / 1e6:.0f}; give fewer runs")
+        raise UserError(f"{path}: {len(page) / 1e6:.1f} MB; expected at most {MOST_BYTES / 1e6:.0f}; give fewer runs")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(page)

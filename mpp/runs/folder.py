@@ -125,7 +125,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         UserError: The folder holds another run, or recipe or data changed since.
     """
     if not isinstance(resume, str | os.PathLike):
-        raise UserError(f"resume: {resume!r}; allowed: auto, never, or the folder of a checkpoint")
+        raise UserError(f"--resume: expected auto, never, or the folder of a checkpoint; got {resume!r}")
     out = Path(recipe.out)
     try:
         others = sorted(p.name for p in out.iterdir() if p.name != LOCK) if out.exists() else []
@@ -149,7 +149,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
     if path is not None:
         if not path.is_dir() or not is_checkpoint(path):
             raise UserError(
-                f"--resume {path}: no such checkpoint; allowed: auto, never, or a folder such as "
+                f"--resume {path}: no such checkpoint; expected auto, never, or a folder such as "
                 f"{out}/checkpoints/step-00001000"
             )
         fault = checkpoint.broken(path)

@@ -167,7 +167,7 @@ def check_png(out: str | Path) -> None:
             f"--out {out}: an animation is of a run's own images through training; give no IMAGE, or a .png"
         )
     if suffix != ".png":
-        raise UserError(f"--out {out}: allowed are .png, and of a run's own images .gif and .webp")
+        raise UserError(f"--out {out}: expected .png, or .gif or .webp of a run's own images")
 
 
 MOST_KEPT = 12

@@ -124,14 +124,14 @@ def _of_process(run: History) -> list[Symptom]:
             elif "gradient norm" in why:
                 advice = "A lower optim.base_lr, more warm-up, optim.clip_grad_norm: 1, or precision: fp32."
             else:
-                advice = "The same command with --resume auto goes on from the last checkpoint."
+                advice = "To continue from the last checkpoint, repeat the command with --resume auto."
             listed.append(Symptom("failed", f"{where}It ended{at}: {why}.", advice))
         if part.alive() is False:
             listed.append(
                 Symptom(
                     "dead",
                     f"{where}status.json says running, but process {part.status.get('pid')} is gone.",
-                    "The same command with --resume auto goes on from the last checkpoint.",
+                    "To continue from the last checkpoint, repeat the command with --resume auto.",
                 )
             )
     return listed

@@ -21,8 +21,8 @@ def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> in
     """
     if global_batch % world:
         raise UserError(
-            f"optim.global_batch_size: {global_batch} cannot be shared by {world} processes; "
-            f"allowed are multiples of {world}"
+            f"optim.global_batch_size: {global_batch} cannot be divided among {world} processes; "
+            f"expected a multiple of {world}"
         )
     share = global_batch // world
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max_batch_per_device)

@@ -368,7 +368,7 @@ def test_a_family_nobody_tried_is_refused_where_it_leaks(monkeypatch: pytest.Mon
          "mask.unit_px: mask tokens need a multiple of the stem's stride, 4 px; got 2. .*pixel_patch"),
         ({"encoder.name": "resnet18", "encoder.args": {}, "data.image_size": 64}, "corruption.name: ResNet has no stem .*Allowed with it: pixel_patch"),
         ({"encoder.name": "mixer_s32_224", "encoder.args": {"num_blocks": 2}, "data.image_size": 64}, "encoder.args: mixer_s32_224 does not take this"),
-        ({"encoder.name": "tnt_s_patch16_224", "encoder.args": {}, "data.image_size": 33}, "data.image_size: .*allowed are multiples of 16"),
+        ({"encoder.name": "tnt_s_patch16_224", "encoder.args": {}, "data.image_size": 33}, "data.image_size: .*stride of 16 px; expected multiples of it"),
         ({"encoder.name": "resnet18", "encoder.args": {}, "data.image_size": 64, "corruption.name": "pixel_patch", "encoder.args.patch_drop_rate": 0.5}, "patch_drop_rate"),
         ({"data.image_size": 18}, "data.image_size: .* multiples of 4"),
         ({"mask.unit_px": 6}, "mask.unit_px: .*stride, 4 px"),

@@ -337,7 +337,7 @@ def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
         ({"layers": [3]}, r"layers: 3: VisionTransformer has 1 to 2 here"),
         ({"layers": [0]}, r"layers.0: must be >= 1; got 0"),
         ({"probes": "svm"}, r"probes.0: no such choice; got 'svm'.*Allowed: knn, linear, attentive"),
-        ({"data.image_size": 18}, "stride of 4 px; got 18×18, allowed are multiples of 4"),
+        ({"data.image_size": 18}, "stride of 4 px; expected multiples of it, got 18×18"),
         ({"data.labels_per_class": 1}, "data.train: to choose by, some class needs two images at least"),
         ({"data.labels_per_class": 999}, "data.labels_per_class: 999, but class"),
         ({"tune_fraction": 1.0}, "tune_fraction: must be > 0 and < 1"),

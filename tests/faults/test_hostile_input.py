@@ -195,11 +195,11 @@ def test_a_member_of_many_gigabytes(tmp_path: Path) -> None:
         f.write(info.tobuf(tarfile.GNU_FORMAT))
         f.truncate(512 + info.size + 1024)
     images = ShardImages(str(path), key="data.shards", cache_dir=str(tmp_path))
-    with pytest.raises(BadImage, match=f"a file of {3 << 30} bytes; allowed are {MOST_IMAGE_BYTES}"):
+    with pytest.raises(BadImage, match=f"a file of {3 << 30} bytes; expected at most {MOST_IMAGE_BYTES}"):
         images.read(0, 0)
     with open(tmp_path / "huge.jpg", "wb") as f:
         f.truncate(3 << 30)
-    with pytest.raises(BadImage, match=f"a file of {3 << 30} bytes; allowed are {MOST_IMAGE_BYTES}"):
+    with pytest.raises(BadImage, match=f"a file of {3 << 30} bytes; expected at most {MOST_IMAGE_BYTES}"):
         FileReader([str(tmp_path / "huge.jpg")]).read(0)
 
 
@@ -212,7 +212,9 @@ def test_a_label_of_many_megabytes(tmp_path: Path) -> None:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     images = ShardImages(str(path), key="data.train", cache_dir=str(tmp_path))
-    with pytest.raises(UserError, match=f"a label of {MOST_LABEL_BYTES + 1} bytes; allowed are {MOST_LABEL_BYTES}"):
+    with pytest.raises(
+        UserError, match=f"a label of {MOST_LABEL_BYTES + 1} bytes; expected at most {MOST_LABEL_BYTES}"
+    ):
         images.read_label(0, 0)
 
 

@@ -225,7 +225,7 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
     assert "model.safetensors does not match its checksum" in damaged.said()
     wrong = nursery.start("replay", out, "--step", "999", log=folder / "wrong")
     assert wrong.wait() == [2]
-    assert wrong.said() == f"--step 999: not kept; allowed: {int(kept.name[5:])}\n"
+    assert wrong.said() == f"--step 999: not kept; kept steps: {int(kept.name[5:])}\n"
 
 
 @pytest.mark.promise(

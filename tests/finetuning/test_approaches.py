@@ -50,7 +50,7 @@ def test_arms_are_those_that_the_records_name(beside: Any, encoder: str, shards:
 def test_recipes_from_before_beside_are_read(shards: Path, tmp_path: Path) -> None:
     assert recipe(shards, tmp_path, "runs/x", beside_scratch=False).beside == ()
     assert recipe(shards, tmp_path, "runs/x", beside_scratch=True).beside == ("scratch",)
-    with pytest.raises(UserError, match="beside_scratch: is called beside now, which is given, too"):
+    with pytest.raises(UserError, match="beside_scratch: is called beside now, which is also given"):
         recipe(shards, tmp_path, "runs/x", beside_scratch=True, beside="cnn")
     with pytest.raises(UserError, match="beside: published: not with encoder: scratch"):
         recipe(shards, tmp_path, "scratch", architecture={"name": "vit_tiny_patch16_224"}, beside="published")

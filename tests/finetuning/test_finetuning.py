@@ -158,7 +158,7 @@ def test_distilled_encoders_have_tokens_to_read_and_no_mean(shards: Path, tmp_pa
         "args": {"patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2},
     }
     changes = {"architecture": deit, "seeds": [0]}
-    with pytest.raises(UserError, match="pool: mean: timm's distilled DeiTs read .*; allowed: token"):
+    with pytest.raises(UserError, match="pool: mean: timm's distilled DeiTs read .*; use pool=token"):
         mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes))
     assert not (tmp_path / "ft").exists()
     mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes, **{"pool": "token", "optim.steps": 1}))
@@ -250,7 +250,7 @@ def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
         mpp.finetune(recipe(shards, tmp_path / "c", "vit_tiny_patch16_22"))
     with pytest.raises(UserError, match=r"architecture\.name: .*has no model 'vit_tin'"):
         mpp.finetune(recipe(shards, tmp_path / "c", "scratch", architecture={"name": "vit_tin"}))
-    with pytest.raises(UserError, match="pool: token: ResNet has no class token here; allowed: mean"):
+    with pytest.raises(UserError, match="pool: token: ResNet has no class token here; use pool=mean"):
         mpp.finetune(recipe(shards, tmp_path / "c", "scratch", architecture={"name": "resnet18"}, pool="token"))
     with pytest.raises(UserError, match=r"architecture\.name: only with encoder: scratch"):
         mpp.finetune(recipe(shards, tmp_path / "e", run, architecture={"name": "vit_tiny_patch16_224"}))

@@ -354,7 +354,7 @@ def test_a_rare_class_is_not_forgotten(balance: str, tmp_path: Path) -> None:
         ({"unfreeze": "slowly"}, r"unfreeze: no such choice; got 'slowly'.*Allowed: at_once, gradual"),
         ({"ema_decay": 1.0}, r"ema_decay: must be >= 0 and < 1"),
         ({"balance": "yes"}, r"balance: no such choice; got 'yes'.*Allowed: none, sampling, loss"),
-        ({"unfreeze": "gradual"}, r"unfreeze: gradual: wants `frozen` between 0 and 1"),
+        ({"unfreeze": "gradual"}, r"unfreeze: gradual: requires frozen between 0 and 1"),
         ({"early_stop.patience": 0}, r"early_stop\.patience: must be >= 1; got 0"),
         ({"early_stop.fraction": 0.5, "data.labels_per_class": 1}, "early_stop: to hold some out, a class needs two"),
     ],
@@ -455,5 +455,5 @@ def test_attention_pools(shards: Path, run: Path, tmp_path: Path) -> None:
         "it learns as the head does"
     )
     architecture = {"name": "resnet10t"}
-    with pytest.raises(UserError, match="pool: attention: timm's ResNet has no attention that pools; allowed: mean"):
+    with pytest.raises(UserError, match="pool: attention: timm's ResNet has no attention pooling; use pool=mean"):
         mpp.finetune(recipe(shards, tmp_path / "b", "scratch", architecture=architecture, pool="attention"))

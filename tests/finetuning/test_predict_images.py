@@ -124,7 +124,7 @@ def test_wrong_inputs(trial: Path, shards: Path, image_folder: Path, tmp_path: P
     stray.write_bytes(encoded(drawn_image(1)))
     with pytest.raises(UserError, match=r"--report: .*a\.png: its folder is none of the classes \(disc, square\)"):
         mpp.predict(trial, [str(stray)], report=tmp_path / "r")
-    with pytest.raises(UserError, match="views: 3; allowed: 1, 2, 10"):
+    with pytest.raises(UserError, match="views: expected 1, 2 or 10; got 3"):
         mpp.predict(trial, [str(stray)], views=3)
     with pytest.raises(UserError, match="neither a run nor an exported encoder"):
         mpp.predict(image_folder, [str(stray)])

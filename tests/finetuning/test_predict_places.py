@@ -99,7 +99,7 @@ def test_the_command(detector: Path, segmenter: Path, photos: Path, tmp_path: Pa
 
 
 def test_what_is_refused(detector: Path, segmenter: Path, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--views: .* tells of places, not of whole images; allowed: 1"):
+    with pytest.raises(UserError, match=r"--views: only 1 is possible for .*, which predicts places in an image"):
         mpp.predict(detector, [str(photos)], views=2)
     shutil.copy(photos / "0.png", photos / "0.bmp")
     with pytest.raises(UserError, match="several images are named 0; their pictures would overwrite"):

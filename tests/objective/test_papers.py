@@ -303,7 +303,7 @@ def test_maes_fine_tuning_norms_the_mean(shards: Path, tmp_path: Path) -> None:
 
 def test_where_there_is_one_norm_it_cannot_be_chosen() -> None:
     swin = {"name": "swin_tiny_patch4_window7_224", "args": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 1]}}
-    with pytest.raises(UserError, match="fc_norm: timm's SwinTransformer has its norm in one place; allowed: null"):
+    with pytest.raises(UserError, match="fc_norm: timm's SwinTransformer has its norm in one place; leave out fc_norm"):
         supervised.build(finetune_recipe(architecture=swin, fc_norm=True), "scratch", 0, 2)
     with pytest.raises(UserError, match="fc_norm: norms the mean of the patch tokens; not with pool: token"):
         finetune_recipe(pool="token", fc_norm=True)

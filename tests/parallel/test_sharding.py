@@ -228,5 +228,5 @@ def test_batch_norms_are_refused_in_one_line(shards: Path, tmp_path: Path) -> No
     done = command("pretrain", recipe, processes=2)
     assert done.returncode != 0
     assert "fsdp: encoder.model." in done.stderr
-    assert "is a batch norm; allowed with this encoder: false" in done.stderr
+    assert "is a batch norm; use fsdp=false with this encoder" in done.stderr
     assert "mpp/parallel/sharding.py" not in done.stderr, "no traceback of ours"

@@ -98,9 +98,7 @@ def test_attention_is_written_out_for_bf16_on_cpus_alone() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device may have it")
 def test_tf32_is_for_cuda_devices() -> None:
-    with pytest.raises(
-        UserError, match="^precision: tf32 is for CUDA devices from Ampere on; allowed here: auto, fp32"
-    ):
+    with pytest.raises(UserError, match="^precision: tf32 is for CUDA devices from Ampere on; use auto, fp32 or bf16"):
         start_team("tf32")
 
 
@@ -120,5 +118,5 @@ def test_tf32_is_for_one_run() -> None:
 def test_sharding_is_for_the_recipe_to_ask_for(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     """As `accelerate launch --use_fsdp` asks for it."""
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(UserError, match=f"^accelerate's {engine}: allowed: a launch without --use_{engine.lower()}"):
+    with pytest.raises(UserError, match=f"^accelerate's {engine}: launch without --use_{engine.lower()}"):
         start_team("fp32")

@@ -146,13 +146,13 @@ def test_the_device_of_this_machine(gpu: str | None, device: str, monkeypatch: p
 def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
     recipe = pretrain_recipe(shards, tmp_path / "run")
     for options, message in (
-        ({"device": "tpu"}, "--device: 'tpu': allowed are a100, h100"),
+        ({"device": "tpu"}, "--device: expected one of a100, h100"),
         (
             {"device": "cpu", "devices": 2},
             "--devices: 2: steps of a CPU are timed in one process; give --device, one of a100",
         ),
         ({"mfu": 1.5}, "--mfu: must be > 0 and <= 1; got 1.5"),
-        ({"device": "a100", "devices": 3}, "optim.global_batch_size: 16 cannot be shared by 3 processes"),
+        ({"device": "a100", "devices": 3}, "optim.global_batch_size: 16 cannot be divided among 3 processes"),
         ({"images": 10}, "data.held_out: 12 of only 10 images"),
     ):
         with pytest.raises(UserError, match=message):

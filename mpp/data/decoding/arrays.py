@@ -147,7 +147,7 @@ def _places(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
         return channels, int(shape[0]), int(shape[1])
     if len(shape) == 3 and shape[0] == channels:
         return channels, int(shape[1]), int(shape[2])
-    raise BadImage(f"an array of {'×'.join(map(str, shape))}; wants {channels} channels, first or last")
+    raise BadImage(f"an array of {'×'.join(map(str, shape))}; expected {channels} channels, first or last")
 
 
 def _channels_first(array: np.ndarray, channels: int) -> np.ndarray:

@@ -196,7 +196,7 @@ def _numbers(data: bytes, value_range: ValueRange, nodata: float | None, reading
     array = read_array(data, nodata=nodata, **reading)
     if array is None:  # of 8 bit, most likely; of 16 bit where it is grey
         if reading["channels"] not in MODES:
-            raise BadImage(f"not a TIFF or .npy; wants {reading['channels']} channels (data.channels)")
+            raise BadImage(f"not a TIFF or .npy; expected {reading['channels']} channels (data.channels)")
         pixels = decode_pillow(data, **reading, deep=True)
         array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
         if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow has no deep colours

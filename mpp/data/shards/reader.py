@@ -139,7 +139,7 @@ class ShardImages:
         if needed > self.store.limit_bytes:
             raise UserError(
                 f"data.cache_limit_gb: {what} {needed / 1e9:.6g} GB of remote shards at a time; "
-                f"allowed are {self.store.limit_bytes / 1e9:.6g}{advice}"
+                f"the limit is {self.store.limit_bytes / 1e9:.6g}{advice}"
             )
 
     @property
@@ -196,7 +196,7 @@ class ShardImages:
         """The bytes of an image's label and whether they are JSON; None where it has none."""
         offset, size, is_json = self.indexes[shard].table[row, 2:].tolist()
         if size > MOST_LABEL_BYTES:
-            raise UserError(f"{self.name(shard, row)}: a label of {size} bytes; allowed are {MOST_LABEL_BYTES}")
+            raise UserError(f"{self.name(shard, row)}: a label of {size} bytes; expected at most {MOST_LABEL_BYTES}")
         return (self._bytes(shard, offset, size), bool(is_json)) if size >= 0 else None
 
     def name(self, shard: int, row: int) -> str:
@@ -267,7 +267,7 @@ def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:
     """
     total = sum(counts)
     if total < 2 * held_out:
-        raise UserError(f"data.held_out: {held_out} of only {total} images; allowed is at most half of them")
+        raise UserError(f"data.held_out is {held_out}, but there are only {total} images; use at most {total // 2}")
     share = np.asarray(counts) * held_out // total
     order = np.argsort(-(np.asarray(counts) * held_out % total), kind="stable")
     share[order[: held_out - int(share.sum())]] += 1

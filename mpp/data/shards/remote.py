@@ -37,7 +37,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
-            raise UserError(f"{req.full_url}: its server names {newurl} instead; allowed are http and https")
+            raise UserError(f"{req.full_url}: is redirected to {newurl}; only http and https redirects are followed")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -88,7 +88,7 @@ def opened(url: str, *, start: int = 0, stop: int | None = None, version: str | 
     """
     scheme = urllib.parse.urlsplit(url).scheme
     if scheme not in SCHEMES or "::" in url:
-        raise UserError(f"{url}: scheme '{scheme}' is not read; allowed are local files and {', '.join(SCHEMES)}")
+        raise UserError(f"{url}: scheme '{scheme}' cannot be read; use local files, {', '.join(SCHEMES)}")
     if scheme not in ("http", "https"):
         with _through_fsspec(url, start, stop, version) as answer:
             yield answer

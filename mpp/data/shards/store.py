@@ -255,7 +255,7 @@ class Store:
                     return
             if total == 0:
                 raise UserError(
-                    f"data.cache_limit_gb: {url} takes {size / 1e9:.6g} GB; allowed are {self.limit_bytes / 1e9:.6g}"
+                    f"data.cache_limit_gb: {url} takes {size / 1e9:.6g} GB; the limit is {self.limit_bytes / 1e9:.6g}"
                 )
             time.sleep(0.05)  # others are being fetched, and may leave after
 

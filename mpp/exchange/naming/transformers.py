@@ -111,10 +111,10 @@ def architecture(config: JsonMapping) -> Architecture:
     """
     kind, act = config["model_type"], config.get("hidden_act", "gelu")
     if kind not in MODELS:
-        raise ValueError(f"model_type: '{kind}': allowed are {', '.join(MODELS)}")
+        raise ValueError(f"model_type: expected one of {', '.join(MODELS)}; got '{kind}'")
     allowed = ACTIVATIONS if kind in ("vit", "vit_mae", "deit") else {"gelu": None}  # timm's others have one alone
     if act not in allowed:
-        raise ValueError(f"hidden_act: '{act}': allowed are {', '.join(allowed)}")
+        raise ValueError(f"hidden_act: expected one of {', '.join(allowed)}; got '{act}'")
     name, args, defaults = MODELS[kind](config)
     if allowed[act]:
         args["act_layer"] = allowed[act]

@@ -52,12 +52,12 @@ class DetectTask(Task):
     ) -> None:
         super().__init__()
         if detector == "fcos" and width % 32:
-            raise ValueError(f"width: fcos normalises 32 groups of channels; got {width}, allowed are multiples of 32")
+            raise ValueError(f"width: fcos normalises 32 groups of channels; expected a multiple of 32, got {width}")
         self.num_classes = num_classes
         self.pyramid = Pyramid(maps, width, finest=finest, last_only=True)
         handed, strides = _Handed(width), self.pyramid.strides
         if strides[0] < 1:
-            raise ValueError(f"finest: {finest} makes cells of {strides[0]} px; allowed are cells of a pixel or more")
+            raise ValueError(f"finest: {finest} makes cells of {strides[0]} px; choose a smaller value")
         few: JsonObject = {"detections_per_img": max_detections, "score_thresh": score_threshold}
         built: Any
         if detector == "fcos":

@@ -138,8 +138,8 @@ def test_a_tiff_whose_data_are_not_what_its_header_says(monkeypatch: pytest.Monk
 
 
 BAD: list[tuple[bytes, int, str]] = [
-    (npy(np.zeros((4, 4, 3), np.uint8)), 5, "an array of 4×4×3; wants 5 channels, first or last"),
-    (npy(np.zeros((2, 4, 4, 5), np.uint8)), 5, "an array of 2×4×4×5; wants 5 channels"),
+    (npy(np.zeros((4, 4, 3), np.uint8)), 5, "an array of 4×4×3; expected 5 channels, first or last"),
+    (npy(np.zeros((2, 4, 4, 5), np.uint8)), 5, "an array of 2×4×4×5; expected 5 channels"),
     (npy(np.zeros((4, 4), np.complex64)), 1, "values of complex64"),
     (npy(np.zeros((4, 4), bool)), 1, "values of bool"),
     (npy(np.array([[np.nan, 1], [np.inf, -np.inf]])), 1, "75% of its values are missing, more than 50%"),
@@ -151,7 +151,7 @@ BAD: list[tuple[bytes, int, str]] = [
     (b"\x93NUMPY\x01\0\x10\0{'descr': '<u1',", 1, "."),
     (b"II*\0" + bytes(30), 5, "."),
     (b"MM\0*\xff\xff\xff\xff", 5, "."),
-    (encoded(Image.new("RGB", (3, 2))), 5, "not a TIFF or .npy; wants 5 channels"),
+    (encoded(Image.new("RGB", (3, 2))), 5, "not a TIFF or .npy; expected 5 channels"),
     (b"", 1, "empty file"),
     (b"", 5, "not a TIFF or .npy"),
 ]  # fmt: skip

@@ -214,7 +214,7 @@ def test_a_table_without_a_label(tmp_path: Path) -> None:
         ({"mixup": 0.5}, "mixup: not with task: multilabel"),
         ({"balance": "loss"}, "balance: not with task: multilabel"),
         ({"distill.teacher": "x"}, "distill: not with task: multilabel"),
-        ({"data.labels_per_class": 5}, "labels_per_class: not with task: multilabel; allowed: data.fraction"),
+        ({"data.labels_per_class": 5}, "labels_per_class: not with task: multilabel; use data.fraction"),
     ],
 )
 def test_what_does_not_go_with_it(changes: dict[str, Any], message: str, tables: Path, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_on_two_processes_the_losses_are_those_of_one(shapes: Path, tmp_path: Pa
     ("changes", "words"),
     [
         ({"mixup": 0.5}, "mixup: not with task: segment"),
-        ({"data.labels_per_class": 5}, "data: labels_per_class: not with task: segment; allowed: data.fraction"),
+        ({"data.labels_per_class": 5}, "data: labels_per_class: not with task: segment; use data.fraction"),
         ({"data.erase": 0.2}, "data: erase: not with task: segment"),
         ({"pool": "token"}, "pool: not with task: segment"),
         ({"balance": "sampling"}, None),
