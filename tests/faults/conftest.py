@@ -17,6 +17,17 @@ from tests.faults.processes import Job, Left, Nursery, finetuning, left, pretrai
 
 SHM = Path("/dev/shm")
 MOUNTS = shutil.which("mount") is not None and os.geteuid() == 0
+TITLES = {
+    "test_kill_and_resume.py": "Killed runs",
+    "test_signals.py": "Signals",
+    "test_ranks.py": "Several processes",
+    "test_run_folders.py": "Run folders and full disks",
+    "test_streams.py": "Terminals and output",
+    "test_bad_data.py": "Images and shards",
+    "test_remote_shards.py": "Remote shards",
+    "test_hostile_input.py": "Hostile input",
+}
+"""File of tests -> heading on the page, in this order."""
 _promised: dict[str, dict[str, Any]] = {}
 
 
@@ -60,17 +71,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     lines = [
         "# What we promise, and how it is tested",
         "",
-        "Written by `make faults`, which runs `tests/faults/`: real processes, over gloo where there are several, that are",
-        "killed, stopped, starved and lied to. Every row is held by the tests it names; `make check` runs most cases, too.",
-        "",
-        "| promise | tried | tests |",
-        "|---|---|---|",
+        "`make faults` writes this page. It runs `tests/faults/`: real processes that are killed, stopped, starved and fed bad",
+        "data, over gloo if there are several. Every row names the tests that hold it; `make check` runs most of their cases.",
     ]
-    for promise, row in _promised.items():
-        counts = [f"{n:,} {what}" for what, n in row["counts"].items()]
-        tried = "; ".join([f"{row['passed']} cases" if row["passed"] != 1 else "1 case", *counts])
-        failed = f", **{row['other']} did not hold**" if row["other"] else ""
-        lines.append(f"| {promise} | {tried}{failed} | {', '.join(f'`{t}`' for t in sorted(row['tests']))} |")
+    for file, title in TITLES.items():
+        lines += ["", f"## {title}", "", "| promise | tried | tests |", "|---|---|---|"]
+        for promise, row in _promised.items():
+            if not min(row["tests"]).startswith(file):
+                continue
+            counts = [f"{n:,} {what}" for what, n in row["counts"].items()]
+            tried = "; ".join([f"{row['passed']} cases" if row["passed"] != 1 else "1 case", *counts])
+            failed = f", **{row['other']} did not hold**" if row["other"] else ""
+            lines.append(f"| {promise} | {tried}{failed} | {', '.join(f'`{t}`' for t in sorted(row['tests']))} |")
     Path(path).write_text("\n".join(lines) + "\n")
 
 

@@ -127,7 +127,7 @@ def decoded(data: bytes, size: tuple[int, int] = (16, 16)) -> Any:
     return decode_crop(data, lambda w, h: (0, 0, w, h), size, channels=3, formats=ALL, max_image_pixels=LIMIT)
 
 
-IMAGES = "Images of every kind: read as they should be, or named with the reason and replaced"
+IMAGES = "Unusual images are read correctly; bad ones are replaced and named with the reason"
 
 
 @pytest.mark.promise(IMAGES)
@@ -186,7 +186,7 @@ def test_a_run_over_all_of_them(workers: int, nursery: Nursery, folder: Path) ->
 
 # ---- shards
 
-TARS = "Tars of every kind: read as tarfile reads them, or refused in one line with the file and the place"
+TARS = "Any tar is read as Python's tarfile reads it, or refused in one line with file and place"
 
 
 @pytest.mark.promise(TARS)
@@ -267,9 +267,7 @@ def refused(nursery: Nursery, folder: Path, recipe: Path, *words: str, **options
     return run.said()
 
 
-@pytest.mark.promise(
-    "Shards that are missing, empty, unreadable, no tars, or that change: refused in one line with the name"
-)
+@pytest.mark.promise("Missing, empty, unreadable, changed or wrong shards are refused by name, in one line")
 def test_shards_that_cannot_be_read(nursery: Nursery, folder: Path) -> None:
     shards = folder / "shards"
     shards.mkdir()
@@ -301,9 +299,7 @@ def test_shards_that_cannot_be_read(nursery: Nursery, folder: Path) -> None:
     assert not (folder / "run").exists()
 
 
-@pytest.mark.promise(
-    "Shards that are missing, empty, unreadable, no tars, or that change: refused in one line with the name"
-)
+@pytest.mark.promise("Missing, empty, unreadable, changed or wrong shards are refused by name, in one line")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_is_replaced_while_the_run_reads_it(workers: int, nursery: Nursery, folder: Path) -> None:
     """A file replaced under its name stays the old one for those who have it open: those who open it later notice."""
@@ -321,7 +317,7 @@ def test_a_shard_that_is_replaced_while_the_run_reads_it(workers: int, nursery: 
 
 # ---- fuzzing
 
-FUZZ = "Fuzzed bytes: no crash, no hang, memory bounded; a fault is one line"
+FUZZ = "Fuzzed bytes cause no crash, no hang and no memory growth; each fault is one line"
 
 
 @pytest.mark.promise(FUZZ)

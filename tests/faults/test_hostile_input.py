@@ -31,7 +31,7 @@ from tests.faults.test_bad_data import tar_of
 from tests.http_server import serve
 from tests.reporting.test_report import Page
 
-NOT_RUN = "Nothing a recipe, a shard, an index or a checkpoint holds is ever run: no pipes, no YAML tags, no pickles"
+NOT_RUN = "No content of a recipe, shard, index or checkpoint is ever executed (pipes, YAML tags, pickles)"
 
 
 @pytest.mark.promise(NOT_RUN)
@@ -135,7 +135,7 @@ def test_pickles(nursery: Nursery, shards: Path, folder: Path) -> None:
     assert not mark.exists()
 
 
-BOMBS = "Indexes and members that promise too much are refused by what they say, before memory is taken"
+BOMBS = "Indexes and tar members that claim huge sizes are refused before memory is allocated"
 
 
 def index_of(**changes: Any) -> dict[str, Any]:
@@ -231,7 +231,7 @@ URLS = [
     f"http://HOST/none.tar?token={SECRET}",
     f"http://HOST/none.tar?part=1&api_key={SECRET}",
 ]
-KEPT = "Passwords, tokens and signatures of URLs appear in no message, no log and no record of a run"
+KEPT = "Passwords, tokens and URL signatures appear in no message, log or record of a run"
 
 
 @pytest.mark.promise(KEPT)
@@ -309,7 +309,7 @@ def test_a_run_folder_from_elsewhere(nursery: Nursery, shards: Path, folder: Pat
     assert not mark.exists()
 
 
-@pytest.mark.promise("Names of classes, folders and recipes are text in the report, whatever they are made of")
+@pytest.mark.promise("HTML in names of classes, folders and recipes is shown as text in the report")
 def test_html_in_names(nursery: Nursery, image_folder: Path, folder: Path) -> None:
     hostile = ["<img src=x onerror=alert(1)>", "b&b<script>alert(2)<∕script>"]
     for name, source in zip(hostile, sorted(p for p in image_folder.iterdir() if p.is_dir()), strict=False):

@@ -43,7 +43,7 @@ def at_points(points: list[str], others: tuple[int, int]) -> list[Any]:
     ]
 
 
-@pytest.mark.promise("Every place where a run is broken on purpose is one that runs come by")
+@pytest.mark.promise("Every point at which these tests break a run is one that real runs reach")
 @pytest.mark.parametrize("job", JOBS)
 def test_the_points_are_those_that_are_reached(job: str, bench: Bench) -> None:
     path, trace = bench.recipe(job), bench.folder / "trace"
@@ -55,7 +55,7 @@ def test_the_points_are_those_that_are_reached(job: str, bench: Bench) -> None:
     assert reached == {*SAVING, *LOADING, "train.step_begins"} - NOT_IN[job]
 
 
-@pytest.mark.promise("kill -9 of either rank at any named point of saving: losses and weights bit-equal after resuming")
+@pytest.mark.promise("kill -9 of either rank at any point of saving: resumed, losses and weights are bit-equal")
 @pytest.mark.parametrize(("job", "point", "victim"), at_points(SAVING, (0, 1)))
 def test_killed_while_saving(job: str, point: str, victim: int, bench: Bench) -> None:
     path = bench.recipe(job)
@@ -71,7 +71,7 @@ def test_killed_while_saving(job: str, point: str, victim: int, bench: Bench) ->
     bench.goes_on(job, path)
 
 
-@pytest.mark.promise("kill -9 in the middle of writing a file: losses and weights bit-equal after resuming")
+@pytest.mark.promise("kill -9 while a file is written: resumed, losses and weights are bit-equal")
 @pytest.mark.parametrize(("job", "point", "nth"), at_points(WRITTEN, (1, 3)))
 def test_killed_inside_a_file(job: str, point: str, nth: int, bench: Bench) -> None:
     path = bench.recipe(job)
@@ -81,7 +81,7 @@ def test_killed_inside_a_file(job: str, point: str, nth: int, bench: Bench) -> N
     bench.goes_on(job, path)
 
 
-@pytest.mark.promise("kill -9 while resuming, and again: losses and weights bit-equal after the third start")
+@pytest.mark.promise("kill -9 while resuming, twice: at the third start, losses and weights are bit-equal")
 @pytest.mark.parametrize(("job", "point", "victim"), at_points(LOADING, (0, 1)))
 def test_killed_while_loading(job: str, point: str, victim: int, bench: Bench) -> None:
     path = bench.recipe(job)
@@ -94,7 +94,7 @@ def test_killed_while_loading(job: str, point: str, victim: int, bench: Bench) -
     bench.goes_on(job, path)
 
 
-@pytest.mark.promise("kill -9 at random moments, of random ranks, one after another: losses and weights bit-equal")
+@pytest.mark.promise("kill -9 of random ranks at random moments, repeated: losses and weights are bit-equal")
 @pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.exhaustive)])
 def test_killed_at_random(job: str, times: int, bench: Bench) -> None:
@@ -118,9 +118,7 @@ def test_killed_at_random(job: str, times: int, bench: Bench) -> None:
     bench.goes_on(job, path, **changes)
 
 
-@pytest.mark.promise(
-    "Resumed on 1, 2 or 3 processes with 0 or 2 workers: the same samples, crops and masks; losses to 1e-5"
-)
+@pytest.mark.promise("Resumed on 1 to 3 processes, 0 or 2 workers: same samples, crops and masks; losses to 1e-5")
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0), (3, 2)])
 def test_resumed_on_other_processes(world: int, workers: int, bench: Bench) -> None:
     # draws of drop path are made for each micro-batch, of which there are others then
@@ -170,7 +168,7 @@ def damaged(path: Path, how: str) -> str:
     )
 
 
-@pytest.mark.promise("A truncated, bit-flipped or missing newest checkpoint: the one before is used, the file is named")
+@pytest.mark.promise("If the newest checkpoint is damaged, it is named and the one before is used")
 @pytest.mark.parametrize("how", ["truncated", "flipped", "file removed", "manifest", "missing"])
 @pytest.mark.parametrize("job", JOBS)
 def test_a_damaged_checkpoint(job: str, how: str, bench: Bench) -> None:

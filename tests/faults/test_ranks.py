@@ -27,7 +27,7 @@ from tests.faults.processes import JOBS, Left, Nursery, children, left, records_
 HANG_TIMEOUT_S = 5
 
 
-@pytest.mark.promise("A killed rank: the others end within 10 s and name it, with and without loader workers")
+@pytest.mark.promise("If a rank is killed, the others name it and end within 10 s, with and without loader workers")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_a_killed_rank(victim: int, workers: int, nursery: Nursery, shards: Path, folder: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_killed_rank(victim: int, workers: int, nursery: Nursery, shards: Path
     ]
 
 
-@pytest.mark.promise("A rank that never comes: the others end within twice hang_timeout_s and a minute, in one line")
+@pytest.mark.promise("If a rank never starts, the others end within twice hang_timeout_s and a minute, in one line")
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("missing", [0, 1])
 def test_a_rank_that_never_comes(missing: int, bench: Bench) -> None:
@@ -62,9 +62,7 @@ def test_a_rank_that_never_comes(missing: int, bench: Bench) -> None:
     assert "Traceback" not in run.said()
 
 
-@pytest.mark.promise(
-    "A killed rank whose child holds its connections: the others end within 15 s all the same, and name it"
-)
+@pytest.mark.promise("If a killed rank's child keeps its connections, the others still name it and end within 15 s")
 @pytest.mark.parametrize(("point", "victim"), [("train.step_begins", 0), ("train.step_begins", 1), ("save.ends", 0)])
 def test_a_killed_rank_that_nobody_is_told_of(point: str, victim: int, bench: Bench) -> None:
     path = bench.recipe("pretrain")
@@ -81,7 +79,7 @@ def test_a_killed_rank_that_nobody_is_told_of(point: str, victim: int, bench: Be
     bench.goes_on("pretrain", path)
 
 
-@pytest.mark.promise("A rank that raises: the others end with its words")
+@pytest.mark.promise("If a rank raises an error, the others end with its message")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_raises(rank: int, bench: Bench) -> None:
     path = bench.recipe("pretrain")
@@ -96,7 +94,7 @@ def test_a_rank_that_raises(rank: int, bench: Bench) -> None:
     bench.goes_on("pretrain", path)
 
 
-@pytest.mark.promise("A rank that dies while another saves: the checkpoint is finished first")
+@pytest.mark.promise("If a rank dies while another saves, the checkpoint is finished first")
 def test_a_killed_rank_beside_one_that_saves(bench: Bench) -> None:
     path, saves = bench.recipe("pretrain"), bench.folder / "run" / "checkpoints"
     slow = {"point": "save.model_written", "nth": 2, "do": "sleep", "seconds": SILENT_S + 5}
@@ -108,9 +106,7 @@ def test_a_killed_rank_beside_one_that_saves(bench: Bench) -> None:
     bench.goes_on("pretrain", path)
 
 
-@pytest.mark.promise(
-    "A rank that hangs, or is stopped: the others end within hang_timeout_s and 10 s, name it, and leave its stacks"
-)
+@pytest.mark.promise("If a rank hangs, the others end within hang_timeout_s and 10 s, name it and print its stacks")
 @pytest.mark.parametrize(
     ("victim", "how"),
     [
@@ -143,7 +139,7 @@ def test_a_hanging_rank(job: str, victim: int, how: str, nursery: Nursery, shard
     assert any("loop.py" in s and "in train" in s for s in stacks), stacks
 
 
-@pytest.mark.promise("A killed loader worker: one clear line, every rank ends, and the run goes on bit-equal")
+@pytest.mark.promise("If a loader worker is killed, every rank ends in one line; resumed, the run is bit-equal")
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 @pytest.mark.parametrize("job", JOBS)
 def test_a_killed_loader_worker(
@@ -185,9 +181,7 @@ def blinded(one_white: Path, folder: Path, name: str, **changes: Any) -> Path:
     return RECIPES["pretrain"](one_white, folder / f"{name}.yaml", folder / name, **{**plain, **changes})
 
 
-@pytest.mark.promise(
-    "A loss that is not finite on one rank: no rank makes the update; `mpp replay` runs the step again"
-)
+@pytest.mark.promise("If the loss of a rank is not finite, no rank updates; `mpp replay` repeats the step")
 def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path) -> None:
     path, out = blinded(one_white, folder, "run"), folder / "run"
     run = nursery.start("pretrain", path, log=folder / "log", world=2)
@@ -228,9 +222,7 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
     assert wrong.said() == f"--step 999: not kept; kept steps: {int(kept.name[5:])}\n"
 
 
-@pytest.mark.promise(
-    "A loss that is not finite on one rank: no rank makes the update; `mpp replay` runs the step again"
-)
+@pytest.mark.promise("If the loss of a rank is not finite, no rank updates; `mpp replay` repeats the step")
 def test_not_finite_while_finetuning(nursery: Nursery, shards: Path, folder: Path) -> None:
     changes = {"optim.base_lr": 1e25, "optim.warmup_steps": 0, "optim.clip_grad_norm": None}
     path, out = RECIPES["finetune"](shards, folder / "r.yaml", folder / "run", **changes), folder / "run"
@@ -246,9 +238,7 @@ def test_not_finite_while_finetuning(nursery: Nursery, shards: Path, folder: Pat
     assert any("every image alone, too: the weights, most likely" in text for text in said)
 
 
-@pytest.mark.promise(
-    "A gradient that is not finite under a finite loss: no rank makes the update, and the step is kept"
-)
+@pytest.mark.promise("If only the gradient is not finite, no rank updates, and the step is kept")
 def test_a_gradient_that_is_not_finite(bench: Bench) -> None:
     steep = {"extra_targets": [{"target": "pixels", "head": "mlp", "weight": 1e36}]}
     path, out = bench.recipe("pretrain", **steep), bench.folder / "run"
@@ -263,9 +253,7 @@ def test_a_gradient_that_is_not_finite(bench: Bench) -> None:
     assert "as in the run" in bench.log.read_text().splitlines()[-1]
 
 
-@pytest.mark.promise(
-    "max_skipped_steps: steps that are not finite are left out on every rank, and counted; then it stops"
-)
+@pytest.mark.promise("Steps that are not finite are skipped on every rank and counted, up to max_skipped_steps")
 def test_skipped_steps(nursery: Nursery, one_white: Path, folder: Path) -> None:
     path, out = blinded(one_white, folder, "run", max_skipped_steps=50), folder / "run"
     nursery.start("pretrain", path, log=folder / "log", world=2).ends_well()
@@ -288,9 +276,7 @@ def test_skipped_steps(nursery: Nursery, one_white: Path, folder: Path) -> None:
 # ---- shares that do not come out even
 
 
-@pytest.mark.promise(
-    "Uneven and few shards, epochs that do not divide: no hang, no loss, each sample at most once an epoch"
-)
+@pytest.mark.promise("With few or uneven shards, no run hangs, and each sample is seen at most once an epoch")
 @pytest.mark.parametrize("sizes", [[1, 7, 30], [3], [40, 1], [1] * 9, [2]])
 @pytest.mark.parametrize(
     ("world", "workers"),
@@ -320,7 +306,7 @@ def test_shares(
     record_property("samples", 7 * 12)
 
 
-@pytest.mark.promise("Too few images to hold any out are refused in one line on every rank")
+@pytest.mark.promise("Too few images for a held-out part are refused in one line on every rank")
 def test_one_sample(nursery: Nursery, folder: Path) -> None:
     (folder / "shards").mkdir()
     shard_of(folder / "shards" / "0.tar", [encoded(drawn_image(0), "JPEG")])

@@ -60,7 +60,7 @@ def remote_recipe(bench: Bench, url: str, *, cache_shards: float = SHARDS, **cha
     return bench.recipe("pretrain", **{**places, **limit, **NEARLY_IN_ORDER, **changes})
 
 
-@pytest.mark.promise("Shards from a server that breaks off, refuses and is slow: losses and weights of local files")
+@pytest.mark.promise("A slow server that breaks connections gives the losses and weights of local files")
 @pytest.mark.parametrize("indexes", [True, False])
 def test_a_bad_server(indexes: bool, bench: Bench, served: Served, local: Any) -> None:
     served.indexes, served.bytes_per_s = indexes, 400_000
@@ -74,7 +74,7 @@ def test_a_bad_server(indexes: bool, bench: Bench, served: Served, local: Any) -
     bench.count("broken answers", 10)
 
 
-@pytest.mark.promise("A cache smaller than the data: never above its limit, and the losses and weights of local files")
+@pytest.mark.promise("A cache smaller than the data stays within its limit; losses equal those of local files")
 @pytest.mark.parametrize("cache_shards", [4.1, pytest.param(6, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("indexes", [True, False])
 def test_a_small_cache(indexes: bool, cache_shards: float, bench: Bench, served: Served, local: Any) -> None:
@@ -95,7 +95,7 @@ def test_a_small_cache(indexes: bool, cache_shards: float, bench: Bench, served:
     assert left(bench.folder / "run") == local
 
 
-@pytest.mark.promise("A cache too small for what is read at a time: refused before the first step")
+@pytest.mark.promise("A cache too small for the shards that are read at once is refused before the first step")
 def test_a_cache_that_is_too_small(bench: Bench, served: Served) -> None:
     run = bench.start("pretrain", remote_recipe(bench, served.url, cache_shards=1.5), world=1)
     assert run.wait() == [2]
@@ -104,7 +104,7 @@ def test_a_cache_that_is_too_small(bench: Bench, served: Served) -> None:
     assert served.whole() == 0
 
 
-@pytest.mark.promise("A full disk under the cache: refused at once, with what is full")
+@pytest.mark.promise("A full disk under the cache stops the run at once and is named")
 def test_a_full_disk_under_the_cache(bench: Bench, served: Served, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 50_000))
     path = remote_recipe(bench, served.url, **{"data.cache_dir": str(small_disk / "cache")})
@@ -114,7 +114,7 @@ def test_a_full_disk_under_the_cache(bench: Bench, served: Served, small_disk: P
     assert "Traceback" not in run.said()
 
 
-@pytest.mark.promise("kill -9 while shards are fetched: goes on to the losses and weights of local files")
+@pytest.mark.promise("kill -9 while shards are downloaded: resumed, losses and weights equal those of local files")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_while_fetching(victim: int, bench: Bench, served: Served, local: Any) -> None:
     served.bytes_per_s = 40_000
@@ -129,7 +129,7 @@ def test_killed_while_fetching(victim: int, bench: Bench, served: Served, local:
     assert left(bench.folder / "run") == local
 
 
-@pytest.mark.promise("A shard that changes on its server, fetched again: every process stops, and says which")
+@pytest.mark.promise("If a shard changes on its server, every process stops and names it")
 @pytest.mark.parametrize("what", ["gone", "changed"])
 def test_a_shard_that_is_another_one_later(what: str, bench: Bench, served: Served) -> None:
     path = remote_recipe(bench, served.url, cache_shards=4.1, checkpoint_every_steps=1)
@@ -148,7 +148,7 @@ def test_a_shard_that_is_another_one_later(what: str, bench: Bench, served: Serv
     assert said in status(bench.folder / "run")["why"]
 
 
-@pytest.mark.promise("A server that is gone for a while: the run waits for it, and ends as with local files")
+@pytest.mark.promise("If a server is away for a while, the run waits and ends as with local files")
 def test_a_server_that_is_gone_for_a_while(bench: Bench, served: Served, local: Any) -> None:
     path = remote_recipe(bench, served.url, cache_shards=4.1)
     run = bench.start("pretrain", path)
@@ -160,7 +160,7 @@ def test_a_server_that_is_gone_for_a_while(bench: Bench, served: Served, local: 
     assert left(bench.folder / "run") == local
 
 
-@pytest.mark.promise("Shards in an S3 bucket (moto's server): losses and weights of local files, one copy a machine")
+@pytest.mark.promise("Shards in an S3 bucket (moto's server) give the losses of local files, with one copy a machine")
 @pytest.mark.parametrize("indexes", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_a_bucket(indexes: bool, bench: Bench, many: Path, served: Served, bucket: str, local: Any) -> None:
     import boto3

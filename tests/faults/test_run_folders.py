@@ -30,9 +30,7 @@ def stopped(job: Job) -> None:
     job.wait()
 
 
-@pytest.mark.promise(
-    "Two runs into one folder: the second is refused, whoever holds it is named; a dead run holds nothing"
-)
+@pytest.mark.promise("A second run into one folder is refused and the first named; a dead run holds no folder")
 @pytest.mark.parametrize("job", JOBS)
 def test_two_runs_into_one_folder(job: str, nursery: Nursery, shards: Path, folder: Path) -> None:
     path, out = (
@@ -60,9 +58,7 @@ def test_two_runs_into_one_folder(job: str, nursery: Nursery, shards: Path, fold
     stopped(again)
 
 
-@pytest.mark.promise(
-    "Two runs into one folder: the second is refused, whoever holds it is named; a dead run holds nothing"
-)
+@pytest.mark.promise("A second run into one folder is refused and the first named; a dead run holds no folder")
 def test_two_that_begin_at_once(nursery: Nursery, shards: Path, folder: Path) -> None:
     path = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run", **{"optim.steps": 300})
     runs = [nursery.start("pretrain", path, log=folder / f"log{i}") for i in range(6)]
@@ -70,9 +66,7 @@ def test_two_that_begin_at_once(nursery: Nursery, shards: Path, folder: Path) ->
     assert sorted(codes) == [0, 2, 2, 2, 2, 2], [run.said() for run in runs]
 
 
-@pytest.mark.promise(
-    "Two runs into one folder: the second is refused, whoever holds it is named; a dead run holds nothing"
-)
+@pytest.mark.promise("A second run into one folder is refused and the first named; a dead run holds no folder")
 def test_one_process_does_not_lock_itself_out_nor_in(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     lock = Lock(out)
@@ -84,7 +78,7 @@ def test_one_process_does_not_lock_itself_out_nor_in(shards: Path, tmp_path: Pat
     Lock(out).release()  # given back when a run fails, too
 
 
-@pytest.mark.promise("A recipe or data that changed are refused with the difference, and the folder is left as it was")
+@pytest.mark.promise("A changed recipe or data set is refused with the difference; the folder stays unchanged")
 @pytest.mark.parametrize("job", JOBS)
 def test_what_changed_is_refused(job: str, nursery: Nursery, folder: Path) -> None:
     (folder / "shards").mkdir()
@@ -113,7 +107,7 @@ def test_what_changed_is_refused(job: str, nursery: Nursery, folder: Path) -> No
     assert "changed since" in refused()
 
 
-@pytest.mark.promise("Data that were moved are the same data: a run continues with them")
+@pytest.mark.promise("A run continues if its data were moved")
 @pytest.mark.parametrize("job", JOBS)
 def test_data_that_moved(job: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named with a slash at the end, by another path to the same folder, or copied elsewhere."""
@@ -142,7 +136,7 @@ def test_data_that_moved(job: str, image_folder: Path, tmp_path: Path, monkeypat
             go_on("moved")
 
 
-@pytest.mark.promise("The folder of a run that ended before it had anything is free for the corrected command")
+@pytest.mark.promise("The folder of a run that failed before its first result can be used again")
 def test_a_run_that_came_to_nothing(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "run"
 
@@ -177,7 +171,7 @@ def labeled_shard(path: Path, images: dict[str, tuple[bytes, str]]) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
-@pytest.mark.promise("A checkpoint of another format is refused with both numbers")
+@pytest.mark.promise("A checkpoint of another format is refused with both version numbers")
 def test_another_format(nursery: Nursery, shards: Path, folder: Path) -> None:
     path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run"), folder / "run"
     nursery.start("pretrain", path, log=folder / "log").ends_well()
@@ -221,9 +215,7 @@ def unsaved_run(
     return go_on(), out, go_on
 
 
-@pytest.mark.promise(
-    "Full disk, quota or a read-only folder while saving: checkpoints stay, path and free space are named"
-)
+@pytest.mark.promise("On a full disk, quota or read-only folder, checkpoints stay; path and free space are named")
 @pytest.mark.parametrize("policy", ["stop", "go_on"])
 @pytest.mark.parametrize("way", ["full", "quota", "read-only"])
 @pytest.mark.parametrize("job", ["pretrain", pytest.param("finetune", marks=pytest.mark.exhaustive)])
@@ -263,7 +255,7 @@ def test_a_checkpoint_that_cannot_be_written(
     assert left(out) == reference(job, 2, **{"optim.steps": 14})
 
 
-@pytest.mark.promise("A place where nothing can be written is refused before the first step, in one line")
+@pytest.mark.promise("An output folder that cannot be written is refused before the first step")
 @pytest.mark.parametrize("job", JOBS)
 def test_a_place_that_cannot_be_written(job: str, nursery: Nursery, shards: Path, folder: Path) -> None:
     (folder / "closed").mkdir(mode=0o555)

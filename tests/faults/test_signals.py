@@ -19,9 +19,7 @@ from tests.faults.conftest import RECIPES, Bench
 from tests.faults.processes import JOBS, Left, Nursery, children, free_port, left, records_of, status, steps_logged
 
 LONG = {"optim.steps": 150, "checkpoint_every_steps": 10000}
-SAVED = (
-    "SIGTERM, SIGINT or SIGHUP, to one rank or to all: a checkpoint after the step, exit code 143, 130 or 129 of all"
-)
+SAVED = "SIGTERM, SIGINT or SIGHUP to any rank saves after the step; all exit with 143, 130 or 129"
 
 
 @pytest.mark.promise(SAVED)
@@ -59,9 +57,7 @@ def test_a_signal_saves(
     assert left(out) == reference(job, 2, **changes)
 
 
-@pytest.mark.promise(
-    "A second SIGINT stops at once, unsaved, with exit code 130; status.json says so, and the run goes on"
-)
+@pytest.mark.promise("A second SIGINT stops at once without saving (exit code 130); the run can be resumed")
 @pytest.mark.parametrize("job", JOBS)
 def test_a_second_sigint_stops_at_once(
     job: str, nursery: Nursery, shards: Path, folder: Path, reference: Callable[..., Left]
@@ -114,9 +110,7 @@ def under_torchrun(path: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
             os.killpg(run.pid, signal.SIGKILL)
 
 
-@pytest.mark.promise(
-    "Under torchrun: SIGTERM or SIGHUP to it, or Ctrl-C to its whole group, saves; the run goes on bit-equal"
-)
+@pytest.mark.promise("SIGTERM, SIGHUP or Ctrl-C to torchrun saves; resumed, the run is bit-equal")
 @pytest.mark.parametrize(
     "how",
     [
@@ -139,7 +133,7 @@ def test_under_torchrun(how: str, bench: Bench) -> None:
     bench.goes_on("pretrain", path, **LONG)
 
 
-@pytest.mark.promise("Under torchrun: kill -9 of either rank is named by the other, and the run goes on bit-equal")
+@pytest.mark.promise("kill -9 of a rank under torchrun is named by the other; resumed, the run is bit-equal")
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_killed_under_torchrun(victim: int, bench: Bench) -> None:
     path, out = bench.recipe("pretrain", **{"optim.steps": 150}), bench.folder / "run"

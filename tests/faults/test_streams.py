@@ -24,10 +24,8 @@ from mpp.runs.records import read_metrics, steps
 from tests.conftest import command, pretrain_values
 
 pytestmark = pytest.mark.slow
-CLOSED = (
-    "A terminal that is closed: a checkpoint after the step, exit code 129; with nohup and disown the run continues"
-)
-LOST = "Output that nobody takes (no reader, a full disk, closed, ASCII) ends no run before its checkpoint is written"
+CLOSED = "A closed terminal saves a checkpoint (exit code 129); with nohup and disown the run continues"
+LOST = "Output that cannot be written (closed, full, no reader, ASCII) ends no run before it is saved"
 LONG = {"optim.steps": 100_000, "checkpoint_every_steps": 100_000, "log_every_steps": 1}
 
 
