@@ -30,7 +30,7 @@ CROP_PX, SIDE_PX = 96, (110, 220)
 TRAINED, SHOWN = 600, 8
 """Crops of each photograph."""
 README_PHOTOGRAPHS = ("chelsea", "astronaut", "coffee")
-VIEWS = ("attention_distance", "attention_maps", "similarity", "space", "spectrum", "positions", "colours")
+VIEWS = ("attention_distance", "attention_maps", "similarity", "spectrum", "positions", "colours")
 """Pictures of `mpp inspect` that the guide on looking at results explains."""
 RECIPE: JsonObject = {
     "job": "pretrain",

@@ -36,7 +36,7 @@ HABITS = {
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/reference/*.md")
 NOT_CHECKED = ("docs/benchmarks.md", "docs/log.md", "docs/architecture.md", "docs/changelog.md")
 """Pages that are generated, or that only include another file."""
-MESSAGES = ("UserError", "BadImage", "ValueError", "MppWarning", "Symptom", "Conclusion", "echo", "print", "say")
+MESSAGES = ("UserError", "BadImage", "ValueError", "MppWarning", "Symptom", "View", "Conclusion", "echo", "print", "say")
 """Functions whose arguments are shown to users."""
 
 

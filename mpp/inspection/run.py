@@ -141,7 +141,7 @@ def inspect_encoder(
         ("Mean attention distance", views.attention_distance(subject, attention)),
         ("Similarity of layers (linear CKA)", views.similarity(seen, subjects[1] if compare else None)),
         ("Skip connections", views.skips(seen)),
-        ("Where a token stands", views.space(seen)),
+        ("Places of tokens", views.space(seen)),
         ("Position embeddings", views.positions(subject)),
         ("Filters of the patch embedding", views.filters(subject)),
     ]

@@ -61,9 +61,9 @@ def positions(subject: InspectedEncoder) -> View | str:
     return View(
         "positions",
         "Position embeddings",
-        "Cosine of the position embedding of one cell with those of all others; a small map for each cell, where the "
-        "cell is. A bright spot that wanders with the cell: near cells have like positions. Bright rows and columns: "
-        "rows and columns are told apart.",
+        "Each small map belongs to one patch and is drawn at its place. It shows how similar (cosine) the position "
+        "embedding of that patch is to all others. A bright spot that follows the patch: nearby places have "
+        "similar embeddings. Bright rows and columns: the encoder tells rows and columns apart.",
         {"grid": [gh, gw], "distance_px": curve.distance_px, "mean_cosine": curve.value, "cosine": _rounded(similar)},
         plots.pictures(
             grid, title="cosine of each cell's position with all others, -1 dark to 1 bright", low=-1, high=1, side=0.75
@@ -87,8 +87,9 @@ def filters(subject: InspectedEncoder) -> View | str:
     return View(
         "filters",
         "Filters of the patch embedding",
-        "Principal components of the first layer's filters, the largest first; grey is zero. Waves of growing "
-        "frequency and colour contrasts: a basis for what is in a patch. Noise: it has hardly learned.",
+        "The main patterns (principal components) of the first layer's filters, the largest first; grey is zero. "
+        "Waves of growing frequency and colour contrasts: the filters describe the content of a patch. Noise: the "
+        "layer has hardly learned.",
         {"filters": len(weight), "size_px": list(weight.shape[2:]), "share_of_variance": share},
         plots.pictures(rows, title="principal components of the first layer's filters", side=0.8),
         f"{len(share)} components of {len(weight)} filters hold {sum(share):.0%} of their variance",
@@ -136,9 +137,9 @@ def attention_distance(subject: InspectedEncoder, attentions: list[Attention]) -
     return View(
         "attention_distance",
         "Mean attention distance",
-        "How far the patches of an image look, for each head of each block: distances weighted by attention. Heads "
-        "that look near beside heads that look far in the first blocks: local and global features side by side. All at "
-        "the dashed line: attention is even, as in an untrained encoder.",
+        "How far each head of each block looks: the distance between patches, weighted by attention. In trained "
+        "ViTs, some heads of the first blocks look near and others far. If all are at the dashed line, attention "
+        "is even, as in an untrained encoder.",
         numbers,
         figure,
         f"{mean[0]:.1f} px in the first block, {mean[-1]:.1f} px in the last (even attention: {uniform[-1]:.1f} px)",
@@ -178,8 +179,9 @@ def attention_maps(subject: InspectedEncoder, attentions: list[Attention], shown
     return View(
         "attention_maps",
         "Attention maps and rollout",
-        "Where the patch at the cross looks, mean of the heads, in the first, a middle and the last block, each on its "
-        "own scale; then through all blocks together (attention rollout), from the cross and from all places.",
+        "What the patch at the cross attends to, mean over heads, in the first, a middle and the last block, each "
+        "on its own scale. The last columns follow attention through all blocks (attention rollout), from the "
+        "cross and from all patches.",
         {
             "query": [gh // 2, gw // 2],
             "grid": [gh, gw],
@@ -213,9 +215,10 @@ def similarity(seen: Seen, other: InspectedEncoder | None) -> View:
     return View(
         "similarity",
         "Similarity of layers (linear CKA)",
-        "1: two layers hold the same up to a rotation, 0: nothing in common. One bright square: every layer resembles "
-        "every other, as in ViTs, whose skip connections carry everything on. Blocks along the diagonal: stages, as in "
-        "convolutional networks. What each block adds is its output less its input: without the skip connection.",
+        "1: two layers hold the same information up to a rotation. 0: they have nothing in common. One bright "
+        "square: all layers are similar, which is common in ViTs, whose skip connections carry information past "
+        "the blocks. Squares along the diagonal: stages, which are common in convolutional networks. What each "
+        "block adds is its output minus its input, without the skip connection.",
         numbers,
         plots.heats(panels, low=0, high=1, label="CKA", columns=min(len(panels), 3)),
         f"first and last of {len(cka)} blocks: {ends:.2f}, mean of all pairs {float(np.nanmean(cka)):.2f}",
@@ -233,9 +236,9 @@ def skips(seen: Seen) -> View | str:
     return View(
         "skips",
         "Skip connections",
-        "Norm of what a block's skip connection carries on over the norm of what the block adds (its output less its "
-        "input, with whatever activation follows the sum; blocks that add nothing are left out). Above 1: the block "
-        "changes little of what comes in. A peak marks where a representation is handed on rather than made.",
+        "How much a skip connection carries past a block, compared with what the block adds: the norm of its input "
+        "over the norm of output minus input. Above 1, the block changes little. A peak marks a block that mostly "
+        "passes its input through. Blocks that add nothing are left out.",
         {"block": x, "blocks": [seen.block_names[i] for i in adding], "skip_over_branch": ratio},
         plots.lines(
             {"carried on / added": [Line("", x, ratio), Level("as much", 1.0)]},
@@ -263,11 +266,11 @@ def space(seen: Seen) -> View:
     x = list(range(1, len(seen.layers) + 1))
     return View(
         "space",
-        "Where a token stands",
-        "Left: cosine between two patches of an image by their distance, without what all patches share. A line that "
-        "falls: neighbours resemble each other, places are kept apart. Flat at 1: all patches say the same. Right: "
-        "part of the tokens that resemble the pixels at their own place more than those anywhere else (CKA over "
-        "images); it falls where places mix.",
+        "Places of tokens",
+        "Left: cosine of two patches of an image by their distance, without what all patches share. If the line "
+        "falls, nearby patches are similar and distant ones differ. If it is flat at 1, all patches hold the same. "
+        "Right: fraction of tokens that resemble the pixels at their own place more than those anywhere else (CKA "
+        "over images). It falls if places mix.",
         numbers,
         plots.lines(
             {"cosine of two patches": curves, "tokens that know their place": [Line("", x, local)]},
@@ -295,9 +298,10 @@ def spectrum(seen: Seen) -> View:
     return View(
         "spectrum",
         "Spectrum, rank and collapse",
-        "Left: variance of the features of an image (mean of its patches) along their principal components; a line "
-        "that drops to nothing after few components: collapse. Middle: how many directions that makes (effective rank; "
-        "RankMe does not take off the mean). Right: mean cosine between the patches of one image; 1: all say the same.",
+        "Left: variance of the features of an image (mean of its patches) along their principal components. If the "
+        "line drops to zero after a few components, the features have collapsed. Middle: the effective number of "
+        "directions (effective rank); RankMe does not subtract the mean. Right: mean cosine of the patches of one "
+        "image; at 1, all hold the same.",
         {
             "images": len(pooled[0]),
             "width": [p.shape[1] for p in pooled],
@@ -343,9 +347,9 @@ def colours(seen: Seen) -> View:
     return View(
         "colours",
         "Features as colours",
-        "The first three principal components of the patch features of all these images as red, green and blue, "
-        "without what every image has at that place (its position, above all). Parts that mean the same to the encoder "
-        "have the same colour, in all images of a column.",
+        "The first three principal components of the patch features of all images as red, green and blue. The mean "
+        "of all images at each place is subtracted, since it mostly holds the position. Parts of the same colour "
+        "in one column are similar to the encoder.",
         {"layers": [i + 1 for i in layers], "share_of_variance": [coloured[i][1] for i in layers]},
         plots.pictures(rows, title="principal components of patch features as colours"),
         f"three components hold {sum(last):.0%} of the variance of the last {layer_word(seen)}",
