@@ -33,10 +33,21 @@ HABITS = {
     r"\ballowed (are|is)\b|\ballowed( here| with \w+)?: ": "expected …, use …",
 }
 """Expressions that readers stumble over, and what to write."""
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/reference/*.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/reference/*.md", "docs/notebooks/*.ipynb")
 NOT_CHECKED = ("docs/benchmarks.md", "docs/log.md", "docs/architecture.md", "docs/changelog.md")
 """Pages that are generated, or that only include another file."""
-MESSAGES = ("UserError", "BadImage", "ValueError", "MppWarning", "Symptom", "View", "Conclusion", "echo", "print", "say")
+MESSAGES = (
+    "UserError",
+    "BadImage",
+    "ValueError",
+    "MppWarning",
+    "Symptom",
+    "View",
+    "Conclusion",
+    "echo",
+    "print",
+    "say",
+)
 """Functions whose arguments are shown to users."""
 
 
@@ -49,10 +60,10 @@ class Text(NamedTuple):
 
 
 def page_texts(path: Path) -> Iterator[Text]:
-    """Yield the paragraphs and list items of a Markdown page."""
+    """Yield the paragraphs and list items of a Markdown page, or of a notebook with the lines of its file."""
     kept: list[str] = []
     began, fenced = 0, False
-    for number, line in enumerate([*path.read_text(encoding="utf-8").splitlines(), ""], 1):
+    for number, line in enumerate([*_page_lines(path), ""], 1):
         if line.startswith("```"):
             fenced = not fenced
         item = re.match(r"\s*([*-]|\d+\.|:) ", line)
@@ -63,6 +74,20 @@ def page_texts(path: Path) -> Iterator[Text]:
         if line.strip() and not skipped:
             began = began if kept else number
             kept.append(line[item.end() :] if item else line.strip())
+
+
+def _page_lines(path: Path) -> list[str]:
+    """Return the lines of a page; of a notebook those of its file, of which only Markdown is kept."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix != ".ipynb":
+        return lines
+    shown, markdown = [], False
+    for line in lines:
+        if found := re.match(r'\s*"cell_type": "(\w+)"', line):
+            markdown = found[1] == "markdown"
+        text = re.match(r'    "(.*?)(\\n)?",?$', line) if markdown else None
+        shown.append(text[1] if text else "")
+    return shown
 
 
 def source_texts(path: Path) -> Iterator[Text]:
