@@ -81,7 +81,10 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
     for name, why in unreadable.items():
         click.echo(f"unreadable: {name}: {why}".encode("utf-8", "backslashreplace").decode(), err=True)
     if judged is not None:
-        click.echo(f"accuracy {judged.accuracy:.2%} of {judged.counts.sum()} images; see {report}", err=True)
+        click.echo(f"accuracy {judged.accuracy:.2%} of {judged.counts.sum()} images", err=True)
+    written = ([f"{len(rows)} rows in {out}"] if out else []) + ([f"report in {report}"] if report else [])
+    if written:
+        click.echo(", ".join(written), err=True)
 
 
 @main.command()

@@ -76,12 +76,13 @@ def _summarise_finetune(result: FinetuneResult, elapsed_s: float) -> str:
         result.table(),
         f"Finished in {format_duration(elapsed_s)}",
         f"  models    {result.out}/*/encoder",
+        f"  plot      {result.plot}" if result.plot else "",
         "Next:",
         f"  mpp predict {first} IMAGES",
         f"  mpp export {first} FOLDER",
         f"  mpp report {result.out}",
     ]
-    return "\n".join(lines)
+    return "\n".join(line for line in lines if line)
 
 
 _RESUME = click.option(
