@@ -1,4 +1,4 @@
-"""Classes of pixels, and boxes, drawn over images."""
+"""Draw the classes of pixels, and boxes, over images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torchvision.utils import draw_bounding_boxes
 from mpp.drawing.plots import gallery
 
 OPACITY = 0.6
-"""Of the colours over the image."""
+"""Opacity of the colours over the image."""
 LEAST_SCORE = 0.3
-"""Boxes with less are not drawn: a detector lists a hundred (guess)."""
+"""Least score of a box that is drawn, since a detector returns a hundred boxes (guess)."""
 MOST_NAMED = 20
-"""Classes in a legend."""
+"""Most classes in a legend."""
 
 
 def colours(count: int) -> Tensor:
-    """(count, 3) uint8: hues a golden angle apart, so that neighbours differ however many there are."""
+    """Return (count, 3) uint8 colours. Their hues are a golden angle apart, so that neighbours always differ."""
     rgb = [colorsys.hsv_to_rgb(0.02 + 0.618034 * i % 1, 0.85, (1.0, 0.75)[i // 8 % 2]) for i in range(count)]
     return (255 * torch.tensor(rgb)).round().to(torch.uint8)
 
@@ -32,15 +32,15 @@ def over_pixels(image: Tensor, classes: Tensor, of: int, ignored: Tensor | None 
     Args:
         image: (C, h, w) uint8.
         classes: (h, w) int64.
-        of: How many classes there are.
-        ignored: (h, w) bool, drawn black.
+        of: Number of classes.
+        ignored: (h, w) bool mask of pixels that are drawn black. None means no pixels.
 
     Returns:
         (3, h, w) uint8.
     """
     hidden = torch.zeros(classes.shape, dtype=torch.bool) if ignored is None else ignored
     colour = colours(of)[classes.long().masked_fill(hidden, 0)].permute(2, 0, 1)
-    grey = _rgb(image).float().mean(0, keepdim=True)  # colours below would change those above
+    grey = _rgb(image).float().mean(0, keepdim=True)  # the image's own colours would change those of the classes
     mixed = (1 - OPACITY) * grey + OPACITY * colour.float()
     return mixed.masked_fill(hidden, 0).round().to(torch.uint8)
 
@@ -50,9 +50,9 @@ def over_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
 
     Args:
         image: (C, h, w) uint8.
-        boxes: (n, 4) in its pixels.
-        labels: (n,) int64.
-        classes: Their names.
+        boxes: (n, 4) boxes in pixels of the image, (x0, y0, x1, y1).
+        labels: (n,) int64 class numbers of the boxes.
+        classes: Names of all classes.
 
     Returns:
         (3, h, w) uint8.
@@ -66,19 +66,19 @@ def over_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
 def show(
     rows: Sequence[tuple[Tensor, Tensor, Tensor]], classes: Sequence[str], out: Path, *, extra: str | None = None
 ) -> None:
-    """Draw images with truth and prediction over them, and a legend.
+    """Draw rows of an image, its truth and its prediction, with a legend of the classes.
 
     Args:
-        rows: (image, truth, prediction), (3, h, w) uint8 each.
-        classes: Their names, for the legend.
-        out: A PNG.
-        extra: What black stands for.
+        rows: (image, truth, prediction) of each row, (3, h, w) uint8 each.
+        classes: Names of the classes, for the legend.
+        out: PNG file to write.
+        extra: Meaning of black in the legend. None means no such entry.
 
     Raises:
-        UserError: `out` cannot be written.
+        UserError: If `out` cannot be written.
     """
     pictures = [
-        (picture, caption) for row in rows for picture, caption in zip(row, ("image", "true", "said"), strict=True)
+        (picture, caption) for row in rows for picture, caption in zip(row, ("image", "true", "predicted"), strict=True)
     ]
     named = list(zip(classes, colours(len(classes)).tolist(), strict=True))[:MOST_NAMED]
     gallery(pictures, out, legend=[*named, *([(extra, [0, 0, 0])] if extra else [])])

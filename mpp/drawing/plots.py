@@ -1,4 +1,4 @@
-"""Plots: as PNG for people, as SVG for the report, where they take the colour of the page's text."""
+"""Draw plots, as PNG files or as SVG for the report. In SVG, text and axes take the colour of the page's text."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAMED_CLASSES = 40
-"""A confusion matrix of more is drawn without names and numbers."""
+"""Most classes for which a confusion matrix is drawn with names and numbers."""
 INK = "#1f2429"
-"""Of text and axes; no other mark has it, so that it can become the page's own colour."""
+"""Colour of text and axes. Nothing else has it, so that `svg` can replace it by the page's text colour."""
 COLOURS = ("#2f81f7", "#d1730c", "#2da44e", "#bf3989", "#8250df", "#b08800", "#1b9aaa", "#cf222e")
-"""Of lines: at least 3 : 1 on white and on the dark page (WCAG 2.1, 1.4.11), but for yellow."""
+"""Colours of lines. All but yellow have a contrast of at least 3:1 on white and on the dark page (WCAG 2.1, 1.4.11)."""
 MARKERS = 40
-"""A line of more points is drawn without markers."""
+"""Most points of a line that is drawn with markers."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,8 +34,8 @@ R = TypeVar("R")
 
 @contextmanager
 def themed() -> Iterator[None]:
-    """While it is entered, matplotlib draws as all our plots are drawn."""
-    import matplotlib  # half a second, and only here
+    """Apply the style of all plots to matplotlib within the context."""
+    import matplotlib  # imported here because it takes half a second
     from cycler import cycler
 
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
@@ -48,7 +48,7 @@ def themed() -> Iterator[None]:
 
 
 def drawing(function: Callable[P, R]) -> Callable[P, R]:
-    """Of a function that draws."""
+    """Decorate a function that draws, so that it runs within `themed`."""
 
     @wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -65,12 +65,12 @@ class Line(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     half_width: Sequence[float] | None = None
-    """Of an interval around y."""
+    """Half-widths of intervals around y; None means no intervals."""
     dashed: bool = False
 
 
 class Dots(NamedTuple):
-    """Points that no line joins."""
+    """Points that are not joined by a line."""
 
     name: str
     x: Sequence[float]
@@ -102,17 +102,17 @@ def lines(
     """Draw panels side by side, each with its title.
 
     Args:
-        panels: What is in each, by its title.
-        xlabel: Of all panels, or of each.
-        ylabel: Of the first panel.
-        log_x: Whether x is logarithmic, with ticks at the points alone.
+        panels: Content of each panel, by its title.
+        xlabel: Label of the x axis of all panels, or one label for each panel.
+        ylabel: Label of the y axis of the first panel.
+        log_x: Whether x is logarithmic, with ticks only at the points of lines.
         log_y: Whether y is logarithmic in all panels.
-        limits: Lowest and highest y of a panel by its title; None for the highest: as high as its marks.
+        limits: Lowest and highest y of a panel, by its title. None as the highest means that it follows the data.
         log_y_of: Titles of panels in which y is logarithmic.
-        shared: Whether all panels have one scale.
-        width: Of a panel, in inches.
-        height: Of a panel, in inches.
-        columns: Panels in a row; None: all.
+        shared: Whether all panels share one y scale.
+        width: Width of a panel in inches.
+        height: Height of a panel in inches.
+        columns: Panels in a row. None means all panels.
     """
     from matplotlib.figure import Figure
 
@@ -160,20 +160,32 @@ def lines(
 def draw(
     panels: Mapping[str, Sequence[Line | Level]], out: Path, *, xlabel: str, ylabel: str, log_x: bool = False
 ) -> None:
-    """Write `lines` as a PNG.
+    """Draw panels with `lines` and write them as a PNG.
+
+    Args:
+        panels: Content of each panel, by its title.
+        out: File to write.
+        xlabel: Label of the x axes.
+        ylabel: Label of the y axis of the first panel.
+        log_x: Whether x is logarithmic.
 
     Raises:
-        UserError: `out` cannot be written.
+        UserError: If `out` cannot be written.
     """
     save(lines(panels, xlabel=xlabel, ylabel=ylabel, log_x=log_x), out)
 
 
 @drawing
 def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
-    """Draw (true, predicted) counts as shares of each true class.
+    """Draw a confusion matrix, coloured by the share of each true class.
+
+    Args:
+        counts: (classes, classes) number of images, by true and predicted class.
+        classes: Names of the classes.
+        out: PNG file to write.
 
     Raises:
-        UserError: `out` cannot be written.
+        UserError: If `out` cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -190,25 +202,33 @@ def confusion(counts: np.ndarray, classes: Sequence[str], out: Path) -> None:
         for i, j in np.argwhere(counts):
             colour = "white" if shares[i, j] > 0.5 else "black"
             axis.text(j, i, counts[i, j], ha="center", va="center", fontsize="x-small", color=colour)
-    axis.set_xlabel("said")
+    axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     save(figure, out)
 
 
 class Heat(NamedTuple):
-    """A matrix as colours."""
+    """A matrix that is drawn as colours."""
 
     title: str
     values: np.ndarray
     xlabel: str = ""
     ylabel: str = ""
     origin: str = "lower"
-    """Where the first row is."""
+    """Place of the first row, "lower" or "upper"."""
 
 
 @drawing
 def heats(panels: Sequence[Heat], *, low: float, high: float, label: str, columns: int | None = None) -> Figure:
-    """Matrices side by side on one scale."""
+    """Draw matrices side by side on a common scale.
+
+    Args:
+        panels: The matrices.
+        low: Lowest value of the scale.
+        high: Highest value of the scale.
+        label: Label of the scale.
+        columns: Panels in a row. None means all panels.
+    """
     from matplotlib.figure import Figure
 
     columns = columns or len(panels)
@@ -235,15 +255,15 @@ def heats(panels: Sequence[Heat], *, low: float, high: float, label: str, column
 
 
 class Picture(NamedTuple):
-    """A small picture of a grid."""
+    """One picture in a grid of small pictures."""
 
     pixels: np.ndarray
-    """(h, w, 3) in [0, 1], or (h, w) of values"""
+    """(h, w, 3) colours in [0, 1], or (h, w) values"""
     title: str = ""
     over: np.ndarray | None = None
-    """(h', w') of values, laid over the picture in colours"""
+    """(h', w') values, drawn over the picture as colours"""
     at: tuple[float, float] | None = None
-    """(row, column) in [0, 1] of a place that is marked"""
+    """(row, column) of a marked place, in [0, 1]"""
 
 
 @drawing
@@ -258,11 +278,11 @@ def pictures(
     """Draw a grid of small pictures.
 
     Args:
-        rows: Of pictures.
-        title: Of the grid.
-        low: The lowest value of the common scale; None: each picture has its own.
-        high: The highest value of the common scale.
-        side: Of each picture, in inches.
+        rows: Rows of pictures.
+        title: Title of the grid.
+        low: Lowest value of the common scale. None means that each picture has its own scale.
+        high: Highest value of the common scale. None means that each picture has its own scale.
+        side: Side of each picture in inches.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -297,12 +317,12 @@ def gallery(
     """Draw images with captions.
 
     Args:
-        pictures: (C, H, W) uint8 images, and their captions.
-        out: A PNG.
-        legend: Names and their colours, in 0 to 255.
+        pictures: (C, H, W) uint8 images with their captions.
+        out: PNG file to write.
+        legend: Names with their RGB colours, 0 to 255.
 
     Raises:
-        UserError: `out` cannot be written.
+        UserError: If `out` cannot be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -324,7 +344,7 @@ def gallery(
 
 
 def _as_it_is(text: str) -> str:
-    """Not as a formula, which is what matplotlib takes dollars for; nor with bytes that are no text."""
+    """Escape dollar signs, which would start a formula in matplotlib, and replace characters that cannot be encoded."""
     return text.replace("$", r"\$").encode("utf-8", "replace").decode()
 
 
@@ -332,7 +352,7 @@ def save(figure: Figure, out: Path) -> None:
     """Write a figure as a PNG.
 
     Raises:
-        UserError: `out` cannot be written.
+        UserError: If `out` cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -342,11 +362,11 @@ def save(figure: Figure, out: Path) -> None:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """Return a figure as an <svg> element: transparent, in the colour of the page's text, as wide as there is room.
+    """Return a figure as an <svg> element with a transparent background and the page's text colour.
 
     Args:
-        figure: Of matplotlib.
-        name: Unlike that of any other plot of the page, since ids are the page's.
+        figure: A matplotlib figure.
+        name: Prefix of the element's ids. It must differ between the plots of a page.
     """
     buffer = io.StringIO()
     with themed():
@@ -355,7 +375,7 @@ def svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)  # it would be the page's, too
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)  # it would style the whole page
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
@@ -367,12 +387,12 @@ def svg(figure: Figure, name: str) -> str:
 
 
 DRAWN = frozenset({"svg", "g", "path", "defs", "clipPath", "rect", "use", "text", "tspan", "image"})
-"""Elements of matplotlib's drawings."""
+"""Elements that matplotlib's SVG files consist of."""
 INSIDE = ("#", "data:image/png;base64,")
 
 
 def is_own_svg(text: str) -> bool:
-    """Whether a drawing from a file is nothing but a drawing: no script, no link, nothing from elsewhere."""
+    """Return whether an SVG file is only a drawing, without scripts, links or external content."""
     try:
         elements = list(ElementTree.fromstring(text).iter())
     except ElementTree.ParseError:

@@ -1,4 +1,4 @@
-"""Pictures side by side with titles, by Pillow alone."""
+"""Arrange pictures side by side with titles, with Pillow only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from PIL import Image, ImageDraw, ImageFont
 from mpp.errors import UserError
 
 TILE_PX = 128
-"""Small images are enlarged to about this, each pixel a square; large ones shrunk."""
+"""Approximate longer side of a tile. Small images are enlarged without smoothing.
+
+Images of 1.5 times this or more are shrunk to that size."""
 GAP_PX = 6
 FONT_PX = 13
 
 
 def scaled(image: Image.Image) -> Image.Image:
-    """Enlarged so that its pixels show, or shrunk."""
+    """Return an image scaled to a tile: enlarged without smoothing, or shrunk."""
     longest = max(image.size)
     factor = max(round(TILE_PX / longest), 1) if longest < 1.5 * TILE_PX else 1.5 * TILE_PX / longest
     size = (max(round(image.width * factor), 1), max(round(image.height * factor), 1))
@@ -24,7 +26,13 @@ def scaled(image: Image.Image) -> Image.Image:
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], *, title: str | None = None) -> Image.Image:
-    """Tiles in columns with titles; tiles of one row that differ in size are brought to that of the first."""
+    """Draw rows of tiles in columns with titles. All tiles are resized to the size of the first.
+
+    Args:
+        rows: Rows of tiles, one tile for each column.
+        titles: Titles of the columns.
+        title: Title of the sheet. None means no title.
+    """
     font = ImageFont.load_default(FONT_PX)
     w, h = rows[0][0].size
     wrapped = [_wrapped(text, w, font) for text in titles]
@@ -45,7 +53,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], *, title
 
 
 def _wrapped(text: str, width_px: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Line breaks between words, where they would run into the next column."""
+    """Return text with line breaks between words, so that it fits into its column."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

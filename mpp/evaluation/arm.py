@@ -1,4 +1,4 @@
-"""One arm of an evaluation: an encoder or a control, its features, and every probe of them."""
+"""Evaluate one arm, which is an encoder or a control: read its features and fit every probe to them."""
 
 from __future__ import annotations
 
@@ -33,45 +33,49 @@ from mpp.runs.log import format_duration
 
 T = TypeVar("T")
 LINE_EVERY_S = 10.0
-"""Between lines of progress, if there is no terminal for a bar."""
+"""Least seconds between lines of progress, which replace the bar if there is no terminal."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What one encoder, or control, got."""
+    """Scores of one encoder or control."""
 
     scores: list[Score]
     judged: list[int]
-    """Validation images of each class that could be read"""
+    """Number of readable validation images of each class"""
     unreadable: list[str]
-    """A line for each image, of both parts, that could not be read"""
+    """A line for each training or validation image that could not be read"""
 
 
 @dataclass
 class Data:
-    """Labeled images in the parts that the probes need."""
+    """Labeled images, split into the parts that the probes need."""
 
     train: Labeled
     val: Labeled
     fit: np.ndarray
-    """Numbers of the training images that probes are fitted to while something is chosen…"""
+    """Indices of the training images that probes are fitted to while settings are chosen."""
     tune: np.ndarray
-    """… and of those by which it is chosen."""
+    """Indices of the training images by whose accuracy settings are chosen."""
 
 
 @dataclass
 class _Opened:
-    """An encoder and the size of its images."""
+    """A reader of features and the (H, W) of its images."""
 
     reader: nn.Module
     size: tuple[int, int]
 
 
 def open_reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
-    """Open what reads the features of one arm.
+    """Open the encoder of an arm as a reader of features.
+
+    Args:
+        recipe: Recipe of the evaluation.
+        arm: "encoder", "compare" or "random".
 
     Raises:
-        UserError: The encoder cannot be had so.
+        UserError: If the encoder cannot be opened with these settings.
     """
     data = recipe.data
     torch.manual_seed(torch_seed(recipe.seed, Purpose.INIT))
@@ -93,10 +97,14 @@ def open_reader(recipe: EvaluateRecipe, arm: str) -> _Opened:
 
 
 def finished_arm(folder: Path, fingerprint: str) -> Arm | None:
-    """Return an arm that is done; None if it is not.
+    """Return the result of an arm from its folder; None if the arm is not finished.
+
+    Args:
+        folder: Folder of the arm.
+        fingerprint: Fingerprint of data and weights.
 
     Raises:
-        UserError: It is of other data or weights.
+        UserError: If the result is of other data or weights.
     """
     try:
         stored = json.loads((folder / RESULT).read_text())
@@ -112,19 +120,25 @@ def finished_arm(folder: Path, fingerprint: str) -> Arm | None:
 def run_arm(
     recipe: EvaluateRecipe, team: Team, reader: nn.Module, data: Data, size: tuple[int, int], folder: Path
 ) -> Arm:
-    """Fit and judge every probe at every place of one encoder.
+    """Fit and judge every probe at every layer and pooling of one arm.
 
     Args:
-        recipe: Of the evaluation.
+        recipe: Recipe of the evaluation.
         team: The processes.
-        reader: Gives the features of images.
-        data: What to fit to, to choose settings by and to judge by.
+        reader: Module that returns the features of images.
+        data: Images to fit probes to, to choose settings by, and to judge probes by.
         size: (H, W) of the images.
-        folder: For tables of features, while they are needed.
+        folder: Folder for the tables of features, which are deleted unless `keep_features` is set.
+
+    Returns:
+        The scores, with the images that could not be read.
+
+    Raises:
+        UserError: If no image of the fit, tune or validation part can be read, or the disk is too small.
     """
     device, scores = team.device, list[Score]()
     keys, classes = recipe.data, len(data.train.classes)
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
     progress = _Progress()
     judged, unreadable = np.bincount(data.val.labels, minlength=classes), list[str]()
 
@@ -137,11 +151,11 @@ def run_arm(
         yield from progress.shown(loaded, f"{folder.name}: {what}, batch", len(parts), time_left=time_left)
 
     def read(pixels: Tensor, *, tokens: bool = False) -> Read:
-        """In the run's precision, and only this: whatever is trained on it is trained in float32."""
+        """Compute features in the run's precision. Only this uses it; probes are trained in float32."""
         with team.autocast():
             return reader(pixels, tokens=tokens)
 
-    # ---- features, read once
+    # ---- pooled features, computed once
     if {"knn", "linear"} & set(recipe.probes):
         both = np.concatenate([data.fit, data.tune])
         train = read_table(
@@ -156,17 +170,17 @@ def run_arm(
         judged, unreadable = np.bincount(val.labels, minlength=classes), train.unreadable + val.unreadable
         if len(val.labels) == 0 or train.first in (0, len(train.labels)):
             key = "train" if len(val.labels) else "val"
-            raise UserError(f"data.{key}: not one image can be read; the first: {unreadable[0]}")
+            raise UserError(f"data.{key}: too many images cannot be read; the first: {unreadable[0]}")
         for place in progress.shown(train.features, f"{folder.name}: probes, layer and pooling", len(train.features)):
             if "knn" in recipe.probes:
                 scores.append(_knn(recipe, place, train, val, classes, device))
             if "linear" in recipe.probes:
                 scores.append(_linear(recipe, place, train, val, classes, device))
         if not recipe.keep_features:
-            del train, val  # unmapped before they are deleted
+            del train, val  # release the memory-mapped files before they are deleted
             shutil.rmtree(folder / "features")
 
-    # ---- tokens, read in every epoch
+    # ---- tokens, computed again in every epoch
     if "attentive" in recipe.probes and isinstance(reader, EncoderReader):
         unread, unread_val = dict.fromkeys(unreadable), set[int]()
 
@@ -187,13 +201,20 @@ def run_arm(
 
 
 class _Progress:
-    """How far an arm is: bars on a terminal, else a line every LINE_EVERY_S, however short the loops are."""
+    """Progress of an arm: bars on a terminal, else a line at most every LINE_EVERY_S, over all loops of the arm."""
 
     def __init__(self) -> None:
         self.last = time.monotonic()
 
     def shown(self, items: Iterable[T], what: str, total: int, *, time_left: bool = True) -> Iterator[T]:
-        """The same items. time_left: of this loop; not if it is one of many."""
+        """Yield the items and show the progress.
+
+        Args:
+            items: Items of the loop.
+            what: Text before the numbers.
+            total: Number of items.
+            time_left: Whether the time left in this loop is shown. If the loop is one of many, it would mislead.
+        """
         if sys.stderr.isatty():
             yield from tqdm(items, what, total, leave=False)
             return
@@ -230,7 +251,11 @@ def _linear(
 
 
 def _attentive(recipe: EvaluateRecipe, data: Data, tokens: Any, classes: int, device: torch.device) -> list[Score]:
-    """A probe for each layer and learning rate, all trained at once; then the best of each layer again, on all."""
+    """Train attentive probes for all layers and learning rates at once, and judge the best of each layer.
+
+    The best learning rate of each layer is chosen on the tune part. A probe with it is then trained on all training
+    images.
+    """
     keys = recipe.attentive
 
     def trained(numbers: np.ndarray, wanted: list[tuple[str, float]], what: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder by layer and pooling, streamed from images to files."""
+"""Compute the features of a frozen encoder by layer and pooling, and stream them to files."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError
 
 PIXELS_SIDE = 32
-"""The raw-pixel control sees images shrunk to this side: 3,072 numbers for RGB (guess)."""
+"""Largest side of the shrunk images that the raw-pixel control reads: 3,072 numbers for RGB (guess)."""
 
 
 class Place(NamedTuple):
-    """Where features were read."""
+    """The layer and pooling of features."""
 
     layer: str
-    """"1", "2", …: a block's (or stage's) output; "out": what the plain timm model gives; "pixels"."""
+    """"1", "2", …: output of a block or stage; "out": output of the timm model before its classifier; "pixels"."""
     pool: str
-    """"mean" of the patch tokens, class "token", "attention" (a probe's), or "own": the model's own pooling."""
+    """"mean" of the patch tokens, class "token", "attention" (of an attentive probe), or "own": the model's pooling."""
 
     def __str__(self) -> str:
         return self.layer if self.pool == "own" else f"layer {self.layer}, {self.pool}"
 
 
 class Read(NamedTuple):
-    """What was read of a batch."""
+    """Features of a batch."""
 
     pooled: dict[Place, Tensor]
     """(B, D) float32 each"""
     tokens: dict[str, Tensor]
-    """layer -> (B, N, D) float32 patch tokens, where they were asked for: they are many"""
+    """Layer -> (B, N, D) float32 patch tokens; empty unless requested, since they are large"""
 
 
 class EncoderReader(nn.Module):
-    """A timm model in eval mode, read without gradient.
+    """Reader of the features of a timm model, in eval mode and without gradients.
 
     Args:
-        model: Of timm.
-        layers: Numbers from 1; None: all.
-        mean: Of pixels in [0, 1].
-        std: Of pixels in [0, 1].
+        model: A timm model.
+        layers: Numbers of the layers to read, from 1. None means all layers.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel, for pixels in [0, 1].
 
     Raises:
-        UserError: The model has no such layer, or no map of features.
+        UserError: If the model has no such layer, or no feature maps.
     """
 
     model: TimmModel
@@ -81,7 +81,7 @@ class EncoderReader(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, *, tokens: bool = False) -> Read:
-        """(B, C, H, W) uint8."""
+        """Compute the features of (B, C, H, W) uint8 images, with the tokens if `tokens` is true."""
         x = (images.float() - self.mean) / self.std
         prefix = {"return_prefix_tokens": True} if self.class_token else {}
         out, maps = self.model.forward_intermediates(
@@ -100,11 +100,11 @@ class EncoderReader(nn.Module):
 
 
 class PixelReader(nn.Module):
-    """The control: the image itself, shrunk to at most `PIXELS_SIDE` px."""
+    """Reader for the raw-pixel control: the image itself, with sides shrunk to at most `PIXELS_SIDE` px."""
 
     @torch.no_grad()
     def forward(self, images: Tensor, *, tokens: bool = False) -> Read:
-        """(B, C, H, W) uint8; it has no tokens."""
+        """Return the pixels of (B, C, H, W) uint8 images, scaled to [0, 1]. There are no tokens."""
         size = tuple(min(side, PIXELS_SIDE) for side in images.shape[-2:])
         x = images.float() / 255
         if size != tuple(x.shape[-2:]):
@@ -116,11 +116,11 @@ class Table(NamedTuple):
     """Features of many images, in files."""
 
     features: dict[Place, np.ndarray]
-    """(n, D) float32, mapped from a file"""
+    """(n, D) float32, memory-mapped from a file"""
     labels: np.ndarray
     """(n,) int64"""
     first: int
-    """How many of them are of the first part."""
+    """Number of rows that belong to the first part, which comes first."""
     unreadable: list[str]
     """A line for each image that could not be read"""
 
@@ -133,18 +133,18 @@ def read_table(
     folder: Path,
     device: torch.device,
 ) -> Table:
-    """Read features of labeled images into .npy files; unreadable images are left out.
+    """Write the features of labeled images to .npy files. Unreadable images are left out.
 
     Args:
-        reader: Gives the features of a batch of images.
+        reader: Returns the features of a batch of images.
         batches: Labeled batches.
-        images: How many there are in all.
-        first: How many images, from the start, make up the first part.
-        folder: For the files.
-        device: Where features are computed.
+        images: Number of images in all batches.
+        first: Number of images in the first part, which comes first.
+        folder: Folder for the files.
+        device: Device on which features are computed.
 
     Raises:
-        UserError: The disk is too small.
+        UserError: If the disk is too small.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[Place, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""How much of a set of vectors differs between images."""
+"""Measure how much a set of vectors differs between images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def image_share(values: Tensor) -> float:
-    """Part of the energy of (B, N, D) that is left without the mean of each cell over the images, in [0, 1].
+    """Return the share of the energy of (B, N, D) values that is left without each cell's mean over images, in [0, 1].
 
     Near 0 the values hardly depend on the image, whatever their noise.
     """
@@ -18,14 +18,15 @@ def image_share(values: Tensor) -> float:
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of (M, D) (Roy & Vetterli 2007; RankMe, Garrido 2023).
+    """Return the effective rank of (M, D) values (Roy & Vetterli 2007; RankMe, Garrido 2023).
 
-    Not centred: values that are all the same have rank 1. nan where a value is not finite.
+    It is exp of the entropy of the normalised singular values. The values are not centred, so that identical rows have
+    rank 1. If any value is not finite, the rank is nan.
     """
     x = values.double()
     if not bool(x.isfinite().all()):
         return math.nan
-    singular = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()  # of (D, D), however many rows there are
+    singular = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()  # of a (D, D) matrix, whatever the number of rows
     share = singular / singular.sum()
     share = share[share > 0]
     return float((-(share * share.log()).sum()).exp())

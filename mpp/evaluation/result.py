@@ -1,4 +1,4 @@
-"""Results of an evaluation, and how they are printed."""
+"""The results of an evaluation, and their table."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from mpp.runs.verdict import aligned
 RESULT = "result.json"
 PLOT = "evaluation.png"
 FEW = 200
-"""Images by which a choice is partly chance: an accuracy of one half is known to 7 points (95 %) by so many."""
+"""If a choice is made by fewer images than this, it is partly chance.
+
+With this number of images, the 95 % interval of an accuracy of one half is ± 7 points."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One probe at one place."""
+    """The score of one probe at one layer and pooling."""
 
     probe: str
     layer: str
     pool: str
     accuracy: float
-    """On the validation images."""
+    """Accuracy on the validation images."""
     tune_accuracy: float
-    """On the part of the training images by which things are chosen."""
+    """Accuracy on the tune part, the training images by which settings are chosen."""
     chosen: float
-    """k, weight decay or learning rate."""
+    """Chosen k, weight decay or learning rate."""
     sweep: dict[str, float]
     """k -> validation accuracy; weight decay or learning rate -> tune accuracy."""
 
@@ -40,24 +42,27 @@ class Score:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What `evaluate` returns."""
+    """The result of `evaluate`."""
 
     out: Path
     scores: dict[str, list[Score]]
     """Arm ("encoder", "compare", "random", "pixels") -> all its scores."""
     chance: float
-    """Accuracy of always saying the most frequent class of the validation images."""
+    """Accuracy of always predicting the most frequent class of the validation images."""
     plot: Path
     chosen_by: int
-    """Training images held out, by which layer and values were chosen."""
+    """Number of held-out training images by which layer and settings were chosen."""
 
     def best(self, arm: str, probe: str) -> Score | None:
-        """The score at the place that was best on the tune part; None where this arm was not probed so."""
+        """Return the score at the layer and pooling that were best on the tune part.
+
+        It is None if the arm has no scores of this probe.
+        """
         of_probe = [s for s in self.scores.get(arm, []) if s.probe == probe]
         return max(of_probe, key=lambda s: s.tune_accuracy) if of_probe else None
 
     def table(self) -> str:
-        """For people."""
+        """Return the best scores as text for the terminal."""
         probes = list(dict.fromkeys(s.probe for scores in self.scores.values() for s in scores))
         rows = [["", *probes]]
         for arm in self.scores:
@@ -84,10 +89,10 @@ S = TypeVar("S", int, float)
 
 
 def best_setting(sweep: dict[S, float], *, smaller: bool) -> S:
-    """What has the highest accuracy; of equals the smaller, or the larger."""
+    """Return the setting with the highest accuracy; in a tie the smallest, or the largest if not `smaller`."""
     return max(sweep, key=lambda value: (sweep[value], -value if smaller else value))
 
 
 def sweep_as_text(sweep: Mapping[S, float]) -> dict[str, float]:
-    """With keys that JSON can hold."""
+    """Return a sweep whose keys are text, as JSON requires."""
     return {f"{value:g}": accuracy for value, accuracy in sweep.items()}

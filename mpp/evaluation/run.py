@@ -1,7 +1,7 @@
-"""What a frozen encoder's features are worth: three probes over layers and poolings, beside controls.
+"""Evaluate the features of a frozen encoder with three probes over layers and poolings, and compare with controls.
 
-Nothing is chosen by the validation images: k, weight decay, learning rate and the best layer are, on a part of the
-training images; then the probe is fitted to all of them and asked once.
+Nothing is chosen by the validation images. k, weight decay, learning rate and the best layer are chosen on a part of
+the training images. The probe is then fitted to all training images and judged once.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from mpp.runs.records import write_json, write_status
 
 
 def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
-    """Run a recipe.
+    """Run an evaluation.
 
     Args:
-        recipe: What to run.
-        resume: "never" (the run folder must be new) or "auto" (finished encoders and controls are kept).
+        recipe: Recipe of the evaluation.
+        resume: "never" (the run folder must be new) or "auto" (results of finished encoders and controls are kept).
+
+    Returns:
+        The scores of all encoders and controls.
 
     Raises:
-        UserError: Anything the user can correct.
+        UserError: If anything is wrong that the user can correct.
     """
     recipe = resolve(recipe, recipe.encoder, warn=True, normalise=False)
     if resume not in ("never", "auto"):
@@ -55,7 +58,7 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
             check_source(source, key=key)
     readers = {
         arm: None if arm == "pixels" else open_reader(recipe, arm) for arm in _arms(recipe)
-    }  # refuses before work
+    }  # errors come before any work
     sizes = {arm: reader.size for arm, reader in readers.items() if reader is not None}
     fingerprint = _fingerprint(recipe, data)
     with opened(team, recipe, resume, fingerprint=fingerprint), ending_on_signals():
@@ -68,7 +71,7 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
             print("stopped; --resume auto keeps what is finished", flush=True)
             raise
         except BaseException as error:
-            with suppress(OSError):  # a full disk, most likely
+            with suppress(OSError):  # the disk is most likely full
                 write_status(Path(recipe.out), "failed", why=one_line(error) or type(error).__name__)
             raise
 
@@ -159,7 +162,7 @@ def _open(recipe: EvaluateRecipe) -> Data:
 
 
 def _fingerprint(recipe: EvaluateRecipe, data: Data) -> str:
-    """What is read, and by what weights."""
+    """Return a fingerprint of the data and of the weights of the encoders."""
     return fingerprint_of_inputs(data.train.fingerprint(), data.val.fingerprint(), recipe.encoder, recipe.compare)
 
 

@@ -1,4 +1,4 @@
-"""The approaches that a run compares: the encoder that is fine-tuned, and its baselines. Each has its own recipe."""
+"""The approaches that a run compares: the pretrained encoder and its baselines. Each has its own recipe."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ from mpp.runs.history import approaches_of_finetune
 from mpp.runs.records import encoder_folder
 
 SMALL_BELOW_PX = 128
-"""Images that the narrow network is for."""
+"""If the shorter image side is below this, the default CNN is the narrow one."""
 ENLARGED_BELOW_PX = 48
-"""Images that are enlarged to twice their size for the CNN, whose first layers halve them twice."""
+"""If the shorter image side is below this, the CNN reads images of twice the size, as its first layers halve them
+twice."""
 STRIDE_PX = 32
-"""Stride of the networks that are taken by default. Image sides must be multiples of it."""
+"""Stride of the default CNNs. Their image sides must be multiples of it."""
 NARROW: JsonObject = {"channels": [32, 64, 128, 256], "stem_width": 16}
-"""Arguments of a ResNet-18-D (He et al. 2019, section 4) of half the width. Of the networks tried on CIFAR-10 with 100
-labels a class, it was the most accurate for its time, see recipes/LOG.md."""
+"""Arguments of a ResNet-18-D (He et al. 2019, section 4) of half the width. Among the networks tried on CIFAR-10 with
+100 labels per class, it was the most accurate for its time, see recipes/LOG.md."""
 
 
 GIVEN_ELSEWHERE = ("img_size", "in_chans", "num_classes", "global_pool", "drop_path_rate", "fc_norm")
-"""Arguments of timm's that follow from other keys of a recipe."""
+"""Arguments of timm that follow from other keys of a recipe."""
 KEYS_OF_CNN = {"data.image_size": "cnn.image_size", "architecture.name": "cnn.name", "architecture.args": "cnn.args"}
-"""Key of the CNN's recipe -> the key that the user wrote for it."""
+"""Key in the CNN's own recipe -> key in the user's recipe."""
 
 
 def approaches_of(recipe: FinetuneRecipe) -> list[str]:
-    """Return the names of a run's approaches. The first is the one that all others are compared with."""
+    """Return the names of a run's approaches. All others are compared with the first."""
     return approaches_of_finetune({"encoder": recipe.encoder, "beside": recipe.beside})
 
 
 def recipe_of_approach(recipe: FinetuneRecipe, approach: str) -> FinetuneRecipe:
-    """Return the recipe of one approach: the run's recipe with the keys that this approach changes.
+    """Return the recipe of one approach: the recipe of the run with the keys that this approach changes.
 
     Args:
-        recipe: Of the run, resolved.
+        recipe: Recipe of the run, resolved.
         approach: One of `approaches_of`.
 
     Raises:
-        UserError: The recipe's keys do not go together for this approach, or there are no published weights.
+        UserError: If keys of the recipe conflict for this approach, or if there are no published weights.
     """
     if approach == "pretrained":
         return recipe
@@ -61,11 +62,11 @@ def recipe_of_approach(recipe: FinetuneRecipe, approach: str) -> FinetuneRecipe:
 
 @contextmanager
 def named_after(approach: str) -> Iterator[None]:
-    """Let messages about an approach name it, and the keys that the user wrote for it."""
+    """Add the approach to error messages raised inside, and replace keys by those in the user's recipe."""
     try:
         yield
     except UserError as error:
-        if approach in ("pretrained", "scratch"):  # whose keys are those of the recipe
+        if approach in ("pretrained", "scratch"):  # their keys are those of the user's recipe
             raise
         lines = [line.removeprefix("recipe: ") for line in str(error).splitlines()]
         for theirs, ours in KEYS_OF_CNN.items() if approach == "cnn" else ():
@@ -74,7 +75,10 @@ def named_after(approach: str) -> Iterator[None]:
 
 
 def _from_scratch(recipe: FinetuneRecipe, values: JsonObject) -> None:
-    """Random weights have nothing to protect: no layer decay, nothing stands still, unless `scratch` says so."""
+    """Change `values` for random weights, according to the keys of `scratch`.
+
+    By default there is no layer decay and nothing is frozen, because there are no pretrained weights to protect.
+    """
     ours = recipe.scratch
     for key, value in (("base_lr", ours.base_lr), ("layer_decay", ours.layer_decay)):
         if value is not None:
@@ -87,8 +91,10 @@ def _from_scratch(recipe: FinetuneRecipe, values: JsonObject) -> None:
 
 
 def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
-    """Another encoder from scratch, at its own size and learning rate. How long it trains is told by the time that the
-    encoder took, see `equal_time.py`."""
+    """Change `values` for another encoder from scratch, with its own image size and learning rate.
+
+    Its length follows from the time that the encoder took, see `equal_time.py`.
+    """
     cnn, (height, width) = recipe.cnn, recipe.data.image_size
     values["encoder"] = "scratch"
     small = min(height, width) < SMALL_BELOW_PX
@@ -118,10 +124,10 @@ def _as_cnn(recipe: FinetuneRecipe, values: JsonObject) -> None:
 
 
 def _from_published(recipe: FinetuneRecipe, values: JsonObject) -> None:
-    """The same architecture with the weights that timm has for it, whose mean and std its images get.
+    """Change `values` to the published timm weights of the same architecture, with their normalisation of images.
 
     Raises:
-        UserError: There are none, or the encoder is itself one of timm's.
+        UserError: If timm has no weights for the architecture, or if the encoder already is a timm model.
     """
     if is_timm_name(recipe.encoder):
         raise UserError(f"beside: published: the encoder is timm's {recipe.encoder} itself; use scratch or cnn")
@@ -140,6 +146,6 @@ def _from_published(recipe: FinetuneRecipe, values: JsonObject) -> None:
 
 
 def _of_constructor(config: JsonObject) -> JsonObject:
-    """Arguments that an encoder was made with, without those that a recipe gives by other keys."""
+    """Return the arguments that an encoder was built with, without those that other keys of a recipe set."""
     args = config.get("model_args") or {}
     return {key: value for key, value in args.items() if key not in GIVEN_ELSEWHERE}

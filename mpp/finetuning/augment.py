@@ -1,4 +1,4 @@
-"""Augmentations of labeled images, by timm; of images that are not of 8 bit, crops and flips alone."""
+"""Augmentation of labeled images by timm. Images that do not have 8 bits are only cropped and flipped."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mpp.recipe.finetune import FinetuneData
 
 
 def make_augmentation(data: FinetuneData, *, key: str = "data.auto_augment") -> Callable[..., Any]:
-    """Return how a training image is augmented, as `LabeledDataset` takes it.
+    """Return the augmentation of training images, for `LabeledDataset`.
 
     Args:
-        data: The recipe's section of that name.
-        key: Of the recipe that names the policy, for messages.
+        data: Section `data` of the recipe.
+        key: Recipe key that names the policy, for messages.
 
     Returns:
-        timm's training transform, PIL image -> (C, H, W) uint8; for images that are not of 8 bit
+        The training transform of timm, PIL image -> (C, H, W) uint8. For images that do not have 8 bits, a function
         (bytes, generator) -> (C, H, W) float32.
 
     Raises:
-        UserError: timm does not know the policy, or it is not for so many channels.
+        UserError: If timm does not know the policy, or the policy does not support this number of channels.
     """
     if not data.eight_bit:
         reading = data.decoding()
@@ -38,11 +38,11 @@ def make_augmentation(data: FinetuneData, *, key: str = "data.auto_augment") -> 
         transform = create_transform(
             (data.channels, *data.image_size),
             is_training=True,
-            use_prefetcher=True,  # uint8 out: normalised on the device
+            use_prefetcher=True,  # returns uint8, because images are normalised on the device
             scale=data.crop_scale,
             ratio=data.crop_ratio,
             hflip=data.flip,
-            color_jitter=data.color_jitter,  # type: ignore[arg-type]  # None: none, whatever timm's annotation says
+            color_jitter=data.color_jitter,  # type: ignore[arg-type]  # None turns it off, although timm's type lacks it
             auto_augment=data.auto_augment,
             interpolation="bicubic",
         )
@@ -57,5 +57,8 @@ def make_augmentation(data: FinetuneData, *, key: str = "data.auto_augment") -> 
 
 
 def _posterized(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """timm asks for 0 bits at the strongest, which is black; Pillow refuses that since 13."""
+    """Return an image with `bits` bits per channel. 0 bits give a black image.
+
+    timm's strongest setting is 0 bits, which Pillow refuses since version 13.
+    """
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

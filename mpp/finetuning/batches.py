@@ -1,4 +1,4 @@
-"""The batches of a trial, in the order of its seed."""
+"""The batches of a trial, in the order that its seed determines."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ from mpp.training.exchange import accumulation
 
 @dataclass
 class TrialBatches:
-    """Some steps of a trial."""
+    """The batches of this process for some steps of a trial."""
 
     dataset: KeyedDataset
     sampler: MicroBatches
-    """This process's micro-batches."""
+    """Keys of the micro-batches of this process."""
     loaded: Iterator[LabeledBatch]
     micro_batches: int
-    """How many make up one step of a process."""
+    """Micro-batches per step and process."""
 
 
 def load_batches(
     run: Run, trial: Trial, recipe: FinetuneRecipe, kind: LabelKind, subset: np.ndarray, *, first_step: int, steps: int
 ) -> TrialBatches:
-    """Load this process's part of some steps.
+    """Return the batches of this process for some steps.
 
     Args:
-        run: What the trials share.
-        trial: Whose seed draws the order and the augmentation.
-        recipe: Of the trial's approach.
-        kind: Of label, for this approach.
+        run: State that all trials share.
+        trial: Trial, whose seed determines the order and the augmentation.
+        recipe: Recipe of the trial's approach.
+        kind: Kind of label, for this approach.
         subset: Numbers of the images to train on.
-        first_step: Counts from 0.
-        steps: How many there are.
+        first_step: First step, counted from 0.
+        steps: Number of steps.
 
     Raises:
-        UserError: The global batch cannot be divided among the processes; or, from a worker, images cannot be read.
+        UserError: If the global batch cannot be divided among the processes. While batches are loaded, also if images
+            cannot be read.
     """
     optim, team = recipe.optim, run.team
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)

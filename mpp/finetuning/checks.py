@@ -1,4 +1,4 @@
-"""Refuse a fine-tuning run that cannot work, before its folder is made and its first trial has trained."""
+"""Refuse a fine-tuning run that cannot work, before its folder is made and its first trial is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
     """Check images, batch sizes, augmentation and models.
 
     Raises:
-        UserError: Something cannot work.
+        UserError: If the run cannot work.
     """
     _check_images(recipe, kind, train, val)
     optim = recipe.optim
@@ -32,7 +32,7 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
     if (recipe.mixup > 0 or recipe.cutmix > 0) and on_device % 2:
         raise UserError(f"mixup: needs an even number of images on a device; got {on_device}")
     kind.check_augmentation()
-    # Models are built to be thrown away: what an encoder does not take is known only then.
+    # Build each model and discard it, because unsupported settings of an encoder are only detected when it is built.
     for approach in approaches_of(recipe):
         of_approach = recipe_of_approach(recipe, approach)
         with named_after(approach):
@@ -46,13 +46,15 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
 
 
 def doubt_teacher(recipe: FinetuneRecipe) -> list[str]:
-    """Warn of a teacher that has learned from other labels than its students: each seed draws its own part of them.
+    """Return a warning if the teacher was trained on other labels than its students.
+
+    If the recipe trains on a part of the labels, each seed draws another part.
 
     Args:
-        recipe: Of the run.
+        recipe: Recipe of the run.
 
     Returns:
-        A line, or none.
+        A list of one line, or an empty list.
     """
     drawn = recipe.data.labels_per_class is not None or recipe.data.fraction is not None
     if recipe.distill is None or not drawn:

@@ -1,4 +1,7 @@
-"""What images without labels teach: what an averaged model is sure of in a weak view (FixMatch, Sohn et al. 2020)."""
+"""Learn from unlabeled images: confident predictions of an averaged model are the labels (FixMatch, Sohn et al. 2020).
+
+The averaged model judges a weakly augmented view of an image. The model learns from a strongly augmented view.
+"""
 
 from __future__ import annotations
 
@@ -16,35 +19,38 @@ from mpp.training.batch_norms import batch_norms_of, use_batch_statistics
 
 
 class Taught(NamedTuple):
-    """What weak views of images teach."""
+    """Labels that the averaged model predicts from weak views of U images."""
 
     targets: Tensor
-    """(U,) int64 classes; (U, classes) float32, 0 or 1, where an image may have several."""
+    """Class of each image, (U,) int64. If an image may have several classes, (U, classes) float32, 0 or 1."""
     sure: Tensor
-    """bool, as `targets`: whether it is learned."""
+    """Whether each target is certain enough to be learned, bool of the shape of `targets`."""
 
     def keep_sure(self, strong: Tensor) -> tuple[Tensor, Taught]:
-        """Keep the strong views, (U, C, H, W), of those images that teach something, with what they teach.
+        """Return the strong views and the targets of only the images that have a sure target.
 
-        The loss of the others would be multiplied by zero. How many they are is known on the device alone: on a GPU
-        each step would wait for that, so this is for CPUs. Batch norms, which on a GPU see all strong views, see those
-        that are left.
+        The loss of the other images would be multiplied by zero. This is for CPUs: on a GPU each step would wait for
+        the number of such images, which only the device has. On a CPU, batch norms see only the remaining strong views.
+        On a GPU they see all of them.
+
+        Args:
+            strong: Strong views of the images, (U, C, H, W).
         """
         kept = self.sure if self.sure.dim() == 1 else self.sure.any(-1)
         return strong[kept], Taught(self.targets[kept], self.sure[kept])
 
 
 class Consistency:
-    """The loss of unlabeled images, beside that of the labeled ones.
+    """The loss of unlabeled images, which is added to that of labeled images.
 
     Args:
-        averaged: A moving average of the model's weights. It judges weak views in eval mode.
-        threshold: Least probability of what is learned.
-        weight: Of this loss in the end.
-        warmup_steps: In which the weight rises from 0.
+        averaged: Model with a moving average of the weights. It judges weak views in eval mode.
+        threshold: Least probability of a target that is learned.
+        weight: Weight of this loss after the warm-up.
+        warmup_steps: Number of steps in which the weight rises from 0.
         erase: Probability of random erasing in the strong view.
         independent_classes: Whether an image may have several classes.
-        autocast: As of the run.
+        autocast: Autocast context of the run.
     """
 
     def __init__(
@@ -62,16 +68,17 @@ class Consistency:
         self.threshold, self.weight, self.warmup_steps = threshold, weight, warmup_steps
         self.independent_classes, self.autocast = independent_classes, autocast
         self.erase = RandomErasing(erase, mode="pixel", device=averaged.mean.device)
-        """Erases a part of strong views, (U, C, H, W) normalised."""
+        """Random erasing for strong views, (U, C, H, W) normalised."""
 
     @torch.no_grad()
     def teach(self, weak: Tensor, *, encoder_learns: bool) -> Taught:
-        """Judge weak views.
+        """Return the targets that the averaged model predicts from weak views.
 
         Args:
-            weak: (U, C, H, W) uint8.
-            encoder_learns: Whether it does in this step. Its batch norms then have statistics of strong views, and
-                normalise by those of the weak ones instead. A frozen encoder keeps its own.
+            weak: Weak views, (U, C, H, W) uint8.
+            encoder_learns: Whether the encoder is trained in this step. If so, its batch norms have statistics of
+                strong views, and therefore normalise by the statistics of this batch. A frozen encoder uses its own
+                statistics.
         """
         adapted = self.batch_norms if encoder_learns and len(weak) > 1 else []
         with self.autocast(), use_batch_statistics(adapted):
@@ -86,10 +93,10 @@ class Consistency:
         """Return the weighted loss of a micro-batch.
 
         Args:
-            logits: (U, classes) of the strong views.
-            taught: By the weak views of the same images.
-            images: Of the micro-batch, those included that were left out because nothing is sure.
-            step: Of the run, from 0.
+            logits: Logits of the strong views, (U, classes).
+            taught: Targets from the weak views of the same images.
+            images: Number of unlabeled images of the micro-batch, including those that `keep_sure` left out.
+            step: Step of the trial, counted from 0.
         """
         logits = logits.float()
         if self.independent_classes:

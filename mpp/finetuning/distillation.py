@@ -1,6 +1,6 @@
-"""A teacher with a classifier beside the labels (DeiT, Touvron et al. 2021, section 4), hard or soft.
+"""Learn from a teacher with a classifier in addition to the labels (DeiT, Touvron et al. 2021, section 4).
 
-The teacher sees the images that the student sees, mixed and augmented, at its own size and normalisation.
+The teacher sees the same mixed and augmented images as the student, at its own size and normalisation.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mpp.runs.records import encoder_folder
 
 
 class Distillation:
-    """The teacher, and the loss that it is part of.
+    """The teacher and the loss of learning from it.
 
     Args:
-        teacher: Its logits are learned.
-        kind: "hard": its likeliest class is a second label; "soft": the divergence from its probabilities at
-            `temperature`, times temperature².
-        alpha: The teacher's part of the loss.
-        temperature: See `kind`.
-        mean: Of the model's pixels.
-        std: Of the model's pixels.
-        autocast: As of the run.
+        teacher: Timm model whose logits are learned.
+        kind: "hard" if the teacher's likeliest class is a second label. "soft" for the divergence from the teacher's
+            probabilities at `temperature`, multiplied by temperature².
+        alpha: Weight of the teacher's part of the loss, from 0 to 1. The labels have the weight 1 - alpha.
+        temperature: Temperature of the softmax, for "soft".
+        mean: Mean by which the student's pixels are normalised, (C, 1, 1) in [0, 1].
+        std: Standard deviation by which the student's pixels are normalised, (C, 1, 1) in [0, 1].
+        autocast: Autocast context of the run.
     """
 
     def __init__(
@@ -45,7 +45,6 @@ class Distillation:
         std: Tensor,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """mean, std: (C, 1, 1), by which the student's pixels were normalised, in [0, 1]. autocast: the run's."""
         self.teacher: TimmModel = teacher.requires_grad_(False).eval()
         self.autocast = autocast
         self.kind, self.alpha, self.temperature = kind, alpha, temperature
@@ -57,7 +56,7 @@ class Distillation:
 
     @torch.no_grad()
     def teach(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) as the student sees them -> (B, classes) float32 logits."""
+        """Return the teacher's logits, (B, classes) float32, for images (B, C, H, W) as the student sees them."""
         x = x * self.scale + self.shift
         if tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
@@ -71,14 +70,14 @@ class Distillation:
         labels: Tensor,
         task_loss: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Compute the loss of learning from labels and teacher at once.
+        """Return the loss of learning from labels and teacher together.
 
         Args:
-            logits: (B + U, classes). For a model with a distillation head two of these; the second learns from the
-                teacher alone.
-            x: (B + U, C, H, W), normalised for the model: images with labels, then those without.
-            labels: Of the first B images.
-            task_loss: Loss of logits and labels.
+            logits: Logits of the student, (B + U, classes). A model with a distillation head gives two of these
+                tensors, and the second learns only from the teacher.
+            x: B images with labels, then U images without, (B + U, C, H, W), normalised for the student.
+            labels: Labels of the first B images.
+            task_loss: Function that returns the loss of logits and labels.
         """
         first, second = logits if isinstance(logits, tuple) else (logits, logits)
         taught, second = self.teach(x), second.float()
@@ -95,18 +94,18 @@ def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Modul
     """Open a timm model with a classifier of these classes.
 
     Args:
-        source: A fine-tuned model, its export, or one of timm's names.
-        classes: Those that it must have.
-        channels: Those that it must read.
+        source: Fine-tuned model, its export, or the name of a timm model.
+        classes: Names of the classes that the teacher must have. For timm models only their number is checked.
+        channels: Number of image channels that the teacher must read.
 
     Raises:
-        UserError: It has no classifier or one of other classes, or reads other channels.
+        UserError: If the teacher has no classifier, has other classes, or reads another number of channels.
     """
     check_source(source, key="distill.teacher")
     if is_timm_name(source):
         try:
             model: TimmModel = timm.create_model(source, pretrained=True)
-        except Exception as error:  # timm's, torch's or the hub's
+        except Exception as error:  # timm, torch and the hub raise different errors
             words = one_line(error)
             raise UserError(f"distill.teacher: {source}: {type(error).__name__}: {words}") from error
         names = None

@@ -1,4 +1,4 @@
-"""How long the convolutional network of `beside: [cnn]` trains: as long as the encoder took, pretraining included."""
+"""Set how long the CNN of `beside: [cnn]` trains: as long as the encoder took, pretraining included."""
 
 from __future__ import annotations
 
@@ -29,28 +29,29 @@ from mpp.training.optimizer import make_optimizer
 
 LENGTH = "length.json"
 LONGEST_WAIT_S = 20.0
-"""For workers that read ahead."""
+"""Longest wait in seconds until the dataloader workers have read ahead."""
 STARTING_STEPS, TIMED_STEPS = 3, 8
-"""Steps that are made and thrown away to learn what one takes; the first also allocate memory and start workers."""
+"""Training steps whose results are discarded: steps to allocate memory and start workers, then steps that are timed."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long a trial trains, and why. It is measured once and kept, so that a resumed trial has the same schedule."""
+    """The length of a trial and its reason. It is measured once and kept, so a resumed trial has the same schedule."""
 
     steps: int
     minutes_before: float | None
-    """What the first approach's encoder and teacher took; None: nobody knows, of this kind of device."""
+    """Minutes of training the encoder and the teacher of the first approach, before this run. None if they are not
+    known for this kind of device."""
     finetuning_minutes: float
-    """What fine-tuning the encoder took, with the same seed and labels."""
+    """Minutes of fine-tuning the encoder, with the same seed and labels."""
     step_minutes: float
-    """What one training step of this trial takes, over all processes."""
+    """Minutes of one training step of this trial, over all processes."""
     ended_by: str
-    """"time", or "max_epochs": more time would not have been used."""
+    """"time" if the encoder's time limits the length, or "max_epochs" if `cnn.max_epochs` is the tighter limit."""
 
     @property
     def sentence(self) -> str:
-        """What a log says of it."""
+        """Return a sentence about the length, for the log."""
         before = self.minutes_before
         known = f"{before:.1f} + " if before else ""
         unknown = (
@@ -66,15 +67,15 @@ def length_of_trial(
     """Return how many steps take the time of the first approach. It is measured once and kept in the trial's folder.
 
     Args:
-        run: What the trials share.
-        trial: Which has a folder already.
-        recipe: Of its approach.
-        kind: Of label, for this approach.
-        model: The trial's model, on its device. It is not changed.
+        run: State that all trials share.
+        trial: Trial, whose folder exists.
+        recipe: Recipe of the trial's approach.
+        kind: Kind of label, for this approach.
+        model: Model of the trial, on its device. It is not changed.
         subset: Numbers of the images to train on.
 
     Raises:
-        UserError: Nobody kept what the first approach took.
+        UserError: If the time of the first approach was not kept.
     """
     team, path = run.team, trial.folder / LENGTH
     kept: Length | None = team.on_main(partial(_read, path))
@@ -107,14 +108,14 @@ def length_of_trial(
 def measure_step(
     run: Run, trial: Trial, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray
 ) -> float:
-    """Return the minutes of a training step, over all processes, by making some with a copy of the model."""
+    """Return the minutes of a training step, over all processes, measured with a copy of the model."""
     team, model = run.team, copy.deepcopy(model)
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, trial.seed)  # the CNN has no unlabeled images
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     wrapped = team.wrap_model(model).train()
     steps = STARTING_STEPS + TIMED_STEPS
-    ahead = READ_AHEAD * recipe.data.workers  # there must be more to read, or reading ends before the clock begins
+    ahead = READ_AHEAD * recipe.data.workers  # extra steps, so that workers still read while steps are timed
     batches = load_batches(run, trial, recipe, kind, subset, first_step=0, steps=steps + ahead)
     clock = DeviceTime(team)
     for step in range(steps):
@@ -127,14 +128,17 @@ def measure_step(
             with team.accumulate(wrapped, exchange=m == batches.micro_batches - 1):
                 loss = micro_loss(wrapped, batch, int(batch.positions[0]))
                 team.backward(loss / batches.micro_batches)
-        optimizer.step()  # at a learning rate of 0, which takes as long
+        optimizer.step()  # with a learning rate of 0, which takes the same time
         optimizer.zero_grad()
         loss.item()  # wait for the device
     return max(clock.minutes() / TIMED_STEPS, 1e-9)
 
 
 def _wait_until_read_ahead() -> None:
-    """Wait until loader workers have read what they may: from then on they read a batch for each that is taken."""
+    """Wait until dataloader workers have read ahead as far as allowed. After that they read one batch per batch taken.
+
+    The workers are done when the CPU time of the processes stops growing.
+    """
     before, until_s = cpu_seconds(), time.monotonic() + LONGEST_WAIT_S
     while time.monotonic() < until_s:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A head that begins as a linear probe: fitted to the frozen encoder's features before anything is trained (LP-FT)."""
+"""Start a head as a linear probe, fitted to the frozen encoder's features before training (LP-FT)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mpp.finetuning.model import Supervised
 from mpp.recipe.finetune import FinetuneRecipe
 
 WEIGHT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)
-"""Weight decays of the probe that are tried. The best one is chosen on a part of the training images (a guess)."""
+"""Weight decays that are tried for the probe. The best is chosen on a part of the training images (a guess)."""
 TUNED_ON = 0.2
-"""That part."""
+"""Fraction of the training images on which the weight decay is chosen."""
 MAX_ITERATIONS = 100
 AT_ONCE = 256
 
@@ -29,7 +29,7 @@ def check_head(model: Supervised) -> None:
     """Check that a head can begin as a probe.
 
     Raises:
-        UserError: It is not one linear layer.
+        UserError: If the head is not one linear layer.
     """
     if model.task.hidden is not None or model.distilled is not None:
         raise UserError("head_init: probe: requires a head of one linear layer; use head_init=zero")
@@ -38,26 +38,28 @@ def check_head(model: Supervised) -> None:
 def fit_head(
     run: Run, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, subset: np.ndarray, seed: int
 ) -> None:
-    """Let the head begin as a linear probe of the encoder (Kumar et al. 2022, section 4, on fine-tuning that distorts
-    features while a random head learns). All processes read features, the main one fits.
+    """Set the weights of the head to a linear probe of the encoder's features.
+
+    While a random head learns, fine-tuning distorts the features (Kumar et al. 2022, section 4). All processes compute
+    features, and the main process fits the probe.
 
     Args:
-        run: What the trials share.
-        recipe: Of the approach.
-        kind: Of label, for this approach.
-        model: A classifier on its device, whose head is changed.
+        run: State that all trials share.
+        recipe: Recipe of the approach.
+        kind: Kind of label, for this approach.
+        model: Classifier on its device, whose head is changed.
         subset: Numbers of the images to train on.
-        seed: Of the trial.
+        seed: Seed of the trial.
 
     Raises:
-        UserError: No image can be read.
+        UserError: If no image can be read.
     """
     team, chosen = run.team, np.unique(subset)
     read = team.gather(_read_features(run, recipe, kind, model, chosen[team.rank :: team.world]))
     if not read:
         raise UserError("data.train: not one of the chosen images can be read")
     numbers, x, labels = (np.concatenate(parts) for parts in zip(*read, strict=True))
-    order = np.argsort(numbers)  # the same for any number of processes
+    order = np.argsort(numbers)  # so that the probe is the same for any number of processes
     classes, device = len(run.train.classes), model.mean.device
     weight, bias = team.on_main(lambda: _fitted(x[order], labels[order], classes, device, seed))
     with torch.no_grad():
@@ -68,7 +70,10 @@ def fit_head(
 def _fitted(
     x: np.ndarray, labels: np.ndarray, classes: int, device: torch.device, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, D) features and (n,) labels -> (classes, D) and (classes,), of features as the encoder gives them."""
+    """Return the weight (classes, D) and bias (classes,) of a probe on features (n, D) with labels (n,).
+
+    They apply to the encoder's features as they come, without standardisation.
+    """
     fit, tune = split(labels, TUNED_ON, seed)
     how: Any = {"device": device, "max_iterations": MAX_ITERATIONS}
     decay = max(WEIGHT_DECAYS)
@@ -84,7 +89,10 @@ def _fitted(
 def _read_features(
     run: Run, recipe: FinetuneRecipe, kind: LabelKind, model: Supervised, chosen: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each batch of central crops: (n,) numbers of the images, (n, D) features, (n,) labels."""
+    """Return the numbers (n,), features (n, D) and labels (n,) of the readable images, for each batch of central crops.
+
+    The model is left in eval mode.
+    """
     model.eval()
     size = min(AT_ONCE, recipe.optim.max_batch_per_device)
     parts = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]

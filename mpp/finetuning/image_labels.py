@@ -1,4 +1,4 @@
-"""Labels of whole images: what `labels/one_class.py` and `labels/several_classes.py` share."""
+"""Labels of whole images: the common base of `labels/one_class.py` and `labels/several_classes.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpp.finetuning.label_kind import LabelKind
 
 
 class ImageLabels(LabelKind):
-    """A folder with a folder for each class, shards with labels, or a CSV file."""
+    """Labels in the form of a folder with one subfolder per class, shards with labels, or a CSV file."""
 
     def open(self, places: tuple[str, ...], *, key: str, classes: list[str] | None) -> Labeled:
         return open_labeled(places, key=key, classes=classes, several=self.independent_classes, **self.data.opening())

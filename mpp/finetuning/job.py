@@ -1,4 +1,4 @@
-"""A trial of fine-tuning that is ready to train: everything its loop works with."""
+"""A fine-tuning trial that is ready to train: everything that the training loop uses."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from mpp.training.steps import MicroBatchStream, Pace
 
 @dataclass(frozen=True)
 class Run:
-    """What the trials of a run share."""
+    """State that all trials of a run share."""
 
     recipe: FinetuneRecipe
-    """Resolved: nothing changes it any more."""
+    """Recipe of the run, resolved and final."""
     team: Team
     train: LabeledImages
     val: LabeledImages
     unlabeled: UnlabeledImages | None
     fingerprint: str
-    """Of images, labels and the weights that the trials begin with."""
+    """Checksum of the images, the labels, and the weights of encoder and teacher, except those that timm publishes."""
     stop_request: StopRequest
     watch: Watch
     status: Callable[..., None]
@@ -57,24 +57,24 @@ class Finetuning:
     run: Run
     trial: Trial
     recipe: FinetuneRecipe
-    """Of this approach, see `recipe_of_approach`."""
+    """Recipe of this approach, see `recipe_of_approach`."""
     kind: LabelKind
-    """Of this approach, which may read images at a size of its own."""
+    """Kind of label, with the settings of this approach, which may use another image size."""
     plan: Plan
     subset: np.ndarray
     """Numbers of the images to train on."""
     held_out: np.ndarray
-    """Numbers of training images that are judged on the way, if the recipe stops early."""
+    """Numbers of the held-out training images that are judged during training if the recipe stops early."""
     dataset: KeyedDataset
     sampler: MicroBatches
-    """This process's micro-batches, from the first step that is left."""
+    """Micro-batches of this process, from the first remaining step."""
     model: Supervised
     wrapped: nn.Module
     """The model as the loop calls it: in autocast, with gradients exchanged."""
     averaged: Supervised | None
-    """A moving average of the weights."""
+    """Model with a moving average of the weights. None if the recipe has no `ema_decay`."""
     encoder_learns_at: int
-    """The first step in which a parameter of the encoder learns."""
+    """The first step in which a parameter of the encoder is trained. If none is, the number of steps."""
     optimizer: GuardedOptimizer
     micro_loss: MicroLoss
     batch_norms: BatchNormStatistics
@@ -86,12 +86,14 @@ class Finetuning:
 
     @property
     def judged(self) -> Supervised:
-        """The model that is judged and exported."""
+        """Return the model that is judged and exported."""
         return self.averaged or self.model
 
     def learning_parameters(self, step: int) -> list[nn.Parameter]:
-        """Return the parameters that learn at a step. The others lose their gradients: they get no optimizer state,
-        and no part in the norm."""
+        """Return the parameters that are trained at a step, and discard the gradients of the others.
+
+        So frozen parameters get no optimizer state and do not count in the gradient norm.
+        """
         learning: list[nn.Parameter] = []
         for group in self.optimizer.plain.param_groups:
             if step >= group.get("starts_at_step", 0):

@@ -1,4 +1,4 @@
-"""Judge a model on labeled images, each counted once, shared by all processes."""
+"""Judge a model on labeled images. All processes share the work, and each image counts once."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from mpp.recipe.finetune import FinetuneRecipe
 
 
 class Judged(NamedTuple):
-    """What a model is worth on some images."""
+    """Metrics of a model on some images."""
 
     metrics: dict[str, float]
     per_class: list[float | None] | None
-    """The headline metric of each class, None where it has none; of tasks that have it so."""
+    """Headline metric of each class, None for a class without one. None as a whole if the task has no such metric, or
+    only the headline was requested."""
     unreadable: int
+    """Number of images that could not be read."""
     unreadable_lines: list[str]
-    """A line for each of them."""
+    """A line for each unreadable image."""
     unread_classes: list[str]
-    """Classes that have images, of which not one could be read; of tasks with one label an image."""
+    """Classes that have images, but no readable image. Empty unless each image has one class."""
 
 
 def judge(
@@ -45,23 +47,24 @@ def judge(
     """Judge a model, and leave it in eval mode.
 
     Args:
-        recipe: Of the run.
-        team: The processes; every one of them calls this.
-        kind: The kind of label.
-        model: Whose batch norms' statistics become those of the main process, which is exported.
+        recipe: Recipe of the approach.
+        team: Processes of the run. Every one of them calls this.
+        kind: Kind of label.
+        model: Model to judge. Its buffers, such as batch norm statistics, become those of the main process, which
+            exports the model.
         images: Labeled images.
-        chosen: Numbers of those to judge on.
-        key: What the images are called in messages.
-        headline_only: The task's headline metric is enough, from one view of each image.
+        chosen: Numbers of the images to judge on.
+        key: Name of the images in messages, such as data.val.
+        headline_only: Whether to compute only the task's headline metric, from one view of each image.
 
     Raises:
-        UserError: Not one image can be read, or none has a label to judge by.
+        UserError: If no image can be read, or if no image has a label to judge by.
     """
     team.copy_from_main(model.buffers())
     numbers = chosen[team.rank :: team.world].tolist()
     size = min(kind.judged_at_once, recipe.optim.max_batch_per_device)
     parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-    views = 1 if headline_only else recipe.data.val_views  # those on the way are many
+    views = 1 if headline_only else recipe.data.val_views  # one view is faster for the frequent checks in training
     dataset = kind.judging_set(images, views)
     independent = kind.independent_classes
 
@@ -70,7 +73,7 @@ def judge(
             return model.run(x)
         crops = x if x.ndim == 5 else x.unsqueeze(1)
         probabilities = over_views(model.run, crops, mirrored=True, independent=independent)
-        return probabilities.logit(1e-7) if independent else probabilities.log()  # metrics take logits
+        return probabilities.logit(1e-7) if independent else probabilities.log()  # because metrics take logits
 
     judged: list[object] = []
     read, unreadable_lines = list[int](), list[str]()

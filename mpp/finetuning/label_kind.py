@@ -1,4 +1,4 @@
-"""The interface of a kind of label, `labels/*.py`: how labeled images are opened, augmented, judged and drawn."""
+"""The interface of the kinds of label in `labels/*.py`: how labeled images are opened, augmented, judged and drawn."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ from mpp.recipe.sections import Section
 
 
 class Predicted(NamedTuple):
-    """What a model with labels at places predicts for an image."""
+    """The prediction of a model with labels at places for one image."""
 
     rows: list[JsonObject]
-    """Of the CSV file."""
+    """Rows of the CSV file."""
     overlay: Tensor | None
-    """(3, h, w) uint8; None: no pictures are asked for."""
+    """The image with the prediction drawn over it, (3, h, w) uint8. None if no pictures are requested."""
     picture: Image.Image | None = None
-    """An image file of the prediction itself, beside the overlay; None: there is none."""
+    """The prediction itself as an image, for example a mask. None if the kind of label has no such image."""
 
 
 class LabelKind:
     """One kind of label. A task names its kind in `Task.labels`.
 
     Args:
-        data: The recipe's section of that name, resolved.
-        task: The recipe's section of that name.
+        data: Section `data` of the recipe, resolved.
+        task: Section `task` of the recipe.
     """
 
     allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {}
-    """Recipe keys that mean nothing for it, or not with every value, and the values that are allowed."""
+    """Recipe keys that this kind of label restricts, each with the values that it supports."""
     at_every_place: ClassVar[bool] = False
-    """Whether the task reads maps of the encoder, not its vector."""
+    """Whether the task reads feature maps of the encoder instead of its feature vector."""
     eight_bit_only: ClassVar[bool] = False
-    """Whether images must be of 8 bit."""
+    """Whether images must have 8 bits."""
     independent_classes: ClassVar[bool] = False
     """Whether an image may have several classes, or none."""
     least_classes: ClassVar[int] = 1
+    """Least number of classes of the training images."""
     judged_at_once: ClassVar[int] = 256
-    """Images that are judged at once, unless optim.max_batch_per_device is less."""
+    """Batch size for judging, unless optim.max_batch_per_device is smaller."""
     columns: ClassVar[tuple[str, ...]] = ("image",)
-    """Of the CSV file that predictions at places go to."""
+    """Columns of the CSV file of predictions at places."""
     predictions_are_files: ClassVar[bool] = False
-    """Whether predictions at places need a folder."""
+    """Whether predictions at places are image files and so require a folder."""
 
     def __init__(self, data: FinetuneData, task: Section) -> None:
         self.data, self.task = data, task
@@ -61,29 +62,29 @@ class LabelKind:
         """Open labeled images.
 
         Args:
-            places: As the recipe names them.
-            key: Where the recipe names them, for messages.
-            classes: Those of the training images, which validation images must share; None: these are the training
+            places: Files or folders, as given in the recipe.
+            key: Recipe key that lists the places, for messages.
+            classes: Classes of the training images, which validation images must share. None if these are the training
                 images.
 
         Raises:
-            UserError: Labels are missing or wrong.
+            UserError: If labels are missing or wrong.
         """
         raise NotImplementedError
 
     def training_set(self, images: LabeledImages, subset: np.ndarray, seed: int) -> KeyedDataset:
-        """Return a dataset of augmented images, whose keys are (position, 0, place in the subset)."""
+        """Return a dataset of augmented images, whose keys are (position, 0, index in the subset)."""
         raise NotImplementedError
 
     def judging_set(self, images: LabeledImages, views: int = 1) -> KeyedDataset:
-        """Return a dataset of the same images every time, whose keys are numbers of images."""
+        """Return a dataset of images without augmentation, whose keys are numbers of images."""
         raise NotImplementedError
 
     def check_augmentation(self) -> None:
         """Check that the augmentation can be made.
 
         Raises:
-            UserError: It cannot.
+            UserError: If the augmentation cannot be made.
         """
 
     def counts(self, images: LabeledImages, subset: np.ndarray) -> np.ndarray:
@@ -91,11 +92,11 @@ class LabelKind:
         return np.bincount(images.strata[subset], minlength=len(images.classes))
 
     def readable_part(self, batch: LabeledBatch) -> tuple[object, object]:
-        """Return images and labels of a batch without those that could not be read."""
+        """Return the images and labels of a batch, without the images that could not be read."""
         raise NotImplementedError
 
     def warnings(self, images: LabeledImages, key: str) -> list[str]:
-        """Return lines about labels that deserve a second look."""
+        """Return warnings about labels that are probably wrong, one line each."""
         return []
 
     def hint_of_one_class(self, images: LabeledImages) -> str:
@@ -103,30 +104,30 @@ class LabelKind:
         return ""
 
     def draw(self, model: Supervised, images: LabeledImages, out: Path) -> None:
-        """Draw truth and prediction of a few validation images, if there is a picture of that."""
+        """Draw the truth and the prediction of a few validation images, if this kind of label has such a picture."""
 
     # ---- predictions at places
 
     def fit(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size to which an image of this size is scaled.
+        """Return the size (h, w) to which an image of this height and width is scaled before prediction.
 
         Raises:
-            BadImage: It would be too large.
+            BadImage: If the scaled image would be too large.
         """
         raise NotImplementedError
 
     def predict(self, model: Supervised, images: Sequence[Tensor]) -> list[Any]:
-        """Return what a model predicts for images (C, h, w) uint8, at their own size."""
+        """Return the predictions of a model for images (C, h, w) uint8, at the size of each image."""
         raise NotImplementedError
 
     def describe(self, name: str, image: Tensor, predicted: Any, classes: list[str], out: Path | None) -> Predicted:
         """Return rows and pictures of one prediction.
 
         Args:
-            name: Of the image.
-            image: (C, h, w) uint8.
-            predicted: What `predict` gave for it.
-            classes: Names.
-            out: Where a file of it goes; None: no pictures are asked for.
+            name: Name of the image.
+            image: Image, (C, h, w) uint8.
+            predicted: Prediction for the image, as `predict` returns it.
+            classes: Names of the classes.
+            out: File for the prediction itself. None means that no pictures are requested.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Fine-tuning one trial: the loop, to be read from top to bottom."""
+"""Train one trial of a fine-tuning run. The file reads from top to bottom."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PREDICTIONS = "predictions.png"
 
 
 def train(job: Finetuning) -> TrialResult | None:
-    """Train until the last step, until nothing gets better, or until a signal asks to stop. One turn of the loop is
-    one optimizer step.
+    """Train until the last step, until the score stops improving, or until a signal asks to stop.
 
-    The results of a step are read from the device in the next turn, when the device is busy with the next step. So the
-    host never waits for the device, except if something is due that needs the newest numbers.
+    One iteration of the loop is one optimizer step. The results of a step are read from the device in the next
+    iteration, when the device is busy with the next step. So the host waits for the device only if something is due
+    that needs the newest numbers.
 
     Returns:
-        What came of it, or None if a signal stopped the trial (it has a checkpoint then).
+        The result of the trial, or None if a signal stopped the trial. A stopped trial has saved a checkpoint.
     """
     run, plan, progress = job.run, job.plan, job.progress
     recipe, team = job.recipe, run.team
@@ -48,15 +48,16 @@ def train(job: Finetuning) -> TrialResult | None:
     job.pace.begin()
 
     for step in range(progress.step, plan.total_steps):
-        if progress.given_up:  # a resumed trial that had ended early already
+        if progress.given_up:  # a resumed trial that had already ended early
             break
         faults.point("train.step_begins")  # tests make processes fail here
-        due = plan.due_after(step)  # of log, checkpoint, held_out; everything, and "end", after the last step
-        job.wrapped.train()  # also after a measurement
-        job.model.encoder.train(step >= job.encoder_learns_at)  # a frozen one keeps its batch norms' statistics, too
+        due = plan.due_after(step)  # a part of log, checkpoint and held_out; all of them and "end" after the last step
+        job.wrapped.train()  # a measurement leaves the model in eval mode
+        job.model.encoder.train(step >= job.encoder_learns_at)  # a frozen encoder keeps the statistics of batch norms
 
-        # 1. Gradients of this process's micro-batches, exchanged in the last backward pass of the step. The micro-loss
-        #    seeds dropout and augmentation on the device. Gradients of parameters that are still frozen are discarded.
+        # 1. Compute the gradients of this process's micro-batches. They are exchanged in the last backward pass of the
+        #    step. The micro-loss seeds dropout and augmentation on the device. Gradients of parameters that are still
+        #    frozen are discarded.
         job.batch_norms.remember()
         for batch, is_last in job.micro_batches.of_step(step):
             with team.accumulate(job.wrapped, exchange=is_last):
@@ -66,10 +67,10 @@ def train(job: Finetuning) -> TrialResult | None:
             reports.add(batch, loss.view(1))
         grad_norm = team.clip_gradients(job.learning_parameters(step), recipe.optim.clip_grad_norm)
 
-        # 2. The update. If the loss or the gradient norm is not finite, the device skips it, with weight decay and
-        #    moments, and restores the statistics of batch norms. The report of step N arrives in turn N + 1, before
-        #    that turn's update: if step N was skipped, the weights are still those that it ran with, and the step is
-        #    kept with them for `mpp replay`. If something is due or the run stops, step N is reported in its own turn.
+        # 2. Update the weights. If the loss or the gradient norm is not finite, the device skips the update, including
+        #    weight decay and moments, and restores the statistics of batch norms. The report of step N arrives in
+        #    iteration N + 1, before the update of that iteration. So if step N was skipped, its weights are unchanged
+        #    and are kept for `mpp replay`. If something is due or the run stops, step N is reported in iteration N.
         run.watch.at(step, "exchanging losses")
         finite = reports.send(step, grad_norm)
         job.batch_norms.restore(unless=finite)
@@ -83,8 +84,8 @@ def train(job: Finetuning) -> TrialResult | None:
         job.pace.steps += 1
         job.log.step()
 
-        # 3. What is due: judge on held-out training images, write a line of metrics, save. If the trial is asked to
-        #    stop (SIGINT, SIGTERM, SIGUSR1, SIGHUP), it finishes its step, saves, and stops.
+        # 3. Do what is due: judge on held-out training images, write a line of metrics, save a checkpoint. If a signal
+        #    asks the trial to stop (SIGINT, SIGTERM, SIGUSR1, SIGHUP), it finishes its step, saves, and stops.
         run.watch.at(progress.step, SAVING)
         score = judge_held_out(job) if "held_out" in due else {}
         ending = reports.stopping or progress.given_up or "end" in due
@@ -103,12 +104,12 @@ def train(job: Finetuning) -> TrialResult | None:
 
 
 def account_for(report: StepReport, job: Finetuning) -> None:
-    """Take a report into account: note the loss, keep a step that is not finite, count unreadable images.
+    """Process the report of a step: record its loss, keep a step that is not finite, count unreadable images.
 
     Every process calls this with the same numbers.
 
     Raises:
-        UserError: More steps were not finite, or more images unreadable, than the recipe allows.
+        UserError: If more steps were not finite, or more images were unreadable, than the recipe allows.
     """
     run, progress, folder = job.run, job.progress, job.trial.folder
     recipe, train = job.recipe, run.train
@@ -117,7 +118,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
     if not report.is_finite:
         progress.skipped += 1
         weights = job.model.task.class_weights
-        keys = job.sampler.keys(seen_before)  # (position, 0, place in the subset) of the images of each micro-batch
+        keys = job.sampler.keys(seen_before)  # for each micro-batch (position, 0, index in the subset) of its images
         record = {
             "approach": job.trial.approach,
             "total_steps": job.plan.total_steps,
@@ -155,20 +156,20 @@ def account_for(report: StepReport, job: Finetuning) -> None:
 
 
 def ema_decay(decay: float, step: int) -> float:
-    """Return the decay of the moving average in this step; it is smaller in the first steps."""
+    """Return the decay of the moving average after `step` steps. It is smaller in the first steps."""
     return min(decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
 def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Tensor) -> None:
-    """Move averaged weights towards the model's, and copy the statistics of batch norms.
+    """Move the averaged weights towards the weights of the model, and copy the statistics of batch norms.
 
     Args:
-        averaged: The averaged model.
-        model: The model.
-        decay: Weight of what has been averaged before.
-        only_if: () bool on the device: whether the step was made. If it was not, the weights stay, and the statistics
-            have been restored already.
+        averaged: Model with the averaged weights, changed in place.
+        model: Model that is trained.
+        decay: Weight of the previous average.
+        only_if: () bool on the device, whether the step was made. If it was skipped, the averaged weights stay, and
+            the statistics of the model have already been restored.
     """
     weight = (1 - decay) * only_if
     for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
@@ -178,7 +179,7 @@ def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Ten
 
 
 def judge_start(job: Finetuning) -> float:
-    """Judge a model whose head begins as a probe, before its first step, so that the end can be compared with it."""
+    """Return the score of a model whose head begins as a probe, before its first step, to compare the end with it."""
     run, headline = job.run, job.model.task.headline
     val = np.arange(len(run.val))
     judged = judge(job.recipe, run.team, job.kind, job.model, run.val, val, "data.val", headline_only=True)
@@ -191,7 +192,7 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
     """Judge on held-out training images, keep the best weights, and give up after too many scores without a new best.
 
     Returns:
-        The score, for a line of metrics.
+        The score by its name, for a line of metrics.
     """
     run, progress, headline = job.run, job.progress, job.model.task.headline
     assert job.recipe.early_stop is not None
@@ -210,11 +211,11 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
 
 
 def adjust_batch_norms(job: Finetuning) -> None:
-    """Give the batch norms of the model that is judged the statistics of training images as they are judged.
+    """Give the batch norms of the judged model the statistics of training images prepared as for judging.
 
-    Of labels at places, whole images have many sizes: there they are those of crops, as in training. A frozen encoder
-    keeps its statistics; heads have no batch norms. Every process calls this. The main one measures, and `judge` hands
-    its statistics to the others.
+    For labels at places, whole images have many sizes, so the statistics are measured on crops, as in training. A
+    frozen encoder keeps its statistics. Heads have no batch norms. Every process calls this: the main process measures,
+    and `judge` copies its statistics to the others.
     """
     model, kind, train = job.judged, job.kind, job.run.train
     norms = batch_norms_of(model)
@@ -241,9 +242,9 @@ def record_of(job: Finetuning, lr: float, score: dict[str, float]) -> dict[str, 
     """Return a line of metrics.
 
     Args:
-        job: What is trained.
-        lr: The learning rate of the step.
-        score: On held-out training images, only in the line of the step that measured it.
+        job: The trial.
+        lr: Learning rate of the step.
+        score: Score on held-out training images; empty unless this step measured it.
     """
     progress, global_batch = job.progress, job.plan.global_batch_size
     record = {"step": progress.step, "seen": progress.step * global_batch, "loss": progress.loss, "lr": lr, **score}
@@ -252,13 +253,14 @@ def record_of(job: Finetuning, lr: float, score: dict[str, float]) -> dict[str, 
 
 
 def save(job: Finetuning, *, required: bool) -> None:
-    """Write a checkpoint, then drop all best weights but those that this checkpoint names.
+    """Write a checkpoint, then delete all best weights except those that this checkpoint names.
 
     Args:
-        required: If it cannot be written, end the run, whatever the recipe's `if_unsaved` says.
+        job: The trial.
+        required: Whether the run ends if the checkpoint cannot be written, regardless of the recipe's `if_unsaved`.
 
     Raises:
-        UserError: It cannot be written, and the run must not continue without it.
+        UserError: If the checkpoint cannot be written and the run must not continue without it.
     """
     run, progress, folder = job.run, job.progress, job.trial.folder
     seen = progress.step * job.plan.global_batch_size
@@ -279,17 +281,17 @@ def save(job: Finetuning, *, required: bool) -> None:
 
 
 def stop(job: Finetuning) -> None:
-    """End a trial that a signal stopped, after it has saved."""
+    """Record that a signal stopped the trial, after the trial has saved a checkpoint."""
     step, why = job.progress.step, job.run.stop_request.reason
     job.log.say(f"stopped at step {step} by {why}; continue with --resume auto")
     job.log.status("stopped", step=step, why=why)
 
 
 def finish(job: Finetuning) -> TrialResult:
-    """Load the best weights if the trial stops early, merge adapters, judge on the validation images, write the model.
+    """Choose the final weights, merge adapters, judge on the validation images, and write the model.
 
-    The weights are those of the last step, or the best ones on held-out training images. None are chosen by looking at
-    the validation images.
+    If the recipe stops early, the weights are the best ones on held-out training images. Otherwise they are those of
+    the last step. Validation images never decide which weights are taken.
     """
     run, progress, folder, model = job.run, job.progress, job.trial.folder, job.judged
     if job.recipe.early_stop:
@@ -297,9 +299,9 @@ def finish(job: Finetuning) -> TrialResult:
         checkpoint.load(best, job.model, averaged=job.averaged, checked=True)
         held_out = f"best on {len(job.held_out)} training images held out, {100 * progress.best:.2f} %"
         job.log.say(f"step {progress.best_step} of {progress.step}: {held_out}")
-    else:  # the best weights have the statistics that they were judged with
+    else:  # the last weights need measured statistics; the best weights were saved with theirs
         adjust_batch_norms(job)
-    if job.recipe.lora:  # before it is judged: what is judged is what is exported
+    if job.recipe.lora:  # merged before judging, so that exactly the exported model is judged
         lora.merge(model.encoder)
     judged = judge(job.recipe, run.team, job.kind, model, run.val, np.arange(len(run.val)), "data.val")
     if math.isfinite(progress.start_score):

@@ -1,4 +1,4 @@
-"""Low-rank adapters in an encoder (LoRA, Hu et al. 2022), by peft: few weights learn, and merge into plain ones."""
+"""Low-rank adapters in an encoder (LoRA, Hu et al. 2022), by peft. They have few weights and merge into the encoder."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from mpp.errors import UserError
 
 
 def add(encoder: nn.Module, *, rank: int, alpha: int, dropout: float) -> None:
-    """Put an adapter beside every linear layer of the encoder that learns, and 1×1 convolution; freeze all the rest.
+    """Add an adapter to every trainable linear layer and 1×1 convolution of the encoder, and freeze all other weights.
 
-    As they begin, they change nothing.
+    New adapters do not change the outputs.
 
     Args:
-        encoder: What is adapted, in place.
-        rank: Of the adapters.
-        alpha: alpha / rank is their scale.
-        dropout: Before each.
+        encoder: Encoder, adapted in place.
+        rank: Rank of the adapters.
+        alpha: Scale of the adapters times `rank`: their outputs are multiplied by alpha / rank.
+        dropout: Probability of dropout on the input of each adapter.
 
     Raises:
-        UserError: peft is not there, or there are no such layers.
+        UserError: If peft is not installed, or the encoder has no such layers.
     """
     try:
         from peft import LoraConfig
         from peft.tuners.lora import LoraModel
     except ImportError as error:
         raise UserError("lora: requires the package peft: pip install peft") from error
-    # what the task does not read was frozen before, and adapters there would get no gradient
+    # layers that the task does not read are already frozen; adapters there would get no gradient
     names = [n for n, module in encoder.named_modules() if _is_linear(module) and module.weight.requires_grad]
     if not names:
         raise UserError(f"lora: {type(encoder).__name__} has no linear layers for adapters")
-    # the wrapper is not needed: it has put the adapters into the encoder itself
+    # the returned wrapper is not needed, because peft adds the adapters to the encoder in place
     LoraModel(encoder, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names), "default")
 
 
@@ -41,7 +41,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def merge(encoder: nn.Module) -> None:
-    """Add the adapters to the weights that they adapt, which gives the plain encoder again, with its own names."""
+    """Merge the adapters into the weights of their layers. The encoder becomes plain again, with its original names."""
     from peft.tuners.lora import LoraLayer
 
     for parent in list(encoder.modules()):

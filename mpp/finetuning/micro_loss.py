@@ -1,4 +1,4 @@
-"""The loss of a micro-batch of fine-tuning, with everything that is drawn for it."""
+"""The loss of a micro-batch of fine-tuning, with every random draw that it needs."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from mpp.rng import Purpose, torch_seed
 
 
 class Unlabeled(NamedTuple):
-    """What the loss of unlabeled images needs beside the recipe."""
+    """Inputs of the loss of unlabeled images that are not in the recipe."""
 
     averaged: Supervised
     """A moving average of the model's weights, on its device."""
     total_steps: int
-    """Of the trial."""
+    """Number of steps of the trial."""
 
 
 class MicroLoss:
-    """The loss, determined by (weights, averaged weights, images, seed, position).
+    """The loss of a micro-batch, a function of (weights, averaged weights, images, seed, position).
 
     The generators of torch, Python and NumPy are seeded for each micro-batch.
 
     Args:
-        recipe: Of the trial's approach.
-        team: Its processes.
-        model: On its device already, with adapters if it has any.
-        classes: Of the training images.
-        seed: Of the trial.
-        unlabeled: If the recipe has unlabeled images.
+        recipe: Recipe of the trial's approach.
+        team: Processes of the run.
+        model: Model of the trial, already on its device and with its adapters, if any.
+        classes: Names of the classes of the training images.
+        seed: Seed of the trial.
+        unlabeled: Inputs for the loss of unlabeled images. None if the recipe has none under `unlabeled`.
 
     Raises:
-        UserError: The teacher of `distill` cannot teach these classes.
+        UserError: If the teacher of `distill` cannot teach these classes.
     """
 
     def __init__(
@@ -70,10 +70,11 @@ class MicroLoss:
         """Return the loss, a scalar.
 
         Args:
-            wrapped: The model, as the loop calls it.
-            batch: Labeled images, and views of images without labels if the recipe has any.
-            position: Of the first sample in the run's endless sequence. What is drawn follows from it. Call this after
-                the batch has come: a loader that starts its workers draws from torch's generator, too.
+            wrapped: Model as the loop calls it: in autocast, with gradients exchanged.
+            batch: Labeled images, and views of images without labels if the recipe has any. Load the batch before this
+                call, because a dataloader that starts its workers also draws from torch's generator.
+            position: Position of the batch's first sample in the run's endless sequence. Together with the seed it
+                determines every random draw.
         """
         seed_of_batch = torch_seed(self.seed, Purpose.STEP, position)
         torch.manual_seed(seed_of_batch)  # dropout, drop path
@@ -88,7 +89,7 @@ class MicroLoss:
         own_loss = self.model.task.loss
         if self.consistency is not None and batch.strong is not None and batch.weak is not None:
             return self._with_unlabeled(wrapped, x, labels, batch.strong, batch.weak, position)
-        if batch.strong is not None:  # unlabeled images; a teacher labels them
+        if batch.strong is not None:  # unlabeled images, which the teacher of `distill` labels
             x = torch.cat([x, self.model.normalise(batch.strong.to(self.device, non_blocking=True))])
         outputs = wrapped(x, labels)
         if self.distillation is not None:
@@ -105,7 +106,7 @@ class MicroLoss:
         weak: torch.Tensor,
         position: int,
     ) -> torch.Tensor:
-        """Add the loss of unlabeled images, each in a strong and a weak view, to that of the labeled images `x`."""
+        """Return the loss of the labeled images `x` plus that of unlabeled images, given as strong and weak views."""
         assert self.consistency is not None
         images, labeled = len(strong), len(x)
         weak = weak.to(self.device, non_blocking=True)
@@ -114,7 +115,7 @@ class MicroLoss:
         if self.device.type == "cpu":
             strong, taught = taught.keep_sure(strong)
         strong = self.consistency.erase(self.model.normalise(strong))
-        # One forward pass for both kinds of images: batch norms see them together, and processes exchange once.
+        # Use one forward pass for both kinds of images: batch norms see all of them, and processes exchange once.
         outputs = wrapped(torch.cat([x, strong]), labels)
         step = position // self.global_batch_size
         of_labeled: torch.Tensor = self.model.task.loss(outputs[:labeled], labels)
@@ -122,7 +123,7 @@ class MicroLoss:
 
 
 def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: Unlabeled) -> Consistency:
-    """Return the loss of unlabeled images, as the recipe has it."""
+    """Return the loss of unlabeled images with the settings of the recipe."""
     keys = recipe.unlabeled
     assert keys is not None
     task = registry.component("task", recipe.task.name)
@@ -138,10 +139,10 @@ def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: Unlabeled) -
 
 
 def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, classes: list[str]) -> Distillation:
-    """Open the teacher, where the model is.
+    """Open the teacher on the device of the model, and return the loss that uses it.
 
     Raises:
-        UserError: It cannot teach these classes, or does not run at this size.
+        UserError: If the teacher cannot teach these classes, or does not run at this image size.
     """
     keys = recipe.distill
     assert keys is not None
@@ -158,6 +159,6 @@ def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, cla
     )
     try:
         distillation.teach(torch.zeros(1, recipe.data.channels, *recipe.data.image_size, device=mean.device))
-    except Exception as error:  # timm's models fail in their own ways
+    except Exception as error:  # timm's models raise different errors
         raise UserError(f"distill.teacher: {keys.teacher} does not run: {one_line(error)}") from error
     return distillation

@@ -1,4 +1,4 @@
-"""What was trained before a run, in minutes: its encoder, the teacher of `distill`, and what these began with."""
+"""Count the minutes of training before a run: its encoder, the teacher of `distill`, and the runs they started from."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mpp.runs.records import encoder_folder, read_metrics
 
 
 def minutes_before(recipe: FinetuneRecipe, approach: str, device: str) -> float | None:
-    """Return what was trained before an approach, each run counted once.
+    """Return the minutes of training before an approach. Each earlier run counts once.
 
     Args:
-        recipe: Of the run.
-        approach: One of its approaches.
-        device: "CPU" or "GPU".
+        recipe: Recipe of the run.
+        approach: Approach of the run.
+        device: Kind of device, "CPU" or "GPU".
 
     Returns:
-        Minutes of that kind of device; 0 from scratch; None for published weights, and where a folder does not tell, or
-        what it holds was trained on another kind of device.
+        Minutes of that kind of device, 0 if training starts from scratch. None for published weights, or if a folder
+        lacks its minutes or was trained on another kind of device.
     """
     if approach == "published":
         return None
@@ -36,21 +36,21 @@ def minutes_before(recipe: FinetuneRecipe, approach: str, device: str) -> float 
 
 
 def _begun_with(recipe: FinetuneRecipe, approach: str) -> list[str]:
-    """The encoder and the teacher of an approach, as its recipe names them."""
+    """Return the sources of the encoder and the teacher of an approach, as given in the recipe."""
     encoder = [recipe.encoder] if approach == "pretrained" and recipe.encoder != "scratch" else []
     return encoder + ([recipe.distill.teacher] if recipe.distill and approach != "cnn" else [])
 
 
 def _count(source: str, key: str, minutes: dict[Path, float]) -> None:
-    """Note the minutes of a run, and of the runs that it began with; nan where one does not tell."""
+    """Add the minutes of a run, and of the runs that it started from, to `minutes`; nan if they are not recorded."""
     folder = Path(source).resolve()
     if folder.name == "encoder" and (folder.parent / "metrics.jsonl").is_file():
-        folder = folder.parent  # of the run or the trial
+        folder = folder.parent  # the folder of the run or the trial
     if folder in minutes:
         return
     minutes[folder] = math.nan
     try:
-        if not (folder / "metrics.jsonl").is_file():  # an export, which keeps its own minutes alone
+        if not (folder / "metrics.jsonl").is_file():  # an export, which records only the minutes of its own training
             minutes[folder] = float(json.loads((encoder_folder(source) / "export.json").read_text())["metrics"][key])
             return
         minutes[folder] = float([record[key] for record in read_metrics(folder) if key in record][-1])
@@ -62,6 +62,6 @@ def _count(source: str, key: str, minutes: dict[Path, float]) -> None:
     if isinstance(recipe, FinetuneRecipe) and (trial := parse_folder(folder)):
         began = _begun_with(recipe, approach=trial[0])
     elif isinstance(recipe, PretrainRecipe) and (Path(recipe.encoder.name) / "metrics.jsonl").is_file():
-        began = [recipe.encoder.name]  # a run that went on from another; weights of others cost nothing
+        began = [recipe.encoder.name]  # the run started from another run; published weights do not count
     for earlier in began:
         _count(earlier, key, minutes)

@@ -1,4 +1,4 @@
-"""Models of fine-tuning: a timm encoder and a task's head, built from a recipe, and kept as a timm folder."""
+"""Models for fine-tuning: a timm encoder and the head of a task, built from a recipe and saved as a timm folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mpp.runs.records import encoder_folder
 
 
 class Supervised(nn.Module):
-    """What the models of all tasks have: `encoder`, `task`, and the normalisation of their images."""
+    """Base of the models of all tasks: `encoder`, `task`, and the normalisation of images."""
 
     mean: Tensor
     std: Tensor
@@ -35,21 +35,21 @@ class Supervised(nn.Module):
         self.encoder: TimmModel = encoder
         self.task: Any = task
         self.distilled: nn.Module | None = None
-        """The head of a distillation token."""
+        """Head on the distillation token, if the encoder has one and learns from a teacher."""
         self.register_buffer("mean", 255 * torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) uint8 -> float32."""
+        """Normalise images: (B, C, H, W) uint8 -> float32."""
         return (images.float() - self.mean) / self.std
 
     def run(self, images: Tensor) -> Any:
-        """(B, C, H, W) uint8, on any device -> outputs."""
+        """Return the outputs for images (B, C, H, W) uint8 on any device."""
         return self(self.normalise(images.to(self.mean.device)))
 
 
 class Classifier(Supervised):
-    """The encoder, pooled, and a task's head; a second one for the distillation token, where a teacher has one."""
+    """The pooled encoder and the head of a task, with an optional second head on the distillation token."""
 
     def __init__(
         self,
@@ -63,7 +63,10 @@ class Classifier(Supervised):
         self.distilled = distilled
 
     def forward(self, x: Tensor, targets: object = None) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, C, H, W) normalised -> (B, classes) logits; those of both heads apart in training."""
+        """Compute logits: (B, C, H, W) normalised -> (B, classes).
+
+        With a distillation head, return the logits of both heads in training, and their mean otherwise.
+        """
         if self.distilled is None:
             return self.task(self.encoder(x))
         tokens = self.encoder.forward_features(x)
@@ -72,26 +75,26 @@ class Classifier(Supervised):
 
 
 class Dense(Supervised):
-    """Maps of some of the encoder's blocks, `indices`, and a task that predicts at every place."""
+    """An encoder and a task that predicts at every place, from the feature maps of the blocks `indices`."""
 
     def __init__(self, encoder: nn.Module, task: Task, mean: list[float], std: list[float], indices: list[int]) -> None:
         super().__init__(encoder, task, mean, std)
         self.indices = indices
 
     def forward(self, x: Tensor, targets: object = None) -> Any:
-        """(B, C, H, W) normalised -> the task's outputs; `targets` of a batch in training."""
+        """Return the outputs of the task for images (B, C, H, W), normalised. Only training uses `targets`."""
         size = (x.shape[-2], x.shape[-1])
         return self.task(read_maps(self.encoder, x, self.indices), size, targets if self.training else None)
 
 
 def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool, independent: bool) -> Tensor:
-    """Average predictions over several crops of an image, and their mirror images.
+    """Average the predictions over several crops of each image and their mirror images.
 
     Args:
-        run: (n, C, H, W) uint8 -> (n, classes) logits.
-        crops: (B, crops, C, H, W) uint8.
+        run: Model that maps (n, C, H, W) uint8 to (n, classes) logits.
+        crops: Crops of each image, (B, crops, C, H, W) uint8.
         mirrored: Whether mirror images also count.
-        independent: Whether each class is one by itself, because images may have several.
+        independent: Whether classes are independent (sigmoid), because an image may have several.
 
     Returns:
         (B, classes) float32 probabilities.
@@ -109,7 +112,7 @@ def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool
 
 
 def is_dense(recipe: FinetuneRecipe) -> bool:
-    """Whether the task predicts at every place."""
+    """Return whether the task predicts at every place."""
     kind = registry.component("labels", registry.component("task", recipe.task.name).labels)
     return bool(kind.at_every_place)
 
@@ -118,13 +121,13 @@ def build(recipe: FinetuneRecipe, approach: str, seed: int, num_classes: int) ->
     """Make the model of a trial, initialised from its seed.
 
     Args:
-        recipe: Of the approach, see `recipe_of_approach`.
-        approach: From "scratch" and "cnn" the encoder's weights are random.
-        seed: Of the trial.
-        num_classes: How many there are.
+        recipe: Recipe of the approach, see `recipe_of_approach`.
+        approach: Name of the approach. For "scratch" and "cnn" the encoder starts with random weights.
+        seed: Seed of the trial.
+        num_classes: Number of classes.
 
     Raises:
-        UserError: The encoder cannot be had so.
+        UserError: If the encoder does not support the recipe.
     """
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
     encoder = _encoder(recipe, pretrained=approach not in ("scratch", "cnn"), pool=None)
@@ -148,10 +151,13 @@ def build(recipe: FinetuneRecipe, approach: str, seed: int, num_classes: int) ->
 
 
 def _pooled(recipe: FinetuneRecipe, encoder: TimmModel, wanted: str, seed: int) -> TimmModel:
-    """The encoder with timm's pooling `wanted`, and its norm after it or before, as the recipe says. UserError.
+    """Return the encoder with timm's pooling `wanted` and the norm before or after it, as in the recipe.
 
-    timm drops the final norm's weights in silence if the pooling changes, so the weights are carried over here. A norm
-    in a new place is a new norm.
+    If the pooling changes, timm silently drops the weights of the final norm. So the weights are copied here. A norm in
+    a new place starts with new weights.
+
+    Raises:
+        UserError: If the encoder has no such norm, or if its other weights depend on the pooling.
     """
     takes = inspect.signature(type(encoder).__init__).parameters
     key = next((key for key in ("fc_norm", "use_fc_norm") if key in takes), None)
@@ -160,13 +166,13 @@ def _pooled(recipe: FinetuneRecipe, encoder: TimmModel, wanted: str, seed: int) 
     norms_after = key is not None and not isinstance(encoder.fc_norm, nn.Identity)
     norm_after = recipe.fc_norm if recipe.fc_norm is not None else norms_after and wanted == "avg"
     pooling = getattr(encoder, "global_pool", wanted)
-    # convolutional families have a pooling layer there, over the map
+    # in convolutional families `global_pool` is a layer that pools the feature map
     if (pooling == wanted or not isinstance(pooling, str)) and norm_after == norms_after:
         return encoder
     torch.manual_seed(torch_seed(seed, Purpose.INIT))
     built = _encoder(recipe, pretrained=False, pool={"global_pool": wanted, **({key: norm_after} if key else {})})
     missing, extra = built.load_state_dict(encoder.state_dict(), strict=False)
-    # attention that pools is new; one that pooled (SigLIP, Perception Encoder) has no part in a mean
+    # attention pooling may be new here, or (SigLIP, Perception Encoder) be dropped because the recipe takes the mean
     strange = [name for name in missing if not name.startswith(("norm.", "fc_norm.", "attn_pool."))]
     strange += [name for name in extra if not name.startswith(("norm.", "fc_norm.", "attn_pool."))]
     if strange:
@@ -186,11 +192,15 @@ def _dense(recipe: FinetuneRecipe, encoder: TimmModel, num_classes: int) -> Dens
 
 @torch.no_grad()
 def _width(encoder: nn.Module, recipe: FinetuneRecipe) -> int:
-    """Of what the encoder gives for an image; some families widen it after pooling. UserError where it does not run."""
+    """Return the width of the encoder's feature vector, which some families widen after pooling.
+
+    Raises:
+        UserError: If the encoder does not run at this image size, or returns no vector.
+    """
     blank = torch.zeros(1, recipe.data.channels, *recipe.data.image_size)
     try:
         features = encoder.eval()(blank)
-    except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
+    except Exception as error:  # timm's models raise different errors if a size or window does not fit
         words, size = one_line(error), "×".join(map(str, recipe.data.image_size))
         raise UserError(f"data.image_size: {type(encoder).__name__} does not run at {size} px: {words}") from error
     encoder.train()
@@ -216,15 +226,15 @@ def _encoder(recipe: FinetuneRecipe, *, pretrained: bool, pool: JsonObject | Non
 def save(model: Supervised, trial: Path, recipe: FinetuneRecipe, metrics: dict[str, float], classes: list[str]) -> None:
     """Write the fine-tuned model as a timm folder.
 
-    Its classifier is in it where timm's is the same linear layers; the head of a task that predicts at every place has
-    a file of its own.
+    If timm's own classifier has the same linear layers, the classifier is saved as part of the encoder. The head of a
+    task that predicts at every place is saved in a separate file.
 
     Args:
-        model: What is written.
-        trial: The folder of the trial.
-        recipe: Of fine-tuning.
-        metrics: Of the validation images.
-        classes: Their names.
+        model: Model to write.
+        trial: Folder of the trial.
+        recipe: Recipe of the approach.
+        metrics: Metrics on the validation images.
+        classes: Names of the classes.
     """
     encoder, folder, origin = model.encoder, trial / "encoder", trained_by(recipe)
     if isinstance(model, Dense):
@@ -235,7 +245,7 @@ def save(model: Supervised, trial: Path, recipe: FinetuneRecipe, metrics: dict[s
         encoder.reset_classifier(len(classes))
         classifier = encoder.get_classifier()
         theirs = list(classifier) if isinstance(classifier, tuple) else [classifier]
-        # the mean of one layer over two tokens is that layer over their mean, which is what was trained
+        # timm averages the classifiers of both tokens: with the same weights in each, the result is the trained head
         tasks = tasks * len(theirs) if len(tasks) == 1 else tasks
         if len(theirs) == len(tasks) and all(isinstance(layer, nn.Linear) for layer in theirs):
             for layer, task in zip(theirs, tasks, strict=True):
@@ -251,7 +261,7 @@ def load_dense(source: str | Path) -> tuple[Dense, FinetuneRecipe, list[str]]:
     """Load a fine-tuned model that predicts at every place, its recipe and its classes, from a trial or its export.
 
     Raises:
-        UserError: It is not whole.
+        UserError: If the folder is incomplete or damaged, or does not fit its recipe.
     """
     from mpp.recipe.loading import load_recipe
 

@@ -1,4 +1,4 @@
-"""The kind of label that a recipe's task learns from."""
+"""Find the kind of label that a recipe's task learns from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels of places in images: what `labels/mask.py` and `labels/boxes.py` share."""
+"""Labels of places in images: the common base of `labels/mask.py` and `labels/boxes.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpp.data.readers import LabeledImages
 from mpp.finetuning.label_kind import LabelKind
 
 SHOWN = 8
-"""Validation images that are drawn."""
+"""Number of validation images that are drawn."""
 
 
 class PlaceLabels(LabelKind):
@@ -36,9 +36,9 @@ class PlaceLabels(LabelKind):
         )
 
     def readable_part(self, batch: LabeledBatch) -> tuple[object, object]:
-        return batch.images, batch.labels  # images that cannot be read are not among them
+        return batch.images, batch.labels  # these datasets already leave out unreadable images
 
     def first_images(self, images: LabeledImages) -> LabeledBatch | None:
-        """Return the first validation images as they are judged; None if none of them can be read."""
+        """Return the first validation images, prepared as for judging. None if none of them can be read."""
         batch = self.judging_set(images).__getitems__(list(range(min(SHOWN, len(images)))))
         return batch if isinstance(batch, LabeledBatch) and bool(batch.readable.any()) else None

@@ -1,4 +1,4 @@
-"""What a fine-tuned encoder says of images, with probabilities; where the classes are known, its mistakes."""
+"""Predict the classes of images with a fine-tuned encoder, and report its mistakes if the true classes are known."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from mpp.runs.records import encoder_folder
 
 BATCH = 64
 WORST = 24
-"""Mistakes that are drawn."""
+"""Most mistakes that are drawn."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was said of one image."""
+    """The prediction for one image."""
 
     image: str
     probabilities: np.ndarray
-    """(classes,) float32, mean over views"""
+    """Probability of each class, (classes,) float32, the mean over views."""
     pixels: Tensor
-    """(C, H, W) uint8, the central crop"""
+    """The central crop, (1 or 3, H, W) uint8."""
 
     @property
     def said(self) -> int:
@@ -49,13 +49,13 @@ class Prediction:
 
 @dataclass
 class Report:
-    """Predictions beside the true classes."""
+    """Predictions compared with the true classes."""
 
     classes: list[str]
     counts: np.ndarray
-    """(true, said) int64"""
+    """Confusion matrix: (true class, predicted class) int64 numbers of images."""
     mistakes: list[tuple[Prediction, int]] = field(default_factory=list)
-    """(prediction, true class), the surest first"""
+    """(prediction, true class) of the wrong predictions with the highest probabilities, highest first."""
 
     @property
     def accuracy(self) -> float:
@@ -63,7 +63,7 @@ class Report:
 
 
 class Predictor:
-    """A fine-tuned model, or its export, with its classifier. UserError where it has none."""
+    """A fine-tuned model, or its export, with its classifier."""
 
     model: TimmModel
 
@@ -71,9 +71,12 @@ class Predictor:
         """Open a fine-tuned encoder.
 
         Args:
-            source: A fine-tuned model, such as RUN/pretrained-seed0, or its export.
-            views: 1 is the central crop; 2 adds its mirror image; 10 adds the corners (Krizhevsky et al. 2012, section
-                4.1).
+            source: Fine-tuned model, such as RUN/pretrained-seed0, or its export.
+            views: Crops of each image that are averaged. 1 is the central crop, 2 adds its mirror image, 10 also adds
+                the four corners with their mirror images (Krizhevsky et al. 2012, section 4.1).
+
+        Raises:
+            UserError: If the model has no classifier with class names.
         """
         folder = encoder_folder(source)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,10 +100,10 @@ class Predictor:
         )
 
     def crops(self, data: bytes) -> Tensor:
-        """Return the crops of an image file, (crops, C, H, W) uint8; the central one first.
+        """Return the crops of an image file, (crops, C, H, W), the central crop first. Images of 8 bit give uint8.
 
         Raises:
-            BadImage: It cannot be decoded.
+            BadImage: If the file cannot be decoded.
         """
 
         boxes = view_boxes(self.views, self.size, self.fraction)
@@ -108,9 +111,10 @@ class Predictor:
 
     @torch.no_grad()
     def probabilities(self, crops: Tensor) -> Tensor:
-        """(B, crops, C, H, W) uint8 -> (B, classes) float32, mean over crops and, with more views than one, mirrors.
+        """Compute probabilities: (B, crops, C, H, W) uint8 -> (B, classes) float32.
 
-        Of all classes together, or of each by itself where images may have several.
+        They are means over the crops and, with more than one view, over their mirror images. They sum to 1, unless an
+        image may have several classes: then each class has an independent probability.
         """
 
         def run(images: Tensor) -> Tensor:
@@ -120,18 +124,18 @@ class Predictor:
 
 
 def _drawable(pixels: Tensor) -> Tensor:
-    """(C, H, W) as an image was read -> uint8 of 1 or 3 channels, the first ones."""
+    """Return an image (C, H, W), as it was read, as uint8 with its first 1 or 3 channels."""
     shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
     return shown if pixels.dtype == torch.uint8 and len(pixels) in (1, 3, 4) else shown.round().to(torch.uint8)
 
 
 def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, str]) -> Iterator[Prediction]:
-    """Predict images, in their order.
+    """Yield the predictions for images, in their order.
 
     Args:
-        predictor: The model.
-        images: Files.
-        unreadable: Gets those that cannot be read, with the reason.
+        predictor: Model.
+        images: Image files.
+        unreadable: Dictionary to which each file that cannot be read is added, with the reason.
     """
     for start in range(0, len(images), BATCH):
         readable, crops = [], []
@@ -159,22 +163,23 @@ def predict_files(
 ) -> tuple[list[JsonObject], dict[str, str], Report | None]:
     """Predict image files or folders.
 
-    A model of task: segment or detect, which has neither views nor top, predicts by `predict_places`.
+    A model of task: segment or detect predicts by `predict_places`. It has neither views nor top.
 
     Args:
-        source: A fine-tuned model, such as RUN/pretrained-seed0, or its export.
+        source: Fine-tuned model, such as RUN/pretrained-seed0, or its export.
         places: Files and folders.
         views: Crops of each image that are averaged: 1, 2 (mirrored) or 10 (corners, mirrored).
-        top: Classes named in a row.
-        out: The rows as CSV; of a model that predicts places, a folder.
-        report: A folder for the confusion matrix and the worst mistakes; the folder that an image lies in is its true
-            class then.
+        top: Number of likeliest classes in each row.
+        out: CSV file for the rows. None means no file.
+        report: Folder for the confusion matrix and the worst mistakes. Each image must then be in a folder that is
+            named after its true class. A model that predicts places puts its pictures there.
 
     Returns:
-        A row for each image; what could not be read, and why; the report.
+        The rows, the unreadable files with the reasons, and the report. There is a row for each image, or, for a model
+        of task: detect, for each box. The report is None if none is requested or the model predicts places.
 
     Raises:
-        UserError: Anything that the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     if has_head(encoder_folder(source)):
         for option, value in (("views", views), ("top", top)):
@@ -228,14 +233,18 @@ def predict_files(
 
 
 def _images_part(place: str) -> str:
-    """A folder with images/ and masks/, or annotations, is a labeled data set, of which images/ holds the images."""
+    """Return images/ of a labeled data set, which is a folder with masks/ or annotations.json; else the place."""
     labels = any(os.path.exists(os.path.join(place, name)) for name in ("masks", "annotations.json"))
     images = os.path.join(place, "images")
     return images if labels and os.path.isdir(images) else place
 
 
 def _check_writable(path: Path) -> None:
-    """UserError where a file cannot be written, said before the images are read. What is in it stays."""
+    """Check that a file can be written, before the images are read. An existing file keeps its contents.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()

@@ -26,7 +26,7 @@ class PlacePredictor:
     """A fine-tuned model whose task has labels at places, or its export.
 
     Raises:
-        UserError: The folder is not whole.
+        UserError: If the folder is incomplete or damaged.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -38,15 +38,15 @@ class PlacePredictor:
         """Return the image of a file, (C, h, w) uint8.
 
         Raises:
-            BadImage: It cannot be decoded.
+            BadImage: If the file cannot be decoded, or the scaled image would be too large.
         """
         reading: Reading = self.recipe.data.decoding()
         image = whole_image(read_regular(path), **reading)
-        self.kind.fit(int(image.shape[1]), int(image.shape[2]))  # refuses one that would be too large
+        self.kind.fit(int(image.shape[1]), int(image.shape[2]))  # raises BadImage if the scaled image is too large
         return image
 
     def predict(self, images: Sequence[Tensor]) -> list[object]:
-        """Return what the model predicts for images, as `LabelKind.predict` does."""
+        """Return the model's predictions for images, see `LabelKind.predict`."""
         return self.kind.predict(self.model, images)
 
 
@@ -56,16 +56,17 @@ def predict_places(
     """Predict places in image files.
 
     Args:
-        source: A trial or an export.
-        images: Files.
-        folder: Gets overlays/, and of masks, for which it must be given, masks/ with PNG files of class numbers.
+        source: Folder of a trial or an export.
+        images: Image files.
+        folder: Folder for the pictures in overlays/. A model that predicts masks requires it, and also writes masks/
+            with PNG files of class numbers. None means no pictures.
 
     Returns:
-        The columns of the rows; the rows, of boxes one for each box, of masks one for each image; and why images could
-        not be read, by name.
+        The columns of the rows, the rows, and the unreadable files with the reasons. There is a row for each box, or,
+        for masks, for each image.
 
     Raises:
-        UserError: Anything the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     images = list(dict.fromkeys(images))
     predictor = PlacePredictor(source)
@@ -100,10 +101,10 @@ def predict_places(
 
 
 def _stems(images: Sequence[str], *, unique: bool) -> dict[str, str]:
-    """Return the name of each image's pictures, below the folder that all images share.
+    """Return the name of each image's pictures: its path below the common folder of all images, without suffix.
 
     Raises:
-        UserError: Two images would have the same one, and it must be unique.
+        UserError: If names must be unique and two images have the same name.
     """
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in images])
     stems = {path: os.path.splitext(os.path.relpath(os.path.abspath(path), root))[0] for path in images}

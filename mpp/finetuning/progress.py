@@ -1,4 +1,4 @@
-"""How far a trial of fine-tuning has come."""
+"""The progress of a fine-tuning trial."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from mpp.runs.records import nan_if_null
 
 @dataclass
 class Progress:
-    """The numbers of a trial that a checkpoint keeps beside the tensors."""
+    """The progress of a trial in numbers. A checkpoint keeps them next to the tensors."""
 
     step: int = 0
-    """Optimizer steps that are done."""
+    """Number of finished optimizer steps."""
     unreadable: int = 0
-    """Images that could not be read so far."""
+    """Number of images that could not be read so far."""
     skipped: int = 0
-    """Steps that were left out because they were not finite."""
+    """Number of steps whose update was skipped because the loss or the gradient norm was not finite."""
     best: float = -1.0
-    """The best score on training images held out, if the recipe stops early."""
+    """Best score on held-out training images, if the recipe stops early."""
     best_step: int = 0
+    """Number of finished steps at the best score."""
     since_best: int = 0
-    """Measurements since the best one."""
+    """Number of measurements since the best score."""
     given_up: bool = False
-    """Whether the score has not risen for so long that the trial ends early."""
+    """Whether the trial ends early because the score has stopped rising."""
     start_score: float = math.nan
-    """The headline metric of the untrained model on the validation images, if its head begins as a probe."""
+    """Headline metric on the validation images before the first step, if the head begins as a probe."""
     device_minutes: float = 0.0
-    """Minutes of CPU time, or of GPUs, of all processes, when last asked."""
+    """Minutes of CPU or GPU time of all processes, at the last measurement."""
     loss: float = math.nan
-    """Of the newest step that was read, over all processes; not kept in checkpoints."""
+    """Loss of the newest reported step, over all processes. Checkpoints do not keep it."""
     grad_norm: float = math.nan
-    """As `loss`."""
+    """Gradient norm of the newest reported step. Checkpoints do not keep it."""
 
     def to_json(self) -> JsonObject:
-        """Return what state.json holds."""
+        """Return the values that a checkpoint keeps in state.json, except the step."""
         return {
             "best": self.best,
             "best_step": self.best_step,
@@ -50,7 +51,7 @@ class Progress:
 
     @staticmethod
     def from_json(state: JsonObject) -> Progress:
-        """Return what `to_json` gave, with `step`."""
+        """Return the progress of a checkpoint from its state.json: the values of `to_json` and `step`."""
         return Progress(
             step=state["step"],
             unreadable=state["bad"],

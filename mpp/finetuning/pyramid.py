@@ -1,7 +1,8 @@
-"""Maps of an encoder at several strides, for tasks that predict at every place.
+"""Feature maps of an encoder at several strides, for tasks that predict at every place.
 
-Hierarchical encoders have them (top-down additions, FPN, Lin et al. 2017); from the maps of a plain one they are
-made by transposed convolutions and pooling (ViTDet's simple feature pyramid, Li et al. 2022, section 3).
+Hierarchical encoders already have maps at several strides, which are combined by top-down additions (FPN, Lin et al.
+2017). For a plain encoder, transposed convolutions and pooling make the levels (ViTDet's simple feature pyramid, Li et
+al. 2022, section 3).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from mpp.encoders.maps import FeatureMaps
 
 COARSEST = 0.5
-"""Over a plain encoder of stride s the last level's stride is 2s, as ViTDet's is: 4, 8, 16, 32 px at patches of 16."""
+"""Cells of the last level along a cell of a plain encoder. So its stride is twice the encoder's, as in ViTDet: 4, 8, 16
+and 32 px for patches of 16 px."""
 
 
 class MapNorm(nn.Module):
@@ -29,14 +31,15 @@ class MapNorm(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """The maps of an encoder brought to maps of one width, finest first; `strides` are the levels', in pixels.
+    """A feature pyramid with one width for all levels, finest first. `strides` are those of the levels, in pixels.
 
     Args:
-        maps: What the encoder gives.
+        maps: Widths and strides of the encoder's feature maps.
         width: Channels of every level.
-        finest: Cells of the first level along a cell of a plain encoder, a power of 2.
-        last_only: Of a plain encoder take the last map alone for every level, as ViTDet; else the first maps make the
-            finest levels, as in BEiT's segmenter.
+        finest: Cells of the first level along each side of a cell of a plain encoder, a power of 2. Hierarchical
+            encoders ignore it.
+        last_only: Whether every level over a plain encoder is made from its last map, as in ViTDet. Otherwise the first
+            maps make the finest levels, as in BEiT's segmenter.
     """
 
     def __init__(self, maps: FeatureMaps, width: int, *, finest: int, last_only: bool) -> None:
@@ -61,7 +64,7 @@ class Pyramid(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """(B, D_i, h_i, w_i) each -> (B, width, H / stride, W / stride) each."""
+        """Compute the levels: maps (B, D_i, h_i, w_i) -> (B, width, H / stride, W / stride) each."""
         levels = [
             lateral(scale(maps[i])) for i, scale, lateral in zip(self.sources, self.scales, self.lateral, strict=True)
         ]
@@ -72,12 +75,18 @@ class Pyramid(nn.Module):
 
 
 def _width_after(dim: int, factor: float) -> int:
-    """Transposed convolutions halve the width each time, as ViTDet's do, down to 32."""
+    """Return the channels of a map that is enlarged by `factor`.
+
+    Each transposed convolution halves the channels, as in ViTDet, down to 32.
+    """
     return dim if factor <= 1 else max(dim // round(factor), min(dim, 32))
 
 
 def _rescaled(dim: int, factor: float) -> nn.Sequential:
-    """Raw blocks have scales of their own: a norm before anything else."""
+    """Return layers that enlarge a map by `factor`, or halve it.
+
+    They begin with a norm, because the raw outputs of blocks have different scales.
+    """
     layers: list[nn.Module] = [MapNorm(dim)]
     if factor < 1:
         layers.append(nn.MaxPool2d(2, ceil_mode=True))

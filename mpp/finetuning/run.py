@@ -1,4 +1,4 @@
-"""Fine-tuning on labeled images, compared with baselines: the trials of a run, and its verdict."""
+"""Fine-tune on labeled images and compare with baselines: the trials of a run, and its verdict."""
 
 from __future__ import annotations
 
@@ -51,36 +51,41 @@ PLOT = "label_efficiency.png"
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What `finetune` returns."""
+    """The result of `finetune`."""
 
     out: Path
     state: str
     """"finished", or "stopped" by a signal."""
     verdicts: tuple[Verdict, ...]
-    """One for each number of labels, from few to many; none where it was stopped."""
+    """One verdict for each number of labels, from few to many. Empty if the run was stopped."""
     encoder: Path | None
-    """The fine-tuned model of the first approach's first seed, with most labels, as a timm folder."""
+    """Timm folder of the fine-tuned model: first approach, first seed, largest number of labels. None if the run was
+    stopped."""
     plot: Path | None = None
-    """Accuracy against labels, where there are several numbers of them."""
+    """Plot of the headline metric against the number of labels. None if there is only one number of labels."""
     signal: str | None = None
-    """The name of the signal that stopped the run."""
+    """Name of the signal that stopped the run."""
     unread_classes: tuple[str, ...] = ()
-    """Classes of the validation images of which not one could be read."""
+    """Classes whose validation images were all unreadable."""
     underfit: str = ""
-    """A sentence if a trial ended long before it knew its training images."""
+    """A sentence about a trial of the first approach that ended long before it fitted its training images. Empty if
+    there is none."""
 
     @property
     def score(self) -> dict[str, Estimate]:
-        """Approach -> the task's headline metric, such as accuracy, with most labels."""
+        """Return approach -> the task's headline metric, such as accuracy, with the largest number of labels."""
         return self.verdicts[-1].score if self.verdicts else {}
 
     @property
     def gain(self) -> Estimate | None:
-        """pretrained - scratch, paired by seed, with most labels; None where one of them is missing."""
+        """Return pretrained - scratch, paired by seed, with the largest number of labels.
+
+        None if one of the two approaches is missing.
+        """
         return self.verdicts[-1].gain if self.verdicts else None
 
     def table(self) -> str:
-        """For people."""
+        """Return the verdicts as a text table for people, followed by notes on unread classes and underfitting."""
         lines = [table(self.verdicts), name_unread(self.unread_classes) if self.unread_classes else "", self.underfit]
         return "\n".join(line for line in lines if line)
 
@@ -89,11 +94,11 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     """Run a recipe.
 
     Args:
-        recipe: What to run.
-        resume: "never" (the run folder must be new) or "auto".
+        recipe: Recipe to run.
+        resume: "never" if the run folder must be new, or "auto" to continue an existing run.
 
     Raises:
-        UserError: Anything the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     if resume not in ("never", "auto"):
         raise UserError(
@@ -106,15 +111,15 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
 
 
 def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Run:
-    """Open and check the images, refuse what cannot run, and open the run folder.
+    """Open and check the images, refuse a recipe that cannot run, and open the run folder.
 
     Args:
-        recipe: As it was given.
-        resume: As `finetune` takes it.
-        until_the_end: What is entered here is left when the run ends, in reverse order.
+        recipe: Recipe as the user gave it.
+        resume: "never" or "auto", see `finetune`.
+        until_the_end: Stack whose contexts are left when the run ends, in reverse order.
 
     Raises:
-        UserError: Anything the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     out = Path(recipe.out)
     team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
@@ -167,7 +172,7 @@ def run_trials(run: Run) -> dict[Trial, TrialResult] | None:
     """Train the trials that are not done yet, one after the other.
 
     Returns:
-        What came of every trial, or None if a signal stopped the run.
+        The result of every trial, or None if a signal stopped the run.
     """
     trials = trials_of(run.recipe)
     measured: dict[Trial, TrialResult] = {}
@@ -248,7 +253,7 @@ def conclude(run: Run, measured: dict[Trial, TrialResult]) -> FinetuneResult:
 
 
 def _name_underfit(run: Run) -> str:
-    """Name an underfit trial of the first approach, with advice; "" if there is none."""
+    """Return a sentence with advice on an underfit trial of the first approach; "" if there is none."""
     recipe = run.recipe.model_dump(mode="json")
     first_approach = approaches_of(run.recipe)[0]
     for trial in (trial for trial in trials_of(run.recipe) if trial.approach == first_approach):
@@ -258,7 +263,7 @@ def _name_underfit(run: Run) -> str:
 
 
 def _record_data(run: Run, *, same_images: bool) -> None:
-    """Write data.json: how many images there are, and which of those that judge were trained on, with a warning."""
+    """Write data.json: numbers of images, and leaks of validation images into training. Warn of leaks in data.train."""
     recipe, train, val = run.recipe, run.train, run.val
     path = Path(recipe.out) / DATA
     try:
@@ -293,11 +298,14 @@ def _record_data(run: Run, *, same_images: bool) -> None:
 
 
 def _in_pretraining(recipe: FinetuneRecipe, val: LabeledImages) -> Leak | None:
-    """Validation images that the encoder saw without labels, where that was a run here whose shards are still there."""
+    """Return which validation images the encoder saw in pretraining.
+
+    None if the encoder is not a local pretraining run, or if its shards are remote or no longer readable.
+    """
     try:
         data = load_recipe(Path(recipe.encoder) / "recipe.yaml", PretrainRecipe).data
         if any(map(is_remote, data.shards)):
-            return None  # not fetched for this
+            return None  # remote shards are not downloaded for this check
         return leak(val.reader, PackedReader(ShardImages(data.shards, key="data.shards", **data.opening())))
     except UserError:
         return None

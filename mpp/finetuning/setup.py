@@ -1,4 +1,4 @@
-"""Everything a trial of fine-tuning needs before its first step: data, model, optimizer, resume."""
+"""Prepare a fine-tuning trial for its first step: data, model, optimizer, resume."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from mpp.training.steps import MicroBatchStream, Pace
 
 
 def prepare_trial(run: Run, trial: Trial) -> Finetuning:
-    """Build the model of a trial, choose its images, and load the checkpoint to continue from.
+    """Build the model of a trial, choose its images, and load its checkpoint if there is one.
 
     Raises:
-        UserError: Anything the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     recipe, team = recipe_of_approach(run.recipe, trial.approach), run.team
     device_time = DeviceTime(team)
@@ -112,8 +112,11 @@ def prepare_trial(run: Run, trial: Trial) -> Finetuning:
 
 
 def choose_images(run: Run, trial: Trial) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the images to train on, with repetitions if classes are balanced by sampling, and of those
-    that are judged on the way, if the recipe stops early."""
+    """Return the numbers of the images to train on, and those of the held-out images.
+
+    The first contain repetitions if classes are balanced by sampling. The second are judged during training if the
+    recipe stops early, and are empty otherwise.
+    """
     recipe, train, seed = run.recipe, run.train, trial.seed
     subset = train.subset(labels_per_class=trial.labels_per_class, fraction=recipe.data.fraction, seed=seed)
     held_out = subset[:0]
@@ -129,13 +132,14 @@ def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None
     """Return the plan of a trial.
 
     Args:
-        recipe: Of its approach.
-        images: That it trains on.
-        world: Processes.
-        steps: In place of the recipe's length; the warm-up stays the same part of it.
+        recipe: Recipe of the approach.
+        images: Number of images to train on, with repetitions.
+        world: Number of processes.
+        steps: Length of training, if it differs from the recipe's. The warm-up stays the same fraction of it. None
+            means the recipe's length.
 
     Raises:
-        UserError: The global batch cannot be divided among the processes.
+        UserError: If the global batch cannot be divided among the processes.
     """
     optim = recipe.optim
     total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)
@@ -156,8 +160,8 @@ def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None
 
 
 def parameter_groups(recipe: FinetuneRecipe, model: Supervised, seed: int) -> list[ParameterGroup]:
-    """Freeze or adapt the encoder as the recipe of an approach says, and group the parameters by layer."""
-    if recipe.frozen == 1:  # its batch norms, too, and no gradient is computed for it
+    """Freeze the encoder or add adapters, according to the recipe of the approach, and group parameters by layer."""
+    if recipe.frozen == 1:  # no gradients for the encoder, including its batch norms, are computed
         model.encoder.requires_grad_(False)
     if recipe.lora:
         torch.manual_seed(torch_seed(seed, Purpose.INIT))
@@ -178,7 +182,7 @@ def _load_checkpoint(
     """Load a checkpoint of a trial.
 
     Raises:
-        UserError: It was made with other data or another encoder.
+        UserError: If the checkpoint was made with other data or another encoder.
     """
     state = checkpoint.read_state(path)
     if state["data_fingerprint"] != run.fingerprint:
@@ -188,7 +192,7 @@ def _load_checkpoint(
 
 
 def _open_log(run: Run, trial: Trial, plan: Plan, resumed_at: int) -> RunLog:
-    """Open the records of a trial. From now on the status of the trial is also the run's."""
+    """Open the log and the trackers of a trial. From then on, the watch writes the status of trial and run."""
     active, name = run.team.is_main, trial.folder.name
     settings = settings_of(run.recipe)
     trackers = Trackers(run.recipe.trackers, trial.folder, settings, resumed_at=resumed_at, active=active)

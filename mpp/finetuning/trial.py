@@ -1,4 +1,4 @@
-"""A trial of a fine-tuning run: one model that it trains, by one approach, one seed and one number of labels."""
+"""A trial of a fine-tuning run: one model, trained by one approach, with one seed and one number of labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """One approach with one seed and one number of labels. It has a folder with checkpoints and a result of its own."""
+    """One approach with one seed and one number of labels. Its folder contains its checkpoints and its result."""
 
     folder: Path
     approach: str
@@ -29,13 +29,13 @@ class Trial:
 
     @property
     def title(self) -> str:
-        """What is trained, in words."""
+        """Return a description of the trial for people."""
         labels = f"{self.labels_per_class} labels a class, " if self.labels_per_class else ""
         return f"{self.approach}, {labels}seed {self.seed}"
 
 
 def trials_of(recipe: FinetuneRecipe) -> list[Trial]:
-    """Return the trials of a run in their order. A folder is named after the number of labels if there are several."""
+    """Return the trials of a run in order. Folder names contain the number of labels if there are several numbers."""
     counts = recipe.data.label_counts()
     return [
         Trial(
@@ -48,26 +48,29 @@ def trials_of(recipe: FinetuneRecipe) -> list[Trial]:
 
 
 def parse_folder(folder: Path) -> tuple[str, int] | None:
-    """Return approach and seed of a trial from the name of its folder, or of `encoder` in it; None if it is not one."""
+    """Return approach and seed of a trial from the path of its folder or of the folder `encoder` in it.
+
+    None if the name is not that of a trial.
+    """
     name = folder.parent.name if folder.name == "encoder" else folder.name
     found = re.fullmatch(r"(?:labels\d+-)?([a-z]+)-seed(\d+)", name)
     return (found[1], int(found[2])) if found else None
 
 
 class TrialResult(NamedTuple):
-    """What came of a trial."""
+    """The result of a trial."""
 
     metrics: dict[str, float]
-    """On the validation images."""
+    """Metrics on the validation images."""
     device_minutes: float
-    """What its training took; nan where a trial did not keep it."""
+    """Minutes of CPU or GPU time of its training. nan if the trial did not keep them."""
 
 
 def read_result(trial: Path, fingerprint: str) -> TrialResult | None:
-    """Return what came of a trial that is done, or None.
+    """Return the result of a trial, or None if the trial is not finished.
 
     Raises:
-        UserError: They were measured on other data, or from another encoder.
+        UserError: If the result was measured on other data or with another encoder.
     """
     try:
         result = json.loads((trial / RESULT).read_text())
@@ -81,7 +84,10 @@ def read_result(trial: Path, fingerprint: str) -> TrialResult | None:
 
 
 def _read_minutes(trial: Path) -> float:
-    """What training took, as the last checkpoint says: result.json is the same for every run of a recipe."""
+    """Return the device minutes of training from the last checkpoint; nan if they were not kept.
+
+    They are not in result.json, because that file must be the same for every run of a recipe.
+    """
     try:
         newest = steps(trial / "checkpoints")[0]
         return float(json.loads((newest / "state.json").read_text())["device_minutes"])
@@ -90,5 +96,5 @@ def _read_minutes(trial: Path) -> float:
 
 
 def read_unread_classes(trial: Path) -> tuple[str, ...]:
-    """Return the classes of whose validation images a finished trial could read none."""
+    """Return the classes whose validation images were all unreadable for a finished trial."""
     return tuple(json.loads((trial / RESULT).read_text()).get("unread_classes", ()))

@@ -1,4 +1,4 @@
-"""Open the images without labels of a fine-tune, and leave out those that it is judged by."""
+"""Open the unlabeled images of a fine-tuning run, without those that are also validation images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpp.parallel.team import Team
 from mpp.recipe.finetune import FinetuneRecipe
 
 LOOKED_AT = 16
-"""Images that are opened before anything is trained."""
+"""Most images that are opened as a check before training."""
 
 
 @dataclass(frozen=True)
@@ -31,33 +31,33 @@ class UnlabeledImages:
 
     images: ShardImages
     rows: tuple[np.ndarray, ...]
-    """(n,) of each shard: rows of the images that are not among the validation images, byte by byte."""
+    """For each shard, the rows (n,) of the images whose bytes differ from those of all validation images."""
 
     def __len__(self) -> int:
         return sum(map(len, self.rows))
 
     @property
     def left_out(self) -> int:
-        """Images that are among the validation images."""
+        """Return the number of images that are left out because they are validation images."""
         return sum(self.images.counts) - len(self)
 
 
 def unlabeled_per_label(recipe: FinetuneRecipe) -> int:
-    """Return how many images without labels a labeled one brings along in a step."""
+    """Return the number of unlabeled images for each labeled image of a batch."""
     if recipe.unlabeled:
         return recipe.unlabeled.per_label
     return recipe.distill.per_label if recipe.distill and recipe.distill.images else 0
 
 
 def open_unlabeled(recipe: FinetuneRecipe, team: Team, val: LabeledImages) -> UnlabeledImages | None:
-    """Open the images of `unlabeled` or `distill`; None where the recipe has none. Every process calls this.
+    """Open the images of `unlabeled` or `distill`. Return None if the recipe has none. Every process calls this.
 
     Raises:
-        UserError: They cannot be read, or none is left without the validation images.
+        UserError: If the images cannot be read, or if all of them are validation images.
     """
     if recipe.unlabeled:
         places, key = recipe.unlabeled.images, "unlabeled.images"
-        _strong_view(recipe)  # refuses a policy that timm does not know
+        _strong_view(recipe)  # raises a UserError if timm does not know the policy
     elif recipe.distill and recipe.distill.images:
         places, key = recipe.distill.images, "distill.images"
     else:
@@ -65,7 +65,7 @@ def open_unlabeled(recipe: FinetuneRecipe, team: Team, val: LabeledImages) -> Un
     images = ShardImages(places, key=key, **recipe.data.opening())
     reader = PackedReader(images)
     shown = np.ones(sum(images.counts), dtype=bool)
-    shown[team.on_main(partial(find_shared, reader, val.reader))] = False  # one process reads for all
+    shown[team.on_main(partial(find_shared, reader, val.reader))] = False  # only the main process compares images
     rows = tuple(np.flatnonzero(of_shard) for of_shard in np.split(shown, np.cumsum(images.counts)[:-1]))
     opened = UnlabeledImages(images, rows)
     if not len(opened):
@@ -75,10 +75,10 @@ def open_unlabeled(recipe: FinetuneRecipe, team: Team, val: LabeledImages) -> Un
 
 
 def _look_at_some(reader: PackedReader, chosen: np.ndarray, recipe: FinetuneRecipe, key: str) -> None:
-    """Open some images, so that a place of unreadable ones is refused before anything is trained.
+    """Check before training that at least one of some images can be read.
 
     Raises:
-        UserError: Not one of them can be read.
+        UserError: If none of these images can be read.
     """
     crop = Crop(recipe.data.image_size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, **recipe.data.decoding())
     reasons = []
@@ -92,16 +92,16 @@ def _look_at_some(reader: PackedReader, chosen: np.ndarray, recipe: FinetuneReci
 
 
 def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: FinetuneRecipe, seed: int) -> WithUnlabeled:
-    """Return a dataset whose batches also bring images without labels.
+    """Return a dataset whose batches also contain unlabeled images.
 
     Args:
-        labeled: Images with labels.
-        opened: Those without.
-        recipe: Of the trial's approach.
-        seed: Of the trial.
+        labeled: Dataset of labeled images.
+        opened: Unlabeled images.
+        recipe: Recipe of the trial's approach.
+        seed: Seed of the trial.
 
     Raises:
-        UserError: timm does not know the policy of the strong view.
+        UserError: If timm does not know the policy of the strong view.
     """
     data = recipe.data
     decoding = data.decoding()
@@ -117,7 +117,7 @@ def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: Finetu
 
 
 def _strong_view(recipe: FinetuneRecipe) -> Callable[..., Any]:
-    """How images without labels are augmented: by a policy of their own, or as a teacher sees labeled ones."""
+    """Return the augmentation of unlabeled images: that of `unlabeled`, or for a teacher that of labeled images."""
     if recipe.unlabeled is None:
         return make_augmentation(recipe.data)
     data = recipe.data.model_copy(update={"auto_augment": recipe.unlabeled.auto_augment})

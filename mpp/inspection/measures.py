@@ -1,4 +1,4 @@
-"""What can be measured of representations and attention: functions of tensors, each with a closed form to test by."""
+"""Measure representations and attention, as functions of tensors, each with a closed form that tests compare with."""
 
 from __future__ import annotations
 
@@ -11,31 +11,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_IMAGES = 4
-"""Below, the unbiased estimate of CKA is not defined (its denominators hold n - 3)."""
+"""Least number of images for the unbiased estimate of CKA, whose denominators contain n - 3."""
 
 
 def gram(features: Tensor) -> Tensor:
-    """Compute the Gram matrix of features centred over n images, U-centred (Székely & Rizzo 2014, section 3).
+    """Compute the U-centred Gram matrix of features of n images (Székely & Rizzo 2014, section 3).
 
-    U-centred: zero diagonal, and rows and columns of the rest that sum to zero. The scalar product of two such matrices
-    is n (n - 3) times the unbiased estimate of HSIC (Song et al. 2012, equation 5), which CKA requires.
+    U-centred means that the diagonal is zero and that the rows and columns sum to zero. The scalar product of two such
+    matrices is n (n - 3) times the unbiased estimate of HSIC (Song et al. 2012, equation 5), which CKA requires.
+
+    Args:
+        features: (n, ...) features.
 
     Returns:
-        (n, n) float64, of features (n, ...).
+        (n, n) float64 matrix.
 
     Raises:
-        ValueError: There are fewer than `LEAST_IMAGES` images.
+        ValueError: If there are fewer than `LEAST_IMAGES` images.
     """
     return grams(features.flatten(1).unsqueeze(1))[0]
 
 
 def grams(features: Tensor) -> Tensor:
-    """The same at each of N places: (n, N, D) -> (N, n, n)."""
+    """Compute the U-centred Gram matrix at each of N places, as `gram` does: (n, N, D) -> (N, n, n) float64.
+
+    Raises:
+        ValueError: If there are fewer than `LEAST_IMAGES` images.
+    """
     x = features.float().transpose(0, 1)
     n = x.shape[1]
     if n < LEAST_IMAGES:
         raise ValueError(f"at least {LEAST_IMAGES} images; got {n}")
-    x = x - x.mean(1, keepdim=True)  # off the diagonal this changes nothing but the rounding
+    x = x - x.mean(1, keepdim=True)  # after U-centring this only changes the rounding
     diagonal = torch.eye(n, dtype=torch.bool, device=x.device)
     k = (x @ x.transpose(1, 2)).double().masked_fill(diagonal, 0.0)
     rows, everything = k.sum(2), k.sum((1, 2))
@@ -46,8 +53,8 @@ def grams(features: Tensor) -> Tensor:
 class CkaTable:
     """Linear CKA (Kornblith et al. 2019) between two lists of representations, over minibatches of images.
 
-    The unbiased HSIC of each minibatch is averaged before it is normalised (Nguyen, Raghu & Kornblith 2021, equation
-    2), so that nothing has to hold the features of all images at once, and few images are not enough to look alike.
+    The unbiased HSIC is averaged over minibatches before it is normalised (Nguyen, Raghu & Kornblith 2021, equation 2).
+    So the features of all images are never held at once, and a small number of images does not raise the values.
     """
 
     def __init__(self) -> None:
@@ -56,7 +63,7 @@ class CkaTable:
         self._b: Tensor | None = None
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """U-centred Gram matrices of one minibatch: (a, n, n) of the one list, (b, n, n) of the other."""
+        """Add the U-centred Gram matrices of one minibatch: (a, n, n) of the first list, (b, n, n) of the second."""
         x, y = a.flatten(1), b.flatten(1)
         sums = (x @ y.T, x.square().sum(1), y.square().sum(1))
         if self._cross is None or self._a is None or self._b is None:
@@ -69,7 +76,13 @@ class CkaTable:
         return self._cross is not None
 
     def values(self) -> Tensor:
-        """(a, b) float64; 1: the same up to a rotation and a scale; about 0: nothing in common. nan: no variation."""
+        """Return CKA as (a, b) float64.
+
+        1 means equal up to a rotation and a scale, about 0 nothing in common, nan that a representation does not vary.
+
+        Raises:
+            ValueError: If no minibatch was added.
+        """
         if self._cross is None or self._a is None or self._b is None:
             raise ValueError("no minibatch was added")
         scale = (self._a[:, None] * self._b[None, :]).sqrt()
@@ -77,14 +90,14 @@ class CkaTable:
 
 
 def cka(a: Tensor, b: Tensor) -> float:
-    """Linear CKA, unbiased, of (n, ...) and (n, ...)."""
+    """Return the unbiased linear CKA between (n, ...) and (n, ...) features."""
     table = CkaTable()
     table.add(gram(a)[None], gram(b)[None])
     return float(table.values())
 
 
 def places(grid: tuple[int, int], stride_px: float) -> Tensor:
-    """(N, 2) float: the middles of the cells of a grid in raster order, (row, column) in pixels."""
+    """Return (N, 2) float: the centres of the cells of a grid in raster order, (row, column) in pixels."""
     gh, gw = grid
     rows = torch.arange(gh).repeat_interleave(gw)
     cols = torch.arange(gw).repeat(gh)
@@ -95,26 +108,29 @@ def mean_attention_distance(attention: Tensor, queries: Tensor, keys: Tensor) ->
     """Compute how far a patch looks, in pixels, for each head.
 
     The distances to the keys are weighted by the attention and averaged over queries and images (Dosovitskiy et al.
-    2021, appendix D.7). Class and register tokens are to be left out before; rows are scaled to a sum of 1 here.
+    2021, appendix D.7). The caller leaves out class and register tokens. Rows are then scaled to a sum of 1.
 
     Args:
-        attention: (B, heads, Nq, Nk).
-        queries: (Nq, 2) in pixels.
-        keys: (Nk, 2) in pixels.
+        attention: (B, heads, Nq, Nk) attention weights.
+        queries: (Nq, 2) places of the queries in pixels.
+        keys: (Nk, 2) places of the keys in pixels.
 
     Returns:
-        (heads,) float64.
+        (heads,) float64, in pixels.
     """
     distance = torch.cdist(queries.double(), keys.double()).to(attention.device)
     of_heads = []
-    for weights in attention.unbind(1):  # one head at a time: they are large
+    for weights in attention.unbind(1):  # one head at a time, since the weights are large
         rows = weights.double()
         of_heads.append(((rows * distance).sum(-1) / rows.sum(-1).clamp_min(1e-300)).mean())
     return torch.stack(of_heads)
 
 
 def attention_entropy(attention: Tensor) -> Tensor:
-    """(B, heads, Nq, Nk) -> (heads,) in [0, 1]: entropy of the rows, made to sum to 1, over that of even attention."""
+    """Return the mean entropy of attention rows, divided by that of even attention: (B, heads, Nq, Nk) -> (heads,).
+
+    Rows are first scaled to a sum of 1. The result is in [0, 1].
+    """
     of_heads = []
     for weights in attention.unbind(1):
         rows = weights.double()
@@ -124,10 +140,10 @@ def attention_entropy(attention: Tensor) -> Tensor:
 
 
 def rollout(attention: Sequence[Tensor]) -> Tensor:
-    """Attention through all layers: (B, heads, T, T) of each -> (B, T, T), rows sum to 1.
+    """Return the attention rollout through all layers: (B, heads, T, T) of each layer -> (B, T, T), rows sum to 1.
 
-    The mean of the heads, half and half with the identity for the skip connection, multiplied up (Abnar & Zuidema
-    2020, section 3).
+    The mean over heads is averaged with the identity, for the skip connection. The results of all layers are multiplied
+    (Abnar & Zuidema 2020, section 3).
     """
     size = attention[0].shape[-1]
     identity = torch.eye(size, dtype=torch.float64, device=attention[0].device)
@@ -139,33 +155,39 @@ def rollout(attention: Sequence[Tensor]) -> Tensor:
 
 
 def cosine_map(tokens: Tensor) -> Tensor:
-    """(..., N, D) -> (N, N): cosine between each two of N, averaged over what stands before. A zero has cosine 0."""
+    """Return the cosine between each pair of N tokens, averaged over leading dimensions: (..., N, D) -> (N, N).
+
+    A zero vector has cosine 0 with all others.
+    """
     unit = F.normalize(tokens.double().flatten(0, -3) if tokens.ndim > 2 else tokens.double()[None], dim=-1)
     return (unit @ unit.transpose(-1, -2)).mean(0)
 
 
 def token_similarity(tokens: Tensor) -> float:
-    """Mean cosine between different tokens of one image, (B, N, D). Near 1: all places say the same (collapse)."""
+    """Return the mean cosine between different tokens of one image, from (B, N, D). Near 1 the tokens collapsed."""
     return off_diagonal(cosine_map(tokens))
 
 
 def off_diagonal(similar: Tensor) -> float:
-    """(N, N) -> the mean of all pairs of different places."""
+    """Return the mean of an (N, N) matrix over all pairs of different places."""
     n = len(similar)
     return float((similar.sum() - similar.diagonal().sum()) / max(n * (n - 1), 1))
 
 
 class ByDistance(NamedTuple):
-    """A quantity of pairs of places, averaged over pairs as far apart."""
+    """A quantity of pairs of places, averaged over pairs at about the same distance."""
 
     distance_px: list[float]
     value: list[float]
 
 
 def by_distance(values: Tensor, where: Tensor, step_px: float) -> ByDistance:
-    """(N, N) values of pairs and (N, 2) places in pixels -> their means in rings of `step_px`, nearest first.
+    """Return the mean of pairwise values in rings of distance, nearest first. Pairs of equal places are left out.
 
-    A place with itself is left out.
+    Args:
+        values: (N, N) values of pairs of places.
+        where: (N, 2) places in pixels.
+        step_px: Width of a ring in pixels.
     """
     distance = torch.cdist(where.double(), where.double())
     ring = (distance / step_px).round().long()
@@ -177,9 +199,10 @@ def by_distance(values: Tensor, where: Tensor, step_px: float) -> ByDistance:
 
 
 def localised(origin: Tensor) -> float:
-    """(N, N) CKA between the token at each place and the input at each -> the part whose own place is the most alike.
+    """Return the fraction of tokens most similar to the input at their own place (Raghu et al. 2021, section 5).
 
-    Whether a token still describes its own place (Raghu et al. 2021, section 5).
+    Args:
+        origin: (N, N) CKA between the token at each place and the input at each place.
     """
     return float((origin.argmax(1) == torch.arange(len(origin), device=origin.device)).double().mean())
 
@@ -188,13 +211,13 @@ class Components(NamedTuple):
     """Principal components."""
 
     vectors: Tensor
-    """(k, ...) of length 1; the largest entry of each is positive."""
+    """(k, ...) vectors of length 1; the entry with the largest magnitude of each is positive"""
     share: Tensor
-    """(k,) of the variance"""
+    """(k,) shares of the variance"""
 
 
 def components(x: Tensor, k: int) -> Components:
-    """The first k principal components of (n, ...), centred over n; fewer where there are no more."""
+    """Return the first k principal components of (n, ...), centred over n, or fewer if there are fewer."""
     flat = x.flatten(1).double()
     _, singular, vectors = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)
     k = min(k, len(flat) - 1, flat.shape[1])
@@ -206,9 +229,10 @@ def components(x: Tensor, k: int) -> Components:
 
 
 def colour_maps(features: Tensor) -> tuple[Tensor, list[float]]:
-    """The first three principal components of all cells of all images as red, green, blue, and their shares.
+    """Return the first three principal components of all cells as colours, and their shares of the variance.
 
-    (B, D, h, w) -> (B, 3, h, w) in [0, 1], shares of the variance; the middle 98 % of each component fill the range.
+    The colours are red, green and blue: (B, D, h, w) -> (B, 3, h, w) in [0, 1]. The components are those of all images
+    together. The middle 98 % of each component fill the range.
     """
     cells = features.permute(0, 2, 3, 1).flatten(0, 2).double()
     principal = components(cells, 3)
@@ -222,7 +246,7 @@ def colour_maps(features: Tensor) -> tuple[Tensor, list[float]]:
 
 
 def spectrum(features: Tensor) -> Tensor:
-    """(n, D) -> the variances along the principal components, largest first, as parts of their sum."""
+    """Return the variances of (n, D) along the principal components, largest first, as shares of their sum."""
     x = features.double()
     variance = torch.linalg.svdvals(x - x.mean(0)).square()
     return variance / variance.sum().clamp_min(1e-300)

@@ -1,4 +1,4 @@
-"""One pass over images through an encoder, keeping sums alone: what the views of `mpp inspect` are drawn from."""
+"""Run images through an encoder once and collect the sums from which the views of `mpp inspect` are drawn."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mpp.inspection.reading import AttentionRecorder, Passed, TokenPlaces, block
 from mpp.recipe.sections import Decoding
 
 BATCH = 32
-"""Images of a minibatch of CKA."""
+"""Images in a minibatch of CKA."""
 ATTENTION_BATCH = 4
-"""Attention is large: few images at a time."""
+"""Images at a time for attention, whose weights are large."""
 NOTHING = 1e-6
-"""Of a block's input: what is added by less is rounding."""
+"""If a block adds less than this fraction of its input's norm, it counts as rounding."""
 MOST_CELLS = 16
-"""Maps with more cells along a side are averaged down where pairs of places are compared."""
+"""Most cells along a side when pairs of places are compared; larger maps are averaged down."""
 
 
 @dataclass
 class InspectedEncoder:
-    """An encoder with the images that it takes."""
+    """An encoder with the format of its input images."""
 
     name: str
     model: TimmModel
@@ -38,13 +38,13 @@ class InspectedEncoder:
     mean: Tensor
     std: Tensor
     decoding: Decoding
-    """How its images are read, as `decode_crop` takes it"""
+    """Keyword arguments of `decode_crop` for its images"""
 
     def normalised(self, raw: Tensor) -> Tensor:
         return (raw.to(self.mean.device).float() / 255 - self.mean) / self.std
 
     def maps(self, raw: Tensor) -> list[Tensor]:
-        """(B, C, H, W) uint8 -> the raw output of every block or stage, (B, D, h, w)."""
+        """Return the output of every block or stage, (B, D, h, w) without a norm, for (B, C, H, W) uint8 images."""
         return list(
             self.model.forward_intermediates(
                 self.normalised(raw), norm=False, output_fmt="NCHW", intermediates_only=True
@@ -53,34 +53,36 @@ class InspectedEncoder:
 
 
 class Layer(NamedTuple):
-    """Sums over minibatches of what is asked of the maps of one block or stage."""
+    """Measurements of the feature maps of one block or stage, by minibatch or summed over them."""
 
     pooled: list[Tensor]
-    """(B, D) of each minibatch"""
+    """(B, D) mean over all places, of each minibatch"""
     cosines: list[Tensor]
-    """(N, N) of each minibatch, of tokens without their mean over images and places"""
+    """(N, N) of each minibatch, of tokens minus their mean over images and places"""
     raw_similarity: list[float]
+    """Mean cosine between the tokens of an image, of each minibatch"""
     origin: CkaTable
+    """CKA between the token at each place and the pixels at each place"""
     mean_map: Tensor
-    """(D, h, w): what the images have in common at each place"""
+    """(D, h, w) mean over all images"""
 
 
 @dataclass
 class Seen:
-    """What was read of all images."""
+    """Everything recorded in one pass over all images."""
 
     subject: InspectedEncoder
     shown: Tensor
-    """(few, C, H, W) uint8"""
+    """(shown, C, H, W) uint8 images that are drawn"""
     shown_maps: list[Tensor]
     layers: list[Layer]
     grids: list[tuple[int, int]]
-    """Of each layer, after averaging down to `MOST_CELLS`."""
+    """Grid of each layer, after averaging down to `MOST_CELLS`."""
     block_names: list[str]
     own: CkaTable = field(default_factory=CkaTable)
     own_updates: CkaTable = field(default_factory=CkaTable)
     updates: list[int] = field(default_factory=list)
-    """Blocks whose input and output have one shape."""
+    """Numbers of the blocks whose input and output have the same shape."""
     skip_over_branch: list[list[float]] = field(default_factory=list)
     other: CkaTable | None = None
     cross: CkaTable | None = None
@@ -88,13 +90,16 @@ class Seen:
 
 
 def _smaller(maps: Tensor) -> Tensor:
-    """(B, D, h, w) averaged down to at most `MOST_CELLS` cells along a side."""
+    """Average (B, D, h, w) maps down to at most `MOST_CELLS` cells along a side."""
     h, w = maps.shape[-2:]
     return F.adaptive_avg_pool2d(maps, (min(h, MOST_CELLS), min(w, MOST_CELLS)))
 
 
 def _patches(raw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(n, C, H, W) uint8 -> (n, N, C·p·p) float: the pixels under each cell, shrunk to 8 px where they are more."""
+    """Return the pixels under each cell: (n, C, H, W) uint8 -> (n, N, C·p·p) float.
+
+    If a cell is larger than 8 px, its pixels are shrunk to 8 px.
+    """
     side = (min(raw.shape[-2] // grid[0], 8), min(raw.shape[-1] // grid[1], 8))
     x = F.interpolate(raw.float(), (grid[0] * side[0], grid[1] * side[1]), mode="area")
     x = x.unflatten(3, (grid[1], side[1])).unflatten(2, (grid[0], side[0]))  # (n, C, gh, a, gw, b)
@@ -106,9 +111,9 @@ def see_all(subjects: Sequence[InspectedEncoder], images: Sequence[Tensor], show
     """Run all images through the encoders once.
 
     Args:
-        subjects: The encoder, of which everything is measured, and a second one, of which CKA alone is.
-        images: (n, C, H, W) for each encoder.
-        shown: How many of the images are drawn.
+        subjects: The encoder to measure. A second encoder is optional; only CKA is measured of it.
+        images: (n, C, H, W) uint8 images for each encoder.
+        shown: Number of images that are drawn, from the start.
     """
     subject = subjects[0]
     n = len(images[0])
@@ -149,14 +154,14 @@ def see_all(subjects: Sequence[InspectedEncoder], images: Sequence[Tensor], show
 
             with watched([module for _, module in watched_blocks[number]], see):
                 maps = s.maps(raw)
-            if not of_block:  # no residual blocks: its stages
+            if not of_block:  # if there are no residual blocks, use the stages
                 of_block = {i: measures.gram(m) for i, m in enumerate(maps)}
             grams.append(torch.stack([of_block[i] for i in sorted(of_block)]))
             if of_update:
                 updates.append(torch.stack([of_update[i] for i in sorted(of_update)]))
             if number == 0:
                 seen.updates = sorted(of_update)
-                pixels: dict[tuple[int, int], Tensor] = {}  # of each grid: plain encoders have one for all layers
+                pixels: dict[tuple[int, int], Tensor] = {}  # by grid: in plain encoders all layers share one
                 for layer, grid, feature_map in zip(seen.layers, seen.grids, maps, strict=True):
                     tokens = _smaller(feature_map.float()).flatten(2).transpose(1, 2)
                     layer.mean_map.add_(feature_map.float().sum(0) / n)
@@ -179,19 +184,27 @@ def see_all(subjects: Sequence[InspectedEncoder], images: Sequence[Tensor], show
 
 @dataclass
 class Attention:
-    """What was read of one attention."""
+    """Measurements of one attention layer."""
 
     layout: TokenPlaces | str
+    """Places of the tokens, or why they are not known"""
     distance: Tensor | None = None
-    """(heads,) px, mean over the images; None where the places are not known"""
+    """(heads,) mean attention distance in pixels over all images; None if the places are not known"""
     entropy: Tensor | None = None
+    """(heads,) entropy relative to even attention, in [0, 1]; None if the places are not known"""
     whole: list[Tensor] = field(default_factory=list)
-    """(B, T, T) mean of the heads, of the shown images, where every place looks at every place"""
+    """(B, T, T) mean over heads, of the shown images; empty unless every place attends to every place"""
 
 
 @torch.no_grad()
 def attend(subject: InspectedEncoder, raw: Tensor, shown: int) -> list[Attention]:
-    """Record the attention of a model, in the order in which it computes it; [] for a model without any."""
+    """Record the attention of a model, in the order of computation; [] for a model without attention.
+
+    Args:
+        subject: The encoder.
+        raw: (n, C, H, W) uint8 images.
+        shown: Number of images whose whole attention is kept, from the start.
+    """
     attentions: list[Attention] = []
     for start in range(0, len(raw), ATTENTION_BATCH):
         images = raw[start : start + ATTENTION_BATCH]

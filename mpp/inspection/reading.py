@@ -1,7 +1,7 @@
-"""What `mpp inspect` reads out of a timm model while it runs: attention, blocks, filters, positions.
+"""Read attention, blocks, filters and position embeddings from a timm model, for `mpp inspect`.
 
-The model is not changed. Attention is taken where it is computed, by intercepting torch's functions: this is the only
-place where scaled_dot_product_attention is written out, since the fused one does not tell its weights.
+The model is not changed. Attention is recorded by intercepting torch's functions. Only here is
+scaled_dot_product_attention computed step by step, since the fused function does not return its weights.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from mpp.inspection.measures import places
 from mpp.recipe.flat import JsonObject
 
 SQUARE_WINDOWS = ("SwinTransformer", "SwinTransformerV2")
-"""Families whose windows are squares of neighbouring cells; MaxViT's grids look alike and are not."""
+"""Families whose windows are squares of neighbouring cells. MaxViT's grids have the same shape, but other cells."""
 BLOCKS = ("Block", "Bottleneck", "InvertedResidual", "DepthwiseSeparable")
-"""Parts of the class names of timm's residual blocks; the outermost modules of such a name are a model's layers."""
+"""Parts of the class names of timm's residual blocks. The outermost modules with such a name are a model's blocks."""
 
 
 class AttentionRecorder(TorchFunctionMode):
-    """While it is entered, keeps the weights of every attention: (B, heads, queries, keys) float32 each, in order.
+    """Context manager that records every attention computed within it, in order.
 
     Args:
-        keep: What is made of each, at once, so that a large one need not be held.
+        keep: Function of the attention weights, (B, heads, queries, keys) float32. It is called at once and its result
+            is kept, so that large weights need not be held.
     """
 
     def __init__(self, keep: Callable[[Tensor], object]) -> None:
@@ -51,7 +52,7 @@ class AttentionRecorder(TorchFunctionMode):
             self.found.append(self.keep(weights))
             return output
         output = func(*args, **kwargs)
-        # families that never call the fused one
+        # for families that never call the fused function
         if func in (torch.softmax, Tensor.softmax, F.softmax) and output.ndim == 4:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if dim in (-1, 3):
@@ -69,7 +70,7 @@ def _written_out(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """torch's scaled_dot_product_attention without dropout -> (output, weights in float32)."""
+    """Compute torch's scaled_dot_product_attention without dropout, and return (output, weights in float32)."""
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = (q @ k.transpose(-2, -1)).float() * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -82,29 +83,29 @@ def _written_out(
 
 
 class TokenPlaces(NamedTuple):
-    """Where the queries and keys of an attention lie, in pixels, without class and register tokens."""
+    """Places of the queries and keys of an attention, in pixels, without class and register tokens."""
 
     queries: Tensor
-    """(Nq, 2)"""
+    """(Nq, 2) centres of the queries, (row, column)"""
     keys: Tensor
-    """(Nk, 2)"""
+    """(Nk, 2) centres of the keys, (row, column)"""
     prefix: int
-    """Tokens before the patches, of queries and keys."""
+    """Number of class and register tokens before the patches, for queries and keys"""
     grid: tuple[int, int]
-    """Of the queries."""
+    """Rows and columns of the queries"""
     stride_px: int
     everywhere: bool
-    """Whether every place looks at every place of the same grid, as attention rollout requires."""
+    """Whether every place attends to every place of the same grid, as attention rollout requires"""
 
 
 def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tuple[int, int]) -> TokenPlaces | str:
-    """Find out which places the queries and keys of an attention stand for.
+    """Find the places of the queries and keys of an attention.
 
     Args:
-        model: Of timm.
+        model: A timm model.
         weights: Shape of the attention weights.
-        images: How many were read.
-        size: (H, W) of each, in pixels.
+        images: Number of images in the batch.
+        size: (H, W) of the images in pixels.
 
     Returns:
         The places, or why they are not known.
@@ -128,7 +129,7 @@ def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tup
                 return TokenPlaces(where, coarse, 0, (gh, gw), stride, False)
         side = math.isqrt(queries)
         windows = batch // images
-        filled = windows == -(-gh // side) * -(-gw // side)  # the last ones are padded
+        filled = windows == -(-gh // side) * -(-gw // side)  # the last windows are padded
         if type(model).__name__ in SQUARE_WINDOWS and queries == keys == side * side and filled:
             inside = places((side, side), stride)
             return TokenPlaces(inside, inside, 0, (side, side), stride, False)
@@ -136,7 +137,7 @@ def layout_of(model: TimmModel, weights: tuple[int, ...], images: int, size: tup
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """A model's residual blocks in order, by name; [] where it has none that is called so."""
+    """Return (name, module) of a model's residual blocks in order; [] if no class name contains one of `BLOCKS`."""
     named_blocks: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in named_blocks)
@@ -146,7 +147,7 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class Passed(NamedTuple):
-    """What went through a block."""
+    """Input and output of a block."""
 
     before: Tensor
     after: Tensor
@@ -154,7 +155,7 @@ class Passed(NamedTuple):
 
 @contextmanager
 def watched(modules: Sequence[nn.Module], see: Callable[[int, Passed], None]) -> Iterator[None]:
-    """While it is entered, `see` gets input and output of each of the modules, with its number."""
+    """Call `see` with the number, input and output of each module that runs within the context."""
 
     def hook(number: int) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def after(module: nn.Module, args: tuple[object, ...], out: object) -> None:
@@ -171,12 +172,12 @@ def watched(modules: Sequence[nn.Module], see: Callable[[int, Passed], None]) ->
 
 
 def _tensor(value: Any) -> Tensor:
-    """The first tensor of what a module takes or gives."""
+    """Return the first tensor of a module's inputs or outputs."""
     return value if isinstance(value, Tensor) else _tensor(value[0])
 
 
 def patch_filters(model: TimmModel) -> Tensor | str:
-    """The weight of the first convolution over the image, (D, C, h, w); or why there is none to look at."""
+    """Return the (D, C, h, w) weight of the first convolution over the image, or why there is none."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return module.weight.detach().float()
@@ -186,7 +187,7 @@ def patch_filters(model: TimmModel) -> Tensor | str:
 
 
 def position_table(model: TimmModel, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]] | str:
-    """The learned position of each cell, (N, D), and the grid; or why there is none."""
+    """Return the (N, D) position embeddings of the cells and their grid, or why there are none."""
     table = getattr(model, "pos_embed", None)
     if not isinstance(table, Tensor) or table.ndim != 3:
         name = type(model).__name__

@@ -1,4 +1,4 @@
-"""Reconstructions as pictures: of any images by a run's checkpoint, and of the same few images through training."""
+"""Draw reconstructions: of any images with a run's newest checkpoint, or of a run's own images through training."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ from mpp.runs import checkpoint
 from mpp.runs.pictures import check_png, through_training, tile
 
 OF_A_FOLDER = 8
-"""Images that are drawn, where a folder is named."""
+"""Most images that are drawn of a folder."""
 
 
 def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path:
-    """Draw what the newest checkpoint of a pretraining run predicts for images: a PNG, with a row for each.
+    """Draw the predictions of a pretraining run's newest checkpoint, as a PNG with a row for each image.
 
     Args:
-        run: The run.
-        images: Files; of a folder a few are taken, evenly. Without any: those that the run kept through training, as a
-            strip (.png) or an animation (.gif, .webp).
-        out: The picture.
+        run: Folder of the run.
+        images: Image files or folders; of a folder a few images are taken, spread evenly. If there are none, the images
+            that the run kept through training are drawn, as a strip (.png) or an animation (.gif, .webp).
+        out: File to write.
+
+    Returns:
+        The file.
 
     Raises:
-        UserError: The run or the images cannot be read, or no target of the run has a picture.
+        UserError: If the run or the images cannot be read, or no target of the run has a picture.
     """
     if not images:
         return through_training(run, out)
@@ -67,10 +70,10 @@ def reconstruct(run: str | Path, images: Sequence[str], out: str | Path) -> Path
 
 
 def _read_place(place: str, recipe: PretrainRecipe) -> list[Tensor]:
-    """The image of a file; of a folder a few, spread evenly, with a warning of those that cannot be read.
+    """Read the image of a file, or a few images of a folder, spread evenly. Warn about unreadable ones in the folder.
 
     Raises:
-        UserError: The file, or every image looked at in the folder, cannot be read.
+        UserError: If the file, or every selected image of the folder, cannot be read.
     """
     if not os.path.isdir(place):
         return [_read(place, recipe)]
@@ -89,7 +92,11 @@ def _read_place(place: str, recipe: PretrainRecipe) -> list[Tensor]:
 
 
 def _read(name: str, recipe: PretrainRecipe) -> Tensor:
-    """The central crop of an image file. UserError if it cannot be read."""
+    """Read the central crop of an image file.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
     data = recipe.data
     try:
         return decode_crop(

@@ -1,4 +1,4 @@
-"""`mpp replay`: run a step again whose loss or gradient was not finite, and say where that began."""
+"""`mpp replay`: repeat a step whose loss or gradient was not finite, and report where this began."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from mpp.runs.records import RECIPE, steps
 from mpp.training import nonfinite
 
 SAME = 1e-5
-"""Relative difference of a loss that counts as the same: sums in another order."""
+"""Relative difference up to which two losses count as the same, since sums may be in another order."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came out."""
+    """The result of `replay`."""
 
     folder: Path
     same: bool
-    """Whether every loss is what the run measured."""
+    """Whether every loss is the same as in the run."""
     lines: tuple[str, ...]
-    """For people: a line for each process's micro-batches, and what was found in those that are not finite."""
+    """Report for the terminal: a line for each micro-batch, and findings for those that are not finite."""
 
 
 def replay(run: str | Path, step: int | None = None) -> Replayed:
-    """Run the kept step of a run again, on one process.
+    """Repeat a kept step of a run on one process.
 
     Args:
-        run: Of pretraining, or a trial of fine-tuning.
-        step: Which; None: the last one that was kept.
+        run: Folder of a pretraining run or of a trial, or a fine-tune in which only one trial kept a step.
+        step: Number of the step. None means the last one that was kept.
 
     Raises:
-        UserError: No step is kept.
+        UserError: If no step or not this step was kept.
     """
     folder = Path(run)
     if not steps(folder / nonfinite.FOLDER):
@@ -70,7 +70,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
     model, averaged, loss_of = _pretraining(folder) if pretrained else _finetuning(folder, shares[0])
     checkpoint.load(at, model, averaged=averaged, checked=True)
     model.train()
-    if not shares[0].record.get("encoder_learns", True):  # frozen still, and in eval mode then
+    if not shares[0].record.get("encoder_learns", True):  # it was still frozen, and in eval mode
         model.encoder.eval()  # type: ignore[union-attr]
     lines, same = [], True
     for share in shares:
@@ -97,7 +97,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
 
 
 LossOf = Callable[[nonfinite.Share, int, JsonObject], Tensor]
-"""(a process's share, which of its micro-batches, its tensors or some of them) -> (losses,)."""
+"""Loss function: (share of a process, number of the micro-batch, its tensors or some of their rows) -> (losses,)."""
 
 
 def _pretraining(run: Path) -> tuple[nn.Module, nn.Module | None, LossOf]:
@@ -132,7 +132,7 @@ def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modu
 
     def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:
         mixed = micro_loss.mix
-        if len(batch["images"]) % 2:  # one alone cannot be mixed
+        if len(batch["images"]) % 2:  # mixing needs pairs of images
             micro_loss.mix = None
         with team.autocast():
             loss = micro_loss(model, LabeledBatch(**batch, bad=[]), share.record["seeds"][m])
@@ -143,7 +143,7 @@ def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modu
 
 
 def _alone(batch: JsonObject, i: int) -> JsonObject:
-    """One image of a batch; images without labels, which are more, stay out of it."""
+    """Return a batch with one image of a batch. Unlabeled images are left out, since their number differs."""
     return {key: value[i : i + 1] for key, value in batch.items() if key not in ("weak", "strong")}
 
 
@@ -152,7 +152,7 @@ def _step(path: Path) -> int:
 
 
 class _Began:
-    """Notes the first module whose output is not finite; a context."""
+    """Context manager that records the first module whose output is not finite."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.where = model, ""

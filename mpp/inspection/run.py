@@ -1,4 +1,4 @@
-"""What an encoder learned, in pictures with their numbers: the interpretations of the ViT papers, on any model."""
+"""Draw what an encoder learned, as pictures with numbers: the analyses of the ViT papers, for any model."""
 
 from __future__ import annotations
 
@@ -26,28 +26,32 @@ from mpp.runs.history import INSPECTION, INSPECTION_INDEX
 from mpp.runs.records import timm_folder, write_json
 
 ATTENTION_IMAGES = 16
-"""Of which attention is read."""
+"""Most images of which attention is recorded."""
 
 
 @dataclass
 class Inspection:
-    """What `inspect_encoder` returns."""
+    """The result of `inspect_encoder`."""
 
     out: Path
     encoder: str
     images: int
     views: list[View]
     absent: dict[str, str]
-    """Title -> why this encoder has no such view."""
+    """Title of a view -> why this encoder does not have it"""
 
     def table(self) -> str:
-        """For people."""
+        """Return the summaries as text for the terminal."""
         lines = [f"{view.title}: {view.summary}" for view in self.views]
         return "\n".join(lines + [f"{title}: not here: {why}" for title, why in self.absent.items()])
 
 
 def _open(source: str, *, random: bool, device: torch.device, key: str) -> InspectedEncoder:
-    """UserError where there is no such encoder, or it gives no maps."""
+    """Open an encoder.
+
+    Raises:
+        UserError: If there is no such encoder, or it returns no feature maps, or its images cannot be read here.
+    """
     check_source(source, key=key)
     torch.manual_seed(0)
     model = open_encoder(source, architecture=None, image_size=None, channels=None, pretrained=not random)
@@ -73,9 +77,12 @@ def _centre(size: tuple[int, int], width: int, height: int) -> Box:
 
 
 def _read(subjects: Sequence[InspectedEncoder], places: Sequence[str], count: int, shown: int) -> list[Tensor]:
-    """`count` images for each subject, (n, C, H, W) uint8, the first `shown` of them spread evenly over the rest.
+    """Read up to `count` images for each encoder, as (n, C, H, W) uint8. Unreadable images are skipped.
 
-    What cannot be read is passed over. UserError where too few are left.
+    The first `shown` images of the result are spread evenly over all that were read.
+
+    Raises:
+        UserError: If too few images can be read.
     """
     decoded: list[list[Tensor]] = []
     faults: list[str] = []
@@ -87,7 +94,7 @@ def _read(subjects: Sequence[InspectedEncoder], places: Sequence[str], count: in
             faults.append(f"{reader.name(number)}: {error}")
     if len(decoded) < LEAST_IMAGES:
         first = f"; unreadable: {faults[0]}" if faults else ""
-        raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are wanted; got {len(decoded)}{first}")
+        raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are needed; got {len(decoded)}{first}")
     if faults:
         warnings.warn(f"IMAGES: {len(faults)} cannot be read; the first: {faults[0]}", MppWarning, stacklevel=3)
     chosen = evenly(len(decoded), shown)
@@ -105,19 +112,23 @@ def inspect_encoder(
     shown: int = 4,
     random: bool = False,
 ) -> Inspection:
-    """Look at an encoder through images: PNG, SVG and JSON of each view, and `index.json`, in a folder.
+    """Draw the views of an encoder: PNG, SVG and JSON of each view, and `index.json`, in a folder.
 
     Args:
-        encoder: A run, an export, or one of timm's names.
-        places: Shards, image files, folders of images.
-        out: The folder; None: RUN/inspect, or inspect/NAME, with random weights inspect/NAME-random.
-        compare: Another encoder to see beside it.
-        images: How many are measured.
-        shown: How many are drawn.
-        random: Whether both have random weights, as a control.
+        encoder: A run, an export, or the name of a timm model.
+        places: Shards, image files or folders of images.
+        out: Folder to write. None means RUN/inspect for a run, else inspect/NAME. With random weights it is
+            inspect/NAME-random.
+        compare: Another encoder to compare with. None means no comparison.
+        images: Number of images that are measured.
+        shown: Number of images that are drawn.
+        random: Whether both encoders get random weights, as a control.
+
+    Returns:
+        The views, and those that this encoder does not have.
 
     Raises:
-        UserError: Anything that the user can correct.
+        UserError: If anything is wrong that the user can correct.
     """
     source = str(encoder)
     folder = Path(out) if out is not None else _own_folder(source, random)
@@ -132,7 +143,7 @@ def inspect_encoder(
     try:
         seen = see_all(subjects, read, shown)
         attention = attend(subject, read[0][:ATTENTION_IMAGES], shown)
-    except RuntimeError as error:  # out of memory, above all
+    except RuntimeError as error:  # out of memory, most often
         raise UserError(f"{source}: {one_line(error)}") from error
     titled_views: list[tuple[str, View | str]] = [
         ("Features as colours", views.colours(seen)),
@@ -152,7 +163,7 @@ def inspect_encoder(
 
 
 def _own_folder(source: str, random: bool) -> Path:
-    """What random weights show is no part of a run."""
+    """Return the default folder. Views of random weights do not go into the folder of a run."""
     run = Path(source)
     return (
         run / INSPECTION

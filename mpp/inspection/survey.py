@@ -1,4 +1,4 @@
-"""What is known of timm's models: the support table, and what a probe of one finds just now."""
+"""Probe timm models: whether the adapter supports a model, and what it finds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from mpp.recipe.flat import JsonObject
 
 
 def probe(name: str) -> JsonObject:
-    """Find out what the adapter finds on a model at its smallest size, and whether it may be trained.
+    """Probe a model at its smallest size, and check whether it may be trained.
 
     Returns:
-        Among other facts "may_be_trained": yes, "yes, with a warning", or no; then "why".
+        Facts by name. "may_be_trained" is "yes", "yes, with a warning" or "no". If the model cannot be adapted, "why"
+        has the reason.
 
     Raises:
-        UserError: timm has no such model.
+        UserError: If timm has no such model.
     """
     try:
         subject, encoder = _smallest(name)
@@ -54,7 +55,7 @@ def probe(name: str) -> JsonObject:
 
 
 def probe_text(probed: JsonObject) -> str:
-    """The same for a terminal."""
+    """Return the facts of `probe` as text for the terminal."""
     name = probed["model"]
     if "why" in probed:
         return f"{name}\n  may be trained: no: {probed['why']}"
@@ -77,7 +78,7 @@ def probe_text(probed: JsonObject) -> str:
 
 
 def tiny_overrides(family: Family) -> JsonObject:
-    """What makes recipes/pretrain/simmim_vit_b16.yaml at its tiny scale a recipe of another family."""
+    """Return the overrides that adapt recipes/pretrain/simmim_vit_b16.yaml (preset tiny) to another family."""
     args = {key: list(value) if isinstance(value, tuple) else value for key, value in family.args.items()}
     has_stem = any(row["title"] == family.title and row["stem"] for row in table())
     return {
@@ -85,18 +86,22 @@ def tiny_overrides(family: Family) -> JsonObject:
         "encoder.args": args,
         "data.image_size": list(family.image_size),
         "mask.unit_px": None,
-        **({} if has_stem else {"corruption": "pixel_patch"}),  # no place for mask tokens
+        **({} if has_stem else {"corruption": "pixel_patch"}),  # without a stem there is no place for mask tokens
     }
 
 
 def tiny_command(family: Family) -> str:
-    """The same as a command, for people."""
+    """Return the command that pretrains a toy model of a family, with `tiny_overrides`."""
     words = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in tiny_overrides(family).items()]
     return f"mpp pretrain recipes/pretrain/simmim_vit_b16.yaml --preset tiny {' '.join(words)}"
 
 
 def check(name: str) -> tuple[str, bool]:
-    """Run the contract on any model of timm's at the smallest size it takes -> (what was found, whether all held)."""
+    """Run the contract tests on a timm model at its smallest size.
+
+    Returns:
+        A report, and whether all tests passed.
+    """
     subject, encoder = _smallest(name)
     lines, held = [f"{name}: {encoder.family} at {'×'.join(map(str, subject.image_size))} px"], True
     for way in contract.offered(encoder):
@@ -108,7 +113,11 @@ def check(name: str) -> tuple[str, bool]:
 
 
 def _smallest(name: str) -> tuple[ContractCase, TimmEncoder]:
-    """The model at two by three cells where it takes that, else four by four, else its own size."""
+    """Build a model at the first size that it accepts: 2 × 3 cells, 4 × 4 cells, or its own size.
+
+    Raises:
+        UserError: If the model does not exist, or accepts none of these sizes.
+    """
     model: TimmModel = create_timm_model(name, image_size=None, in_chans=3, pretrained=False, args={}, key="models")
     info = getattr(model, "feature_info", None)
     stride = info[-1]["reduction"] if info else 32

@@ -1,6 +1,6 @@
-"""Views of an encoder: from what was read of images to a picture with its numbers.
+"""Make the views of an encoder: a picture with its numbers from each kind of recorded data.
 
-One that an encoder has nothing for (attention in a convolutional network) gives the reason instead.
+If an encoder has no such data (for example attention in a convolutional network), the function returns the reason.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from mpp.drawing.plots import Figure
 
 SHOWN_PLACES = 8
-"""Rows and columns of places whose similarities are drawn."""
+"""Most rows and columns of places whose similarities are drawn."""
 SHOWN_FILTERS = 28
-"""Principal components of filters, as in Dosovitskiy et al. 2021, figure 7."""
+"""Most principal components of filters that are drawn, as in Dosovitskiy et al. 2021, figure 7."""
 SHOWN_LAYERS = 4
 
 
@@ -38,11 +38,11 @@ class View:
     name: str
     title: str
     caption: str
-    """How to read it."""
+    """How to read the picture."""
     numbers: JsonObject
     figure: Figure
     summary: str
-    """The numbers in a line, which are also the alternative text of the picture."""
+    """One line with the main numbers, which is also the alternative text of the picture."""
 
 
 def positions(subject: InspectedEncoder) -> View | str:
@@ -208,7 +208,7 @@ def similarity(seen: Seen, other: InspectedEncoder | None) -> View:
         panels += [Heat("its layers, the other's", cross, "block of the other", "block")]
         numbers |= {"other": other.name, "cka_other": _rounded(theirs), "cka_cross": _rounded(cross)}
         between = seen.cross_updates.values().cpu().numpy() if seen.cross_updates.added else np.full((1, 1), np.nan)
-        if np.isfinite(between).any():  # residual branches that start at zero add nothing
+        if np.isfinite(between).any():  # all nan if the residual branches are zero
             panels.append(Heat("what each adds, the other's", between, "block of the other", "block"))
             numbers["cka_cross_without_skip"] = _rounded(between)
     ends = float(cka[0, -1])
@@ -357,13 +357,13 @@ def colours(seen: Seen) -> View:
 
 
 def layer_word(seen: Seen) -> str:
-    """What its maps are the output of."""
+    """Return "block" if all feature maps have the same size, else "stage"."""
     plain = len({tuple(m.shape[-2:]) for m in seen.shown_maps}) == 1
     return "block" if plain else "stage"
 
 
 def _pixels(raw: Tensor) -> np.ndarray:
-    """(C, H, W) uint8 -> (H, W, 3) in [0, 1]."""
+    """Convert a (C, H, W) uint8 image to (H, W, 3) in [0, 1]."""
     x = raw[:3] if len(raw) >= 3 else raw[:1].expand(3, -1, -1)
     return (x.permute(1, 2, 0).float() / 255).cpu().numpy()
 

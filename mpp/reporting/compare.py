@@ -1,4 +1,4 @@
-"""Parts of a report that compares runs."""
+"""Build the parts of a report that compares runs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def curves_of_all(runs: list[History], pictures: Pictures) -> Part:
                     if number_text(m.get(key))
                 ]
                 if points:
-                    later = len(lines) >= len(plots.COLOURS)  # the colours come again, dashed
+                    later = len(lines) >= len(plots.COLOURS)  # the colours are used again, dashed
                     lines.append(Line(name, [x for x, _ in points], [y for _, y in points], dashed=later))
             if len(lines) > 1:
                 alt = "; ".join(f"{line.name} {short_number(line.y[-1])} at last" for line in lines)
@@ -89,7 +89,7 @@ def points_along(axis: str, m: JsonObject, hours: float) -> float:
 
 
 def headline_parts(run: History) -> list[tuple[str, str]]:
-    """The figures of a fine-tune or an evaluation, for a row of a table."""
+    """Return the main results of a fine-tune or an evaluation, as (label, text) for rows of a table."""
     if run.job == "evaluate":
         best = run.result.get("best", {}).get("encoder", {})
         return [(f"{probe} probe", percent_text(s["accuracy"])) for probe, s in best.items()]
@@ -102,7 +102,7 @@ def headline_parts(run: History) -> list[tuple[str, str]]:
 
 
 def names_of_runs(runs: Sequence[History]) -> list[str]:
-    """Folder names with their parents', as many as tell them apart."""
+    """Return the folder name of each run with its parent folder, or with more if the names would not differ."""
     for depth in range(2, 6):
         names = ["/".join(run.folder.absolute().parts[-depth:]) for run in runs]
         if len(set(names)) == len(names):

@@ -1,7 +1,7 @@
-"""One page about one run, or about several beside each other: an HTML file that needs nothing but itself.
+"""Write a report on one run, or a comparison of several runs, as one self-contained HTML file.
 
-It is drawn from the records in run folders alone; nothing is loaded, trained or fetched. What each part says is decided
-here, how it looks in report.html.j2.
+Reports are made only from the records in run folders; nothing is loaded, trained or downloaded. This package determines
+the content of the page, report.html.j2 its appearance.
 """
 
 from __future__ import annotations
@@ -40,19 +40,22 @@ from mpp.runs.verdict import compare_approaches, conclude, stored_estimate
 FILE = "report.html"
 TEMPLATE = "report.html.j2"
 MOST_BYTES = 5_000_000
-"""A page is no larger; pictures are made smaller until it is not."""
+"""Largest size of a page. Pictures are shrunk until the page fits."""
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write a page about runs: one HTML file without scripts, links or anything from a network, 5 MB at most.
+    """Write a report on runs: one HTML file of at most 5 MB, without scripts, links or anything from a network.
 
     Args:
-        folders: A pretraining run with the fine-tunes and evaluations of its encoder; or several pretraining runs,
-            which are compared. An evaluation inside a run's folder comes with it.
-        out: The file; None: report.html in the first run.
+        folders: A pretraining run with the fine-tunes and evaluations of its encoder, or several pretraining runs to
+            compare. An evaluation inside a run's folder is included.
+        out: File to write. None means report.html in the first run.
+
+    Returns:
+        The file.
 
     Raises:
-        UserError: A folder is no run, or `out` cannot be written.
+        UserError: If a folder is not a run folder, the page is too large, or `out` cannot be written.
     """
     runs = [read_run(f) for f in {Path(f).resolve(): str(f) for f in reversed(folders)}.values()][::-1]
     given = {r.folder.resolve() for r in runs}
@@ -78,7 +81,10 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
 
 def _attempted(make: Callable[..., Part | None], *given: object) -> Part | None:
-    """A part that damaged records make impossible says so; the others stand."""
+    """Return the part that `make` builds. If the records are damaged, return a part that reports this instead.
+
+    The other parts of the page are not affected.
+    """
     try:
         return make(*given)
     except DAMAGED as error:
@@ -143,7 +149,7 @@ def _page(runs: list[History], pictures: Pictures) -> str:
 
 
 def _reads(other: History, run: History) -> bool:
-    """Whether a fine-tune or an evaluation is of this run's encoder, in its folder or as an export with its weights."""
+    """Return whether a fine-tune or evaluation reads this run's encoder, from its folder or an export of it."""
     made_with = other.made_with()
     if made_with is None:
         return False
@@ -152,7 +158,7 @@ def _reads(other: History, run: History) -> bool:
 
 
 def _weights(source: Path) -> str | None:
-    """Checksum of a run's or an export's encoder, as its export states it."""
+    """Return the checksum of the weights that export.json of a run's or an export's encoder records, or None."""
     folder = timm_folder(source)
     try:
         return str(json.loads((folder / "export.json").read_text())["weights_sha256"]) if folder else None
@@ -161,7 +167,7 @@ def _weights(source: Path) -> str | None:
 
 
 def _looked_for(runs: Sequence[History]) -> list[str]:
-    """What the records allowed to look for."""
+    """Return the kinds of symptoms that the records allowed to check."""
     symptoms = []
     if any(r.series("loss")[1] for r in runs if r.job == "pretrain"):
         symptoms += ["a loss that does not fall or rises again", "waiting for images", "unreadable images"]
@@ -179,7 +185,7 @@ def _looked_for(runs: Sequence[History]) -> list[str]:
 
 
 def _lead(run: History | None, others: list[History]) -> str:
-    """One sentence: what was done and what came of it."""
+    """Return the first lines of the page: how the encoder was pretrained and what its fine-tunes showed."""
     if run is None:
         return ""
     target, mask = run.setting("target.name", "?"), run.setting("mask.ratio")
@@ -191,12 +197,12 @@ def _lead(run: History | None, others: list[History]) -> str:
         try:
             text += _gained(other)
         except DAMAGED:
-            continue  # its own part says so
+            continue  # its own part reports the damage
     return text
 
 
 def _better_frozen(finetune: History, evaluation: History) -> str:
-    """Where a probe of the same encoder, from the same labels, does better than the fine-tune: a sentence."""
+    """Return a sentence if a probe of the same encoder on the same labels beats the fine-tune; else ""."""
     alike = finetune.job == "finetune" and evaluation.job == "evaluate" and _reads_the_same(finetune, evaluation)
     if not alike or finetune.setting("frozen") == 1 or finetune.result.get("metric") != "accuracy":
         return ""
@@ -205,9 +211,9 @@ def _better_frozen(finetune: History, evaluation: History) -> str:
         tuned = verdict["score"]["pretrained"]
         probes = evaluation.result["best"]["encoder"]
         name, best = max(((name, score["accuracy"]) for name, score in probes.items()), key=lambda item: item[1])
-        if not number_text(tuned["half_width"]) or best <= tuned["mean"] + tuned["half_width"]:  # one seed says little
+        if not number_text(tuned["half_width"]) or best <= tuned["mean"] + tuned["half_width"]:  # nan for one seed
             return ""
-    except DAMAGED:  # or not finished
+    except DAMAGED:  # or the run is not finished
         return ""
     other = "" if finetune.recipe.get("lora") else ", lora: {}"
     return (
@@ -217,7 +223,10 @@ def _better_frozen(finetune: History, evaluation: History) -> str:
 
 
 def _reads_the_same(finetune: History, evaluation: History) -> bool:
-    """Whether both are of one encoder and of all labels of the same places: parts of them are drawn by seeds."""
+    """Return whether both runs use the same encoder and all labels of the same data.
+
+    Subsets of labels are drawn by seeds, so they are not the same.
+    """
     keys = ("train", "val", "labels_per_class", "fraction")
     data = [[run.setting(f"data.{key}") for key in keys] for run in (finetune, evaluation)]
     weights = [_weights(source) if (source := run.made_with()) else None for run in (finetune, evaluation)]
@@ -226,7 +235,7 @@ def _reads_the_same(finetune: History, evaluation: History) -> bool:
 
 
 def _gained(other: History) -> str:
-    """What a fine-tune says of pretraining, in a sentence; "" for other jobs."""
+    """Return sentences about what a fine-tune shows of pretraining; "" for other jobs."""
     text = ""
     for v in other.result.get("verdicts", [])[-1:]:
         if v.get("gain"):

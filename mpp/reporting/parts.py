@@ -1,4 +1,4 @@
-"""Parts of a report on one run: key numbers, curves, reconstructions, fine-tunes, probes."""
+"""Build the parts of a report on one run: key numbers, curves, reconstructions, fine-tunes, probes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FROM_ZERO = ("probe_accuracy", "feature_rank", "images_per_s", "data_wait")
 
 @dataclass
 class Table:
-    """Rows of words; the first column names the row."""
+    """A table of text; the first column names each row."""
 
     head: list[str]
     rows: list[list[str]]
@@ -53,7 +53,7 @@ class Table:
 
 @dataclass
 class Part:
-    """A section of the page."""
+    """A section of the report."""
 
     id: str
     title: str
@@ -62,7 +62,7 @@ class Part:
     pictures: list[Picture] = field(default_factory=list)
     code: str = ""
     folded: list[tuple[str, str]] = field(default_factory=list)
-    """(title, text as it is)"""
+    """(title, preformatted text) of each block that is folded at first"""
 
 
 def percent_text(value: Any, digits: int = 1) -> str:
@@ -83,7 +83,12 @@ def duration(hours: float) -> str:
 
 
 def estimate_text(value: JsonObject | None, *, points: bool = False) -> str:
-    """A mean over seeds with its interval, as `verdict` has them."""
+    """Return a mean over seeds with its interval, from an estimate as result.json stores it.
+
+    Args:
+        value: The stored estimate. None gives "–".
+        points: Whether the value is a difference in percentage points, which is shown with its sign.
+    """
     if not value:
         return "–"
     width: Any = value.get("half_width")
@@ -93,7 +98,7 @@ def estimate_text(value: JsonObject | None, *, points: bool = False) -> str:
 
 
 def key_numbers(run: History) -> list[tuple[str, str]]:
-    """(value, what it is)"""
+    """Return the key numbers of a run, as (value, description)."""
     numbers = [
         (short_number(run.last("skill")), "skill: 0 is guessing the mean, 1 is perfect"),
         (short_number(run.last("loss")), "loss of the last step"),
@@ -251,7 +256,10 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
 
 
 def _scores(verdicts: list[JsonObject], metric: str) -> Table:
-    """A row for each approach, with what it took; a row for each number of labels where there are several."""
+    """Return the table of scores: a row for each approach, or for each number of labels if there are several.
+
+    The rows of approaches include the training time.
+    """
     approaches = list(verdicts[0]["score"])
     with_gain = any(v.get("gain") for v in verdicts)
     if len(verdicts) == 1:
@@ -274,7 +282,7 @@ def _scores(verdicts: list[JsonObject], metric: str) -> Table:
 
 
 def _conclusions(verdict: JsonObject) -> list[Conclusion]:
-    """What a verdict allows to say: of the gain from pretraining, and of the approaches if there are others."""
+    """Return the conclusions of a verdict: on the gain from pretraining, and on other approaches if there are any."""
     conclusions = [conclude(stored_estimate(verdict["gain"]))] if verdict.get("gain") else []
     score = {approach: stored_estimate(value) for approach, value in verdict["score"].items()}
     if compared := compare_approaches(score):
@@ -367,9 +375,9 @@ def loading_code(run: History) -> Part | None:
     if folder is None:
         return None
     config = json.loads((folder / "config.json").read_text())
-    # timm's distilled DeiTs read two tokens that nothing trains
+    # timm's distilled DeiTs pool two tokens that mpp never trains
     distilled = "_distilled_" in config.get("architecture", "")
-    class_token = config.get("global_pool") == "token" and not distilled  # of runs of earlier releases
+    class_token = config.get("global_pool") == "token" and not distilled  # in exports of earlier releases
     given = "its class token" if class_token else "the mean of its patch tokens"
     read = "model.eval().forward_features(images)[:, 2:].mean(1)" if distilled else "model.eval()(images)"
     code = (

@@ -1,4 +1,4 @@
-"""Pictures inside a report: small enough, and checked to be nothing but drawings."""
+"""Embed pictures in a report: limited in size, and SVG files only if they are harmless drawings."""
 
 from __future__ import annotations
 
@@ -18,33 +18,37 @@ if TYPE_CHECKING:
 
 LEAST_SCALE = 0.3
 MOST_SVG_BYTES = 400_000
-"""A drawing of more is put in as pixels."""
+"""A larger SVG file is replaced by its PNG."""
 SMALL_PNG_BYTES = 150_000
-"""A picture of less stays a PNG, sharp; a larger one becomes WebP."""
+"""Largest PNG that stays a PNG, which is lossless; a larger one becomes WebP."""
 WEBP_QUALITY = 85
 
 
 @dataclass
 class Picture:
-    """Something to look at, with the words for those who cannot."""
+    """A picture as HTML, with an alternative text for readers who cannot see it."""
 
     html: Markup
     alt: str
     caption: str = ""
     title: str = ""
     wide: bool = False
-    """Not to be squeezed onto a phone: it scrolls there."""
+    """Whether the picture has the full width of the page, and scrolls on a phone instead of being shrunk."""
 
 
 class Pictures:
-    """Makes pictures for a page, none larger than there is room for."""
+    """Maker of pictures for one page.
+
+    Args:
+        scale: Factor by which pictures made of pixels are shrunk. Below 1, no SVG file is embedded.
+    """
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
         self._drawn = 0
 
     def plot(self, figure: Figure, alt: str, **more: Any) -> Picture:
-        """A figure of matplotlib's."""
+        """Embed a matplotlib figure as SVG."""
         self._drawn += 1
         return Picture(Markup(plots.svg(figure, f"p{self._drawn}")), alt, **more)
 
@@ -60,7 +64,16 @@ class Pictures:
         return Picture(html, alt, **more)
 
     def file(self, path: Path, alt: str, **more: Any) -> Picture | None:
-        """A PNG of a run, beside which there may be the same as SVG; None where it cannot be read."""
+        """Embed a PNG file of a run, or the SVG file of the same name if it may be used.
+
+        Args:
+            path: The PNG file.
+            alt: Alternative text.
+            **more: Other fields of `Picture`.
+
+        Returns:
+            The picture, or None if it cannot be read.
+        """
         drawing = path.with_suffix(".svg")
         try:
             if self.scale == 1 and drawing.exists() and drawing.stat().st_size <= MOST_SVG_BYTES:

@@ -1,12 +1,13 @@
-"""Checkpoints that are whole or not there: written aside, checksummed, renamed. safetensors and JSON, no pickle.
+"""Write and read checkpoints. A checkpoint is either complete or absent. It holds safetensors and JSON, no pickle.
 
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
-                                averaged.safetensors, where a moving average of the weights is kept
-                                model-rank0-of-2.safetensors …, where each process has a part (fsdp): its rows, the
-                                first of them and their number in the whole in the file's own metadata
+                                averaged.safetensors, if a moving average of the weights is kept
+                                model-rank0-of-2.safetensors …, if the model is sharded (fsdp): the rows of one
+                                process; the file's metadata has the first row and the number of rows of the tensor
 
-A folder that was not renamed (`.tmp`) does not count; one whose manifest does not hold is passed over, with a
-warning that names the file, and the one before is used.
+A checkpoint is written to a temporary folder (`.tmp`), checksummed and then renamed. Folders that were never renamed
+do not count. If a manifest does not match the files, the checkpoint is skipped and the one before it is used. A warning
+names the file.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ T = TypeVar("T")
 
 
 class Writers(NamedTuple):
-    """The processes that write one checkpoint, each its part."""
+    """The processes that write one checkpoint, each its own part."""
 
     rank: int = 0
     world: int = 1
     gathered: Callable[[list[Any]], list[Any]] = list
-    """What every process gives it, in their order, on every process."""
+    """Gathers a list from every process, in the order of ranks, and returns the joined list on every process."""
 
     def name(self, stem: str) -> str:
         return f"{stem}.safetensors" if self.world == 1 else f"{stem}-rank{self.rank}-of-{self.world}.safetensors"
@@ -67,23 +68,26 @@ def save(
     averaged: nn.Module | None = None,
     writers: Writers = ALONE,
 ) -> Path:
-    """Write the checkpoint of a step, and drop those that are no longer needed.
+    """Write the checkpoint of a step, and delete those that are no longer needed.
+
+    If the model is sharded, every process calls this with its own part. Else only one process calls it.
 
     Args:
-        folder: Of the checkpoints of a run.
-        step: Optimizer steps that are done.
-        model: Whose weights are kept.
-        optimizer: Whose moments are kept; None: none.
-        state: What state.json holds beside the step.
-        keep: How many of the newest checkpoints stay; None: all.
-        averaged: A moving average of the weights.
-        writers: Every process of it calls this, with its part of a sharded model; else call it on one process.
+        folder: Folder of the run's checkpoints.
+        step: Number of optimizer steps done.
+        model: Model whose weights are saved.
+        optimizer: Optimizer whose state is saved. None means no optimizer.
+        state: Content of state.json in addition to the step.
+        keep: Number of newest checkpoints that are kept. None means all.
+        averaged: Moving average of the model's weights, if there is one.
+        writers: Processes that write the checkpoint.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        UserError: It cannot be written, on every process, with path and free space. Earlier checkpoints are untouched.
+        UserError: If the checkpoint cannot be written. It is raised on every process and names the path and the free
+            space. Earlier checkpoints are untouched.
     """
     final = folder / f"step-{step:08d}"
     aside = folder / f"{final.name}.tmp"
@@ -93,15 +97,15 @@ def save(
     if optimizer is not None:
         tensors["optimizer"] = lambda: optimizer_tensors(model, optimizer)
 
-    # Each step is made by all writers, or given up by all: nobody waits for a process that has failed. The folder has
-    # its own name only when everything in it is on the disk.
+    # All writers finish each step, or all give it up: none waits for a process that has failed. The folder gets its
+    # final name only when everything in it is on the disk.
     together = partial(_together, writers, final, aside)
     together(partial(_begin, aside), on=0)
     written = together(partial(_write, aside, {"format": FORMAT, "step": step, **state}, tensors, writers))
     digests = {name: digest for of_one in written for name, digest in (of_one or {}).items()}
     together(partial(_finish, aside, final, digests), on=0)
     if writers.rank == 0:
-        # Later steps belong to a run that was left: broken, or newer than the checkpoint this one went on from.
+        # Later steps are left from an earlier attempt: they are broken, or newer than the checkpoint it resumed from.
         earlier = [p for p in steps(folder) if p.name <= final.name]
         for old in (*(earlier[keep:] if keep else ()), *(p for p in steps(folder) if p.name > final.name)):
             _remove(old)
@@ -110,7 +114,7 @@ def save(
 
 
 def _begin(aside: Path) -> None:
-    """Make the folder that is written into, beside the final one."""
+    """Make the temporary folder, next to the final one."""
     faults.point("save.begins")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -120,7 +124,7 @@ def _begin(aside: Path) -> None:
 def _write(
     aside: Path, state: JsonObject, tensors: dict[str, Callable[[], dict[str, Tensor]]], writers: Writers
 ) -> dict[str, str]:
-    """Write and sync this process's files, and return the checksum of each."""
+    """Write and sync the files of this process, and return file name -> checksum."""
     for stem, make in tensors.items():
         path = aside / writers.name(stem)
         _save_part(make(), path, writers)
@@ -137,14 +141,14 @@ def _write(
 
 
 def _finish(aside: Path, final: Path, digests: dict[str, str]) -> None:
-    """Write the manifest, sync the folder, and give it its name."""
+    """Write the manifest, sync the folder, and give it its final name."""
     (aside / MANIFEST).write_text(json.dumps(digests, indent=1, sort_keys=True))
     faults.point("save.manifest_written", aside / MANIFEST)
-    for name in digests:  # safetensors writes for the owner alone
+    for name in digests:  # safetensors makes files that only the owner can read
         shutil.copymode(aside / MANIFEST, aside / name)
     _sync(aside / MANIFEST)
     _sync(aside)
-    if final.exists():  # saved before an interruption that came after; the same step, the same content
+    if final.exists():  # saved before the run was interrupted; the same step has the same content
         shutil.rmtree(final)
     faults.point("save.before_rename")
     os.replace(aside, final)
@@ -155,16 +159,16 @@ def _finish(aside: Path, final: Path, digests: dict[str, str]) -> None:
 def _together(
     writers: Writers, final: Path, aside: Path, act: Callable[[], T], *, on: int | None = None
 ) -> list[T | None]:
-    """Return what `act` gives on each process, or on one of them.
+    """Call `act` on each process, or only on rank `on`, and return the results by rank (None if not called).
 
     Raises:
-        UserError: It failed on some process; raised on all of them.
+        UserError: If `act` failed on any process; raised on all of them.
     """
     fault, result = None, None
     try:
         if on is None or writers.rank == on:
             result = act()
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error if the disk is full
         fault = error
     line = fault and f"{final}: cannot be saved: {getattr(fault, 'strerror', None) or fault} ({_free(final.parent)})"
     reports = writers.gathered([(line, result)])
@@ -186,22 +190,22 @@ def save_together(
     state: JsonObject,
     **how: Any,
 ) -> Path:
-    """Save a checkpoint, by the main process alone, or by each where the model is sharded. Every process calls this.
+    """Save a checkpoint from the main process, or from all processes if the model is sharded. Every process calls this.
 
     Args:
         team: The processes.
-        folder: Of the run's checkpoints.
-        step: That was made last.
-        model: What is saved.
-        optimizer: With its state; None: without.
-        state: More that is needed to go on.
-        **how: As of `save`.
+        folder: Folder of the run's checkpoints.
+        step: Number of optimizer steps done.
+        model: Model whose weights are saved.
+        optimizer: Optimizer whose state is saved. None means no optimizer.
+        state: Other values that resuming needs.
+        **how: Other arguments of `save`.
 
     Returns:
-        The checkpoint's folder.
+        The folder of the checkpoint.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: If the checkpoint cannot be written.
     """
     act = partial(save, folder, step, model, optimizer, state, **how)
     if all(own_rows(p) is None for p in model.parameters()):
@@ -210,14 +214,14 @@ def save_together(
 
 
 def keep_only(folder: Path, step: int) -> None:
-    """Delete every checkpoint of a folder but that of `step`. Call it on one process."""
+    """Delete every checkpoint of a folder except that of `step`. Call this on one process only."""
     for path in steps(folder):
         if path.name != f"step-{step:08d}":
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Its manifest first, so that what was removed by half does not hold."""
+    """Delete a checkpoint, its manifest first, so that a half-deleted checkpoint does not count as intact."""
     faults.point("prune.before")
     (path / MANIFEST).unlink(missing_ok=True)
     faults.point("prune.inside")
@@ -226,10 +230,10 @@ def _remove(path: Path) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose manifest holds, or None; warn of each newer one that does not hold.
+    """Return the newest intact checkpoint, or None if there are no checkpoints. Warn about each newer broken one.
 
     Raises:
-        UserError: There are some and none of them holds: to begin again is for the user to say.
+        UserError: If there are checkpoints but all are broken. The user must decide whether to start again.
     """
     faults: list[str] = []
     for path in steps(folder):
@@ -245,7 +249,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def broken(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None if it is intact."""
     try:
         manifest: Any = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -262,10 +266,10 @@ def broken(path: Path) -> str | None:
 
 
 def read_state(path: Path) -> JsonObject:
-    """Return the counters of a checkpoint.
+    """Return the content of a checkpoint's state.json.
 
     Raises:
-        UserError: The folder holds none, or one of another format.
+        UserError: If the folder is not a checkpoint, or the checkpoint has another format.
     """
     try:
         state: Any = json.loads((path / "state.json").read_text())
@@ -287,17 +291,17 @@ def load(
     *,
     checked: bool = False,
 ) -> None:
-    """Put a checkpoint's tensors into model and optimizer, strictly.
+    """Load a checkpoint into model and optimizer, strictly.
 
     Args:
-        path: The checkpoint's folder.
-        model: What gets them.
-        optimizer: What gets its state.
-        averaged: What gets the averaged weights.
-        checked: Whether its files are compared with the manifest first, as `newest` does.
+        path: Folder of the checkpoint.
+        model: Model that gets the weights.
+        optimizer: Optimizer that gets the saved state. None means that the state is not loaded.
+        averaged: Model that gets the averaged weights. None means that they are not loaded.
+        checked: Whether the files are compared with the manifest first, as `newest` does.
 
     Raises:
-        UserError: They do not fit, or files differ.
+        UserError: If the tensors do not fit, or the files do not match the manifest.
     """
     if checked and (fault := broken(path)):
         raise UserError(f"{path}: {fault}")
@@ -315,7 +319,7 @@ def load(
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state by parameter name, so that no order of groups is needed to read it back."""
+    """Return the optimizer's state by parameter name, so that loading does not depend on the order of groups."""
     names = {id(p): n for n, p in model.named_parameters()}
     return {
         f"{names[id(p)]}|{key}": value
@@ -332,19 +336,19 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         parameter, _, key = name.rpartition("|")
         p = parameters[parameter]
         value = value.to(p.device)
-        if value.shape == p.shape and not p.is_contiguous():  # laid out as its parameter is
+        if value.shape == p.shape and not p.is_contiguous():  # give it the memory layout of its parameter
             value = torch.empty_like(p, dtype=value.dtype).copy_(value)
         state.setdefault(p, {})[key] = value
     optimizer.state.update(state)
 
 
 def _files_of(stem: str, names: Iterable[str]) -> list[str]:
-    """Those that hold it, as `Writers.name` names them."""
+    """Return the files that hold the tensors of `stem`, named as by `Writers.name`."""
     return sorted(name for name in names if re.fullmatch(rf"{stem}(-rank\d+-of-\d+)?\.safetensors", name))
 
 
 def _save_part(tensors: dict[str, Tensor], path: Path, writers: Writers) -> None:
-    """This process's rows of what is sharded; what is whole the first process alone."""
+    """Write this process's rows of sharded tensors. Only rank 0 also writes the tensors that are not sharded."""
     mine: dict[str, Tensor] = {}
     places: dict[str, str] = {}
     for name, value in tensors.items():
@@ -357,9 +361,15 @@ def _save_part(tensors: dict[str, Tensor], path: Path, writers: Writers) -> None
 
 
 def _read(path: Path, stem: str, wanted: Mapping[str, Tensor], of: Callable[[str], str] = str) -> dict[str, Tensor]:
-    """Tensors by name, from one file or from each process's part; as shards where those of `wanted` are.
+    """Return the saved tensors by name, read from one file or from the parts of all processes.
 
-    of: the name in `wanted` of what a tensor has the shape of, if it has.
+    A tensor is returned as a shard if its counterpart in `wanted` is sharded.
+
+    Args:
+        path: Folder of the checkpoint.
+        stem: What to read: "model", "averaged" or "optimizer".
+        wanted: Tensors of this process by name, as the saved ones are to be sharded.
+        of: Maps the name of a saved tensor to the name of its counterpart in `wanted`.
     """
     names, whole = _files_of(stem, os.listdir(path)), ALONE.name(stem)
     if not names:
@@ -381,16 +391,16 @@ def _read(path: Path, stem: str, wanted: Mapping[str, Tensor], of: Callable[[str
 
 
 class _Part(NamedTuple):
-    """Of a tensor, in one file."""
+    """The part of a tensor that one file holds."""
 
     reading: Any
     first_row: int
     shape: list[int]
-    """Of the whole."""
+    """Shape of the whole tensor."""
 
 
 def _joined(name: str, parts: list[_Part], wanted: Tensor | None) -> Tensor:
-    """The whole, or the rows that this process has of `wanted`."""
+    """Return the whole tensor, or only this process's rows if `wanted` is sharded and has the same shape."""
     rows = own_rows(wanted) if wanted is not None and list(wanted.shape) == parts[0].shape else None
     parts = sorted(parts, key=lambda part: part.first_row)
     if rows is None:

@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def environment() -> JsonObject:
-    """What the run ran on."""
+    """Return the versions, devices and command of this process as JSON data."""
     import torch
 
     versions = {}

@@ -1,4 +1,4 @@
-"""Run folders: which process may write into one, and from which checkpoint a run continues."""
+"""Open run folders: lock one for writing, and find the checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -23,45 +23,47 @@ from mpp.runs.records import RECIPE, is_checkpoint, read_state
 DATA = "data.json"
 LOCK = ".lock"
 RECORDS = (RECIPE, DATA, "env.json", "status.json", "train.log", "metrics.jsonl")
-"""What a run writes before its first step is done."""
+"""Files that a run may write before its first step is done."""
 _held: set[Path] = set()
-"""Folders this process writes into: the system's locks keep out other processes alone."""
+"""Folders that this process writes into. It needs this list because the system's locks only exclude other processes."""
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run folder that may be written."""
+    """A run folder that this run may write into."""
 
     out: Path
     checkpoint: Path | None
-    """The checkpoint to continue from; None: from the start."""
+    """Checkpoint to continue from; None means that the run starts from step 0."""
 
 
 @contextmanager
 def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterator[OpenRun]:
-    """Open the run folder of a recipe, made and locked by the main process until this ends; all processes learn of it.
+    """Open the run folder of a recipe; a context manager.
+
+    The main process makes the folder and locks it until the context ends. All processes get the result.
 
     Args:
         team: The processes.
-        recipe: Whose `out` it is.
-        resume: "never", "auto" or a checkpoint's folder.
-        fingerprint: Of the data.
+        recipe: Recipe whose `out` is the run folder.
+        resume: "never", "auto" or the folder of a checkpoint.
+        fingerprint: Fingerprint of the data.
 
     Raises:
-        UserError: On every process: the folder holds another run, recipe or data changed since, or another process
-            writes into it.
+        UserError: If the folder holds another run, the recipe or data changed, or another process writes into the
+            folder. It is raised on every process.
     """
     lock: Lock | None = None
 
     def open_it() -> OpenRun:
         nonlocal lock
         out = Path(recipe.out)
-        if not (out / RECIPE).exists():  # what is no run folder is refused before anything is written there
+        if not (out / RECIPE).exists():  # if it is not a run folder, refuse it before anything is written there
             find_run(recipe, resume, fingerprint=fingerprint)
         lock = Lock(out)
-        run = find_run(recipe, resume, fingerprint=fingerprint)  # another process may have come first
+        run = find_run(recipe, resume, fingerprint=fingerprint)  # again: another process may have been faster
         if resume != "auto" or read_state(out) != "finished" or _asks_for_more(out, recipe):
-            create_run(recipe)  # the records of a finished run stay as they are
+            create_run(recipe)  # else the records of a finished run stay unchanged
         return run
 
     try:
@@ -72,15 +74,20 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
 
 
 class Lock:
-    """A run folder that this process writes into. The system lets go of it when the process ends, in whatever way.
+    """The lock of a run folder that this process writes into. The system releases it however the process ends.
 
-    UserError where another process holds it, or it cannot be made. A record lock: the loader's workers, which may
-    outlive the process for some seconds, do not have it.
+    It is a record lock. The loader's workers, which may outlive the process for some seconds, do not inherit it.
+
+    Args:
+        out: The run folder, which is made if it does not exist.
+
+    Raises:
+        UserError: If another process holds the lock, or the lock cannot be made.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out.absolute()
-        if self.out in _held:  # to open the file again, and close it, would give the lock away
+        if self.out in _held:  # opening and closing the file a second time would release the lock
             raise UserError(f"out: {out}: this process writes into it already; give another folder")
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -114,15 +121,15 @@ def _said(holder: bytes) -> str:
 
 
 def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
-    """Check the run folder of a recipe; nothing is written.
+    """Check the run folder of a recipe, and find the checkpoint to continue from. Nothing is written.
 
     Args:
-        recipe: Whose `out` it is.
-        resume: "never", "auto" or a checkpoint's folder.
-        fingerprint: Of the data.
+        recipe: Recipe whose `out` is the run folder.
+        resume: "never", "auto" or the folder of a checkpoint.
+        fingerprint: Fingerprint of the data.
 
     Raises:
-        UserError: The folder holds another run, or recipe or data changed since.
+        UserError: If the folder holds another run, the recipe or data changed, or the checkpoint is unusable.
     """
     if not isinstance(resume, str | os.PathLike):
         raise UserError(f"--resume: expected auto, never, or the folder of a checkpoint; got {resume!r}")
@@ -132,7 +139,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
     except OSError as error:
         raise UserError(f"out: {out}: {error.strerror}") from error
     if RECIPE in others and _is_unused(out):
-        others = []  # its records are replaced
+        others = []  # the records of an unused run are replaced
     if others and resume == "never":
         raise UserError(f"out: {out} is not empty; continue its run with --resume auto, or choose another folder")
     if others and RECIPE not in others:
@@ -156,7 +163,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         if fault:
             raise UserError(f"--resume {path}: {fault}")
         state = checkpoint.read_state(path)
-        if "data_fingerprint" not in state:  # a step that was kept for `mpp replay`
+        if "data_fingerprint" not in state:  # it is a step that was kept for `mpp replay`
             raise UserError(f"--resume {path}: no checkpoint to continue from; use auto, or one of {out}/checkpoints")
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{path}: the data changed since (shards, their sizes or their images); start a new run")
@@ -164,14 +171,15 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
 
 
 def _is_unused(out: Path) -> bool:
-    """Whether a run ended before it had a checkpoint, a result or a line of metrics, and nothing else is there.
+    """Return whether a run ended before it wrote a checkpoint, a result or a line of metrics.
 
-    Then there is nothing to continue from, and a corrected recipe may have the folder. A run in progress has its lock.
+    If so, there is nothing to continue from, and a corrected recipe may use the folder. A folder with any other files
+    is not unused. A run in progress is protected by its lock.
     """
     if read_state(out) == "finished":
         return False
     for path in out.rglob("*"):
-        features = path.relative_to(out).parts[0] == "arms" and path.suffix == ".npy"  # an evaluation reads them anew
+        features = path.relative_to(out).parts[0] == "arms" and path.suffix == ".npy"  # an evaluation reads them again
         if path.is_dir() or path.parent == out / "reconstructions" or features:
             continue
         if path.name not in (*RECORDS, LOCK) or (path.name == "metrics.jsonl" and path.stat().st_size):
@@ -187,13 +195,17 @@ def _same_recipe(run: Path, recipe: Job) -> None:
 
 
 def _asks_for_more(run: Path, recipe: Job) -> bool:
-    """Whether a recipe has other seeds or approaches than a finished run; their settings belong into its records."""
+    """Return whether a recipe has other seeds or approaches than a finished run. If so, its recipe.yaml is replaced."""
     before, now = settings_of(load_recipe(run / RECIPE, type(recipe))), settings_of(recipe)
     return any(before.get(key) != now.get(key) for key in ("seeds", "beside"))
 
 
 def _same_data(run: Path, fingerprint: str) -> None:
-    """Compare with what the run noted of its data, even before its first checkpoint."""
+    """Compare the data's fingerprint with that in data.json, which exists even before the first checkpoint.
+
+    Raises:
+        UserError: If the fingerprints differ.
+    """
     try:
         before = json.loads((run / DATA).read_text())["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -203,10 +215,10 @@ def _same_data(run: Path, fingerprint: str) -> None:
 
 
 def create_run(recipe: Job) -> None:
-    """Make the run folder and put the resolved recipe into it, as a whole.
+    """Make the run folder and write the resolved recipe into it, atomically.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: If the folder cannot be written.
     """
     out = Path(recipe.out)
     try:

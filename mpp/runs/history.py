@@ -1,4 +1,4 @@
-"""A run's records, read back: what it was, how it went, where it stands. Files alone; nothing is loaded or run."""
+"""Read the records of a run: its recipe, metrics, status and results. Only files are read; no model is loaded."""
 
 from __future__ import annotations
 
@@ -16,55 +16,63 @@ from mpp.recipe.flat import JsonObject, differing, flat_keys
 from mpp.runs.records import RECIPE, read_metrics, steps
 
 COUNTS = ("step", "steps", "pid")
-"""Of status.json: whole numbers, or nothing is made of them."""
+"""Keys of status.json that hold whole numbers; any other value is ignored."""
 
 
 @dataclass
 class History:
-    """The content of a run folder. Files that are missing or half written are empty here."""
+    """The records in a run folder. A missing or incomplete file is represented by an empty value."""
 
     folder: Path
     job: str
-    """pretrain, finetune or evaluate"""
+    """pretrain, finetune or evaluate; "trial" for one model of a fine-tune"""
     recipe: JsonObject
     env: JsonObject
     status: JsonObject
     metrics: list[JsonObject]
     result: JsonObject
     data: JsonObject = field(default_factory=dict)
-    """What fine-tuning found of its images"""
+    """Content of data.json: facts about the run's images, such as their numbers"""
     trials: list[History] = field(default_factory=list)
-    """Of fine-tuning: those that were begun, in the order in which they ran"""
+    """Trials of a fine-tune that were begun, in the order in which they ran"""
 
     @property
     def name(self) -> str:
         return self.folder.name or str(self.folder)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a metric where it has one."""
+        """Return (steps, values) of a metric, for the lines that have a value."""
         points = [(m["step"], m[key]) for m in self.metrics if isinstance(m.get(key), int | float) and "step" in m]
         return [s for s, _ in points], [float(v) for _, v in points]
 
     def last(self, key: str) -> float | None:
-        """The newest value of a metric."""
+        """Return the newest value of a metric, or None."""
         values = self.series(key)[1]
         return values[-1] if values else None
 
     @property
     def latest(self) -> JsonObject:
-        """The newest value of every metric; some are measured only now and then."""
+        """The newest value of every metric, from whichever line has it, since some are measured only now and then."""
         return {key: value for line in self.metrics for key, value in line.items()}
 
     @property
     def step(self) -> int | None:
-        """How far it came. While it runs its status is of the last checkpoint; later it says where it ended."""
+        """The step that the run has reached.
+
+        While the run is in progress, its status is that of the last checkpoint, so the metrics may be ahead. After the
+        run, the status has its last step.
+        """
         stated = self.status.get("step")
         if not self.metrics or (stated is not None and self.status.get("state") != "running"):
             return stated
         return max(stated or 0, self.metrics[-1]["step"])
 
     def hours(self) -> list[float]:
-        """Hours of training at each line of the metrics, from images and throughput: time between runs is left out."""
+        """Return the hours of training at each line of the metrics.
+
+        They are computed from images and throughput, so that the time between an interruption and its resumption does
+        not count.
+        """
         hours, total, seen = [], 0.0, 0
         for m in self.metrics:
             rate = m.get("images_per_s")
@@ -75,7 +83,7 @@ class History:
         return hours
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """A dotted key of the recipe."""
+        """Return the value of a dotted key of the recipe, or the default."""
         value: Any = self.recipe
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -84,23 +92,23 @@ class History:
         return value
 
     def made_with(self) -> Path | None:
-        """The run whose encoder this one reads, as a path; None where it has none."""
+        """Return the path of the run or export whose encoder this run reads; None if there is none."""
         source = self.recipe.get("encoder")
         if self.job == "pretrain" or not isinstance(source, str) or source == "scratch":
             return None
         path = Path(source)
         path = path.parent if path.name == "encoder" else path
-        # written relative to where the job was started, most often a parent of its run folder
+        # the path is relative to the folder where the job was started, most often a parent of its run folder
         places = (path, *(parent / path for parent in self.folder.absolute().parents))
         return next((place for place in places if place.exists()), path)
 
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint; its checksums are not compared."""
+        """Return the newest checkpoint, or None. Its checksums are not compared."""
         newest_first = steps(self.folder / "checkpoints")
         return newest_first[0] if newest_first else None
 
     def alive(self) -> bool | None:
-        """Whether the process that says it is running does; None where it cannot be told from here."""
+        """Return whether the process of a run with state "running" exists; None if this machine cannot tell."""
         if self.status.get("state") != "running" or self.status.get("host") != platform.node():
             return None
         try:
@@ -113,7 +121,7 @@ class History:
 
 
 def approaches_of_finetune(recipe: JsonObject) -> list[str]:
-    """The approaches that a fine-tune trains, as its recipe says; recipes of earlier releases have `beside_scratch`."""
+    """Return the approaches that the recipe of a fine-tune lists. Earlier releases used the key `beside_scratch`."""
     beside = recipe.get("beside", ["scratch"] if recipe.get("beside_scratch", True) else [])
     beside = [beside] if isinstance(beside, str) else list(beside)
     if recipe.get("encoder") == "scratch":
@@ -122,11 +130,11 @@ def approaches_of_finetune(recipe: JsonObject) -> list[str]:
 
 
 INSPECTION, INSPECTION_INDEX = "inspect", "index.json"
-"""The folder in a run with the views of `mpp inspect`, and the file that lists them."""
+"""Folder of a run that holds the views of `mpp inspect`, and the file that lists them."""
 
 
 def read_inspection(run: Path) -> JsonObject | None:
-    """What `mpp inspect` left in a run; None where there is nothing readable."""
+    """Return the index that `mpp inspect` wrote into a run; None if there is none that can be read."""
     try:
         index = json.loads((run / INSPECTION / INSPECTION_INDEX).read_text())
     except (OSError, ValueError):
@@ -138,7 +146,7 @@ def read_run(folder: str | Path) -> History:
     """Read the records of a run.
 
     Raises:
-        UserError: There is no run.
+        UserError: If the folder is not a run folder.
     """
     path = Path(folder)
     try:
@@ -186,9 +194,9 @@ def _json(path: Path) -> JsonObject:
 
 
 def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:
-    """(dotted key, its value in each run) of the keys that are not the same everywhere; run folders aside."""
+    """Return (dotted key, its value in each run) for each key whose values differ. `out` and presets are left out."""
     flat = [flat_keys(run.recipe) for run in runs]
-    aside = ("out", "presets", "scales")  # a run's presets are applied already
+    aside = ("out", "presets", "scales")  # presets are already applied to a run's recipe
     return [(key, [_shown(f.get(key)) for f in flat]) for key in differing(flat) if key not in aside]
 
 

@@ -1,4 +1,4 @@
-"""The run folder's records: metrics.jsonl, train.log, status.json, env.json, and progress on the terminal."""
+"""Write the records of a run folder (metrics.jsonl, train.log, status.json), and show progress on the terminal."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from mpp.recipe.flat import JsonObject
 from mpp.runs.records import write_status
 
 MOST_WAITING_BYTES = 64 << 20
-"""Of lines that a full disk does not take; the oldest are dropped beyond."""
+"""Most bytes of lines that are held while the disk is full; beyond that the oldest bytes are dropped."""
 RECENT_LINES = 5
-"""Of the metrics, from which the pace is taken; the first one has the start of everything in it."""
+"""Number of latest lines of metrics from which the pace is computed, since the first line includes the start-up."""
 
 
 class MetricsSink(Protocol):
-    """Other places for metrics; `runs.trackers.Trackers` is one."""
+    """Another destination for metrics, such as `runs.trackers.Trackers`."""
 
     def log(self, record: JsonObject) -> None: ...
     def close(self) -> None: ...
 
 
 class Lines:
-    """A file that gets lines. Where it cannot be written, they wait for the next one that can, and a warning says so.
+    """A file to which lines are appended. If a write fails, it warns, and keeps the lines for the next write.
 
     Args:
-        path: Appended to; a last line that was never finished is finished.
+        path: File to append to. If its last line has no line break, one is added before the next line.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: If the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,7 @@ class Lines:
 
 
 def format_duration(seconds: float) -> str:
-    """1:02:03, 12:34 or 56 s."""
+    """Format a duration as 1:02:03, 12:34 or 56 s."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -78,10 +78,19 @@ def format_duration(seconds: float) -> str:
 
 
 class RunLog:
-    """Writes a run's records. On all but the main process (`active=False`) it writes nothing.
+    """Writer of a run's records.
 
-    out: the run folder. steps: of the whole run. resumed_at: lines of later steps are taken off metrics.jsonl,
-    since they will be written again. trackers: get every line, too, and are closed with this.
+    Args:
+        out: The run folder.
+        steps: Number of steps of the whole run.
+        resumed_at: Step that the run continues from. Lines of later steps are removed from metrics.jsonl, since they
+            will be written again.
+        active: Whether anything is written; true only on the main process.
+        label: Text before each line on the terminal.
+        trackers: Trackers that also get every line of metrics. They are closed together with this log.
+
+    Raises:
+        UserError: If the files cannot be written.
     """
 
     def __init__(
@@ -118,7 +127,7 @@ class RunLog:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError):
-                continue  # the line that was being written when the run died
+                continue  # the run was killed while it wrote this line
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         faults.point("load.metrics_kept", temporary)
@@ -126,10 +135,14 @@ class RunLog:
         faults.point("load.metrics_rewound")
 
     def metrics(self, record: JsonObject) -> None:
-        """One line of metrics.jsonl; `step` is in it. On a terminal the bar shows it, elsewhere a plain line."""
+        """Write a line of metrics.jsonl, and show it in the progress bar, or as a plain line if there is no bar.
+
+        Args:
+            record: Metrics by name, with `step` among them.
+        """
         if not self.active:
             return
-        # JSON has no NaN or infinity: readers in other languages stumble over Python's
+        # JSON has no NaN or infinity; readers in other languages reject Python's notation
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
         self._metrics.write(json.dumps(clean))
         if self.trackers is not None:
@@ -149,19 +162,19 @@ class RunLog:
             self.bar.update()
 
     def _eta(self, step: int) -> str:
-        """Time left at the pace of the last lines, such as `  eta 1:02:03`; "" before there are two."""
+        """Return the time left at the pace of the last lines, such as `  eta 1:02:03`; "" after the first line."""
         now = time.monotonic()
         self._lines.append((step, now))
         before, then = self._lines[0]
         return f"  eta {format_duration((now - then) / (step - before) * (self.steps - step))}" if step > before else ""
 
     def note(self, text: str) -> None:
-        """A line of train.log alone."""
+        """Write a line to train.log only."""
         if self.active:
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(without_secrets(text))}")
 
     def say(self, text: str) -> None:
-        """A line for people: train.log and the terminal."""
+        """Write a line to train.log and to the terminal."""
         if not self.active:
             return
         self.note(text)
@@ -172,7 +185,12 @@ class RunLog:
             print(self.label + text, flush=True)
 
     def status(self, state: str, **more: object) -> None:
-        """status.json: running, finished, stopped or failed, and where."""
+        """Write status.json.
+
+        Args:
+            state: running, finished, stopped or failed.
+            **more: Other values for status.json, such as the step.
+        """
         if self.active:
             try:
                 write_status(self.out, state, steps=self.steps, **more)

@@ -1,4 +1,4 @@
-"""The pictures that a run kept of the same few held-out images, step by step. Read without torch."""
+"""Write and read the reconstructions that a run keeps of a few held-out images. Reading does not import torch."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "reconstructions"
-"""Of a run: the same held-out images with the same masks, a PNG for each step that was kept."""
+"""Folder of a run with one PNG for each kept step. All show the same held-out images with the same masks."""
 MOST_SHOWN = 8
-"""Steps side by side in a strip."""
+"""Most steps side by side in a strip."""
 FRAME_MS, LAST_FRAME_MS = 500, 2000
 KEY = "mpp"
-"""Text chunk of the kept PNG files: what is in which tile."""
+"""Text chunk of the kept PNG files, which describes their tiles."""
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
 
 
 BORROWED = "pasted, own statistics borrowed"
-"""Drawn with the mean and contrast of the hidden patches, which the model neither saw nor predicted."""
+"""Panel drawn with the mean and contrast of the hidden patches, which the model neither saw nor predicted."""
 GREY = 0.5
-"""Where a picture has nothing."""
+"""Value that fills the hidden part of "masked" and the visible part of "predicted"."""
 
 
 class Panel(NamedTuple):
-    """One picture of each image, and what it is."""
+    """A title, and one picture of that kind for each image."""
 
     title: str
     images: Tensor
-    """(B, C, h, w) in [0, 1], or with one channel."""
+    """(B, C, h, w) or (B, 1, h, w) in [0, 1]."""
 
 
 class Reconstruction(NamedTuple):
-    """What a target's predictions look like, beside what they are predictions of."""
+    """Pictures of the predictions of one target, next to the target itself."""
 
     target: str
     panels: list[Panel]
-    """original, masked, target (where that looks otherwise than the image), predicted, pasted into the visible; where
-    the target needs statistics of the hidden pixels to be drawn as they were, once more with these `BORROWED`."""
+    """Panels: original, masked, target (if it looks different from the image), predicted, pasted into the visible part.
+
+    If pixels can only be drawn with statistics of the hidden patches, there is one more panel, `BORROWED`."""
 
 
 class Kept(NamedTuple):
@@ -55,11 +56,11 @@ class Kept(NamedTuple):
     step: int
     target: str
     panels: dict[str, list[Image.Image]]
-    """Title -> tiles, one for each image"""
+    """Title of a panel -> tiles, one for each image"""
 
 
 def read_kept(run: Path) -> list[Kept]:
-    """What `keep` wrote, first step first; [] where there is nothing. A file that is not its own is passed over."""
+    """Read the pictures that `keep` wrote, in the order of steps; [] if there are none. Other files are skipped."""
     kept = []
     for path in sorted((run / FOLDER).glob("step-*.png")):
         try:
@@ -80,7 +81,7 @@ def read_kept(run: Path) -> list[Kept]:
 
 
 def _alike(kept: list[Kept]) -> list[Kept]:
-    """With as many images, and the panels, that all of them have: a resumed run may keep fewer than before."""
+    """Reduce all steps to the images and panels that they have in common: a resumed run may keep fewer than before."""
     if not kept:
         return []
     titles = [t for t in kept[-1].panels if all(t in k.panels for k in kept)]
@@ -89,12 +90,12 @@ def _alike(kept: list[Kept]) -> list[Kept]:
 
 
 def pasted(kept: Sequence[Kept]) -> list[str]:
-    """The titles of the panels that are worth following through training."""
+    """Return the titles of the panels that are shown at several steps."""
     return [title for title in kept[-1].panels if title.startswith("pasted")]
 
 
 def spread(kept: Sequence[Kept], most: int) -> list[Kept]:
-    """At most so many of the steps, the first and the last among them, more of the early ones: most happens there."""
+    """Choose at most `most` steps, including the first and the last. Early steps are denser, since they change most."""
     if len(kept) <= most:
         return list(kept)
     last = len(kept) - 1
@@ -103,7 +104,13 @@ def spread(kept: Sequence[Kept], most: int) -> list[Kept]:
 
 
 def strip(kept: Sequence[Kept], panel: str, most: int = MOST_SHOWN) -> Image.Image:
-    """A row for each image: as it is, masked, then the panel at several steps."""
+    """Draw a row for each image: the original, the masked image, then the panel at several steps.
+
+    Args:
+        kept: Kept steps, in order.
+        panel: Title of the panel that is shown at several steps.
+        most: Most steps that are shown.
+    """
     shown = spread(kept, most)
     first = shown[0].panels
     fixed = [title for title in ("original", "masked", "target") if title in first]
@@ -117,7 +124,7 @@ def strip(kept: Sequence[Kept], panel: str, most: int = MOST_SHOWN) -> Image.Ima
 
 
 def frames(kept: Sequence[Kept]) -> list[Image.Image]:
-    """One picture for each step, all of a size: a row for each image, all its panels side by side."""
+    """Draw a picture of each step, all of the same size: a row for each image, with its panels side by side."""
     images = []
     for k in kept:
         titles = list(k.panels)
@@ -127,10 +134,17 @@ def frames(kept: Sequence[Kept]) -> list[Image.Image]:
 
 
 def through_training(run: str | Path, out: str | Path) -> Path:
-    """Draw a strip of steps (.png), or an animation (.gif, .webp).
+    """Draw the kept steps of a run as a strip (.png) or an animation (.gif, .webp).
+
+    Args:
+        run: Folder of a pretraining run.
+        out: File to write.
+
+    Returns:
+        The file.
 
     Raises:
-        UserError: The run kept none.
+        UserError: If it is not a pretraining run, the run kept no pictures, or the file cannot be written.
     """
     if (job := read_run(run).job) != "pretrain":
         raise UserError(f"{run}: a run of `mpp {job}`; only pretraining keeps reconstructions")
@@ -171,21 +185,21 @@ def check_png(out: str | Path) -> None:
 
 
 MOST_KEPT = 12
-"""Steps that are kept of a run, besides the untrained model."""
+"""Most steps that are kept of a run, in addition to the untrained model."""
 
 
 def kept_every(total_steps: int, measured_every: int) -> int:
-    """Steps between two that are kept: a multiple of those between measurements, so that at most `MOST_KEPT` are."""
+    """Return the number of steps between kept ones: the least multiple of `measured_every` with at most `MOST_KEPT`."""
     return measured_every * max(-(-(total_steps // measured_every) // MOST_KEPT), 1)
 
 
 def keep(run: Path, step: int, reconstructions: Sequence[Reconstruction]) -> None:
-    """Write the pictures of the first target that has any: a grid of tiles, a row for each image."""
+    """Write the pictures of the first target that has any, as a grid of tiles with a row for each image."""
     if not reconstructions:
         return
     drawn = reconstructions[0]
     panels = [[_image(p.images[i]) for p in drawn.panels] for i in range(len(drawn.panels[0].images))]
-    w, h = max(image.size for image in panels[0])  # glyphs are larger than the image they are of
+    w, h = max(image.size for image in panels[0])  # pictures of glyphs have more pixels than the image
     grid = Image.new("RGB", (w * len(panels[0]), h * len(panels)))
     for r, row in enumerate(panels):
         for c, image in enumerate(row):
@@ -201,12 +215,12 @@ def keep(run: Path, step: int, reconstructions: Sequence[Reconstruction]) -> Non
 
 
 def _image(pixels: Tensor) -> Image.Image:
-    """(C, h, w) in [0, 1] -> RGB."""
+    """Convert (C, h, w) in [0, 1] to an RGB image."""
     array = (255 * pixels.float().cpu()).round().clamp(0, 255).byte()
     array = array[:3] if len(array) >= 3 else array[:1].expand(3, -1, -1)
     return Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
 
 
 def tile(pixels: Tensor) -> Image.Image:
-    """(C, h, w) in [0, 1] -> a tile of a sheet."""
+    """Convert (C, h, w) in [0, 1] to a tile of a sheet."""
     return scaled(_image(pixels))

@@ -1,4 +1,4 @@
-"""The files of runs and exports, read, compared and replaced as wholes, without torch: who looks at a run is quick."""
+"""Read and replace the files of runs and exports. torch is not imported, so that looking at a run is quick."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CHECKPOINT = re.compile(r"step-(\d{8})")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file as a whole: a reader never sees half of one."""
+    """Replace a JSON file atomically, so that a reader never sees an incomplete file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
 
 
 def _finite(value: object) -> object:
-    """A number that is none becomes null: JSON has no other word for it, and many readers refuse Python's NaN."""
+    """Replace NaN and infinity by None. JSON has no notation for them, and many readers refuse Python's."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -34,18 +34,24 @@ def _finite(value: object) -> object:
 
 
 def nan_if_null(value: float | None) -> float:
-    """Return a number as `write_json` was given it."""
+    """Return a number from a file of `write_json`; null becomes nan."""
     return math.nan if value is None else float(value)
 
 
 def write_status(out: Path, state: str, **more: object) -> None:
-    """status.json of a run or a trial; while it is running with whose process that is."""
+    """Write status.json of a run or a trial. While it is running, the file names its host and process.
+
+    Args:
+        out: Folder of the run or trial.
+        state: running, finished, stopped or failed.
+        **more: Other values of the file, such as the step.
+    """
     who = {"host": platform.node(), "pid": os.getpid()} if state == "running" else {}
     write_json(out / "status.json", {"state": state, "time": time.time(), **who, **more})
 
 
 def read_state(out: Path) -> str:
-    """What status.json of a run or a trial says; "" where there is none that can be read."""
+    """Return the state in status.json of a run or a trial; "" if there is none that can be read."""
     try:
         return str(json.loads((out / "status.json").read_text())["state"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -53,7 +59,7 @@ def read_state(out: Path) -> str:
 
 
 def read_metrics(out: Path) -> list[JsonObject]:
-    """The lines of metrics.jsonl; [] where there are none. One that was never written to its end is left out."""
+    """Return the lines of metrics.jsonl; [] if there are none. An incomplete line is left out."""
     path = out / "metrics.jsonl"
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
@@ -67,18 +73,18 @@ def read_metrics(out: Path) -> list[JsonObject]:
 
 
 def steps(folder: Path) -> list[Path]:
-    """Finished checkpoints, newest first, whether they hold or not."""
+    """Return the finished checkpoints of a folder, newest first. Broken ones are included."""
     checkpoints = [p for p in folder.iterdir() if _CHECKPOINT.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(checkpoints, key=lambda p: p.name, reverse=True)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """By its name, whether it holds or not."""
+    """Return whether a path is named like a checkpoint. The checkpoint may be broken."""
     return _CHECKPOINT.fullmatch(path.name) is not None
 
 
 def timm_folder(source: str | Path) -> Path | None:
-    """The timm folder of a run or an export, or None."""
+    """Return the timm folder of a run or an export, or None if there is none."""
     for folder in (Path(source) / "encoder", Path(source)):
         if (folder / "config.json").exists() and (folder / "model.safetensors").exists():
             return folder
@@ -89,13 +95,13 @@ def encoder_folder(source: str | Path) -> Path:
     """Return the timm folder of a run or an export.
 
     Raises:
-        UserError: There is none.
+        UserError: If there is none.
     """
     if folder := timm_folder(source):
         try:
             config = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError):
-            return folder  # what is wrong with it is found where it is opened
+            return folder  # opening the encoder reports what is wrong with it
         if isinstance(config, dict) and "model_type" in config and "architecture" not in config:
             raise UserError(f"{folder}: a folder of transformers'; `mpp import {folder} OUT` makes an encoder of it")
         return folder
@@ -122,10 +128,10 @@ def encoder_folder(source: str | Path) -> Path:
 
 
 def check_new(folder: Path) -> None:
-    """Check that a folder is not there yet, or empty.
+    """Check that a folder does not exist yet, or is empty.
 
     Raises:
-        UserError: Something is in it.
+        UserError: If the folder is not empty, or cannot be read.
     """
     try:
         if folder.exists() and any(folder.iterdir()):
@@ -135,10 +141,10 @@ def check_new(folder: Path) -> None:
 
 
 def check_beside(out: Path, source: Path) -> None:
-    """Check that a folder would not be written into the one that it is made of.
+    """Check that an output folder is not inside the folder that it is made from.
 
     Raises:
-        UserError: It would.
+        UserError: If it is.
     """
     if out.absolute().is_relative_to(source.absolute()):
         raise UserError(f"{out}: is inside {source}; choose another folder")

@@ -1,7 +1,7 @@
-"""What is wrong with a run, found in its records: a line for each, with what may help. A healthy run has none.
+"""Find what is wrong with a run from its records, with advice for each symptom. A healthy run has no symptoms.
 
-Thresholds are guesses, held by runs that were broken on purpose and by healthy ones (tests/test_symptoms.py,
-recipes/LOG.md).
+The thresholds are guesses. They were checked on healthy runs and on runs that were broken on purpose
+(tests/runs/test_symptoms.py, recipes/LOG.md).
 """
 
 from __future__ import annotations
@@ -19,40 +19,50 @@ from mpp.runs.history import History, approaches_of_finetune
 from mpp.runs.verdict import APPROACHES, compare_approaches, conclude, stored_estimate
 
 FLAT = 0.98
-"""The loss has not fallen where its last quarter's median is above so much of its second eighth's."""
+"""The loss is flat if the median of its last quarter is above this multiple of the median of its second eighth."""
 LEAST_RECORDS = 8
 """Least number of measurements before a curve is judged."""
 DIVERGED_LOSS = 1.25
-"""Of the lowest median of neighbouring losses, an eighth of the run and five at least, what the last such median must
-not reach while the skill also falls…"""
+"""A run diverged if the last running median of its losses exceeds this multiple of the lowest, and its skill fell.
+
+A running median covers an eighth of the losses, and at least five. A run with fewer than two skills is judged by its
+losses only."""
 DIVERGED_SKILL = 0.1
-"""… nor the skill alone fall below its best by."""
+"""A run also diverged if its skill fell this far below its best, whatever its loss."""
 DATA_BOUND = 0.25
-"""Part of the time spent waiting for batches."""
+"""Fraction of the time spent waiting for batches above which the loader is the bottleneck."""
 SLOWER = 0.4
-"""Of the best median of images a second, over an eighth of the lines and five at least, what the last must reach."""
+"""A run slowed down if its last running median of images per second is below this fraction of its best.
+
+A running median covers an eighth of the lines, and at least five."""
 LEAST_SLOW_S = 60
-"""So long it must have been slow; a moment's other work is none of it."""
+"""Least time in seconds that the slow stretch covers, so that a short load from other work does not count."""
 BAD_FRACTION, LEAST_BAD = 1e-4, 10
-"""Of the images seen, those that could not be read; and how many they must be. Far fewer than what stops a run."""
+"""Fraction and number of unreadable images; there is a warning if both are reached.
+
+Both are far below what stops a run (`max_bad_fraction`)."""
 
 UNDERFIT = 0.75
-"""Of the loss of a guess among equally likely classes, what the training loss of a fine-tune must fall below by its
-end; mixup and label smoothing alone leave it at half of that (a guess)."""
+"""A fine-tune is underfit if its training loss ends above this fraction of the loss of a uniform guess (guess).
+
+Mixup and label smoothing by themselves leave the loss at half of that of a uniform guess."""
 
 COLLAPSED_RANK = 2.0
-"""If the effective rank of a target or of the features falls below, there is a warning: at most two directions are
-left (a guess; features of 18 encoders that fine-tune had 5 to 57)."""
+"""If the effective rank of a target or of the features is below this, there is a warning.
+
+At most two directions are left then (guess). Features of 18 encoders that fine-tune had 5 to 57."""
 COLLAPSED_TARGET_SHARE = 0.1
-"""And where less of a target's energy depends on the image (a guess; half of it does at first)."""
+"""If a smaller share of a target's energy depends on the image, there is a warning (guess; at first it is a half)."""
 COLLAPSED_FEATURE_SHARE = 0.002
-"""The same of features, whose common part is harmless and may be large (a guess; those 18 had 0.018 to 0.80)."""
+"""The same threshold for features (guess). The part that all images share is harmless there and may be large.
+
+Features of the same 18 encoders had 0.018 to 0.80."""
 RECENT = 4
-"""Measurements that must hold no new best for a run to be flat (guess)."""
+"""A run is flat if this number of latest measurements contains no new best (guess)."""
 RISE = 0.003
-"""What counts as a new best, in skill and in accuracy (guess)."""
+"""Rise in skill or accuracy that counts as a new best (guess)."""
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
-"""What records of another shape than they were written in make of a reader."""
+"""Exceptions that damaged records, whose content has an unexpected shape, raise in code that reads them."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +73,24 @@ class Symptom:
     """failed, diverged, flat, below_trivial, collapse, data_bound, slower, bad_images, leak, no_gain, control, dead,
     damaged, better_approach, underfit"""
     text: str
-    """What was seen, in a sentence."""
+    """The finding, as a sentence."""
     advice: str
-    """What to try."""
+    """What to try about it."""
 
 
 def collapsed(rank: float, share: float, least_share: float) -> bool:
-    """Return whether a target, or the features, say hardly anything of an image.
+    """Return whether a target, or the features, hardly depend on the image.
 
     Args:
-        rank: Effective rank; nan says nothing.
-        share: Of the variance that lies between images; nan says nothing.
-        least_share: Below which it is collapsed.
+        rank: Effective rank; nan is ignored.
+        share: Share of the energy that depends on the image; nan is ignored.
+        least_share: Least share of a target or features that have not collapsed.
     """
     return rank < COLLAPSED_RANK or share < least_share
 
 
 class Measured(NamedTuple):
-    """What was known of a run at a step."""
+    """Skill and probe accuracy of a run at one step."""
 
     step: int
     skill: float
@@ -88,7 +98,7 @@ class Measured(NamedTuple):
 
 
 def flat_since(history: Sequence[Measured]) -> int | None:
-    """The step of the best measurement, where neither skill nor probe has risen in the last `RECENT`; else None."""
+    """Return the step of the best measurement before the last `RECENT`, or None if skill or probe rose in these."""
     if len(history) <= RECENT:
         return None
     before, recent = history[:-RECENT], history[-RECENT:]
@@ -101,7 +111,7 @@ def flat_since(history: Sequence[Measured]) -> int | None:
 
 
 def symptoms(run: History) -> list[Symptom]:
-    """Of a run of any job, the gravest first; [] where nothing is wrong."""
+    """Return the symptoms of a run of any job, those of its process first; [] if nothing is wrong."""
     rules = {"pretrain": _of_pretraining, "finetune": _of_finetuning, "evaluate": _of_evaluation}
     listed = _of_process(run)
     try:
@@ -188,7 +198,7 @@ def _diverged(run: History, moving: bool) -> Symptom | None:
     text = ""
     if len(losses) >= LEAST_RECORDS and not moving:
         smooth = _medians(losses, max(5, len(losses) // 8))
-        fallen = len(skills) < 2 or skills[-1] < max(skills) - RISE  # single batches are noisy, held-out images are not
+        fallen = len(skills) < 2 or skills[-1] < max(skills) - RISE  # the skill is less noisy: it is of held-out images
         if fallen and smooth[-1] > DIVERGED_LOSS * min(smooth) > 0:
             text = f"The loss rose again, from {min(smooth):.3g} to {smooth[-1]:.3g}"
     if skills and skills[-1] < max(skills) - DIVERGED_SKILL:
@@ -203,7 +213,7 @@ def _flat(run: History, moving: bool) -> Symptom | None:
     total = run.status.get("steps") or (steps[-1] if steps else 0)
     advice = "Another optim.base_lr; a probe (key `probe`) tells whether features still get better."
     history = _measured(run)
-    if moving:  # the skill need not rise against a target that gets richer
+    if moving:  # if the target itself is learned, it gets richer and the skill need not rise
         history = [m._replace(skill=0.0) for m in history if m.probe is not None]
     risen = len(history) > 1 and max(m.skill for m in history) > history[0].skill + RISE
     if len(losses) >= LEAST_RECORDS and not moving and not risen and steps[-1] >= total / 2:
@@ -220,7 +230,7 @@ def _flat(run: History, moving: bool) -> Symptom | None:
 
 
 def _measured(run: History) -> list[Measured]:
-    """Each measurement of the skill, with what the probe has found since the one before."""
+    """Return each measurement of the skill, with the newest probe accuracy since the measurement before it."""
     measured: list[Measured] = []
     probe = None
     for m in run.metrics:
@@ -268,7 +278,10 @@ def _slower(run: History) -> Symptom | None:
 
 
 def _data_wait(run: History) -> float | None:
-    """The part of the time that was waited: the median of all lines but the first, in which the loader starts."""
+    """Return the fraction of the time spent waiting: the median over all lines but the first.
+
+    The first line is left out because the loader starts in it.
+    """
     shares = run.series("data_wait")[1][1:]
     return statistics.median(shares) if shares else None
 
@@ -301,7 +314,7 @@ def _of_finetuning(run: History) -> list[Symptom]:
         text = underfit(trial.name, trial.metrics, run.recipe, run.data.get("classes", 0)) if trial.result else ""
         if text and f"{first_approach}-seed" in trial.name:
             listed.append(Symptom("underfit", text, UNDERFIT_ADVICE))
-            break  # the other seeds are of the same length
+            break  # the other seeds trained for as long
     return listed
 
 
@@ -309,13 +322,15 @@ UNDERFIT_ADVICE = "Train longer (optim.epochs, optim.steps), or with a higher op
 
 
 def underfit(trial: str, metrics: Sequence[JsonMapping], recipe: JsonMapping, classes: int) -> str:
-    """Return a sentence about a fine-tune that ended long before it knew its training images; "" for any other.
+    """Return a sentence about a trial whose training loss ended near that of a guess; "" for any other trial.
+
+    Only classification is judged, without unlabeled images and without distillation.
 
     Args:
-        trial: Its name.
-        metrics: Its records.
-        recipe: Of the run. What it learns beside labels of one class is not judged.
-        classes: How many there are.
+        trial: Name of the trial.
+        metrics: Records of its metrics.jsonl.
+        recipe: Recipe of the run.
+        classes: Number of classes.
     """
     if (recipe.get("task") or {}).get("name", "classify") != "classify" or classes < 2:
         return ""
@@ -332,7 +347,7 @@ def underfit(trial: str, metrics: Sequence[JsonMapping], recipe: JsonMapping, cl
 
 
 def _better_approach(verdict: JsonMapping) -> Symptom | None:
-    """Another approach than the encoder is best, and more than by chance."""
+    """Return a symptom if an approach other than the pretrained encoder is best by more than chance."""
     score = {approach: stored_estimate(value) for approach, value in verdict.get("score", {}).items()}
     compared = compare_approaches(score) if "pretrained" in score else None
     if compared is None or compared.kind != "best":

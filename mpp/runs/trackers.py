@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and Trackio."""
+"""Log metrics to TensorBoard, Weights & Biases and Trackio."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mpp.errors import MppWarning, UserError, one_line
 from mpp.recipe.flat import JsonObject
 
 PROJECT = "mpp"
-"""Of runs, in trackers."""
+"""Name of the project to which trackers assign runs."""
 
 
 class Trackers:
-    """TensorBoard, Weights & Biases or Trackio, through Accelerate's trackers.
+    """The trackers of a run, through Accelerate's trackers.
 
     Args:
-        names: Trackers, as recipes name them.
-        out: The run folder, which their files go to.
-        settings: The recipe's values by dotted key.
-        resumed_at: TensorBoard forgets later steps.
-        active: Whether this process writes; only the main process does.
+        names: Names of trackers as in recipes.
+        out: The run folder, where trackers write their files.
+        settings: Values of the recipe by dotted key.
+        resumed_at: Step that the run continues from. TensorBoard discards later steps.
+        active: Whether this process writes; true only on the main process.
 
     Raises:
-        UserError: A tracker cannot begin.
+        UserError: If a tracker cannot be started.
     """
 
     def __init__(self, names: Sequence[str], out: Path, settings: JsonObject, *, resumed_at: int, active: bool) -> None:
@@ -55,16 +55,16 @@ class Trackers:
                 tracker.start()
                 tracker.store_init_configuration(plain)
                 self._found.append(tracker)
-        except Exception as error:  # theirs: no login, no network, a folder that cannot be written
+        except Exception as error:  # an error of the tracker: no login, no network, a folder that cannot be written
             raise UserError(f"trackers: {name}: {type(error).__name__}: {one_line(error)}") from error
 
     def log(self, record: JsonObject) -> None:
-        """Numbers of one line of the metrics; `step` is in it."""
+        """Log the numbers of one line of metrics, which contains `step`."""
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
         for tracker in list(self._found):
             try:
                 tracker.log(numbers, step=record["step"])
-            except Exception as error:  # theirs; a run does not end for it
+            except Exception as error:  # an error of the tracker must not end the run
                 self._found.remove(tracker)
                 warnings.warn(f"trackers: {tracker.name} gets no more: {one_line(error)}", MppWarning, stacklevel=2)
 
@@ -75,7 +75,7 @@ class Trackers:
 
 
 def _tracked_as(out: Path) -> str:
-    """The run's name for trackers, the same when it is resumed."""
+    """Return the run's name for trackers. It is stored in the run folder, so that a resumed run has the same name."""
     path = out / "tracked-as"
     try:
         return path.read_text().strip()

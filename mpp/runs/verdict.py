@@ -1,4 +1,4 @@
-"""What pretraining bought: scores over seeds with intervals, the gain, and which approach to a classifier was best."""
+"""Compare the approaches of a fine-tune: scores over seeds with intervals, the gain from pretraining, the best one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-"""Student's t, 97.5 %, for 1 to 30 degrees of freedom (any table of it); above, the last: a little too wide."""
+"""97.5 % quantiles of Student's t for 1 to 30 degrees of freedom (from any table).
+
+For more degrees of freedom the last value is used, which makes intervals a little too wide."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and the half-width of its 95 % interval (Student's t); nan for one seed."""
+    """A mean over seeds with the half-width of its 95 % interval (Student's t). With one seed the half-width is nan."""
 
     mean: float
     half_width: float
@@ -33,7 +35,7 @@ class Estimate:
 
 
 def estimate(values: list[float]) -> Estimate:
-    """Mean and 95 % interval of values of independent seeds."""
+    """Return the mean and 95 % interval of values from independent seeds."""
     n = len(values)
     if n < 2:
         return Estimate(values[0], math.nan, values)
@@ -47,21 +49,24 @@ APPROACHES = {
     "cnn": "the CNN from scratch",
     "published": "the encoder with published weights",
 }
-"""Name of an approach -> what it is called in sentences."""
+"""Name of an approach -> its name in sentences."""
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What differences over seeds allow to say."""
+    """What can be concluded from differences over seeds."""
 
     kind: Literal["helped", "hurt", "best", "not_shown", "one_seed"]
     text: str
-    """In a clause: the same words on the terminal, in the report and in the card."""
+    """The conclusion as a clause; the terminal, the report and the model card use the same words."""
 
 
 def conclude(gain: Estimate) -> Conclusion:
-    """Conclude whether pretraining helped. Absence of evidence is no evidence of absence: an interval that holds zero
-    says only that these seeds do not show it, and one seed has no interval."""
+    """Conclude whether pretraining helped.
+
+    Absence of evidence is not evidence of absence: if the interval holds zero, these seeds do not show a gain, no more.
+    One seed has no interval.
+    """
     seeds = len(gain.values)
     if not math.isfinite(gain.half_width):
         return Conclusion("one_seed", "one seed, so no interval and no conclusion")
@@ -73,14 +78,14 @@ def conclude(gain: Estimate) -> Conclusion:
 
 
 def compare_approaches(score: Mapping[str, Estimate]) -> Conclusion | None:
-    """Say whether the best approach is ahead of the next by more than chance, paired by seed.
+    """Conclude whether the best approach is ahead of the next one by more than chance, paired by seed.
 
     Args:
-        score: By approach, over the same seeds.
+        score: Score of each approach, over the same seeds.
 
     Returns:
-        "best", "not_shown" or "one_seed"; None if there is nothing to compare, or only the encoder and the same from
-        scratch, whose gain says it all.
+        A conclusion of kind "best", "not_shown" or "one_seed". It is None if there are fewer than two approaches, or
+        only "pretrained" and "scratch", which the gain compares already.
     """
     if len(score) < 2 or {*score} == {"pretrained", "scratch"}:
         return None
@@ -100,8 +105,10 @@ def compare_approaches(score: Mapping[str, Estimate]) -> Conclusion | None:
 
 
 def compare_with_start(verdict: Verdict) -> tuple[Estimate, str] | None:
-    """Return the score of the linear probe that the pretrained encoder's head began as, and a remark about it; None if
-    the head began otherwise."""
+    """Return the score of the linear probe that initialised the pretrained encoder's head, and a remark about it.
+
+    It is None if the head was initialised otherwise.
+    """
     start = verdict.metrics.get("pretrained", {}).get(f"start_{verdict.metric}")
     if start is None:
         return None
@@ -110,12 +117,12 @@ def compare_with_start(verdict: Verdict) -> tuple[Estimate, str] | None:
 
 
 def line_of_scores(name: str, points: Sequence[tuple[float, Estimate]], *, dashed: bool = False) -> Line:
-    """Return the line of a plot, in percent; it has intervals if every point has one.
+    """Return the line of a plot, in percent. It has intervals if every point has one.
 
     Args:
-        name: Of the line.
-        points: (x, score).
-        dashed: Whether it is drawn so.
+        name: Name of the line.
+        points: Points of the line, (x, score) each.
+        dashed: Whether the line is dashed.
     """
     widths = [100 * score.half_width for _, score in points]
     known = all(map(math.isfinite, widths))
@@ -123,29 +130,29 @@ def line_of_scores(name: str, points: Sequence[tuple[float, Estimate]], *, dashe
 
 
 def name_unread(classes: Sequence[str]) -> str:
-    """Say which classes had no validation image that could be read; the same words everywhere."""
+    """Return a clause that lists the classes without a readable validation image, in the same words everywhere."""
     return f"data.val: not one image of {', '.join(classes)} could be read; the scores are of the other classes only"
 
 
 def stored_estimate(value: JsonMapping) -> Estimate:
-    """An estimate as result.json has it, where a half-width that is no number is null or NaN."""
+    """Return an estimate as result.json stores it. A half-width of null or NaN becomes nan."""
     width = value.get("half_width")
     return Estimate(float(value["mean"]), math.nan if width is None else float(width), list(value["values"]))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the approaches took to train, with what was measured and saved on the way."""
+    """Training time of the approaches, including measurements and checkpoints on the way."""
 
     device: str
-    """"CPU" or "GPU": whose minutes these are, over all processes."""
+    """"CPU" or "GPU": the device whose minutes are counted, summed over all processes."""
     minutes_before: dict[str, float | None]
-    """Approach -> what was trained before, its encoder and its teacher; None where nobody kept it."""
+    """Approach -> minutes spent on its encoder and teacher beforehand; None if they were not recorded."""
     minutes: dict[str, float]
-    """Approach -> fine-tuning, the mean of the seeds."""
+    """Approach -> minutes of fine-tuning, mean over the seeds."""
 
     def text(self, approach: str) -> str:
-        """Say what an approach took, such as 13.6 + 6.3 CPU-minutes; "" where nobody knows."""
+        """Return the training time of an approach, such as "13.6 + 6.3 CPU-minutes"; "" if it is not known."""
         own = self.minutes.get(approach, math.nan)
         if not math.isfinite(own):
             return ""
@@ -154,30 +161,30 @@ class Cost:
 
 
 def stored_cost(value: JsonMapping | None) -> Cost | None:
-    """A cost as result.json has it; None for runs that kept none."""
+    """Return a cost as result.json stores it; None if the run recorded none."""
     if not value:
         return None
     minutes = {approach: math.nan if m is None else float(m) for approach, m in value["minutes"].items()}
-    before = value.get("minutes_before") or {"pretrained": value.get("pretraining_minutes")}  # as it was called once
+    before = value.get("minutes_before") or {"pretrained": value.get("pretraining_minutes")}  # earlier releases
     return Cost(str(value["device"]), dict(before), minutes)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The approaches of a fine-tune, on one number of labels."""
+    """Scores of the approaches of a fine-tune, for one number of labels."""
 
     labels_per_class: int | None
-    """None: as many as there are, or a fraction of them."""
+    """Labels per class; None means all labels, or a fraction of them."""
     metric: str
-    """The task's headline: "accuracy", or "map" where images have several labels."""
+    """The task's main metric: "accuracy", or for example "map" if images have several labels."""
     score: dict[str, Estimate]
-    """Approach ("pretrained", "scratch", "cnn", "published") -> that metric on the validation images."""
+    """Approach ("pretrained", "scratch", "cnn", "published") -> main metric on the validation images."""
     metrics: dict[str, dict[str, Estimate]]
-    """Approach -> metric -> the same of every metric that the task has."""
+    """Approach -> metric -> its estimate, for every metric of the task."""
     gain: Estimate | None
-    """pretrained - scratch, paired by seed; None where one of them is missing."""
+    """pretrained - scratch, paired by seed; None if either of these approaches was not trained."""
     cost: Cost | None = field(default=None, compare=False)
-    """None where nobody kept it. It differs from run to run."""
+    """Training time; None if it was not recorded. It is not compared, since it differs from run to run."""
 
     @staticmethod
     def of(
@@ -186,13 +193,13 @@ class Verdict:
         metric: str = "accuracy",
         cost: Cost | None = None,
     ) -> Verdict:
-        """Summarise trials of one number of labels.
+        """Summarise the trials of one number of labels.
 
         Args:
-            labels_per_class: None: all.
-            trials: By approach, metrics of each seed, in the same order.
-            metric: The one that decides.
-            cost: Of the approaches.
+            labels_per_class: Labels per class. None means all.
+            trials: Metrics of each seed by approach; the seeds are in the same order for each.
+            metric: The main metric, by which approaches are compared.
+            cost: Training time of the approaches.
         """
         scores = {approach: [m[metric] for m in seeds] for approach, seeds in trials.items()}
         metrics = {
@@ -209,13 +216,13 @@ class Verdict:
 
 
 def aligned(rows: Sequence[Sequence[str]], gap: int = 3) -> list[str]:
-    """Rows of cells as lines for a terminal, column under column."""
+    """Return the rows of a table as lines for a terminal, with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [(" " * gap).join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """For people."""
+    """Return the verdicts as text for the terminal."""
     if len(verdicts) == 1:
         return _one(verdicts[0])
     approaches = list(verdicts[0].score)
@@ -267,6 +274,6 @@ def _interval(gain: Estimate) -> str:
 
 
 def _ends(difference: Estimate) -> str:
-    """The ends of an interval, in points."""
+    """Return the ends of an interval as text, in percentage points."""
     low, high = difference.mean - difference.half_width, difference.mean + difference.half_width
     return f"{100 * low:+.1f} to {100 * high:+.1f}"

@@ -1,4 +1,4 @@
-"""Where a run stands, from its files: for a terminal that did not start it, or another machine."""
+"""Report the progress of a run from its files, so that it can be watched from another terminal or machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mpp.runs.symptoms import symptoms
 QUIET = 10
 """A run counts as silent if it has written nothing for this many times the usual time between two lines."""
 YOUNG_S = 600
-"""A run folder without a status is taken for one that begins, for so long (a guess)."""
+"""Seconds for which a run folder without a status counts as a run that is starting (guess)."""
 
 
 def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
-    """Return lines for people about a run, and whether it is still in progress.
+    """Return a text about the progress of a run, and whether it is still in progress.
 
     Args:
-        folder: Of the run.
-        now: Seconds since 1970; None: now.
+        folder: Folder of the run.
+        now: Current time in seconds since 1970. None means the time of the call.
 
     Raises:
-        UserError: There is no run.
+        UserError: If the folder is not a run folder.
     """
     run = read_run(folder)
     now = time.time() if now is None else now
@@ -41,7 +41,17 @@ def standing(folder: str | Path, now: float | None = None) -> tuple[str, bool]:
 
 
 def record(folder: str | Path, now: float | None = None) -> JsonObject:
-    """The same for scripts, with the newest value of each metric, the warnings and a fine-tune's trials."""
+    """Return the progress of a run as JSON data, for scripts.
+
+    It includes the newest value of each metric, the warnings, and the trials of a fine-tune.
+
+    Args:
+        folder: Folder of the run.
+        now: Current time in seconds since 1970. None means the time of the call.
+
+    Raises:
+        UserError: If the folder is not a run folder.
+    """
     run = read_run(folder)
     now = time.time() if now is None else now
     standing = _record(run, now)
@@ -68,7 +78,7 @@ def _record(run: History, now: float) -> JsonObject:
 
 
 def _trained(run: History, now: float) -> tuple[list[str], bool]:
-    """A pretraining run, a trial of a fine-tune, or an evaluation."""
+    """Return lines about a pretraining run, a trial or an evaluation, and whether it is in progress."""
     state = str(run.status.get("state", "not begun"))
     running = _going_on(run, now)
     step, steps = run.step, run.status.get("steps")
@@ -117,14 +127,19 @@ def _count_trials(run: History) -> int:
 
 
 def _going_on(run: History, now: float) -> bool:
-    """Whether it runs, or was begun just now and has not said so yet."""
+    """Return whether a run is in progress, or was started just now and has not written its status yet."""
     if not run.status:
         return now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S
     return run.status.get("state") == "running" and run.alive() is not False
 
 
 def _pace(run: History, *, begun: bool = False) -> float | None:
-    """Seconds of a step, over the last few lines. begun: of an only line, too, with the start of everything in it."""
+    """Return the mean seconds per step over the last few lines, or None.
+
+    Args:
+        run: The run.
+        begun: Whether a single line is enough, although its time includes the start-up.
+    """
     lines = run.metrics[-RECENT_LINES - 1 :]
     if begun and len(lines) == 1:
         lines = [{"step": 0, "seen": 0}, *lines]
@@ -148,7 +163,7 @@ def _seconds_left(run: History, now: float) -> float | None:
 
 
 def _silent_for(run: History, now: float) -> float | None:
-    """Seconds without a line, where that is much longer than from one to the next; None after the last step."""
+    """Return the seconds since the last line if they are far more than usual; else None. None after the last step."""
     pace, every = _pace(run, begun=True), run.setting("log_every_steps", 50)
     if pace is None or not isinstance(every, int) or run.metrics[-1]["step"] >= run.status.get("steps", math.inf):
         return None

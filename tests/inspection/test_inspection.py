@@ -181,7 +181,7 @@ def test_command_line(run: Path, shards: Path, tmp_path: Path) -> None:
         (["{run}", "/none"], "/none: no such file or folder"),
         (["/none", "{images}"], "encoder: '/none': no such folder, and no such model of timm"),
         (["{run}", "{images}", "--compare", "vit_smal"], "--compare: 'vit_smal': no such folder"),
-        (["{run}", "{few}"], "IMAGES: at least 4 readable images are wanted; got 2; unreadable: "),
+        (["{run}", "{few}"], "IMAGES: at least 4 readable images are needed; got 2; unreadable: "),
         (["{run}", "{images}", "--count", "3"], "3 is not in the range x>=4"),
         (["{run}", "{images}", "--out", "{file}/x"], "Not a directory"),
     ],

@@ -1,4 +1,4 @@
-"""What frozen features are worth: a file for each kind of probe."""
+"""Probes of frozen features, with a file for each kind."""
 
 ARMS = {
     "encoder": "the encoder",
@@ -6,9 +6,9 @@ ARMS = {
     "random": "the same, at random initialisation",
     "pixels": "raw pixels",
 }
-"""What is probed, in words."""
+"""Name of an arm -> its name in sentences."""
 PROTOCOL = (
     "linear: L-BFGS on features of one central crop of each image; not comparable with the linear probes of papers, "
     "which MAE trains by SGD on random crops for 90 epochs"
 )
-"""Said with every figure of the linear probe."""
+"""Note that is printed with every figure of the linear probe."""

@@ -1,7 +1,7 @@
-"""A learned query attends to the tokens of a frozen encoder; a linear layer reads what it gathers.
+"""Attentive probe: a learned query attends to the tokens of a frozen encoder, and a linear layer classifies the result.
 
-CAE, Chen et al. 2022, section 4.1, calls it attentive probing: it asks what the tokens hold together, where a linear
-probe of their mean asks what survives averaging. Here without the norm and MLP of a whole block.
+It is the attentive probing of CAE (Chen et al. 2022, section 4.1), without the norm and MLP of a whole block. It
+measures what all tokens contain together. A linear probe of their mean measures what is left after averaging.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from torch import Tensor, nn
 HEAD_DIM = 64
 
 Tokens = dict[str, Tensor]
-"""Layer -> (B, N, D) tokens of these images."""
+"""Layer -> (B, N, D) tokens of a batch of images."""
 
 
 class AttentiveProbe(nn.Module):
-    """(B, N, D) tokens -> (B, classes) logits."""
+    """An attentive probe, from (B, N, D) tokens to (B, classes) logits.
+
+    Args:
+        dim: Width D of the tokens.
+        num_classes: Number of classes.
+    """
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -45,16 +50,16 @@ def train(
     steps_per_epoch: int,
     weight_decay: float,
 ) -> None:
-    """Train probes side by side on one pass of the encoder for each batch.
+    """Train several probes together, so that the encoder runs only once for each batch.
 
-    AdamW, a tenth of the steps warming up, then a cosine to zero.
+    The optimizer is AdamW. The learning rate warms up for a tenth of the steps, then follows a cosine to zero.
 
     Args:
-        probes: (layer, learning rate, probe) of each.
-        batches: Gives tokens and (B,) labels of an epoch.
-        epochs: How many.
-        steps_per_epoch: Batches of each.
-        weight_decay: Of AdamW.
+        probes: (layer, learning rate, probe) of each probe.
+        batches: Maps the number of an epoch to its batches of tokens and (B,) labels.
+        epochs: Number of epochs.
+        steps_per_epoch: Number of batches in an epoch.
+        weight_decay: Weight decay of AdamW.
     """
     optimizers = [torch.optim.AdamW(probe.parameters(), lr=lr, weight_decay=weight_decay) for _, lr, probe in probes]
     steps, step = epochs * steps_per_epoch, 0
@@ -80,7 +85,7 @@ def train(
 def count_correct(
     probes: Sequence[tuple[str, float, AttentiveProbe]], batches: Iterable[tuple[Tokens, Tensor]]
 ) -> tuple[list[int], int]:
-    """(correct answers of each probe, images)."""
+    """Return the number of correct predictions of each probe, and the number of images."""
     correct, images = [0] * len(probes), 0
     for tokens, labels in batches:
         images += len(labels)

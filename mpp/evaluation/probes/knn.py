@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity, one vote each."""
+"""k-NN probe: the nearest neighbours by cosine similarity have one vote each."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 8192
-"""Rows that are on the device at once."""
+"""Most rows of a table on the device at once."""
 
 
 def nearest(train: np.ndarray, queries: np.ndarray, k: int, device: torch.device) -> np.ndarray:
     """Find the nearest neighbours by cosine similarity.
 
     Args:
-        train: (n, D) float32, in memory or mapped from a file.
-        queries: (q, D) float32, likewise.
-        k: How many of each.
-        device: Where similarities are computed.
+        train: (n, D) float32 features, in memory or memory-mapped.
+        queries: (q, D) float32 features, in memory or memory-mapped.
+        k: Number of neighbours of each query.
+        device: Device on which similarities are computed.
 
     Returns:
-        (q, k) int64 rows of `train`, nearest first.
+        (q, k) int64 row numbers of `train`, nearest first.
     """
     neighbours = []
     for first in range(0, len(queries), CHUNK):
@@ -44,15 +44,15 @@ def _directions(x: np.ndarray, device: torch.device) -> Tensor:
 
 
 def vote(labels: np.ndarray, k: int, num_classes: int) -> np.ndarray:
-    """Return the most frequent of the first k labels of each query; of equally frequent ones the smallest.
+    """Return the most frequent of the first k labels of each query; in a tie, the smallest label.
 
     Args:
         labels: (q, ≥ k) labels of the neighbours, nearest first.
-        k: How many vote.
-        num_classes: How many there are.
+        k: Number of neighbours that vote.
+        num_classes: Number of classes.
 
     Returns:
-        (q,) int64.
+        (q,) int64 predicted labels.
     """
     counts = np.zeros((len(labels), num_classes), dtype=np.int64)
     np.add.at(counts, (np.arange(len(labels))[:, None], labels[:, :k]), 1)
@@ -68,7 +68,10 @@ def accuracies(
     num_classes: int,
     device: torch.device,
 ) -> dict[int, float]:
-    """k -> accuracy, for those `ks` that are no more than the training images."""
+    """Return k -> accuracy for each of `ks` that is at most the number of training images.
+
+    If all are larger, k is the number of training images.
+    """
     ks = [k for k in ks if k <= len(train)] or [len(train)]
     voters = train_labels[nearest(train, queries, max(ks), device)]
     return {k: float((vote(voters, k, num_classes) == labels).mean()) for k in ks}

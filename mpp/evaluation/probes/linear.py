@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on standardised features, over files that need not fit into memory."""
+"""Linear probe: multinomial logistic regression on standardised features, in files that need not fit into memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 16384
-"""Rows that are on the device at once."""
+"""Most rows of a table on the device at once."""
 STILL = 1e-12
-"""Features that vary less than this over the training images stay at zero."""
+"""Features whose variance over the training images is at most this are set to zero."""
 
 
 def _rows(x: np.ndarray, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
@@ -24,28 +24,28 @@ def _rows(x: np.ndarray, device: torch.device) -> Iterator[tuple[slice, Tensor]]
 
 @dataclass(frozen=True)
 class Linear:
-    """A fitted probe."""
+    """A fitted linear probe."""
 
     mean: Tensor
-    """(D,) of the training features"""
+    """(D,) mean of the training features"""
     scale: Tensor
-    """(D,) 1 / standard deviation"""
+    """(D,) 1 / standard deviation of the training features; 0 for features that do not vary"""
     weight: Tensor
     """(classes, D)"""
     bias: Tensor
     """(classes,)"""
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, D) features as they were read -> (B, classes)."""
+        """Return (B, classes) logits of (B, D) features, which are not yet standardised."""
         return (x - self.mean) * self.scale @ self.weight.T + self.bias
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """(n, D) -> (n,) class numbers."""
+        """Return the (n,) predicted class numbers of (n, D) features."""
         return np.concatenate([self.logits(rows).argmax(-1).cpu().numpy() for _, rows in _rows(x, self.mean.device)])
 
 
 def standardisation(x: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(n, D) -> mean and 1 / standard deviation, (D,) each; 0 for features that do not vary."""
+    """Return mean and 1 / standard deviation of (n, D) features, (D,) each; the latter is 0 for constant features."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     total = torch.zeros(x.shape[1], dtype=dtype, device=device)
     for _, rows in _rows(x, device):
@@ -68,25 +68,25 @@ def fit(
     max_iterations: int,
     start: Linear | None = None,
 ) -> Linear:
-    """Minimise mean cross-entropy + weight_decay / 2 · |weight|² by L-BFGS with Wolfe's line search.
+    """Fit a probe: minimise mean cross-entropy + weight_decay / 2 · |weight|² by L-BFGS with Wolfe line search.
 
     The bias is not decayed. scikit-learn's LogisticRegression is the same with C = 1 / (n · weight_decay).
 
     Args:
-        x: (n, D), in memory or mapped from a file.
-        labels: (n,) int64.
-        num_classes: How many there are.
-        weight_decay: See above.
-        device: Where it is computed.
-        max_iterations: Of L-BFGS.
-        start: Weights to start from, of a fit to the same x.
+        x: (n, D) features, in memory or memory-mapped.
+        labels: (n,) int64 labels.
+        num_classes: Number of classes.
+        weight_decay: Weight decay of the objective above.
+        device: Device of the computation.
+        max_iterations: Most iterations of L-BFGS.
+        start: Probe fitted to the same x, whose weights are the starting point. None means zeros.
     """
     if start is None:
         mean, scale = standardisation(x, device)
         weight, bias = torch.zeros(num_classes, x.shape[1], device=device), torch.zeros(num_classes, device=device)
     else:
         mean, scale, weight, bias = start.mean, start.scale, start.weight.clone(), start.bias.clone()
-    held = list(_rows(x, device)) if len(x) <= CHUNK else None  # read once, not at every evaluation
+    held = list(_rows(x, device)) if len(x) <= CHUNK else None  # if it fits, read once instead of at every evaluation
     targets = torch.from_numpy(labels).to(device)
     weight.requires_grad_()
     bias.requires_grad_()
@@ -127,18 +127,19 @@ def accuracies(
     device: torch.device,
     max_iterations: int,
 ) -> dict[float, float]:
-    """Return what a probe is worth on other features for each weight decay, from strong to weak, each fitted from the
-    one before.
+    """Return weight decay -> accuracy on other features, from the strongest to the weakest weight decay.
+
+    Each fit starts from the weights of the one before.
 
     Args:
-        x: (n, D), to fit to.
-        labels: (n,) int64.
-        tune_x: (m, D), to judge by.
-        tune_labels: (m,) int64.
-        num_classes: How many there are.
-        weight_decays: See `fit`.
-        device: See `fit`.
-        max_iterations: See `fit`.
+        x: (n, D) features to fit to.
+        labels: (n,) int64 labels of x.
+        tune_x: (m, D) features to judge by.
+        tune_labels: (m,) int64 labels of tune_x.
+        num_classes: Number of classes.
+        weight_decays: Weight decays to try, as in `fit`.
+        device: Device of the computation.
+        max_iterations: Most iterations of L-BFGS for each fit.
     """
     tuned: dict[float, float] = {}
     fitted = None

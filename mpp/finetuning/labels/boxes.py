@@ -21,7 +21,7 @@ from mpp.finetuning.place_labels import PlaceLabels
 
 
 class BoxesLabels(PlaceLabels):
-    """Images with a COCO file of boxes."""
+    """Images whose boxes are listed in a COCO file."""
 
     at_every_place = True
     eight_bit_only = True
@@ -78,7 +78,10 @@ class BoxesLabels(PlaceLabels):
 
     @torch.no_grad()
     def predict(self, model: Supervised, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Return of each image boxes (n, 4) as x0, y0, x1, y1 in pixels, labels and scores (n,), surest first."""
+        """Return boxes (n, 4) as x0, y0, x1, y1 in pixels, labels (n,) and scores (n,) of each image.
+
+        They are sorted by score, highest first.
+        """
         scaled = [scaled_to(image, self.fit(int(image.shape[1]), int(image.shape[2]))) for image in images]
         places = [
             {"scale": torch.tensor(s.shape[2] / i.shape[2]), "size": torch.tensor(i.shape[1:])}

@@ -23,7 +23,7 @@ from mpp.finetuning.place_labels import PlaceLabels
 
 
 class MaskLabels(PlaceLabels):
-    """Images with a PNG mask beside each, whose values are classes."""
+    """Images that each have a PNG mask, whose values are class numbers."""
 
     at_every_place = True
     eight_bit_only = True
@@ -58,13 +58,13 @@ class MaskLabels(PlaceLabels):
         return WholeDataset(images, self._fit_shorter_side(), None, **self.data.decoding())
 
     def counts(self, images: LabeledImages, subset: np.ndarray) -> np.ndarray:
-        """Return pixels of each class, (classes,)."""
+        """Return the number of pixels of each class, (classes,)."""
         assert isinstance(images, Segmented)
         pixels: np.ndarray = images.pixels[subset].sum(0)
         return pixels
 
     def hint_of_one_class(self, images: LabeledImages) -> str:
-        """Name the other value that the masks hold, if it is the one that counts for nothing."""
+        """Return a note about the second mask value if it is `task.ignore_index`, which does not count as a class."""
         assert isinstance(images, Segmented)
         value = self._ignore_index
         if not images.ignored:
@@ -98,12 +98,13 @@ class MaskLabels(PlaceLabels):
 
     @torch.no_grad()
     def predict(self, model: Supervised, images: Sequence[Tensor]) -> list[Tensor]:
-        """Return (h, w) uint8 classes of each image."""
+        """Return the classes of each image, (h, w) uint8."""
         sizes = [(int(i.shape[1]), int(i.shape[2])) for i in images]
         scaled = [scaled_to(image, self.fit(*size)) for image, size in zip(images, sizes, strict=True)]
         return [mask.cpu() for mask in model.task.predict(model.run, scaled, sizes, self.data.image_size)]
 
     def describe(self, name: str, image: Tensor, predicted: Tensor, classes: list[str], out: Path | None) -> Predicted:
         picture = Image.fromarray(predicted.numpy())
-        picture.putpalette(colours(len(classes)).flatten().tolist())  # numbers are classes; colours are for people
+        # the pixel values of the file are class numbers, and the palette only gives them visible colours
+        picture.putpalette(colours(len(classes)).flatten().tolist())
         return Predicted([{"image": name, "mask": str(out)}], over_pixels(image, predicted, len(classes)), picture)

@@ -8,7 +8,7 @@ from mpp.finetuning.image_labels import ImageLabels
 
 
 class OneClassLabels(ImageLabels):
-    """The class is the name of a folder, or is recorded in the shards or the CSV file."""
+    """Labels with one class per image: the name of its folder, or an entry in the shards or the CSV file."""
 
     allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {"data.val_side_px": (None,)}
     least_classes = 2

@@ -8,7 +8,7 @@ from mpp.finetuning.image_labels import ImageLabels
 
 
 class SeveralClassesLabels(ImageLabels):
-    """The classes of an image are recorded in the shards or the CSV file, separated by semicolons; it may have none."""
+    """Labels with any number of classes per image, separated by semicolons in the shards or the CSV file."""
 
     allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "mixup": (0.0,),

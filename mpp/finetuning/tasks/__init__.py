@@ -1,1 +1,1 @@
-"""Labeled tasks of fine-tuning: head, loss and metric."""
+"""Labeled tasks of fine-tuning: head, loss and metrics."""

@@ -1,4 +1,4 @@
-"""Classification: one label an image."""
+"""Classification: one label per image."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ClassifyTask(Task):
     """Classify images: the head on the encoder's features, its loss and its metrics.
 
     Args:
-        label_smoothing: Probability moved from the label to all classes (Szegedy et al. 2016, section 7).
-        tanh_dim: Width of a tanh hidden layer before the linear one (ViT, Dosovitskiy et al. 2021, section 3.1, in
-            pretraining). Default: only the linear layer.
+        label_smoothing: Probability moved from the label to all classes, from 0 to 1 (Szegedy et al. 2016, section 7).
+        tanh_dim: Width of a hidden layer with tanh before the linear layer (as in the pretraining of ViT, Dosovitskiy
+            et al. 2021, section 3.1). Default: only the linear layer.
     """
 
     labels = "one_class"
@@ -37,11 +37,11 @@ class ClassifyTask(Task):
         self.label_smoothing = label_smoothing
         self.hidden = nn.Linear(features_dim, tanh_dim) if tanh_dim else None
         self.out = nn.Linear(tanh_dim or features_dim, num_classes)
-        nn.init.trunc_normal_(self.out.weight, std=2e-5)  # MAE's and BEiT's fine-tuning: start near zero
+        nn.init.trunc_normal_(self.out.weight, std=2e-5)  # start near zero, as in the fine-tuning of MAE and BEiT
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, classes) logits."""
+        """Compute logits: features (B, D) -> (B, classes)."""
         if self.hidden is not None:
             features = torch.tanh(self.hidden(features))
         return self.out(features)
@@ -50,11 +50,11 @@ class ClassifyTask(Task):
         """Return the loss of a micro-batch.
 
         Args:
-            logits: (B, classes).
-            labels: (B,) int64, or (B, classes) float where images were mixed.
+            logits: Logits, (B, classes).
+            labels: Class numbers, (B,) int64. If images were mixed, probabilities, (B, classes) float.
         """
         if self.class_weights is not None and labels.ndim == 1:
-            # of class numbers torch takes a weighted mean, which would depend on the batch
+            # for class numbers, torch divides by the sum of the weights in the batch; for probabilities it does not
             labels = F.one_hot(labels, logits.shape[1]).float()
         smoothing, weights = self.label_smoothing, self.class_weights
         return F.cross_entropy(logits.float(), labels, weight=weights, label_smoothing=smoothing)
@@ -62,28 +62,30 @@ class ClassifyTask(Task):
     def judge(
         self, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Return logits (B, classes) float32 and labels (B,)."""
+        """Return logits, (B, classes) float32, and labels, (B,)."""
         return run(images).float().cpu(), labels
 
     def metrics(self, judged: list[tuple[Tensor, Tensor]], *, headline_only: bool = False) -> dict[str, float]:
-        """The metrics, none of which has a threshold.
+        """Return the metrics, which all work without a threshold.
 
-        balanced_accuracy: mean recall of the classes that occur. auroc, map: of each occurring class against the rest,
-        averaged. ece: expected calibration error in 15 bins (Guo et al. 2017).
+        accuracy: fraction of images whose likeliest class is the label.
+        balanced_accuracy: mean recall of the classes that occur.
+        auroc, map: area under the ROC curve and average precision of each class that occurs against the rest, averaged.
+        ece: expected calibration error in 15 bins (Guo et al. 2017).
         """
         logits, labels = (torch.cat(t) for t in zip(*judged, strict=True))
         hits = (logits.argmax(-1) == labels).double()
         if headline_only:
             return {"accuracy": float(hits.mean())}
-        from torchmetrics.functional import classification as found  # a second, and only here
+        from torchmetrics.functional import classification as found  # imported here because the import takes a second
 
         classes, probabilities = logits.shape[1], logits.float().softmax(-1)
         occurring = torch.bincount(labels, minlength=classes).gt(0)
-        if int(occurring.sum()) == 1:  # no rest to tell it from
+        if int(occurring.sum()) == 1:  # there are no other classes to rank it against
             ranked = {}
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # torchmetrics', of classes that never occur
+                warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns of classes that never occur
                 auroc = found.multiclass_auroc(probabilities, labels, classes, average="none")
                 precision = found.multiclass_average_precision(probabilities, labels, classes, average="none")
             ranked = {"auroc": float(auroc[occurring].mean()), "map": float(precision[occurring].mean())}

@@ -1,4 +1,4 @@
-"""Detection: boxes with classes, by torchvision's detectors."""
+"""Detection: boxes with classes, by the detectors of torchvision."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ class DetectTask(Task):
     """Detect objects: a torchvision detector on a pyramid over the encoder's maps, its losses and its metrics.
 
     Args:
-        detector: fcos (Tian et al. 2019), retinanet (Lin et al. 2017) or faster_rcnn (Ren et al. 2015).
+        detector: Detector of torchvision: fcos (Tian et al. 2019), retinanet (Lin et al. 2017) or faster_rcnn (Ren et
+            al. 2015).
         width: Channels of every pyramid level.
-        finest: Cells of the first pyramid level along a cell of a plain encoder (ViTDet: 4). Hierarchical encoders have
-            levels of their own.
-        score_threshold: Detections with a lower score are dropped (torchvision: 0.05).
-        max_detections: Most detections of an image (COCO's evaluation counts 100).
+        finest: Cells of the first pyramid level along each side of a cell of a plain encoder (ViTDet: 4). Hierarchical
+            encoders ignore it, because their stages are the levels.
+        score_threshold: Lowest score, from 0 to 1, of the detections that are kept (torchvision: 0.05).
+        max_detections: Most detections per image (COCO's evaluation counts 100).
     """
 
     labels = "boxes"
@@ -61,18 +62,18 @@ class DetectTask(Task):
         few: JsonObject = {"detections_per_img": max_detections, "score_thresh": score_threshold}
         built: Any
         if detector == "fcos":
-            # one anchor a place; the level's stride says which sizes of boxes it takes
+            # one anchor per cell; its size, the stride, determines which box sizes the level detects
             anchors = _Anchors([[s] for s in strides], [1.0], strides)
             built = FCOS(handed, num_classes, anchor_generator=anchors, **few)
         elif detector == "retinanet":
-            # their section 4: three sizes from 4 strides on, three aspects
+            # section 4 of the paper: three sizes, beginning at 4 strides, and three aspects
             sizes = [[4 * s * 2 ** (k / 3) for k in range(3)] for s in strides]
             anchors = _Anchors(sizes, [0.5, 1.0, 2.0], strides)
             built = RetinaNet(handed, num_classes, anchor_generator=anchors, **few)
         else:
             anchors = _Anchors([[8 * s] for s in strides], [0.5, 1.0, 2.0], strides)
             pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], output_size=7, sampling_ratio=2)
-            # it would take the powers of 2 that are nearest
+            # torchvision would round these scales to the nearest powers of 2
             pool.scales = [1 / s for s in strides]
             pool.map_levels = initLevelMapper(*(round(math.log2(s)) for s in (strides[0], strides[-1])))
             built = FasterRCNN(
@@ -80,21 +81,22 @@ class DetectTask(Task):
                 box_detections_per_img=max_detections, box_score_thresh=score_threshold,
             )  # fmt: skip
         built.transform = _AsTheyAre()
-        self.first_label = int(detector == "faster_rcnn")  # its class 0 is the background
+        self.first_label = int(detector == "faster_rcnn")  # Faster R-CNN's class 0 is the background
         self.detector = built
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int], targets: Labels = None) -> Outputs:
         """Compute losses in training, and boxes otherwise.
 
         Args:
-            maps: Of the encoder.
+            maps: Feature maps of the encoder, (B, D_i, h_i, w_i) each.
             size: (H, W) of the images.
-            targets: Of each image boxes (n, 4) as x0, y0, x1, y1 and labels (n,).
+            targets: For each image, boxes (n, 4) as x0, y0, x1, y1 and labels (n,). Required in training.
 
         Returns:
-            In training the losses by name; else of each image boxes (n, 4) in its pixels, labels and scores (n,).
+            In training, the losses by name. Otherwise, for each image, boxes (n, 4) in pixels of the (H, W) image,
+            labels and scores (n,).
         """
-        with torch.autocast(maps[0].device.type, enabled=False):  # boxes want more digits than bfloat16 has
+        with torch.autocast(maps[0].device.type, enabled=False):  # boxes need more precision than bfloat16 has
             levels = self.pyramid([m.float() for m in maps])
             self.detector.backbone.maps = OrderedDict((str(i), level) for i, level in enumerate(levels))
             images = list(maps[0].new_empty((len(maps[0]), 1, *size), dtype=torch.float32))
@@ -115,22 +117,22 @@ class DetectTask(Task):
     def judge(
         self, run: Callable[[Tensor], Outputs], images: Tensor, targets: list[dict[str, Tensor]], size: tuple[int, int]
     ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Return (predicted, true) of each image, in the pixels of the file, on the CPU."""
+        """Return (predicted, true) of each image, with boxes in pixels of the file, on the CPU."""
         return list(zip(self.predict(run, images, targets), targets, strict=True))
 
     @torch.no_grad()
     def predict(
         self, run: Callable[[Tensor], Outputs], images: Tensor, targets: Sequence[dict[str, Tensor]]
     ) -> list[dict[str, Tensor]]:
-        """Predict boxes in the pixels of the files.
+        """Predict boxes in pixels of the image files.
 
         Args:
-            run: The model.
-            images: Shrunk into the upper left of their canvas.
-            targets: `scale` and `size` (h, w) of each file.
+            run: Model that maps images to the outputs of `forward`.
+            images: (B, C, H, W) uint8, each image scaled into the upper left of its canvas.
+            targets: For each file, `scale` (pixels of the canvas per pixel of the file) and `size` (h, w) in pixels.
 
         Returns:
-            boxes, scores and labels of each image, on the CPU.
+            Boxes, scores and labels of each image, on the CPU.
         """
         in_pixels = []
         for detections, target in zip(run(images), targets, strict=True):
@@ -138,7 +140,8 @@ class DetectTask(Task):
             h, w = target["size"].tolist()
             limits = torch.tensor([w, h, w, h], dtype=torch.float32)
             boxes = (on_host["boxes"] / target["scale"]).clamp_min(0).minimum(limits)
-            there = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)  # a pixel at least, and not on the grey beside the image
+            # Keep boxes with sides of at least a pixel. Clamped boxes from the grey padding have no area.
+            there = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
             in_pixels.append(
                 {"boxes": boxes[there], "scores": on_host["scores"][there], "labels": on_host["labels"][there]}
             )
@@ -147,18 +150,20 @@ class DetectTask(Task):
     def metrics(self, judged: list[object], *, headline_only: bool = False) -> dict[str, float]:
         """Return average precision and recall, as COCO's own evaluation computes them.
 
-        map: mean over classes and overlaps 0.50 to 0.95. map_50, map_75: at one overlap. map_small, …: of boxes below
-        32², 96² and above. mar_100: recall.
+        map: mean over classes and overlaps from 0.50 to 0.95.
+        map_50, map_75: map at one overlap.
+        map_small, map_medium, map_large: map of boxes below 32² pixels, from 32² to 96² pixels, and above.
+        mar_100: mean recall with at most 100 detections per image.
         """
         result = self._coco(judged)
         if headline_only:
             return {"map": max(float(result["map"]), 0.0)}
         wanted = ("map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
-        # -1 stands for sizes that do not occur
+        # torchmetrics returns -1 for box sizes that do not occur
         return {"map": max(float(result["map"]), 0.0)} | {k: float(result[k]) for k in wanted if result[k] >= 0}
 
     def per_class(self, judged: list[object]) -> Tensor:
-        """(classes,) average precision; nan where a class does not occur."""
+        """Return the average precision of each class, (classes,); nan for a class that does not occur."""
         result = self._coco(judged, each=True)
         of_class = torch.full((self.num_classes,), float("nan"), dtype=torch.float64)
         places, values = torch.atleast_1d(result["classes"]), torch.atleast_1d(result["map_per_class"])
@@ -167,7 +172,7 @@ class DetectTask(Task):
         return of_class
 
     def _coco(self, judged: list[Judged], *, each: bool = False) -> dict[str, Tensor]:
-        from torchmetrics.detection import MeanAveragePrecision  # seconds, and only here
+        from torchmetrics.detection import MeanAveragePrecision  # imported here because the import takes seconds
 
         metric = MeanAveragePrecision(class_metrics=each)
         for batch in judged:
@@ -179,10 +184,11 @@ class DetectTask(Task):
 
 
 class _Anchors(AnchorGenerator):
-    """Boxes of these sizes and aspects (height over width) about the centre of every cell.
+    """Boxes of given sizes and aspects (height over width) around the centre of every cell.
 
-    torchvision's own boxes are centred on the cells' corners and rounded to pixels. They take the stride of a level to
-    be the image's side over its cells, rounded down. With patches of 14 px they drift by 32 px over 224.
+    torchvision's own anchors are centred on the corners of cells and rounded to pixels. It also computes the stride of
+    a level as the image side divided by the number of cells, rounded down. With patches of 14 px its anchors therefore
+    drift by 32 px across an image of 224 px.
     """
 
     def __init__(self, sizes: Sequence[Sequence[float]], aspects: Sequence[float], strides: Sequence[float]) -> None:
@@ -203,7 +209,7 @@ class _Anchors(AnchorGenerator):
 
 
 class _Handed(nn.Module):
-    """Stands where a detector looks for its backbone, and gives it the maps that were made before."""
+    """Backbone of a detector that returns feature maps computed earlier."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()
@@ -216,7 +222,7 @@ class _Handed(nn.Module):
 
 
 class _AsTheyAre(nn.Module):
-    """Stands where a detector normalises and resizes: images come as they should be."""
+    """Transform of a detector that changes nothing, because images are already normalised and resized."""
 
     def forward(self, images: list[Tensor], targets: object = None) -> tuple[ImageList, object]:
         return ImageList(torch.stack(images), [(i.shape[-2], i.shape[-1]) for i in images]), targets

@@ -1,4 +1,4 @@
-"""Classification where an image may have several labels, or none."""
+"""Classification of images that may have several labels, or none."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class MultilabelTask(Task):
         super().__init__()
         self.hidden = None
         self.out = nn.Linear(features_dim, num_classes)
-        nn.init.trunc_normal_(self.out.weight, std=2e-5)  # MAE's and BEiT's fine-tuning: start near zero
+        nn.init.trunc_normal_(self.out.weight, std=2e-5)  # start near zero, as in the fine-tuning of MAE and BEiT
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, classes) logits."""
+        """Compute logits: features (B, D) -> (B, classes)."""
         return self.out(features)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of a micro-batch.
 
         Args:
-            logits: (B, classes).
-            labels: (B, classes) float32, 0 or 1.
+            logits: Logits, (B, classes).
+            labels: Whether an image has each class, (B, classes) float32, 0 or 1.
         """
         return F.binary_cross_entropy_with_logits(logits.float(), labels)
 
@@ -45,22 +45,23 @@ class MultilabelTask(Task):
         return run(images).float().cpu(), labels
 
     def metrics(self, judged: list[tuple[Tensor, Tensor]], *, headline_only: bool = False) -> dict[str, float]:
-        """The metrics, none of which has a threshold.
+        """Return the metrics, which all work without a threshold.
 
-        map: mean average precision of the classes that occur. auroc: of those that also do not always occur.
-        ece: calibration error of the probabilities of all classes, in 15 bins (Guo et al. 2017).
+        map: mean average precision of the classes that occur.
+        auroc: mean area under the ROC curve of the classes that some images have and others lack.
+        ece: expected calibration error of the probabilities of all classes, in 15 bins (Guo et al. 2017).
         """
-        from torchmetrics.functional import classification as found  # a second, and only here
+        from torchmetrics.functional import classification as found  # imported here because the import takes a second
 
         def of_each_class(binary: Callable[..., Tensor]) -> Tensor:
-            """(classes,) of a metric of one class against its absence."""
+            """Return a binary metric for each class, (classes,)."""
             return torch.stack([binary(p, t) for p, t in zip(probabilities.T, truth.T, strict=True)])
 
         logits, labels = (torch.cat(t) for t in zip(*judged, strict=True))
         truth, probabilities = labels.long(), logits.float().sigmoid()
         occurs, lacks = truth.bool().any(0), (1 - truth).bool().any(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torchmetrics', of classes that never occur
+            warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns of classes that never occur
             precision = of_each_class(found.binary_average_precision)
             headline = {"map": float(precision[occurs].double().mean()) if bool(occurs.any()) else 0.0}
             if headline_only:

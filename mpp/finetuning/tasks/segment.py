@@ -16,23 +16,25 @@ from mpp.finetuning.task import Task
 from mpp.recipe.values import BelowOne, Int, PositiveInt
 
 LOGITS_AT_ONCE = 2**26
-"""Windows that are judged together have no more logits than this: 256 MB."""
+"""Most logits that windows predicted together, or a band of rows, may have: 256 MB in float32."""
 WINDOWS_AT_ONCE = 64
+"""Most windows that are predicted together."""
 NEVER = -1e9
-"""Logit of a class that cannot be."""
+"""Logit of a class that must never be predicted."""
 
 
 class SegmentTask(Task):
     """Segment images: the head on the encoder's maps, its loss and its metrics.
 
     Args:
-        head: linear: a linear layer on the last map. fpn: a pyramid whose levels are added at the finest (the semantic
-            branch of Panoptic FPN, Kirillov et al. 2019, lighter).
+        head: Head on the encoder's maps. linear: a linear layer on the last map. fpn: a pyramid whose levels are added
+            at the size of the finest (a lighter semantic branch of Panoptic FPN, Kirillov et al. 2019).
         width: Channels of every pyramid level.
-        finest: Cells of the first pyramid level along a cell of a plain encoder (ViTDet: 4). Hierarchical encoders have
-            levels of their own.
+        finest: Cells of the first pyramid level along each side of a cell of a plain encoder (ViTDet: 4). Hierarchical
+            encoders ignore it, because their stages are the levels.
         ignore_index: Value of mask pixels that count neither in training nor in the score.
-        window_overlap: Overlap of neighbouring windows, as a fraction, when an image is larger than one window.
+        window_overlap: Overlap of neighbouring windows when an image is larger than one window, as a fraction of the
+            window's side.
     """
 
     labels = "mask"
@@ -57,7 +59,7 @@ class SegmentTask(Task):
         nn.init.normal_(self.out.weight, std=0.01)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int], targets: object = None) -> Tensor:
-        """(B, D_i, h_i, w_i) each -> (B, classes, H, W) logits, bilinear from the finest map."""
+        """Compute logits: maps (B, D_i, h_i, w_i) -> (B, classes, H, W), bilinear from the finest map."""
         if self.pyramid is None:
             x = self.norm(maps[-1])
         else:
@@ -70,13 +72,13 @@ class SegmentTask(Task):
         return F.interpolate(self.out(x).float(), size, mode="bilinear", align_corners=False)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Return a mean over the pixels of each image, then over images.
+        """Return the cross-entropy as a mean over the pixels of each image, then over images.
 
-        So no image outweighs another, however its batch is shared between processes.
+        So every image has the same weight, however the batch is divided among processes.
 
         Args:
-            logits: (B, classes, H, W).
-            masks: (B, H, W) uint8.
+            logits: Logits, (B, classes, H, W).
+            masks: Class of each pixel, (B, H, W) uint8.
         """
         weights = None if self.class_weights is None else self.class_weights.float()
         each = F.cross_entropy(
@@ -93,16 +95,16 @@ class SegmentTask(Task):
         sizes: Sequence[tuple[int, int]],
         window: tuple[int, int],
     ) -> list[Tensor]:
-        """Predict the class of every pixel; logits of overlapping windows are averaged.
+        """Predict the class of every pixel. Logits of overlapping windows are averaged.
 
         Args:
-            run: (B, C, H, W) uint8 -> (B, classes, H, W) logits.
-            images: (C, h, w) uint8, none smaller than the window.
-            sizes: (h0, w0) of the files.
-            window: (H, W) that the model reads at a time.
+            run: Model that maps (B, C, H, W) uint8 to (B, classes, H, W) logits.
+            images: Images, (C, h, w) uint8, at least as large as the window.
+            sizes: (h0, w0) of the files, in pixels.
+            window: (H, W) that the model reads at a time, in pixels.
 
         Returns:
-            (h0, w0) uint8 classes of each image.
+            Classes of each image, (h0, w0) uint8.
         """
         places = [(i, *at) for i, image in enumerate(images) for at in self._windows(image.shape[-2:], window)]
         at_once = min(max(LOGITS_AT_ONCE // (self.num_classes * window[0] * window[1]), 1), WINDOWS_AT_ONCE)
@@ -113,7 +115,7 @@ class SegmentTask(Task):
             part = places[start : start + at_once]
             x = torch.stack([images[i][:, y : y + window[0], x : x + window[1]] for i, y, x in part])
             found_here = run(x)
-            if self.ignore_index < self.num_classes:  # nothing has trained it
+            if self.ignore_index < self.num_classes:  # the ignored class was never trained
                 found_here[:, self.ignore_index] = NEVER
             for (i, y, left), logits in zip(part, found_here, strict=True):
                 if i not in sums:
@@ -128,7 +130,7 @@ class SegmentTask(Task):
         return classes_of
 
     def _windows(self, size: Sequence[int], window: tuple[int, int]) -> list[tuple[int, int]]:
-        """Upper left corners of the windows that cover (h, w), evenly spaced."""
+        """Return the upper left corners (y, x) of evenly spaced windows that cover (h, w)."""
         tops, lefts = (
             [round(k * (side - w) / max(n - 1, 1)) for k in range(n)]
             for side, w in zip(size, window, strict=True)
@@ -139,7 +141,7 @@ class SegmentTask(Task):
     def judge(
         self, run: Callable[[Tensor], Tensor], images: list[Tensor], masks: list[Tensor], window: tuple[int, int]
     ) -> Tensor:
-        """Return (classes, classes) int64: pixels by true class and predicted class, on the CPU."""
+        """Return the number of pixels by true and predicted class, (classes, classes) int64, on the CPU."""
         total = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
         predicted = self.predict(run, images, [(m.shape[0], m.shape[1]) for m in masks], window)
         for mask, classes in zip(masks, predicted, strict=True):
@@ -151,8 +153,9 @@ class SegmentTask(Task):
     def metrics(self, judged: list[Tensor], *, headline_only: bool = False) -> dict[str, float]:
         """Return metrics over all pixels of all images (Everingham et al. 2015).
 
-        miou: mean intersection over union of the classes that occur or were predicted. pixel_accuracy. mean_accuracy:
-        mean recall of the classes that occur.
+        miou: mean intersection over union of the classes that occur or were predicted.
+        pixel_accuracy: fraction of pixels whose class is right.
+        mean_accuracy: mean recall of the classes that occur.
         """
         total = torch.stack(judged).sum(0).double()
         iou = self.per_class(judged)
@@ -167,14 +170,20 @@ class SegmentTask(Task):
         }
 
     def per_class(self, judged: list[Tensor]) -> Tensor:
-        """(classes,) intersection over union; nan where a class neither occurs nor was said."""
+        """Return the intersection over union of each class, (classes,).
+
+        It is nan for a class that neither occurs nor was predicted.
+        """
         total = torch.stack(judged).sum(0).double()
         hits = total.diagonal()
         return hits / (total.sum(0) + total.sum(1) - hits)  # 0 / 0 is nan
 
 
 def _classes_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(classes, h, w) -> (h0, w0) uint8: the likeliest after bilinear interpolation, in bands of rows that fit."""
+    """Return the likeliest class of each pixel, (h0, w0) uint8, from logits (classes, h, w).
+
+    The logits are interpolated bilinearly, in bands of rows to limit memory.
+    """
     rows, columns = size
     if tuple(logits.shape[1:]) == tuple(size):
         return logits.argmax(0).to(torch.uint8)
