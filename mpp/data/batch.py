@@ -1,4 +1,4 @@
-"""What the loader hands to the model: `Batch` and its parts."""
+"""Batches that the dataloader passes to the model: `Batch` and its parts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 NOISE = {"predict": 0, "kind": 1, "source": 2, "guide": 3}
-"""Planes of `Units.noise`: which hidden units are predicted, what a corruption does to each, where it copies from, and
-what a guided mask adds to its guide."""
+"""Planes of `Units.noise`, each of which decides one thing:
+
+* predict: which hidden units are predicted
+* kind: the kind of corruption of each unit
+* source: the unit from which a corruption copies
+* guide: the noise that a guided mask adds to its guide
+"""
 
 
 @dataclass
@@ -20,12 +25,12 @@ class Units:
     hidden: Tensor
     """(B, uh, uw) bool, True where hidden."""
     count: int
-    """Hidden units of each image; a plain int, so that no device has to be asked."""
+    """Number of hidden units in each image. A plain int, so that no device has to be synchronised."""
     noise: Tensor
-    """(B, 4, uh, uw) float32 in [0, 1), see `NOISE`. Whatever else is drawn for a mask unit is derived from it."""
+    """(B, 4, uh, uw) float32 in [0, 1), see `NOISE`. All other random choices for a mask unit are derived from it."""
 
     def tensors_by(self, act: Callable[[Tensor], Tensor]) -> Units:
-        """Return the same with its tensors replaced by what `act` makes of them."""
+        """Return the same masks with `act` applied to each tensor."""
         return Units(act(self.hidden), self.count, act(self.noise))
 
     def of(self, images: slice) -> Units:
@@ -35,22 +40,22 @@ class Units:
 
 @dataclass
 class Batch:
-    """One micro-batch of pretraining, as the loader's workers make it."""
+    """One micro-batch of pretraining, made by the dataloader's workers."""
 
     images: Tensor
     """(B, C, H, W) uint8, cropped and flipped, not normalised; float32 in [0, 255] for images with a value range."""
     units: Units
     positions: Tensor
-    """(B,) int64: place of each sample in the run's endless sequence."""
+    """(B,) int64: position of each sample in the run's endless sequence."""
     samples: Tensor
     """(B, 2) int64: (shard, row) of each sample."""
     replaced: int = 0
-    """Samples whose image could not be read and was replaced by a neighbour."""
+    """Number of samples whose image could not be read and was replaced by a neighbour."""
     bad: list[str] = field(default_factory=list)
-    """One line for each image that could not be read; a search for a neighbour may meet several."""
+    """One line for each image that could not be read. The search for one neighbour may add several."""
 
     def tensors_by(self, act: Callable[[Tensor], Tensor]) -> Batch:
-        """Replace what the model computes with by what `act` makes of each tensor; the rest stays with the host."""
+        """Apply `act` to each tensor that the model uses. The rest stays on the host."""
         self.images, self.units = act(self.images), self.units.tensors_by(act)
         return self
 
@@ -58,19 +63,19 @@ class Batch:
         return self.tensors_by(Tensor.pin_memory)
 
     def to_keep(self) -> tuple[dict[str, Tensor], int]:
-        """Return tensors by name and the number of hidden units, from which `mpp replay` runs the batch again."""
+        """Return tensors by name and the number of hidden units, from which `mpp replay` repeats the batch."""
         tensors = {"images": self.images, "mask": self.units.hidden, "noise": self.units.noise}
         return tensors | {"positions": self.positions, "samples": self.samples}, self.units.count
 
 
 class Images(NamedTuple):
-    """One batch of images, as targets, corruptions and teachers may need them."""
+    """One batch of images in the forms that targets, corruptions and teachers use."""
 
     raw: Tensor
-    """(B, C, H, W) uint8."""
+    """(B, C, H, W) uint8, or float32 in [0, 255] for images with a value range."""
     normalised: Tensor
     """(B, C, H, W) float32, (raw / 255 - mean) / std."""
     mean: Tensor
-    """(C, 1, 1) of pixels in [0, 1]."""
+    """(C, 1, 1): mean of pixels in [0, 1]."""
     std: Tensor
-    """(C, 1, 1)"""
+    """(C, 1, 1): standard deviation of pixels in [0, 1]."""

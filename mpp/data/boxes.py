@@ -23,12 +23,12 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
     """Open a folder with `annotations.json` and `images/`, or [an annotation file, the folder of its images].
 
     Args:
-        spec: As a recipe names them.
-        key: Where the recipe names them, for messages.
-        classes: Those of the training data, which validation must share; None: the categories, by ascending id.
+        spec: Places in the recipe.
+        key: Recipe key, for messages.
+        classes: Classes of the training data, which validation must share. None means the categories, by ascending id.
 
     Raises:
-        UserError: Something does not fit together, with the file and the place in it.
+        UserError: If the annotations are invalid or do not match the images, with the file and the place in it.
     """
     if len(spec) == 2 and os.path.isfile(spec[0]) and os.path.isdir(spec[1]):
         path, root = spec
@@ -51,7 +51,7 @@ def open_detected(spec: tuple[str, ...], *, key: str, classes: list[str] | None)
 
 
 class _CocoFile:
-    """The three lists of a COCO file, whose values are checked one by one. UserError if there are other ones."""
+    """The three lists of a COCO file. UserError is raised if a list is missing, or later if a value is invalid."""
 
     def __init__(self, place: str, values: object) -> None:
         self.place = place
@@ -63,7 +63,7 @@ class _CocoFile:
             self.lists[part] = entries
 
     def number(self, part: str, i: int, name: str, words: str = "a number") -> int:
-        """Return a whole number; some tools write them as 3.0."""
+        """Return a value that must be a whole number. Some tools write whole numbers as 3.0."""
         value = self.lists[part][i].get(name)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -82,7 +82,7 @@ class _CocoFile:
 
 
 def _read_json(path: str, key: str) -> object:
-    """The value of a JSON file. UserError."""
+    """Parse a JSON file. Raise UserError if that fails."""
     try:
         with open_regular(path) as annotations:
             value: object = json.loads(annotations.read(), object_pairs_hook=_each_key_once)
@@ -96,7 +96,7 @@ def _read_json(path: str, key: str) -> object:
 
 
 def _categories(file: _CocoFile, classes: list[str] | None) -> tuple[list[str], dict[int, int]]:
-    """Names of the classes, and the class of each category id. UserError."""
+    """Return the names of the classes, and the class of each category id. Raise UserError for invalid categories."""
     named: dict[int, str] = {}
     for i in range(len(file.lists["categories"])):
         number = file.number("categories", i, "id")
@@ -117,7 +117,14 @@ def _categories(file: _CocoFile, classes: list[str] | None) -> tuple[list[str], 
 
 
 def _images(file: _CocoFile, root: str) -> tuple[list[str], list[tuple[int, int] | None], dict[int, int]]:
-    """Files, their sizes (width, height) if they are known, and the place of each image id in both. UserError."""
+    """Read the list of images.
+
+    Returns:
+        (files, their sizes (width, height) or None if unknown, position of each image id in both lists).
+
+    Raises:
+        UserError: If the list is invalid or an image is missing.
+    """
     place_of: dict[int, int] = {}
     images: list[str] = []
     sizes: list[tuple[int, int] | None] = []
@@ -152,12 +159,12 @@ class _Boxes:
     """Boxes and labels of each image."""
 
     boxes: list[list[list[float]]]
-    """x0, y0, x1, y1, area of each box."""
+    """[x0, y0, x1, y1, area] of each box of each image, in pixels."""
     labels: list[list[list[int]]]
-    """class, crowd of each box."""
+    """[class, 1 for a crowd or 0] of each box of each image."""
     left_out: LeftOut = field(default_factory=LeftOut)
     cut: list[str] = field(default_factory=list)
-    """A line for each box that runs past its image."""
+    """A line for each box that extends beyond its image by more than MOST_OUTSIDE_PX."""
 
 
 def _boxes(
@@ -167,7 +174,7 @@ def _boxes(
     place_of: dict[int, int],
     class_of: dict[int, int],
 ) -> _Boxes:
-    """Read the annotations. UserError."""
+    """Read the annotations. Raise UserError for invalid ones."""
     annotated = _Boxes([[] for _ in sizes], [[] for _ in sizes])
     relative = True
     for i, entry in enumerate(file.lists["annotations"]):
@@ -179,7 +186,7 @@ def _boxes(
         place, where = place_of[int(entry["image_id"])], f"{path}: annotations[{i}].bbox"
         width, height = sizes[place] or (math.inf, math.inf)
         corners = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
-        if corners[0] >= corners[2] or corners[1] >= corners[3]:  # COCO has a few without height
+        if corners[0] >= corners[2] or corners[1] >= corners[3]:  # COCO has a few boxes without height
             annotated.left_out.add("no pixel of its image", f"{where}: {json.dumps(entry['bbox'])}")
             continue
         relative = relative and x + w <= 1 and y + h <= 1
@@ -198,7 +205,7 @@ def _boxes(
 
 
 def _box(file: _CocoFile, i: int, entry: JsonObject) -> tuple[float, float, float, float]:
-    """x, y, width, height. UserError."""
+    """Return (x, y, width, height) of an annotation in pixels. Raise UserError for invalid values."""
     box: Any = entry.get("bbox")
     numeric = isinstance(box, list) and len(box) == 4 and all(_is_number(v) for v in box)
     if not numeric or box[2] < 0 or box[3] < 0:
@@ -207,7 +214,10 @@ def _box(file: _CocoFile, i: int, entry: JsonObject) -> tuple[float, float, floa
 
 
 def _crowd(file: _CocoFile, i: int, entry: JsonObject) -> int:
-    """1 for a box around many objects, which no prediction has to find. UserError."""
+    """Return 1 for a crowd, a box around many objects that no prediction has to find; else 0.
+
+    Raise UserError for other values.
+    """
     crowd = entry.get("iscrowd", 0)
     if crowd not in (0, 1) or isinstance(crowd, float):
         file.refuse("annotations", i, f".iscrowd: expected 0 or 1; got {json.dumps(crowd)}")
@@ -215,7 +225,7 @@ def _crowd(file: _CocoFile, i: int, entry: JsonObject) -> int:
 
 
 def _area(file: _CocoFile, i: int, entry: JsonObject) -> float | None:
-    """In pixels; None: that of the box. UserError."""
+    """Return the stated area in pixels; None means the area of the box. Raise UserError for an invalid value."""
     area: Any = entry.get("area")
     if area is not None and not (_is_number(area) and area >= 0):
         why = f".area: must be a number of pixels; got {json.dumps(area)}. Without it the area is that of the box"
@@ -224,7 +234,7 @@ def _area(file: _CocoFile, i: int, entry: JsonObject) -> float | None:
 
 
 def _each_key_once(pairs: list[tuple[str, object]]) -> JsonObject:
-    """ValueError for an object of JSON that has a key twice, of which one would be lost."""
+    """Build a JSON object. Raise ValueError if it has a key twice, because one value would be lost."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -233,5 +243,5 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> JsonObject:
 
 
 def _is_number(value: object) -> bool:
-    """JSON's integers have no end, and its reader takes NaN."""
+    """Check for a number below 1e9 in size. JSON's integers have no limit, and Python's reader accepts NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9

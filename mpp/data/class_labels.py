@@ -1,4 +1,4 @@
-"""Labels of images in shards, and names of classes."""
+"""Read the labels of images in shards, and check the names of classes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mpp.errors import UserError
 
 
 def read_labels(images: ShardImages, shard: int, row: int) -> list[str]:
-    """Return the names in `labels` of a sample's .json.
+    """Return the names in the list `labels` of a sample's .json file.
 
     Raises:
-        UserError: It has no list of names there.
+        UserError: If there is no such list of names.
     """
     stored, name = images.read_label(shard, row), images.name(shard, row)
     try:
@@ -30,10 +30,10 @@ def read_labels(images: ShardImages, shard: int, row: int) -> list[str]:
 
 
 def class_name(value: str, where: str) -> str:
-    """Strip the name of a class.
+    """Return the name of a class without spaces and byte order mark around it.
 
     Raises:
-        UserError: It is empty, or holds what is no text.
+        UserError: If the name is empty, or contains control characters or invalid text.
     """
     name = value.strip().removeprefix("\ufeff")
     if not name:
@@ -47,7 +47,7 @@ def stored_label(images: ShardImages, shard: int, row: int) -> str | int | None:
     """Return the label of an image in a shard: a number, a name, or None if it has none.
 
     Raises:
-        UserError: The label is neither.
+        UserError: If the label is neither a number nor a name.
     """
     stored = images.read_label(shard, row)
     return None if stored is None else _parsed_label(*stored, where=images.name(shard, row))
@@ -72,7 +72,7 @@ def _parsed_label(data: bytes, is_json: bool, where: str) -> str | int:
         raise UserError(f"{where}: a label is a whole number or a name; got {json.dumps(value)}")
     if isinstance(value, str):
         value = class_name(value, where)
-        if re.fullmatch(r"-?(0|[1-9][0-9]{0,8})", value):  # 007 is a name, and another one than 7
+        if re.fullmatch(r"-?(0|[1-9][0-9]{0,8})", value):  # 007 is a name, and differs from 7
             value = int(value)
     if isinstance(value, int) and value < 0:
         raise UserError(f"{where}: label {value} is negative")
@@ -87,5 +87,5 @@ def listed_classes(folder: str) -> list[str]:
 
 
 def classes_of_parquet(folder: str, spec: str) -> str:
-    """The end of a message about a folder without images: what to do if it holds Parquet files; else nothing."""
+    """Return the end of a message about a folder without images: advice if it holds Parquet files, else ''."""
     return f"; {packed_first(spec)}" if any(Path(folder).rglob("*.parquet")) else ""

@@ -15,29 +15,32 @@ from mpp.recipe.sections import ValueRange
 
 @dataclass
 class Crop:
-    """How an image becomes a training sample."""
+    """Settings by which an image is decoded, cropped and flipped into a training sample."""
 
     size: tuple[int, int]
-    """(H, W) in pixels"""
+    """(H, W) in pixels."""
     channels: int
     scale: tuple[float, float]
+    """Least and greatest area of a random crop, as fractions of the image's area."""
     ratio: tuple[float, float]
+    """Least and greatest aspect of a random crop (width over height)."""
     flip: float
+    """Probability of a horizontal flip."""
     formats: tuple[str, ...]
     max_image_pixels: int
     value_range: ValueRange | None = None
-    """Of images that are not read as 8 bit."""
+    """Values that become 0 and 255, for images that are not read as 8 bit."""
     nodata: float | None = None
-    """The value of missing pixels in them."""
+    """Value that marks missing pixels in images with a `value_range`."""
 
     def random(self, data: bytes, rng: np.random.Generator) -> Tensor:
-        """(C, H, W): crop and flip of the sample that this generator belongs to."""
-        flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
+        """Return a random crop, (C, H, W), flipped at random. `rng` is the generator of the sample."""
+        flip = rng.random() < self.flip  # drawn first, because a crop takes a varying number of draws
         image = self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio))
         return image.flip(-1) if flip else image
 
     def centre(self, data: bytes) -> Tensor:
-        """(C, H, W) uint8: the largest centred crop."""
+        """Return the largest centred crop, (C, H, W), in the type `dtype`."""
         return self._decode(data, lambda w, h: centre_box(w, h, self.size))
 
     def _decode(self, data: bytes, choose_box: Callable[[int, int], Box]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images labeled at places: a mask beside each, or COCO's boxes; their crops for training, and whole for validation."""
+"""Datasets of images with masks or boxes: random crops for training, whole images for validation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mpp.rng import Purpose, stream
 
 
 class DenseDataset(Dataset[LabeledBatch]):
-    """Random resized crops of a subset with their labels; keys are (position, 0, place in the subset).
+    """Random resized crops of a subset, with their labels. Keys are (position, 0, place in the subset).
 
-    All of it is a pure function of (seed, position). A bad image is replaced by the next of the subset.
+    Each crop is a pure function of seed, position and image. A bad image is replaced by the next one of the subset.
     """
 
     def __init__(
@@ -40,7 +40,19 @@ class DenseDataset(Dataset[LabeledBatch]):
         color_jitter: float | None,
         **decoding: Unpack[Decoding],
     ) -> None:
-        """size: (H, W) px; scale, ratio: ranges of a crop's area and aspect. decoding: as `decode_crop` takes it."""
+        """Set the images and how they are cropped.
+
+        Args:
+            data: Labeled images.
+            subset: Numbers of the images to train on.
+            seed: Seed of the run.
+            size: (H, W) of the crops in pixels.
+            scale: Least and greatest area of a crop, as fractions of the image's area.
+            ratio: Least and greatest aspect of a crop (width over height).
+            flip: Probability of a horizontal flip.
+            color_jitter: Strength of random changes of brightness, contrast and saturation. None means no changes.
+            **decoding: Decoding settings, see `decode_cut`.
+        """
         self.data, self.subset, self.seed, self.decoding = data, subset, seed, decoding
         self.size, self.scale, self.ratio, self.flip, self.color_jitter = size, scale, ratio, flip, color_jitter
 
@@ -57,12 +69,12 @@ class DenseDataset(Dataset[LabeledBatch]):
         return LabeledBatch(torch.stack(images), _together(labels), positions, readable, bad, replaced)
 
     def _sample(self, position: int, place: int) -> tuple[Tensor, object, list[str]]:
-        """The image, its labels, and a line for each unreadable one in whose place it stands."""
+        """Return a crop, its labels, and a line for each unreadable image that it replaces."""
         bad: list[str] = []
         for step in range(len(self.subset)):
             number = int(self.subset[(place + step) % len(self.subset)])
             rng = stream(self.seed, Purpose.AUGMENT, position)
-            flip = rng.random() < self.flip  # drawn first: the crop takes a varying number of draws
+            flip = rng.random() < self.flip  # drawn first, because a crop takes a varying number of draws
             chosen: list[Box] = []
 
             def box(
@@ -89,14 +101,14 @@ class DenseDataset(Dataset[LabeledBatch]):
 
 
 class WholeDataset(Dataset[LabeledBatch]):
-    """Whole images with their labels, for evaluation; keys are numbers of images. Unreadable ones are left out.
+    """Whole images with their labels, for evaluation. Keys are numbers of images. Unreadable images are left out.
 
     Args:
         data: Labeled images.
-        fit: Image size (h, w) -> the size it is scaled to.
-        size: (H, W) of the canvas in whose upper left the image is put, over grey; None: no canvas, and a list of
+        fit: Function that returns the scaled size (h, w) for the size (h, w) of an image.
+        size: (H, W) of a grey canvas with the image in its upper left corner. None means no canvas, and a list of
             images.
-        **decoding: As of `decode_cut`.
+        **decoding: Decoding settings, see `decode_cut`.
     """
 
     def __init__(
@@ -130,10 +142,10 @@ class WholeDataset(Dataset[LabeledBatch]):
 
 
 def whole_image(data: bytes, **decoding: Unpack[Reading]) -> Tensor:
-    """Return a whole image, (C, h, w) uint8.
+    """Decode a whole image, (C, h, w) uint8.
 
     Raises:
-        BadImage: It cannot be decoded.
+        BadImage: If it cannot be decoded.
     """
     pixels = decode_pillow(data, **decoding)
     return torch.from_numpy(np.atleast_3d(np.array(pixels))).permute(2, 0, 1)
@@ -144,14 +156,14 @@ def scaled_to(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def on_canvas(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The image in the upper left of a grey one of (H, W)."""
+    """Put an image into the upper left corner of a grey image of `size`, (H, W)."""
     canvas = torch.full((image.shape[0], *size), GREY, dtype=torch.uint8)
     canvas[:, : image.shape[1], : image.shape[2]] = image
     return canvas
 
 
 def fit_shorter_side(side_px: int, window: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
-    """Sizes with this shorter side, and no smaller than the window (H, W)."""
+    """Return a function that scales a size (h, w) to this shorter side, and to at least the window (H, W)."""
 
     def fit(h: int, w: int) -> tuple[int, int]:
         scale = max(side_px / min(h, w), window[0] / h, window[1] / w)
@@ -161,7 +173,7 @@ def fit_shorter_side(side_px: int, window: tuple[int, int]) -> Callable[[int, in
 
 
 def fit_inside(size: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
-    """The largest size of the same aspect within (H, W)."""
+    """Return a function that scales a size (h, w) to the largest one with the same aspect within `size`, (H, W)."""
 
     def fit(h: int, w: int) -> tuple[int, int]:
         scale = min(size[0] / h, size[1] / w)
@@ -171,10 +183,10 @@ def fit_inside(size: tuple[int, int]) -> Callable[[int, int], tuple[int, int]]:
 
 
 def within(size: tuple[int, int], max_image_pixels: int) -> tuple[int, int]:
-    """Check that an image is not too large once it is scaled: a thin one grows with its shorter side.
+    """Check that a scaled image is not too large, and return its size. Narrow images may become large when scaled.
 
     Raises:
-        BadImage: It is.
+        BadImage: If it has more than `max_image_pixels`.
     """
     if size[0] * size[1] > max_image_pixels:
         raise BadImage(f"{size[1]}×{size[0]} pixels once it is scaled, over max_image_pixels {max_image_pixels}")
@@ -186,9 +198,9 @@ def _together(labels: Sequence[Any]) -> Any:
 
 
 def _jittered(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
-    """Brightness, contrast and, in colour, saturation, each times a factor of 1 ± strength, in this order."""
+    """Multiply brightness, contrast and, for colour images, saturation, in this order, by factors of 1 ± strength."""
     changes = [F.adjust_brightness, F.adjust_contrast, *([F.adjust_saturation] if image.shape[0] >= 3 else [])]
-    seen, rest = image[:3], image[3:]  # transparency is no colour
+    seen, rest = image[:3], image[3:]  # transparency is not changed
     for change in changes:
         seen = change(seen, rng.uniform(max(1 - strength, 0), 1 + strength))
     return torch.cat([seen, rest])

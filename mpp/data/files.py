@@ -1,4 +1,4 @@
-"""Images that are files of their own: a folder of them, or a CSV file that names them."""
+"""Separate image files: a folder of images, or a CSV file that lists them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from mpp.errors import BadImage, UserError
 from mpp.rng import Purpose, stream
 
 FILES_PER_SHARD = 1000
-"""Files that are treated like the images of one shard, as many as `mpp pack` puts into one."""
+"""Number of files that are treated as one shard, the default of `mpp pack`."""
 MOST_IMAGE_BYTES = 1 << 30
-"""Of a file that is read at once: 64 megapixels of 16-bit RGBA, uncompressed, are half of it."""
+"""Greatest size of an image file, which is read at once. Uncompressed, 64 megapixels of 16-bit RGBA are half of it."""
 STATS_AT_A_TIME = 32
-"""Questions for sizes of files, which may be on a server."""
+"""Threads that ask for the sizes of files, which may be on a server."""
 
 
 def read_manifest(path: str, columns: Sequence[str], optional: Sequence[str] = ()) -> list[tuple[int, dict[str, str]]]:
     """Read a CSV file of images.
 
-    Names of columns are compared without upper case, and names and values without the spaces around them.
+    Column names are compared in lower case. Spaces around names and values are removed.
 
     Args:
-        columns: Those that must be there; `image` has a value in every row.
-        optional: Those that are read if they are there.
+        columns: Names of the required columns. `image` must have a value in every row.
+        optional: Names of the columns that are read if they exist.
 
     Returns:
         (line, value of each column) of every row that is not blank.
 
     Raises:
-        UserError: With the line of what is wrong.
+        UserError: If the file cannot be read or is invalid, with the line of the fault.
     """
     try:
         with open_regular(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
@@ -54,7 +54,7 @@ def read_manifest(path: str, columns: Sequence[str], optional: Sequence[str] = (
 
 
 def _rows(path: str, text: TextIO, columns: Sequence[str], optional: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """What `read_manifest` returns."""
+    """Parse the rows of a CSV file, see `read_manifest`."""
     reader = csv.reader(text, skipinitialspace=True, strict=True)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
@@ -92,22 +92,22 @@ def _rows(path: str, text: TextIO, columns: Sequence[str], optional: Sequence[st
 
 
 _ODD = re.compile(r"[\0\n\r\t]")
-"""Characters that no path or label holds."""
+"""Characters that are not accepted in paths and labels."""
 
 
 def is_place(name: str) -> bool:
-    """Whether these are files of their own: a folder without shards, or a CSV file."""
+    """Check whether a name from `expand` means separate image files: a folder without shards, or a CSV file."""
     return os.path.isdir(name) or name.lower().endswith(".csv")
 
 
 def places(name: str, key: str) -> tuple[str, list[str], LeftOut]:
-    """Find images that are files of their own: those of a folder, or those that a CSV file names.
+    """Find separate image files: the images of a folder, or those that a CSV file lists.
 
     Returns:
-        (the folder that the paths are below, paths, what was left out).
+        (folder, paths below the folder, files that were left out).
 
     Raises:
-        UserError: There are none.
+        UserError: If there are no images.
     """
     if os.path.isdir(name):
         files, left_out = list_images(name)
@@ -120,13 +120,13 @@ def places(name: str, key: str) -> tuple[str, list[str], LeftOut]:
 
 
 def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
-    """List files as if they lay in shards, mixed as `mpp pack` mixes them.
+    """Group separate image files into shards, shuffled as `mpp pack` shuffles them.
 
     Returns:
-        A name and a table for each shard.
+        (name, index) of each shard.
 
     Raises:
-        UserError: There are none, or they cannot be read.
+        UserError: If there are no images, or the folder or CSV file cannot be read.
     """
     folder, paths, left_out = places(name, key)
     order = stream(0, Purpose.PACK).permutation(len(paths))
@@ -149,7 +149,7 @@ def shards_of(name: str, key: str) -> list[tuple[str, ShardIndex]]:
 
 
 def _size(path: str) -> int:
-    """In bytes; 0 for what cannot be read, which is a bad image when it is."""
+    """Return the size of a file in bytes; 0 if it cannot be read, so that reading it later raises BadImage."""
     try:
         status = os.stat(path)
         return status.st_size if stat.S_ISREG(status.st_mode) else 0
@@ -161,7 +161,7 @@ def read_file(path: str, size: int) -> bytes:
     """Read the bytes of a file.
 
     Raises:
-        BadImage: It cannot be read, or is not as large as it was when the run began.
+        BadImage: If the file cannot be read, or its size has changed since the run began.
     """
     data = read_regular(path)
     if len(data) != size:
@@ -173,18 +173,18 @@ def check_bytes(size: int) -> None:
     """Check that a file may be read into memory.
 
     Raises:
-        BadImage: It is too large.
+        BadImage: If it is larger than MOST_IMAGE_BYTES.
     """
     if size > MOST_IMAGE_BYTES:
         raise BadImage(f"a file of {size} bytes; expected at most {MOST_IMAGE_BYTES}")
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Open a file. A pipe would be waited for.
+    """Open a regular file. Opening a pipe would block.
 
     Raises:
-        BadImage: It is no regular file.
-        OSError: It cannot be opened.
+        BadImage: If it is not a regular file.
+        OSError: If it cannot be opened.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise BadImage("not a file")
@@ -192,10 +192,10 @@ def open_regular(path: str) -> BinaryIO:
 
 
 def read_regular(path: str) -> bytes:
-    """Read a file. A pipe would be waited for, and a device has no end.
+    """Read a regular file. Reading a pipe would block, and a device has no end.
 
     Raises:
-        BadImage: It is no regular file, or too large.
+        BadImage: If the file is not regular, too large, or cannot be read.
     """
     try:
         status = os.stat(path)

@@ -1,4 +1,4 @@
-"""Labeled images for fine-tuning: a folder with a folder for each class, shards with labels, or a CSV file."""
+"""Open labeled images for fine-tuning: a tree of class folders, shards with labels, or a CSV file."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class Labeled:
 
     reader: Reader
     labels: np.ndarray
-    """(images,) int64, indexes into `classes`; or (images, classes) bool where an image may have several, or none"""
+    """(images,) int64, indexes into `classes`. (images, classes) bool if an image may have several labels, or none."""
     classes: list[str]
     left_out: LeftOut = field(default_factory=LeftOut, compare=False)
-    """Files and members that are not among the images"""
+    """Files and members that are not among the images."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def strata(self) -> np.ndarray:
-        """(images,) int64, what a part held out is stratified by: the class, where an image has one."""
+        """Stratum of each image for a held-out split, (images,) int64: its class, or 0 if it may have several."""
         return np.zeros(len(self.labels), dtype=np.int64) if self.several else self.labels
 
     def class_of_each(self) -> np.ndarray | None:
-        """(images,) int64; None if an image may have several classes."""
+        """Return the class of each image, (images,) int64; None if an image may have several."""
         return None if self.several else self.labels
 
     @property
@@ -49,15 +49,20 @@ class Labeled:
         return self.labels.ndim == 2
 
     def fingerprint(self) -> str:
-        """What the images and their labels are, not where they lie."""
+        """Return a hash of the images and their labels. Their location does not change it."""
         words = (*self.classes, self.reader.fingerprint())
         return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape") + self.labels.tobytes()).hexdigest()
 
     def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
-        """Return the numbers of the images to train on, ascending: all, so many of each class, or a fraction of each.
+        """Return the numbers of the images to train on, ascending.
+
+        Args:
+            labels_per_class: Number of images of each class. None means no such limit.
+            fraction: Fraction of each class, or of all images if an image may have several labels. None means all.
+            seed: Seed of the draw.
 
         Raises:
-            UserError: A class has fewer than `labels_per_class`.
+            UserError: If a class has fewer than `labels_per_class` images, or images may have several labels.
         """
         if labels_per_class is None and (fraction is None or self.several):
             return draw_fraction(len(self.labels), fraction, seed)
@@ -85,19 +90,19 @@ def open_labeled(
 ) -> Labeled:
     """Open a tree of class folders, shards with labels (.cls, .json), or a CSV file.
 
-    A folder that holds *.tar is shards.
+    A folder that holds *.tar files is read as shards.
 
     Args:
-        spec: Of the recipe.
-        key: Of the recipe, for messages.
-        classes: Those of the training data, which validation must share; None: the data's own.
-        cache_dir: For shards that lie elsewhere.
-        cache_limit_bytes: The most that may lie there.
-        image_extension: Which member of a sample is its image, see `samples_among`.
+        spec: Places in the recipe.
+        key: Recipe key, for messages.
+        classes: Classes of the training data, which validation must share. None means the classes of the data itself.
+        cache_dir: Cache folder of remote shards. None means the default.
+        cache_limit_bytes: Greatest size of all cached shards.
+        image_extension: Extension of the member that is a sample's image, see `samples_among`.
         several: Whether an image may have several labels, or none.
 
     Raises:
-        UserError: Labels are missing, or name no class.
+        UserError: If labels are missing or name no class.
     """
     if manifests := [place for place in spec if place.lower().endswith(".csv")]:
         if len(spec) > 1:
@@ -111,7 +116,7 @@ def open_labeled(
         if several:
             return replace(labeled, labels=np.eye(len(labeled.classes), dtype=bool)[labeled.labels])
         return labeled
-    for place in spec:  # class folders beside their archive
+    for place in spec:  # for example class folders next to the archive they came from
         if os.path.isdir(place) and (archives := archives_in(place)) and (unpacked := list_images(place)[0]):
             raise UserError(holds_both(key, place, archives, unpacked))
     images = ShardImages(
@@ -125,7 +130,7 @@ def open_labeled(
         labeled = _named(packed, [read_labels(images, *at) for at in numbers], places, key, classes, several)
         return replace(labeled, left_out=images.left_out)
     values = [read_label(images, shard, row) for shard, count in enumerate(images.counts) for row in range(count)]
-    # what `mpp pack` left in each folder: the numbers in the shards of a folder count in its own list
+    # Class names that `mpp pack` wrote: label numbers in the shards of a folder refer to the list in that folder.
     folders = [os.path.dirname(name) for name in images.names]
     listed = {folder: class_names(folder) for folder in dict.fromkeys(folders)}
     named = [names for names in listed.values() if names is not None]
@@ -149,11 +154,11 @@ def open_labeled(
 
 
 def _classes_of(values: list[str | int], key: str) -> list[str]:
-    """Class names of training data that has no list of them: the names it uses, or the numbers 0 to the largest."""
+    """Return the classes of training data without a list: the names in use, or the numbers from 0 to the largest."""
     numbers = [v for v in values if isinstance(v, int)]
     if len(numbers) < len(values):
         return sorted({str(v) for v in values})
-    if max(numbers) >= 1000 + 10 * len(set(numbers)):  # ids, not class numbers; a guess
+    if max(numbers) >= 1000 + 10 * len(set(numbers)):  # these are ids, not class numbers (a guess)
         raise UserError(
             f"{key}: labels up to {max(numbers)}, but only {len(set(numbers))} different ones: number classes from 0"
         )
@@ -161,7 +166,7 @@ def _classes_of(values: list[str | int], key: str) -> list[str]:
 
 
 def _read_csv(path: str, several: bool) -> list[tuple[int, str, list[str]]]:
-    """(line, image file, names of its classes) of each row. UserError with the line of what is wrong."""
+    """Return (line, image file, names of its classes) of each row. Raise UserError with the line of a fault."""
     column = "labels" if several else "label"
     rows = read_manifest(path, ["image", column])
     if several:
@@ -183,7 +188,10 @@ def _read_csv(path: str, several: bool) -> list[tuple[int, str, list[str]]]:
 
 
 def _check_separator(path: str, values: list[tuple[int, str]]) -> None:
-    """UserError where labels seem to be separated by something else than a semicolon: all of a value would be one."""
+    """Raise UserError if labels seem to be separated by other characters than semicolons.
+
+    Otherwise the whole value would be read as one label.
+    """
     if any(";" in value for _, value in values):
         return
     for number, value in values:
@@ -202,7 +210,19 @@ def _named(
     classes: list[str] | None,
     several: bool,
 ) -> Labeled:
-    """From the names of each image's classes. UserError, with its place, for one that is no class of the training."""
+    """Make labels from the names of each image's classes.
+
+    Args:
+        reader: Reader of the images.
+        named: Names of the classes of each image.
+        places: Place of each image, for messages.
+        key: Recipe key, for messages.
+        classes: Classes of the training data. None means the names that occur, sorted.
+        several: Whether an image may have several labels, or none.
+
+    Raises:
+        UserError: If a name is not a class of the training data, or if no image has a label.
+    """
     if several and not any(named):
         raise UserError(f"{key}: not one image has a label; the first: {places[0]}")
     known = classes if classes is not None else sorted({name for names in named for name in names})

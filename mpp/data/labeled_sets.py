@@ -20,7 +20,7 @@ from mpp.recipe.sections import Decoding, Reading
 from mpp.rng import Purpose, stream, torch_seed
 
 Images: TypeAlias = Any
-"""(B, C, H, W) uint8; or a list of (C, h, w), if whole images are judged."""
+"""Images of a batch, see `LabeledBatch.images`: a tensor, or a list of tensors."""
 Labels: TypeAlias = Any
 """Labels of a batch, see `LabeledBatch.labels`: a tensor, or tensors in lists and dictionaries."""
 
@@ -30,26 +30,32 @@ class LabeledBatch:
     """One micro-batch of labeled images."""
 
     images: Images
-    """(B, C, H, W) uint8; or a list of (C, h, w), where whole images are judged"""
+    """(B, C, H, W), or (B, 5, C, H, W) for the crops of ten views, or a list of (C, h, w) for whole images.
+
+    The type is uint8, or float32 in [0, 255] for images with a value range.
+    """
     labels: Labels
-    """(B,) int64, or (B, classes) float32 where images may have several; (B, H, W) uint8 masks, a list of them where
-    whole images are judged; or boxes, a dictionary of tensors for each image"""
+    """Labels, by task:
+
+    * classes: (B,) int64, or (B, classes) float32 if an image may have several
+    * masks: (B, H, W) uint8, or a list of (h, w) for whole images
+    * boxes: one dictionary of tensors for each image
+    """
     positions: Tensor
-    """(B,) int64"""
+    """(B,) int64: positions in the run, or numbers of the images in evaluation."""
     readable: Tensor
-    """(B,) bool: False where an image could not be read, and pixels and label are zeros, or, of whole ones, left out"""
+    """(B,) bool: False for an unreadable image. Its pixels are zeros, or it is left out of a list of whole images."""
     bad: list[str]
-    """A line for each file that could not be read"""
+    """A line for each file that could not be read."""
     replaced: int = 0
-    """Training images in whose place another one stands"""
+    """Number of training images that were replaced by another one."""
     strong: Tensor | None = None
-    """(U, C, H, W) uint8: strong views of images without labels, if there are any"""
+    """(U, C, H, W): strong views of the unlabeled images, in the type of `images`; None if there are none."""
     weak: Tensor | None = None
-    """(U, C, H, W) uint8: weak views of the same, if they are asked for"""
+    """(U, C, H, W): weak views of the same unlabeled images; None if they are not requested."""
 
     def tensors_by(self, act: Callable[[Tensor], Tensor]) -> LabeledBatch:
-        """Replace images, labels and views by what `act` makes of each tensor among them; the rest stays with the
-        host."""
+        """Replace each tensor of images, labels and views by the result of `act`. The rest stays on the host."""
         self.images, self.labels = _each(self.images, act), _each(self.labels, act)
         self.strong = None if self.strong is None else act(self.strong)
         self.weak = None if self.weak is None else act(self.weak)
@@ -59,14 +65,14 @@ class LabeledBatch:
         return self.tensors_by(Tensor.pin_memory)
 
     def to_keep(self) -> tuple[JsonObject, None]:
-        """Return tensors by name, from which `mpp replay` runs the batch again. No unit is hidden."""
+        """Return the tensors by name, from which `mpp replay` repeats the batch, and None: no unit is hidden."""
         tensors = {"images": self.images, "labels": self.labels}
         tensors |= {key: view for key, view in (("strong", self.strong), ("weak", self.weak)) if view is not None}
         return tensors | {"positions": self.positions, "readable": self.readable}, None
 
 
 def _each(value: Any, act: Callable[[Tensor], Tensor]) -> Any:
-    """The same lists and dictionaries, with every tensor replaced."""
+    """Return the same lists and dictionaries, with `act` applied to every tensor."""
     if isinstance(value, Tensor):
         return act(value)
     if isinstance(value, dict):
@@ -75,18 +81,18 @@ def _each(value: Any, act: Callable[[Tensor], Tensor]) -> Any:
 
 
 class LabeledDataset(Dataset[LabeledBatch]):
-    """Augmented training images of a subset; keys are (position, 0, place in the subset).
+    """Augmented training images of a subset. Keys are (position, 0, place in the subset).
 
-    A bad image is replaced by the next of the subset.
+    A bad image is replaced by the next one of the subset.
 
     Args:
         data: Labeled images.
         subset: Numbers of the images to train on.
-        augment: PIL image -> (C, H, W) uint8, drawing from python's, numpy's and torch's global generators (as timm's
-            transforms do); they are seeded for each sample from (seed, position). Of images that are not of 8 bit,
-            which have a `value_range` in `decoding`: (bytes, a generator) -> (C, H, W) float32.
-        seed: Of the run.
-        **decoding: As of `decode_cut`.
+        augment: Function from a PIL image to (C, H, W) uint8. It may draw from the global generators of Python, numpy
+            and torch, as timm's transforms do: they are seeded for each sample from (seed, position). If `decoding` has
+            a `value_range`, the function is called with (bytes, generator) and returns (C, H, W) float32.
+        seed: Seed of the run.
+        **decoding: Decoding settings, see `decode_cut`.
     """
 
     def __init__(
@@ -106,7 +112,7 @@ class LabeledDataset(Dataset[LabeledBatch]):
         return LabeledBatch(torch.stack(images), labels, positions, readable, bad, sum(map(bool, passed_over)))
 
     def _sample(self, position: int, place: int) -> tuple[Tensor, int, list[str]]:
-        """The image, augmented, its number, and a line for each unreadable one in whose place it stands."""
+        """Return an augmented image, its number, and a line for each unreadable image that it replaces."""
         bad: list[str] = []
         for step in range(len(self.subset)):
             number = int(self.subset[(place + step) % len(self.subset)])
@@ -122,18 +128,18 @@ class LabeledDataset(Dataset[LabeledBatch]):
 def augment_image(
     data: bytes, augment: Callable[..., Tensor], seed: int, purpose: Purpose, position: int, decoding: Decoding
 ) -> Tensor:
-    """Decode and augment an image, as a pure function of its bytes and (seed, purpose, position).
+    """Decode and augment an image. The result depends only on its bytes and (seed, purpose, position).
 
     Args:
-        data: The bytes of a file.
-        augment: As `LabeledDataset` takes it.
-        seed: Of the run.
-        purpose: What is drawn.
-        position: Of the sample.
-        decoding: How it is decoded.
+        data: Bytes of a file.
+        augment: Augmentation, see `LabeledDataset`.
+        seed: Seed of the run.
+        purpose: Purpose of the draw.
+        position: Position of the sample in the run.
+        decoding: Decoding settings, see `decode_cut`.
 
     Raises:
-        BadImage: The bytes cannot be decoded.
+        BadImage: If the bytes cannot be decoded.
     """
     if "value_range" in decoding:
         return augment(data, stream(seed, purpose, position))
@@ -142,25 +148,26 @@ def augment_image(
     drawn = torch_seed(seed, purpose, position)
     random.seed(drawn)
     np.random.seed(drawn % 2**32)
-    torch.default_generator.manual_seed(drawn)  # torch.manual_seed also asks every device: 0.6 ms
+    torch.default_generator.manual_seed(drawn)  # torch.manual_seed also seeds every device, which takes 0.6 ms
     return torch.as_tensor(augment(image))
 
 
 def _of(data: Labeled, numbers: list[int]) -> Tensor:
-    """Labels of these images."""
+    """Return the labels of these images as a tensor."""
     labels = torch.from_numpy(data.labels[numbers])
     return labels.float() if data.several else labels
 
 
 class CentreDataset(Dataset[LabeledBatch]):
-    """Central crops for evaluation; keys are numbers of images.
+    """Central crops for evaluation. Keys are numbers of images.
 
     Args:
         data: Labeled images.
         size: (H, W) of the crops.
-        fraction: Of the largest box of this aspect.
-        views: 1 or 2: (B, C, H, W); 10: corners, too, (B, 5, C, H, W). Mirror images are left to the model's device.
-        **decoding: As of `decode_cut`.
+        fraction: Side of the crop, as a fraction of the largest box with this aspect.
+        views: Number of views. 1 and 2 give (B, C, H, W). 10 also gives the corners, (B, 5, C, H, W). Mirror images are
+            made later, on the model's device.
+        **decoding: Decoding settings, see `decode_cut`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Whether the images by which something is judged are among those that it was trained on: byte by byte."""
+"""Check whether validation images are, byte for byte, among the training images."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ from mpp.errors import BadImage
 from mpp.recipe.flat import JsonObject
 
 MOST_CHECKED = 2000
-"""Validation images that are looked for, spread evenly."""
+"""Greatest number of validation images that are searched for, evenly spread."""
 MOST_READ, MOST_BYTES = 100_000, 1_000_000_000
-"""Training images of their sizes that are read, at most, spread evenly; what is shared is a lower bound then."""
+"""Greatest number and total bytes of training images that are read because of their sizes, evenly spread. If there are
+more, the count of shared images is a lower bound."""
 MOST_NAMED = 5
 FORMATS, MOST_PIXELS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"), 64_000_000
 
 
 @dataclass(frozen=True)
 class Leak:
-    """What was found."""
+    """Result of a search for validation images among training images."""
 
     shared: int
-    """Number of the checked images whose exact bytes are in the other set."""
+    """Number of the checked images whose exact bytes are in the training set."""
     checked: int
     examples: list[tuple[str, str]]
-    """(name in validation, name in training)"""
+    """(name in validation, name in training) of at most MOST_NAMED shared images."""
 
     def to_json(self) -> JsonObject:
         return asdict(self)
 
 
 def leak(val: Reader, train: Reader) -> Leak:
-    """Look for validation images among training images.
+    """Search for validation images among training images.
 
-    The same picture encoded again is not found. Images of one colour do not count: a black sky is like any other.
-    Sizes first, then checksums of the images that have a size in common.
+    File sizes are compared first, then checksums of the images with common sizes. The same picture encoded again is not
+    found. Images of a single colour do not count, because unrelated ones are equal.
     """
     val_sizes, theirs = val.sizes(), train.sizes()
     there = np.flatnonzero(val_sizes > 0)
     chosen = there[evenly(len(there), MOST_CHECKED)]
     alike = np.flatnonzero(np.isin(theirs, val_sizes[chosen]))
     most = min(MOST_READ, int(MOST_BYTES / max(theirs[alike].mean(), 1))) if len(alike) else 0
-    if len(alike) > most:  # files of one size, most likely: a part of them tells, too
+    if len(alike) > most:  # most likely all files have one size: a part of them is enough
         alike = alike[evenly(len(alike), max(most, 1))]
     wanted: dict[bytes, list[int]] = {}
     for i in chosen.tolist():
@@ -63,9 +64,10 @@ def leak(val: Reader, train: Reader) -> Leak:
 
 
 def find_shared(images: Reader, val: Reader) -> list[int]:
-    """Return the numbers of all images whose very bytes are among validation images, ascending.
+    """Return the numbers of all images whose exact bytes are among the validation images, ascending.
 
-    Sizes first, then checksums of the images that have a size in common: of files of one size, every one is read.
+    File sizes are compared first, then checksums of the images with common sizes. If all files have one size, every
+    file is read.
     """
     sizes, val_sizes = images.sizes(), val.sizes()
     alike = np.flatnonzero((sizes > 0) & np.isin(sizes, val_sizes))
@@ -85,5 +87,5 @@ def _of_one_colour(data: bytes) -> bool:
         image = decode_pillow(data, channels=3, formats=FORMATS, max_image_pixels=MOST_PIXELS)
     except BadImage:
         return False
-    extrema: Any = image.getextrema()  # (low, high) of each of three channels
+    extrema: Any = image.getextrema()  # (low, high) of each of the three channels
     return all(low == high for low, high in extrema)

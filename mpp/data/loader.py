@@ -1,4 +1,4 @@
-"""Batches that worker processes read ahead, in the order of the sampler."""
+"""Load batches in worker processes, ahead of time and in the order of the sampler."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mpp.parallel.workers import of_a_worker, worker_died
 READ_AHEAD = 4
 """Batches that each worker reads ahead."""
 QUIET_S = 0.05
-"""Before workers are forked. Just after an exchange threads of gloo's enter Python, and a CPython (3.11) that is forked
-then may leave the child waiting for ever for a lock that such a thread had: 3 of some 20,000 forks."""
+"""Pause in seconds before workers are forked. Just after a collective, threads of gloo enter Python. If CPython (3.11)
+is forked then, the child may wait forever for a lock that one of these threads held: 3 of some 20,000 forks."""
 
 
 class KeyedDataset(Protocol):
-    """A dataset of which a list of keys makes a batch, always the same one."""
+    """A dataset that makes a batch from a list of keys, always the same batch for the same keys."""
 
     def __getitems__(self, keys: list[Any]) -> Any: ...
 
@@ -38,9 +38,10 @@ def _as_it_is(batch: object) -> object:
 
 
 def _serve_the_parent_alone(worker: int) -> None:
-    """A scheduler may signal every process of a job; the loop still needs batches to finish its step.
+    """Ignore signals in a worker process.
 
-    Workers end when the loop closes the loader, or with its process.
+    A scheduler may signal every process of a job, but the loop still needs batches to finish its step. Workers end when
+    the loop closes the loader, or when its process ends.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -51,23 +52,24 @@ def _serve_the_parent_alone(worker: int) -> None:
         if not issubclass(kind, ConnectionError | EOFError):
             shown(kind, error, trace)
 
-    # multiprocessing shows here that a parent ended while a batch was handed over; the parent has said why
+    # If the parent ends while it receives a batch, multiprocessing would print an error here. The parent has already
+    # printed the reason.
     sys.excepthook = hook
 
 
 def batches(dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int, pin_memory: bool) -> Iterator[Any]:
-    """Give what `dataset.__getitems__` makes of the sampler's lists, in their order.
+    """Yield the batches that `dataset.__getitems__` makes from the sampler's lists of keys, in their order.
 
     Args:
-        dataset: The data.
+        dataset: Dataset that makes the batches.
         sampler: Lists of keys, one for each batch.
-        workers: Processes that read ahead; 0: this one reads.
-        pin_memory: Whether tensors come in pinned memory, from which copies to a GPU do not wait.
+        workers: Number of processes that read ahead. 0 means that this process reads.
+        pin_memory: Whether tensors are put into pinned memory, from which they are copied to a GPU without waiting.
 
     Raises:
-        UserError: A worker met one, or died.
+        UserError: If the dataset returned one, or a worker died.
     """
-    # more workers than cores may be wanted where they wait for a disk; `mpp doctor` and data_wait are there to look at
+    # More workers than cores can help if they wait for a disk. `mpp doctor` and data_wait show whether that is so.
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]  # only __getitems__ is called
@@ -91,7 +93,7 @@ def batches(dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int
         if isinstance(error, RuntimeError):
             raise worker_died(error) from error
         try:
-            time.sleep(1)  # it died while it handed over a batch; the system says so a little later
+            time.sleep(1)  # the worker died while it sent a batch; the system reports that a little later
         except RuntimeError as report:
             raise worker_died(report) from error
         raise worker_died(error) from error
@@ -99,9 +101,12 @@ def batches(dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int
 
 @atexit.register
 def _kill_workers() -> None:
-    """Workers ignore the SIGTERM with which multiprocessing ends them when an error ends their parent."""
+    """Kill the workers at exit.
+
+    If an error ends their parent, multiprocessing sends SIGTERM to the workers, but they ignore it.
+    """
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
     for child in workers:
         child.kill()

@@ -21,14 +21,14 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
     All masks are read once.
 
     Args:
-        spec: One folder.
-        key: Of the recipe, for messages.
-        classes: Those of the training data, which validation must share; None: the lines of `classes.txt` beside the
-            two folders, or as many as the largest value says.
-        ignore_index: The value that stands for no class.
+        spec: Tuple with one folder.
+        key: Recipe key, for messages.
+        classes: Classes of the training data, which validation must share. None means the lines of `classes.txt` next
+            to the two folders, or else the numbers from 0 to the largest value in the masks.
+        ignore_index: Value of pixels without a class.
 
     Raises:
-        UserError: Something does not fit together; the message names the file.
+        UserError: If images, masks and classes do not fit together. The message names the file.
     """
     root = one_folder(spec, key, "images/ and masks/")
     for part in ("images", "masks"):
@@ -81,7 +81,7 @@ def one_folder(spec: tuple[str, ...], key: str, what: str) -> str:
 
 
 def _by_stem(paths: list[str], root: str, key: str) -> dict[str, str]:
-    """Path below `root` without its ending -> file."""
+    """Return the files by their path below `root` without its ending. Raise UserError if two files share one."""
     path_of: dict[str, str] = {}
     for path in paths:
         stem = os.path.splitext(os.path.relpath(path, root))[0]
@@ -117,7 +117,7 @@ def _listed_classes(root: str) -> list[str] | None:
 
 
 def _examine(image: str, mask: str) -> tuple[str | None, np.ndarray]:
-    """(what is wrong, pixels of each value 0 to 255)."""
+    """Return (fault or None, number of pixels with each value from 0 to 255) of an image and its mask."""
     try:
         values = read_mask(mask)
     except BadImage as error:

@@ -1,9 +1,9 @@
 """The order in which a run sees its samples: a pure function of (seed, position).
 
-In each epoch the shards are permuted and laid end to end, cut into `lanes` equal runs, and each lane is
-shuffled in windows of `window` samples. A global batch takes batch / lanes samples from every lane, so it
-mixes shards from the first step on while reading stays nearly sequential. Nothing is remembered but the
-number of samples seen: a run can stop anywhere and continue with any number of processes and workers.
+In each epoch the shards are permuted, concatenated and cut into `lanes` equal parts. Each lane is shuffled in windows
+of `window` samples. A global batch takes batch / lanes samples from every lane. So it mixes shards from the first step,
+while reading stays nearly sequential. The number of samples seen is the only state, so a run can stop anywhere and
+continue with any number of processes and workers.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from mpp.rng import Purpose, stream
 
 
 class Order:
-    """Samples of an endless run over shards. No sample comes twice in an epoch.
+    """Samples of an endless run over shards. No sample occurs twice in an epoch.
 
-    Fewer than `lanes` samples are left out of an epoch, others each time.
+    Fewer than `lanes` samples are left out of each epoch, different ones each time.
 
     Args:
-        counts: Samples of each shard.
-        global_batch: Samples of a step.
-        seed: Of the run.
-        lanes: At most so many; the largest divisor of `global_batch` is used that keeps lanes no shorter than a window,
-            so that small data sets are shuffled whole.
-        window: Samples of a lane that are shuffled among themselves.
+        counts: Number of samples of each shard.
+        global_batch: Number of samples of a step.
+        seed: Seed of the run.
+        lanes: Greatest number of lanes. The largest divisor of `global_batch` is used that exceeds neither this number
+            nor the samples divided by `window`, rounded up. So small datasets are shuffled as a whole.
+        window: Number of consecutive samples of a lane that are shuffled together.
 
     Raises:
-        ValueError: There are no samples.
+        ValueError: If there are no samples.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Order:
         self._remember()
 
     def _remember(self) -> None:
-        """Keep what was permuted last."""
+        """Set up the caches of the latest permutations."""
         self._shards = lru_cache(2)(self._make_shards)
         self._window = lru_cache(4 * self.lanes)(self._make_window)
 
@@ -68,25 +68,25 @@ class Order:
         self._remember()
 
     def _make_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """The permuted shards of an epoch, where each starts, and at which sample the first lane begins."""
+        """Return the permuted shards of an epoch, the start of each, and the sample at which the first lane begins."""
         rng = stream(self.seed, Purpose.SHARDS, epoch)
         permuted = rng.permutation(len(self.counts))
         return permuted, np.concatenate([[0], np.cumsum(self.counts[permuted])]), int(rng.integers(self.total))
 
     def _make_window(self, epoch: int, lane: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shuffled (shard, row) of one window of one lane."""
+        """Return the shards and the rows of one window of one lane, shuffled."""
         low = number * self.window
         high = min(low + self.window, self.lane_len)
         windows_per_lane = math.ceil(self.lane_len / self.window)
         key = (epoch * self.lanes + lane) * windows_per_lane + number
         places = lane * self.lane_len + low + stream(self.seed, Purpose.WINDOW, key).permutation(high - low)
         permuted, starts, first = self._shards(epoch)
-        places = (places + first) % self.total  # else one shard's last samples would be left out of every epoch
+        places = (places + first) % self.total  # varied, or a single shard's last samples would never be seen
         k = np.searchsorted(starts, places, side="right") - 1
         return permuted[k], places - starts[k]
 
     def window_at(self, seen: int) -> tuple[int, int]:
-        """(epoch, number) of the window that every lane is in after `seen` samples."""
+        """Return (epoch, number) of the window in which every lane is after `seen` samples."""
         epoch, offset = divmod(seen // self.lanes, self.lane_len)
         return epoch, offset // self.window
 
@@ -101,7 +101,7 @@ class Order:
         for lane in lanes:
             begin = (lane * self.lane_len + low + first) % self.total
             end = begin + high - low
-            for a, b in ((begin, min(end, self.total)), (0, end - self.total)):  # it may go on from the start
+            for a, b in ((begin, min(end, self.total)), (0, end - self.total)):  # it may wrap around
                 if b > a:
                     inside = slice(np.searchsorted(starts, a, "right") - 1, np.searchsorted(starts, b, "left"))
                     touched.update(range(len(permuted))[inside])
@@ -111,9 +111,9 @@ class Order:
         """Return (position, shard, row) of some samples of a global batch.
 
         Args:
-            seen: Samples before this global batch.
-            start: The first slot of the batch that is wanted.
-            count: How many are wanted.
+            seen: Number of samples before this global batch.
+            start: First slot of the global batch to return.
+            count: Number of samples to return.
         """
         per_lane = self.global_batch // self.lanes
         taken = seen // self.lanes
@@ -128,17 +128,17 @@ class Order:
 
 
 def lanes_read_by(ranks: Iterable[int], order: Order, *, accumulate: int, world: int) -> list[int]:
-    """The lanes from which these processes of `world` take samples."""
+    """Return the lanes from which these ranks take samples, out of `world` processes."""
     size, per_lane = order.global_batch // (accumulate * world), order.global_batch // order.lanes
     starts = [(m * world + rank) * size for rank in ranks for m in range(accumulate)]
     return sorted({slot // per_lane for start in starts for slot in range(start, start + size)})
 
 
 class MicroBatches:
-    """Batch sampler of one process: the micro-batches of steps that begin at `seen`, until `total_steps` are done.
+    """Batch sampler of one process: the micro-batches of `steps` steps after `seen` samples.
 
-    A global batch is cut into accumulate · world micro-batches of equal size; this process takes every
-    world-th. Iterating again starts again at `seen`.
+    A global batch is cut into accumulate · world micro-batches of equal size. This process takes every world-th one.
+    Each iteration starts at `seen` again.
     """
 
     def __init__(self, order: Order, *, seen: int, steps: int, accumulate: int, rank: int = 0, world: int = 1) -> None:
@@ -150,7 +150,7 @@ class MicroBatches:
         return self.steps * self.accumulate
 
     def keys(self, seen: int) -> list[list[tuple[int, int, int]]]:
-        """(position, shard, row) of this process's micro-batches of the step that follows `seen` samples."""
+        """Return this process's micro-batches of the step after `seen` samples, as lists of (position, shard, row)."""
         starts = [(m * self.world + self.rank) * self.size for m in range(self.accumulate)]
         return [self.order.at(seen, start, self.size) for start in starts]
 

@@ -1,4 +1,4 @@
-"""Images whose labels are places: segmentation masks or boxes."""
+"""Images whose labels refer to places in the image: segmentation masks or boxes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from mpp.errors import BadImage, one_line
 
 CLASSES = "classes.txt"
 MOST_SIDE_PX = 1_000_000
-"""Of an image, in annotations (a guess)."""
+"""Greatest side of an image in annotations (a guess)."""
 MOST_OUTSIDE_PX = 1
-"""By which a box may run past its image, from rounding."""
+"""Pixels by which a box may extend beyond its image because of rounding."""
 LEAST_VISIBLE = 0.25
-"""A box of which a crop leaves less is no longer one (guess)."""
+"""Least share of a box's area that must be inside a crop; otherwise the box is dropped (guess)."""
 
 
 @dataclass(frozen=True)
 class _Dense:
-    """Images, and the classes of their places."""
+    """Images, and the classes of the things in them."""
 
     images: list[str]
     classes: list[str]
     left_out: LeftOut = field(default_factory=LeftOut, compare=False, kw_only=True)
-    """Files that are neither images nor masks, and annotations that have no pixel of their image"""
+    """Files that are neither images nor masks, and boxes that cover no pixel of their image."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -46,41 +46,41 @@ class _Dense:
 
     @property
     def strata(self) -> np.ndarray:
-        """(images,) int64, what a part held out is stratified by: nothing."""
+        """Stratum of each image for a held-out split, (images,) int64: all are 0, so nothing is stratified."""
         return np.zeros(len(self.images), dtype=np.int64)
 
     def class_of_each(self) -> np.ndarray | None:
-        """None: an image may show several classes, or none."""
+        """Return None, because an image may show several classes, or none."""
         return None
 
     def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
-        """Numbers of the images to train on, ascending."""
+        """Return the numbers of the images to train on, ascending. `labels_per_class` is ignored."""
         return draw_fraction(len(self.images), fraction, seed)
 
 
 @dataclass(frozen=True)
 class Segmented(_Dense):
-    """Images with a mask each: PNG files of one channel, whose values are class numbers."""
+    """Images with one mask each: PNG files with one channel, whose values are class numbers."""
 
     masks: list[str]
     pixels: np.ndarray
-    """(images, classes) int64: pixels of each class"""
+    """(images, classes) int64: number of pixels of each class."""
     ignored: int = 0
-    """Pixels with the value that counts for nothing"""
+    """Number of pixels with the value that is ignored."""
 
     def fingerprint(self) -> str:
-        """What the images and their labels are, not where they lie."""
+        """Return a hash of the images and their labels. Their location does not change it."""
         words = (*self.classes, *(f"{os.path.basename(p)}:{file_size(p)}" for p in (*self.images, *self.masks)))
         return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape") + self.pixels.tobytes()).hexdigest()
 
     def check(self, i: int, width: int, height: int) -> None:
-        """Sizes were compared when the data was opened."""
+        """Do nothing: the sizes were compared when the data was opened."""
 
     def cropped(self, i: int, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
         """Return the mask of a crop, (H, W) uint8.
 
         Raises:
-            BadImage: It cannot be read.
+            BadImage: If the mask cannot be read.
         """
         left, top, w, h = box
         mask = torch.from_numpy(read_mask(self.masks[i]))
@@ -88,10 +88,10 @@ class Segmented(_Dense):
         return cut.flip(-1) if flip else cut
 
     def whole(self, i: int, scale: float, size: tuple[int, int]) -> Tensor:
-        """Return the mask of a file, (h, w) uint8.
+        """Return the whole mask at the size of its file, (h, w) uint8.
 
         Raises:
-            BadImage: It cannot be read.
+            BadImage: If the mask cannot be read.
         """
         return torch.from_numpy(read_mask(self.masks[i]))
 
@@ -101,16 +101,16 @@ class Detected(_Dense):
     """Images with boxes, from an annotation file in COCO's format."""
 
     sizes: list[tuple[int, int] | None]
-    """(width, height) that the annotations state, or else the file's header."""
+    """(width, height) of each image, from the annotations or else from the file's header; None if unknown."""
     boxes: list[np.ndarray]
-    """(n, 5) float32 of each image: x0, y0, x1, y1 in pixels, area"""
+    """(n, 5) float32 for each image: x0, y0, x1, y1 in pixels, area in square pixels."""
     labels: list[np.ndarray]
-    """(n, 2) int64 of each image: class, whether it stands for a crowd"""
+    """(n, 2) int64 for each image: class, 1 for a crowd or 0."""
     cut: list[str] = field(default_factory=list, compare=False)
-    """Where the boxes are that run past their image: they were cut off at its edge"""
+    """A line for each box that extends beyond its image by more than MOST_OUTSIDE_PX and was clipped at the edge."""
 
     def fingerprint(self) -> str:
-        """What the images and their labels are, not where they lie."""
+        """Return a hash of the images and their labels. Their location does not change it."""
         words = (*self.classes, *(f"{os.path.basename(p)}:{file_size(p)}" for p in self.images))
         digest = hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape"))
         for boxes, labels in zip(self.boxes, self.labels, strict=True):
@@ -118,17 +118,20 @@ class Detected(_Dense):
         return digest.hexdigest()
 
     def check(self, i: int, width: int, height: int) -> None:
-        """Check that the file has the size that its boxes were drawn on.
+        """Check that an image has the size for which its boxes were drawn.
 
         Raises:
-            BadImage: It has not.
+            BadImage: If it has another size.
         """
         stated = self.sizes[i]
         if stated is not None and stated != (width, height):
             raise BadImage(f"{width}×{height} pixels upright, its annotations say {stated[0]}×{stated[1]}")
 
     def cropped(self, i: int, box: Box, size: tuple[int, int], flip: bool) -> dict[str, Tensor]:
-        """boxes (n, 4) float32 in the crop's pixels, labels (n,) int64; crowds and what is hardly visible left out."""
+        """Return the boxes of a crop, (n, 4) float32 in the crop's pixels, and their labels, (n,) int64.
+
+        Crowds are left out, and boxes that are hardly visible.
+        """
         left, top, w, h = box
         there = torch.from_numpy(self.boxes[i][:, :4].copy())
         kind, crowd = torch.from_numpy(self.labels[i].copy()).unbind(1)
@@ -137,7 +140,7 @@ class Detected(_Dense):
         there = there.clamp_min(0).minimum(torch.tensor([w, h, w, h], dtype=torch.float32))
         sides = there[:, 2:] - there[:, :2]
         scale = torch.tensor([size[1] / w, size[0] / h])
-        # a detector's boxes are a pixel at least
+        # detectors require boxes of at least one pixel
         kept = (sides.prod(1) >= LEAST_VISIBLE * before) & (sides * scale >= 1).all(1) & (crowd == 0)
         there = there[kept] * scale.repeat(2)
         if flip:
@@ -145,7 +148,10 @@ class Detected(_Dense):
         return {"boxes": there, "labels": kind[kept]}
 
     def whole(self, i: int, scale: float, size: tuple[int, int]) -> dict[str, Tensor]:
-        """boxes in the file's pixels, labels, iscrowd, area; how the image was scaled, and its size (h, w)."""
+        """Return all boxes of an image in the file's pixels.
+
+        The result has boxes, labels, iscrowd, area, the scale of the image, and its size (h, w) before scaling.
+        """
         kind, crowd = torch.from_numpy(self.labels[i].copy()).unbind(1)
         return {
             "boxes": torch.from_numpy(self.boxes[i][:, :4].copy()),
@@ -158,14 +164,17 @@ class Detected(_Dense):
 
 
 def size_of(image: str) -> tuple[int, int] | None:
-    """(width, height) by its header, upright; None for a bad image, which training passes over and counts."""
+    """Return (width, height) of the upright image, from its header.
+
+    Return None for a bad image. Training skips and counts bad images.
+    """
     try:
         with Image.open(image) as opened:
             width, height = opened.size
-            # of TIFFs Pillow has the size upright already
+            # Pillow returns the size of TIFFs already upright
             turned = opened.format != "TIFF" and opened.getexif().get(0x0112, 1) >= 5
             return (height, width) if turned else (width, height)
-    except Exception:  # decoders raise anything on hostile bytes
+    except Exception:  # decoders may raise anything on hostile bytes
         return None
 
 
@@ -173,7 +182,7 @@ def read_mask(path: str) -> np.ndarray:
     """Read a mask, (h, w) uint8.
 
     Raises:
-        BadImage: It cannot be read as one.
+        BadImage: If it is not a readable PNG with one channel.
     """
     try:
         with open(path, "rb") as file:
@@ -184,9 +193,9 @@ def read_mask(path: str) -> np.ndarray:
         with Image.open(path, formats=("PNG",)) as mask:
             if mask.mode not in ("L", "P", "1"):
                 raise BadImage(f"a mask has one channel of class numbers; this PNG is {mask.mode}")
-            # Pillow spreads grey of 2 and 4 bits over 0 to 255
+            # Pillow scales grey of 2 and 4 bits to 0 … 255: divide to restore the class numbers
             return np.array(mask, dtype=np.uint8) // ({2: 85, 4: 17}.get(depth, 1) if colours == 0 else 1)
     except BadImage:
         raise
-    except Exception as error:  # decoders raise anything on hostile bytes
+    except Exception as error:  # decoders may raise anything on hostile bytes
         raise BadImage(f"not a PNG that can be read: {one_line(error) or type(error).__name__}") from error

@@ -1,4 +1,4 @@
-"""Bytes, names and sizes of images by number: from files, or from shards."""
+"""Read the bytes, names and sizes of images by number, from files or from shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpp.data.walk import LeftOut
 from mpp.errors import BadImage, MppWarning, UserError
 
 LOOKED_INTO = 16
-"""Files whose bytes are part of a fingerprint."""
+"""Number of files whose bytes are part of a fingerprint."""
 
 
 class Reader(Protocol):
@@ -30,7 +30,7 @@ class Reader(Protocol):
 
 
 class LabeledImages(Protocol):
-    """Labeled images by number, whatever their labels are."""
+    """Labeled images by number, with labels of any kind."""
 
     @property
     def reader(self) -> Reader: ...
@@ -43,25 +43,25 @@ class LabeledImages(Protocol):
 
     @property
     def strata(self) -> np.ndarray:
-        """(images,) int64, what a part held out is stratified by: the class, if an image has exactly one."""
+        """Stratum of each image for a held-out split, (images,) int64: its class if it has exactly one, else 0."""
         ...
 
     def class_of_each(self) -> np.ndarray | None:
-        """(images,) int64, the class of each image; None if an image may have several, or none."""
+        """Return the class of each image, (images,) int64; None if an image may have several, or none."""
         ...
 
     def __len__(self) -> int: ...
     def fingerprint(self) -> str:
-        """What the images and their labels are, not where they lie."""
+        """Return a text that identifies the images and their labels. Their location does not change it."""
         ...
 
     def subset(self, *, labels_per_class: int | None, fraction: float | None, seed: int) -> np.ndarray:
-        """Numbers of the images to train on, ascending: all, so many of each class, or a fraction."""
+        """Return the numbers of the images to train on, ascending: all, a number of each class, or a fraction."""
         ...
 
 
 class FileReader:
-    """Files of images."""
+    """Reader of separate image files."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -76,7 +76,7 @@ class FileReader:
         return np.asarray([file_size(path) for path in self.paths], dtype=np.int64)
 
     def fingerprint(self) -> str:
-        """Of names and sizes, and of what a few hold: arrays are all of one size."""
+        """Return the names and sizes of all files and a hash of the bytes of a few, because arrays have equal sizes."""
         digest = hashlib.sha256()
         for i in evenly(len(self.paths), LOOKED_INTO):
             with contextlib.suppress(OSError, BadImage):
@@ -85,15 +85,20 @@ class FileReader:
 
 
 def file_size(path: str) -> int:
-    """In bytes; -1 for what is not there."""
+    """Return the size of a file in bytes; -1 if it is missing."""
     try:
         return os.path.getsize(path)
-    except OSError:  # a broken link: an image that cannot be read
+    except OSError:  # for example a broken link: an unreadable image
         return -1
 
 
 class PackedReader:
-    """Images in shards. few: no more than a few of each shard will be read, for which remote ones are not fetched."""
+    """Reader of images in shards.
+
+    Args:
+        images: Indexed shards.
+        few: Whether only a few images of each shard will be read, so that remote shards need not be fetched.
+    """
 
     def __init__(self, images: ShardImages, *, few: bool = False) -> None:
         self.images, self.few = images, few
@@ -120,15 +125,15 @@ def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[Reader
     """Take some images, evenly spread over all places.
 
     Args:
-        places: Shards, see `holds_shards`; image files; folders of images, however deep.
-        count: How many; fewer if there are no more.
-        key: Of the recipe or the command, for messages.
+        places: Shards (see `holds_shards`), image files, or folders of images at any depth.
+        count: Number of images. Fewer are taken if there are no more.
+        key: Recipe key or command option, for messages.
 
-    Returns:
-        A reader and the image's number in it, for each.
+    Yields:
+        A reader and the number of the image in it.
 
     Raises:
-        UserError: There is no image.
+        UserError: If there are no images.
     """
     of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
     packed = PackedReader(ShardImages(of_shards, key=key), few=True) if of_shards else None

@@ -8,7 +8,13 @@ from mpp.rng import Purpose, stream
 
 
 def draw_fraction(images: int, fraction: float | None, seed: int) -> np.ndarray:
-    """Numbers of so large a part of all images, one at least, ascending; None: all."""
+    """Draw a fraction of all images, at least one, and return their numbers, ascending.
+
+    Args:
+        images: Number of all images.
+        fraction: Fraction to draw. None means all images.
+        seed: Seed of the draw.
+    """
     if fraction is None:
         return np.arange(images)
     return np.sort(stream(seed, Purpose.SUBSET).permutation(images)[: max(round(images * fraction), 1)])
@@ -18,12 +24,12 @@ def split(strata: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
     """Split each stratum into images to fit to and images to choose settings by; a pure function of its arguments.
 
     Args:
-        strata: (n,) the stratum of each image.
-        fraction: Of each stratum that is for choosing.
-        seed: Of the draw.
+        strata: (n,): stratum of each image.
+        fraction: Fraction of each stratum that is used to choose settings.
+        seed: Seed of the draw.
 
     Returns:
-        (fit, tune): places in `strata`, ascending; of each stratum one at least in `fit`.
+        (fit, tune): indexes into `strata`, ascending. `fit` has at least one image of each stratum.
     """
     rng, tune = stream(seed, Purpose.TUNE), []
     for label in np.unique(strata):
@@ -35,9 +41,9 @@ def split(strata: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, n
 
 
 def balanced(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Places in `labels`, with repetitions, such that every class that occurs comes as often as the largest does.
+    """Return indexes into `labels`, with repetitions, so that each class in it occurs as often as the largest one.
 
-    Members of a class come equally often, but for the last round, which is drawn.
+    All members of a class are repeated equally often. If the number does not divide evenly, the rest is drawn.
     """
     rng, most, chosen = stream(seed, Purpose.BALANCE), np.bincount(labels).max(), []
     for label in np.unique(labels):

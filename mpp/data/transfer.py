@@ -1,4 +1,4 @@
-"""Batches on their way to the device, while it is busy with the one before."""
+"""Copy batches to the device while it computes the batch before."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ B = TypeVar("B", bound=Movable)
 def load_ahead(
     dataset: KeyedDataset, sampler: Iterable[list[Any]], *, workers: int, device: torch.device
 ) -> Iterator[Any]:
-    """Give the batches of a dataset, read ahead by workers, and for a GPU also copied ahead.
+    """Return the batches of a dataset, read ahead by workers. For a GPU they are also copied ahead.
 
     Args:
-        dataset: The data.
+        dataset: Dataset that makes the batches.
         sampler: Lists of keys, one for each batch.
-        workers: Processes that read ahead; 0: this one reads.
-        device: Where they are computed on.
+        workers: Number of processes that read ahead. 0 means that this process reads.
+        device: Device that computes the batches.
 
     Raises:
-        UserError: A worker met one, or died.
+        UserError: If the dataset returned one, or a worker died.
     """
     cuda = device.type == "cuda"
     loaded = batches(dataset, sampler, workers=workers, pin_memory=cuda)
@@ -42,9 +42,9 @@ def load_ahead(
 
 
 def on_device(loaded: Iterator[B], device: torch.device) -> Iterator[B]:
-    """The same batches, their tensors on the device: one batch ahead, on a stream of their own.
+    """Yield the same batches with their tensors on the device, copied one batch ahead on a separate stream.
 
-    Worth it where batches come from pinned memory: the host then waits for none of it. A CPU has nothing to gain.
+    This helps if batches are in pinned memory, because then the host does not wait. It does not help on a CPU.
     """
     module = torch.get_device_module(device)
     side = module.Stream()
@@ -52,7 +52,7 @@ def on_device(loaded: Iterator[B], device: torch.device) -> Iterator[B]:
     last: list[B | None] = [None]
     for batch in chain(loaded, last):
         if batch is not None:
-            side.wait_stream(module.current_stream())  # it takes memory again that the batch before last was read from
+            side.wait_stream(module.current_stream())  # the copy may reuse memory of the batch before last
             with module.stream(side):
                 moved = batch.tensors_by(lambda t: t.to(device, non_blocking=True))
                 underway.append((moved, side.record_event()))

@@ -1,4 +1,4 @@
-"""Images without labels beside labeled ones: one or two views of each, drawn from (seed, position) alone."""
+"""Unlabeled images that accompany labeled ones: one or two views of each, drawn only from (seed, position)."""
 
 from __future__ import annotations
 
@@ -24,27 +24,29 @@ from mpp.rng import Purpose, stream
 
 @dataclass
 class UnlabeledViews:
-    """Views of each image of a micro-batch, and what could not be read."""
+    """Views of the images of a micro-batch, and the record of unreadable images."""
 
     strong: Tensor
-    """(B, C, H, W) uint8"""
+    """(B, C, H, W) uint8, or float32 in [0, 255] for images with a value range."""
     weak: Tensor | None
-    """(B, C, H, W) uint8; None: nobody asks for them"""
+    """(B, C, H, W), in the type of `strong`. None if weak views are not requested."""
     replaced: int
     bad: list[str]
 
 
 class UnlabeledDataset(Dataset[UnlabeledViews]):
-    """Views of images; keys are (position, shard, place in `rows`). A bad image is replaced by the next of its shard.
+    """Views of images. Keys are (position, shard, place in `rows`).
+
+    A bad image is replaced by the next one of its shard.
 
     Args:
-        images: Of the shards or folders.
-        rows: (n,) of each shard, the rows that are shown; those that judge are not among them.
-        strong: PIL image -> (C, H, W) uint8, as `augment` of `LabeledDataset`: the view that is learned from.
-        weak: How the view is cropped from which a teacher says what it sees; None: there is none.
+        images: Images in shards or folders.
+        rows: (n,) for each shard: rows of the images to use. Validation images are not among them.
+        strong: Augmentation of the view that the model learns from, see `augment` of `LabeledDataset`.
+        weak: Crop of the view for which a teacher predicts. None means no weak view.
         size: (H, W) of the views.
-        seed: Of the run.
-        **decoding: As of `decode_cut`.
+        seed: Seed of the run.
+        **decoding: Decoding settings, see `decode_cut`.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class UnlabeledDataset(Dataset[UnlabeledViews]):
         return UnlabeledViews(strong, weak, sum(map(bool, lines)), [line for of_one in lines for line in of_one])
 
     def _views(self, position: int, shard: int, place: int) -> tuple[list[Tensor], list[str]]:
-        """The strong view and the weak one, and a line for each unreadable image in whose place this one stands."""
+        """Return the strong and the weak view, and a line for each unreadable image that this image replaces."""
         bad: list[str] = []
         rows = self.rows[shard]
         for step in range(min(REPLACEMENTS, len(rows))):
@@ -81,22 +83,22 @@ class UnlabeledDataset(Dataset[UnlabeledViews]):
         return [grey, grey], bad
 
     def _augment(self, data: bytes, position: int) -> list[Tensor]:
-        """The strong view, and the weak one if it is asked for."""
+        """Return the strong view, and the weak view if it is requested."""
         strong = augment_image(data, self.strong, self.seed, Purpose.STRONG, position, self.decoding)
         return [strong, self.weak.random(data, stream(self.seed, Purpose.WEAK, position))] if self.weak else [strong]
 
 
 class WithUnlabeled(Dataset[LabeledBatch]):
-    """Labeled images, and to each of them some without labels. Keys are those of the labeled images.
+    """Labeled images, each with some unlabeled images. Keys are those of the labeled images.
 
-    The image at position p of the run brings the unlabeled ones at p · per_label and after: a pure function of the
-    position, whatever the processes, micro-batches and workers are.
+    The labeled image at position p comes with the `per_label` unlabeled images from position p · per_label on. This
+    depends only on the position, not on the number of processes, micro-batches and workers.
 
     Args:
-        labeled: The labeled images.
-        unlabeled: The others.
-        order: Of the others; its global batch is `per_label` times that of the labeled ones.
-        per_label: Unlabeled images to a labeled one.
+        labeled: Dataset of the labeled images.
+        unlabeled: Dataset of the unlabeled images.
+        order: Order of the unlabeled images. Its global batch is `per_label` times that of the labeled images.
+        per_label: Number of unlabeled images for each labeled image.
     """
 
     def __init__(self, labeled: KeyedDataset, unlabeled: UnlabeledDataset, order: Order, per_label: int) -> None:

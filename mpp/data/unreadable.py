@@ -1,4 +1,4 @@
-"""Images that cannot be read: looked for before a run begins, counted while it runs, and not too many of them."""
+"""Unreadable images: find them before a run begins, count them during the run, and stop if there are too many."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ from mpp.recipe.sections import Decoding
 from mpp.runs.log import RunLog
 
 LOOKED_AT = 64
-"""Images that are opened before a run begins; more if there are more classes, one of each (a guess)."""
+"""Images that are opened before a run begins. If there are more classes, one image of each is opened (a guess)."""
 MOST_LOOKED_AT = 256
-"""Images that are opened of many classes (a guess)."""
+"""Greatest number of classes of which images are opened (a guess)."""
 LEAST_UNREADABLE = 2
-"""Of labeled images looked at, before they are too many: a single one ends no run."""
+"""Least number of unreadable labeled images that may stop a run before it begins: one does not stop it."""
 LEAST_IN_TRAINING = 100
-"""Unreadable images before they are too many during a run."""
+"""Least number of unreadable images that may stop a run while it trains."""
 SMALL_PX = 32
-"""Side to which images are decoded here; a small one is quick."""
+"""Side in pixels to which images are decoded here. Small images are decoded faster."""
 USED_PART = 4
-"""Images whose largest value is this many times smaller than what their type holds are dark, or coarse."""
+"""Images are dark or coarse if the largest value of their type is at least this many times their largest value."""
 
 
 def check_images(images: LabeledImages, key: str, decoding: Decoding, max_bad_fraction: float) -> list[str]:
-    """Open some labeled images, of every class if there are few classes, before anything is trained.
+    """Open some labeled images before training begins, from every class if there are few classes.
 
     Args:
-        images: What `open_labeled`, `open_segmented` or `open_detected` returned.
-        key: Where the recipe names them, for messages.
-        decoding: As `decode_crop` takes it.
+        images: Result of `open_labeled`, `open_segmented` or `open_detected`.
+        key: Recipe key of the images, for messages.
+        decoding: Decoding settings, see `decode_cut`.
+        max_bad_fraction: Greatest share of images that may be missing or unreadable.
 
     Returns:
-        Warnings: what is not among the images, classes of which no image could be read, images of 16 bit that would be
+        Warnings about files that are left out, classes of which no image could be read, and 16-bit images that would be
         read too coarsely.
 
     Raises:
-        UserError: More than `max_bad_fraction` of the files are missing, or of those opened cannot be read.
+        UserError: If more than `max_bad_fraction` of the files are missing, or of the opened images cannot be read. A
+            single image does not stop the run, unless it is the only one.
     """
     reader: Reader = images.reader
     missing = np.flatnonzero(reader.sizes() < 0)
     _check_count(len(missing), len(images), key, max_bad_fraction, lambda: _reason(reader, int(missing[0])))
     chosen = _spread(images)
-    # one after the other: decoding changes settings of Pillow and of Python's warnings, which all threads share
+    # not in threads: decoding changes settings of Pillow and of Python's warnings, which all threads share
     faults, deep = {}, list[Deep]()
     for i in chosen:
         try:
@@ -65,11 +67,13 @@ def check_images(images: LabeledImages, key: str, decoding: Decoding, max_bad_fr
 
 
 def unread_classes(images: LabeledImages, read: Sequence[int], tried: Sequence[int]) -> list[str]:
-    """Return names of the classes that have images, and none among those read; [] if images have no one class.
+    """Return the names of the classes of which images were tried and none could be read.
+
+    Return [] if an image may have several classes, or none.
 
     Args:
         images: Labeled images.
-        read: Numbers of images that could be read.
+        read: Numbers of the images that could be read.
         tried: Numbers of the images that were tried.
     """
     labels = images.class_of_each()
@@ -80,16 +84,16 @@ def unread_classes(images: LabeledImages, read: Sequence[int], tried: Sequence[i
 
 
 def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decoding: Decoding) -> list[str]:
-    """Find out whether images of 16 bit use a small part of their range, which `data.value_range` does not say.
+    """Check whether 16-bit images use a small part of their range although `data.value_range` is not set.
 
     Args:
-        reader: Of the images.
-        numbers: Those that are looked at.
-        key: Of the recipe, for the lines.
-        decoding: How the recipe has them decoded.
+        reader: Reader of the images.
+        numbers: Numbers of the images to check.
+        key: Recipe key of the images, for the warning.
+        decoding: Decoding settings of the recipe.
 
     Returns:
-        A line for a warning, or none.
+        One line for a warning, or no line.
     """
     deep_images: list[Deep] = []
     for i in numbers if _range_is_open(decoding) else ():
@@ -99,19 +103,23 @@ def find_coarse_images(reader: Reader, numbers: Sequence[int], key: str, decodin
 
 
 def _range_is_open(decoding: Decoding) -> bool:
-    """Whether the recipe leaves open which values count."""
+    """Check whether the recipe gives no explicit range of values."""
     return decoding.get("value_range") in (None, "type")
 
 
 def _look_at(data: bytes, decoding: Decoding) -> list[Deep]:
-    """Decode an image; its values if it is of 16 bit and the recipe leaves open which count. BadImage."""
+    """Decode an image, and return its range of values if it has 16 bits and the recipe gives no explicit range.
+
+    Raises:
+        BadImage: If the image cannot be decoded.
+    """
     decode_crop(data, lambda width, height: (0, 0, width, height), (SMALL_PX, SMALL_PX), **decoding)
     deep = deep_values(data, decoding) if _range_is_open(decoding) else None
     return [] if deep is None else [deep]
 
 
 def _name_coarse(deep_images: Sequence[Deep], key: str, decoding: Decoding) -> list[str]:
-    """A line if these values of images use a small part of the range of their type."""
+    """Return one line if the values of these images use a small part of the range of their type."""
     if not deep_images:
         return []
     smallest, largest = min(deep.smallest for deep in deep_images), max(deep.largest for deep in deep_images)
@@ -131,23 +139,23 @@ def _name_coarse(deep_images: Sequence[Deep], key: str, decoding: Decoding) -> l
 def count_unreadable(
     team: Team, before: int, new: int, lines: list[str], *, seen: int, max_bad_fraction: float, log: RunLog
 ) -> int:
-    """Count images that a loader replaced, and name them in the log. Every process calls this with the same numbers.
+    """Count the images that a loader replaced, and record them in the log. Every process must pass the same numbers.
 
     Args:
-        team: The processes of the run.
-        before: Unreadable images of the steps before.
-        new: Those of this step, over all processes.
-        lines: A line for each file that this process passed over: several for one image if its neighbours cannot be
+        team: Processes of the run.
+        before: Number of unreadable images in earlier steps.
+        new: Number of unreadable images in this step, over all processes.
+        lines: One line for each file that this process skipped. One image has several lines if its neighbours cannot be
             read either.
-        seen: Images of all steps so far.
-        max_bad_fraction: Of the recipe.
-        log: Of the run.
+        seen: Number of images in all steps so far.
+        max_bad_fraction: Greatest share of images that may be unreadable.
+        log: Log of the run.
 
     Returns:
-        The new count. It is logged at the 1st, 10th, 100th ….
+        The new count. It is printed at the 1st, 10th, 100th … image.
 
     Raises:
-        UserError: There are more than `max_bad_fraction`, and at least LEAST_IN_TRAINING.
+        UserError: If at least LEAST_IN_TRAINING images, and more than `max_bad_fraction`, are unreadable.
     """
     if not new:
         return before
@@ -165,8 +173,10 @@ def count_unreadable(
 
 
 def _spread(images: LabeledImages) -> list[int]:
-    """Choose the images to look at, ascending: as many of each class as LOOKED_AT allows, and one at least; of at most
-    MOST_LOOKED_AT classes."""
+    """Choose the images to open, ascending.
+
+    LOOKED_AT images are shared evenly among at most MOST_LOOKED_AT classes, with at least one image of each class.
+    """
     labels = images.class_of_each()
     if labels is None:
         return evenly(len(images), LOOKED_AT)
@@ -178,7 +188,7 @@ def _spread(images: LabeledImages) -> list[int]:
 
 
 def _reason(reader: Reader, i: int) -> str:
-    """`name: why` of a file that is not there."""
+    """Return `name: reason` for a missing file."""
     try:
         reader.read(i)
     except BadImage as error:
@@ -187,7 +197,7 @@ def _reason(reader: Reader, i: int) -> str:
 
 
 def _check_count(bad: int, of: int, key: str, max_bad_fraction: float, first: Callable[[], str]) -> None:
-    """UserError for too many. first: names the first one, with the reason."""
+    """Raise UserError if too many images are bad. `first` returns the name of the first bad image, with the reason."""
     if bad and bad == of:
         raise UserError(f"{key}: not one image can be read; the first: {first()}")
     if bad >= LEAST_UNREADABLE and bad > max_bad_fraction * of:

@@ -1,4 +1,4 @@
-"""Which files of a folder are images: one walk for every command, and a count of what it leaves out."""
+"""Find the images of a folder, in the same way for every command, and count what is left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpp.errors import UserError, printable
 from mpp.recipe.values import IMAGE
 
 NOT_FOR_PEOPLE = ("__MACOSX", "@eaDir")
-"""Folders that macOS and Synology put beside images: they hold metadata and previews."""
+"""Folders with metadata and previews that macOS and Synology create next to images."""
 HIDDEN = "hidden"
 ARRAY_BESIDE = "array beside an image of the same name"
 NOT_BY_NAME = "not an image by its name"
@@ -18,13 +18,13 @@ BREAKS_LINES = "tab or line break in the name"
 SHARED_NAME = (
     "share their name up to the first dot with others and are all read; data.image_extension takes one of each"
 )
-"""Of images that are taken, though a sample may hold several of them."""
+"""Reason recorded for images that are used although several of them may belong to one sample."""
 MOST_LETTERS = 300
-"""Of a name that is shown."""
+"""Greatest length of a name that is shown, in characters."""
 
 
 class LeftOut:
-    """What was not taken: for each reason how many there were, and the first one's name."""
+    """Files and members that were left out: their number and the name of the first one, for each reason."""
 
     def __init__(self, found: dict[str, tuple[int, str]] | None = None) -> None:
         self.found = dict(found or {})
@@ -42,7 +42,7 @@ class LeftOut:
         self.found[reason] = (before + count, first)
 
     def add_all(self, other: LeftOut, prefix: str = "") -> None:
-        """Add the counts of another one, with `prefix` before its names."""
+        """Add the counts of another record, with `prefix` before its names."""
         for reason, (count, name) in other.found.items():
             self.add(reason, prefix + name, count)
 
@@ -63,34 +63,37 @@ class LeftOut:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the last part of a path is no file or folder that its owner made: `.thumbnails`, `._photo.jpg`."""
+    """Check whether a name is that of a file or folder that no user made, such as `.thumbnails` or `._photo.jpg`."""
     return name.startswith(".") or name in NOT_FOR_PEOPLE
 
 
 def images_among(names: Iterable[str]) -> set[str]:
-    """The names in one folder that are images. An .npy is none if an image of another kind has the same stem: it is
-    something else of the same sample then, an embedding or a map of depths."""
+    """Return the names in one folder that are images.
+
+    An .npy file is not an image if an image of another kind has the same stem. It is then other data of the same
+    sample, such as an embedding or a depth map.
+    """
     images = {name for name in names if IMAGE.search(name)}
     stems = {os.path.splitext(name)[0] for name in images if not name.lower().endswith(".npy")}
     return {name for name in images if not (name.lower().endswith(".npy") and os.path.splitext(name)[0] in stems)}
 
 
 def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Walk a folder and everything below it.
+    """List the images in a folder and everything below it.
 
-    Links to folders are followed, each folder once. A link to a file that is not there counts as an image: it is one
-    that cannot be read.
+    Links to folders are followed, but each folder is read once. An image that is a link to a missing file counts as an
+    unreadable image.
 
     Returns:
-        Paths of images below `source` with /, sorted; (path, reason) of everything that is left out.
+        Sorted paths of the images below `source`, with /, and (path, reason) of everything that is left out.
 
     Raises:
-        UserError: A folder may not be read. Its images would be missing in silence.
+        UserError: If a folder cannot be read, because its images would be missing without notice.
     """
     files, left_out, seen = [], [], dict[str, str]()
     folders, links = [""], list[str]()
     while folders or links:
-        below = folders.pop() if folders else links.pop(0)  # links last, so that a folder keeps its own name
+        below = folders.pop() if folders else links.pop(0)  # links last, so that a folder keeps its real name
         place = os.path.join(source, below).rstrip("/") or "/"
         real = os.path.realpath(place)
         if real in seen:
@@ -104,7 +107,7 @@ def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
             name = below + entry.name
             if entry.is_dir() and not is_hidden(entry.name):
                 (links if entry.is_symlink() else inner).append(name + "/")
-            elif re.search(r"[\t\n\r]", name):  # records name one file a line, with tabs between the columns
+            elif re.search(r"[\t\n\r]", name):  # records have one line for each file and tabs between columns
                 left_out.append((repr(name), BREAKS_LINES))
             elif reason := _reason_against(entry, entry.name in images):
                 left_out.append((name, reason))
@@ -115,7 +118,7 @@ def list_images(source: str) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the content of a folder, by name. UserError if it cannot be read: its images would be missing silently."""
+    """Return the content of a folder, sorted by name. Raise UserError if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -124,28 +127,28 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _reason_against(entry: os.DirEntry[str], is_image: bool) -> str | None:
-    """Why a file of a folder is not taken; None if it is."""
+    """Return the reason why a file of a folder is left out; None if it is an image."""
     if is_hidden(entry.name):
         return HIDDEN
     if not is_image:
         return ARRAY_BESIDE if IMAGE.search(entry.name) else NOT_BY_NAME
-    # reading a pipe would wait for its other end; a link without its file is an image that cannot be read
+    # reading a pipe would block; a link to a missing file counts as an unreadable image
     if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
         return None
     return "not a file"
 
 
 def images_below(folder: str) -> tuple[list[str], LeftOut]:
-    """The images in a folder and below, as paths that can be opened, and what is left out. Raises as `list_images`."""
+    """Return the paths of the images in and below a folder, and the files that are left out, see `list_images`."""
     files, left_out = list_images(folder)
     return [os.path.join(folder, name) for name in files], LeftOut.of(left_out)
 
 
 def archives_in(folder: str) -> list[str]:
-    """List the tar files of a folder itself by their names, without hidden ones.
+    """List the names of the tar files directly in a folder, without hidden ones.
 
     Raises:
-        UserError: It may not be read.
+        UserError: If the folder cannot be read.
     """
     entries = _entries(folder)
     return [e.name for e in entries if e.name.endswith(".tar") and not is_hidden(e.name) and not e.is_dir()]

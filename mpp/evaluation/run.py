@@ -150,11 +150,11 @@ def _open(recipe: EvaluateRecipe) -> Data:
     if len(train.classes) < 2:
         raise UserError(f"data.train: only one class ({train.classes[0]}); at least two are needed")
     if train.fingerprint() == val.fingerprint():
-        raise UserError("data.val: the same images as data.train; the accuracy would say nothing")
+        raise UserError("data.val: the same images as data.train; the accuracy would be meaningless")
     chosen = train.subset(labels_per_class=keys.labels_per_class, fraction=keys.fraction, seed=recipe.seed)
     fit, tune = split(train.strata[chosen], recipe.tune_fraction, recipe.seed)
     if len(tune) == 0:
-        raise UserError("data.train: to choose by, some class needs two images at least")
+        raise UserError("data.train: at least one class needs two or more images, to tune the probes on")
     for key, images in (("data.train", train), ("data.val", val)):
         for doubt in check_images(images, key, keys.decoding(), keys.max_bad_fraction):
             warnings.warn(doubt, MppWarning, stacklevel=4)

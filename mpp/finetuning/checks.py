@@ -81,4 +81,4 @@ def _check_images(recipe: FinetuneRecipe, kind: LabelKind, train: LabeledImages,
     for count in recipe.data.label_counts():
         subset = train.subset(labels_per_class=count, fraction=recipe.data.fraction, seed=recipe.seeds[0])
         if recipe.early_stop and not len(split(train.strata[subset], recipe.early_stop.fraction, 0)[1]):
-            raise UserError("early_stop: to hold some out, a class needs two images at least")
+            raise UserError("early_stop: needs a class with at least two training images")

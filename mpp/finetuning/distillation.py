@@ -117,12 +117,12 @@ def open_teacher(source: str, classes: Sequence[str], channels: int) -> nn.Modul
         raise UserError(f"distill.teacher: {source} has no classifier; give a fine-tuned model")
     if model.num_classes != len(classes):
         raise UserError(
-            f"distill.teacher: {source} tells {model.num_classes} classes apart; the training data has {len(classes)}"
+            f"distill.teacher: {source} has {model.num_classes} classes; the training data has {len(classes)}"
         )
     if names is not None and names != list(classes):
         off = next(i for i, (a, b) in enumerate(zip(names, classes, strict=True)) if a != b)
         raise UserError(
-            f"distill.teacher: {source}: its class {off} is '{names[off]}', that of the training data '{classes[off]}'"
+            f"distill.teacher: {source}: class {off} is '{names[off]}', but '{classes[off]}' in the training data"
         )
     reads = model.pretrained_cfg["input_size"][0]
     if reads != channels:

@@ -273,11 +273,11 @@ def _record_data(run: Run, *, same_images: bool) -> None:
         pass
     leaked = leak(val.reader, train.reader)
     if same_images:
-        warnings.warn("data.val: the same images as data.train; the accuracy says nothing", MppWarning, stacklevel=3)
+        warnings.warn("data.val: the same images as data.train; the accuracy is meaningless", MppWarning, stacklevel=3)
     elif leaked.shared:
         name, other = leaked.examples[0]
         warnings.warn(
-            f"data.val: {leaked.shared} of {leaked.checked} images are among data.train, too, such as {name} ({other})",
+            f"data.val: {leaked.shared} of {leaked.checked} images are also in data.train, such as {name} ({other})",
             MppWarning,
             stacklevel=3,
         )

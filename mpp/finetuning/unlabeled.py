@@ -69,7 +69,7 @@ def open_unlabeled(recipe: FinetuneRecipe, team: Team, val: LabeledImages) -> Un
     rows = tuple(np.flatnonzero(of_shard) for of_shard in np.split(shown, np.cumsum(images.counts)[:-1]))
     opened = UnlabeledImages(images, rows)
     if not len(opened):
-        raise UserError(f"{key}: every one of them is a validation image, too")
+        raise UserError(f"{key}: all of these images are also validation images")
     _look_at_some(reader, np.flatnonzero(shown), recipe, key)
     return opened
 

@@ -59,7 +59,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
         trials = [p.parent for p in sorted(folder.glob(f"*/{nonfinite.FOLDER}")) if steps(p)]
         if len(trials) != 1:
             which = f"; name one of {', '.join(map(str, trials))}" if trials else ""
-            raise UserError(f"{run}: no step was kept: all that it ran had a finite loss and gradient{which}")
+            raise UserError(f"{run}: no step was kept: all losses and gradients were finite{which}")
         folder = trials[0]
     kept = steps(folder / nonfinite.FOLDER)
     at = next((p for p in kept if step is None or p.name == f"step-{step:08d}"), None)

@@ -88,7 +88,7 @@ class Lock:
     def __init__(self, out: Path) -> None:
         self.out = out.absolute()
         if self.out in _held:  # opening and closing the file a second time would release the lock
-            raise UserError(f"out: {out}: this process writes into it already; give another folder")
+            raise UserError(f"out: {out}: this process is already writing to it; choose another folder")
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -99,7 +99,7 @@ class Lock:
         except BlockingIOError:
             holder = os.pread(self._fd, 1000, 0)
             os.close(self._fd)
-            raise UserError(f"out: {out}: {_said(holder)} writes into it; wait, or give another folder") from None
+            raise UserError(f"out: {out}: {_said(holder)} is writing to it; wait, or choose another folder") from None
         except OSError as error:
             os.close(self._fd)
             raise UserError(f"out: {out}: its file system has no locks: {error.strerror}") from error
@@ -191,7 +191,9 @@ def _same_recipe(run: Path, recipe: Job) -> None:
     changed = differences(load_recipe(run / RECIPE, type(recipe)), recipe)
     if changed:
         lines = "\n".join(f"  {line}" for line in changed)
-        raise UserError(f"out: {run} was made by another recipe; give another folder, or set back:\n{lines}")
+        raise UserError(
+            f"out: {run} was created with a different recipe; choose another folder, or restore these values:\n{lines}"
+        )
 
 
 def _asks_for_more(run: Path, recipe: Job) -> bool:

@@ -103,7 +103,7 @@ def encoder_folder(source: str | Path) -> Path:
         except (OSError, ValueError):
             return folder  # opening the encoder reports what is wrong with it
         if isinstance(config, dict) and "model_type" in config and "architecture" not in config:
-            raise UserError(f"{folder}: a folder of transformers'; `mpp import {folder} OUT` makes an encoder of it")
+            raise UserError(f"{folder}: a transformers folder; `mpp import {folder} OUT` converts it")
         return folder
     if trials := sorted(Path(source).glob("*-seed*/encoder")):
         raise UserError(f"{source}: a fine-tuning run of several models; name one, such as {trials[0].parent}")

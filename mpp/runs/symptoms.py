@@ -161,7 +161,7 @@ def _of_pretraining(run: History) -> list[Symptom]:
         listed.append(
             Symptom(
                 "below_trivial",
-                f"The skill is {skill:.3f}: a prediction that knows nothing of the image does as well.",
+                f"The skill is {skill:.3f}: a guess without the image is as good.",
                 "Train longer, try another optim.base_lr, or hide less (mask.ratio).",
             )
         )

@@ -1,6 +1,6 @@
-"""Images that are arrays of numbers: .npy files and TIFFs of any channels, 8 to 64 bit, whole or floating point.
+"""Read images that are arrays of numbers: .npy files and TIFFs with any channels, 8 to 64 bit, integer or float.
 
-They become float32 in [0, 255], the range of 8-bit pixels, so that mean and std mean the same for all images.
+They are scaled to float32 in [0, 255], the range of 8-bit pixels, so that mean and std mean the same for all images.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mpp.recipe.sections import ValueRange
 
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""What counts as 0 and 1: two values; or those of the file's own type: 0 and its largest whole number, or 0 and 1."""
+"""First bytes of TIFF and BigTIFF files, little- and big-endian."""
 MOST_MISSING = 0.5
-"""Of an image's values; one of which more is missing shows too little (a guess)."""
+"""Greatest share of an image's values that may be missing; with more missing, an image shows too little (a guess)."""
 PARSING = threading.Lock()
-"""numpy parses headers by Python's ast, in which CPython 3.11 now and then raises a SystemError where two threads are
-(python/cpython issue 106905)."""
+"""Lock around numpy's parsing of headers. numpy uses Python's ast, in which CPython 3.11 occasionally raises a
+SystemError if two threads use it at once (python/cpython issue 106905)."""
 
 
 def read_array(
@@ -33,17 +33,17 @@ def read_array(
     """Read an image of one of this module's formats, as numbers.
 
     Args:
-        data: The bytes of a file.
-        channels: How many the image must have.
-        formats: Those that are allowed.
-        max_image_pixels: Images of more are refused.
-        nodata: A value that stands for a missing one, which is filled in.
+        data: Bytes of a file.
+        channels: Number of channels that the image must have.
+        formats: Names of the accepted formats.
+        max_image_pixels: Greatest number of pixels of an image. Larger images are refused.
+        nodata: Value that marks missing pixels, which are filled in.
 
     Returns:
-        (C, H, W) as the numbers are stored; None if the bytes are of another format.
+        (C, H, W) in the stored type; None if the bytes have another format.
 
     Raises:
-        BadImage: They cannot be decoded, or are of other channels or too many pixels.
+        BadImage: If the image cannot be decoded, or has other channels or too many pixels.
     """
     try:
         if data.startswith(NPY):
@@ -54,34 +54,37 @@ def read_array(
             return _tiff(data, channels, max_image_pixels, nodata)
     except (BadImage, UserError):
         raise
-    except Exception as error:  # both raise anything on hostile bytes
+    except Exception as error:  # numpy and tifffile may raise anything on hostile bytes
         raise _bad(error) from None
     return None
 
 
 def check_npy(data: bytes) -> None:
-    """Check by its header that an .npy file holds an image, whatever the number of channels.
+    """Check by its header that an .npy file holds an image, with any number of channels.
 
     Raises:
-        BadImage: It does not.
+        BadImage: If it does not.
     """
     try:
         shape, _ = _npy_header(data)
     except BadImage:
         raise
-    except Exception as error:  # numpy raises anything on hostile bytes
+    except Exception as error:  # numpy may raise anything on hostile bytes
         raise _bad(error) from None
     if len(shape) not in (2, 3) or 0 in shape:
         raise BadImage(f"an array of {'×'.join(map(str, shape))}, not an image")
 
 
 def _bad(error: Exception) -> BadImage:
-    """What somebody else's reader raised, as a reason in one line."""
+    """Convert an exception of a library's reader to a reason in one line."""
     return BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    """(shape, type) of numbers that are all there. BadImage, or whatever numpy raises."""
+    """Return (shape, type) of an .npy file, after a check that its numbers are complete.
+
+    Raise BadImage if they are not. numpy may raise any other exception.
+    """
     with PARSING:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
@@ -124,13 +127,13 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int, nodata: float | Non
 
 
 def _check_type(dtype: np.dtype) -> None:
-    """BadImage for values that are no numbers to be read."""
+    """Raise BadImage if the values are not integers or floats."""
     if dtype is None or dtype.kind not in "uif" or dtype.hasobject:
         raise BadImage(f"values of {dtype}; read are whole and floating-point numbers")
 
 
 def _check(shape: tuple[int, ...], dtype: np.dtype, channels: int, max_image_pixels: int) -> None:
-    """BadImage, from the header alone."""
+    """Check the type, channels and number of pixels that a header states. Raise BadImage if they do not fit."""
     _check_type(dtype)
     height, width = _places(shape, channels)[1:]
     if height < 1 or width < 1:
@@ -140,7 +143,7 @@ def _check(shape: tuple[int, ...], dtype: np.dtype, channels: int, max_image_pix
 
 
 def _places(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
-    """(C, H, W) of an array of (H, W), (H, W, C) or (C, H, W). BadImage."""
+    """Return (C, H, W) for the shape (H, W), (H, W, C) or (C, H, W). Raise BadImage for any other shape."""
     if len(shape) == 2 and channels == 1:
         return 1, int(shape[0]), int(shape[1])
     if len(shape) == 3 and shape[2] == channels:
@@ -151,27 +154,29 @@ def _places(shape: tuple[int, ...], channels: int) -> tuple[int, int, int]:
 
 
 def _channels_first(array: np.ndarray, channels: int) -> np.ndarray:
-    _places(array.shape, channels)  # of damaged files headers say one thing and data another
+    _places(array.shape, channels)  # in damaged files, the header and the data may differ
     if array.ndim == 2:
         return array[None]
     return array.transpose(2, 0, 1) if array.shape[2] == channels else array
 
 
 def fill_missing(array: np.ndarray, *nodata: float | None) -> np.ndarray:
-    """Put the mean of a channel in the place of its missing values: NaN, infinities and those in `nodata`.
+    """Replace missing values (NaN, infinities and `nodata`) by the mean of their channel.
+
+    A channel without any value gets the mean of the whole image.
 
     Args:
-        array: (C, H, W) of any numbers.
-        nodata: Values that say that nothing was measured there; None stands for no value.
+        array: Image, (C, H, W) of any numbers.
+        nodata: Values that mark missing pixels. None is ignored.
 
     Raises:
-        BadImage: More than MOST_MISSING of the values are missing.
+        BadImage: If more than MOST_MISSING of the values are missing.
     """
     values = [value for value in nodata if value is not None]
     if array.dtype.kind != "f" and not values:
         return array
     missing = ~np.isfinite(array) if array.dtype.kind == "f" else np.zeros(array.shape, dtype=bool)
-    with np.errstate(over="ignore"):  # a nodata value may be too large for the image's own type
+    with np.errstate(over="ignore"):  # a nodata value may be too large for the image's type
         for value in values:
             missing |= array == np.float64(value).astype(array.dtype) if array.dtype.kind == "f" else array == value
     if not missing.any():
@@ -192,10 +197,15 @@ def fill_missing(array: np.ndarray, *nodata: float | None) -> np.ndarray:
 
 
 def scaled(array: np.ndarray, value_range: ValueRange) -> Tensor:
-    """Bring (C, H, W) of any numbers to float32 in [0, 255].
+    """Scale an image, (C, H, W) of any numbers, to float32 in [0, 255].
+
+    Args:
+        array: Image.
+        value_range: Values that become 0 and 255. "type" means 0 and the largest integer of the array's type, or 0
+            and 1 for floats.
 
     Raises:
-        BadImage: A number is not finite.
+        BadImage: If a number is not finite.
     """
     if value_range == "type":
         low, high = 0.0, float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
@@ -203,6 +213,6 @@ def scaled(array: np.ndarray, value_range: ValueRange) -> Tensor:
         low, high = value_range
     if not np.isfinite(array).all():
         raise BadImage(f"{int((~np.isfinite(array)).sum())} values are not finite")
-    # in float64: a float32 has 24 bits, and an offset may be large
+    # in float64, because a float32 has 24 bits and an offset may be large
     values = np.clip((array.astype(np.float64) - low) * (255 / (high - low)), 0, 255).astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(values))

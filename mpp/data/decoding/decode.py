@@ -1,8 +1,10 @@
-"""Bytes -> a cropped image, of uint8 or, with a range of values, of float32 in [0, 255]. The header is read first;
-whatever is wrong is a BadImage with the reason.
+"""Decode the bytes of a file into a cropped image.
 
-JPEGs go through simplejpeg, decoded at a fraction of their size where the crop is at least twice the target;
-everything else, and JPEGs with rotation, CMYK or a fault, through Pillow.
+The result is uint8, or float32 in [0, 255] if a range of values is given. The header is read first. Every fault of the
+file raises BadImage with the reason.
+
+JPEGs are decoded by simplejpeg, at a fraction of their size if the crop is at least twice the target. Pillow decodes
+everything else, and JPEGs with rotation, CMYK or a fault.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ from mpp.errors import BadImage
 from mpp.recipe.sections import Decoding, Reading, ValueRange
 
 Box = tuple[int, int, int, int]
-"""left, top, width, height in pixels"""
+"""(left, top, width, height) in pixels."""
 
 
 class Cut(NamedTuple):
-    """Pixels of an image, and the part of them that becomes the crop."""
+    """Pixels of an image, and the box within them that becomes the crop."""
 
     pixels: Tensor
-    """(C, h, w), often a part of a larger image in memory."""
+    """(C, h, w), often a view of a larger image in memory."""
     box: tuple[float, float, float, float]
-    """top, left, height, width: whole numbers, unless a JPEG was decoded at a fraction of its size."""
+    """(top, left, height, width). Whole numbers, unless a JPEG was decoded at a fraction of its size."""
 
     @staticmethod
     def whole(pixels: Tensor) -> Cut:
@@ -47,11 +49,11 @@ class Cut(NamedTuple):
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Channels -> Pillow mode."""
+"""Pillow's mode for each number of channels."""
 CORNER_FRACTION = 0.875
-"""Side of a corner crop over the image's: 224 of 256 px (Krizhevsky et al. 2012, section 4.1)."""
+"""Side of a corner crop divided by the image's: 224 of 256 px (Krizhevsky et al. 2012, section 4.1)."""
 PNG = b"\x89PNG"
-GREY = 128  # what lies behind transparent pixels
+GREY = 128  # background of transparent pixels
 
 
 def random_box(
@@ -63,14 +65,14 @@ def random_box(
 ) -> Box:
     """Draw a random resized crop (Szegedy et al. 2015, section 6).
 
-    After ten misses it is the largest centred box with an aspect in `ratio`, as in torchvision.
+    If ten draws do not fit into the image, return the largest centred box with an aspect in `ratio`, like torchvision.
 
     Args:
-        rng: Where it is drawn from.
-        width: Of the image, in pixels.
-        height: Of the image, in pixels.
-        scale: Least and greatest area, as parts of the image's.
-        ratio: Least and greatest aspect (width over height), drawn log-uniformly.
+        rng: Random generator.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        scale: Least and greatest area, as fractions of the image's area.
+        ratio: Least and greatest aspect (width over height). The aspect is drawn log-uniformly.
     """
     for _ in range(10):
         area = rng.uniform(*scale) * width * height
@@ -87,13 +89,13 @@ def random_box(
 
 
 def centre_box(width: int, height: int, size: tuple[int, int], fraction: float = 1.0) -> Box:
-    """Return the largest centred box of the aspect of `size`, its sides times `fraction`.
+    """Return the largest centred box with the aspect of `size`, its sides multiplied by `fraction`.
 
     Args:
-        width: Of the image, in pixels.
-        height: Of the image, in pixels.
-        size: (H, W).
-        fraction: Of the box's sides.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        size: (H, W) of the result, which gives the aspect.
+        fraction: Factor for both sides of the box.
     """
     aspect = size[1] / size[0]
     w = min(width, height * aspect) * fraction
@@ -103,14 +105,14 @@ def centre_box(width: int, height: int, size: tuple[int, int], fraction: float =
 
 
 def view_boxes(views: int, size: tuple[int, int], fraction: float) -> list[Callable[[int, int], Box]]:
-    """Return what chooses the crops of so many views of an image: the centre, and also the corners for ten views.
+    """Return the functions that choose the crops of `views` views: the centre, and for ten views also the corners.
 
-    The other half of two or ten views are mirror images of these.
+    The other half of two or ten views are mirror images of these crops.
 
     Args:
-        views: 1, 2 or 10.
+        views: Number of views: 1, 2 or 10.
         size: (H, W) of the crops.
-        fraction: Of the largest box of this aspect.
+        fraction: Side of the central crop, as a fraction of the largest box with this aspect.
     """
 
     def at_corner(x: float, y: float) -> Callable[[int, int], Box]:
@@ -130,19 +132,19 @@ def decode_crop(
     size: tuple[int, int],
     **decoding: Unpack[Decoding],
 ) -> Tensor:
-    """Decode an image, cut a box out of it and resize that.
+    """Decode an image, crop a box and resize it.
 
     Args:
-        data: The bytes of a file.
-        choose_box: Picks the crop from (width, height).
+        data: Bytes of a file.
+        choose_box: Function that chooses the crop from (width, height).
         size: (H, W) of the result.
-        **decoding: As of `decode_cut`.
+        **decoding: Decoding settings, see `decode_cut`.
 
     Returns:
         (channels, H, W) uint8, or float32 in [0, 255] with `value_range`.
 
     Raises:
-        BadImage: The bytes cannot be decoded.
+        BadImage: If the bytes cannot be decoded.
     """
     return resize(decode_cut(data, choose_box, size, **decoding), size)
 
@@ -158,23 +160,24 @@ def decode_cut(
     value_range: ValueRange | None = None,
     nodata: float | None = None,
 ) -> Cut:
-    """Decode an image and cut a box out of it, without resizing.
+    """Decode an image and crop a box, without resizing.
 
     Args:
-        data: The bytes of a file.
-        choose_box: Picks the crop from (width, height), once they are known.
-        size: (H, W) to which the cut will be resized; JPEGs are decoded no finer than that needs.
-        channels: How many the image must have, or is brought to.
-        formats: Those that are allowed.
-        max_image_pixels: Images of more are refused.
-        value_range: Of images with any number of channels and bits: what is brought to [0, 255].
-        nodata: A value that stands for a missing one, as those that are not finite do; see `fill_missing`.
+        data: Bytes of a file.
+        choose_box: Function that chooses the crop from (width, height), once they are known.
+        size: (H, W) to which the cut will be resized. JPEGs are decoded no finer than this size requires.
+        channels: Number of channels that the image must have or is converted to.
+        formats: Names of the accepted formats.
+        max_image_pixels: Greatest number of pixels of an image. Larger images are refused.
+        value_range: Values that become 0 and 255, for images with any number of channels and bits. None means 8-bit
+            images.
+        nodata: Value that marks missing pixels, in addition to values that are not finite; see `fill_missing`.
 
     Returns:
-        (channels, h, w) uint8, or float32 in [0, 255] with `value_range`.
+        The cut: pixels (channels, h, w) uint8, or float32 in [0, 255] with `value_range`, and the box in them.
 
     Raises:
-        BadImage: The bytes are no image of `formats`, too large, truncated or otherwise not decodable.
+        BadImage: If the bytes are not an image of `formats`, too large, truncated or otherwise not decodable.
     """
     if value_range is not None:
         reading: Reading = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
@@ -192,37 +195,41 @@ def decode_cut(
 
 
 def _numbers(data: bytes, value_range: ValueRange, nodata: float | None, reading: Reading) -> np.ndarray:
-    """(C, h, w) of the whole image, with all its bits and without missing values. BadImage."""
+    """Return the whole image, (C, h, w), at full bit depth and with missing values filled.
+
+    Raises:
+        BadImage: If it cannot be read at full bit depth.
+    """
     array = read_array(data, nodata=nodata, **reading)
-    if array is None:  # of 8 bit, most likely; of 16 bit where it is grey
+    if array is None:  # most likely 8 bit; grey images may have 16
         if reading["channels"] not in MODES:
             raise BadImage(f"not a TIFF or .npy; expected {reading['channels']} channels (data.channels)")
         pixels = decode_pillow(data, **reading, deep=True)
         array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
-        if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow has no deep colours
+        if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow reads colours only as 8 bit
             raise BadImage("read as 8 bit, which data.value_range is not; TIFF, .npy and grey PNG have all their bits")
         return fill_missing(array, nodata)
     return array
 
 
 class Deep(NamedTuple):
-    """The values of an image of 16 bit."""
+    """Range of the values of a 16-bit image."""
 
     smallest: float
     largest: float
     most: float
-    """What its type holds."""
+    """Largest value of the image's type."""
 
 
 def deep_values(data: bytes, decoding: Decoding) -> Deep | None:
-    """Return the smallest and largest value of an image of 16 bit; None for images of other kinds.
+    """Return the smallest and largest value of a 16-bit image; None for other images.
 
     Args:
-        data: The bytes of a file.
-        decoding: As `decode_cut` takes it.
+        data: Bytes of a file.
+        decoding: Decoding settings, see `decode_cut`.
 
     Raises:
-        BadImage: The bytes cannot be decoded.
+        BadImage: If the bytes cannot be decoded.
     """
     reading: Reading = {key: decoding[key] for key in Reading.__annotations__}  # type: ignore[assignment, literal-required]
     if value_range := decoding.get("value_range"):
@@ -241,9 +248,10 @@ def deep_values(data: bytes, decoding: Decoding) -> Deep | None:
 
 
 def resize(cut: Cut, size: tuple[int, int]) -> Tensor:
-    """-> (C, H, W). As torchvision's, to the bit, without what it does around it: a third faster for small images.
+    """Resize a cut to `size`, (H, W), and return (C, H, W).
 
-    torch resizes whole pixels only; Pillow takes a box with fractions.
+    The result equals torchvision's to the bit. Without torchvision's overhead, small images take a third less time.
+    torch can resize only whole pixels. Pillow resizes a box with fractional edges.
     """
     if not cut.is_whole:
         top, left, height, width = cut.box
@@ -252,7 +260,7 @@ def resize(cut: Cut, size: tuple[int, int]) -> Tensor:
         image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
         return torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
     resized = F.interpolate(cut.pixels[None], size, mode="bicubic", antialias=True)[0]
-    return resized if resized.dtype == torch.uint8 else resized.clamp_(0, 255)  # which uint8 is clamped to already
+    return resized if resized.dtype == torch.uint8 else resized.clamp_(0, 255)  # uint8 is already in this range
 
 
 def _jpeg(
@@ -262,7 +270,7 @@ def _jpeg(
     channels: int,
     max_image_pixels: int,
 ) -> Cut | None:
-    """The fast path; None where Pillow must look (rotation, CMYK, warnings of the decoder)."""
+    """Decode a JPEG on the fast path. Return None if it needs Pillow (rotation, CMYK, warnings of the decoder)."""
     if b"Exif\0\0" in data[:65536] and _orientation(data) != 1:
         return None
     try:
@@ -279,8 +287,8 @@ def _jpeg(
         pixels = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", strict=True, **least)
     except (ValueError, KeyError):
         return None
-    # libjpeg decodes at n/8 of the size and rounds the number of pixels up. The crop then seldom ends between two
-    # pixels: those that it touches are kept, with the place of the crop among them. Eighths are exact as floats.
+    # libjpeg decodes at n/8 of the size and rounds the number of pixels up, so the crop's edges are seldom between
+    # two pixels. All pixels that the crop touches are kept, with its place among them. Eighths are exact as floats.
     longer = max(width, height)
     fraction = round(8 * max(pixels.shape[:2]) / longer) / 8 if least else 1.0
     x, y, w_there, h_there = (value * fraction for value in (left, top, w, h))
@@ -294,7 +302,7 @@ def _orientation(data: bytes) -> int:
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return image.getexif().get(0x0112, 1)
-    except Exception:  # whatever Pillow raises on broken metadata; the pixels decide
+    except Exception:  # Pillow may raise anything on broken metadata; the pixels may still be good
         return 1
 
 
@@ -306,7 +314,10 @@ def _check_size(width: int, height: int, max_image_pixels: int) -> None:
 
 
 def _check_pages(data: bytes) -> None:
-    """BadImage for a stack in a TIFF, of which one page would be read. A second page of another size is a thumbnail."""
+    """Raise BadImage for a TIFF that is a stack of pages, because only one page would be read.
+
+    A second page of another size is a thumbnail.
+    """
     if not data.startswith(TIFF):
         return
     try:
@@ -314,7 +325,7 @@ def _check_pages(data: bytes) -> None:
             first = image.size, image.mode
             image.seek(1)
             stack = (image.size, image.mode) == first
-    except Exception:  # there is no second page, or none that can be read: the first one decides
+    except Exception:  # the second page is missing or unreadable: the first page is the image
         return
     if stack:
         raise BadImage(
@@ -325,8 +336,11 @@ def _check_pages(data: bytes) -> None:
 
 @contextmanager
 def own_pixel_limit() -> Iterator[None]:
-    """Of pixels: Pillow has one of its own, above which it refuses, whatever a recipe allows. Its warnings of damaged
-    metadata are for nobody who has a million images."""
+    """Switch off Pillow's own limit of pixels and its warnings.
+
+    Above its limit Pillow refuses images that the recipe accepts. Warnings of damaged metadata do not help users with a
+    million images.
+    """
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
@@ -341,18 +355,18 @@ def decode_pillow(
 ) -> Image.Image:
     """Decode a whole image with Pillow, upright, in the mode of `channels`.
 
-    EXIF rotation is applied, transparency laid over grey, 16 bits are divided by 257, CMYK and palettes are converted;
-    of an animation the first frame is taken, and stacks of pages are refused.
+    EXIF rotation is applied. Transparent images are laid over grey, except for 4 channels. 16-bit grey is divided by
+    257. CMYK and palettes are converted. The first frame of an animation is used. Stacks of pages are refused.
 
     Args:
-        data: The bytes of a file.
-        channels: 1, 3 or 4.
-        formats: Those that are allowed.
-        max_image_pixels: Images of more are refused.
-        deep: Whether grey of 16 bits stays as it is.
+        data: Bytes of a file.
+        channels: Number of channels: 1, 3 or 4.
+        formats: Names of the accepted formats.
+        max_image_pixels: Greatest number of pixels of an image. Larger images are refused.
+        deep: Whether 16-bit grey is returned unchanged if `channels` is 1.
 
     Raises:
-        BadImage: The bytes cannot be decoded.
+        BadImage: If the bytes cannot be decoded.
     """
     if not data:
         raise BadImage("empty file")
@@ -377,7 +391,7 @@ def decode_pillow(
 
 
 def _of_array(data: bytes, **reading: Unpack[Reading]) -> Image.Image:
-    """An .npy file of 8-bit pixels. BadImage."""
+    """Read an .npy file of 8-bit pixels. Raise BadImage for other files."""
     array = read_array(data, **reading)
     if array is None or array.dtype != np.uint8:
         raise BadImage(f"values of {array.dtype if array is not None else None}: say by data.value_range what they are")
@@ -385,7 +399,7 @@ def _of_array(data: bytes, **reading: Unpack[Reading]) -> Image.Image:
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, in any of Pillow's spellings
+    if image.mode.startswith("I"):  # 16-bit grey, in any of Pillow's modes for it
         values = np.asarray(image.convert("I")).clip(0, 65535) // 257
         image = Image.fromarray(values.astype(np.uint8))
     elif image.mode == "F":

@@ -1,4 +1,4 @@
-"""Remote shards are fetched before their samples are due: the order is known."""
+"""Fetch remote shards before their samples are needed, because the order is known in advance."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from mpp.errors import UserError
 
 
 class Ahead:
-    """Keeps the shards of the order's present windows in the cache, and fetches those of the next beside the reading.
+    """Keeps the shards of the order's current windows in the cache, and fetches those of the next windows in a thread.
 
-    Every process that reads has one: what another process fetches just now is left to it, so that several shards
-    come at a time. lanes: those read on this machine. UserError where the cache cannot hold one window of each.
+    Every process that reads has one. It skips shards that another process is fetching, so that several shards are
+    fetched at the same time.
+
+    Args:
+        images: Indexed shards.
+        order: Order of the samples.
+        lanes: Lanes that are read on this machine.
+
+    Raises:
+        UserError: If the cache cannot hold one window of each lane.
     """
 
     def __init__(self, images: ShardImages, order: Order, lanes: Sequence[int]) -> None:
@@ -37,7 +45,7 @@ class Ahead:
         )
 
     def come_to(self, position: int) -> None:
-        """The sample at `position` is read next, or soon."""
+        """Fetch the shards around the sample at `position`, which is read next or soon."""
         window = self.order.window_at(position)
         if self._busy and window != self._window:
             self._window = window
@@ -49,9 +57,9 @@ class Ahead:
     def _fetch(self, window: tuple[int, int]) -> None:
         now, after = self._shards(window), self._shards(self.order.window_after(*window))
         room = self.images.store.limit_bytes
-        for shard, size in {**now, **after}.items():  # those of now are marked as used: others leave before them
+        for shard, size in {**now, **after}.items():  # the current ones are marked as used, so others are deleted first
             room -= size
             if room < 0 or self._window != window:
                 return
-            with contextlib.suppress(UserError, *FAULTS):  # who needs the shard says what is wrong with it
+            with contextlib.suppress(UserError, *FAULTS):  # the process that needs the shard reports the fault
                 self.images.store.fetch(self.images.names[shard], wait=False)

@@ -1,8 +1,8 @@
-"""Where the images of a tar shard lie: a table of offsets and sizes, from its headers alone.
+"""Index tar shards: a table of the offsets and sizes of their images, made from the tar headers only.
 
 Any tar of images is a shard (WebDataset's naming: `key.jpg`, `key.cls`, `key.json`). The scan hops from header
-to header; the first unusual one (long names, sparse files) hands the file to `tarfile`. A tar that was cut
-off is found here, before the first step, by its missing end-of-archive blocks.
+to header. At the first unusual header (long names, sparse files) `tarfile` takes over. A truncated tar is detected
+here, before the first step, because its end-of-archive blocks are missing.
 """
 
 from __future__ import annotations
@@ -35,34 +35,39 @@ from mpp.errors import UserError, suggest_path, without_secrets
 from mpp.recipe.values import IMAGE
 
 FORMAT = 3
-"""1: before .npy files were images. 2: all images of a sample, and labels by names up to the first dot alone."""
+"""Version of stored indexes. Version 1 did not list .npy files as images. Version 2 listed all images of a sample, and
+matched labels only by the name up to the first dot."""
 BLOCK = 512
 MOST_INDEX_BYTES = 256 << 20
-"""Of the index of a shard that is not at hand: 6 million images (a guess)."""
+"""Greatest size of an index if the size of its shard is unknown: enough for 6 million images (a guess)."""
 TABLES = (".tsv", ".txt", ".xlsx", ".xls", ".ods", ".json", ".jsonl")
-"""Endings of files that people may take for lists of images."""
+"""File name endings of tables, which users may pass as lists of images."""
 MOST_PACKED = 1_000_000
-"""Shards of a packing that are looked for by name."""
+"""Greatest number of packed shards that are looked for by name."""
 COLUMNS = ("image_offset", "image_size", "label_offset", "label_size", "label_is_json")
 _PLAIN, _SKIPPED = b"0\0" + b"7", b"123456"
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard's table: (images, 5) int64, see COLUMNS; label_size -1 where an image has none."""
+    """Index of one shard."""
 
     table: np.ndarray
+    """(images, 5) int64, see COLUMNS. label_size is -1 if an image has no label."""
     size_bytes: int
     mtime_ns: int
     files: tuple[str, ...] = ()
-    """Where the images are files of their own: their paths below `folder`, a row of the table each."""
+    """Paths below `folder`, one for each row of the table, if the images are separate files."""
     folder: str = ""
     left_out: LeftOut = field(default_factory=LeftOut, compare=False)
-    """Members or files that could be taken for images or labels and are not."""
+    """Members or files that look like images or labels and are not used."""
 
 
 def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, int, int]], int] | None:
-    """(name, offset, size) of regular members and where they end; None at a header that needs `tarfile`."""
+    """Return (name, offset, size) of each regular member, and the offset of their end.
+
+    Return None if a header requires `tarfile`.
+    """
     members, at = [], 0
     while at + BLOCK <= size:
         header = os.pread(fd, BLOCK, at)
@@ -77,7 +82,7 @@ def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, 
             if kind not in _PLAIN + _SKIPPED or header[124] & 0x80:
                 return None
             digits = header[124:136].strip(b" \0")
-            if not re.fullmatch(rb"[0-7]*", digits):  # int() would take a sign
+            if not re.fullmatch(rb"[0-7]*", digits):  # int() would accept a sign
                 raise ValueError
             length = int(digits or b"0", 8)
         except ValueError:
@@ -95,7 +100,7 @@ def _members_by_hopping(fd: int, size: int, path: str) -> tuple[list[tuple[str, 
 
 
 def begins_member(header: bytes, size: int) -> bool:
-    """Whether a tar's member of so many bytes begins with these."""
+    """Check whether `header` is the tar header of a regular member with `size` bytes."""
     try:
         member = tarfile.TarInfo.frombuf(header[:BLOCK], "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -130,15 +135,15 @@ def _regular_file(path: str) -> os.stat_result:
 
 
 def scan(path: str, image_extension: str | None = None) -> ShardIndex:
-    """Read a local shard's headers.
+    """Index a local shard from its headers.
 
     Args:
         image_extension: See `samples_among`.
 
     Raises:
-        UserError: The file is missing, cannot be read, is cut off or corrupt.
+        UserError: If the file is missing, unreadable, truncated or corrupt.
     """
-    _regular_file(path)  # before it is opened: a pipe would wait for its other end
+    _regular_file(path)  # checked first, because opening a pipe would block until its other end is opened
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -163,7 +168,10 @@ def scan(path: str, image_extension: str | None = None) -> ShardIndex:
 
 
 def index_path(shard: str, cache_dir: str | None = None, image_extension: str | None = None) -> Path:
-    """Where a shard's index is: beside it, or in the cache folder. Each `image_extension` has an index of its own."""
+    """Return the path of a shard's index: next to the shard, or in the cache folder if one is given.
+
+    Each `image_extension` has a separate index.
+    """
     extension = f".{image_extension}" if image_extension else ""
     if cache_dir is None:
         return Path(f"{shard}{extension}.index.npz")
@@ -172,10 +180,18 @@ def index_path(shard: str, cache_dir: str | None = None, image_extension: str | 
 
 
 def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardIndex | None:
-    """A stored index of a shard, of so many bytes if known; None where it is none, or cannot be of that shard."""
+    """Read a stored index.
+
+    Args:
+        file: Path of the index, or its open file.
+        size_bytes: Size of the shard. None means unknown.
+
+    Returns:
+        The index. None if the file is not an index of the current format, or is impossible for the shard.
+    """
     most_bytes = MOST_INDEX_BYTES if size_bytes is None else size_bytes * 8 * len(COLUMNS) // BLOCK + 30_000
     try:
-        with zipfile.ZipFile(file) as packed:  # what it says of its size, before anything is unpacked
+        with zipfile.ZipFile(file) as packed:  # check the stated sizes before anything is unpacked
             if sum(part.file_size for part in packed.infolist()) > most_bytes:
                 return None
         if not isinstance(file, Path):
@@ -195,7 +211,7 @@ def read_index(file: Path | BinaryIO, size_bytes: int | None = None) -> ShardInd
 
 
 def _plausible(index: ShardIndex) -> bool:
-    """Whether everything it names lies inside its shard: shards from elsewhere come with indexes from elsewhere."""
+    """Check that all offsets are inside the shard. An index from a server is as untrusted as its shard."""
     table, size = index.table, index.size_bytes
     inside = (table[:, 0] >= BLOCK) & (table[:, 1] >= 0) & (table[:, 1] <= size) & (table[:, 0] <= size - table[:, 1])
     labeled = table[:, 3] >= 0
@@ -204,7 +220,7 @@ def _plausible(index: ShardIndex) -> bool:
 
 
 def write_index(path: Path, index: ShardIndex) -> bool:
-    """Whether it could be written."""
+    """Write an index, and return whether that succeeded."""
 
     def write(f: BinaryIO) -> None:
         np.savez(
@@ -220,7 +236,10 @@ def write_index(path: Path, index: ShardIndex) -> bool:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> bool:
-    """Whether a file could be written; a reader sees all of it or none, however many write it."""
+    """Write a file, and return whether that succeeded.
+
+    Readers see the whole file or none of it, even if several processes write it at the same time.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
@@ -239,7 +258,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> bool:
 
 
 def left_out_from(stored: object) -> LeftOut | None:
-    """What a stored index or listing says of members; None if it cannot be what mpp wrote: it may be a server's."""
+    """Parse the record of left-out members in a stored index or listing.
+
+    Return None if mpp cannot have written the record: the file may come from a server.
+    """
     if not isinstance(stored, dict):
         return None
     by_reason = {}
@@ -254,11 +276,12 @@ def left_out_from(stored: object) -> LeftOut | None:
 
 
 def index_shard(shard: str, cache_dir: str, *, fresh: bool = False, image_extension: str | None = None) -> ShardIndex:
-    """Read or make the index of a local shard. A new one is stored beside the shard, or in `cache_dir` if the shard's
-    folder cannot be written.
+    """Read or make the index of a local shard.
+
+    A new index is stored next to the shard, or in `cache_dir` if the shard's folder cannot be written.
 
     Args:
-        fresh: Scan the shard even if a stored index fits it.
+        fresh: Whether to scan the shard even if a stored index matches it.
         image_extension: See `samples_among`.
     """
     status = _regular_file(shard)
@@ -273,14 +296,14 @@ def index_shard(shard: str, cache_dir: str, *, fresh: bool = False, image_extens
 
 
 def digest(index: ShardIndex) -> str:
-    """Of a shard's table, and of its files where it has any."""
+    """Return the SHA-256 of an index's table and of its list of files."""
     sha256 = hashlib.sha256(np.ascontiguousarray(index.table).tobytes())
     sha256.update("\0".join(index.files).encode("utf-8", "surrogateescape"))
     return sha256.hexdigest()
 
 
 def fingerprint(shards: Iterable[str], sizes_bytes: Iterable[int], digests: Iterable[str]) -> str:
-    """Return what tells one run's data from another's: names, sizes and tables of all shards, not where they lie."""
+    """Return a hash of the names, sizes and table digests of all shards. Their folders do not change it."""
     sha256 = hashlib.sha256()
     for shard, size_bytes, table in zip(shards, sizes_bytes, digests, strict=True):
         sha256.update(os.path.basename(without_secrets(shard)).encode() + f"\0{size_bytes}\0{table}\0".encode())
@@ -291,19 +314,19 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
     """Find the shards that a recipe names by a folder, file, glob, brace pattern, URL or a list of these.
 
     Args:
-        spec: Of the recipe. What one item matches is sorted.
-        key: Of the recipe, for messages.
-        files: Whether a folder without shards stays as it is, because its images are files.
+        spec: Value in the recipe. The matches of one item are sorted.
+        key: Recipe key, for messages.
+        files: Whether a folder without shards is returned unchanged, because its images are separate files.
 
     Raises:
-        UserError: Something matches nothing, or a shard comes twice.
+        UserError: If an item matches nothing, or a shard is named twice.
     """
     expanded: list[str] = []
     for item in [spec] if isinstance(spec, str) else spec:
         if re.match(r"pipe:", item):
             raise UserError(f"{key}: '{item}': pipes are never run; give files or URLs")
         try:
-            # a name with braces that is there is no pattern
+            # the name of an existing file or folder is not a pattern, even if it contains braces
             names = [item] if not is_remote(item) and os.path.exists(item) else list(braceexpand(item))
         except ValueError as error:
             raise UserError(f"{key}: '{item}': unbalanced braces") from error
@@ -330,11 +353,11 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
                     raise UserError(f"{key}: '{name}': no such shard; a folder must hold *.tar files")
                 raise UserError(f"{key}: '{name}': no such file or folder{suggest_path(name)}")
             expanded += matches
-    # the same file by another path is the same shard; a file that is a link may be meant as another one
+    # Detect the same shard under another path. Only its folder is resolved: a link to a file counts as another shard.
     seen: dict[str, str] = {}
     for name in expanded:
         same = name
-        if os.path.isdir(name):  # images as they are: a folder in another one is there twice
+        if os.path.isdir(name):  # of images: a folder inside another one would be read twice
             same = os.path.realpath(name)
             for other in (o for o in seen if os.path.isdir(o)):
                 if os.path.commonpath([same, other]) in (same, other) and same != other:
@@ -353,7 +376,7 @@ def packed_first(parquet: str) -> str:
 
 
 def _check_shards_of(folder: str, key: str) -> None:
-    """UserError where a folder holds more than shards, images beside them, or less than what was packed into it."""
+    """Raise UserError if a folder holds images as well as shards, or lacks shards that were packed into it."""
     there = archives_in(folder)
     if images := images_among(n for n in os.listdir(folder) if not is_hidden(n)):
         raise UserError(holds_both(key, folder, there, sorted(images)))
@@ -368,7 +391,7 @@ def _check_shards_of(folder: str, key: str) -> None:
             f"{key}: '{folder}': was not packed to its end; the same `mpp pack` again, every part of it, finishes it"
         )
     lost = sorted({packed_name(k) for k in range(min(packed, MOST_PACKED))} - set(there))
-    if lost and len(there) < packed:  # they may have got other names
+    if lost and len(there) < packed:  # otherwise they may have been renamed
         raise UserError(
             f"{key}: '{folder}': {len(lost)} of its {packed} shards are missing, such as {lost[0]}; copy them again, "
             f"or pack into a new folder. {os.path.join(folder, '*.tar')} means those that are there"
@@ -376,7 +399,7 @@ def _check_shards_of(folder: str, key: str) -> None:
 
 
 def holds_both(key: str, folder: str, archives: list[str], images: list[str]) -> str:
-    """What to say of a folder that holds tar files and images."""
+    """Return the message about a folder that holds both tar files and images."""
     return (
         f"{key}: '{folder}': holds {len(archives)} shards, such as {archives[0]}, and {len(images)} images, such as "
         f"{images[0]}. Move the ones that are not meant elsewhere; '{os.path.join(folder, '*.tar')}' names the shards "
@@ -385,12 +408,12 @@ def holds_both(key: str, folder: str, archives: list[str], images: list[str]) ->
 
 
 def packed_name(number: int) -> str:
-    """Of the shards that `mpp pack` writes."""
+    """Return the file name of a shard that `mpp pack` writes."""
     return f"shard-{number:06d}.tar"
 
 
 def _may_look(name: str, key: str) -> None:
-    """UserError where a place is not found because the way to it, or the place, may not be read."""
+    """Raise UserError if a place cannot be accessed. A place that does not exist is accepted here."""
     try:
         os.stat(name)
         if os.path.isdir(name):
@@ -402,7 +425,7 @@ def _may_look(name: str, key: str) -> None:
 
 
 def member_name(shard: str, image_offset: int) -> str:
-    """The name of the member whose data begins at `image_offset`, for messages; '' if it cannot be told."""
+    """Return the name of the member whose data begins at `image_offset`, for messages; '' if it is unknown."""
     try:
         with open(shard, "rb") as f:
             f.seek(image_offset - BLOCK)
@@ -412,10 +435,10 @@ def member_name(shard: str, image_offset: int) -> str:
 
 
 def class_names(folder: str) -> list[str] | None:
-    """Read the class names that `mpp pack` left beside the shards of a folder; None if there are none.
+    """Read the class names that `mpp pack` wrote next to the shards of a folder; None if there are none.
 
     Raises:
-        UserError: The file cannot be read: numbers would take the place of the names.
+        UserError: If the file cannot be read, because numbers would replace the names.
     """
     path = Path(folder) / "dataset.json"
     try:

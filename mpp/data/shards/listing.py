@@ -1,7 +1,7 @@
-"""One file about all shards of a folder, so that a run opens the index of a shard when it first reads from it.
+"""One file that lists all shards of a folder, so that a run opens a shard's index only when it first reads the shard.
 
-`mpp pack` and `mpp index` write `index.json` into the folder of the shards. It is not trusted: for a shard of another
-size or date, the shard's own index is read, and an index that is opened later must be the one that it names.
+`mpp pack` and `mpp index` write `index.json` into the folder of the shards. The file is not trusted. If a shard's size
+or date differ, its own index is read instead. An index that is opened later must have the digest in the listing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from mpp.data.walk import LeftOut
 
 LISTING = "index.json"
 FORMAT = 2
-"""1: without what was left out of each shard."""
+"""Version of listings. Version 1 did not record what was left out of each shard."""
 MOST_LISTING_BYTES = 256 << 20
-"""Of the listing of a folder that is not at hand: some two million shards (a guess)."""
+"""Greatest size of the listing of a remote folder: enough for some two million shards (a guess)."""
 INDEXES_HELD = 512
-"""Indexes of shards that are kept open, beside those that no listing speaks of: 20 MB where a shard has 1000 images."""
+"""Number of listed shards whose indexes are kept in memory: 20 MB if a shard has 1000 images. Indexes of shards without
+a listing are always kept."""
 
 
 class Entry(NamedTuple):
-    """What is known of a shard before it is opened."""
+    """Facts about a shard that are known before its index is opened."""
 
     images: int
     size_bytes: int
@@ -40,7 +41,12 @@ def entry_of(index: ShardIndex) -> Entry:
 
 
 def write_listing(folder: str | Path, indexes: Mapping[str, ShardIndex]) -> bool:
-    """Whether it could be written. indexes: of shards by their names in the folder; what is listed of others stays."""
+    """Write the listing of a folder, and return whether that succeeded. Entries of other existing shards are kept.
+
+    Args:
+        folder: Folder of the shards.
+        indexes: Indexes of shards, by the shards' names in the folder.
+    """
     path = Path(folder) / LISTING
     entries = {name: entry for name, entry in read_listing(path).items() if (path.parent / name).is_file()}
     entries |= {name: entry_of(index) for name, index in indexes.items()}
@@ -54,7 +60,7 @@ def _as_json(entry: Entry) -> str:
 
 
 def read_listing(path: Path) -> dict[str, Entry]:
-    """By the names of shards; {} where there is none that can be read."""
+    """Read a listing, by the names of shards; {} if there is no valid one."""
     try:
         return parse_listing(path.read_bytes())
     except OSError:
@@ -62,7 +68,7 @@ def read_listing(path: Path) -> dict[str, Entry]:
 
 
 def parse_listing(data: bytes) -> dict[str, Entry]:
-    """Entries that can be of a shard; {} where this is no listing, or one of another format."""
+    """Parse the plausible entries of a listing. Return {} if the data is no listing, or has another format."""
     try:
         listing = json.loads(data)
         if listing["format"] != FORMAT:
@@ -85,7 +91,13 @@ def _plausible(values: object) -> Entry | None:
 
 
 class Indexes(Sequence[ShardIndex]):
-    """Of shards, by number. known: those that are there already; `load` opens any other when it is asked for."""
+    """Indexes of shards, by number, which are opened when they are needed.
+
+    Args:
+        count: Number of shards.
+        known: Indexes that are already open, by the number of the shard. They are kept.
+        load: Function that opens the index of any other shard.
+    """
 
     def __init__(self, count: int, known: Mapping[int, ShardIndex], load: Callable[[int], ShardIndex]) -> None:
         self._count, self._known, self._load = count, dict(known), load

@@ -1,7 +1,7 @@
-"""`mpp pack`: images from anywhere -> shards in WebDataset's format, with their indexes.
+"""`mpp pack`: write images as shards in WebDataset's format, with their indexes.
 
-Sources (`sources.py`) are a folder, a CSV file, Parquet files or tar shards. Each knows how many samples it has and
-reads any run of them, so that every shard is written by itself, by any process, here or on another machine.
+Sources (`sources.py`) are a folder, a CSV file, Parquet files or tar shards. Each source has a fixed number of samples
+and can read any range of them. So any process, on this or another machine, can write any shard independently.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ SOURCES = "sources.tsv"
 
 @dataclass(frozen=True)
 class Packed:
-    """What `pack` returns."""
+    """Result of `pack`."""
 
     shards: int
     shards_written: int
-    """Fewer than `shards` where an earlier, interrupted call had written some."""
+    """Shards that this call wrote: fewer than `shards` if earlier calls or other parts wrote some."""
     shards_missing: int
-    """Those that other parts are still to write."""
+    """Shards that other parts still have to write."""
     images: int
-    """In the shards that are there."""
+    """Images in the shards that exist now."""
     labeled: bool
     classes: list[str]
-    """Empty for unlabeled data, and for numbers of which nobody says what they stand for."""
+    """Names of the classes. Empty for unlabeled data, and for labels that are numbers without names."""
     skipped: list[tuple[str, str]]
-    """(where in the source, why) of everything that was left out."""
+    """(place in the source, reason) of everything that was left out."""
 
 
 def pack(
@@ -64,20 +64,20 @@ def pack(
     image_extension: str | None = None,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Packed:
-    """Write the images of `source` as shards into `out`, files in an order shuffled by `seed`.
+    """Write the images of `source` as shards into `out`. Separate files are shuffled by `seed`.
 
-    If interrupted, the same call continues where it stopped. The images' bytes are copied as they are.
+    After an interruption, the same call continues where it stopped. The bytes of the images are copied unchanged.
 
     Args:
-        labels: Pack the label of each image, in a folder the name of the first folder below `source`; None: if every
-            image has one.
-        part: (i, n), the i-th of n calls, on as many machines, that share `out` or whose outputs are put into one
-            folder. The call that finds all shards there finishes.
-        image_extension: Of tar shards, which member of a sample is its image; see `samples_among`.
-        on_shard: Called with (done, of) as shards are finished.
+        labels: Whether to pack the label of each image. In a folder, it is the name of the first folder below `source`.
+            None means to pack labels if every image has one.
+        part: (i, n) for the i-th of n calls, on up to n machines. They share `out`, or their outputs are put into one
+            folder. The call that finds all shards in `out` completes the folder.
+        image_extension: Extension of the member that is a sample's image in tar shards, see `samples_among`.
+        on_shard: Function called with (shards done, shards of this part) after each shard.
 
     Raises:
-        UserError: There are no images, or `out` holds something else.
+        UserError: If there are no images, or `out` holds something else.
     """
     if os.path.isdir(source) and Path(out).resolve().is_relative_to(Path(source).resolve()):
         raise UserError(f"{out}: is inside {source}; choose another folder")
@@ -129,11 +129,11 @@ def pack(
 
 
 Job = tuple[Source, str, int, int]
-"""A source, the path of a shard, and its first and last image, the last one not included."""
+"""(source, path of a shard, number of its first image, number after its last image)."""
 
 
 def _write_shards(pending: list[Job], workers: int) -> Iterator[None]:
-    """Write shards, in processes if there are several, and yield after each."""
+    """Write shards, in several processes if `workers` is above 1, and yield after each."""
     if workers <= 1 or len(pending) <= 1:
         for job in pending:
             _write_shard(*job)
@@ -146,11 +146,11 @@ def _write_shards(pending: list[Job], workers: int) -> Iterator[None]:
 
 
 def _claim(out: Path, description: dict[str, object]) -> None:
-    """Take an empty or new folder, or one that the same call began."""
+    """Use a new or empty folder, or one that the same call began. Raise UserError for any other."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / DESCRIPTION).exists():
-            # beside what another part is writing at this moment
+            # files that begin with this name are those that another part is writing at this moment
             if stray := next((p for p in out.iterdir() if not p.name.startswith(DESCRIPTION)), None):
                 raise UserError(f"{out}: not empty (holds {stray.name}); give a new folder")
             _write_text(str(out / DESCRIPTION), json.dumps(description, indent=1))
@@ -166,10 +166,10 @@ def _claim(out: Path, description: dict[str, object]) -> None:
 
 
 def extension_of(data: bytes) -> str:
-    """Return the extension of an image file by what it holds.
+    """Return the extension that fits the content of an image file.
 
     Raises:
-        ValueError: With the reason, if it is none that is read.
+        ValueError: If the content is not an image that mpp reads, with the reason.
     """
     if data.startswith(NPY):
         try:
@@ -181,7 +181,7 @@ def extension_of(data: bytes) -> str:
         with own_pixel_limit(), Image.open(io.BytesIO(data)) as image:
             extension = (image.format or "").lower().replace("jpeg", "jpg").replace("mpo", "jpg")  # cameras' JPEGs
     except UnidentifiedImageError as error:
-        if data.startswith(TIFF):  # of many channels, or deep ones
+        if data.startswith(TIFF):  # with many channels or more than 8 bits
             return "tiff"
         raise ValueError("not an image by its content") from error
     except Exception as error:  # Pillow's readers raise anything on damaged files
@@ -194,13 +194,13 @@ def extension_of(data: bytes) -> str:
 
 
 def _write_shard(source: Source, shard: str, first: int, end: int) -> None:
-    """One shard, under a temporary name until it is whole and on the disk."""
+    """Write one shard, under a temporary name until it is complete and on the disk."""
     part = f"{shard}.part"
     sources, skipped = [], []
     with open(part, "wb") as f:
         with webdataset.TarWriter(
             f, mtime=0
-        ) as writer:  # an int, a float would need pax headers; fixed: the same images give the same bytes
+        ) as writer:  # fixed, so that the same images give the same bytes; an int, because a float needs pax headers
             for number, (where, data, label) in enumerate(source.read(first, end), first):
                 try:
                     if isinstance(data, str):

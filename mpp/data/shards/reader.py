@@ -1,6 +1,7 @@
-"""Images of indexed shards by (shard, row), through pread: safe across forks, no page faults on a cut file.
+"""Read images of indexed shards by (shard, row).
 
-Images that are files of their own are read as they are, as if they lay in shards.
+pread is safe across forks, and a truncated file causes no page fault. Separate image files are read as if they were in
+shards.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from mpp.data.shards.store import Store
 from mpp.data.walk import LeftOut, archives_in, images_below, list_images
 from mpp.errors import BadImage, MppWarning, UserError, without_secrets
 
-INDEXES_AT_A_TIME = 8  # small files of a server far away, most likely
+INDEXES_AT_A_TIME = 8  # most likely small files on a distant server
 OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit of 1024
-REPLACEMENTS = 64  # good neighbours looked for, before a grey image stands in
+REPLACEMENTS = 64  # neighbours that are tried before a grey image replaces a bad one
 MOST_LABEL_BYTES = 1 << 20
 
 T = TypeVar("T")
-"""What an image is decoded to."""
+"""Type of a decoded image."""
 
 
 class ShardImages:
-    """Indexed shards. UserError where they cannot be read or hold no image.
+    """Indexed shards. UserError is raised if they cannot be read or hold no image.
 
-    Remote ones are fetched when they are read: `require` says at once whether the cache can hold what that takes.
-    `left_out` says what was not taken for an image.
+    Remote shards are fetched when they are read. `require` checks beforehand whether the cache is large enough.
+    `left_out` records the members and files that are not among the images.
     """
 
     def __init__(
@@ -50,7 +51,15 @@ class ShardImages:
         cache_limit_bytes: float = 200e9,
         image_extension: str | None = None,
     ) -> None:
-        """image_extension: which member of a sample is its image, see `samples_among`."""
+        """Find the shards and index them.
+
+        Args:
+            spec: Shards or folders of images, as a recipe names them; see `expand`.
+            key: Recipe key, for messages.
+            cache_dir: Cache folder of remote shards. None means the default.
+            cache_limit_bytes: Greatest size of all cached shards.
+            image_extension: Extension of the member that is a sample's image, see `samples_among`.
+        """
         named = expand(spec, key, files=True)
         if image_extension and (folder := next(filter(is_place, named), None)):
             raise UserError(f"data.image_extension: for tar shards; '{folder}' holds files of images")
@@ -87,7 +96,7 @@ class ShardImages:
         return self.__dict__ | {"_open": OrderedDict()}
 
     def _listing(self, folder: str) -> dict[str, Entry]:
-        """{} where there is none. It is of the indexes without `image_extension` alone."""
+        """Return the listing of a folder; {} if there is none. Listings do not cover `image_extension`."""
         if self.store.image_extension:
             return {}
         return self.store.listing(folder) if is_remote(folder) else read_listing(Path(folder) / LISTING)
@@ -95,13 +104,16 @@ class ShardImages:
     def _indexed(
         self, name: str, key: str, listings: dict[str, dict[str, Entry]]
     ) -> list[tuple[str, ShardIndex | Entry]]:
-        """What is known of a shard without opening its index, where a listing says so; else its index."""
+        """Return (name, entry of the listing) of a shard, or (name, index) if no listing describes it.
+
+        A place of separate images becomes several shards.
+        """
         if is_place(name):
             return [*shards_of(name, key)]
         folder = _folder(name)
         listed = listings[folder].get(os.path.basename(name)) if folder is not None else None
         if listed and not is_remote(name):
-            with suppress(OSError):  # the index says what is wrong
+            with suppress(OSError):  # reading the index reports what is wrong
                 status = os.stat(name)
                 if (status.st_size, status.st_mtime_ns) != (listed.size_bytes, listed.mtime_ns):
                     listed = None
@@ -121,19 +133,19 @@ class ShardImages:
         return index
 
     def remote(self, shards: Iterable[int]) -> dict[int, int]:
-        """Bytes of each of these shards that is remote."""
+        """Return the sizes in bytes of the remote shards among `shards`, by number."""
         return {i: self._entries[i].size_bytes for i in shards if is_remote(self.names[i])}
 
     def require(self, shards: Iterable[int], what: str, advice: str = "") -> None:
-        """Check that the cache holds these shards at a time.
+        """Check that the cache can hold all these shards at the same time.
 
         Args:
-            shards: Their numbers.
-            what: Needs them, for the message.
-            advice: What would do beside a larger cache.
+            shards: Numbers of the shards.
+            what: Text of the message about the purpose of the shards, with its verb.
+            advice: Text of the message about remedies other than a larger cache.
 
         Raises:
-            UserError: The cache is too small.
+            UserError: If the cache is too small.
         """
         needed = sum(self.remote(shards).values())
         if needed > self.store.limit_bytes:
@@ -144,13 +156,13 @@ class ShardImages:
 
     @property
     def fingerprint(self) -> str:
-        """It stays the same if the data move to another place."""
+        """Hash of the shards. It stays the same if the data is moved."""
         return fingerprint(
             self._lasting_names, (e.size_bytes for e in self._entries), (e.digest for e in self._entries)
         )
 
     def _descriptor(self, shard: int) -> int:
-        if self._pid != os.getpid():  # a forked worker keeps its own list
+        if self._pid != os.getpid():  # a forked worker opens files of its own
             self._open, self._pid = OrderedDict(), os.getpid()
         fd = self._open.get(shard)
         if fd is None:
@@ -178,12 +190,12 @@ class ShardImages:
         """Read the bytes of an image.
 
         Args:
-            shard: Its number.
-            row: Of the image in the shard.
-            few: Whether only a few images of the shard will be read, so that a remote one is not fetched.
+            shard: Number of the shard.
+            row: Row of the image in the shard.
+            few: Whether only a few images of the shard will be read, so that a remote shard need not be fetched.
 
         Raises:
-            BadImage: They are too many to be an image.
+            BadImage: If the image is too large, or a separate file cannot be read or has changed.
         """
         index = self.indexes[shard]
         offset, size = index.table[row, :2].tolist()
@@ -193,14 +205,14 @@ class ShardImages:
         return self._bytes(shard, offset, size, few)
 
     def read_label(self, shard: int, row: int) -> tuple[bytes, bool] | None:
-        """The bytes of an image's label and whether they are JSON; None where it has none."""
+        """Return the bytes of an image's label and whether they are JSON; None if the image has no label."""
         offset, size, is_json = self.indexes[shard].table[row, 2:].tolist()
         if size > MOST_LABEL_BYTES:
             raise UserError(f"{self.name(shard, row)}: a label of {size} bytes; expected at most {MOST_LABEL_BYTES}")
         return (self._bytes(shard, offset, size), bool(is_json)) if size >= 0 else None
 
     def name(self, shard: int, row: int) -> str:
-        """`shard: member`, or a file, for messages."""
+        """Return `shard: member`, or the path of a separate file, for messages."""
         name, index = self.names[shard], self.indexes[shard]
         if index.files:
             return os.path.join(index.folder, index.files[row])
@@ -217,20 +229,20 @@ class ShardImages:
         blank: T,
         few: bool = False,
     ) -> tuple[T, list[str]]:
-        """Read and decode an image; in place of a bad one, the next good one of its shard.
+        """Read and decode an image. A bad image is replaced by the next good one of its shard.
 
-        After REPLACEMENTS bad ones in a row it returns `blank`, so that every process always gets full batches.
+        After REPLACEMENTS bad images in a row, return `blank`, so that every process always gets full batches.
 
         Args:
-            shard: Its number.
-            row: Of the image in the shard.
-            rows: Those that may replace it.
-            decode: Makes a value of the bytes.
-            blank: The value that replaces an image.
-            few: As of `read`.
+            shard: Number of the shard.
+            row: Row of the image in the shard.
+            rows: Rows that may replace the image, `row` among them.
+            decode: Function that decodes the bytes.
+            blank: Value that replaces the image if no good one is found.
+            few: Whether only a few images of the shard will be read, see `read`.
 
         Returns:
-            What `decode` made, and a line for each bad image that was passed over.
+            The decoded image, and a line for each bad image that was skipped.
         """
         bad: list[str] = []
         for step in range(min(REPLACEMENTS, len(rows))):
@@ -243,7 +255,7 @@ class ShardImages:
 
 
 def _below_shards(spec: str | tuple[str, ...]) -> LeftOut:
-    """Images that lie below folders of shards, where only the shards are read."""
+    """List the images in subfolders of folders of shards, because only the shards are read."""
     left_out = LeftOut()
     for place in [spec] if isinstance(spec, str) else spec:
         if os.path.isdir(place) and archives_in(place):
@@ -253,17 +265,23 @@ def _below_shards(spec: str | tuple[str, ...]) -> LeftOut:
 
 
 def _folder(shard: str) -> str | None:
-    """Of a shard; None where an URL's end is a signature that holds for the shard alone."""
+    """Return the folder of a shard; None if its URL ends with a signature that is valid only for this shard."""
     if is_remote(shard):
         return None if "?" in shard else shard.rpartition("/")[0]
     return os.path.dirname(shard)
 
 
 def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:
-    """Return how many rows at the end of each shard are held out, spread over the shards: (shards,) int64.
+    """Return the number of rows at the end of each shard that are held out: (shards,) int64.
+
+    Each shard's number is in proportion to its images.
+
+    Args:
+        counts: Images of each shard.
+        held_out: Number of images to hold out.
 
     Raises:
-        UserError: Fewer than twice as many images are there.
+        UserError: If there are fewer than twice as many images.
     """
     total = sum(counts)
     if total < 2 * held_out:
@@ -275,10 +293,10 @@ def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:
 
 
 def images_of(places: Sequence[str]) -> list[str]:
-    """Files as they are, folders as the images in them, sorted. Warns of what folders hold that is not taken.
+    """List image files: given files unchanged, and the images of folders, sorted. Warn of files that are left out.
 
     Raises:
-        UserError: A place or its images are missing.
+        UserError: If a place does not exist or has no images.
     """
     names: list[str] = []
     for place in places:
@@ -298,7 +316,7 @@ def images_of(places: Sequence[str]) -> list[str]:
 
 
 def holds_shards(place: str) -> bool:
-    """Whether a place is one of shards: a tar file, a pattern, an URL, or a folder with tar files in it."""
+    """Check whether a place consists of shards: a tar file, a pattern, a URL, or a folder with tar files in it."""
     if os.path.isdir(place):
         return bool(archives_in(place))
     if os.path.isfile(place):
@@ -307,5 +325,5 @@ def holds_shards(place: str) -> bool:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most so many of `count` numbers, spread evenly, the first and the last among them; ascending."""
+    """Return at most `most` of the numbers 0 … count - 1, evenly spread from the first to the last, ascending."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()

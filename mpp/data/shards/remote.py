@@ -1,4 +1,4 @@
-"""Bytes of files elsewhere: http and https by urllib, s3, gs and hf through fsspec. Nothing else is opened."""
+"""Read remote files: http and https through urllib; s3, gs and hf through fsspec. Other schemes are refused."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mpp.errors import UserError, how_to_get, one_line
 from mpp.recipe.flat import JsonObject
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")
-"""What may stand before ://. No pipes, no fsspec chains, no file: tricks."""
+"""Accepted URL schemes. Pipes, fsspec chains and file: URLs are refused."""
 EXTRAS = ("s3", "gs")
-"""Whose libraries come with an extra of that name."""
+"""Schemes whose libraries are installed by an extra with the same name."""
 READ_AHEAD_BYTES = 16 << 20
 TIMEOUT_S = 60
-"""Without a single byte (a guess)."""
+"""Seconds without any byte before a request fails (a guess)."""
 FOR_A_WHILE = (408, 425, 429)
-"""Answers of the kind 4xx that may be others later."""
+"""Status codes 4xx that are temporary."""
 FAULTS = (OSError, ValueError, EOFError, http.client.HTTPException)
-"""What a server, a network or a client library may raise."""
+"""Exceptions that a server, a network or a client library may cause."""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """A server may name another one, of the same kind."""
+    """Handler of redirects, which are followed only to http and https."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -46,19 +46,19 @@ _opener = urllib.request.build_opener(_Redirects)
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server sends of a file."""
+    """A server's answer to a request for a file."""
 
     stream: BinaryIO
     start: int
-    """Byte of the file with which the stream begins."""
+    """Position in the file at which the stream begins, in bytes."""
     total: int | None
-    """Bytes of the whole file, if the server says."""
+    """Bytes of the whole file; None if the server does not state it."""
     version: str | None
-    """By which the server knows the file as it is now; None where it has nothing to know it by."""
+    """Identifier of this version of the file, such as its ETag; None if the server gives none."""
 
 
 class Changed(OSError):
-    """A file is another one than a moment ago."""
+    """Raised if a file has changed since an earlier answer."""
 
 
 def is_remote(place: str) -> bool:
@@ -66,25 +66,27 @@ def is_remote(place: str) -> bool:
 
 
 def next_to(url: str, ending: str) -> str:
-    """The URL of the file that has this ending added to its name."""
+    """Return the URL of the file whose name is that of `url` with this ending added."""
     parts = urllib.parse.urlsplit(url)
     return parts._replace(path=parts.path + ending).geturl()
 
 
 @contextmanager
 def opened(url: str, *, start: int = 0, stop: int | None = None, version: str | None = None) -> Iterator[Answer]:
-    """Open a remote file from a byte on, or all of it where the server cannot do that or the file has changed.
+    """Open a remote file at a position.
+
+    If the server does not support that or the file has changed, the whole file is opened.
 
     Args:
-        url: With a scheme of SCHEMES.
-        start: The first byte.
-        stop: The byte before which it ends; None: the end of the file.
-        version: Of an earlier answer, by which a part of the same file is told from a part of another one.
+        url: URL with a scheme of SCHEMES.
+        start: Position of the first byte.
+        stop: Position after the last byte. None means the end of the file.
+        version: Version in an earlier answer, to detect that the file has changed since then.
 
     Raises:
-        UserError: The scheme is unknown.
-        Changed: The file is another one.
-        Exception: One of FAULTS, where the file cannot be had.
+        UserError: If the scheme is unknown.
+        Changed: If the server sends another part, or a part of a changed file.
+        Exception: One of FAULTS, if the file cannot be opened.
     """
     scheme = urllib.parse.urlsplit(url).scheme
     if scheme not in SCHEMES or "::" in url:
@@ -105,7 +107,7 @@ def opened(url: str, *, start: int = 0, stop: int | None = None, version: str | 
             request.add_header("If-Range", version)
     with _opener.open(request, timeout=TIMEOUT_S) as response:
         etag = response.headers.get("ETag") or ""
-        if not etag or etag.startswith("W/"):  # a weak one does not say that bytes are the same
+        if not etag or etag.startswith("W/"):  # a weak ETag does not guarantee equal bytes
             etag = response.headers.get("Last-Modified") or ""
         begins, total = 0, response.headers.get("Content-Length")
         if response.status == 206:
@@ -133,7 +135,7 @@ def _through_fsspec(url: str, start: int, stop: int | None, version: str | None)
         scheme = url.partition("://")[0]
         advice = f"; {how_to_get(scheme)}" if scheme in EXTRAS else ""
         raise UserError(f"{url}: {error}{advice}") from error
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library has its own exceptions
         raise UserError(f"{url}: {type(error).__name__}: {one_line(error)}") from error
     with stream:
         begins = start if version in (None, etag) else 0
@@ -145,7 +147,7 @@ def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
     """Read `size` bytes from `start` of a remote file.
 
     Returns:
-        The bytes; None where the file is not of `total` bytes, or fewer can be had.
+        The bytes. None if the file does not have `total` bytes, or the server sends another or a shorter part.
     """
     with opened(url, start=start, stop=start + size) as answer:
         if answer.total != total or answer.start != start:
@@ -155,13 +157,13 @@ def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether to ask again will not help."""
+    """Check whether another try cannot help."""
     if isinstance(error, urllib.error.HTTPError):
         return 300 <= error.code < 500 and error.code not in FOR_A_WHILE
     return isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError, http.client.InvalidURL))
 
 
 def wished_pause_s(error: BaseException) -> float:
-    """How long the server asks to be left alone; 0 where it does not say."""
+    """Return the pause in seconds that the server requests; 0 if it requests none."""
     wished = error.headers.get("Retry-After") if isinstance(error, urllib.error.HTTPError) else None
     return float(wished) if wished and wished.isdecimal() else 0.0

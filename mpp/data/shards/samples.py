@@ -1,8 +1,8 @@
-"""Which members of a tar shard are images, and which label belongs to each.
+"""Find the images among the members of a tar shard, and the label of each image.
 
-WebDataset's naming: members with the same path up to the first dot of the file's name are one sample, `a/7.jpg` and
-`a/7.cls`. Names of files may hold dots themselves (`scan_v1.000.jpg`), so a label belongs first of all to the image
-whose whole name it has but for the ending.
+In WebDataset's naming, members with the same path up to the first dot of the file name are one sample: `a/7.jpg` and
+`a/7.cls`. File names may contain more dots (`scan_v1.000.jpg`). So a label belongs first of all to the image that has
+the same name except for the ending.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from mpp.recipe.values import IMAGE
 
 LABEL = re.compile(r"\.(cls|json)$", re.IGNORECASE)
 PREFERRED = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "tif", "tiff", "bmp", "gif")
-"""Of several images of a sample, by their endings: photographs before what may be a mask."""
+"""Order in which one of several images of a sample is chosen by its ending: photographs before possible masks."""
 ANOTHER_IMAGE = "another image of the same sample; data.image_extension chooses which"
 REPLACED = "replaced by a later member of the same name"
 ONE_LABEL = "label of a name up to the first dot that several images have"
 SEVERAL_LABELS = "one of several labels of a sample"
 REASONS = (HIDDEN, ARRAY_BESIDE, ANOTHER_IMAGE, REPLACED, ONE_LABEL, SEVERAL_LABELS, SHARED_NAME)
-"""All that an index may say of members; those of a server's indexes are not believed otherwise."""
+"""All reasons that an index may contain. Indexes with other reasons, for example from a server, are refused."""
 
 Member = tuple[str, int, int]
 """(name, offset, size) of a file in a tar."""
 Row = tuple[int, int, int, int, int]
-"""(offset and size of an image, offset and size of its label, whether that is JSON); -1 where there is no label."""
+"""(image offset, image size, label offset, label size, 1 for a JSON label or 0). The label's offset and size are -1 if
+there is none."""
 
 
 def key_of(name: str) -> str:
-    """WebDataset's key of a sample: the member's path up to the first dot of its last part."""
+    """Return WebDataset's key of a sample: the member's path up to the first dot of its last part."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.split('.')[0]}"
 
@@ -39,14 +40,17 @@ def samples_among(members: Iterable[Member], image_extension: str | None = None)
     """Find the images of a tar and their labels.
 
     Args:
-        members: In the tar's order.
-        image_extension: What follows the key of a sample in the name of its image, such as rgb.png: one image for each
-            sample. None: `7.seg.png` beside `7.jpg` is left out, and of `7.jpg` and `7.png` the one whose ending comes
-            first in PREFERRED is taken. `7.rgb.png` and `7.depth.png` may be images of two samples and are both taken;
-            if such names come again and again, they are counted.
+        members: Members of the tar, in its order.
+        image_extension: Part of an image's name after the key of its sample, such as rgb.png, to take one image for
+            each sample. None means to guess:
+
+            * `7.seg.png` is left out if there is `7.jpg`.
+            * Of `7.jpg` and `7.png`, the one whose ending comes first in PREFERRED is used.
+            * `7.rgb.png` and `7.depth.png` may be images of two samples, and both are used. If such names occur
+              repeatedly, they are counted under SHARED_NAME.
 
     Returns:
-        A row for each image, by ascending offset, and what was left out.
+        (a row for each image, by ascending offset, and the members that were left out).
     """
     named, left_out = _by_name(members)
     images: dict[str, list[str]] = {}
@@ -73,18 +77,21 @@ def samples_among(members: Iterable[Member], image_extension: str | None = None)
             place = named[label][1:] if label else (-1, -1)
             rows.append((offset, size, *place, int(label is not None and _is_json(label))))
     for names in several.values():
-        if len({key_of(name) for name in names}) > 1:  # v1.000.jpg and v1.001.jpg have one key, and it comes once
+        if len({key_of(name) for name in names}) > 1:  # the key of v1.000.jpg and v1.001.jpg occurs once
             left_out.add(SHARED_NAME, names[0], len(names))
     return sorted(rows), left_out
 
 
 def _extension(name: str) -> str:
-    """What follows the key in a member's name, in lower case."""
+    """Return the part of a member's name after the key, in lower case."""
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def _by_name(members: Iterable[Member]) -> tuple[dict[str, Member], LeftOut]:
-    """The images and labels among the members by their names; of several with one name the last, as tar has it."""
+    """Return the images and labels among the members, by name, and the members that were left out.
+
+    Of several members with the same name, the last one is used, as tar does.
+    """
     by_name: dict[str, Member] = {}
     left_out = LeftOut()
     for member in members:
@@ -105,15 +112,15 @@ def _stem(name: str) -> str:
 
 
 def _with_extension(images: list[str], image_extension: str) -> list[str]:
-    """Return the images whose file name continues with this extension after its first dot."""
+    """Return the images whose file name after the first dot equals this extension."""
     return [name for name in images if _extension(name) == image_extension]
 
 
 def _one_each(images: list[str], labels: list[str]) -> list[str]:
-    """Of images with one key, those that are images of samples of their own.
+    """Return one image for each sample among images with the same key.
 
-    An image whose stem begins with the whole stem of another (`7.seg.png` and `7.jpg`) belongs to the sample of the
-    other, unless it has a class label of its own (`7.seg.cls`).
+    If the stem of an image continues the whole stem of another one (`7.seg.png` and `7.jpg`), both are one sample. If
+    the longer one has its own class label (`7.seg.cls`), it is a separate sample.
     """
     if len(images) == 1:
         return images
@@ -136,10 +143,11 @@ def _one_each(images: list[str], labels: list[str]) -> list[str]:
 
 
 def _labeled(images: list[str], labels: list[str], left_out: LeftOut) -> list[tuple[str, str | None]]:
-    """(image, its label or None) of images with one key, a .cls before a .json, which may hold anything.
+    """Return (image, label or None) for each of the images with the same key.
 
-    A label of the image's own stem comes first. Any other one of the key is the label of its only image; it could be
-    of any of several, so it is taken for none of them.
+    A .cls file is preferred to a .json file, which may hold anything. A label with the same stem as an image belongs to
+    that image. Another label of the key is used only if the key has a single image, because it could belong to any of
+    several.
     """
     label_of_each = []
     by_stem: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Where `mpp pack` takes images from: a folder, a CSV file, Parquet files as Hugging Face has them, or tar shards."""
+"""Sources of images for `mpp pack`: a folder, a CSV file, Parquet files in Hugging Face's layout, or tar shards."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from mpp.rng import Purpose, stream
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixel_values", "image_bytes", "bytes")
 MOST_CLASSES = 1_000_000
-"""Where nobody names them (a guess)."""
+"""Greatest number of classes if no list names them (a guess)."""
 MOST_NAMED, FEW_NAMES = 0.5, 100
-"""Names of so many of the images, and more than so many, are captions, not classes (a guess)."""
+"""Texts are captions, not classes, if the number of different texts exceeds both this share of the images and this
+number (a guess)."""
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
-"""Names that Parquet files give their columns, likeliest first."""
+"""Usual names of label columns in Parquet files, likeliest first."""
 
 Sample = tuple[str, bytes | str, int | str | None]
-"""(where it is from, its bytes or why there are none, its label)."""
+"""(place in the source, bytes of the image or the reason why there are none, label)."""
 ArrowSchema: TypeAlias = Any
 ArrowTable: TypeAlias = Any
 ArrowType: TypeAlias = Any
-"""Types of pyarrow, which is imported only to read Parquet and states no types."""
+"""Types of pyarrow, which is imported only to read Parquet and has no type annotations."""
 
 
 class Source(Protocol):
-    """Images by number. It travels to other processes."""
+    """Images by number. A source is pickled for other processes."""
 
     @property
     def samples(self) -> int: ...
@@ -50,29 +51,29 @@ class Source(Protocol):
     def labeled(self) -> bool: ...
 
     classes: list[str]
-    """Empty where there are no labels, or numbers of which nobody says what they stand for."""
+    """Names of the classes. Empty if there are no labels, or if labels are numbers without names."""
     skipped: list[tuple[str, str]]
-    """(where, why) of what is no image by its name."""
+    """(name, reason) of each file or member that is not an image by its name."""
     identity: bytes
-    """What tells it from another source: names and numbers, not where they lie."""
+    """Names and numbers that distinguish this source from another one. Its location is not among them."""
 
     def read(self, first: int, end: int) -> Iterator[Sample]:
-        """Give the samples first … end - 1.
+        """Yield the samples first … end - 1.
 
         Raises:
-            UserError: The source itself cannot be read.
+            UserError: If the source itself cannot be read.
         """
         ...
 
 
 def open_source(source: str, *, labels: bool | None, seed: int, image_extension: str | None = None) -> Source:
-    """Open what `mpp pack` is given.
+    """Open the source that `mpp pack` is given.
 
     Args:
-        image_extension: Of tar shards: which member of a sample is its image, see `samples_among`.
+        image_extension: Extension of the member that is a sample's image in tar shards, see `samples_among`.
 
     Raises:
-        UserError: There is nothing, or not what was asked for.
+        UserError: If the source does not exist, has no images or lacks the requested labels.
     """
     if os.path.isdir(source):
         if archives_in(source):
@@ -95,7 +96,10 @@ def open_source(source: str, *, labels: bool | None, seed: int, image_extension:
 
 
 def _parquet_below(folder: str) -> list[str]:
-    """As `datasets` lays them out: data/train-00000-of-00010.parquet."""
+    """List the Parquet files below a folder, as `datasets` names them: data/train-00000-of-00010.parquet.
+
+    Raise UserError if there are several splits.
+    """
     files = [p for p in Path(folder).glob("**/*.parquet") if p.is_file()]
     shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     splits = {m[1] for p in shown if (m := re.match(r"(train|test|validation|valid|val|dev)\b", p.name))}
@@ -113,7 +117,7 @@ class Files:
 
     folder: str
     paths: list[str]
-    """Below the folder, in the order in which they are packed."""
+    """Paths below the folder, in the order in which they are packed."""
     labels: list[int] | None
     classes: list[str]
     identity: bytes
@@ -125,7 +129,10 @@ class Files:
 
     @classmethod
     def of_folder(cls, source: str, labels: bool | None, seed: int) -> Files:
-        """The first folder below `source` is an image's class; labels None: if every image is in one."""
+        """List the images of a folder. The first folder below `source` is the class of an image.
+
+        If `labels` is None, images are labeled if each of them is in a class folder.
+        """
         files, skipped = list_images(source)
         if not files:
             raise UserError(f"{source}: no images found (by name: {IMAGE_ENDINGS})" + _but(skipped))
@@ -138,7 +145,7 @@ class Files:
 
     @classmethod
     def of_manifest(cls, source: str, labels: bool | None, seed: int) -> Files:
-        """Columns `image` and, with labels, `label`; paths are below the CSV file's folder."""
+        """Read a CSV file with the columns `image` and, for labels, `label`. Paths are below the file's folder."""
         rows = read_manifest(
             source, ["image", "label"] if labels else ["image"], optional=[] if labels is False else ["label"]
         )
@@ -172,9 +179,9 @@ class Files:
 
 
 class Parquet:
-    """Parquet files with a column of image files, a struct of bytes and path or bytes alone; in their order.
+    """Parquet files, in their order, with a column of image files: bytes, or a struct of bytes and path.
 
-    Row groups are read one at a time, and of them these columns alone.
+    Row groups are read one at a time. Only the columns of images and labels are read.
     """
 
     def __init__(self, files: list[str], labels: bool | None) -> None:
@@ -183,9 +190,9 @@ class Parquet:
         self.image = self.label = ""
         self.classes: list[str] = []
         self.text = False
-        """Whether the column of labels holds names in place of numbers."""
+        """Whether the column of labels holds names instead of numbers."""
         self.groups: list[tuple[int, int]] = []
-        """(file, row group) of each."""
+        """(number of the file, number of the row group in it) of each row group."""
         counts = []
         for number, file in enumerate(files):
             try:
@@ -196,7 +203,7 @@ class Parquet:
                     groups = opened.metadata.num_row_groups
                     counts += [opened.metadata.row_group(g).num_rows for g in range(groups)]
                     self.groups += [(number, g) for g in range(groups)]
-            except (OSError, ValueError, KeyError) as error:  # pyarrow's are kinds of these
+            except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are subclasses of these
                 raise UserError(f"{file}: {_reason(error)}") from error
         self.wanted = labels
         self.ends = np.cumsum(counts).tolist() if counts else []
@@ -215,7 +222,7 @@ class Parquet:
         return self.ends[-1] if self.ends else 0
 
     def _columns(self, file: str, schema: ArrowSchema, labels: bool | None) -> None:
-        """Find them in the first file; UserError where another has none of that name."""
+        """Choose the columns in the first file. Raise UserError if another file has different ones."""
         names = schema.names
         if not self.image:
             fitting = [name for name in names if _holds_bytes(schema.field(name).type)]
@@ -236,7 +243,11 @@ class Parquet:
             raise UserError(f"{file}: column {self.label}: other labels or names of classes than {self.files[0]} has")
 
     def _labels(self, file: str, schema: ArrowSchema, labels: bool | None) -> tuple[str, list[str], bool]:
-        """(column, names of its classes where Hugging Face's ClassLabel says them, whether it holds names itself)"""
+        """Find the column of labels.
+
+        Returns:
+            (column, class names if Hugging Face's ClassLabel lists them, whether the column itself holds names).
+        """
         try:
             features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         except (KeyError, TypeError, ValueError):
@@ -255,7 +266,7 @@ class Parquet:
         return "", [], False
 
     def _row_group(self, number: int, group: int, columns: list[str]) -> ArrowTable:
-        """A table of these columns. UserError."""
+        """Read these columns of a row group. Raise UserError if that fails."""
         try:
             with _pyarrow().ParquetFile(self.files[number]) as opened:
                 return opened.read_row_group(group, columns=columns)
@@ -263,9 +274,9 @@ class Parquet:
             raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
 
     def _names(self) -> list[str]:
-        """Those that occur in all files, sorted, numbers by their size; of the column of labels alone.
+        """Return the class names that occur in the files, sorted; names that are numbers are sorted by value.
 
-        [] where they are captions: hardly two images have the same, and nobody asked for labels.
+        Return [] if the names seem to be captions, because few images share one, and no labels were requested.
         """
         distinct = set[str]()
         for number, group in self.groups:
@@ -291,7 +302,10 @@ class Parquet:
             first, at = self.ends[at], at + 1
 
     def _checked(self, label: int | str | None, where: str) -> int | None:
-        """Negative ones stand for none, as in test sets. UserError for a class that there is not."""
+        """Return the class number of a label. A negative number means no label, as in test sets.
+
+        Raise UserError if the class does not exist, or if labels were requested and the image has none.
+        """
         if isinstance(label, str):
             label = self._numbers.get(label)
         if label is None or label < 0:
@@ -304,7 +318,7 @@ class Parquet:
 
 
 def _but(left_out: list[tuple[str, str]]) -> str:
-    """The end of a message about a folder without images."""
+    """Return the end of a message about a folder without images."""
     return f"; {LeftOut.of(left_out)}" if left_out else ""
 
 
@@ -317,7 +331,7 @@ def _pyarrow() -> Any:
 
 
 def _holds_bytes(kind: ArrowType) -> bool:
-    """Whether a column's type is bytes, or a struct with some."""
+    """Check whether a column's type is bytes, or a struct with a field `bytes`."""
     if str(kind).startswith("struct"):
         return any(kind.field(i).name == "bytes" and _holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
     return str(kind) in ("binary", "large_binary", "binary_view")
@@ -328,7 +342,7 @@ def _reason(error: BaseException) -> str:
 
 
 class Shards:
-    """Tar shards made elsewhere, in their order: packed again, in shards of equal size. Numbers of classes stay."""
+    """Existing tar shards, in their order. They are packed again in shards of equal size. Class numbers stay."""
 
     def __init__(self, source: str, labels: bool | None, image_extension: str | None) -> None:
         self.reader = PackedReader(ShardImages(source, key="SOURCE", image_extension=image_extension))
@@ -341,7 +355,7 @@ class Shards:
         self.identity = self.reader.fingerprint().encode()
         folder = source if os.path.isdir(source) else os.path.dirname(source)
         self.classes = [] if labels is False else class_names(folder) or []
-        # one pass, since many indexes are read anew when they are asked for again
+        # one pass, because most indexes are read again at each access if there are many
         known = [] if labels is False else [(i.table[:, 3].min(initial=0), i.table[:, 4].any()) for i in indexes]
         self.labeled = labels is not False and all(least >= 0 for least, _ in known)
         if labels and not self.labeled:

@@ -1,4 +1,4 @@
-"""Remote shards: copied when they are needed, once for all processes of a machine, into a bounded cache."""
+"""Cache of remote shards: each is copied when it is needed, once for all processes of a machine."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from mpp.data.shards.listing import LISTING, MOST_LISTING_BYTES, Entry, parse_li
 from mpp.errors import MppWarning, UserError, without_secrets
 
 TRIES = 8
-"""In a row that bring no further byte."""
+"""Tries in a row without a further byte before a download fails."""
 PAUSE_S, MOST_PAUSE_S = 0.1, 60.0
-"""Doubled with each try: 8 tries take half a minute (a guess)."""
+"""Pause between tries in seconds, doubled with each try, and its maximum: 8 tries take half a minute (a guess)."""
 CHUNK_BYTES = 1 << 20
 WHOLE_ABOVE = 0.25
-"""Where more than this share of a shard has been read in parts, it is fetched whole (a guess)."""
+"""If more than this share of a shard has been read in parts, the whole shard is fetched (a guess)."""
 
 
 def default_cache_dir() -> str:
@@ -48,35 +48,41 @@ def default_cache_dir() -> str:
 class Store:
     """A cache folder of remote shards, at most `limit_bytes` large, shared by every process of the machine.
 
-    What was used least recently leaves it first, and is fetched again when it is needed again. A shard that is there
-    is never asked for again: it is what its server had when it was fetched.
+    The least recently used shard is deleted first, and fetched again when it is needed. A cached shard is never
+    compared with its server again: it stays as it was when it was fetched.
     """
 
     def __init__(
         self, cache_dir: str | None = None, limit_bytes: float = 200e9, image_extension: str | None = None
     ) -> None:
-        """image_extension: which member of a sample is its image, see `samples_among`."""
+        """Prepare the cache; folders are made when they are needed.
+
+        Args:
+            cache_dir: Folder of the cache. None means `default_cache_dir`.
+            limit_bytes: Greatest size of all cached shards.
+            image_extension: Extension of the member that is a sample's image, see `samples_among`.
+        """
         self.image_extension = image_extension
         self.cache_dir = cache_dir or default_cache_dir()
         self.folder = Path(self.cache_dir) / "shards"
         self.limit_bytes = limit_bytes
         self._known: dict[str, tuple[int, int, int]] = {}
-        """Which file of a shard was found to fit its index, as this process last saw it: inode, size, mtime."""
+        """For each URL, inode, size and mtime of the copy that this process last found to match its index."""
         self._in_parts: dict[str, int] = {}
 
     def target(self, url: str) -> Path:
-        """Where a shard's copy lies, if it is there."""
+        """Return the path of a shard's copy. The copy need not exist."""
         return self.folder / _name_of(url)
 
     def fetch(self, url: str, *, wait: bool = True) -> Path | None:
-        """Return the local copy of a shard, made or used now.
+        """Return the local copy of a shard, fetch it if necessary, and mark it as used now.
 
         Args:
-            url: Of the shard.
-            wait: Whether to wait where another process fetches it; else None is returned then.
+            url: URL of the shard.
+            wait: Whether to wait if another process is fetching the shard. If false, None is returned then.
 
         Raises:
-            UserError: It cannot be had after TRIES tries.
+            UserError: If TRIES tries in a row fail.
         """
         target = self.target(url)
         with self._locked(target.with_name(target.name + ".lock"), wait=wait) as locked:
@@ -88,7 +94,7 @@ class Store:
         return target
 
     def index(self, url: str) -> ShardIndex:
-        """Return the index of a shard: stored, or next to the shard (see `mpp index`), or made of the fetched shard."""
+        """Return the index of a shard: stored, next to the shard (see `mpp index`), or made from the fetched shard."""
         target = self.target(url)
         stored = self._stored_index(target)
         index = read_index(stored)
@@ -107,19 +113,19 @@ class Store:
         """Read bytes of a shard.
 
         Args:
-            url: Of the shard.
-            index: Of the shard.
-            offset: The first byte.
-            size: How many bytes.
-            few: Whether little of the shard will be read, so that it is not fetched.
+            url: URL of the shard.
+            index: Index of the shard.
+            offset: Position of the first byte.
+            size: Number of bytes.
+            few: Whether only a small part of the shard will be read, so that the shard need not be fetched.
 
         Raises:
-            UserError: The shard is another one than its index says, or cannot be had.
+            UserError: If the shard does not match its index, or cannot be fetched.
         """
         if few and not self.target(url).exists():
             self._in_parts[url] = self._in_parts.get(url, 0) + size
             if self._in_parts[url] <= WHOLE_ABOVE * index.size_bytes:
-                with contextlib.suppress(*remote.FAULTS):  # fetching says what is wrong
+                with contextlib.suppress(*remote.FAULTS):  # the fetch below reports what is wrong
                     part = remote.read_part(url, offset - BLOCK, BLOCK + size, index.size_bytes)
                     if part is not None and begins_member(part, size):
                         return part[BLOCK:]
@@ -127,7 +133,7 @@ class Store:
         try:
             return os.pread(fd, size, offset)
         finally:
-            os.close(fd)  # one that stays open takes its place on the disk though it has left the cache
+            os.close(fd)  # a deleted file takes space on the disk as long as it is open
 
     def _open(self, url: str, index: ShardIndex) -> int:
         target = self.target(url)
@@ -154,7 +160,7 @@ class Store:
             self._known[url] = file
 
     def _index_of(self, target: Path) -> ShardIndex | None:
-        """None where it has left the cache."""
+        """Return the index of a cached copy; None if the copy has left the cache."""
         try:
             return self.index_local(str(target))
         except UserError:
@@ -163,7 +169,7 @@ class Store:
             return None
 
     def index_local(self, shard: str, *, fresh: bool = False) -> ShardIndex:
-        """The index of a file, see `index_shard`."""
+        """Return the index of a local shard, see `index_shard`."""
         return index_shard(shard, self.cache_dir, fresh=fresh, image_extension=self.image_extension)
 
     def _stored_index(self, target: Path) -> Path:
@@ -178,12 +184,12 @@ class Store:
             return {}
 
     def _index_elsewhere(self, url: str) -> ShardIndex | None:
-        """Return the index next to a remote shard; None if there is none that could be of a shard."""
+        """Return the index next to a remote shard; None if there is no valid one."""
         try:
             beside = remote.next_to(url, str(index_path("", image_extension=self.image_extension)))
             with remote.opened(beside) as answer:
                 return read_index(io.BytesIO(answer.stream.read(MOST_INDEX_BYTES)))
-        except remote.FAULTS:  # servers say in many ways that they have no such file
+        except remote.FAULTS:  # servers report a missing file in many ways
             return None
 
     def _copy(self, url: str, target: Path) -> None:
@@ -193,7 +199,7 @@ class Store:
         except UserError:
             part.unlink(missing_ok=True)
             raise
-        with self._room():  # whoever counts sees it by the one name or the other
+        with self._room():  # a process that counts files sees it under one of its two names
             os.replace(part, target)
         write_index(self._stored_index(target), index)
 
@@ -227,19 +233,19 @@ class Store:
                 words = str(error) or type(error).__name__
                 if tries == TRIES or remote.is_final(error):
                     raise UserError(f"{url}: {words} (tried {tries} times)") from error
-                if tries == 2:  # once may happen to anybody
+                if tries == 2:  # a single failure is common
                     warnings.warn(f"{url}: {words}; asking again", MppWarning, stacklevel=2)
                 time.sleep(min(max(PAUSE_S * 2**tries, remote.wished_pause_s(error)), MOST_PAUSE_S))
         os.truncate(part, have)
         try:
             return scan(str(part), self.image_extension)
-        except UserError as error:  # a login page with status 200, say: never let it into the cache
+        except UserError as error:  # for example a login page with status 200, which must not enter the cache
             raise UserError(f"{url}: what arrived is no shard: {str(error).removeprefix(f'{part}: ')}") from error
 
     def _make_room(self, url: str, part: Path, size: int) -> None:
-        """Give `part` its full size on the disk, once there is room for it: what is oldest leaves.
+        """Set `part` to its full size once there is room for it. The least recently used shards are deleted for it.
 
-        UserError where it alone is too large.
+        Raise UserError if the shard does not fit into an empty cache.
         """
         while True:
             with self._room():
@@ -257,17 +263,17 @@ class Store:
                 raise UserError(
                     f"data.cache_limit_gb: {url} takes {size / 1e9:.6g} GB; the limit is {self.limit_bytes / 1e9:.6g}"
                 )
-            time.sleep(0.05)  # others are being fetched, and may leave after
+            time.sleep(0.05)  # other shards are being fetched, and can be deleted afterwards
 
     def _files(self, *, but: Path) -> tuple[dict[Path, int], list[Path]]:
-        """Bytes of what takes space here, and which of it may leave, the least recently used first."""
+        """Return the bytes of each file in the cache, and the files that may be deleted, least recently used first."""
         sizes, used = {}, {}
         for path in self.folder.iterdir():
             if path == but or not path.name.endswith((".tar", ".tar.part")):
                 continue
             if path.suffix == ".part":
                 with self._locked(path.with_suffix(".lock"), wait=False) as abandoned:
-                    if abandoned:  # by a process that died
+                    if abandoned:  # the process that wrote it died
                         path.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
@@ -277,12 +283,15 @@ class Store:
         return sizes, sorted(used, key=lambda path: used[path])
 
     def _room(self) -> contextlib.AbstractContextManager[bool]:
-        """In which nothing else comes, leaves or is counted."""
+        """Return the lock under which files of the cache are added, deleted and counted."""
         return self._locked(self.folder / "room.lock")
 
     @contextlib.contextmanager
     def _locked(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
-        """Held by one process, and one thread of it, at a time; False where it is held and not waited for."""
+        """Hold a lock that one thread of one process can hold at a time.
+
+        Yield False if another one holds it and `wait` is false.
+        """
         with contextlib.ExitStack() as until_the_end:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +308,10 @@ class Store:
 
 @functools.cache
 def _name_of(url: str) -> str:
-    """Of a shard's copy; another signature is not another shard. Remembered: it is asked for with each image."""
+    """Return the file name of a shard's copy. It does not depend on a signature in the URL.
+
+    The name is remembered because it is needed for each image.
+    """
     try:
         base = os.path.basename(urllib.parse.urlsplit(url).path)
     except ValueError as error:
@@ -309,6 +321,6 @@ def _name_of(url: str) -> str:
 
 
 def _use(path: Path) -> None:
-    """Mark it as used now. Its mtime stays: its index is known by it."""
+    """Mark a copy as used now. Its mtime stays the same, because its index records it."""
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
