@@ -1,4 +1,4 @@
-"""mpp: masked-patch pretraining of vision encoders on unlabeled images, fine-tuning, verified export::
+"""Masked-patch pretraining of vision encoders on unlabeled images, fine-tuning and verified export::
 
     mpp.pretrain("recipes/pretrain/cifar10.yaml", out="runs/a", **{"optim.epochs": 10})
     mpp.finetune("recipes/finetune/cifar10.yaml", encoder="runs/a")
@@ -6,7 +6,7 @@
     mpp.export("runs/a", "encoders/a")
     model = mpp.load_encoder("encoders/a")          # a plain timm model
 
-Nothing heavy is imported before one of these is called.
+Heavy packages such as torch are imported only when one of these functions is called.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # torch's threads spin while they wait for each other. If other work shares the cores, a step then takes two to four
-# times as long as with threads that soon fall asleep; if nothing does, a short spin costs next to nothing
-# (recipes/LOG.md). GNU's OpenMP reads this once, when torch is imported.
+# times as long as with threads that soon sleep. If the cores are free, a short spin costs next to nothing
+# (recipes/LOG.md). GNU's OpenMP reads this variable once, when torch is imported.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -57,17 +57,17 @@ def pretrain(
     """Pretrain an encoder by predicting masked patches.
 
     Args:
-        recipe: A file, a mapping of its keys, or a checked recipe.
-        resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint's
-            folder.
-        preset: One of the recipe's presets, such as "tiny".
+        recipe: A file, a mapping of recipe keys, or a checked recipe.
+        resume: "never" (the run folder must be new), "auto" (continue from the newest checkpoint), or the folder of a
+            checkpoint.
+        preset: Name of one of the recipe's presets, such as "tiny".
         **overrides: Dotted keys of the recipe and their values.
 
     Returns:
-        Where the run is, and its last metrics.
+        The run folder and the last metrics.
 
     Raises:
-        UserError: Anything that the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     from mpp.recipe.loading import checked
     from mpp.recipe.pretrain import PretrainRecipe
@@ -85,20 +85,20 @@ def finetune(
     preset: str | None = None,
     **overrides: object,
 ) -> FinetuneResult:
-    """Fine-tune an encoder on labeled images, and compare it with other approaches, such as the same from scratch.
+    """Fine-tune an encoder on labeled images, and compare it with baselines such as the same encoder from scratch.
 
     Args:
-        recipe: A file, a mapping of its keys, or a checked recipe.
-        resume: "never" (the run folder must be new), "auto" (go on from the newest checkpoint), or a checkpoint's
-            folder.
-        preset: One of the recipe's presets.
+        recipe: A file, a mapping of recipe keys, or a checked recipe.
+        resume: "never" (the run folder must be new), "auto" (continue from the newest checkpoint), or the folder of a
+            checkpoint.
+        preset: Name of one of the recipe's presets.
         **overrides: Dotted keys of the recipe and their values.
 
     Returns:
-        Scores of each over the seeds, with intervals.
+        Scores of each approach over the seeds, with intervals.
 
     Raises:
-        UserError: Anything that the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     from mpp.recipe.finetune import FinetuneRecipe
     from mpp.recipe.loading import checked
@@ -117,21 +117,21 @@ def evaluate(
     preset: str | None = None,
     **overrides: object,
 ) -> EvaluateResult:
-    """Probe a frozen encoder (kNN, linear, attentive) over its layers and poolings, beside controls.
+    """Probe a frozen encoder (kNN, linear, attentive) over its layers and poolings, and compare it with controls.
 
     Args:
-        encoder: A run, an export, or one of timm's names; None: the recipe's.
-        recipe: A file, a mapping of its keys, or a checked recipe; without one, `data.train` and `data.val` are all
-            that has no default.
-        resume: "never", "auto", or a checkpoint's folder.
-        preset: One of the recipe's presets.
+        encoder: A run, an export, or a timm name. None means the encoder in the recipe.
+        recipe: A file, a mapping of recipe keys, or a checked recipe. Without a recipe, only `data.train` and
+            `data.val` have no default.
+        resume: "never", "auto", or the folder of a checkpoint.
+        preset: Name of one of the recipe's presets.
         **overrides: Dotted keys of the recipe and their values.
 
     Returns:
-        Scores of the encoder, of the same at random initialisation, and of raw pixels.
+        Scores of the encoder, of the same architecture with random weights, and of raw pixels.
 
     Raises:
-        UserError: Anything that the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     from mpp.recipe.evaluate import EvaluateRecipe
     from mpp.recipe.loading import checked
@@ -157,17 +157,17 @@ def predict(
 
     Args:
         encoder: A fine-tuned model, such as RUN/pretrained-seed0, or its export.
-        images: Files and folders.
-        views: Crops of each image that are averaged: 1, 2 (mirrored) or 10 (corners, mirrored).
-        top: Classes named in a row.
-        out: A CSV file for the rows.
-        report: A folder for the confusion matrix and the worst mistakes. The images must be in class folders.
+        images: Image files and folders of images.
+        views: Number of views of each image to average: 1, 2 (adds a mirror image) or 10 (adds corners).
+        top: Number of classes in each row.
+        out: CSV file for the rows. None means that no file is written.
+        report: Folder for the confusion matrix and the worst mistakes. The images must be in class folders.
 
     Returns:
-        A row for each image; what could not be read, and why; the report, if one was asked for.
+        A row for each image, the reason for each image that could not be read, and the report if `report` was given.
 
     Raises:
-        UserError: Anything that the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     if views not in (1, 2, 10):
         raise UserError(f"views: expected 1, 2 or 10; got {views}")
@@ -188,22 +188,22 @@ def inspect(
     shown: int = 4,
     random: bool = False,
 ) -> Inspection:
-    """Look at an encoder through images: attention, similarity of layers, spectrum, positions, filters.
+    """Inspect an encoder on images: attention, similarity of layers, spectrum, positions, filters.
 
     Args:
-        encoder: A run, an export, or one of timm's names.
+        encoder: A run, an export, or a timm name.
         places: Shards, image files or folders of images.
-        out: A folder for PNG, SVG and JSON of each view; None: RUN/inspect.
-        compare: Another encoder to see beside it.
-        images: How many are measured.
-        shown: How many are drawn.
+        out: Folder for PNG, SVG and JSON of each view. None means RUN/inspect.
+        compare: Another encoder to compare with.
+        images: Number of images to measure.
+        shown: Number of images to draw.
         random: Whether the encoder gets random weights, as a control.
 
     Returns:
         The numbers of each view.
 
     Raises:
-        UserError: Anything that the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     from mpp.inspection import run as inspection
 
@@ -213,17 +213,17 @@ def inspect(
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write one HTML page about runs, from their records alone.
+    """Write one HTML page about runs, using only their records.
 
     Args:
         runs: A pretraining run with the fine-tunes and evaluations of its encoder, or several runs to compare.
-        out: The file; None: report.html in the first run.
+        out: The HTML file. None means report.html in the first run.
 
     Returns:
-        Its path.
+        The path of the file.
 
     Raises:
-        UserError: A folder is no run, or `out` cannot be written.
+        UserError: If a folder is not a run, or `out` cannot be written.
     """
     from mpp.reporting.page import report
 
@@ -231,7 +231,12 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
 
 
 def replay(run: str | Path, step: int | None = None) -> Replayed:
-    """Run a step of a run again whose loss or gradient was not finite. step: which; default: the last that was kept."""
+    """Run a step again whose loss or gradient was not finite.
+
+    Args:
+        run: The run folder.
+        step: Number of the step. None means the last step that was kept.
+    """
     from mpp.inspection import replay as replaying
 
     return replaying.replay(run, step)
@@ -250,17 +255,18 @@ def plan(
     """Estimate memory, time and disk of a pretraining run, without training.
 
     Args:
-        recipe: A file, a mapping of its keys, or a checked recipe.
-        devices: How many there will be.
-        device: a100, h100, h200, l40s, a10, rtx4090, or "cpu": this machine, whose steps are timed. None: the device of
-            this machine.
-        mfu: The part of a device's peak that training reaches; None: a guess for its kind.
-        images: How many there are; None: the data are opened and counted.
-        preset: One of the recipe's presets.
+        recipe: A file, a mapping of recipe keys, or a checked recipe.
+        devices: Number of devices.
+        device: a100, h100, h200, l40s, a10, rtx4090, or "cpu" for this machine, whose steps are timed. None means the
+            device of this machine.
+        mfu: Fraction of a device's peak that training reaches. None means 0.3 (a guess); on a CPU, what timed steps
+            reach.
+        images: Number of images. None means that the data are opened and counted.
+        preset: Name of one of the recipe's presets.
         **overrides: Dotted keys of the recipe and their values.
 
     Raises:
-        UserError: Anything that the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     from mpp.recipe.loading import checked
     from mpp.recipe.pretrain import PretrainRecipe
@@ -277,10 +283,10 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
     Args:
         run: A run, a fine-tuned model such as RUN/pretrained-seed0, or an export.
         out: The new folder.
-        format: timm, transformers, safetensors, onnx or torch_export.
+        format: Format of the export: timm, transformers, safetensors, onnx or torch_export.
 
     Raises:
-        UserError: The export does not hold, or `out` is not empty.
+        UserError: If verification fails, or `out` is not new or empty.
     """
     check_new(Path(out))
     encoder_folder(run)
@@ -295,18 +301,18 @@ def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
 
 
 def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
-    """Verify an export and send it to a Hugging Face hub.
+    """Verify an export and upload it to a Hugging Face hub.
 
     Args:
         folder: The export.
-        repository: OWNER/NAME; made where it is not there.
-        public: Whether a repository that is made is public.
+        repository: Name of the repository, OWNER/NAME. It is created if it does not exist.
+        public: Whether a new repository is public.
 
     Returns:
-        The repository's address.
+        The address of the repository.
 
     Raises:
-        UserError: The export does not hold, or the hub refuses.
+        UserError: If verification fails, or if the hub refuses the upload.
     """
     require_existing(folder)
     from mpp.exchange import upload as uploading
@@ -315,12 +321,16 @@ def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
 
 
 def import_weights(file: str | Path, out: str | Path, **options: Any) -> Imported:
-    """Import weights, a file or a folder of transformers' or timm's, as a verified folder of a timm model.
+    """Import weights as a verified folder of a timm model.
 
-    Options: model, args, image_size, channels, mean, std, prefix, partial, trust; see `mpp.exchange.import_weights`.
+    Args:
+        file: A file of weights, or a folder of transformers or timm.
+        out: The new folder.
+        **options: model, args, image_size, channels, mean, std, prefix, partial, trust; see
+            `mpp.exchange.import_weights`.
 
     Raises:
-        UserError: Any of the encoder's weights is not there as it should be.
+        UserError: If a weight of the encoder is missing or does not fit.
     """
     require_existing(file)
     check_new(Path(out))
@@ -330,10 +340,10 @@ def import_weights(file: str | Path, out: str | Path, **options: Any) -> Importe
 
 
 def verify(folder: str | Path) -> Verified:
-    """Load an export in a clean process, as its users do, and compare.
+    """Load an export in a clean process, as its users do, and compare its outputs.
 
     Raises:
-        UserError: Anything differs.
+        UserError: If the outputs or a file differ, or if the export cannot be loaded.
     """
     from mpp.exchange.verify import is_timm_export, verify_timm_folder
 
@@ -345,7 +355,12 @@ def verify(folder: str | Path) -> Verified:
 
 
 def load_encoder(source: str | Path, **timm_args: Any) -> nn.Module:
-    """A plain timm model with the weights of a run or an export; `timm_args` such as num_classes, img_size."""
+    """Return a plain timm model with the weights of a run or an export.
+
+    Args:
+        source: Folder of the run or export.
+        **timm_args: Arguments of the timm model, such as num_classes or img_size.
+    """
     from mpp.encoders.sources import load_encoder
 
     return load_encoder(source, **timm_args)
@@ -355,7 +370,7 @@ def load_recipe(path: str | Path, *, preset: str | None = None, **overrides: obj
     """Read and check a recipe of any job.
 
     Raises:
-        UserError: With a line for each thing that is wrong.
+        UserError: If the recipe is wrong. The message has a line for each mistake.
     """
     from mpp.recipe.loading import load_any
 

@@ -1,4 +1,4 @@
-"""`python -m mpp`"""
+"""Run the command line with `python -m mpp`."""
 
 from mpp.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Errors and warnings that speak to the user: one clear line each (what, where, what is allowed), without secrets."""
+"""Errors and warnings for users. Each is one line (what is wrong, where, what to do) without secrets."""
 
 import os
 import re
@@ -9,7 +9,7 @@ _PARAMETER = re.compile(
     r"(?i)([?&;#](?:[^=&\s'\"]*(?:sign|token|key|secret|credential|passw|pwd|auth|expires|jwt|policy)[^=&\s'\"]*"
     r"|x-amz-[^=&\s'\"]*|x-goog-[^=&\s'\"]*|sig|sas|se|sp|sv|sr|st|spr|skoid|sktid|skt|ske|sks|skv)=)[^&\s'\"]+"
 )
-"""Of signed URLs: S3, Google and CloudFront by their names, Azure by its short ones."""
+"""Secret parameters of signed URLs: those of S3, Google and CloudFront, and the short names of Azure."""
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -21,7 +21,7 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """With what a terminal would obey, escape sequences above all, written out: names in files may hold it."""
+    """Return the text with control characters written out, because names in files may hold terminal sequences."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -30,18 +30,18 @@ DISTRIBUTION = "maskpatch"
 
 
 class UserError(Exception):
-    """An input the user can correct. The command line prints each line of it and exits with code 2."""
+    """An error that the user can correct. The command line prints its message and exits with code 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(without_secrets(message)))
 
 
 class ToldElsewhere(UserError):
-    """One that another process of the run tells its user; this one ends in silence."""
+    """An error that another process of the run reports to the user. This process ends without a message."""
 
 
 class BadImage(Exception):
-    """An image that cannot be decoded as asked; the loader replaces it and counts it."""
+    """An image that cannot be decoded as requested. The loader replaces and counts it."""
 
 
 class MppWarning(UserWarning):
@@ -49,19 +49,19 @@ class MppWarning(UserWarning):
 
 
 def one_line(error: object) -> str:
-    """What somebody else's error says, for a line of ours: without its line breaks, and no more than fits."""
+    """Return the message of another library's error on one line, without secrets and with at most 300 characters."""
     return without_secrets(" ".join(str(error).split()))[:300]
 
 
 def reason(error: Exception) -> str:
-    """Why a file could not be written: in the system's words, of several the first one's."""
-    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree: (from, to, why) each
+    """Return why a file could not be written, in the system's words. If there are several errors, use the first."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # copytree's list of (from, to, why)
         return one_line(error.args[0][0][2])
     return getattr(error, "strerror", None) or one_line(error)
 
 
 def how_to_get(*extras: str) -> str:
-    """The command that installs what these extras of mpp's bring, by the packages' own names."""
+    """Return the command that installs the packages of these extras, by the names of the packages."""
     import shlex
     from importlib.metadata import PackageNotFoundError, requires
 
@@ -77,22 +77,22 @@ def how_to_get(*extras: str) -> str:
 
 
 def suggest_path(name: str | os.PathLike[str]) -> str:
-    """Return a similar name in the folder of a missing file, as the end of a message; or ''."""
+    """Return the end of a message that suggests a similar name in the folder of a missing file; '' if there is none."""
     import difflib
 
     folder, base = os.path.split(os.path.abspath(name))
     try:
         like = difflib.get_close_matches(base, os.listdir(folder), n=1)
-    except OSError:  # its folder is missing as well
+    except OSError:  # the folder is also missing
         return ""
     return f"; is '{os.path.join(os.path.dirname(name), like[0])}' meant?" if like else ""
 
 
 def require_existing(*places: str | os.PathLike[str]) -> None:
-    """Check that all of these are there, before anything heavy is imported.
+    """Check that all of these files or folders exist, before heavy packages are imported.
 
     Raises:
-        UserError: For the first that is not.
+        UserError: If one does not exist; the message names the first.
     """
     for place in places:
         if not os.path.lexists(place):

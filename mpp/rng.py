@@ -1,7 +1,7 @@
 """Randomness as a pure function of (seed, purpose, position).
 
-Nothing random in the toolkit depends on a worker, a rank or what ran before, so a run can stop anywhere and
-continue with any number of processes. Philox is counter-based: making a generator costs microseconds.
+Random numbers in the toolkit do not depend on a worker, a rank or what ran before. So a run can stop anywhere and
+continue with any number of processes. Philox is counter-based: creating a generator costs microseconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """Independent streams of one seed. Numbers are part of every recorded result: never renumber."""
+    """Independent random streams of one seed. Never renumber them: the numbers are part of every recorded result."""
 
     CROP = 1
     MASK = 2
@@ -38,29 +38,29 @@ def stream(seed: int, purpose: Purpose, position: int = 0) -> np.random.Generato
     """Return the random generator of one purpose at one position.
 
     Args:
-        seed: Of the run, below 2**56.
-        purpose: What is drawn.
-        position: 0 or more.
+        seed: Seed of the run, below 2**56.
+        purpose: Purpose of the random numbers.
+        position: Position in the stream, 0 or more.
     """
     return np.random.Generator(_philox(seed, purpose, position))
 
 
 def _philox(seed: int, purpose: Purpose, position: int) -> np.random.Philox:
-    # typed here: of a list with numbers on both sides of 2**63 numpy makes floats, and rounds
+    # uint64 must be given: numpy would turn a list with numbers on both sides of 2**63 into floats, and round them
     return np.random.Philox(key=np.array([(seed << 8) | purpose, position], np.uint64))
 
 
 class Streams:
     """`stream` of one seed and purpose at many positions, for code that is called for every image.
 
-    One generator, set to each position: a sixth of the time that a new one takes. What `at` gave before is not to be
-    used any more then.
+    One generator is set to each position, which takes a sixth of the time of creating a new one. Each call of `at`
+    invalidates the generators that earlier calls returned.
     """
 
     def __init__(self, seed: int, purpose: Purpose) -> None:
         self._philox = _philox(seed, purpose, 0)
         self._generator = np.random.Generator(self._philox)
-        self._state: Any = self._philox.state  # as it is before the first draw
+        self._state: Any = self._philox.state  # the state before the first draw
 
     def at(self, position: int) -> np.random.Generator:
         self._state["state"]["key"][1] = position
@@ -69,5 +69,5 @@ class Streams:
 
 
 def torch_seed(seed: int, purpose: Purpose, position: int = 0) -> int:
-    """Return what `stream` would draw from as a seed for torch's, numpy's or Python's global generators."""
+    """Return a seed for the global generators of torch, numpy or Python, drawn from `stream`."""
     return int(stream(seed, purpose, position).integers(2**63 - 1))

@@ -1,17 +1,17 @@
-"""The one adapter for timm encoders: mask tokens in, tokens of the last block out, the model never edited.
+"""The adapter for all timm encoders: mask tokens go in, tokens of the last block come out.
 
-No parameter, buffer or submodule is added to the timm model, so its state dict stays native and an export is
-the state as it is. Hooks do the rest:
+No parameter, buffer or submodule is added to the timm model. Its state dict therefore stays native and is exported
+unchanged. The work is done by hooks and replaced forward methods:
 
     stem    a forward hook replaces the embedding of hidden cells by the mask token   (tokens present from the stem)
     blocks  forward pre-hooks keep visible tokens only and let mask tokens join later (dropping, late joining)
-    embedding, last block    their forwards leave out what nothing reads (`shortcuts.py`)
+    embedding, last block    replaced forward methods skip tokens that nothing reads (`shortcuts.py`)
 
-Where the stem is, its layout and stride and the output's stride are probed on the model itself (`probing.py`), so that
-a family nobody thought of needs no entry here.
+`probing.py` finds the stem, its layout and stride, and the stride of the output by running the model. New families
+therefore need no entry here.
 
-`forward_intermediates(norm=False)` reads the last block before the final norm: a head that reads the normed
-tokens leaves an encoder whose probes collapse (SimMIM issue 14), and average-pooled ViTs have no norm there.
+`forward_intermediates(norm=False)` reads the last block before the final norm. If a head reads the normed tokens
+instead, probes of the trained encoder collapse (SimMIM issue 14). Average-pooled ViTs have no norm there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mpp.recipe.flat import JsonObject
 
 
 class _Call(NamedTuple):
-    """What `forward` was called with."""
+    """One call of `TimmEncoder.forward`, as its hooks need it."""
 
     x: Corrupted
     cells: Cells
@@ -39,17 +39,18 @@ class _Call(NamedTuple):
 
 
 def adapt(model: nn.Module, image_size: tuple[int, int], unit_px: int | None = None) -> TimmEncoder:
-    """Make an encoder of a timm model, and freeze what the last block does not depend on.
+    """Make an encoder of a timm model, and freeze the parameters that the last block does not depend on.
 
-    Pretraining reads the last block raw: final norms, class heads and pooling would never learn.
+    Pretraining reads the last block's raw output. Final norms, class heads and pooling would therefore never be
+    trained.
 
     Args:
-        model: Of timm. It gets hooks.
+        model: timm model. Hooks are added to it.
         image_size: (H, W) in pixels.
-        unit_px: Side of a mask unit; None: the model's stride.
+        unit_px: Side of a mask unit in pixels. None means the model's stride.
 
     Raises:
-        UserError: The model gives no map of features, or not at this size.
+        UserError: If the model returns no feature map, or does not run at this image size.
     """
     traits, last_block = probe(model, image_size, unit_px)
     freeze_unread(model, [last_block])
@@ -57,7 +58,7 @@ def adapt(model: nn.Module, image_size: tuple[int, int], unit_px: int | None = N
 
 
 class TimmEncoder(nn.Module):
-    """A timm model that takes `Corrupted` images and gives `EncoderOutput`; `adapt` makes one."""
+    """timm model that takes `Corrupted` images and returns `EncoderOutput`. Use `adapt` to make one."""
 
     def __init__(self, model: TimmModel, image_size: tuple[int, int], traits: Traits) -> None:
         super().__init__()
@@ -66,44 +67,47 @@ class TimmEncoder(nn.Module):
         self.family, self.stride, self.dim, self.depth = traits.family, traits.stride, traits.dim, traits.depth
         self.stems, self.stem, self.prefix_tokens = traits.stems, traits.stem, traits.prefix_tokens
         self.drops, self.prunes, self.embeds_visible = traits.drops, traits.prunes, traits.embeds_visible
-        # forward() sets `_next`, the stem consumes it: a direct call of the timm model stays plain. `_now`
+        # forward() sets `_next` and the stem clears it, so that a direct call of the timm model stays plain. `_now`
         # outlives forward(), so that blocks recomputed by activation checkpointing see the same mask.
         self._next: _Call | None = None
         self._now: _Call | None = None
         self._hook()
 
     def _hook(self) -> None:
-        """Hook into the model. Bound methods and partials, no lambdas: deepcopy and pickle then follow the copy."""
+        """Register the hooks as bound methods and partials, so that a deep copy or an unpickled model uses its own.
+
+        A lambda in a copy would still refer to the original.
+        """
         embedding: TimmModel = self.model.get_submodule(self.stem.path) if self.stem is not None else nn.Identity()
         blocks: Any = self.model.blocks if self.drops else []
         if self.stem is not None:
             embedding.register_forward_hook(self._at_stem)
         for i, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._at_block, i), with_kwargs=True)
-        # in their forwards, so that whatever else is hooked to them (FSDP, checkpointing) still runs
+        # replace only the forward methods, so that other hooks on these modules (FSDP, checkpointing) still run
         if self.prunes:
             blocks[-1].forward = self._last_block
         if self.embeds_visible:
             embedding.forward = self._embedding
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(gh, gw) of an image of (H, W) px."""
+        """Return the grid of cells (gh, gw) of an image of (H, W) px."""
         return image_size[0] // self.stride, image_size[1] // self.stride
 
     def forward(self, x: Corrupted, cells: Cells, *, only_predicted: bool = False) -> EncoderOutput:
         """Encode images with hidden cells.
 
         Args:
-            x: The images, see `Corrupted`.
-            cells: Which of them are hidden, and how.
-            only_predicted: Whether no tokens but the predicted cells' will be read; others are then left out where that
-                is possible.
+            x: Corrupted images, with their mask token.
+            cells: Hidden, visible and predicted cells of the images.
+            only_predicted: Whether only the tokens of predicted cells will be read. The others are then left out if the
+                model allows it.
 
         Returns:
-            Tokens of the last block, see `EncoderOutput`.
+            Tokens of the last block.
 
         Raises:
-            ValueError: Tokens would have to be dropped, and this family cannot.
+            ValueError: If tokens must be dropped, and this family does not support that.
         """
         dropping = x.enter is None or x.enter > 0
         if dropping and not self.drops:
@@ -115,7 +119,7 @@ class TimmEncoder(nn.Module):
         tokens = self.model.forward_intermediates(
             x.images, indices=1, norm=False, output_fmt=output_format, intermediates_only=True, **with_prefix
         )[-1]
-        self._next = None  # a model without a stem has not consumed it
+        self._next = None  # a model without a stem has not cleared it
         tokens, prefix = tokens if self.prefix_tokens else (tokens, None)
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
@@ -160,15 +164,15 @@ class TimmEncoder(nn.Module):
         if i == x.enter:
             tokens = torch.cat([tokens, self._joining(x, cells).to(tokens.dtype)], 1)
         rope = kwargs.get("rope")
-        if rope is not None:  # each image has rows of its own now
+        if rope is not None:  # each image now needs the rows of its own cells
             rows = torch.cat([cells.visible, cells.predicted], 1) if joined else cells.visible
-            # (N, K), or (heads, N, K) where every head has its own -> (B, 1 or heads, rows, K)
+            # (N, K), or (heads, N, K) if every head has its own -> (B, 1 or heads, rows, K)
             rope = rope[rows].unsqueeze(1) if rope.ndim == 2 else rope[:, rows].transpose(0, 1)
             kwargs = {**kwargs, "rope": rope}
         return (tokens, *rest), kwargs
 
     def _embedding(self, images: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """In place of the stem's forward: nothing at hidden cells where their tokens are left out anyway."""
+        """Replace the stem's forward: if tokens of hidden cells are dropped later, embed only the visible cells."""
         assert self.stem is not None
         embedding = self.model.get_submodule(self.stem.path)
         if self._next is None or self._next.x.enter == 0:
@@ -181,19 +185,19 @@ class TimmEncoder(nn.Module):
         return tokens.unflatten(1, cells.grid) if self.stem.layout == "NHWC" else tokens
 
     def _last_block(self, tokens: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """In place of the last block's forward."""
+        """Replace the last block's forward: if no other tokens are read, compute only prefix and predicted tokens."""
         block = self.model.blocks[-1]
         if self._now is None or not self._now.pruning:
             whole: Tensor = type(block).forward(block, tokens, *args, **kwargs)
             return whole
         x, cells, _ = self._now
         prefix, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
-        joined = bool(x.enter)  # then the predicted ones stand last
+        joined = bool(x.enter)  # then the predicted tokens come last
         read = patches[:, -cells.predicted.shape[1] :] if joined else gather_cells(patches, cells.predicted)
         return run_for(block, tokens, torch.cat([prefix, read], 1))
 
     def _joining(self, x: Corrupted, cells: Cells) -> Tensor:
-        """(B, P, D): mask tokens as they would have looked at the input of block 0."""
+        """Return mask tokens (B, P, D) with positions, as they would be at the input of block 0."""
         assert x.mask_token is not None
         batch, count = cells.predicted.shape
         tokens = x.mask_token.expand(batch, count, -1)
@@ -201,4 +205,4 @@ class TimmEncoder(nn.Module):
         if positions is not None:
             skip = 0 if self.model.no_embed_class else self.prefix_tokens
             tokens = tokens + gather_cells(positions[:, skip:].expand(batch, -1, -1), cells.predicted)
-        return self.model.norm_pre(tokens)  # CLIP-style ViTs norm here, token by token; others have Identity
+        return self.model.norm_pre(tokens)  # CLIP-style ViTs norm each token here; others have Identity

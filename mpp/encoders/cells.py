@@ -1,4 +1,4 @@
-"""Cells of an image: which are hidden, what the encoder gets and gives for them, and how they tile it."""
+"""Cells of an image: which are hidden, input and output of the encoder for them, and how they tile the image."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass
 class Cells:
-    """Which cells of a batch are hidden and which of those are predicted."""
+    """Hidden, visible and predicted cells of a batch."""
 
     hidden: Tensor
     """(B, gh, gw) bool."""
     visible: Tensor
-    """(B, V) int64, raster numbers, ascending."""
+    """(B, V) int64, raster numbers in ascending order."""
     predicted: Tensor
-    """(B, P) int64, raster numbers, ascending; all hidden cells or a part of them."""
+    """(B, P) int64, raster numbers in ascending order. All hidden cells, or a part of them."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -26,48 +26,51 @@ class Cells:
 
     @property
     def some_predicted(self) -> bool:
-        """Whether there are cells that are not."""
+        """Whether some cells are not predicted."""
         return self.predicted.shape[1] < self.hidden[0].numel()
 
 
 @dataclass
 class Corrupted:
-    """What a corruption makes of a batch, for the encoder."""
+    """Output of a corruption for one batch, and input of the encoder."""
 
     images: Tensor
-    """(B, C, H, W) float; nothing of hidden units is left in it, unless the corruption says it keeps some."""
+    """(B, C, H, W) float. Contains no pixels of hidden units, except units that the corruption's `kept` returns."""
     mask_token: Tensor | None = None
-    """(D,) the learnable token at `replaced` cells, or of cells that join; None: only pixels are changed."""
+    """(D,) learnable token for cells that are replaced at the stem or join later. None if there is no such token."""
     replaced: Tensor | None = None
-    """(B, uh, uw) bool: units whose stem output the mask token takes the place of."""
+    """(B, uh, uw) bool: units whose stem output is replaced by the mask token."""
     enter: int | None = 0
-    """0: hidden cells are in the encoder from its stem on; k: as mask tokens from block k on; None: never."""
+    """When hidden cells enter the encoder. 0: at the stem. k: as mask tokens at block k. None: never."""
 
 
 @dataclass
 class EncoderOutput:
-    """Tokens of the encoder's last block, before its final norm; class and register tokens apart, as `prefix`.
+    """Tokens of the encoder's last block, before its final norm. Class and register tokens are separate, in `prefix`.
 
-    layout "raster": N tokens, all cells in raster order.
-    layout "visible": V tokens. layout "visible+predicted": V tokens, then P. layout "predicted": P tokens, which is
-    all that is there for heads that read no others.
+    `tokens` depends on the layout:
+
+        raster               N tokens, all cells in raster order
+        visible              V tokens
+        visible+predicted    V tokens, then P tokens
+        predicted            P tokens, if no head reads others
     """
 
     tokens: Tensor
     cells: Cells
     layout: Literal["raster", "visible", "visible+predicted", "predicted"]
     prefix: Tensor | None = None
-    """(B, K, D): class and register tokens of the last block; None for encoders that have none."""
+    """(B, K, D): class and register tokens of the last block. None if the encoder has none."""
 
     def visible(self) -> Tensor:
-        """(B, V, D)"""
+        """Return the tokens of visible cells, (B, V, D)."""
         if self.layout == "raster":
             return gather_cells(self.tokens, self.cells.visible)
         assert self.layout != "predicted", "a head that reads visible cells has reads_visible = True"
         return self.tokens[:, : self.cells.visible.shape[1]]
 
     def predicted(self) -> Tensor | None:
-        """(B, P, D), or None where hidden cells never entered the encoder."""
+        """Return the tokens of predicted cells, (B, P, D), or None if hidden cells never entered the encoder."""
         if self.layout == "raster":
             return gather_cells(self.tokens, self.cells.predicted)
         if self.layout == "visible":
@@ -78,7 +81,7 @@ class EncoderOutput:
 
 
 def gather_cells(x: Tensor, cells: Tensor) -> Tensor:
-    """(B, N, K) and (B, P) int64 -> (B, P, K)."""
+    """Return the values at some cells: (B, N, K) and cells (B, P) int64 -> (B, P, K)."""
     return x.gather(1, cells.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
@@ -86,7 +89,7 @@ def patchify(images: Tensor, size_px: int) -> Tensor:
     """Cut images into cells: (B, C, H, W) -> (B, N, C·size_px²), in raster order, channels first within a cell.
 
     Raises:
-        ValueError: H or W is no multiple of size_px.
+        ValueError: If H or W is not a multiple of size_px.
     """
     b, c, h, w = images.shape
     if h % size_px or w % size_px:
@@ -97,7 +100,10 @@ def patchify(images: Tensor, size_px: int) -> Tensor:
 
 
 def patches_at(images: Tensor, size_px: int, cells: Tensor) -> Tensor:
-    """Of what `patchify` gives only some cells, without making the others: (B, P) int64 -> (B, P, C·size_px²)."""
+    """Return the output of `patchify` at some cells, without computing the others: (B, P) int64 -> (B, P, C·size_px²).
+
+    The pixels are those of `images`, (B, C, H, W).
+    """
     b, c, h, w = images.shape
     gw = w // size_px
     x = images.reshape(b, c, h // size_px, size_px, gw, size_px)
@@ -106,7 +112,11 @@ def patches_at(images: Tensor, size_px: int, cells: Tensor) -> Tensor:
 
 
 def unpatchify(patches: Tensor, size_px: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: (B, N, C·size_px²) -> (B, C, H, W)."""
+    """Invert `patchify`: (B, N, C·size_px²) -> (B, C, H, W).
+
+    Raises:
+        ValueError: If the patches do not fill the grid.
+    """
     b, n, d = patches.shape
     gh, gw = grid
     if n != gh * gw:
@@ -117,7 +127,7 @@ def unpatchify(patches: Tensor, size_px: int, grid: tuple[int, int]) -> Tensor:
 
 
 def repeat_cells(grid_map: Tensor, factor: int) -> Tensor:
-    """(B, gh, gw) -> (B, gh·factor, gw·factor): every cell becomes factor × factor of the same value."""
+    """Repeat each value factor × factor times: (B, gh, gw) -> (B, gh·factor, gw·factor)."""
     if factor == 1:
         return grid_map
     return grid_map.repeat_interleave(factor, 1).repeat_interleave(factor, 2)

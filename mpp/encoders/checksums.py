@@ -11,16 +11,17 @@ from safetensors import SafetensorError, safe_open
 from mpp.errors import UserError
 
 TOLERANCE = 1e-4
-"""Largest difference of features, over their largest value, that counts as the same: float32 on other hardware."""
+"""Largest difference of features, relative to their largest value, that counts as equal. It allows for rounding in
+float32 on other hardware."""
 HEAD = "head.safetensors"
-"""Beside the encoder of a fine-tuned model, where timm has no place for its head."""
+"""File of a fine-tuned model's head, next to the encoder. It exists if timm cannot store the head."""
 
 
 def weights_sha256(folder: Path) -> str:
     """Return the checksum of an export's weights.
 
     Raises:
-        UserError: They are not those that were exported.
+        UserError: If the weights differ from those that were exported, or export.json cannot be read.
     """
     computed = sha256(folder / "model.safetensors")
     try:
@@ -36,18 +37,18 @@ def weights_sha256(folder: Path) -> str:
 
 
 def has_head(folder: Path) -> bool:
-    """Whether a head was saved beside the encoder, and should be there."""
+    """Return whether export.json records a head that was saved with the encoder."""
     try:
         return "head_sha256" in json.loads((folder / "export.json").read_text())
     except (OSError, ValueError):
-        return False  # a timm folder made elsewhere, or said by others
+        return False  # a timm folder made elsewhere, or an unreadable export.json
 
 
 def check_head(folder: Path) -> list[str]:
-    """Return the classes of the head that was saved beside an encoder.
+    """Check the head that was saved with an encoder, and return its class names.
 
     Raises:
-        UserError: It is missing or damaged.
+        UserError: If the head is missing or damaged.
     """
     try:
         stated = json.loads((folder / "export.json").read_text())["head_sha256"]
@@ -60,10 +61,10 @@ def check_head(folder: Path) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """Return the checksum of a file.
+    """Return the SHA-256 checksum of a file.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: If the file cannot be read.
     """
     try:
         with open(path, "rb") as f:

@@ -1,4 +1,4 @@
-"""Making timm models by name, with one line for what is wrong where that fails."""
+"""Make timm models by name. If that fails, the error message is one line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mpp.recipe.values import TimmArgs
 
 
 def timm_names(pattern: str, key: str) -> list[str]:
-    """List timm's models that fit a name or pattern.
+    """List the timm models that match a name or pattern.
 
     Raises:
-        UserError: None does; the message names the recipe's key.
+        UserError: If no model matches. The message names `key`, the recipe's key.
     """
     names: list[str] = timm.list_models(pattern) if pattern else []
     if not names:
@@ -29,7 +29,10 @@ def timm_names(pattern: str, key: str) -> list[str]:
 
 
 def create_at_size(name: str, image_size: tuple[int, int] | None, **args: Any) -> TimmModel:
-    """`timm.create_model` for an image size; families that take any size are not told it. None: the model's own."""
+    """Call `timm.create_model` with an image size, or without it if the family takes any size.
+
+    If `image_size` is None, the model keeps its own size.
+    """
     try:
         return timm.create_model(name, **args, **({"img_size": image_size} if image_size else {}))  # type: ignore[arg-type]
     except TypeError as error:
@@ -51,16 +54,16 @@ def create_timm_model(
     """Make a timm model without classifier.
 
     Args:
-        name: Of timm's.
-        image_size: (H, W) in pixels; None: the model's own.
-        in_chans: Channels of the images.
-        pretrained: Whether timm's weights are loaded.
-        args: Of the model's constructor.
-        key: Of the recipe that names the model, for messages.
-        args_key: Of the recipe that gives `args`, for messages.
+        name: Name of a timm model, or "local-dir:" and a folder.
+        image_size: (H, W) in pixels. None means the model's own size.
+        in_chans: Number of channels of the images.
+        pretrained: Whether to load the published weights, or those of the folder.
+        args: Arguments of the model's constructor.
+        key: Key of the recipe that names the model, for messages.
+        args_key: Key of the recipe that gives `args`, for messages.
 
     Raises:
-        UserError: An unknown name, argument or size.
+        UserError: If the name, an argument or the size is wrong, or the weights cannot be downloaded.
     """
     for number in ("depth", "embed_dim", "num_heads"):
         value = args.get(number, 1)
@@ -78,19 +81,19 @@ def create_timm_model(
                 f"{args_key}.{reserved}: is not for a recipe to set here; see data.image_size, data.channels"
             )
     for loading in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "cache_dir"):
-        if loading in args:  # which may open pickles
+        if loading in args:  # these may open pickles
             raise UserError(f"{args_key}.{loading}: weights from elsewhere come by `mpp import`")
     for argument, value in args.items():
-        if value is None:  # timm would pass over it in silence; most likely a blank is missing after a colon
+        if value is None:  # timm would silently ignore it; most likely a space is missing after a colon
             raise UserError(f"{args_key}.{argument}: has no value")
-    for key_of_list, value in args.items():  # YAML has lists where timm compares with tuples
+    for key_of_list, value in args.items():  # YAML has only lists, but timm compares with tuples
         if isinstance(value, list):
             args = {**args, key_of_list: tuple(value)}
     try:
         return create_at_size(name, image_size, pretrained=pretrained, num_classes=0, in_chans=in_chans, **args)
     except TypeError as error:
         raise UserError(f"{args_key}: {name} does not take this: {one_line(error)}") from error
-    except Exception as error:  # timm, torch or the hub: ZeroDivisionError, KeyError, … by whatever argument is off
+    except Exception as error:  # timm, torch and the hub raise many kinds, such as ZeroDivisionError
         if pretrained and _of_the_hub(error):
             raise UserError(
                 f"{key}: the published weights of {name} cannot be had ({type(error).__name__}; no network?). Allowed: "
@@ -104,7 +107,7 @@ def create_timm_model(
 
 
 def _of_the_hub(error: BaseException | None) -> bool:
-    """Whether huggingface_hub or the network is behind an error."""
+    """Return whether huggingface_hub or the network caused an error."""
     while error is not None:
         if type(error).__module__.startswith(("huggingface_hub", "httpx", "urllib", "requests")):
             return True

@@ -39,35 +39,37 @@ NOT_INHERITED = (
     "notes",
     "license",
 )
-"""Keys of timm's pretrained_cfg that speak of other weights than these."""
+"""Keys of timm's pretrained_cfg that describe the published weights, not the exported ones."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What an encoder is made for, and how it came to be."""
+    """Input that an encoder expects, and how its weights were made."""
 
     mean: Sequence[float]
-    """Of pixels in [0, 1], by channel; with std what its images are normalised with."""
+    """Mean of each channel of the input, for values in [0, 1]."""
     std: Sequence[float]
+    """Standard deviation of each channel of the input, for values in [0, 1]."""
     input_size: tuple[int, int, int]
     """(channels, H, W), in pixels."""
     made: str
-    """A sentence of its model card; limits: another."""
+    """How the weights were made, for the model card."""
     limits: str
+    """Limitations of the weights, for the model card."""
     crop_fraction: float = 1.0
-    """Of the image's shorter side that is read."""
+    """Fraction of the image's shorter side that is read."""
     recipe: str | None = None
-    """The file recipe.yaml; None where there was none."""
+    """Content of recipe.yaml. None if there is no recipe."""
     pixels: str = "pixels in [0, 1]"
-    """What mean and std speak of."""
+    """The values that mean and std refer to, in words."""
 
 
 def pool_patches(model: TimmModel) -> None:
-    """Let a timm model give the mean of its patch tokens for an image, if it gives the class token or attention's pool.
+    """Make a timm model that pools by class token or by attention return the mean of its patch tokens instead.
 
-    Pretraining trains the patch tokens. What it makes of the class token depends on the objective, and nothing trains
-    the attention that some encoders (SigLIP, Perception Encoder) pool with. timm's distilled DeiTs pool in one way
-    only: they stay as they are, see `has_embedding`.
+    Pretraining trains the patch tokens. Whether the class token is useful depends on the objective. The attention that
+    some encoders (SigLIP, Perception Encoder) pool with is never trained. timm's distilled DeiTs support only one kind
+    of pooling and are left unchanged, see `has_embedding`.
     """
     if getattr(model, "global_pool", None) in ("token", "map") and hasattr(model, "reset_classifier"):
         with suppress(AssertionError):
@@ -75,13 +77,15 @@ def pool_patches(model: TimmModel) -> None:
 
 
 def has_embedding(model: TimmModel) -> bool:
-    """Whether what a timm model gives for an image is worth reading: not the class token of a distilled DeiT without
-    a classifier, which reads two tokens that nobody trained."""
+    """Return whether the pooled output of a timm model is useful.
+
+    It is not for a distilled DeiT without a classifier, which pools two tokens that were not trained.
+    """
     return bool(model.num_classes) or type(model).__name__ != "VisionTransformerDistilled"
 
 
 def reading_line(model: TimmModel) -> str:
-    """The line of a card that makes an embedding or logits of images with a timm model."""
+    """Return the line of the model card's example that computes embeddings or logits with a timm model."""
     if model.num_classes:
         return "logits = model.eval()(images)"
     if has_embedding(model):
@@ -90,7 +94,7 @@ def reading_line(model: TimmModel) -> str:
 
 
 def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
-    """Of what this recipe trained."""
+    """Return the origin of an encoder that this recipe trained."""
     crop_fraction = 1.0
     if isinstance(recipe, PretrainRecipe):
         made = (
@@ -120,7 +124,7 @@ def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
 
 
 def pixels_of(value_range: ValueRange | None) -> str:
-    """What mean and std speak of, of images that were read so; None: as 8 bit."""
+    """Describe the values that mean and std refer to, for images read with this range. None means 8-bit images."""
     if value_range is None:
         return "pixels in [0, 1]"
     words = "0 and the largest number of their type" if value_range == "type" else str(list(value_range))
@@ -135,23 +139,23 @@ def save_encoder(
     classes: list[str] | None = None,
     head: tuple[dict[str, torch.Tensor], list[str]] | None = None,
 ) -> None:
-    """Write a timm model as a timm folder with its proof. An earlier export of the same folder is replaced.
+    """Write a timm model as a timm folder, with a reference output to verify it.
 
     Args:
-        model: A timm model.
-        folder: Where to.
-        origin: What it is made for, and how it came to be.
-        metrics: For its card.
-        classes: Names of the classes of the model's own classifier.
-        head: Weights and classes of a head that timm does not know, for `load_head`.
+        model: timm model to write.
+        folder: Folder to write. An earlier export in it is replaced.
+        origin: Input that the model expects, and how its weights were made.
+        metrics: Metrics for the model card and export.json.
+        classes: Class names of the model's own classifier.
+        head: Weights and class names of a head that timm cannot store. `load_head` reads it.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: If the folder cannot be written.
     """
     aside = folder.with_name(folder.name + ".tmp")
     training = model.training
     model.eval()
-    model.to(memory_format=torch.contiguous_format)  # the only one that files hold
+    model.to(memory_format=torch.contiguous_format)  # files support no other
     try:
         shutil.rmtree(aside, ignore_errors=True)
         config = _write_timm_files(model, aside, origin, classes)
@@ -159,7 +163,7 @@ def save_encoder(
         if head is not None:
             state = {name: value.cpu().contiguous() for name, value in head[0].items()}
             save_file(state, aside / HEAD, {"classes": json.dumps(head[1])})
-        for tensors in aside.glob("*.safetensors"):  # safetensors writes for the owner alone
+        for tensors in aside.glob("*.safetensors"):  # safetensors makes its files readable only by the owner
             shutil.copymode(aside / "config.json", tensors)
         if origin.recipe is not None:
             (aside / "recipe.yaml").write_text(origin.recipe, encoding="utf-8")
@@ -215,7 +219,7 @@ def _write_timm_files(model: nn.Module, folder: Path, origin: Origin, classes: l
 
 
 def _write_reference(model: TimmModel, folder: Path, origin: Origin, classes: list[str] | None) -> None:
-    """Write two random images and what the model gives for them. Whoever loads the folder compares."""
+    """Write two random images and the model's outputs, for comparison when the folder is loaded."""
     device = next(model.parameters()).device
     images = torch.randn(2, *origin.input_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -226,14 +230,14 @@ def _write_reference(model: TimmModel, folder: Path, origin: Origin, classes: li
         if classes:
             reference["logits"] = model(images.to(device))
     save_file(
-        # some families give the same memory twice, which safetensors refuses
+        # in some families two outputs share memory, which safetensors refuses
         {"images": images, **{k: v.float().cpu().contiguous().clone() for k, v in reference.items()}},
         folder / "reference.safetensors",
     )
 
 
 def _card(config: JsonObject, origin: Origin, metrics: JsonObject, parameters: int, use: str) -> str:
-    """use: the line that makes an embedding or logits of images."""
+    """Return the text of the model card. `use` is the line of its example that computes embeddings or logits."""
     width = config.get("num_classes") or config["num_features"]
     how = f"{use}  # (N, {width}); images (N, channels, height, width), normalised as below\n"
     kind = "classification" if config.get("num_classes") else "feature-extraction"

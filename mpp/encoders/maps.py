@@ -1,4 +1,4 @@
-"""Maps of a timm encoder's blocks or stages, for tasks that predict at every place."""
+"""Feature maps of a timm encoder's blocks or stages, for tasks that predict at every position of an image."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 
 MAPS = 4
-"""Of a plain encoder: evenly spaced blocks, the last one among them (as in BEiT's segmenter, Bao et al. 2022); of a
-hierarchical one: its coarsest strides (FPN, Lin et al. 2017: 4 to 32 px)."""
+"""Largest number of maps that are read. From a plain encoder, evenly spaced blocks are read, with the last one among
+them (as in BEiT's segmenter, Bao et al. 2022). From a hierarchical one, the stages with the coarsest strides are read
+(FPN, Lin et al. 2017: 4 to 32 px)."""
 
 
 def read_maps(model: TimmModel, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
-    """Read the raw output of some blocks, before the final norm, which is the classifier's.
+    """Return the raw output of some blocks, before the final norm, which belongs to the classifier.
 
     Args:
-        model: Of timm.
-        x: (B, C, H, W), normalised.
-        indices: Of the blocks.
+        model: timm model.
+        x: Normalised images, (B, C, H, W).
+        indices: Indices of the blocks.
 
     Returns:
-        (B, D_i, h_i, w_i) of each.
+        One map per block, (B, D_i, h_i, w_i).
     """
     return list(
         model.forward_intermediates(x, indices=list(indices), norm=False, output_fmt="NCHW", intermediates_only=True)
@@ -33,10 +34,17 @@ def read_maps(model: TimmModel, x: Tensor, indices: Sequence[int]) -> list[Tenso
 
 
 def probe_maps(model: TimmModel, size: tuple[int, int]) -> tuple[list[int], FeatureMaps]:
-    """Find out which blocks are read and what they give at (H, W) px, and freeze what none of them depends on.
+    """Choose the blocks to read, and freeze the parameters that none of them depends on.
+
+    Args:
+        model: timm model.
+        size: (H, W) in pixels.
+
+    Returns:
+        Indices of the blocks, and widths and strides of their maps.
 
     Raises:
-        UserError: The model has no maps, or they do not tile such an image.
+        UserError: If the model has no maps, or its maps do not tile an image of this size.
     """
     family, info = type(model).__name__, getattr(model, "feature_info", None)
     if not hasattr(model, "forward_intermediates") or not info:
@@ -44,7 +52,7 @@ def probe_maps(model: TimmModel, size: tuple[int, int]) -> tuple[list[int], Feat
     reductions, depth = [stage["reduction"] for stage in info], len(info)
     if len(set(reductions)) == 1:
         indices = sorted({(i + 1) * depth // MAPS - 1 for i in range(MAPS) if (i + 1) * depth >= MAPS})
-    else:  # of stages that share a stride the deepest
+    else:  # if several stages share a stride, the deepest one
         indices = [i for i, stride in enumerate(reductions) if stride not in reductions[i + 1 :]][-MAPS:]
     parameter = next(model.parameters())
     blank = torch.zeros(1, model.in_chans, *size, device=parameter.device, dtype=parameter.dtype)
@@ -53,7 +61,7 @@ def probe_maps(model: TimmModel, size: tuple[int, int]) -> tuple[list[int], Feat
     try:
         with torch.enable_grad():
             maps = read_maps(model, blank, indices)
-    except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
+    except Exception as error:  # timm models raise various errors if a size or window does not fit
         at = f"{size[0]}×{size[1]}"
         raise UserError(f"data.image_size: {family} does not run at {at} px: {one_line(error)}") from error
     finally:
@@ -71,9 +79,9 @@ def probe_maps(model: TimmModel, size: tuple[int, int]) -> tuple[list[int], Feat
 
 
 def freeze_unread(model: nn.Module, outputs: Iterable[Tensor]) -> None:
-    """Freeze the parameters that these outputs do not depend on, found in their graph, not by name.
+    """Freeze the parameters that these outputs do not depend on. They are found in the autograd graph, not by name.
 
-    Nothing would train them, and DDP waits for the gradient of every trainable parameter.
+    They would not be trained, and DDP waits for the gradient of every trainable parameter.
     """
     read, seen, left = set(), set(), [out.grad_fn for out in outputs]
     while left:
@@ -90,9 +98,9 @@ def freeze_unread(model: nn.Module, outputs: Iterable[Tensor]) -> None:
 
 
 class FeatureMaps(NamedTuple):
-    """What an encoder gives a task that predicts at every place, block by block (stage by stage), first to last."""
+    """Widths and strides of the maps that an encoder returns, ordered from the first block or stage to the last."""
 
     dims: tuple[int, ...]
     """Width of each map."""
     strides: tuple[int, ...]
-    """Pixels per cell of each map; all the same in plain encoders."""
+    """Pixels per cell of each map. They are all the same in plain encoders."""

@@ -1,7 +1,7 @@
-"""What must be known of a timm model to hide cells from it, found out by running the model itself.
+"""Probe a timm model: run it to find the properties that are needed to hide cells from it.
 
-So a family nobody thought of needs no entry: where mask tokens can be put in, the layout and stride there, the stride
-and width of the output, and which of its parts can be computed for some tokens alone.
+The properties are the places for mask tokens with their layout and stride, the stride and width of the output, and
+the parts that can be computed for only some tokens. Because they are probed, new families need no entry.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mpp.encoders.timm_model import TimmModel
 from mpp.errors import UserError, one_line
 
 STEMS = ("patch_embed", "stem", "patch_embed.backbone", "patch_embed.backbone.stem")
-"""Submodules whose output is an embedded patch map, coarsest first; the last two are inside hybrid ResNet-ViTs."""
+"""Submodules whose output may be an embedded patch map, coarsest first. The last two are in hybrid ResNet-ViTs."""
 
 
 @dataclass(frozen=True)
 class Stem:
-    """Where mask tokens are put in."""
+    """A place in a model where mask tokens can be put in."""
 
     path: str
     """Submodule whose output is the embedded patch map."""
@@ -37,43 +37,43 @@ class Stem:
 
 @dataclass(frozen=True)
 class Traits:
-    """What was found out about a model."""
+    """Properties of a model, found by probing."""
 
     family: str
-    """Its class."""
+    """Class name of the model."""
     stride: int
-    """Pixels per cell of the map of features."""
+    """Pixels per cell of the feature map."""
     prefix_tokens: int
-    """Class and register tokens, which stand before those of the patches."""
+    """Number of class and register tokens, which come before the patch tokens."""
     depth: int
-    """Blocks; 0 where the model has no list of them."""
+    """Number of blocks; 0 if the model has no list of blocks."""
     drops: bool
-    """Whether it runs on a part of its tokens."""
+    """Whether the model runs on a subset of its tokens."""
     stems: list[Stem]
-    """Every place where mask tokens could be put in, coarsest first."""
+    """All stems of the model, coarsest first."""
     stem: Stem | None
-    """The coarsest whose cells fit into a mask unit."""
+    """Coarsest stem whose cells fit into a mask unit. None if there is no such stem."""
     dim: int
-    """Width of the features, which need not be that of the pooled ones: some families widen them after pooling."""
+    """Width of the feature map. Pooled features may be wider, because some families widen them after pooling."""
     prunes: bool
-    """Whether the last block can be run for a part of its tokens alone."""
+    """Whether the last block can be computed for a subset of its tokens."""
     embeds_visible: bool
-    """Whether visible cells alone can be embedded."""
+    """Whether the embedding can be computed for the visible cells only."""
 
 
 def probe(model: TimmModel, image_size: tuple[int, int], unit_px: int | None = None) -> tuple[Traits, Tensor]:
-    """Find out what must be known of a model. It stays as it is, and so does torch's generator.
+    """Probe a model. The model and torch's random generator are left unchanged.
 
     Args:
-        model: Of timm, without hooks: parts of it are copied.
+        model: timm model without hooks, because parts of it are copied.
         image_size: (H, W) in pixels.
-        unit_px: Side of a mask unit; None: the model's stride.
+        unit_px: Side of a mask unit in pixels. None means the model's stride.
 
     Returns:
-        What was found out, and the output of the last block with its graph.
+        The properties of the model, and the output of the last block with its autograd graph.
 
     Raises:
-        UserError: The model gives no map of features, or not at this size.
+        UserError: If the model returns no feature map, or does not run at this image size.
     """
     family = type(model).__name__
     if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
@@ -87,7 +87,7 @@ def probe(model: TimmModel, image_size: tuple[int, int], unit_px: int | None = N
         )
     prefix_tokens: int = getattr(model, "num_prefix_tokens", 0)
     if "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:
-        prefix_tokens = 0  # they join after the blocks, as in CaiT
+        prefix_tokens = 0  # these tokens join after the blocks, as in CaiT
     names = {name for name, _ in model.named_modules()}
     probed = [_probe_stem(model, path, stride) for path in STEMS if path in names]
     stems = [stem for stem in probed if stem is not None]
@@ -112,9 +112,10 @@ def probe(model: TimmModel, image_size: tuple[int, int], unit_px: int | None = N
 
 @torch.no_grad()
 def _probe_stem(model: TimmModel, path: str, stride: int) -> Stem | None:
-    """Layout, stride and width of a stem's output, from two image widths: one shape alone is ambiguous.
+    """Return layout, stride and width of a stem's output, or None if the submodule is not a stem.
 
-    None for a submodule that is no stem: it does not take images, or gives no map of them.
+    The submodule is run at two image widths, because a single output shape is ambiguous. It is not a stem if it does
+    not take images or returns no map.
     """
     top: TimmModel = model.get_submodule(path.split(".")[0])
     strict, training = getattr(top, "strict_img_size", None), top.training
@@ -130,7 +131,7 @@ def _probe_stem(model: TimmModel, path: str, stride: int) -> Stem | None:
         for cells in (2, 3):
             size = (2 * stride, cells * stride)
             top(torch.zeros(1, model.in_chans, *size, device=parameter.device, dtype=parameter.dtype))
-    except Exception:  # whatever a module raises that was never meant to be called so
+    except Exception:  # a module that does not take images may raise any error
         return None
     finally:
         handle.remove()
@@ -152,10 +153,10 @@ def _probe_stem(model: TimmModel, path: str, stride: int) -> Stem | None:
 
 
 def _run_last_block(model: TimmModel, image_size: tuple[int, int], stride: int) -> Tensor:
-    """Return the raw output of the last block, (1, D, gh, gw), with its graph.
+    """Return the raw output of the last block, (1, D, gh, gw), with its autograd graph.
 
     Raises:
-        UserError: The model does not run at this size, or its map is not what it says it is.
+        UserError: If the model does not run at this size, or the size of its map does not match its stride.
     """
     family, training = type(model).__name__, model.training
     parameter = next(model.parameters())
@@ -167,7 +168,7 @@ def _run_last_block(model: TimmModel, image_size: tuple[int, int], stride: int) 
             out: Tensor = model.forward_intermediates(
                 blank, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True
             )[-1]
-    except Exception as error:  # timm's models fail in their own ways at a size or window that does not fit
+    except Exception as error:  # timm models raise various errors if a size or window does not fit
         raise UserError(
             f"data.image_size: {family} does not run at {h}×{w} px: {type(error).__name__}: {one_line(error)}"
         ) from error
@@ -183,5 +184,5 @@ def _run_last_block(model: TimmModel, image_size: tuple[int, int], stride: int) 
 
 
 def tensor_of(out: Any) -> Tensor:
-    """Return what a stem gives; some give (tokens, size)."""
+    """Return the tensor that a stem outputs. Some stems output (tokens, size)."""
     return out if isinstance(out, Tensor) else out[0]

@@ -1,4 +1,4 @@
-"""Fill in what a recipe leaves to its encoder: how its images were read and normalised."""
+"""Fill in the recipe keys that come from the encoder: how its images were read and normalised."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mpp.recipe.sections import DECODING, Decoding, ImageData, ValueRange
 from mpp.runs.records import encoder_folder, timm_folder
 
 NAMED_KEYS = ("channels", "value_range", "nodata", "mean", "std")
-"""Keys that a message about a recipe names, if they came from the encoder."""
+"""Keys that an error message lists if they were filled in from the encoder."""
 
 R = TypeVar("R", PretrainRecipe, FinetuneRecipe, EvaluateRecipe)
 
 
 def stored_recipe(folder: Path) -> JsonObject:
-    """Return the recipe in an encoder's folder, unchecked; nothing for one made elsewhere."""
+    """Return the recipe in an encoder's folder, unchecked, or {} if the folder has no readable recipe."""
     try:
         values = yaml.safe_load((folder / "recipe.yaml").read_text())
         return values if isinstance(values, dict) and isinstance(values["data"], dict) else {}
@@ -37,13 +37,19 @@ def stored_recipe(folder: Path) -> JsonObject:
 
 
 def value_range_of(recipe: JsonObject, channels: int) -> ValueRange | None:
-    """How images were read that were not read as 8 bit: two numbers, or "type"; None for those that were."""
+    """Return the value range with which images were read: two numbers, or "type" for the range of their data type.
+
+    None means that they were read as 8-bit images.
+    """
     stated = recipe.get("data", {}).get("value_range")
     return tuple(stated) if stated else None if channels in (1, 3, 4) else "type"
 
 
 def own_normalisation(source: str, channels: int) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation, of pixels in [0, 1], that an encoder was trained with; None where nobody knows."""
+    """Return the mean and standard deviation that an encoder was trained with, for pixels in [0, 1].
+
+    None means that they are unknown.
+    """
     if source == "scratch":
         return None
     config = timm.get_pretrained_cfg(source) if is_timm_name(source) else None
@@ -57,16 +63,16 @@ def own_normalisation(source: str, channels: int) -> tuple[list[float], list[flo
 
 
 def resolve(recipe: R, source: str | None, *, warn: bool, normalise: bool = True) -> R:
-    """Fill in what a recipe leaves to its encoder, and check the result. Nothing changes a recipe afterwards.
+    """Fill in the keys that a recipe takes from its encoder, and check the result. It does not change afterwards.
 
     Args:
-        recipe: As it was given.
-        source: The encoder, as a recipe names it; None: random weights of a new one.
-        warn: Warn if the recipe gives other values than the encoder was trained with.
-        normalise: Also fill in mean and std.
+        recipe: Recipe as the user gave it.
+        source: Encoder, as named in the recipe. None means a new encoder with random weights.
+        warn: Whether to warn if the recipe gives other values than the encoder was trained with.
+        normalise: Whether to fill in mean and std as well.
 
     Raises:
-        UserError: The recipe's keys do not go together with what is filled in.
+        UserError: If the recipe is invalid together with the values that are filled in.
     """
     filled = keys_of_images(source, recipe.data, warn=warn) if source else {}
     if source and normalise:
@@ -88,16 +94,17 @@ def resolve(recipe: R, source: str | None, *, warn: bool, normalise: bool = True
 
 
 def keys_of_images(source: str, data: ImageData, *, warn: bool) -> JsonObject:
-    """Return how the images of an encoder were read, for the keys of `data` that a recipe does not give: channels,
-    formats, max_image_pixels, value_range, nodata.
+    """Return how the images of an encoder were read, as values of the keys of `data` that the recipe does not give.
+
+    The keys are channels, formats, max_image_pixels, value_range and nodata.
 
     Args:
-        source: The encoder, as a recipe names it.
-        data: Of the recipe.
-        warn: Warn if the recipe gives other channels than the encoder has.
+        source: Encoder, as named in the recipe.
+        data: Section `data` of the recipe.
+        warn: Whether to warn if the recipe gives another number of channels than the encoder has.
 
     Raises:
-        UserError: The recipe's mean or std has values for other channels.
+        UserError: If the recipe's mean or std does not have one value per channel.
     """
     folder = timm_folder(source)
     stored = stored_recipe(folder).get("data", {}) if folder else {}
@@ -118,7 +125,7 @@ def keys_of_images(source: str, data: ImageData, *, warn: bool) -> JsonObject:
     if "formats" not in data.model_fields_set:
         filled["formats"] = list(_all_formats(stored))
     channels = filled.get("channels", data.channels)
-    if trained_channels in (None, channels):  # ranges of other channels are of other images
+    if trained_channels in (None, channels):  # ranges do not apply to images of other channels
         given = {"value_range": data.value_range, "nodata": data.nodata}
         filled |= {key: stored[key] for key, value in given.items() if value is None and stored.get(key) is not None}
     for key, values in (("mean", data.mean), ("std", data.std)):
@@ -128,7 +135,7 @@ def keys_of_images(source: str, data: ImageData, *, warn: bool) -> JsonObject:
 
 
 def _normalisation(source: str, data: ImageData, channels: int, *, warn: bool) -> JsonObject:
-    """Return mean and std of the encoder, unless the recipe gives them; with a warning if it gives others."""
+    """Return mean and std of the encoder, unless the recipe gives them. Warn if the recipe gives other values."""
     mean_std = own_normalisation(source, channels)
     if mean_std is None:
         return {}
@@ -149,12 +156,12 @@ def _plain(value: object) -> str:
 
 
 def _all_formats(stored: JsonMapping) -> tuple[str, ...]:
-    """Formats of images: those that are read unless a recipe says otherwise, and those of a stored recipe."""
+    """Return the default image formats, followed by those of a stored recipe."""
     return tuple(dict.fromkeys((*DECODING["formats"], *stored.get("formats", ()))))
 
 
 def _channels(folder: Path) -> int | None:
-    """Of the images that the encoder in a timm folder takes; None if it does not say."""
+    """Return the number of channels that the encoder in a timm folder takes, or None if it is not recorded."""
     try:
         channels = json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][0]
         return channels if type(channels) is int and channels > 0 else None
@@ -163,7 +170,12 @@ def _channels(folder: Path) -> int | None:
 
 
 def decoding_of(folder: Path, channels: int) -> Decoding:
-    """Return how the images of the run that made a timm folder were read."""
+    """Return how images were read in the run that made a timm folder.
+
+    Args:
+        folder: timm folder.
+        channels: Number of channels of the images.
+    """
     stored = stored_recipe(folder)
     data = stored.get("data", {})
     decoding: Decoding = {
@@ -177,6 +189,9 @@ def decoding_of(folder: Path, channels: int) -> Decoding:
 
 
 def for_channels(values: Sequence[float], channels: int) -> list[float]:
-    """Of other channels than its own timm sums or repeats the first layer's weights: they share the mean of these."""
+    """Return one value per channel. If the number of channels differs, all channels get the mean of the values.
+
+    In that case timm sums or repeats the weights of the first layer.
+    """
     floats = [float(v) for v in values]
     return floats if len(floats) == channels else [sum(floats) / len(floats)] * channels

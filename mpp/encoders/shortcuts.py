@@ -1,8 +1,9 @@
 """Layers computed only for the tokens that are needed: the patch embedding, and the last block.
 
-Of the embedding visible cells alone; of the last block queries and MLP of the tokens that a head reads, keys and values
-of all. Exact, and together a tenth of a step's time for a ViT whose mask tokens join late (recipes/LOG.md). Whether it
-is exact for a model's layer is asked of the layer, by a probe: one which does something more is simply run whole.
+The embedding is computed for visible cells only. The last block computes queries and MLP for the tokens that a head
+reads, but keys and values for all tokens. The results are exact. Together this saves a tenth of a step's time for a ViT
+whose mask tokens join late (recipes/LOG.md). A probe checks that the result is exact for a model's layer. A layer that
+computes anything else is run for all tokens.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from mpp.encoders.timm_model import TimmModel
 
 PROBE_TOKENS = 5
 TOLERANCE = 1e-9
-"""Of a comparison in float64."""
+"""Largest difference that counts as equal in float64, relative to the largest value."""
 
 
 def run_for(block: TimmModel, tokens: Tensor, read: Tensor) -> Tensor:
-    """Compute a pre-norm block at some of its tokens.
+    """Compute the output of a pre-norm block for some of its tokens.
 
     Args:
-        block: Of timm.
-        tokens: (B, N, D), all that it reads.
-        read: (B, Q, D), those among them at which its output is wanted.
+        block: timm block.
+        tokens: All tokens that the block reads, (B, N, D).
+        read: Subset of `tokens` for which the output is computed, (B, Q, D).
 
     Returns:
-        (B, Q, D).
+        Output tokens, (B, Q, D).
 
     Raises:
-        Exception: AttributeError or another one, where the block is not made of `norm1`, `attn` with one `qkv` matrix,
-            `norm2` and `mlp`, as timm's plain ones are.
+        Exception: If the block is not built like timm's plain blocks, from `norm1`, `attn` with one `qkv` matrix,
+            `norm2` and `mlp`. Usually this is an AttributeError.
     """
     attn = block.attn
     normed, asked = block.norm1(tokens), block.norm1(read)
@@ -57,16 +58,16 @@ def run_for(block: TimmModel, tokens: Tensor, read: Tensor) -> Tensor:
 
 @torch.no_grad()
 def runs_for(block: nn.Module) -> bool:
-    """Whether `run_for` gives what the block gives, tried on a copy with random weights.
+    """Return whether `run_for` equals the block, tested on a copy with random weights.
 
-    Leaves torch's generator as it was.
+    torch's random generator is left unchanged.
     """
     probe, generator = _random_copy(block)
     width = next((p.shape[0] for p in probe.parameters() if p.ndim == 1), 0)
     tokens = torch.randn(2, PROBE_TOKENS, width, generator=generator, dtype=torch.float64)
     try:
         whole, part = probe(tokens)[:, 2:4], run_for(probe, tokens, tokens[:, 2:4])
-    except Exception:  # whatever another kind of block raises
+    except Exception:  # other kinds of blocks may raise any error
         return False
     return _same(whole, part)
 
@@ -75,16 +76,16 @@ def embed_at(patch_embed: TimmModel, images: Tensor, cells: Tensor) -> Tensor:
     """Embed some patches.
 
     Args:
-        patch_embed: Of timm.
-        images: (B, C, H, W).
-        cells: (B, V) int64, the patches that are wanted.
+        patch_embed: Patch embedding of timm.
+        images: Images, (B, C, H, W).
+        cells: Patches to embed, (B, V) int64.
 
     Returns:
-        (B, V, D).
+        Embedded patches, (B, V, D).
 
     Raises:
-        Exception: AttributeError or another one, where it is not made of a convolution `proj` and a `norm`, as timm's
-            plain ones are.
+        Exception: If the embedding is not built like timm's plain ones, from a convolution `proj` and a `norm`.
+            Usually this is an AttributeError.
     """
     weight = patch_embed.proj.weight
     patches = patches_at(images, weight.shape[-1], cells)
@@ -94,23 +95,23 @@ def embed_at(patch_embed: TimmModel, images: Tensor, cells: Tensor) -> Tensor:
 
 @torch.no_grad()
 def embeds_at(patch_embed: nn.Module, channels: int, image_size: tuple[int, int]) -> bool:
-    """Whether `embed_at` gives what the embedding gives at these cells, tried on a copy with random weights."""
+    """Return whether `embed_at` equals the embedding at the same cells, tested on a copy with random weights."""
     probe, generator = _random_copy(patch_embed)
     images = torch.randn(2, channels, *image_size, generator=generator, dtype=torch.float64)
     cells = torch.tensor([[0, 1], [1, 3]])
     try:
         tokens = probe(images)  # (B, N, D), or (B, gh, gw, D)
         whole, part = gather_cells(tokens.flatten(1, -2), cells), embed_at(probe, images, cells)
-    except Exception:  # whatever another kind of stem raises
+    except Exception:  # other kinds of stems may raise any error
         return False
     return _same(whole, part)
 
 
 def _random_copy(module: nn.Module) -> tuple[nn.Module, torch.Generator]:
-    """In float64, and the generator that its weights came from."""
+    """Return a float64 copy of a module with random weights, and the generator that drew them."""
     probe = copy.deepcopy(module).double().cpu().eval()
     generator = torch.Generator().manual_seed(0)
-    for parameter in probe.parameters():  # fresh ones may be zero, or scale a branch to nothing
+    for parameter in probe.parameters():  # initial weights may be zero, or scale a branch to almost zero
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
     return probe, generator
 

@@ -1,4 +1,4 @@
-"""Open an encoder: from a run, an export, or a name of timm's."""
+"""Open an encoder from a run, an export, or the name of a timm model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mpp.runs.records import encoder_folder
 
 
 def load_head(folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return weights and classes of the head that was saved beside an encoder.
+    """Return weights and class names of the head that was saved with an encoder.
 
     Raises:
-        UserError: It is missing or damaged.
+        UserError: If the head is missing or damaged.
     """
     classes = check_head(folder)
     return load_file(folder / HEAD), classes
@@ -35,12 +35,12 @@ def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: An
     """Load a plain timm model from a run or an export.
 
     Args:
-        source: The folder.
-        pretrained: Whether it gets its weights.
-        **timm_args: Such as num_classes, img_size.
+        source: Folder of the run or export.
+        pretrained: Whether to load the weights.
+        **timm_args: Arguments of timm's constructor, such as num_classes or img_size.
 
     Raises:
-        UserError: It is damaged, or does not take the arguments.
+        UserError: If the folder is damaged, or the model does not take the arguments.
     """
     folder = encoder_folder(source)
     if pretrained:
@@ -49,20 +49,20 @@ def load_encoder(source: str | Path, *, pretrained: bool = True, **timm_args: An
         return create_at_size(
             f"local-dir:{folder}", timm_args.pop("img_size", None), pretrained=pretrained, **timm_args
         )
-    except Exception as error:  # timm, torch or safetensors, by whatever argument or byte is off
+    except Exception as error:  # timm, torch and safetensors raise various errors
         raise UserError(f"{folder}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def is_timm_name(source: str) -> bool:
-    """A folder comes before a model of the same name."""
+    """Return whether `source` is the name of a timm model. A folder of that name takes precedence."""
     return not Path(source).exists() and timm.is_model(source.split(".")[0])
 
 
 def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
-    """Check that `source` is a folder, one of timm's names, or one of `more` words.
+    """Check that `source` is a folder, the name of a timm model, or one of the words in `more`.
 
     Raises:
-        UserError: It is none of them.
+        UserError: If `source` is something else. The message names `key` and suggests similar names.
     """
     if source in more or Path(source).exists() or is_timm_name(source):
         return
@@ -74,16 +74,16 @@ def check_source(source: str, *, key: str, more: tuple[str, ...] = ()) -> None:
 def check_size(
     model: TimmModel, size: tuple[int, int], what: str = "the encoder", *, key: str = "data.image_size"
 ) -> None:
-    """Check that cells of the model tile the image; timm would leave out the border in silence.
+    """Check that the model's cells tile the image. If they do not, timm silently leaves out the border.
 
     Args:
-        model: Of timm.
+        model: timm model.
         size: (H, W) in pixels.
-        what: The model, in the message.
-        key: Of the recipe that gives the size.
+        what: Name of the model in the message.
+        key: Key of the recipe that gives the size.
 
     Raises:
-        UserError: They do not.
+        UserError: If height or width is not a multiple of the model's stride.
     """
     stride = model.feature_info[-1]["reduction"]
     if size[0] % stride or size[1] % stride:
@@ -91,9 +91,12 @@ def check_size(
 
 
 def fingerprint_of_inputs(train: str, val: str, *sources: str | None) -> str:
-    """Of what something is trained and judged on: fingerprints of labeled images, and weights of these encoders.
+    """Return one fingerprint of labeled images and of encoder weights.
 
-    Names of timm's, "scratch" and None add nothing.
+    Args:
+        train: Fingerprint of the training images.
+        val: Fingerprint of the validation images.
+        *sources: Encoders, as named in a recipe. Names of timm models, "scratch" and None add nothing.
     """
     digest = hashlib.sha256((train + val).encode())
     for source in sources:
@@ -103,7 +106,7 @@ def fingerprint_of_inputs(train: str, val: str, *sources: str | None) -> str:
 
 
 def class_names(folder: Path) -> list[str] | None:
-    """Names of the classes that a fine-tuned model tells apart, in its order; None where nobody wrote them down."""
+    """Return the class names of a fine-tuned model in the order of its logits, or None if they are not recorded."""
     names = json.loads((folder / "config.json").read_text()).get("label_names")
     return [str(name) for name in names] if names else None
 
@@ -117,18 +120,18 @@ def open_encoder(
     pretrained: bool,
     **timm_args: object,
 ) -> TimmModel:
-    """Open a timm model without classifier from a run, an export or one of timm's names.
+    """Open a timm model without classifier from a run, an export or the name of a timm model.
 
     Args:
-        source: A folder, a name, or "scratch".
+        source: Folder, name of a timm model, or "scratch".
         architecture: Arguments of the model, and its name if `source` is "scratch".
-        image_size: (H, W) in pixels; None: its own.
-        channels: Of the images; None: its own.
-        pretrained: Whether it gets its weights.
-        **timm_args: More arguments of the model.
+        image_size: (H, W) in pixels. None means the model's own size.
+        channels: Number of channels of the images. None means the number of a folder's model, else 3.
+        pretrained: Whether to load the weights.
+        **timm_args: Further arguments of the model.
 
     Raises:
-        UserError: It cannot be had so.
+        UserError: If the model cannot be opened with these arguments.
     """
     given = architecture or Architecture()
     if source != "scratch" and given.name is not None:

@@ -1,8 +1,10 @@
-"""Encoder families: which are tried by the contract tests, with which tiny configuration, and what was found.
+"""Encoder families that the contract tests cover, each with a tiny configuration, and the results of the tests.
 
-A family that is not here is probed like any other (`timm_encoder.py`) and may be trained where its probe and leak
-check hold; `mpp models --check NAME` runs the whole contract on it. To add one: a line in FAMILIES, then
-`python tools/support_table.py`, which writes support.json and the table of docs/encoders.md.
+A family that is not listed is probed like any other (`probing.py`). It can be trained if its probe and its leak check
+pass. `mpp models --check NAME` runs the whole contract on it.
+
+To add a family, add a line to FAMILIES. Then run `python tools/support_table.py`, which writes support.json and the
+table of docs/encoders.md.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from mpp.recipe.values import TimmArgs
 from mpp.runs.verdict import aligned
 
 FAMILIES_THAT_DROP = frozenset({"VisionTransformer", "VisionTransformerDistilled", "Eva"})
-"""Class names whose blocks take any subset of tokens: absolute positions added before block 0, or rotary ones
-given to each block. BEiT and rel-pos ViTs have biases between all pairs of places, the others windows, strides
-or mixing over a fixed number of places."""
+"""Class names of models whose blocks take any subset of tokens. Their positions are absolute and added before block 0,
+or rotary and passed to each block. BEiT and rel-pos ViTs have biases between all pairs of positions. Other families
+have windows, strides or mixing over a fixed number of positions."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class Family:
 
     title: str
     family: str
-    """Class of the timm model."""
+    """Class name of the timm model."""
     models: str
-    """Names of timm's, as patterns, for people."""
+    """Patterns of the names of timm models, to be shown to users."""
     example: str
-    """The timm model that the tests build, with `args` at `image_size`."""
+    """Name of the timm model that the tests build, with `args` at `image_size`."""
     args: TimmArgs
     image_size: tuple[int, int]
 
@@ -102,12 +104,12 @@ FAMILIES = (
 )  # fmt: skip
 
 TRIED = frozenset(f.family for f in FAMILIES)
-"""Classes of timm models that the contract tests have seen."""
+"""Class names of the timm models that the contract tests cover."""
 TABLE = Path(__file__).with_name("support.json")
 
 
 def table() -> list[JsonObject]:
-    """What the contract tests found for each of FAMILIES, in their order."""
+    """Return the results of the contract tests, one row per family, in the order of FAMILIES."""
     rows: list[JsonObject] = json.loads(TABLE.read_text())
     return rows
 
@@ -116,7 +118,7 @@ COLUMNS = ("family", "timm models", "stem", "mask tokens", "pixel patch", "drop,
 
 
 def support_rows(rows: list[JsonObject] | None = None) -> list[tuple[str, ...]]:
-    """The support table as words, a tuple for each family under COLUMNS."""
+    """Return the support table as words: one tuple per family, with the columns of COLUMNS."""
     return [
         (
             row["title"],
@@ -145,5 +147,5 @@ def markdown(rows: list[JsonObject] | None = None) -> str:
 
 
 def text() -> str:
-    """The support table for a terminal."""
+    """Return the support table for a terminal."""
     return "\n".join(aligned([COLUMNS, *support_rows()], gap=2))

@@ -1,4 +1,4 @@
-"""Frozen encoders that see whole images: published ones, and a copy that follows the encoder in training."""
+"""Frozen encoders that see whole images: published models, exports, and copies of the encoder in training."""
 
 from __future__ import annotations
 
@@ -22,11 +22,21 @@ from mpp.runs.records import timm_folder
 
 
 class FrozenTeacher(nn.Module):
-    """The mean of the last `layers` blocks, each token layer-normed without affine, in eval mode, no gradient.
+    """Frozen model in eval mode that returns the mean of its last `layers` blocks, without gradient.
 
-    Averaging normalised blocks: data2vec (Baevski et al. 2022, section 3.3). norm_average: layer-norm the average
-    as well. mean, std: what the model's pixels are normalised by; None: as the images come, and at their size.
-    ValueError if blocks differ in width.
+    Before averaging, each token of each block is layer-normed without affine (data2vec, Baevski et al. 2022, section
+    3.3).
+
+    Args:
+        model: timm model.
+        layers: Number of last blocks to average.
+        norm_average: Whether to layer-norm the average once more.
+        mean: Mean of each channel that the model was trained with. None means that images are taken with the
+            normalisation and size of the batch.
+        std: Standard deviation of each channel that the model was trained with. None means 1.
+
+    Raises:
+        ValueError: If the model does not have `layers` last blocks of the same width and stride.
     """
 
     def __init__(
@@ -52,11 +62,14 @@ class FrozenTeacher(nn.Module):
         self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Always in eval mode: neither dropout nor batch statistics."""
+        """Stay in eval mode, whatever `mode` is: no dropout, and no updates of batch statistics."""
         return super().train(False)
 
     def pixels(self, images: Images, grid: tuple[int, int]) -> Tensor:
-        """Return images as the model takes them: its normalisation, and as many cells as `grid`."""
+        """Return images in the model's own normalisation, resized so that they have as many cells as `grid`.
+
+        If the model has no normalisation of its own, the normalised images of the batch are returned unchanged.
+        """
         if not self.own_normalisation:
             return images.normalised
         x = (images.raw.float() / 255 - self.mean) / self.std  # type: ignore[operator]
@@ -67,7 +80,7 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Images, grid: tuple[int, int]) -> Tensor:
-        """(B, gh·gw, dim) float32."""
+        """Return features (B, gh·gw, dim) float32."""
         maps = self.model.forward_intermediates(
             self.pixels(images, grid), indices=self.layers, norm=False, output_fmt="NCHW", intermediates_only=True
         )
@@ -76,10 +89,10 @@ class FrozenTeacher(nn.Module):
         return F.layer_norm(average, average.shape[-1:]) if self.norm_average else average
 
     def check_attention(self) -> None:
-        """Check that `attention` can be read.
+        """Check that `attention` supports the model.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: If the model is not a plain ViT whose attention has a `qkv` layer.
         """
         plain = type(self.model).__name__ in ("VisionTransformer", "VisionTransformerDistilled")
         if not plain or not hasattr(getattr(self.model.blocks[-1], "attn", None), "qkv"):
@@ -89,15 +102,15 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def attention(self, images: Images, grid: tuple[int, int]) -> Tensor:
-        """Return how much the class token of the last block attends to each cell: (B, gh·gw) float32, mean over heads.
+        """Return the attention of the class token to each cell in the last block, (B, gh·gw) float32, mean over heads.
 
-        Without a class token, how much all cells do.
+        If the model has no class token, the attention of all tokens is averaged.
 
         Raises:
-            ValueError: The family is no plain ViT.
+            ValueError: If the model is not a plain ViT.
         """
         self.check_attention()
-        with torch.autocast(images.raw.device.type, enabled=False):  # masks must not depend on the precision of a run
+        with torch.autocast(images.raw.device.type, enabled=False):  # masks must not depend on a run's precision
             return self._attention(images, grid)
 
     def _attention(self, images: Images, grid: tuple[int, int]) -> Tensor:
@@ -128,30 +141,31 @@ def frozen_teacher(
     grid: tuple[int, int],
     key: str = "target",
 ) -> FrozenTeacher:
-    """Open a timm model by name, or the folder of a run or an export, as a teacher for so many cells.
+    """Open a timm model by name, or the folder of a run or an export, as a teacher for a grid of cells.
 
     Args:
-        name: One of timm's, or a folder.
-        pretrained: Whether a model of timm's gets its weights.
-        args: Of the model's constructor.
-        layers: How many of the last blocks are averaged.
-        channels: Of the images.
-        grid: (rows, columns) of cells.
-        key: Of the recipe, for messages.
+        name: Name of a timm model, or a folder.
+        pretrained: Whether a timm model gets its published weights. A folder's weights are always loaded.
+        args: Arguments of the model's constructor.
+        layers: Number of last blocks to average.
+        channels: Number of channels of the images.
+        grid: Grid of cells, (rows, columns).
+        key: Key of the recipe, for messages.
 
     Raises:
-        UserError: The name, the folder or an argument is wrong.
-        ValueError: `layers` is.
+        UserError: If the name, the folder or an argument is wrong, or the teacher does not run at the grid's size.
+        ValueError: If the model does not have `layers` last blocks of one shape.
     """
     if Path(name).exists():
         folder = timm_folder(name)
         if folder is None:
             raise UserError(f"{key}.teacher: {name}: no encoder in it (config.json); is the run finished?")
-        name, pretrained = f"local-dir:{folder}", True  # a folder comes with its weights
+        name, pretrained = f"local-dir:{folder}", True  # a folder's weights are always loaded
     made: JsonObject = {"in_chans": channels, "pretrained": pretrained, "args": args}
     keys: JsonObject = {"key": f"{key}.teacher", "args_key": f"{key}.args"}
-    state = torch.random.get_rng_state()  # whatever the teacher draws, the student starts from the same weights
-    # timm says how large a model's cells are only once it is made
+    # random numbers that the teacher draws must not change the student's initial weights
+    state = torch.random.get_rng_state()
+    # the size of a model's cells is known only after the model has been made
     probe: TimmModel = create_timm_model(name, image_size=None, **{**made, "pretrained": False}, **keys)
     stride = probe.feature_info[-1]["reduction"]
     size = (grid[0] * stride, grid[1] * stride)
@@ -164,7 +178,7 @@ def frozen_teacher(
     try:
         blank = torch.zeros(1, channels, *size, dtype=torch.uint8)
         shape = tuple(teacher(Images(blank, blank.float(), blank[0].float(), blank[0].float()), grid).shape)
-    except Exception as error:  # timm's models fail in their own ways
+    except Exception as error:  # timm models raise various errors
         words = one_line(error)
         raise UserError(f"{key}.teacher: {name} does not run at {size[0]}×{size[1]} px: {words}") from error
     if shape != (1, grid[0] * grid[1], teacher.dim):
@@ -175,11 +189,11 @@ def frozen_teacher(
 
 
 def frozen_copy(encoder: TimmEncoder, *, layers: int, norm_average: bool = False) -> FrozenTeacher:
-    """Copy the encoder as it is now, hooks and all. Nothing is masked in the copy, since nobody asks it to.
+    """Copy the encoder with its current weights and its hooks. The hooks mask nothing if the model is called directly.
 
     Args:
-        encoder: What is copied.
-        layers: How many of the last blocks are averaged.
-        norm_average: Whether the average is normed once more.
+        encoder: Encoder to copy.
+        layers: Number of last blocks to average.
+        norm_average: Whether to layer-norm the average once more.
     """
     return FrozenTeacher(copy.deepcopy(encoder.model), layers=layers, norm_average=norm_average)

@@ -5,5 +5,5 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 TimmModel: TypeAlias = Any
-"""A model of timm's. Its families agree on names (`forward_features`, `feature_info`), and share no class that has
-them."""
+"""A timm model. All families have attributes such as `forward_features` and `feature_info`, but no common base class
+declares them."""

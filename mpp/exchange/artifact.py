@@ -1,4 +1,4 @@
-"""What every export format is written from."""
+"""The encoder from which an export is written."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from mpp.recipe.sections import ValueRange
 
 @dataclass(frozen=True)
 class Artifact:
-    """What other formats than timm's are written from."""
+    """An encoder with everything that is needed to write it in formats other than timm's."""
 
     source: Path
-    """The timm folder."""
+    """The timm folder of the encoder."""
     timm: TimmModel
-    """Its model."""
+    """The timm model of the encoder."""
     model: nn.Module
-    """(B, C, H, W) normalised -> outputs by name: features, embedding, logits of a classifier; or logits of pixels."""
+    """Model from (B, C, H, W) normalised images to outputs by name: features, embedding and logits of a classifier; or
+    logits of pixels."""
     outputs: tuple[str, ...]
     config: JsonObject
-    """timm's config.json."""
+    """Contents of timm's config.json."""
     classes: list[str] | None
     reference: dict[str, torch.Tensor]
-    """Two images, and the outputs that the folder states for them."""
+    """Two images, and the outputs for them. Outputs that the folder lacks are computed."""
     tolerance: float
     task: str | None
-    """Of a fine-tuned model; multilabel: logits are of each class by itself."""
+    """Task of a fine-tuned model. With multilabel, each class has its own logit."""
     value_range: ValueRange | None
-    """What counted as 0 and 1 in images that were not read as 8 bit; None for those that were."""
+    """Pixel values that became 0 and 1 in images that were not read as 8 bit. None if images were read as 8 bit."""
 
     def reading_line(self) -> str:
-        """The line of a card that takes what is wanted of the outputs `found`, a dictionary."""
+        """Return the line of a usage example that takes the main result from the dictionary of outputs, `found`."""
         if "logits" in self.outputs:
             return 'logits = found["logits"]'
         if "embedding" in self.outputs:
@@ -46,7 +47,7 @@ class Artifact:
         return f'embedding = found["features"][:, {self.timm.num_prefix_tokens}:].mean(1)'
 
     def described(self) -> dict[str, str]:
-        """What a file that stands alone says of itself."""
+        """Return the metadata for a file that is used without the folder: normalisation, task, names of classes."""
         cfg = self.config["pretrained_cfg"]
         facts = {key: json.dumps(cfg[key]) for key in ("input_size", "mean", "std")}
         facts |= {"mean_and_std_of": pixels_of(self.value_range)} | ({"task": self.task} if self.task else {})

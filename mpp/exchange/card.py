@@ -1,4 +1,4 @@
-"""What a model card tells of the run behind an encoder: data, recipe, cost, probes. From its records alone."""
+"""Sections of a model card about the encoder's run: data, recipe, cost, probes. Only the run's records are used."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ OPTIM = (
 
 
 def sections(source: str | Path) -> list[tuple[str, str]]:
-    """(title, text) of what is known of a run, or of the trial of a fine-tune; nothing where it is none."""
+    """Return the sections, (title, text), for a run or a trial of a fine-tuning run. Empty if the folder is neither."""
     place = Path(source)
     place = place.parent if place.name == "encoder" else place
     if not (place / "status.json").exists():
-        return []  # an export keeps its recipe, too, and has a card
+        return []  # an export, which has a card already
     try:
         run, trial = read_run(place), None
     except UserError:
@@ -51,7 +51,7 @@ def sections(source: str | Path) -> list[tuple[str, str]]:
             return []
         if run.job != "finetune":
             return []
-        run = replace(run, recipe=stored_recipe(place / "encoder") or run.recipe)  # an approach has keys of its own
+        run = replace(run, recipe=stored_recipe(place / "encoder") or run.recipe)  # approaches differ in some keys
     shown = _pretrained(run) if run.job == "pretrain" else _finetuned(run, trial) if run.job == "finetune" else []
     return [(title, without_secrets(text)) for title, text in shown if text]
 
@@ -98,7 +98,7 @@ def _finetuned(run: History, trial: str | None) -> list[tuple[str, str]]:
 
 
 def _evaluated(folder: Path) -> list[str]:
-    """Of `mpp evaluate`, beside its controls."""
+    """Return the scores of `mpp evaluate` and of its controls, as a table and a text. Empty if there are none."""
     try:
         result = read_run(folder).result
         best, chance = result["best"], float(result["chance"])
@@ -126,7 +126,7 @@ def _cost(run: History, env: JsonObject) -> str:
     if not run.metrics:
         return ""
     devices, processes = env.get("devices", []), env.get("processes", 1)
-    # on one machine, what its environment told; several machines have more
+    # env.json only has the devices of one machine. A run on several machines has more.
     kind = f"{processes} process{'es' if processes != 1 else ''}, on {', '.join(sorted(set(map(str, devices)))) or '?'}"
     if devices == ["cpu"]:
         kind += f" ({env.get('torch_threads', '?')} threads each)"

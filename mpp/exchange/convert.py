@@ -1,7 +1,7 @@
-"""An encoder in the formats of others, each reloaded in a clean process and compared before it is handed over.
+"""Export an encoder in formats of other projects. Each export is reloaded in a clean process and compared.
 
-A folder of any format holds what was written, `reference.safetensors` (images and what the encoder makes of them),
-`export.json` (format, checksums, tolerance, normalisation), `recipe.yaml` and a model card.
+A folder of any format holds the files of the format, `reference.safetensors` (images and the encoder's outputs for
+them), `export.json` (format, checksums, tolerance, normalisation), `recipe.yaml` and a model card.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mpp.runs.environment import environment
 from mpp.runs.records import check_beside, check_new, encoder_folder, write_json
 
 FORMAT = 1
-"""Of export.json where it names a format."""
+"""Version of export.json for formats other than timm's folder."""
 COMPARE = """
 import json
 assert "mpp" not in sys.modules
@@ -55,17 +55,18 @@ for found, rows in runs:
         differences.append(float(abs(value - wanted).max()) / max(float(abs(wanted).max()), 1e-12))
 print(json.dumps(dict(difference=float("nan") if any(d != d for d in differences) else max(differences))))
 """
-"""Follows a format's `VERIFY`, which leaves `runs`: outputs by name, and the rows of `reference` they are to equal."""
+"""Second part of the program that verifies an export. The first part, a format's `VERIFY`, defines `runs`: pairs of
+outputs by name and the rows of `reference` that they must equal."""
 
 
 def formats() -> list[str]:
-    """timm's folder first."""
+    """Return the names of all formats, timm's folder first."""
     package = importlib.import_module("mpp.exchange.formats")
     return ["timm", *sorted(m.name for m in pkgutil.iter_modules(package.__path__))]
 
 
 class _Outputs(nn.Module):
-    """What an encoder gives, by name."""
+    """A model that returns the outputs of an encoder by name: features, embedding, logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class _Outputs(nn.Module):
 
 
 class _Places(nn.Module):
-    """The logits of every pixel."""
+    """A model that returns the logits of every pixel."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -93,16 +94,16 @@ class _Places(nn.Module):
 
 
 def export(run: str | Path, out: str | Path, format: str) -> Verified:
-    """Write the encoder of a run or an export, with its classifier or head of segmentation, and verify it.
+    """Write the encoder of a run or an export, with its classifier or segmentation head, and verify it.
 
     Args:
-        run: The source.
+        run: Folder of the run or export.
         out: The new folder.
-        format: Any but timm's, which `mpp.exchange.verify.export_timm_folder` writes.
+        format: Name of the format. `mpp.exchange.verify.export_timm_folder` writes timm's folder instead.
 
     Raises:
-        UserError: `out` is not new or empty; the format wants a package that is not there, or has no place for the
-            encoder.
+        UserError: If `out` is not new or empty, a package that the format requires is missing, or the format does not
+            support the encoder.
     """
     if format not in formats():
         raise UserError(f"--format: expected one of {', '.join(formats())}; got '{format}'")
@@ -118,7 +119,7 @@ def export(run: str | Path, out: str | Path, format: str) -> Verified:
             kind = module.write(artifact, folder)
         except (UserError, OSError):
             raise
-        except Exception as error:  # torch, onnx and transformers fail in their own ways on what they do not know
+        except Exception as error:  # torch, onnx and transformers raise many kinds of errors for unsupported models
             family = type(artifact.timm).__name__
             raise UserError(f"--format {format}: {family}: {type(error).__name__}: {one_line(error)}") from error
         written = sorted(p.name for p in folder.iterdir())
@@ -152,10 +153,10 @@ def export(run: str | Path, out: str | Path, format: str) -> Verified:
 
 
 def verify(folder: str | Path) -> Verified:
-    """Load an export in a clean process, as its users do, and compare.
+    """Load an export in a clean process, as its users do, and compare its outputs.
 
     Raises:
-        UserError: Anything differs.
+        UserError: If the outputs or a file differ, or if the export cannot be loaded.
     """
     path = Path(folder)
     if is_timm_export(path):
@@ -176,7 +177,7 @@ def verify(folder: str | Path) -> Verified:
         raise UserError(f"{path}: no readable export.json")
     compared = found_in_clean_process(path, module.VERIFY + COMPARE, "cannot be loaded")
     difference = float(compared["difference"])
-    if not difference <= tolerance:  # nan, too
+    if not difference <= tolerance:  # also true for nan
         raise UserError(f"{path}: outputs differ by {difference:.2e}, more than {tolerance:.0e}")
     return Verified(path, difference, parameters, through=f"{format} ({kind})")
 
@@ -223,7 +224,7 @@ def _artifact(run: str | Path, format: str) -> Artifact:
 
 
 def _card(artifact: Artifact, kind: str, use: str, sections: list[tuple[str, str]]) -> str:
-    """That of the timm folder, for another way to load it."""
+    """Return the model card of the timm folder, with the usage example of another format."""
     try:
         card = (artifact.source / "README.md").read_text(encoding="utf-8")
     except OSError:

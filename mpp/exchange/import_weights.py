@@ -1,4 +1,7 @@
-"""Weights from elsewhere, as an encoder's folder: opened as tensors alone, renamed, compared name by name, verified."""
+"""Import the weights of other projects as a verified encoder folder.
+
+The weights are opened as tensors only, renamed, compared name by name with those of the timm model, and verified.
+"""
 
 from __future__ import annotations
 
@@ -27,30 +30,30 @@ from mpp.recipe.flat import JsonMapping
 from mpp.runs.records import check_new
 
 EPS = 1e-5
-"""Difference of the norms' eps that no output shows: tokens of trained models vary by about 1."""
+"""Largest difference in the eps of norms that does not show in outputs, as tokens of trained models vary by about 1."""
 FILTER = "timm's checkpoint filter"
-"""In place of a layout: `checkpoint_filter_fn` of the model's own module in timm renamed the weights."""
+"""Stands for a layout if `checkpoint_filter_fn` in the model's timm module renamed the weights."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What `import_weights` made."""
+    """The result of `import_weights`."""
 
     verified: Verified
     layout: str
-    """Whose names the weights had, see `mpp.exchange.naming`; FILTER if timm's own filter read them."""
+    """Project whose names the weights had, see `mpp.exchange.naming`. FILTER if timm's own filter read them."""
     prefix: str
-    """What stood before them, keys of nested dictionaries among it."""
+    """Prefix of the names, including keys of nested dictionaries."""
     wanted: int
-    """Weights that the encoder has."""
+    """Number of weights that the encoder has."""
     missing: list[str]
-    """Those of them that were not there and are random now: none unless that was allowed."""
+    """Weights of the encoder that were not in the file and are random now. Empty unless `partial` was given."""
     left_out: list[str]
-    """Names of what is no part of the encoder: heads, decoders, other networks."""
+    """Names of tensors that are not part of the encoder: heads, decoders, other networks."""
     mean: list[float]
     std: list[float]
     normalisation: str
-    """Where mean and std are from."""
+    """Source of mean and std."""
 
     def __str__(self) -> str:
         return "; ".join(
@@ -79,25 +82,27 @@ def import_weights(
     partial: bool = False,
     trust: bool = False,
 ) -> Imported:
-    """Put the weights in a file into a model of timm's, and export that, verified.
+    """Load the weights in a file into a timm model, then export and verify the model.
 
     Args:
-        file: safetensors or a pickle, or a folder of transformers' or timm's, which names its own model. Names of
-            weights may be those of any of `mpp.exchange.naming`, in nested dictionaries and with a prefix.
-        out: A new folder.
-        model: A name of timm's. With a tag, mean and std are those of the tag.
-        args: Arguments of the model.
-        image_size: (H, W) in pixels; None: the model's own.
-        channels: None: what the folder names, else 3.
-        mean: Of pixels in [0, 1], by channel, that the weights were trained with.
-        std: The same.
-        prefix: Which encoder is meant, if there are several: the keys of nested dictionaries, each with a dot.
-        partial: Let weights be missing; they stay random.
-        trust: Open a pickle, by torch's `weights_only=True`: tensors and plain containers, nothing that runs.
+        file: A safetensors file, a pickle, or a folder of transformers or timm, which names its own model. Weights may
+            have the names of any project in `mpp.exchange.naming`, in nested dictionaries and with a prefix.
+        out: New folder for the encoder.
+        model: timm name of the model. If it has a tag, mean and std default to those of the tag.
+        args: Arguments of the timm model.
+        image_size: (H, W) in pixels. None means the size in the folder, else that of the model.
+        channels: Number of input channels. None means the number in the folder, else 3.
+        mean: Mean of each channel that the weights were trained with, for pixels in [0, 1].
+        std: Standard deviation of each channel, in the same units.
+        prefix: Prefix of the encoder to import, if the file holds several: keys of nested dictionaries, each followed
+            by a dot.
+        partial: Whether weights may be missing. Missing weights stay random.
+        trust: Whether to open a pickle. It is opened with torch's `weights_only=True`, as tensors and plain containers,
+            so none of its code runs.
 
     Raises:
-        UserError: The file is not that, or any of the encoder's weights is missing, of another shape or kind, or not
-            finite.
+        UserError: If the file cannot be read, or a weight of the encoder is missing, has another shape or kind, or is
+            not finite.
     """
     check_new(Path(out))
     _check_names(model, args)
@@ -105,7 +110,7 @@ def import_weights(
     model, args = _architecture(model, args or {}, source, file)
     in_chans = channels or source.channels or 3
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of weights that may be missing
+        torch.manual_seed(0)  # weights that are missing stay at their initial values
         encoder: TimmModel = create_timm_model(
             model,
             image_size=image_size or source.image_size,
@@ -139,7 +144,7 @@ def import_weights(
     )
     try:
         verified = export_model(encoder, out, origin)
-    except (RuntimeError, AttributeError, NotImplementedError, ValueError, TypeError) as error:  # timm and torch
+    except (RuntimeError, AttributeError, NotImplementedError, ValueError, TypeError) as error:  # from timm or torch
         raise UserError(f"{model} at {size[0]}×{size[1]} px: {type(error).__name__}: {one_line(error)}") from error
     left_out = match.left_out(source.tensors)
     return Imported(
@@ -148,7 +153,11 @@ def import_weights(
 
 
 def _check_names(model: str | None, args: JsonMapping | None) -> None:
-    """Raise UserError for arguments that have options of their own, and a model that timm does not have."""
+    """Check the name of the model and its arguments.
+
+    Raises:
+        UserError: If an argument has a command-line option of its own, or timm has no such model.
+    """
     for key, instead in (("img_size", "--image-size"), ("in_chans", "--channels")):
         if key in (args or {}):
             raise UserError(f"args.{key}: is what {instead} says")
@@ -162,17 +171,17 @@ def _check_names(model: str | None, args: JsonMapping | None) -> None:
 
 
 def _architecture(model: str | None, args: JsonMapping, source: Source, file: str | Path) -> tuple[str, JsonMapping]:
-    """Return the timm model and its arguments: as given, else as the folder names them.
+    """Return the name of the timm model and its arguments: as given, else from the folder.
 
     Raises:
-        UserError: Nothing names a model, or the folder names another argument.
+        UserError: If neither names a model, or an argument differs from that in the folder.
     """
     for key, value in args.items():
         stated = (source.args or {}).get(key, value)
         if stated != value:
             raise UserError(f"args.{key}: {value}, where {file}/config.json says {stated}")
     if model is not None:
-        return model, {**(source.args or {}), **args}  # whatever the name's own are
+        return model, {**(source.args or {}), **args}  # all arguments, because the given model may have other defaults
     if source.model is None:
         raise UserError(
             "model: give the timm model of these weights (--model vit_base_patch16_224); only folders of "
@@ -182,18 +191,18 @@ def _architecture(model: str | None, args: JsonMapping, source: Source, file: st
 
 
 class _Match(NamedTuple):
-    """Which tensors of a file are which weights of an encoder."""
+    """The assignment of a file's tensors to the weights of an encoder."""
 
     layout: str
     prefix: str
     covered: dict[str, MadeOf]
-    """By the encoder's name: what the weight is made of."""
+    """Names in the file that each weight is made of, by the encoder's name of the weight."""
     tensors: Mapping[str, Tensor]
-    """By the names that `covered` uses, with the prefix."""
+    """Tensors by the names in `covered`, with the prefix."""
     missing: list[str]
 
     def left_out(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Return the tensors of the file that no weight is made of."""
+        """Return the names of the file's tensors that no weight is made of."""
         taken = {self.prefix + name for made in self.covered.values() for name in made.names}
         filtered = self.layout == FILTER
         return sorted(n for n in tensors if n not in taken and not (filtered and n.startswith(self.prefix)))
@@ -208,10 +217,10 @@ def _match(
     file: str | Path,
     model: str,
 ) -> _Match:
-    """Find the weights of the encoder among the tensors of a file, by the naming that covers most of them.
+    """Find the weights of the encoder among the tensors of a file, with the naming that covers most weights.
 
     Raises:
-        UserError: Some are missing, and `partial` does not allow it, or none is there.
+        UserError: If a weight is missing without `partial`, or if all weights are missing.
     """
     layout, own_prefix, covered = _covered(weights, names, prefix, file)
     tensors = weights
@@ -232,19 +241,23 @@ def _match(
 
 
 def _load(encoder: TimmModel, match: _Match, file: str | Path, model: str) -> None:
-    """Put the weights into the encoder. UserError if one does not fit."""
+    """Load the weights into the encoder. Raise UserError if one does not fit."""
     state: dict[str, Tensor] = encoder.state_dict()
     taken = {name: _taken(made, match.tensors, match.prefix, file) for name, made in match.covered.items()}
     encoder.load_state_dict(state | _fitting(taken, state, f"{file}: ", model))
 
 
 def _naming(layout: str) -> str:
-    """How weights were recognised, in a message."""
+    """Return the words of a message for how the names of the weights were read."""
     return f"read by {FILTER}" if layout == FILTER else f"named as {layout} does"
 
 
 def _fitting(taken: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str, model: str) -> dict[str, Tensor]:
-    """Weights as the model holds them. UserError where one has another shape or kind, or is not finite."""
+    """Return the weights in the dtypes of the model.
+
+    Raises:
+        UserError: If a weight has another shape or kind than in the model, or is not finite.
+    """
     if other := [name for name in taken if taken[name].shape != wanted[name].shape]:
         shapes = ", ".join(f"{n} {tuple(taken[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in other[:NAMED])
         raise UserError(
@@ -260,7 +273,7 @@ def _fitting(taken: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str,
 
 
 def _check_eps(encoder: TimmModel, stated_eps: float | None, file: str | Path) -> None:
-    """UserError where norms would divide by something else."""
+    """Raise UserError if the stated eps of the norms differs from that of the encoder by more than EPS."""
     timm_eps = next((m.eps for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm)), None)
     if stated_eps is not None and timm_eps is not None and abs(stated_eps - timm_eps) > EPS:
         raise UserError(
@@ -277,8 +290,13 @@ def _normalisation(
     known: keymap.Trained | None,
     channels: int,
 ) -> tuple[tuple[list[float], list[float]], str]:
-    """(mean, std) of pixels in [0, 1], by channel, and where they are from: the user, the folder, a tag of timm's, or
-    the project whose names these are. UserError if nobody says it: most features are worth little without."""
+    """Return (mean, std) of each channel, for pixels in [0, 1], and their source.
+
+    The source is the user, the folder, a timm tag, or the project whose names the weights have.
+
+    Raises:
+        UserError: If the values are invalid, or if no source has them: with others most features are worth little.
+    """
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and (len(values) != channels or not all(0 <= v <= 1 for v in values)):
             raise UserError(f"{key}: must be {channels} numbers from 0 to 1, one for each channel; got {list(values)}")
@@ -306,7 +324,7 @@ def _normalisation(
 
 
 def _tags(architecture: str) -> list[str]:
-    """timm's own weights of a model, those first whose mean and std no earlier one has."""
+    """Return timm's names of published weights of a model. One name for each distinct mean and std comes first."""
     names = [name for name in timm.list_pretrained(f"{architecture}.*") if name != architecture]
     first: dict[Any, str] = {}
     for name in names:
@@ -318,9 +336,13 @@ def _tags(architecture: str) -> list[str]:
 def _covered(
     weights: Mapping[str, Tensor], wanted: list[str], prefix: str | None, file: str | Path
 ) -> tuple[str, str, dict[str, MadeOf]]:
-    """(layout, prefix, what each wanted weight is made of), of those that have most of them.
+    """Find the layout and prefix that cover most of the wanted weights.
 
-    UserError where a file holds several whole encoders and none is named.
+    Returns:
+        (layout, prefix, names in the file that each wanted weight is made of).
+
+    Raises:
+        UserError: If the file holds several whole encoders and no prefix chooses one.
     """
     best: tuple[str, str, dict[str, MadeOf]] = ("timm", prefix or "", {})
     for layout in keymap.names():
@@ -342,10 +364,20 @@ def _covered(
 def _filtered(
     encoder: TimmModel, weights: Mapping[str, Tensor], prefix: str | None, partial: bool, file: str | Path
 ) -> tuple[str, dict[str, Tensor]] | None:
-    """What timm's `checkpoint_filter_fn` for this model makes of the weights behind a prefix, if it makes all of them.
+    """Rename the weights below a prefix by timm's `checkpoint_filter_fn` for this model.
 
-    prefix: the one that is asked for; None: every one that the names have is tried. partial: some of them are enough.
-    UserError where a file holds several whole encoders and none is named.
+    Args:
+        encoder: The timm model.
+        weights: Tensors of the file by name.
+        prefix: Prefix to use. None means that every prefix of the names is tried.
+        partial: Whether some weights of the encoder are enough.
+        file: The file, for messages.
+
+    Returns:
+        (prefix, weights by timm's names) with most weights. None if timm has no filter, or if too few weights result.
+
+    Raises:
+        UserError: If the file holds several whole encoders and no prefix chooses one.
     """
     rename = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     if rename is None:
@@ -362,7 +394,7 @@ def _filtered(
             continue
         try:
             state = rename(inside, encoder)
-        except Exception:  # timm's filters are written for the files that they know
+        except Exception:  # a filter can fail in any way on a file that it was not written for
             continue
         if isinstance(state, dict):
             of_shape = {
@@ -384,7 +416,7 @@ def _taken(made: MadeOf, weights: Mapping[str, Tensor], prefix: str, file: str |
 
 
 def _advice(encoder: TimmModel, missing: list[str], weights: Mapping[str, Tensor], prefix: str) -> str:
-    """Which argument of timm's is likely to be off, where the encoder's last norm alone is missing."""
+    """Return advice on a timm argument that is likely wrong, if only the encoder's last norm is missing; else ""."""
     takes = inspect.signature(type(encoder).__init__).parameters
     last = {name.rpartition(".")[0] for name in missing}
     if last == {"fc_norm"} and f"{prefix}norm.weight" in weights:
@@ -396,7 +428,10 @@ def _advice(encoder: TimmModel, missing: list[str], weights: Mapping[str, Tensor
 
 
 def _fits(value: Tensor, wanted: Tensor) -> bool:
-    """Whether it is of numbers such as are wanted: no complex ones, no integers that weights were cut to."""
+    """Return whether a tensor is plain (dense, on the CPU, not quantized or complex) and has the wanted kind of number.
+
+    The kind is floating point or integer.
+    """
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     return plain and not value.is_complex() and value.is_floating_point() == wanted.is_floating_point()
 
@@ -405,11 +440,11 @@ def export_model(model: nn.Module, out: str | Path, origin: Origin) -> Verified:
     """Write a timm model into a new folder and verify it there.
 
     Args:
-        model: Of timm.
-        out: The folder.
-        origin: Where its weights are from, for the card.
+        model: timm model.
+        out: The new folder.
+        origin: Source of the weights, for the model card.
 
     Raises:
-        UserError: `out` is not new or empty.
+        UserError: If `out` is not new or empty, or if verification fails.
     """
     return verified_at(Path(out), lambda folder: save_encoder(model, folder, origin, {}), verify_timm_folder)

@@ -1,8 +1,9 @@
-"""Weights of an encoder under other names: which of theirs each of timm's is made of, and the way back.
+"""Translate names of weights between timm and other projects, in both directions.
 
-A layout (`mpp/layouts/`, a file a project) is a list of rules. A rule says for some of timm's names under which names a
-project keeps the same numbers. Several names, parted by blanks, are stacked along the first dimension, as timm stacks
-queries, keys and values. Where a project had several namings in its time, the one it writes itself comes first.
+A layout (`mpp/exchange/naming/`, one file for each project) is a list of rules. A rule maps some of timm's names to the
+names under which a project keeps the same numbers. If there are several names separated by spaces, their tensors are
+concatenated along the first dimension, as timm does with queries, keys and values. If a project has used several
+namings, the one that it writes itself comes first.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ Template = str | Callable[[re.Match[str]], str]
 
 @dataclass(frozen=True)
 class Rule:
-    """Where the weights lie whose names in timm fit `ours`, whole."""
+    """The names in a project of the weights whose full names in timm match `ours`."""
 
     ours: re.Pattern[str]
     theirs: tuple[Template, ...]
     change: Callable[[Tensor], Tensor] | None
-    """From their order of numbers to timm's, where that differs."""
+    """Function that reorders the project's numbers as in timm. None if the order is the same."""
 
 
 @dataclass(frozen=True)
 class MadeOf:
-    """Their names of one of timm's weights, and what is to be done with the numbers."""
+    """The names in a file that one of timm's weights is made of, and a change to the concatenated numbers."""
 
     names: tuple[str, ...]
     change: Callable[[Tensor], Tensor] | None = None
@@ -45,22 +46,23 @@ class MadeOf:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a project's own weights were trained, as far as the names and shapes in a file tell."""
+    """Training settings of a project's published weights, which are recognised by names and shapes in a file."""
 
     by: str
-    """Whose weights they are, in a message."""
+    """Name of the project, for messages."""
     marks: tuple[str, ...] = ()
-    """Regular expressions, each found among the names of such a file; none: the layout itself says it."""
+    """Regular expressions that must all be found among the names in the file. If empty, the layout is enough."""
     square: str | None = None
-    """A regular expression of one of the names, whose weight has as many rows as columns."""
+    """Regular expression for the name of a weight that must have as many rows as columns."""
     mean_std: tuple[tuple[float, float, float], tuple[float, float, float]] | None = IMAGENET
-    """Of R, G and B, of pixels in [0, 1]; None if the project published weights trained with different ones."""
+    """Mean and std of R, G and B, for pixels in [0, 1]. None if the project published weights with different values."""
     masked: bool = False
-    """By masked patches, so that the embedding of an image is the mean of its patch tokens."""
+    """Whether the weights were trained on masked patches, so that the embedding of an image is the mean of its patch
+    tokens."""
 
 
 def trained(weights: Mapping[str, Tensor], layout: str) -> Trained | None:
-    """How these weights, named as in this layout, were trained; None if they do not tell."""
+    """Return how weights that are named as in a layout were trained; None if they are not recognised."""
     for name in names():
         for known in importlib.import_module(f"mpp.exchange.naming.{name}").TRAINED:
             marked = all(any(re.search(mark, n) for n in weights) for mark in known.marks)
@@ -73,18 +75,18 @@ def trained(weights: Mapping[str, Tensor], layout: str) -> Trained | None:
 
 
 def rule(ours: str, *theirs: Template, change: Callable[[Tensor], Tensor] | None = None) -> Rule:
-    """Make a rule that says what weights of timm's are made of.
+    """Return a rule for some of timm's weights.
 
     Args:
-        ours: A regular expression for timm's names.
-        *theirs: Names in the file, in which `{0}`, `{1}` stand for its groups; or functions of the match.
-        change: What is done to the weights of the file; None: nothing.
+        ours: Regular expression for timm's names.
+        *theirs: Names in the file, in which `{0}`, `{1}` stand for groups of the match; or functions of the match.
+        change: Function that is applied to the weights of the file. None means no change.
     """
     return Rule(re.compile(ours), theirs, change)
 
 
 def names() -> list[str]:
-    """Every layout, timm's own first."""
+    """Return the names of all layouts, timm's own first."""
     package = importlib.import_module("mpp.exchange.naming")
     return sorted((m.name for m in pkgutil.iter_modules(package.__path__)), key=lambda n: (n != "timm", n))
 
@@ -94,7 +96,12 @@ def rules(layout: str) -> tuple[Rule, ...]:
 
 
 def made_of(name: str, of: Iterable[Rule]) -> list[MadeOf]:
-    """What one of timm's weights may be made of there, likeliest first; nothing where that project has none."""
+    """Return the candidates for what one of timm's weights is made of, most likely first. Empty if no rule matches.
+
+    Args:
+        name: timm's name of the weight.
+        of: Rules of a layout.
+    """
     candidates = []
     for one in of:
         if match := one.ours.fullmatch(name):
@@ -105,15 +112,15 @@ def made_of(name: str, of: Iterable[Rule]) -> list[MadeOf]:
 
 
 def coverage(weights: Mapping[str, Tensor], wanted: Iterable[str], layout: str) -> dict[str, dict[str, MadeOf]]:
-    """Find out what each wanted weight can be made of, by what stands before the names in the file.
+    """Find out what each wanted weight can be made of, for each prefix of the names in a file.
 
     Args:
-        weights: Of the file.
-        wanted: Names of timm's.
-        layout: The naming whose rules are tried.
+        weights: Tensors of the file by name.
+        wanted: timm's names of the weights.
+        layout: Layout whose rules are tried.
 
     Returns:
-        By prefix (`module.`, `teacher.backbone.`, nothing): what each wanted weight is made of.
+        What each wanted weight is made of, by prefix (`module.`, `teacher.backbone.` or empty) and timm's name.
     """
     endings: dict[str, list[str]] = {}
     for name in weights:
@@ -133,7 +140,15 @@ def coverage(weights: Mapping[str, Tensor], wanted: Iterable[str], layout: str) 
 
 
 def renamed(state: Mapping[str, Tensor], of: Iterable[Rule]) -> tuple[dict[str, Tensor], list[str]]:
-    """A timm state under their names, and those of its weights for which they have none."""
+    """Rename the weights of a timm model.
+
+    Args:
+        state: The weights by timm's names.
+        of: Rules of a layout.
+
+    Returns:
+        (weights by the project's names, timm's names of weights that cannot be renamed).
+    """
     of = list(of)
     theirs: dict[str, Tensor] = {}
     left = []

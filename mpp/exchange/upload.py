@@ -1,4 +1,4 @@
-"""An export to a Hugging Face hub: verified first, then sent as it is, by huggingface_hub."""
+"""Verify an export and upload it unchanged to a Hugging Face hub with huggingface_hub."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from mpp.exchange.convert import verify
 
 
 def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
-    """Send an export to a Hugging Face hub.
+    """Verify an export and upload it to a Hugging Face hub.
 
-    The hub and the token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
+    huggingface_hub finds the hub and the token: HF_ENDPOINT, HF_TOKEN or `hf auth login`.
 
     Args:
-        folder: The export, which is verified first.
-        repository: OWNER/NAME, which is made where it is not there.
-        public: Whether it is public where it is made.
+        folder: The export.
+        repository: Name of the repository, OWNER/NAME. It is created if it does not exist.
+        public: Whether a new repository is public.
 
     Returns:
-        Its address.
+        The address of the repository.
 
     Raises:
-        UserError: The export does not hold, or the hub refuses.
+        UserError: If verification fails, or if the hub refuses the upload.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -35,10 +35,10 @@ def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
     try:
         made = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=path, commit_message="Upload an encoder")
-    except UnicodeEncodeError as error:  # of a header, before anything is sent
+    except UnicodeEncodeError as error:  # the token does not fit into a header; nothing has been sent
         raise UserError(f"{repository}: HF_TOKEN: holds characters that no token has") from error
     except HFValidationError as error:
         raise UserError(f"{repository}: {one_line(error)}") from error
-    except Exception as error:  # of the hub, the network or the token, each in its own class
+    except Exception as error:  # errors of the hub, the network and the token have many classes
         raise UserError(f"{repository}: cannot be sent to {api.endpoint}: {one_line(error)}") from error
     return str(made)

@@ -1,4 +1,7 @@
-"""An exported encoder, copied, loaded by plain timm in a clean process, and compared. Without torch in this process."""
+"""Copy an encoder, load the copy with plain timm in a clean process, and compare its outputs.
+
+This process does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ with torch.no_grad():
     if "logits" in reference:
         found["logits"] = model(reference["images"])
 """
-"""Part of a program: what a timm `model` gives for the reference images in `folder`, by name, as `found`."""
+"""Part of a program that sets `found`: outputs by name of a timm `model` for the reference images in `folder`."""
 VERIFY = (
     """
 import json, sys
@@ -53,37 +56,37 @@ print(json.dumps(dict(missing=missing, extra=extra, changed=changed, difference=
     parameters=sum(p.numel() for p in model.parameters()))))
 """
 )
-"""Runs in a clean process: no mpp, only what a user of the artifact has."""
+"""Program that runs in a clean process without mpp, with only the packages that a user of the export has."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify_timm_folder` found; raised as UserError where it does not hold."""
+    """The result of a successful verification."""
 
     folder: Path
     difference: float
-    """Largest difference of features and embedding over the largest reference value."""
+    """Largest difference of an output, divided by the largest reference value of this output."""
     parameters: int
     through: str = "plain timm"
-    """What loaded it."""
+    """Library or format by which the export was loaded."""
 
 
 def export_timm_folder(run: str | Path, out: str | Path, card_sections: Sequence[tuple[str, str]] = ()) -> Verified:
-    """Copy a run's encoder and verify the copy.
+    """Copy the encoder of a run and verify the copy.
 
     Args:
-        run: The run, or a trial of one.
+        run: A run, a trial of a fine-tuning run, or an export.
         out: The new folder.
-        card_sections: (title, text) of sections for its model card.
+        card_sections: (title, text) of sections to add to the model card.
 
     Raises:
-        UserError: `out` is not new or empty, or the copy does not hold.
+        UserError: If `out` is not new or empty, or if verification fails.
     """
     source = encoder_folder(run)
     check_beside(Path(out), source)
 
     def copied(folder: Path) -> None:
-        tolerance_of(source)  # what is wrong with the source is said with its name, not that of the copy
+        tolerance_of(source)  # errors of the source are reported with its name, not with that of the copy
         weights_sha256(source)
         shutil.copytree(source, folder)
         if card_sections:
@@ -95,15 +98,15 @@ def export_timm_folder(run: str | Path, out: str | Path, card_sections: Sequence
 
 
 def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Path], Verified]) -> Verified:
-    """Make a folder that comes into being only once what is in it has been verified.
+    """Make a folder that appears only after its contents have been verified.
 
     Args:
         target: The new folder.
-        make: Fills a folder beside it.
-        check: Verifies that folder.
+        make: Function that writes the contents into a temporary folder next to `target`.
+        check: Function that verifies the temporary folder.
 
     Raises:
-        UserError: `target` is not new or empty, or `check` has one.
+        UserError: If `target` is not new or empty, if it cannot be written, or if `make` or `check` raises it.
     """
     check_new(target)
     try:
@@ -116,7 +119,7 @@ def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Pat
                 verified = check(copy)
             except UserError as error:
                 raise UserError(str(error).replace(str(copy), str(target))) from error
-            if target.exists():  # an empty folder, perhaps somebody's working folder
+            if target.exists():  # an empty folder; it is filled, not replaced, as it may be a process's working folder
                 for file in copy.iterdir():
                     os.replace(file, target / file.name)
             else:
@@ -127,7 +130,10 @@ def verified_at(target: Path, make: Callable[[Path], None], check: Callable[[Pat
 
 
 def is_timm_export(folder: str | Path) -> bool:
-    """Whether a folder is verified as timm's. So is a folder that is no export; `verify_timm_folder` refuses it."""
+    """Return whether `verify_timm_folder` verifies a folder: an export in timm's format, or no export at all.
+
+    `verify_timm_folder` reports the error if the folder is not an export.
+    """
     try:
         return json.loads((Path(folder) / "export.json").read_text()).get("format", "timm") == "timm"
     except (OSError, ValueError, AttributeError):
@@ -135,10 +141,10 @@ def is_timm_export(folder: str | Path) -> bool:
 
 
 def verify_timm_folder(folder: str | Path) -> Verified:
-    """Load an export through plain timm in a clean process and compare.
+    """Load an export with plain timm in a clean process and compare its outputs.
 
     Raises:
-        UserError: Anything differs.
+        UserError: If weights, outputs or a file differ, or if the export cannot be loaded.
     """
     path = encoder_folder(folder)
     allowed = tolerance_of(path)
@@ -153,7 +159,7 @@ def verify_timm_folder(folder: str | Path) -> Verified:
             raise UserError(f"{path}: {what} weights after loading: {', '.join(compared[what][:5])}")
     if not compared["difference"] <= allowed:
         raise UserError(f"{path}: features differ by {compared['difference']:.2e}, more than {allowed:.0e}")
-    # names of classes, mean and std, which no feature shows
+    # The checksums also cover names of classes, mean and std, which do not show in the features.
     check_files(path, json.loads((path / "export.json").read_text()).get("files_sha256", {}))
     return Verified(path, compared["difference"], compared["parameters"])
 
@@ -162,17 +168,17 @@ def found_in_clean_process(folder: Path, program: str, otherwise: str) -> JsonOb
     """Run a program on a folder in a new interpreter.
 
     Args:
-        folder: Its argument.
-        program: Its source.
-        otherwise: What is wrong where it fails, for the message.
+        folder: Argument of the program.
+        program: Source of the program.
+        otherwise: Words of the message if the program fails.
 
     Returns:
-        The JSON in the last line that it prints.
+        The JSON in the last line that the program prints.
 
     Raises:
-        UserError: It fails.
+        UserError: If the program fails.
     """
-    # -I: neither this folder, nor PYTHONPATH, nor the user's site can lend it a module
+    # -I: no modules from the working folder, PYTHONPATH or the user's site packages
     process = subprocess.run(
         [sys.executable, "-I", "-c", program, str(folder)], capture_output=True, text=True, check=False
     )
@@ -186,7 +192,7 @@ def check_files(folder: Path, checksums: dict[str, str]) -> None:
     """Check the files of an export.
 
     Raises:
-        UserError: One is not what was written.
+        UserError: If a file does not match its checksum.
     """
     for name, stated in checksums.items():
         if sha256(folder / Path(name).name) != stated:
@@ -194,10 +200,10 @@ def check_files(folder: Path, checksums: dict[str, str]) -> None:
 
 
 def tolerance_of(folder: Path) -> float:
-    """Return the tolerance of an export's features.
+    """Return the tolerance for the outputs of an export, relative to the largest reference value.
 
     Raises:
-        UserError: It does not say.
+        UserError: If export.json cannot be read or has no tolerance.
     """
     try:
         return float(json.loads((folder / "export.json").read_text())["tolerance"])
@@ -206,7 +212,7 @@ def tolerance_of(folder: Path) -> float:
 
 
 def with_sections(card: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A model card with more sections, before its limits."""
+    """Return a model card with more sections, put before the section Limits. Titles that exist are not added again."""
     text = "".join(f"## {title}\n\n{what}\n\n" for title, what in sections if f"## {title}\n" not in card)
     before, limits, after = card.partition("## Limits\n")
     return before + text + limits + after

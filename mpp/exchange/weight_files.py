@@ -1,4 +1,4 @@
-"""Open weights of other projects, as tensors alone."""
+"""Open weight files of other projects as tensors, without running code from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mpp.exchange.naming import transformers
 from mpp.recipe.flat import JsonMapping
 
 NAMED, LETTERS = 5, 80
-"""Weights that a message names, and how much of a name."""
+"""Most weights that a message names, and most characters of each name."""
 BESIDE = (
     "yacs.config.CfgNode",
     "mmengine.config.config.ConfigDict",
@@ -33,17 +33,17 @@ BESIDE = (
     "mmcv.utils.config.ConfigDict",
     "addict.addict.Dict",
 )
-"""Classes of configurations and metrics that SimMIM, mmpretrain and others save beside weights; nothing is made of
-them."""
+"""Classes of configurations and metrics that SimMIM, mmpretrain and others save together with weights. Their objects
+are replaced by empty dictionaries."""
 MOST_CLASSES = 100
-"""Of objects beside the weights, that are left out; a pickle of more is no checkpoint (a guess)."""
+"""Most classes of other objects that are left out. A pickle with more of them is not a checkpoint (a guess)."""
 DEEPEST = 8
-"""Dictionaries in one another that are looked into."""
+"""Deepest level of nested dictionaries that is searched."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was found at a place: weights by name, and what accompanying files record of them."""
+    """Weights by name, and what accompanying files record about them."""
 
     tensors: dict[str, Tensor]
     model: str | None = None
@@ -52,23 +52,23 @@ class Source:
     channels: int | None = None
     mean_std: tuple[list[float], list[float]] | None = None
     own: JsonMapping | None = None
-    """Its arguments where they are not those of its name."""
+    """Arguments that differ from the defaults of the model's name."""
     norm_eps: float | None = None
     patches: bool = False
-    """Whether its config.json says that the embedding of an image is the mean of the patch tokens."""
+    """Whether config.json defines the embedding of an image as the mean of the patch tokens."""
 
 
 def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
-    """Read weights, and what is known of their model, from a file or folder.
+    """Read weights and a description of their model from a file or folder.
 
     Args:
         file: A file of weights, or a folder with a config.json.
         trust: Whether pickles are read.
-        named: Whether the model is known, so that a folder need not say it.
-        given: Whether mean and std are known.
+        named: Whether the user names the model, so that the folder need not describe it.
+        given: Whether the user gives mean and std.
 
     Raises:
-        UserError: It cannot be read, or says too little.
+        UserError: If the file or folder cannot be read, or does not describe the model.
     """
     if not file.is_dir():
         return Source(count_weights(file, trust))
@@ -84,7 +84,7 @@ def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
     for part in _weight_files(file):
         tensors |= count_weights(part, trust)
     try:
-        if "architecture" in config:  # timm's own
+        if "architecture" in config:  # a folder of timm
             timm_config = config.get("pretrained_cfg", {})
             channels, *size = timm_config.get("input_size", (3, 224, 224))
             mean_std = (
@@ -92,7 +92,7 @@ def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
                 if "mean" in timm_config
                 else None
             )
-            elsewhere = {"in_chans", "img_size", "num_classes"}  # elsewhere
+            elsewhere = {"in_chans", "img_size", "num_classes"}  # channels and size are read above; heads are left out
             args = {key: value for key, value in config.get("model_args", {}).items() if key not in elsewhere}
             name = config["architecture"]
             if not isinstance(name, str) or ":" in name:
@@ -122,7 +122,11 @@ def read_source(file: Path, trust: bool, *, named: bool, given: bool) -> Source:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Those that a folder of transformers' keeps weights in. UserError where there are none."""
+    """Return the weight files of a folder of transformers or timm.
+
+    Raises:
+        UserError: If there are none, or if the list of files cannot be read.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
@@ -137,7 +141,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
-    """Return mean and std, of pixels in [0, 1], of transformers' image processor, if the folder has one. ValueError."""
+    """Return mean and std of transformers' image processor, for pixels in [0, 1]. None if the folder has no processor.
+
+    Raises:
+        ValueError: If the processor's file cannot be read or has values that are not for pixels in [0, 1].
+    """
     try:
         processor = json.loads((folder / "preprocessor_config.json").read_text())
     except FileNotFoundError:
@@ -159,7 +167,7 @@ def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
 
 
 def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
-    """ValueError where they are not of pixels in [0, 1]."""
+    """Raise ValueError if mean or std are not for pixels in [0, 1]."""
     if not (all(0 <= v <= 1 for v in mean) and all(0 < v <= 1 for v in std)):
         raise ValueError(
             f"mean {list(mean)} and std {list(std)} are not of pixels in [0, 1]; say them by --mean and --std"
@@ -171,7 +179,11 @@ def count_weights(file: Path, trust: bool) -> dict[str, Tensor]:
 
 
 def open_weights(file: Path, trust: bool) -> Any:
-    """What a file holds: by its first bytes, whatever its name."""
+    """Return the contents of a file of weights. The format is detected from its first bytes, not from its name.
+
+    Raises:
+        UserError: If the file cannot be read as weights, or is a pickle and `trust` is not set.
+    """
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
             raise UserError(f"{file}: not a file")
@@ -184,7 +196,7 @@ def open_weights(file: Path, trust: bool) -> Any:
         raise
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from error
-    except Exception as error:  # safetensors has its own, and some of Python's
+    except Exception as error:  # safetensors raises errors of its own and of Python
         raise UserError(f"{file}: no whole safetensors file: {one_line(error)}") from error
     if not first.startswith((b"PK", b"\x80")):
         raise UserError(f"{file}: neither a safetensors file nor one of torch's")
@@ -196,11 +208,10 @@ def open_weights(file: Path, trust: bool) -> Any:
     try:
         if first.startswith(b"PK"):
             _compare_checksums(file)
-        # training programs keep their arguments and metrics beside the weights
         weights, left_out = _plain_parts(file)
     except UserError:
         raise
-    except Exception as error:  # torch, zipfile and pickle each have their own
+    except Exception as error:  # torch, zipfile and pickle raise errors of their own
         if refused := _REFUSED.search(str(error)):
             raise UserError(
                 f"{file}: holds more than tensors and plain containers: {name_some([refused[1]])}"
@@ -218,22 +229,22 @@ def open_weights(file: Path, trust: bool) -> Any:
 def _plain_parts(file: Path) -> tuple[object, list[str]]:
     """Read the tensors and plain containers of a pickle, and leave out objects of other classes.
 
-    A dictionary takes the place of such an object. The code of its class is never looked for.
+    Each object of another class is replaced by an empty dictionary. The code of its class is never imported.
 
     Returns:
-        (what the file holds, names of the classes that were left out).
+        (contents of the file, names of the classes that were left out).
 
     Raises:
-        UserError: An object is of a kind, such as a list with methods of its own, that no dictionary can stand for.
+        UserError: If an object cannot be replaced by a dictionary, such as a subclass of list.
     """
     left_out: list[str] = []
     while True:
         stand_ins = [(_Nothing, name) for name in left_out]
-        # training programs keep their arguments and metrics beside the weights
+        # Training programs save their arguments and metrics together with the weights.
         with (
             torch.serialization.safe_globals([*_harmless(), *stand_ins]),
             warnings.catch_warnings(action="ignore"),
-            open(file, "rb") as stream,  # of a path torch would believe the ending
+            open(file, "rb") as stream,  # given a path, torch would choose the format by the ending of the name
         ):
             try:
                 return torch.load(stream, map_location="cpu", weights_only=True), left_out
@@ -250,32 +261,35 @@ def _plain_parts(file: Path) -> tuple[object, list[str]]:
 
 
 def _unknown_classes(file: Path, error: Exception, known: list[str]) -> list[str]:
-    """Classes in a pickle that torch refuses and that are not in `known`, at most MOST_CLASSES of all."""
+    """Return the classes in a pickle that torch refuses and that are not in `known`.
+
+    Nothing is returned if there would be more than MOST_CLASSES together with `known`.
+    """
     refused = _REFUSED.search(str(error))
     if not refused or refused[1] in known:
         return []
-    try:  # all at once, without loading anything; of files in torch's present format
+    try:  # files in torch's present format: find all classes at once, without loading anything
         with torch.serialization.safe_globals(_harmless()):
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # of an older format: one class after the other, as torch meets them
+    except Exception:  # files in an older format: one class after the other, as torch encounters them
         unsafe = [refused[1]]
     new = [name for name in dict.fromkeys([refused[1], *unsafe]) if name not in known]
     return new if len(known) + len(new) <= MOST_CLASSES else []
 
 
 _REFUSED = re.compile(r"(?i)unsupported (?:global: )?(?:GLOBAL|class) (\S+)")
-"""How torch names the class that it refuses."""
+"""Pattern of torch's error message, with the name of the class that it refuses."""
 
 
 class _Nothing:
-    """What is made of objects beside the weights: a dictionary, whose attributes nobody reads."""
+    """Stand-in for the classes of other objects in a pickle. It creates an empty dictionary."""
 
     def __new__(cls, *args: object, **options: object) -> Any:
         return OrderedDict()
 
 
 def _harmless() -> list[Any]:
-    """Classes that torch's weights_only does not know and that run nothing: arguments, configurations, numbers."""
+    """Return classes that run no code but that torch's weights_only refuses: arguments, configurations, numbers."""
     core = np._core.multiarray  # type: ignore[attr-defined]
     arrays = [
         (getattr(core, n), f"numpy.{c}.multiarray.{n}") for n in ("scalar", "_reconstruct") for c in ("core", "_core")
@@ -285,29 +299,36 @@ def _harmless() -> list[Any]:
 
 
 def _compare_checksums(file: Path) -> None:
-    """BadZipFile where a part is not what was written: torch does not look."""
+    """Raise BadZipFile if a part does not match its checksum, which torch does not check."""
     with zipfile.ZipFile(file) as packed:
         for part in packed.infolist():
-            if part.CRC:  # torch may have been told to write none
+            if part.CRC:  # torch can be configured to write no checksums
                 with packed.open(part) as stream:
                     while stream.read(1 << 20):
                         pass
 
 
 def _tensors(loaded: object, seen: set[int], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Weights of nested dictionaries by name, the keys before them. seen: dictionaries that were looked into."""
+    """Yield the tensors of nested dictionaries with their names, which begin with the keys of the outer dictionaries.
+
+    Args:
+        loaded: Contents of a file.
+        seen: Ids of dictionaries that were already searched.
+        prefix: Beginning of the names.
+        depth: Number of outer dictionaries.
+    """
     if isinstance(loaded, dict) and depth < DEEPEST and id(loaded) not in seen:
-        seen.add(id(loaded))  # one that holds itself under many names would take for ever
-        for key, value in dict.items(loaded):  # whatever a pickle says that its `items` are
+        seen.add(id(loaded))  # a dictionary that contains itself many times would take exponential time
+        for key, value in dict.items(loaded):  # not loaded.items(), which a pickle may have replaced
             if isinstance(value, Tensor):
-                plain = type(value) is Tensor  # a Parameter may have attributes of a pickle's making
+                plain = type(value) is Tensor  # a Parameter may have attributes that the pickle set
                 yield prefix + str(key), value if plain else torch.Tensor.as_subclass(value, Tensor)
             else:
                 yield from _tensors(value, seen, f"{prefix}{key}.", depth + 1)
 
 
 def name_some(names: list[str]) -> str:
-    """Return the first of these names, each cut to a readable length, and how many more there are."""
+    """Return the first NAMED of these names, each cut to LETTERS characters, and how many more there are."""
     more = len(names) - NAMED
     shown = (json.dumps(n)[1:-1] for n in names[:NAMED])
     cut = [n if len(n) <= LETTERS else n[:LETTERS] + "…" for n in shown]

@@ -1,4 +1,4 @@
-"""From a recipe to its parts. What cannot work together is refused here, before any data is read."""
+"""Build a model from a recipe. Parts that cannot work together are refused here, before any data is read."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def build_mask(recipe: PretrainRecipe) -> Mask:
 
 
 def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[MaskedPatchModel, tuple[int, int]]:
-    """Build the model, initialised from the recipe's seed.
+    """Build the model and initialise it from the recipe's seed.
 
     Args:
-        recipe: Resolved.
-        mask: The recipe's, if it has been built already.
+        recipe: Resolved recipe.
+        mask: Mask of the recipe. None means that it is built here.
 
     Returns:
         The model, and the grid of mask units (uh, uw).
 
     Raises:
-        UserError: A combination that cannot work, with the keys.
+        UserError: If parts of the recipe cannot work together. The message names the keys.
     """
     size, channels = recipe.data.image_size, recipe.data.channels
     _check_encoder_args(recipe.encoder.args)
@@ -82,7 +82,7 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    if recipe.encoder.grad_checkpointing:  # after teachers were copied, which have no backward pass
+    if recipe.encoder.grad_checkpointing:  # after teachers are copied, which have no backward pass
         _checkpoint_activations(recipe, timm_model)
     if encoder.family not in TRIED:
         _try_now(model, recipe.encoder.name)
@@ -90,7 +90,7 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
 
 
 def _timm_model(recipe: PretrainRecipe) -> TimmModel:
-    """Random, or with the weights that it starts from."""
+    """Return the timm model of the recipe, with random weights or with those to start from."""
     named, size, channels = recipe.encoder, recipe.data.image_size, recipe.data.channels
     if named.weight_init != "timm" and (named.pretrained or Path(named.name).is_dir()):
         raise UserError(f"encoder.weight_init: {named.weight_init} is for random weights; these have been trained")
@@ -117,7 +117,11 @@ def _timm_model(recipe: PretrainRecipe) -> TimmModel:
 def _build_objectives(
     recipe: PretrainRecipe, encoder: TimmEncoder, unit_px: int, hidden_enter: bool
 ) -> list[Objective]:
-    """The first target and the extra ones, with heads, losses and weights. UserError with the place of a wrong one."""
+    """Return the objectives of the main target and the extra targets, each with head, loss and weight.
+
+    Raises:
+        UserError: If a target, loss or head is wrong. The message names its key.
+    """
     channels, cell_px = recipe.data.channels, min(unit_px, encoder.stride)
     parts = encoder.stride // cell_px
     grid = (recipe.data.image_size[0] // cell_px, recipe.data.image_size[1] // cell_px)
@@ -135,7 +139,7 @@ def _build_objectives(
         context = TargetContext(channels, cell_px, grid, teacher, student)
         target = registry.build(f"{where}target", section.target, context)
         loss = registry.build(f"{where}loss", section.loss)
-        # each cell of the encoder predicts all of its parts, where mask units are smaller
+        # if mask units are smaller than the encoder's cells, each cell predicts all of its parts
         head = registry.build(f"{where}head", section.head, encoder.dim, target.dim * parts * parts, hidden_enter)
         name = section.target.name
         while name in {o.name for o in objectives}:
@@ -145,12 +149,16 @@ def _build_objectives(
 
 
 def _try_now(model: MaskedPatchModel, name: str) -> None:
-    """A leak check on the model of a family that no contract test has seen. UserError where it does not hold."""
+    """Run the leak check on a model whose family the contract tests do not cover, and warn about the family.
+
+    Raises:
+        UserError: If the leak check fails.
+    """
     subject = contract.shaken(copy.deepcopy(model))
     try:
         for training in (False, True):
             contract.no_leak(subject, training=training)
-    except Exception as error:  # Broken, or whatever a family fails with that nobody has seen
+    except Exception as error:  # Broken, or any error of an unknown family
         raise UserError(f"encoder.name: {name}: {model.encoder.family}s are not supported: {error}") from error
     warnings.warn(
         f"encoder.name: {name}: no contract test has seen a {model.encoder.family}; no leak was found just now; "
@@ -202,7 +210,10 @@ def _checkpoint_activations(recipe: PretrainRecipe, model: TimmModel) -> None:
 
 
 def _check_encoder_args(args: TimmArgs) -> None:
-    """What timm would take and then fail on at the first batch, or what pretraining does itself."""
+    """Refuse drop rates that timm would accept and fail on at the first batch, and dropping of patches.
+
+    Hiding patches is the job of the mask.
+    """
     if args.get("patch_drop_rate"):
         raise UserError("encoder.args.patch_drop_rate: hiding patches is the mask's part; use mask.ratio")
     for key, value in args.items():

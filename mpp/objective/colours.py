@@ -13,15 +13,15 @@ def mean_patches(raw: Tensor, cell_px: int, side: int) -> Tensor:
     """Compute mean colours of `side` × `side` parts of each cell.
 
     Args:
-        raw: (B, C, H, W) uint8, as read. Normalised pixels would fall into other bins, or none.
-        cell_px: Of a cell's side.
-        side: Parts along a cell's side.
+        raw: Images as read, (B, C, H, W) uint8. Normalised pixels would fall into other bins, or none.
+        cell_px: Side of a cell in pixels.
+        side: Number of parts along the side of a cell.
 
     Returns:
-        (B, N, side², C) float32 in [0, 255].
+        Mean colours, (B, N, side², C) float32 in [0, 255].
 
     Raises:
-        ValueError: The pixels are not uint8.
+        ValueError: If the pixels are not uint8.
     """
     if raw.dtype != torch.uint8:
         raise ValueError(f"colours are taken from uint8 pixels, as they were read; got {raw.dtype}")
@@ -32,24 +32,27 @@ def mean_patches(raw: Tensor, cell_px: int, side: int) -> Tensor:
 
 
 def colour_classes(means: Tensor, bits: int) -> Tensor:
-    """(..., C) in [0, 255] -> (...) int64: `bits` of each channel, the first channel highest."""
+    """Return class numbers of colours: (..., C) in [0, 255] -> (...) int64.
+
+    A class number consists of the highest `bits` bits of each channel, with the first channel in the highest place.
+    """
     bins = (means * (2**bits / 256)).long()
     place = 2 ** (bits * torch.arange(means.shape[-1] - 1, -1, -1, device=means.device))
     return (bins * place).sum(-1)
 
 
 def colours(classes: Tensor, bits: int, channels: int) -> Tensor:
-    """(...) int64 -> (..., channels) float32 in [0, 1]: the middles of the bins of `colour_classes`."""
+    """Return the middles of the bins of `colour_classes`: (...) int64 -> (..., channels) float32 in [0, 1]."""
     places = bits * torch.arange(channels - 1, -1, -1, device=classes.device)
     bins = (classes.unsqueeze(-1) >> places) & (2**bits - 1)
     return (bins.float() + 0.5) / 2**bits
 
 
 def count_colours(bits: int, channels: int) -> int:
-    """Return how many classes of colours there are with `bits` a channel.
+    """Return the number of colour classes with `bits` bits per channel.
 
     Raises:
-        ValueError: More than 65,536.
+        ValueError: If there are more than 65,536 classes.
     """
     if bits * channels > 16:
         raise ValueError(f"bits: {bits} for {channels} channels makes more than 65,536 classes")
@@ -57,7 +60,10 @@ def count_colours(bits: int, channels: int) -> int:
 
 
 def colour_parts(logits: Tensor, bits: int, channels: int, side: int, cell_px: int) -> Tensor:
-    """(B, N, side²·classes) -> (B, N, C·cell_px²) in [0, 1]: each part of a cell in the middle of its likeliest bin."""
+    """Return pixels from logits: (B, N, side²·classes) -> (B, N, C·cell_px²) in [0, 1].
+
+    Each part of a cell gets the colour in the middle of its most likely bin.
+    """
     likeliest = logits.unflatten(-1, (side * side, -1)).argmax(-1)
     parts = colours(likeliest, bits, channels).unflatten(2, (side, side)).movedim(-1, 2)  # (B, N, C, side, side)
     zoom = cell_px // side
@@ -65,17 +71,17 @@ def colour_parts(logits: Tensor, bits: int, channels: int, side: int, cell_px: i
 
 
 def marginal_logits(classes: Tensor, hidden: Tensor, count: int) -> Tensor:
-    """Return the log of the histogram of classes over visible cells, the same everywhere.
+    """Return the log frequencies of classes over the visible cells of all images, the same for every cell.
 
-    One is added to every class (Laplace), so that none is impossible.
+    One is added to the count of every class (Laplace), so that no class has probability zero.
 
     Args:
-        classes: (B, N, K) int64.
-        hidden: (B, N) bool.
-        count: How many classes there are.
+        classes: Class numbers, (B, N, K) int64.
+        hidden: Hidden cells, (B, N) or (B, gh, gw) bool.
+        count: Number of classes.
 
     Returns:
-        (B, N, K·count) float32.
+        Logits, (B, N, K·count) float32.
     """
     seen = classes[~hidden.flatten(1)]
     histogram = torch.bincount(seen.flatten(), minlength=count).float() + 1

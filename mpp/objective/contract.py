@@ -1,8 +1,8 @@
-"""What every encoder must do under every way of hiding, checked on any timm model.
+"""Contract tests of encoders: what every timm model must do with every masking mechanism.
 
-No hidden pixel reaches a prediction; without a mask the model is plain timm's; its state stays native; everything
-that is trained gets a gradient; it learns. The tests run this over all families of `encoders/support.py`,
-`mpp models --check` over any name.
+No hidden pixel may reach a prediction. Without a mask, the model must behave like plain timm, and its state dict must
+stay native. Every trained parameter must get a gradient, and the loss must fall. The tests run these checks on all
+families of `encoders/support.py`. `mpp models --check` runs them on any model.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ MECHANISMS: dict[str, tuple[str, JsonObject, str]] = {
     "drop": ("drop", {}, "cross_attention"),
     "joining": ("token", {"enter": 1}, "linear"),
 }
-"""Way of hiding -> corruption, its arguments, head."""
+"""Masking mechanism -> (corruption, arguments of the corruption, head)."""
 BATCH = 4
 LEARNING_STEPS = 30
 
 
 class Broken(Exception):
-    """A check did not hold; its message is for people."""
+    """Raised if a check fails. Its message is shown to users."""
 
 
 @dataclass(frozen=True)
 class ContractCase:
-    """An encoder to be checked."""
+    """An encoder to check."""
 
     name: str
     args: TimmArgs
@@ -57,7 +57,7 @@ class ContractCase:
         return ContractCase(family.example, family.args, family.image_size)
 
     def plain(self, channels: int = 3) -> TimmModel:
-        """timm's model, without the adapter."""
+        """Return the timm model without the adapter."""
         return create_timm_model(
             self.name, image_size=self.image_size, in_chans=channels, pretrained=False, args=self.args
         )
@@ -91,7 +91,7 @@ def _no_teacher(**asked: object) -> NoReturn:
 
 
 def offered(encoder: TimmEncoder) -> list[str]:
-    """The ways of hiding that an encoder can do."""
+    """Return the masking mechanisms that an encoder supports."""
     ways = ["token"] if encoder.stem is not None else []
     ways.append("pixel")
     if encoder.drops:
@@ -102,7 +102,7 @@ def offered(encoder: TimmEncoder) -> list[str]:
 
 
 def batch_of(model: MaskedPatchModel, seed: int = 0) -> tuple[Tensor, Units]:
-    """Return smooth pictures, (B, C, H, W) uint8, and masks of half of the units."""
+    """Return smooth images, (B, C, H, W) uint8, and masks that hide half of the units."""
     (h, w), unit = model.encoder.image_size, model.unit_px
     grid = (h // unit, w // unit)
     rng = np.random.default_rng(seed)
@@ -120,10 +120,11 @@ def batch_of(model: MaskedPatchModel, seed: int = 0) -> tuple[Tensor, Units]:
 
 @torch.no_grad()
 def shaken(model: MaskedPatchModel) -> MaskedPatchModel:
-    """Weights as training might leave them: many families begin with layers that pass nothing on.
+    """Add noise to all weights in place, so that they look like trained ones, and return the model.
 
-    Matrices move by a tenth of their size, or of what keeps the scale of their input where they begin at zero: by
-    more, deep models overflow.
+    Many families start with layers whose output is zero. The noise on a matrix has a tenth of the matrix's RMS, but at
+    least a tenth of 1 / sqrt(row size), the scale that preserves the size of the input. The noise on a vector has a
+    standard deviation of 0.1. With more noise, deep models overflow.
     """
     generator = torch.Generator().manual_seed(4)
     for p in model.parameters():
@@ -140,9 +141,12 @@ def predictions(model: MaskedPatchModel, images: Images, layout: MaskLayout) -> 
 
 @torch.no_grad()
 def no_leak(model: MaskedPatchModel, *, training: bool) -> None:
-    """Change what is hidden, by anything: no prediction anywhere may change, bit for bit. Broken where one does.
+    """Check that predictions stay the same, bit for bit, whatever the hidden pixels are changed to.
 
-    The control: a visible pixel does change it.
+    As a control, the visible pixels are changed, which must change some prediction.
+
+    Raises:
+        Broken: If a prediction is not finite, a hidden pixel changes a prediction, or the control fails.
     """
     before_mode = model.training
     model.train(training)
@@ -150,11 +154,11 @@ def no_leak(model: MaskedPatchModel, *, training: bool) -> None:
     images = model.images(raw)
     layout = model.layout(images, units)
     x = images.normalised
-    kept = model.corruption.kept(layout.units)  # shown on purpose, as BERT's 10 %
+    kept = model.corruption.kept(layout.units)  # units shown on purpose, such as BERT's 10 %
     hidden = layout.units.hidden
     blind = hidden if kept is None else hidden & ~kept
     pixels = repeat_cells(blind, model.unit_px).unsqueeze(1)
-    state = copy.deepcopy(model.state_dict())  # batch statistics move in training
+    state = copy.deepcopy(model.state_dict())  # in training mode, each forward updates the batch statistics
     expected = predictions(model, images, layout)
     if not torch.isfinite(expected).all():
         raise Broken("predictions are not finite")
@@ -187,7 +191,7 @@ def _no_leak(subject: ContractCase, mechanism: str) -> None:
 
 
 def _places_differ(subject: ContractCase, mechanism: str) -> None:
-    """Positions reach the hidden cells: otherwise all of an image would get one prediction."""
+    """Check that positions reach the hidden cells. Otherwise all cells of an image would get the same prediction."""
     model = shaken(subject.model(mechanism)).eval()
     raw, units = batch_of(model)
     images = model.images(raw)
@@ -198,7 +202,7 @@ def _places_differ(subject: ContractCase, mechanism: str) -> None:
 
 
 def _plain_without_mask(subject: ContractCase, mechanism: str) -> None:
-    """Also after a masked forward: no mask may stay behind in the hooks."""
+    """Check that the model without a mask equals plain timm, even after a masked forward: hooks must drop the mask."""
     model, plain = subject.model(mechanism).eval(), subject.plain().eval()
     plain.load_state_dict(model.encoder.model.state_dict(), strict=True)
     x = torch.randn(BATCH, 3, *subject.image_size, generator=torch.Generator().manual_seed(0))
@@ -212,7 +216,10 @@ def _plain_without_mask(subject: ContractCase, mechanism: str) -> None:
 
 
 def _gradients(subject: ContractCase, mechanism: str) -> None:
-    """Everything that is trained gets one, the first layer and the mask token one that is not zero."""
+    """Check that every trained parameter gets a gradient.
+
+    The gradients of the first layer and of the mask tokens must not be zero.
+    """
     model = shaken(subject.model(mechanism)).train()
     model(*batch_of(model)).sum().backward()
     dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -227,7 +234,7 @@ def _gradients(subject: ContractCase, mechanism: str) -> None:
 
 
 def learn(model: MaskedPatchModel, batch: tuple[Tensor, Units]) -> list[float]:
-    """Train on one batch for LEARNING_STEPS -> the losses."""
+    """Train on one batch for LEARNING_STEPS steps and return the losses."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []
@@ -241,7 +248,7 @@ def learn(model: MaskedPatchModel, batch: tuple[Tensor, Units]) -> list[float]:
 
 
 def _learns(subject: ContractCase, mechanism: str) -> None:
-    """The loss falls. That the encoder is part of it is what the gradients and the leak check's control say."""
+    """Check that the loss falls. `_gradients` and the control of `no_leak` show that the encoder contributes."""
     model = subject.model(mechanism)
     losses = learn(model, batch_of(model))
     if not losses[-1] < 0.9 * losses[0]:
@@ -258,7 +265,7 @@ def _channels(subject: ContractCase, mechanism: str) -> None:
 
 
 def _copies(subject: ContractCase, mechanism: str) -> None:
-    """A copy follows itself, not the original, whose weights are zeroed."""
+    """Check that a deep copy uses its own weights, not those of the original, which are set to zero."""
     model = subject.model(mechanism).eval()
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -280,7 +287,10 @@ def _bf16(subject: ContractCase, mechanism: str) -> None:
 
 
 def _checkpointing(subject: ContractCase, mechanism: str) -> None:
-    """Recomputed activations give the same gradients. Families without the option pass: a recipe is refused it."""
+    """Check that recomputed activations give the same gradients.
+
+    Families without activation checkpointing pass, because a recipe that sets it for them is refused.
+    """
     try:
         checkpointed = subject.model(mechanism, checkpointing=True)
     except (AssertionError, AttributeError):
@@ -312,10 +322,10 @@ CHECKS: dict[str, Callable[[ContractCase, str], None]] = {
 
 
 def check(subject: ContractCase, mechanism: str, checks: tuple[str, ...] = tuple(CHECKS)) -> dict[str, str]:
-    """Run the contract's checks on a family.
+    """Run the contract's checks on an encoder with one masking mechanism.
 
     Returns:
-        Of each check: "" where it holds, else what does not.
+        Result of each check by name: empty if it passed, else the reason why it failed.
     """
     faults = {}
     for name in checks:
@@ -324,13 +334,13 @@ def check(subject: ContractCase, mechanism: str, checks: tuple[str, ...] = tuple
             faults[name] = ""
         except Broken as error:
             faults[name] = str(error)
-        except Exception as error:  # whatever a family fails with that nobody has seen
+        except Exception as error:  # an unknown family may raise any error
             faults[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return faults
 
 
 def row(family: Family) -> JsonObject:
-    """One row of the support table: what was probed, and for each way of hiding the checks that do not hold."""
+    """Return one row of the support table: what was probed, and the checks that fail for each masking mechanism."""
     subject = ContractCase.of(family)
     encoder = subject.encoder()
     return {
@@ -347,7 +357,7 @@ def row(family: Family) -> JsonObject:
 
 
 def probed(encoder: TimmEncoder) -> JsonObject:
-    """What the adapter found on the model itself."""
+    """Return what the adapter found out about the model."""
     stem = encoder.stem
     return {
         "stem": [f"{s.path} ({s.layout}, {s.stride} px)" for s in encoder.stems],

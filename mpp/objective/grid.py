@@ -1,4 +1,4 @@
-"""Masks on grids of units and cells: count, choose, blank and copy; positions of cells."""
+"""Operations on masks of units or cells (count, choose, blank, copy), and position embeddings of cells."""
 
 from __future__ import annotations
 
@@ -11,54 +11,60 @@ from mpp.encoders.cells import patchify, repeat_cells, unpatchify
 
 
 def blank_hidden(images: Tensor, hidden: Tensor) -> Tensor:
-    """Zero the pixels of hidden cells: (B, C, H, W) and (B, gh, gw) bool.
+    """Set the pixels of hidden cells to zero: images (B, C, H, W) and hidden (B, gh, gw) bool.
 
-    Done before anything else reads the image, so no convolution, norm or pooling of any encoder can carry a
-    hidden pixel into a prediction. A fill, not a product: NaN · 0 is NaN.
+    This is done before anything else reads the image. No convolution, norm or pooling of any encoder can then carry a
+    hidden pixel into a prediction. The pixels are filled and not multiplied, because NaN · 0 is NaN.
     """
     pixels = repeat_cells(hidden, images.shape[-1] // hidden.shape[-1]).unsqueeze(1)
     return images.masked_fill(pixels, 0.0)
 
 
 def hidden_cells(hidden: Tensor, count: int) -> Tensor:
-    """(B, gh, gw) bool with `count` cells hidden in each image -> (B, count) int64, ascending."""
+    """Return the numbers of hidden cells, ascending: (B, gh, gw) bool with `count` hidden per image -> (B, count)."""
     return hidden.flatten(1).int().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def visible_cells(hidden: Tensor, hidden_count: int) -> Tensor:
-    """(B, gh, gw) bool with `hidden_count` cells hidden in each image -> (B, N - hidden_count), ascending."""
+    """Return the numbers of visible cells, ascending: (B, gh, gw) bool -> (B, N - hidden_count) int64.
+
+    `hidden_count` is the number of hidden cells in each image.
+    """
     flat = hidden.flatten(1).int()
     return flat.argsort(dim=1, stable=True)[:, : flat.shape[1] - hidden_count]
 
 
 def count_hidden(units: int, ratio: float | tuple[float, float], draw: float) -> int:
-    """Return how many of so many units to hide; at least one is hidden and one visible.
+    """Return how many units to hide. At least one unit is hidden, and at least one stays visible.
 
     Args:
-        units: How many there are.
-        ratio: The part to hide, or the least and the greatest.
-        draw: In [0, 1): where in a range.
+        units: Number of units of an image.
+        ratio: Fraction to hide, or the range of the fraction.
+        draw: Random number in [0, 1) that chooses the fraction from a range.
     """
     low, high = ratio if isinstance(ratio, tuple) else (ratio, ratio)
     return min(max(round(units * (low + (high - low) * draw)), 1), units - 1)
 
 
 def lowest(values: Tensor, count: int) -> Tensor:
-    """(B, ...) -> the same shape, bool: True at the `count` lowest values of each image; ties by place."""
+    """Return a bool tensor that is True at the `count` lowest values of each image: (B, ...) -> (B, ...).
+
+    Of equal values, the first ones in raster order count as lowest.
+    """
     flat = values.flatten(1)
     chosen = flat.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(flat, dtype=torch.bool).scatter(1, chosen, True).view(values.shape)
 
 
 def copy_visible(images: Tensor, where: Tensor, hidden: Tensor, hidden_count: int, noise: Tensor) -> Tensor:
-    """Put random visible units of the same image in the place of others.
+    """Replace some units by random visible units of the same image.
 
     Args:
-        images: (B, C, H, W).
-        where: (B, uh, uw) bool: the units that are replaced.
-        hidden: (B, uh, uw) bool.
-        hidden_count: How many are hidden in each image.
-        noise: (B, uh, uw) in [0, 1), which chooses the source of each unit.
+        images: Images, (B, C, H, W).
+        where: Units to replace, (B, uh, uw) bool.
+        hidden: Hidden units, (B, uh, uw) bool.
+        hidden_count: Number of hidden units in each image.
+        noise: Random numbers in [0, 1) that choose the source of each unit, (B, uh, uw).
     """
     size_px = images.shape[-1] // hidden.shape[-1]
     units = patchify(images, size_px)
@@ -70,22 +76,22 @@ def copy_visible(images: Tensor, where: Tensor, hidden: Tensor, hidden_count: in
 
 
 def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | None = None) -> Tensor:
-    """Make fixed 2-D sine-cosine positions.
+    """Return fixed 2-D sine-cosine position embeddings.
 
-    The first half of the channels encodes the column, the second half the row, each as sines and then cosines,
-    temperature 10,000: MAE (He et al. 2022), appendix A.1 and its published code, after the 1-D form of Vaswani et al.
-    2017, section 3.5.
+    The first half of the channels encodes the column, the second half the row. Each half has sines first, then cosines,
+    with temperature 10,000. Source: MAE (He et al. 2022), appendix A.1 and its published code, after the 1-D form of
+    Vaswani et al. 2017, section 3.5.
 
     Args:
-        grid: (rows, columns).
-        dim: A multiple of 4.
-        device: Where they are.
+        grid: Grid of cells, (rows, columns).
+        dim: Width of an embedding, a multiple of 4.
+        device: Device of the embeddings.
 
     Returns:
-        (N, dim) float32.
+        Position embeddings, (N, dim) float32.
 
     Raises:
-        ValueError: `dim` is no multiple of 4.
+        ValueError: If `dim` is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4; got {dim}")
@@ -98,16 +104,16 @@ def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | Non
 
 
 def decoder_dim(encoder_dim: int, dim: int | None, num_heads: int) -> int:
-    """Choose the width of a light decoder.
+    """Return the width of a light decoder.
 
     Args:
         encoder_dim: Width of the encoder.
-        dim: What was asked for; None: half the encoder's, rounded down to what positions and heads allow (a guess,
-            after MAE's 512 beside an encoder of 1024).
-        num_heads: Of its attention.
+        dim: Requested width. None means half of the encoder's width, rounded down to a multiple of 4 and of `num_heads`
+            (a guess, after MAE's decoder of 512 for an encoder of 1024).
+        num_heads: Number of the decoder's attention heads.
 
     Raises:
-        ValueError: `dim` is no multiple of 4 (sine-cosine positions) and of `num_heads`.
+        ValueError: If `dim` is not a multiple of 4 (for sine-cosine positions) and of `num_heads`.
     """
     step = math.lcm(4, num_heads)
     if dim is None:

@@ -30,17 +30,17 @@ from mpp.encoders.teacher import FrozenTeacher
 
 
 class Mask:
-    """Which units of an image are hidden, `masks/*.py`."""
+    """Base class of masks (`masks/*.py`), which choose the units of an image to hide."""
 
     unit_px: int | None
-    """Side of a mask unit in pixels; None: the encoder's stride."""
+    """Side of a mask unit in pixels. None means the encoder's stride."""
 
     def count(self, grid: tuple[int, int], draw: float) -> int:
         """Return how many units to hide in every image of a batch.
 
         Args:
-            grid: Mask units (uh, uw).
-            draw: The batch's number in [0, 1), for ratios that vary.
+            grid: Grid of mask units (uh, uw).
+            draw: Random number of the batch in [0, 1), for ratios that vary.
         """
         raise NotImplementedError
 
@@ -49,7 +49,7 @@ class Mask:
         raise NotImplementedError
 
     def guide(self, teacher: Callable[..., FrozenTeacher]) -> nn.Module | None:
-        """Return a module that makes the masks where the model runs, or None if the loader's masks are used.
+        """Return a module that makes the masks on the model's device, or None if the dataloader's masks are used.
 
         The module takes (images, noise of the plane "guide", count).
         """
@@ -57,52 +57,59 @@ class Mask:
 
 
 class CorruptionContext(NamedTuple):
-    """What the toolkit gives a corruption."""
+    """Values that the toolkit passes to a corruption."""
 
     dim: int
-    """Width of the encoder's stem."""
+    """Width of the encoder's stem; 0 if it has none."""
     channels: int
     unit_px: int
 
 
 class Corruption(nn.Module):
-    """What the encoder sees at hidden units, `corruptions/*.py`. Built with a `CorruptionContext`."""
+    """Base class of corruptions (`corruptions/*.py`), which decide what the encoder sees at hidden units.
+
+    A corruption is built with a `CorruptionContext`.
+    """
 
     mechanism: ClassVar[Literal["token", "pixel", "drop"]]
-    """token: the mask token at the stem, or joining later; pixel: pixels alone; drop: nothing of hidden cells."""
+    """How units are hidden. token: by mask tokens, at the stem or from a later block on. pixel: by changed pixels only.
+    drop: hidden cells do not enter the encoder."""
     hidden_enter: ClassVar[bool]
     """Whether hidden cells have tokens in the encoder's output."""
     enter: int = 0
-    """The block at whose input mask tokens join the visible ones; 0: the stem."""
+    """Block at whose input mask tokens join the visible ones. 0 means at the stem."""
 
     def forward(self, images: Images, units: Units) -> Corrupted:
         raise NotImplementedError
 
     def kept(self, units: Units) -> Tensor | None:
-        """Return (B, uh, uw) bool, the hidden units whose own pixels the encoder sees; None: there are none."""
+        """Return the hidden units whose own pixels the encoder sees, (B, uh, uw) bool, or None if there are none."""
         return None
 
 
 class TargetContext(NamedTuple):
-    """What the toolkit gives a target."""
+    """Values that the toolkit passes to a target."""
 
     channels: int
     cell_px: int
     grid: tuple[int, int]
-    """Cells of an image."""
+    """Grid of cells (gh, gw)."""
     teacher: Callable[..., FrozenTeacher]
-    """teacher(name=…, pretrained=…, args=…, layers=…): a frozen timm model or export, `encoders.teacher.Teacher`."""
+    """Function that opens a frozen timm model or export: teacher(name=…, pretrained=…, args=…, layers=…). See
+    `encoders.teacher.frozen_teacher`."""
     student: Callable[..., FrozenTeacher]
-    """student(layers=…, norm_average=…): a frozen copy of the encoder that is being trained, as it starts."""
+    """Function that copies the encoder, with its initial weights, and freezes the copy:
+    student(layers=…, norm_average=…)."""
 
 
 class Target(nn.Module):
-    """What is predicted at a cell, `targets/*.py`. Built with a `TargetContext`."""
+    """Base class of targets (`targets/*.py`): what is predicted at a cell. A target is built with a `TargetContext`."""
 
     of: ClassVar[Literal["values", "classes"]]
-    """values: `dim` numbers. classes: dim / `classes` class numbers, each predicted by so many logits."""
+    """Kind of target. values: `dim` numbers. classes: dim / `classes` class numbers, each predicted by `classes`
+    logits."""
     may_collapse: ClassVar[bool] = False
-    """Whether the rank of its values is logged, because all images may get the same ones."""
+    """Whether the rank of the target's values is logged, because all images may get the same values."""
     dim: int
     """Width of a prediction of one cell."""
     classes: int = 0
@@ -113,21 +120,21 @@ class Target(nn.Module):
         raise NotImplementedError
 
     def at(self, images: Images, cells: Tensor) -> Tensor:
-        """Return the target of the cells (B, P) int64 alone. A target that is quicker so overrides this."""
+        """Return the target of the cells (B, P) int64 only. Targets that can compute only some cells override this."""
         return gather_cells(self(images), cells)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """Return the prediction that knows no image structure, (B, N, dim). Skill is measured against it."""
+        """Return a prediction that uses no image structure, (B, N, dim). Skill is measured against it."""
         raise NotImplementedError
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
         """Draw predictions as images, or return None if this target has no picture.
 
         Args:
-            prediction: (B, N, dim).
-            images: What was predicted.
-            hidden: (B, gh, gw) bool.
-            borrow: Use statistics of the hidden pixels themselves. A picture made so must say so.
+            prediction: Predictions, (B, N, dim).
+            images: Images that were predicted.
+            hidden: Hidden cells, (B, gh, gw) bool.
+            borrow: Whether to use statistics of the hidden pixels themselves. The picture must then be labelled so.
 
         Returns:
             (B, C, H, W) normalised pixels.
@@ -135,44 +142,44 @@ class Target(nn.Module):
         return None
 
     def glyphs(self, values: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """Draw values (B, N, dim) that are not pixels as (B, 1, k·H, k·W) in [0, 1]; None: they are pixels."""
+        """Draw values (B, N, dim) that are not pixels as (B, 1, k·H, k·W) in [0, 1], or return None for no glyphs."""
         return None
 
     def after_step(self, encoder: nn.Module, step: int, total_steps: int, made: Tensor) -> None:
         """Follow the encoder after an optimizer step.
 
         Args:
-            encoder: The one that is trained.
-            step: Steps made so far.
-            total_steps: Steps of the run.
-            made: () bool. If it is False the step was left out, and the target must not change. The value stays on
-                the device: asking for it would wait for the step.
+            encoder: Encoder that is trained.
+            step: Number of the step, from 1.
+            total_steps: Number of steps in the run.
+            made: Whether the step was made, () bool. If it is False, the target must not change. The value stays on
+                the device, because reading it would wait for the step.
         """
 
 
 class Loss:
-    """How predictions are compared with targets, `losses/*.py`."""
+    """Base class of losses (`losses/*.py`), which compare predictions with targets."""
 
     of: ClassVar[Literal["values", "classes"]]
-    """The kind of target it compares with."""
+    """Kind of target that the loss accepts."""
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the mean over predicted cells in float32, from (B, P, dim) and the target of these cells."""
+        """Return the mean loss over predicted cells in float32, from predictions (B, P, dim) and their targets."""
         raise NotImplementedError
 
 
 class Head(nn.Module):
-    """Predicts targets from the encoder's tokens, `heads/*.py`.
+    """Base class of heads (`heads/*.py`), which predict targets from the encoder's tokens.
 
-    Built with `encoder_dim`, `out_dim` and the corruption's `hidden_enter`. The constructor raises ValueError if it
-    cannot work with these.
+    A head is built with `encoder_dim`, `out_dim` and the corruption's `hidden_enter`. The constructor raises ValueError
+    if the head does not support these values.
     """
 
     needs_hidden_tokens: ClassVar[bool]
-    """Whether it reads the encoder's tokens at hidden cells, which not every corruption makes."""
+    """Whether the head reads the encoder's tokens at hidden cells. Not every corruption makes these tokens."""
     reads_visible: ClassVar[bool]
-    """Whether it reads tokens of visible cells. If no head does, the last block leaves them out."""
+    """Whether the head reads tokens of visible cells. If no head does, the last block leaves them out."""
 
     def forward(self, features: EncoderOutput) -> Tensor:
-        """Return (B, P, out_dim) for the predicted cells, in their order."""
+        """Return predictions (B, P, out_dim) for the predicted cells, in the order of the cells."""
         raise NotImplementedError

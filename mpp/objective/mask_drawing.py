@@ -17,14 +17,14 @@ def draw_masks(sampler: Mask, grid: tuple[int, int], draw: float, seed: int, pos
     """Draw the masks and noise of the samples at these positions.
 
     Args:
-        sampler: The mask.
-        grid: (rows, columns) of units.
-        draw: As of `Mask.count`.
-        seed: Of the run.
-        positions: Of the samples in the run's order.
+        sampler: Mask to draw from.
+        grid: Grid of mask units, (rows, columns).
+        draw: Random number of the batch in [0, 1), see `Mask.count`.
+        seed: Seed of the run.
+        positions: Positions of the samples in the run's order.
 
     Raises:
-        UserError: A mask hides another number of units than it says.
+        UserError: If the number of hidden units differs from the one that the mask's `count` returns.
     """
     count = sampler.count(grid, draw)
     masks, noises = Streams(seed, Purpose.MASK), Streams(seed, Purpose.NOISE)

@@ -19,7 +19,13 @@ from mpp.recipe.registry import named_with
 class Objective(nn.Module):
     """One target with its head, its loss and its weight in the sum.
 
-    name: its key in the metrics. where: what comes before its keys in the recipe.
+    Args:
+        name: Key of the objective in the metrics.
+        target: What is predicted.
+        head: Head that predicts the target.
+        loss: Loss between prediction and target.
+        weight: Weight of the loss in the sum.
+        where: Prefix of the objective's keys in the recipe, such as `extra_targets.0.`; empty for the main target.
     """
 
     def __init__(self, name: str, target: Target, head: Head, loss: Loss, weight: float = 1.0, where: str = "") -> None:
@@ -31,30 +37,30 @@ class Objective(nn.Module):
 
 
 class MaskLayout(NamedTuple):
-    """One batch's mask, at each of its resolutions."""
+    """Mask of one batch, at each of its resolutions."""
 
     units: Units
     cells: Cells
-    """What is predicted and compared."""
+    """Cells at which predictions and targets are compared."""
     encoder_cells: Cells
-    """The same on the encoder's output grid; another only where mask units are smaller than the stride."""
+    """Cells of the encoder's output grid. They differ from `cells` only if mask units are smaller than the stride."""
 
 
 class MaskedPatchModel(nn.Module):
-    """Mask × corruption × targets over one encoder; every target with a head and a loss of its own.
+    """Encoder, corruption and targets, trained together. Every target has its own head and loss.
 
     Args:
-        encoder: See `encoders.adapter.adapt`.
-        corruption: What is done to hidden units.
+        encoder: Encoder made by `encoders.adapter.adapt`.
+        corruption: What the encoder sees at hidden units.
         objectives: Targets with their heads and losses.
-        unit_px: Side of a mask unit; it and the encoder's stride must be multiples one of the other.
-        predict_fraction: Part of the hidden units that is predicted, at least one (CrossMAE, Fu et al. 2024).
-        guide: Makes the mask from images, noise and count, in place of the one that comes with the batch; or None.
-        mean: Of each channel, of pixels in [0, 1].
-        std: Of each channel, of pixels in [0, 1].
+        unit_px: Side of a mask unit in pixels. It must be a multiple of the encoder's stride, or divide it.
+        predict_fraction: Fraction of the hidden units to predict, at least one unit (CrossMAE, Fu et al. 2024).
+        guide: Module that makes the mask from images, noise and count. None means that the batch's mask is used.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel, for pixels in [0, 1].
 
     Raises:
-        ValueError: `unit_px` and the stride do not fit.
+        ValueError: If `unit_px` does not fit the stride, or a head does not fit the corruption or `unit_px`.
     """
 
     mean: Tensor
@@ -101,7 +107,7 @@ class MaskedPatchModel(nn.Module):
         self.register_buffer("weights", torch.tensor([o.weight for o in objectives]), persistent=False)
 
     def images(self, raw: Tensor) -> Images:
-        """(B, C, H, W) uint8 -> the same, normalised beside it."""
+        """Return images (B, C, H, W) with values in [0, 255] together with their normalised pixels."""
         return Images(raw, (raw - 255 * self.mean).div_(255 * self.std), self.mean, self.std)
 
     def layout(self, images: Images, units: Units, *, everything: bool = False) -> MaskLayout:
@@ -110,9 +116,9 @@ class MaskedPatchModel(nn.Module):
         The predicted units are the hidden ones with the lowest noise.
 
         Args:
-            images: Of the batch; a guide may need them.
-            units: The mask that came with the batch.
-            everything: Predict all hidden cells, whatever `predict_fraction` says.
+            images: Images of the batch, which a guide may need.
+            units: Mask of the batch, as drawn by the dataloader.
+            everything: Whether to predict all hidden cells, regardless of `predict_fraction`.
         """
         if self.guide is not None:
             units = replace(units, hidden=self.guide(images, units.noise[:, NOISE["guide"]], units.count))
@@ -133,23 +139,23 @@ class MaskedPatchModel(nn.Module):
         return MaskLayout(units, cells, Cells(coarse, all_cells, all_cells))
 
     def predict(self, images: Images, layout: MaskLayout) -> list[Tensor]:
-        """-> (B, P, target.dim) for each objective."""
+        """Return predictions (B, P, target.dim), one tensor for each objective."""
         corrupted: Corrupted = self.corruption(images, layout.units)
         features = self.encoder(corrupted, layout.encoder_cells, only_predicted=self.only_predicted)
         predictions = [o.head(features) for o in self.objectives]
         parts = self.encoder.stride // self.cell_px
         if parts == 1:
             return predictions
-        grid = layout.encoder_cells.grid  # each of the encoder's cells predicts all of its parts; keep those asked for
+        grid = layout.encoder_cells.grid  # each encoder cell predicts all of its parts; keep the predicted ones
         fine = (patchify(unpatchify(p, parts, grid), 1) for p in predictions)
         return [gather_cells(p, layout.cells.predicted) for p in fine]
 
     def forward(self, raw: Tensor, units: Units) -> Tensor:
-        """Return the losses over predicted cells, (objectives,), not weighted.
+        """Return the unweighted losses over predicted cells, (objectives,).
 
         Args:
-            raw: (B, C, H, W) uint8 images.
-            units: Their masks.
+            raw: Images, (B, C, H, W) with values in [0, 255].
+            units: Masks of the images.
         """
         images = self.images(raw)
         layout = self.layout(images, units)
@@ -165,7 +171,7 @@ class MaskedPatchModel(nn.Module):
 
     @torch.no_grad()
     def losses_for_skill(self, raw: Tensor, units: Units) -> tuple[Tensor, Tensor]:
-        """Return losses of the model and of the trivial predictors on the same cells, (objectives,) both."""
+        """Return the losses of the model and of the trivial predictors on the same cells, (objectives,) each."""
         images = self.images(raw)
         layout = self.layout(images, units)
         trivial = [
@@ -175,12 +181,12 @@ class MaskedPatchModel(nn.Module):
         return self._losses(self.predict(images, layout), targets), self._losses(trivial, targets)
 
     def after_step(self, step: int, total_steps: int, made: Tensor) -> None:
-        """Let targets that follow the encoder do so; called after every optimizer step.
+        """Update the targets that follow the encoder. Called after every optimizer step.
 
         Args:
-            step: From 1.
-            total_steps: Of the run.
-            made: See `Target.after_step`.
+            step: Number of the step, from 1.
+            total_steps: Number of steps in the run.
+            made: Whether the step was made, see `Target.after_step`.
         """
         for o in self.objectives:
             o.target.after_step(self.encoder, step, total_steps, made)

@@ -17,9 +17,9 @@ def reconstruct(model: MaskedPatchModel, raw: Tensor, units: Units) -> list[Reco
     """Draw the predictions for all hidden cells, for each target that has a picture.
 
     Args:
-        model: In eval mode, on the device of the tensors.
-        raw: (B, C, H, W) uint8 images.
-        units: Their masks.
+        model: Model in eval mode, on the device of the tensors.
+        raw: Images, (B, C, H, W) with values in [0, 255].
+        units: Masks of the images.
     """
     images = model.images(raw)
     layout = model.layout(images, units, everything=True)
@@ -43,7 +43,15 @@ def reconstruct(model: MaskedPatchModel, raw: Tensor, units: Units) -> list[Reco
 def _glyph_panels(
     o: Objective, values: Tensor, images: Images, pixels: Tensor, grid: tuple[int, int]
 ) -> list[Panel] | None:
-    """Return the panels of a target whose values are drawn as glyphs, or None. pixels: (B, 1, H, W) bool, hidden."""
+    """Return the panels of a target whose values are drawn as glyphs, or None if they are not.
+
+    Args:
+        o: Objective of the target.
+        values: Predictions, (B, N, dim).
+        images: Images that were predicted.
+        pixels: Hidden pixels, (B, 1, H, W) bool.
+        grid: Grid of cells (gh, gw).
+    """
     predicted = o.target.glyphs(values, grid)
     if predicted is None:
         return None
@@ -81,6 +89,6 @@ def _pixel_panels(
 def _draw(
     model: MaskedPatchModel, o: Objective, values: Tensor, images: Images, hidden: Tensor, borrow: bool
 ) -> Tensor | None:
-    """Return (B, C, H, W) in [0, 1], or None."""
+    """Return the picture of the values, (B, C, H, W) in [0, 1], or None if the target has no picture."""
     picture = o.target.picture(values, images, hidden, borrow=borrow)
     return None if picture is None else (picture * model.std + model.mean).clamp(0, 1)

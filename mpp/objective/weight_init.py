@@ -1,4 +1,4 @@
-"""Initial weights as papers' published codes draw them, where torch's or timm's differ."""
+"""Weight initialisations of published code that differ from torch's or timm's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ TOKEN_STD = 0.02
 
 
 def init_linear_layers(module: nn.Module) -> None:
-    """Draw every linear layer from Xavier's uniform distribution, with zero biases (MAE, He et al. 2022, A.1).
+    """Draw the weights of every linear layer from Xavier's uniform distribution, and set the biases to zero.
 
-    Query, key and value of an attention are one layer, as in MAE's published code. Norms are left as they are.
+    Source: MAE, He et al. 2022, A.1. Query, key and value of an attention count as one layer, as in MAE's published
+    code. Norms are left unchanged.
     """
     for part in module.modules():
         if isinstance(part, nn.MultiheadAttention):
@@ -28,17 +29,18 @@ def init_linear_layers(module: nn.Module) -> None:
 
 
 def init_as_mae(model: TimmModel, grid: tuple[int, int]) -> None:
-    """Initialise a ViT of timm's as MAE's encoder (He et al. 2022, A.1 and published code).
+    """Initialise a timm ViT like MAE's encoder (He et al. 2022, A.1 and published code).
 
-    Linear layers and the patch embedding: Xavier's uniform distribution. Class and register tokens: N(0, 0.02²).
-    Positions: fixed sines and cosines, zero for the class token; they get no gradient.
+    * Linear layers and the patch embedding: Xavier's uniform distribution.
+    * Class and register tokens: N(0, 0.02²).
+    * Positions: fixed sines and cosines, zero for the class token. They get no gradient.
 
     Args:
-        model: A plain `VisionTransformer`, with or without a class token.
-        grid: Patches of an image, (gh, gw).
+        model: Plain `VisionTransformer`, with or without a class token.
+        grid: Grid of patches of an image, (gh, gw).
 
     Raises:
-        ValueError: The model is of another kind.
+        ValueError: If the model is not a plain ViT with a position for each patch.
     """
     positions = getattr(model, "pos_embed", None)
     cells = grid[0] * grid[1]

@@ -1,4 +1,4 @@
-"""Processes that read and pack for another one end with it, however that ended."""
+"""End child processes, such as those that read and pack images, when their parent ends for any reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ LOOK_S = 0.2
 
 
 def end_with(parent: int) -> None:
-    """Call it in the child. An orphan would hold on to what it inherited: connections that tell others of a death."""
+    """Let this process end when its parent ends. Call this in the child.
+
+    Otherwise an orphan would keep inherited connections open, so that other processes would not detect the death.
+
+    Args:
+        parent: pid of the parent.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""What a device can do: cores, bf16, TF32, attention kernels, compilation."""
+"""Capabilities of a device: cores, bf16, TF32, attention kernels, compilation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from mpp.errors import UserError
 
 TF32_FROM = (8, 0)
-"""Compute capability."""
+"""Least compute capability of CUDA devices with TF32."""
 SPARE_LOAD = 0.75
-"""Of one core, that other work may take before it is spoken of (a guess)."""
+"""Load of other work that is not reported, in cores (a guess)."""
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies matrices faster in bf16 than in fp32: AVX512-BF16 or AMX, where torch says so.
+    """Return whether this CPU multiplies matrices faster in bf16 than in fp32.
 
-    A step then takes half the time, from a ViT 192 wide on; 0.6 of it at 128 (recipes/LOG.md).
+    torch must report AVX512-BF16 or AMX. A step in bf16 then takes half the time for ViTs of width 192 or more, and 0.6
+    of the time at width 128 (recipes/LOG.md).
     """
     questions = (
         getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -26,12 +27,12 @@ def cpu_has_bf16() -> bool:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores_in_use() -> str:
-    """Return a line if other work runs on the cores that torch's threads would take; "" if there is room for them."""
+    """Return a warning if other work runs on the cores that torch's threads would use; "" if enough cores are free."""
     load, threads = os.getloadavg()[0], torch.get_num_threads()
     if threads == 1 or load + threads <= cores() + SPARE_LOAD:
         return ""
@@ -39,11 +40,11 @@ def cores_in_use() -> str:
 
 
 def advise_on_cpu(precision: str, processes: int) -> list[str]:
-    """Say what would make a run on this machine's CPU faster.
+    """Return advice that would make a run on this machine's CPU faster.
 
     Args:
-        precision: As the recipe has it.
-        processes: Of the run. With several of them, how busy the cores are says nothing.
+        precision: Value of the recipe's key `precision`.
+        processes: Number of processes of the run. If there are several, the load of the cores is not considered.
     """
     advice = []
     if precision == "auto" and cpu_has_bf16():
@@ -56,29 +57,35 @@ def advise_on_cpu(precision: str, processes: int) -> list[str]:
 
 
 def multiply_in_tf32(rounded: bool) -> None:
-    """Products and convolutions of fp32 numbers on CUDA devices, of this process, from now on.
+    """Set whether this process uses TF32 for fp32 matrix products and convolutions on CUDA devices, from now on.
 
-    torch's own default has convolutions rounded and products not.
+    torch's default is TF32 for convolutions, but not for products.
+
+    Args:
+        rounded: Whether numbers are rounded to TF32.
     """
     torch.set_float32_matmul_precision("high" if rounded else "highest")
     torch.backends.cudnn.allow_tf32 = rounded
 
 
 def write_attention_out(written_out: bool) -> None:
-    """Attention by two products and a softmax, or by torch's fused kernel; of this process, from now on.
+    """Set whether this process computes attention by two products and a softmax, or by torch's fused kernel.
 
-    Written out for bf16 on CPUs, where the fused kernel is slow backwards: a step takes 0.65 to 0.8 of the time
-    (recipes/LOG.md), and keeps a matrix of tokens × tokens for each head.
+    Two products are used for bf16 on CPUs, where the backward pass of the fused kernel is slow. A step then takes 0.65
+    to 0.8 of the time (recipes/LOG.md), but keeps a matrix of tokens × tokens for each head.
+
+    Args:
+        written_out: Whether to use two products and a softmax.
     """
-    torch.backends.cuda.enable_flash_sdp(not written_out)  # CUDA's by its name, but CPUs heed it
+    torch.backends.cuda.enable_flash_sdp(not written_out)  # in spite of its name, this also applies to CPUs
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(written_out)
 
 
 def prefer_channels_last(model: torch.nn.Module) -> None:
-    """Lay the weights of a convolutional network out with channels last, in place, as devices compute them fastest.
+    """Store the weights of a convolutional network in channels-last format, in place, because this is fastest.
 
     A step of a narrow ResNet in bf16 on a CPU takes 0.78 of the time (recipes/LOG.md). A network with batch norms
-    counts as convolutional; the others stay as they are.
+    counts as convolutional; others are not changed.
     """
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
         for module in model.modules():
@@ -87,14 +94,14 @@ def prefer_channels_last(model: torch.nn.Module) -> None:
 
 
 def compile_forward(model: torch.nn.Module, device: torch.device) -> None:
-    """Compile the model's forward by `torch.compile`, in place: names and state stay as they are.
+    """Compile the model's forward pass with `torch.compile`, in place. Names and state do not change.
 
     Raises:
-        UserError: This machine cannot.
+        UserError: If torch cannot compile on this machine.
     """
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
-    except Exception as error:  # no C++ compiler, no Triton, a Python that torch does not know yet
+    except Exception as error:  # no C++ compiler, no Triton, or a Python version that torch does not support yet
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         reason = f"torch cannot compile on this machine ({first.strip()}); use compile=false"
         raise UserError(f"compile: {reason}") from error

@@ -1,8 +1,12 @@
-"""Named points at which a test makes a process die, hang or lose a file. Nothing happens unless MPP_FAULT says so.
+"""Named points at which a test makes a process die, hang or damage a file. Nothing happens unless MPP_FAULT is set.
 
-MPP_FAULT is JSON: {"point": NAME, "do": ACTION}, and, where given, "rank" (of the process that it happens in; 0),
-"nth" (time that the point is reached; 1) and "victim" (rank of the process that is killed; the same). A file named by
-MPP_FAULT_TRACE gets a line, `RANK NAME`, for each point that is reached.
+MPP_FAULT is JSON: {"point": NAME, "do": ACTION}. Optional keys:
+
+* "rank": rank of the process in which the fault happens, by default 0
+* "nth": how often the point is reached until the fault happens, by default 1
+* "victim": rank of the process to kill, by default the same process
+
+A file named by MPP_FAULT_TRACE gets a line, `RANK NAME`, for each point that is reached.
 """
 
 from __future__ import annotations
@@ -20,17 +24,18 @@ _reached: Counter[str] = Counter()
 
 
 def announce() -> None:
-    """Let other processes of the run find this one, where a fault may ask them to."""
+    """Write the pid of this process to a file for other processes, if the planned fault has a victim."""
     if "MPP_FAULT" in os.environ and "victim" in json.loads(os.environ["MPP_FAULT"]):
         Path(os.environ["MPP_FAULT_PIDS"], os.environ.get("RANK", "0")).write_text(str(os.getpid()))
 
 
 def point(name: str, file: Path | None = None) -> None:
-    """Mark a place where a run may be broken on purpose, by tests.
+    """Mark a point at which tests may break a run on purpose.
 
     Args:
-        name: Of the place.
-        file: What was just written; "halve" cuts it in two before the process dies, as a death inside the writing does.
+        name: Name of the point.
+        file: File that was just written. The action "halve" cuts it to half its size and kills the process, as if the
+            process had died while writing.
     """
     trace, fault = os.environ.get("MPP_FAULT_TRACE"), os.environ.get("MPP_FAULT")
     if trace is None and fault is None:
@@ -57,7 +62,7 @@ def _happen(fault: JsonObject, file: Path | None) -> None:
             assert file is not None
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-        case "kill_leaving_a_child":  # which holds its connections: nobody is told that they ended
+        case "kill_leaving_a_child":  # the child holds the connections, so no process is notified that they ended
             if os.fork() == 0:
                 time.sleep(fault["seconds"])
                 os._exit(0)

@@ -1,4 +1,4 @@
-"""Check the variables by which a launcher describes the processes of a run."""
+"""Check the environment variables by which a launcher describes the processes of a run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mpp.errors import UserError
 COUNTS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 """Variables of launchers that hold whole numbers."""
 LAUNCHERS = (*COUNTS, "MASTER_ADDR", "ACCELERATE_", "OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "FORK_LAUNCHED")
-"""How names of variables begin that Accelerate reads."""
+"""Prefixes of the variables that Accelerate reads."""
 
 
 def is_set(variable: str) -> bool:
-    """Return whether a launcher's switch is on.
+    """Return whether a boolean variable of a launcher is on.
 
     Raises:
-        UserError: It is neither on nor off.
+        UserError: If its value is not a boolean.
     """
     try:
         return bool(parse_flag_from_env(variable))
@@ -29,10 +29,10 @@ def is_set(variable: str) -> bool:
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Check the variables by which a launcher says which process of how many this one is.
+    """Check the variables that give the rank of this process and the number of processes.
 
     Raises:
-        UserError: One is no number of its kind, or some are missing: the run would wait for processes that never come.
+        UserError: If a value is invalid, or if a variable is missing: the run would wait for processes that never come.
     """
     numbers: dict[str, int] = {}
     for name in COUNTS:
@@ -43,7 +43,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
             raise UserError(f"{name}: '{value}' in the environment, not a whole number; start by torchrun, or unset it")
         numbers[name] = int(value)
     if "LOCAL_RANK" not in numbers and numbers.get("WORLD_SIZE", 1) <= 1:
-        return  # one process, whatever else is there
+        return  # a single process; the other variables do not matter
     world, rank = numbers.get("WORLD_SIZE", 1), numbers.get("RANK", 0)
     missing = [name for name in ("RANK", "MASTER_ADDR") if not environment.get(name)]
     missing += ["WORLD_SIZE"] if rank > 0 and "WORLD_SIZE" not in numbers else []
@@ -55,7 +55,7 @@ def check_launch(environment: Mapping[str, str]) -> None:
         )
     least = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
     most = {"RANK": world - 1, "MASTER_PORT": 65535}
-    for name, number in sorted(numbers.items(), reverse=True):  # WORLD_SIZE first: RANK is below it
+    for name, number in sorted(numbers.items(), reverse=True):  # WORLD_SIZE first, because it limits RANK
         if not least.get(name, 0) <= number <= most.get(name, number):
             end = f" and at most {most[name]}" if name in most else ""
             raise UserError(f"{name}: {number} in the environment; must be at least {least.get(name, 0)}{end}")

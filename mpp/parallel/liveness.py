@@ -1,10 +1,15 @@
-"""Watch the other processes of a run. A process that is gone or hangs is named, and no process waits for ever.
+"""Watch the other processes of a run. A process that died or hangs is named, and no process waits for ever.
 
-Each process has a thread that writes a beat and its main thread's progress into the store of the process group, every
-second. An exchange that breaks is then explained: by what another process left as its last word, by whose beat has
-stopped, or by who is behind. A process whose main thread has made no progress for `hang_timeout_s` ends, with the
-stacks of its threads in `hang-rankN.txt` of the run folder. So does one that waits for a process of its machine that
-has died: NCCL does not say, and gloo not always; it cannot where a child of the dead one holds its connections.
+Every second, a thread of each process writes a heartbeat and its main thread's progress into the store of the process
+group. If an exchange breaks, these records explain it: by another process's last message, by a heartbeat that stopped,
+or by a process that is behind.
+
+The thread ends its own process in two cases. It first writes the stacks of all threads to `hang-rankN.txt` in the run
+folder.
+
+* The main thread has made no progress for `hang_timeout_s`.
+* The main thread waits for a process of this machine that has died. NCCL does not report the death. gloo does not
+  always: it cannot detect a death if a child of the dead process holds its connections.
 """
 
 from __future__ import annotations
@@ -31,40 +36,52 @@ from mpp.parallel.workers import of_a_worker, worker_died
 from mpp.recipe.flat import JsonObject
 
 States: TypeAlias = dict[int, Any]
-"""What each process wrote last, by rank; None of one that wrote nothing."""
+"""Last record of each process, by rank. None if a process has not written any."""
 BEAT_S = 1.0
 SILENT_S = 5.0
-"""Without a beat for so long, while another process looks, one is gone or stopped (a guess)."""
+"""Seconds without a heartbeat after which a process counts as gone or stopped (a guess)."""
 STORE_TIMEOUT_S = 2.0
 SAVING = "measuring, logging, saving"
 
 
 class Watch:
-    """Of a run's processes; a context. What ends the run leaves it as one line for the user.
+    """A context that watches the processes of a run.
 
-    UserError for what broke in the loader or between processes.
-    rank, world: of this process, and how many there are. out: the run folder.
+    An error of the loader, or of an exchange between processes, leaves the context as a UserError of one line.
+
+    Args:
+        rank: Rank of this process.
+        world: Number of processes.
+        out: The run folder.
+        hang_timeout_s: Seconds without progress after which a process counts as hung.
     """
 
     def __init__(self, rank: int, world: int, out: Path, *, hang_timeout_s: float) -> None:
         self.rank, self.world, self.out, self.hang_timeout_s = rank, world, out, hang_timeout_s
         self.status: Callable[..., None] | None = None
-        """How to write status.json, once there is one: `runs.log.RunLog.status`."""
+        """Function that writes status.json, once the log is open: `runs.log.RunLog.status`."""
         self._marks, self._step, self._doing, self._moved = 0, 0, "setting up", math.inf
         self._beats, self._alone_since = 0, math.inf
         self._known: States = {}
-        """Where each process runs, should the store go down with one of them."""
+        """Records of all processes with their hosts and pids, kept in case the process that holds the store dies."""
         self._ended = threading.Event()
         self._store: torch.distributed.TCPStore | None = None
 
     def at(self, step: int, doing: str) -> None:
-        """The main thread has come so far: every process, in the same order. From the first call on a hang is one."""
+        """Record the progress of the main thread. The first call starts the detection of hangs.
+
+        Every process makes the same calls in the same order.
+
+        Args:
+            step: Step that the main thread has reached.
+            doing: What it does now, for messages.
+        """
         if not self._known and self._store is not None:
             self._known = self._states()  # by now every process has written once
         self._marks, self._step, self._doing, self._moved = self._marks + 1, step, doing, time.monotonic()
 
     def __enter__(self) -> Watch:
-        if self.world > 1 and "MASTER_ADDR" in os.environ:  # as every launcher sets it
+        if self.world > 1 and "MASTER_ADDR" in os.environ:  # every launcher sets it
             self._store = torch.distributed.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
@@ -80,7 +97,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._moved = math.inf  # it beats on while it asks who else does
+        self._moved = math.inf  # the heartbeat continues while this process reads those of the others
         if error is None:
             self._ended.set()
             self._write(done=True)
@@ -104,8 +121,8 @@ class Watch:
                 self.status(state, step=self._step, why=why)
 
     def _explained(self, error: BaseException) -> BaseException:
-        """A line for the user where it is about the loader or the other processes; else the error as it is."""
-        if not isinstance(error, RuntimeError):  # a UserError is none
+        """Return a UserError if the error comes from the loader or an exchange; else the error itself."""
+        if not isinstance(error, RuntimeError):  # a UserError is not a RuntimeError
             return error
         if of_a_worker(error):
             return worker_died(error)
@@ -114,7 +131,7 @@ class Watch:
         return error
 
     def _who(self, error: BaseException) -> str:
-        """Which process broke an exchange, by its last word, else by its silence, else by how far it came."""
+        """Return which process broke an exchange: the one that left a message or died, else one without heartbeats."""
         before = self._states()
         deadline = time.monotonic() + SILENT_S
         while time.monotonic() < deadline:
@@ -128,7 +145,7 @@ class Watch:
         return f"the exchange between processes broke, though all of them run: {one_line(error)}"
 
     def _dead(self, now: States) -> str | None:
-        """Who ended before its time, by its last word or because its process is no more."""
+        """Return which process ended early, because it left a last message or because its pid no longer exists."""
         words = {r: s["word"] for r, s in now.items() if s and s["word"]}
         if words:
             rank, word = min(words.items())
@@ -137,18 +154,22 @@ class Watch:
         return f"{', '.join(self._named(r, now) for r in gone)} is gone" if gone else None
 
     def _silent(self, before: States, now: States) -> list[int]:
-        """Other processes without a beat since. Where the store is gone, the one that holds it: process 0."""
+        """Return the other processes without a heartbeat between two readings.
+
+        If the store cannot be read, return process 0, which holds the store.
+        """
         if not any(now.values()):
             return [0]
         others = [r for r in range(self.world) if r != self.rank]
         return [r for r in others if not now[r] or (before[r] and before[r]["beats"] == now[r]["beats"])]
 
     def _states(self) -> States:
-        """What each process wrote last; None of one that wrote nothing, or cannot be asked for."""
+        """Return the last record of each process. None if a process has not written any, or if the store is gone."""
         states = dict.fromkeys(range(self.world))
         if self._store is None:
             return states
-        # beside this thread: of a store whose process is stopped an answer never comes, whatever its timeout
+        # In a thread of its own: if the process that holds the store is stopped, the call never returns, in spite of
+        # its timeout.
         asking = threading.Thread(target=self._ask, args=(self._store, states), daemon=True)
         asking.start()
         asking.join(STORE_TIMEOUT_S)
@@ -161,7 +182,7 @@ class Watch:
             for rank in range(self.world):
                 key = self._key(rank)
                 states[rank] = json.loads(store.get(key)) if store.check([key]) else None
-        except RuntimeError:  # it went down with the process that held it
+        except RuntimeError:  # the process that held the store has died
             self._store = None
 
     def _named(self, rank: int, states: States) -> str:
@@ -180,7 +201,7 @@ class Watch:
         try:
             if self._store is not None:
                 self._store.set(self._key(self.rank), json.dumps({**state, **_here()}))
-        except RuntimeError:  # an exchange that breaks says so
+        except RuntimeError:  # the store is gone; the next exchange will fail and report it
             self._store = None
 
     def _beat(self) -> None:
@@ -192,7 +213,7 @@ class Watch:
                 self._give_up()
 
     def _unnoticed(self) -> str | None:
-        """Who died a while ago without this process's main thread having come to know."""
+        """Return which process died at least SILENT_S ago without this process's main thread having noticed."""
         if self._moved == math.inf or not any(map(_gone, self._known.values())):
             self._alone_since = math.inf
             return None
@@ -202,7 +223,7 @@ class Watch:
         return self._dead(self._states())
 
     def _busy(self) -> bool:
-        """Whether the main thread does what no other process is needed for, and what would be lost: it may save."""
+        """Return whether the main thread may be saving, without waiting for another process. It must not be ended."""
         if self._doing != SAVING:
             return False
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
@@ -213,12 +234,12 @@ class Watch:
         return True
 
     def _give_up(self) -> None:
-        """End this process, from beside a main thread that hangs."""
+        """End this process, whose main thread hangs, and name the processes that are behind."""
         before = self._states()
         time.sleep(SILENT_S)
         now = self._states()
         if self._ended.is_set() or time.monotonic() - self._moved < SILENT_S:
-            return  # it has moved meanwhile
+            return  # the main thread has made progress in the meantime
         silent = self._silent(before, now)
         least = min((s["marks"] for s in now.values() if s), default=self._marks)
         behind = silent or [r for r, s in now.items() if s and s["marks"] == least]
@@ -230,7 +251,7 @@ class Watch:
         self._end(f"step {self._step}: no progress for hang_timeout_s, {self.hang_timeout_s:g} s: {who} hangs")
 
     def _end(self, why: str) -> None:
-        """Of this process, at once: its main thread answers nobody."""
+        """End this process at once, without its main thread, and write the stacks of its threads."""
         stacks = self.out / f"hang-rank{self.rank}.txt"
         with contextlib.suppress(OSError), open(stacks, "w") as file:
             faulthandler.dump_traceback(file)
@@ -241,13 +262,13 @@ class Watch:
 
 
 def _of_exchange(error: BaseException) -> bool:
-    """gloo raises plain RuntimeErrors."""
+    """Return whether an error comes from an exchange by gloo, which raises plain RuntimeErrors."""
     text = str(error)
     return "gloo" in text or "Connection closed by peer" in text or "Connection reset by peer" in text
 
 
 def _gone(state: JsonObject | None) -> bool:
-    """Whether a process of this machine has ended; False where that cannot be told."""
+    """Return whether a process of this machine has ended; False if that cannot be determined."""
     if not state or (state["host"], state["pids"]) != (_here()["host"], _here()["pids"]):
         return False
     try:
@@ -260,7 +281,7 @@ def _gone(state: JsonObject | None) -> bool:
 
 
 def _here() -> JsonObject:
-    """Of this process: its number is one of `pids`, as containers have each their own."""
+    """Return host, PID namespace and pid of this process. Each container has its own PID namespace."""
     try:
         pids = os.readlink("/proc/self/ns/pid")
     except OSError:

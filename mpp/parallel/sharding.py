@@ -1,8 +1,11 @@
-"""FSDP2: each process holds a part of every weight, its gradient and its moments; they meet block by block.
+"""Sharding by FSDP2: each process holds a part of every weight, of its gradient and of its moments.
 
-PyTorch FSDP, Zhao et al. 2023; torch's `fully_shard` cuts along the first dimension into equal parts, the last ones
-shorter or empty. What this file adds: which modules are gathered at once, a whole copy to look at, and parts by rows,
-as checkpoints keep them.
+The parts are gathered block by block (PyTorch FSDP, Zhao et al. 2023). torch's `fully_shard` cuts weights along the
+first dimension into equal parts; the last ones may be shorter or empty. This file adds three things:
+
+* which modules are gathered at once
+* a whole copy of the model, for evaluation and export
+* the parts as rows, as checkpoints keep them
 """
 
 from __future__ import annotations
@@ -19,20 +22,21 @@ from mpp.errors import UserError, one_line
 
 
 def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] = ()) -> None:
-    """Shard a model over all processes, in place. Parameters are replaced, so the optimizer is made afterwards.
+    """Shard a model over all processes, in place. Parameters are replaced, so create the optimizer afterwards.
 
-    Each block is gathered for its own passes, forward and backward; what is in no block, for those of the whole model.
-    Weights are gathered in fp32, so that a step computes the same as without sharding. Under autocast, autograd keeps
-    their bf16 copies from one pass to the other, 2 bytes for each weight, but not with activation checkpointing.
+    The weights of a block are gathered for its own forward and backward pass. Weights outside of blocks are gathered
+    for the passes of the whole model. Weights are gathered in fp32, so that a step computes the same as without
+    sharding. Under autocast, autograd keeps their bf16 copies between the passes, 2 bytes for each weight, but not with
+    activation checkpointing.
 
     Args:
-        model: What is sharded.
-        device: Where the shards are.
-        whole: Parts that stay whole on each process, because something reads into their blocks.
+        model: Model to shard.
+        device: Device of the shards.
+        whole: Modules that stay whole on each process, because other code reads values inside their blocks.
 
     Raises:
-        UserError: The model has batch norms that learn, whose statistics would be each process's own, or parameters
-            that torch cannot cut.
+        UserError: If the model has batch norms that learn, whose statistics would differ between processes, or
+            parameters that torch cannot cut.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -55,10 +59,10 @@ def shard(model: nn.Module, device: torch.device, whole: tuple[nn.Module, ...] =
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What timm and the heads keep in lists named `blocks`, in any stage, or in lists of these. Inner ones first."""
+    """Return the modules in lists named `blocks` of timm and the heads, also in nested lists; inner modules first."""
 
     def members(listed: Iterable[nn.Module]) -> Iterator[nn.Module]:
-        for module in listed:  # a ModuleList is never called
+        for module in listed:  # a ModuleList inside is never called itself, so its members are taken
             yield from members(module) if isinstance(module, nn.ModuleList) else (module,)
 
     block_list: list[nn.Module] = []
@@ -72,9 +76,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Whole(Generic[M]):
-    """A copy of a model that will be sharded, whole on each process: for evaluation, pictures, exports.
+    """A copy of a model with all its weights on each process, for evaluation, pictures and exports.
 
-    Its weights wait in the host's memory. Made before the model is sharded; without `sharded` it is the model itself.
+    Create it before the model is sharded. Its weights are in the host's memory until they are needed. If the model is
+    not sharded, the model itself is used.
     """
 
     def __init__(self, model: M, *, sharded: bool) -> None:
@@ -83,7 +88,7 @@ class Whole(Generic[M]):
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[M]:
-        """With the weights as they are, on the device. Every process comes here, or none."""
+        """Return a context with the copy on the device, with the current weights. Every process must call this."""
         if self._copy is self._model:
             yield self._model
             return
@@ -99,19 +104,19 @@ class Whole(Generic[M]):
 
 
 def whole_value(value: Tensor) -> Tensor:
-    """Of a sum that each process has a part of, such as a norm of gradients."""
+    """Return the whole value if each process has only a part of it, such as a norm of gradients."""
     whole: Tensor = value.full_tensor() if _is_shard(value) else value  # type: ignore[attr-defined]
     return whole
 
 
 def own_part(value: Tensor) -> Tensor:
-    """This process's rows, sharing their memory; the tensor itself where it is whole."""
+    """Return this process's rows of a sharded tensor, without a copy; the tensor itself if it is not sharded."""
     part: Tensor = value.to_local() if _is_shard(value) else value  # type: ignore[attr-defined]
     return part
 
 
 def own_rows(value: Tensor) -> range | None:
-    """Which rows `own_part` are; None where it is whole."""
+    """Return the row numbers of `own_part`; None if the tensor is not sharded."""
     if not _is_shard(value):
         return None
     mesh = value.device_mesh  # type: ignore[attr-defined]
@@ -121,7 +126,7 @@ def own_rows(value: Tensor) -> range | None:
 
 
 def like(part: Tensor, value: Tensor) -> Tensor:
-    """A part as a shard of the same kind as `value`."""
+    """Return this process's part as a sharded tensor with the layout of `value`."""
     from torch.distributed.tensor import DTensor
 
     made = DTensor
@@ -137,5 +142,5 @@ def like(part: Tensor, value: Tensor) -> Tensor:
 
 
 def _is_shard(value: Tensor) -> bool:
-    """By what a DTensor has, so that it is imported only where there are shards."""
+    """Return whether a tensor is a DTensor, by an attribute, so that DTensor is imported only for sharded models."""
     return hasattr(value, "device_mesh")

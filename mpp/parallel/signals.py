@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Handle signals that ask a run to stop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mpp.parallel import streams
 from mpp.parallel.team import Team
 
 SAME_PRESS_S = 1.0
-"""A second SIGINT within so many seconds is the same Ctrl-C: torchrun passes on what the terminal sent to all."""
+"""Seconds within which a second SIGINT counts as the same Ctrl-C, because torchrun forwards the signal that the
+terminal has already sent to all processes."""
 
 
 class StopRequest:
@@ -24,7 +25,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.by: str | None = None
-        """The signal's name."""
+        """Name of the signal; None if there was none."""
         self.at = -math.inf
         self._before: dict[int, Any] = {}
 
@@ -33,13 +34,13 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """Why the run stops, as its log and its status say it."""
+        """Why the run stops, for its log and its status."""
         return self.by or "a signal to another process"
 
     def listen(self) -> None:
-        """From now on the signals of `ending_signals` set the request; a second SIGINT stops at once.
+        """Let the signals of `ending_signals` set the request from now on. A second SIGINT stops the run at once.
 
-        Outside the main thread (a notebook's, a server's) signals are left as they are.
+        Outside of the main thread, as in some notebooks and servers, signal handlers are not changed.
         """
         with suppress(ValueError):  # not the main thread
             for number in ending_signals():
@@ -56,7 +57,7 @@ class StopRequest:
         self._stop(signal.Signals(number).name, again)
 
     def _stop(self, by: str, note: str = "") -> None:
-        """Set the request. The words go past Python's streams, which may be in the middle of a line."""
+        """Set the request and print a line, bypassing Python's streams, which may be in the middle of a line."""
         if by == "SIGPIPE" and self.by:
             return
         self.by = by
@@ -64,7 +65,7 @@ class StopRequest:
             os.write(2, f"{by}: finishing the step, then saving{note}\n".encode())
 
     def of_all(self, team: Team) -> str:
-        """The name of the signal that some process got, the same on all of them, which call this together."""
+        """Return the name of the signal that a process received, the same on all. Every process calls this."""
         return next((by for by in team.gather([self.by]) if by), signal.SIGTERM.name)
 
     def __enter__(self) -> StopRequest:
@@ -72,8 +73,10 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Signals are what they were. It is the last to leave: a launcher that ends the processes of a run in which one
-        has died must not end them before they have said so.
+        """Restore the signal handlers.
+
+        This context must be the last one left. If a process has died, the launcher ends the others, but they must
+        report the error first.
         """
         streams.on_broken_pipe = None
         for number, handler in self._before.items():
@@ -81,17 +84,18 @@ class StopRequest:
 
 
 def ending_signals() -> list[signal.Signals]:
-    """Signals by which a run is asked to end. A closed terminal sends SIGHUP, which `nohup` has ignored."""
+    """Return the signals that ask a run to end. SIGHUP, which a closed terminal sends, is left out under `nohup`."""
     hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
     return [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *hangup]
 
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Let the signals of `ending_signals` end what runs inside at once: SystemExit(128 + number), or KeyboardInterrupt.
+    """Return a context whose code ends at once on the signals of `ending_signals`.
 
-    They also do if a shell started the process in the background, which leaves SIGINT ignored. Outside the main thread
-    signals are left as they are.
+    SIGINT raises KeyboardInterrupt, the others SystemExit(128 + number). SIGINT also works if a shell started the
+    process in the background, where it is ignored by default. Outside of the main thread, signal handlers are not
+    changed.
     """
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
-"""Output that never ends a run: to a terminal that was closed, a pipe that nobody reads, a full disk.
+"""Keep a run going if its output fails: the terminal was closed, nobody reads the pipe, or the disk is full.
 
-A run's records are in its folder, so words on the terminal may be lost. Outside of a run a failed write is an error as
-usual.
+The records of a run are in its folder, so output on the terminal may be lost. Outside of a run, a failed write is an
+error as usual.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from collections.abc import Callable
 from typing import Any
 
 LOST = (errno.EIO, errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
-"""Errors of a write to a stream that takes nothing more."""
+"""Errors of a write to a stream that no longer accepts output."""
 
 on_broken_pipe: Callable[[], object] | None = None
-"""What a run in progress does if nobody reads its stdout any more; None: no run is in progress."""
+"""Function that a run calls if nobody reads its stdout any more. None means that no run is in progress."""
 
 
 class _Lasting(io.FileIO):
-    """The file of a stream, whose failed writes are dropped while a run is in progress."""
+    """The file of a stream. While a run is in progress, failed writes are dropped."""
 
     def write(self, data: Any) -> Any:
         try:
-            return super().write(data)  # None if a pipe that does not wait is full
+            return super().write(data)  # None if a non-blocking pipe is full
         except OSError as error:
-            # a closed terminal is no error outside of a run either: nobody could read about it
+            # A closed terminal is not an error outside of a run either, because nobody could read the message.
             if error.errno not in LOST or (on_broken_pipe is None and error.errno != errno.EIO):
                 raise
             if error.errno == errno.EPIPE and self.fileno() == 1 and on_broken_pipe is not None:
@@ -37,11 +37,13 @@ class _Lasting(io.FileIO):
 
 
 def keep_output_open() -> None:
-    """Let stdout and stderr of this process take any text, and fail as the module says. Streams that somebody else has
-    put in their place stay as they are."""
+    """Let stdout and stderr of this process accept any text, and drop failed writes as described in the module.
+
+    Streams that other code has put in their place are not changed.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started the process; the next file that is opened would get its number
+        if stream is None:  # closed by the parent process; the next opened file would get its file descriptor
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
         elif stream is getattr(sys, f"__{name}__"):
             with contextlib.suppress(OSError, ValueError):

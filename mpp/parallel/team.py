@@ -1,4 +1,4 @@
-"""The processes of a run and their devices. Accelerate is used through `Team` alone."""
+"""The processes of a run and their devices. Only `Team` uses Accelerate."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from mpp.parallel.launch import LAUNCHERS, check_launch, is_set
 from mpp.parallel.sharding import whole_value
 
 HANG_TIMEOUT_S = 1800
-"""What processes wait for each other at most, where a recipe does not say (a guess)."""
+"""Most seconds that processes wait for each other if a recipe does not set it (a guess)."""
 WAIT_TOLD_S = 10.0
-"""Processes find each other in less, most often; after so long a line says what is waited for (a guess)."""
+"""Seconds after which a line reports that this process waits for the others. Most often they are there sooner (a
+guess)."""
 T = TypeVar("T")
 
 
 class Team:
-    """The processes of a run, seen from this one, and the device that this one computes on."""
+    """The processes of a run, as seen from this process, and the device of this process."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -52,7 +53,7 @@ class Team:
         """Return on every process what `act` returns on the main process. The others wait for it.
 
         Raises:
-            UserError: `act` raised it, on every process. The main process alone reports it.
+            UserError: If `act` raised it; on every process. Only the main process reports it.
         """
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -78,7 +79,7 @@ class Team:
         return gathered
 
     def sum(self, values: list[float]) -> list[float]:
-        """Return sums over all processes, in float64: counts stay exact."""
+        """Return sums over all processes, in float64, so that counts stay exact."""
         if self.world == 1:
             return values
         summands = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -97,11 +98,11 @@ class Team:
             value.copy_(broadcast(value))
 
     def wait(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has reached this call."""
         self._accelerator.wait_for_everyone()
 
     def ranks_here(self) -> range:
-        """Return the processes of this machine; all of them if the launcher does not say."""
+        """Return the ranks on this machine; all ranks if the launcher does not set their number."""
         return ranks_here(self.rank, self.world)
 
     # ---- training
@@ -109,7 +110,8 @@ class Team:
     def wrap_model(self, model: nn.Module, *, sharded: bool = False) -> nn.Module:
         """Return the model as the loop calls it: in autocast, with gradients exchanged.
 
-        A sharded model exchanges its own gradients; Accelerate would wrap it once more if it were to train it.
+        A sharded model exchanges gradients by itself. It is prepared in evaluation mode, so that Accelerate does not
+        wrap it a second time.
         """
         wrapped: nn.Module = self._accelerator.prepare_model(model, evaluation_mode=sharded)
         return wrapped
@@ -119,29 +121,40 @@ class Team:
         return self._accelerator.prepare_optimizer(optimizer)
 
     def accumulate(self, wrapped: nn.Module, *, exchange: bool) -> AbstractContextManager[object]:
-        """Return a context for one micro-batch. exchange: whether its backward pass exchanges gradients."""
+        """Return a context for one micro-batch.
+
+        Args:
+            wrapped: The model of `wrap_model`.
+            exchange: Whether the backward pass exchanges gradients.
+        """
         return nullcontext() if exchange else self._accelerator.no_sync(wrapped)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss."""
+        """Add the gradients of a loss to those of the parameters."""
         self._accelerator.backward(loss)
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        """Scale gradients down to this norm, if it is given, and return their norm before, () on the device."""
+        """Scale gradients down to at most `max_norm`. None means no limit.
+
+        Returns:
+            () on the device: norm of the gradients before scaling.
+        """
         return whole_value(self._accelerator.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
 def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = HANG_TIMEOUT_S) -> Team:
-    """Join the processes that torchrun or `accelerate launch` made, or make a team of this process alone.
+    """Join the processes that torchrun or `accelerate launch` started, or make a team of only this process.
 
     Args:
-        precision: "fp32", "tf32", "bf16", or "auto": bf16 on CUDA devices that have it, else fp32. CPUs without
-            instructions for bf16 take 3.2 times as long with it; the others (`cpu_has_bf16`) half the time.
+        precision: "fp32", "tf32", "bf16", or "auto": bf16 on CUDA devices that support it, else fp32. With bf16, CPUs
+            without instructions for it take 3.2 times as long; the others (`cpu_has_bf16`) half the time.
         trackers: Names of the trackers that the run will use.
-        hang_timeout_s: An exchange fails when it waits longer, and one minute more, so that `liveness` reports first.
+        hang_timeout_s: Seconds without progress after which `liveness` reports a hang. Exchanges between processes fail
+            one minute later, so that `liveness` reports first.
 
     Raises:
-        UserError: The device lacks the precision, a tracker is not installed, or the other processes do not come.
+        UserError: If the device lacks the precision, a tracker is not installed, or the launch cannot be used, for
+            example because the other processes are not found.
     """
     faults.announce()
     check_launch(os.environ)
@@ -149,7 +162,8 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
         if importlib.util.find_spec(name) is None:
             raise UserError(f"trackers: {name} is not installed; {how_to_get(name)}")
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        # on CPUs they would do nothing, on GPUs write one process's part as all, or take the update out of the loop
+        # On CPUs these engines would do nothing. On GPUs, one process's part would be saved as the whole, or the
+        # engine would take over the update.
         if is_set(f"ACCELERATE_USE_{engine}"):
             reason = f"launch without --use_{engine.lower()} (distributed_type: MULTI_GPU)"
             raise UserError(f"accelerate's {engine}: {reason}; `mpp pretrain` has fsdp=true")
@@ -173,14 +187,14 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
-            dynamo_backend="no",  # compile=true is the recipe's to say, not a launcher's configuration's
+            dynamo_backend="no",  # the recipe's key `compile` decides, not the launcher's configuration
             cpu=not cuda,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=hang_timeout_s + 60))],
         )
     except torch.distributed.DistError as error:
         reason = f"process {rank} of {world} did not find the others at {host}:{port}: {one_line(error)}"
         raise UserError(reason) from error
-    except ValueError as error:  # Accelerate's and torch's, of variables that are half set or garbage
+    except ValueError as error:  # from Accelerate or torch, if variables are incomplete or have invalid values
         if not given:
             raise
         raise UserError(
@@ -194,6 +208,6 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
 
 
 def ranks_here(rank: int, world: int) -> range:
-    """Return the processes of this machine, as launchers number them; all of them if the launcher does not say."""
+    """Return the ranks on this machine, as launchers number them; all ranks if the launcher does not set a count."""
     count = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return range(rank // count * count, min((rank // count + 1) * count, world))

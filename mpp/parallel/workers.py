@@ -1,4 +1,4 @@
-"""Recognize that a loader worker died, and say so in one line."""
+"""Detect that a loader worker died, and report it in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mpp.errors import UserError
 
 
 def of_a_worker(error: BaseException) -> bool:
-    """Whether it is torch's word that a worker died: raised wherever the main thread is at that moment."""
+    """Return whether an error is torch's report that a worker died. It can be raised anywhere in the main thread."""
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Devices a plan can be made for: memory and peak from datasheets, or this CPU as measured."""
+"""Devices for which a plan can be made: memory and peak from datasheets, or measured on this CPU."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from mpp.errors import UserError
 
 MFU = 0.3
-"""Part of a device's peak that a run reaches, where nobody says (a guess)."""
+"""Fraction of a device's peak that a run reaches, if the user does not give one (a guess)."""
 PRODUCT = 1024
-"""Side of the matrices that are multiplied to find a CPU's peak."""
+"""Side of the matrices that are multiplied to measure a CPU's peak."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What its maker's datasheet states: memory, and dense peaks by precision."""
+    """Memory of a device, and its peaks by precision without sparsity."""
 
     memory_gb: float
     tflops: dict[str, float]
@@ -34,13 +34,13 @@ DEVICES = {
     "a10": Device(24, {"bf16": 125, "tf32": 62.5, "fp32": 31.2}),
     "rtx4090": Device(24, {"bf16": 165, "tf32": 82.6, "fp32": 82.6}),
 }
-"""NVIDIA's datasheets of each (H100 and H200: SXM), without sparsity."""
+"""Devices with the values of NVIDIA's datasheets (H100 and H200: SXM), without sparsity."""
 CPU = "cpu"
 
 
 @cache
 def this_cpu() -> Device:
-    """What this machine's CPU reaches with the threads that torch takes, tried for a moment; and its memory."""
+    """Measure the peak of this machine's CPU with torch's number of threads, and return it with the memory."""
     tflops = {}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a = torch.ones(PRODUCT, PRODUCT, dtype=kind)
@@ -62,7 +62,7 @@ def device_here() -> str:
     """Return the kind of device that a run on this machine would use: one of DEVICES, or the CPU.
 
     Raises:
-        UserError: It is a GPU that is not among DEVICES.
+        UserError: If the device is a GPU that is not among DEVICES.
     """
     if not torch.cuda.is_available():
         return CPU

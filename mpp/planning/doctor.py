@@ -1,4 +1,4 @@
-"""Check what a machine has for runs, by trying it where possible, and find out what to do about the rest."""
+"""Check whether a machine is ready for runs, by trying things if possible, and advise what to do."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from mpp.parallel.devices import cores, cores_in_use, cpu_has_bf16
 from mpp.runs.environment import environment
 
 PHOTO_PX = (375, 500)
-"""Height and width of the JPEG that is decoded: ImageNet's average (Deng et al. 2009: 400 × 350, a little larger)."""
+"""Height and width of the JPEG that is decoded, a little more than ImageNet's average (Deng et al. 2009: 400 × 350)."""
 DECODING_S, WRITTEN_BYTES = 1.0, 64 << 20
 LEAST_FREE_BYTES = 10e9
 LEAST_MEMORY_BYTES = 4e9
 MOST_CLOCK_S = 5.0
-"""Between this clock and that of the storage, above which times in records mislead (a guess)."""
+"""Largest difference between the clocks of this machine and of the storage. Above it, times in records mislead (a
+guess)."""
 EXTRAS = {
     "lora": "peft",
     "s3": "s3fs",
@@ -45,12 +46,12 @@ EXTRAS = {
     "parquet": "pyarrow",
     "multichannel": "tifffile",
 }
-"""Optional packages of the project, and a module that each brings."""
+"""Extras of the project, and a module that each installs."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of `mpp doctor`, and one with what to do."""
+    """One result of `mpp doctor`: a line with what was found, and a line of advice if there is any."""
 
     what: str
     found: str
@@ -59,7 +60,7 @@ class Finding:
 
     @property
     def state(self) -> str:
-        """A problem needs attention; a note may be of use."""
+        """Kind of the result. A problem needs attention; a note may be useful."""
         return "problem" if not self.ok else "note" if self.advice else "ok"
 
     def __str__(self) -> str:
@@ -68,10 +69,10 @@ class Finding:
 
 
 def examine(folder: str = ".") -> Iterator[Finding]:
-    """Yield what is found, one thing after the other.
+    """Yield the findings, one after the other.
 
     Args:
-        folder: Where runs will be written.
+        folder: Folder in which runs will be written.
     """
     for look in (_versions, _devices, _precision, _decoding, _memory, _shared_memory):
         yield from look()
@@ -88,9 +89,9 @@ def _versions() -> Iterator[Finding]:
 
 
 def _unmet() -> list[tuple[str, str]]:
-    """Packages that are missing or of another version than asked for: what is there, and the requirement.
+    """Return required packages that are missing or have another version: (what is installed, the requirement).
 
-    Each is named with its own requirement: the project itself is not on PyPI.
+    Requirements of packages are listed, because the project itself is not on PyPI.
     """
     from packaging.requirements import InvalidRequirement, Requirement
 
@@ -150,7 +151,7 @@ def _precision() -> Iterator[Finding]:
 
 
 def _photo() -> bytes:
-    """A JPEG with something in it everywhere."""
+    """Return a JPEG with structure everywhere."""
     rows, columns = np.mgrid[: PHOTO_PX[0], : PHOTO_PX[1]]
     waves = np.stack([np.sin(rows / a + columns / b) for a, b in ((9, 31), (23, 7), (41, 13))], -1)
     noise = np.random.default_rng(0).normal(0, 12, waves.shape)
@@ -181,7 +182,7 @@ def _memory() -> Iterator[Finding]:
 
 
 def _shared_memory() -> Iterator[Finding]:
-    """Batches come from loader processes through it; containers often have 64 MB."""
+    """Check /dev/shm, through which batches come from loader processes. Containers often have only 64 MB of it."""
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -192,7 +193,7 @@ def _shared_memory() -> Iterator[Finding]:
 
 
 def _existing(place: Path) -> Path:
-    """The place, or the nearest folder above it that is there."""
+    """Return the place, or the nearest folder above it that exists."""
     return next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
 
 

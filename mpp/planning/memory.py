@@ -1,4 +1,4 @@
-"""Floating-point operations and bytes of one training step, counted on the meta device."""
+"""Count the floating-point operations and the memory of one training step on the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CUDA_KEEPS = "what CUDA and its libraries keep for themselves, about 1 GB, and "
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of tensors that were made and are alive, now and at worst."""
+    """A mode that counts the bytes of live tensors, now and at the peak. Tensors in `before` are not counted."""
 
     def __init__(self, before: list[Tensor]) -> None:
         super().__init__()
@@ -58,7 +58,10 @@ class _Live(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused attention keeps for its backward pass; on the meta device torch would write it out."""
+    """Stand-in for fused attention that keeps the same tensors for its backward pass.
+
+    On the meta device, torch would compute attention step by step, which keeps more.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,13 +76,13 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _fused() -> Iterator[None]:
-    """Attention without a bias is fused on every device that trains."""
+    """Replace attention without a bias by `_Attention`, because every device used for training fuses it."""
     original = F.scaled_dot_product_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **more: Any) -> Tensor:
         return original(q, k, v, attn_mask, *args, **more) if attn_mask is not None else _Attention.apply(q, k, v)
 
-    # a mode of torch would not see what activation checkpointing runs again
+    # The function is replaced because a mode of torch would not see what activation checkpointing computes again.
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
@@ -90,17 +93,17 @@ def _fused() -> Iterator[None]:
 def count_step(
     recipe: PretrainRecipe, model: MaskedPatchModel, grid: tuple[int, int], micro: int, precision: str
 ) -> tuple[float, int]:
-    """Count what a forward and a backward pass take.
+    """Count the operations and the memory of one forward and backward pass.
 
     Args:
-        recipe: Of pretraining.
-        model: Of the recipe.
-        grid: (rows, columns) of cells.
-        micro: Images of the pass.
+        recipe: Recipe of pretraining.
+        model: Model of the recipe. It is moved to the meta device.
+        grid: (rows, columns) of mask units.
+        micro: Number of images in the pass.
         precision: "fp32" or "bf16".
 
     Returns:
-        Floating-point operations, and bytes at worst.
+        (floating-point operations, peak bytes of activations and gradients).
     """
     units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(micro))
     meta = torch.device("meta")
@@ -115,7 +118,7 @@ def count_step(
         for p in model.parameters():
             p.grad = None
 
-    with FlopCounterMode(display=False) as flop:  # by itself: it keeps tensors
+    with FlopCounterMode(display=False) as flop:  # in a pass of its own, because the counter keeps tensors alive
         step()
     live = _Live([*model.parameters(), *model.buffers(), images])
     with _fused(), live:

@@ -1,8 +1,8 @@
-"""What a pretraining run will take, before it is begun: counted on the recipe's own model, nothing of it computed.
+"""Estimate memory, time and disk of a pretraining run before it starts, from the recipe's own model.
 
-One step of one device runs on torch's meta device, which knows shapes alone: its floating-point operations and the
-bytes that live at its worst moment are counted. How much of a device's peak a run reaches cannot be known before: it is
-asked for, or assumed and reported. On this machine's CPU a few real steps and batches are timed instead.
+One step of one device runs on torch's meta device, which handles shapes without data. Its floating-point operations and
+its peak memory in bytes are counted. The utilisation of the device (MFU) cannot be predicted: the user gives it, or it
+is assumed and reported. On this machine's CPU, a few real steps and batches are timed instead.
 """
 
 from __future__ import annotations
@@ -33,53 +33,54 @@ from mpp.training.optimizer import make_optimizer, pretrain_groups
 from mpp.training.plan import steps_of
 
 FP32 = 4
-"""Bytes of a number."""
+"""Bytes of a float32 number."""
 MOMENTS = {"adamw": ("AdamW's moments", 8), "sgd": ("SGD's momentum", 4)}
-"""What an optimizer keeps of a number, and its bytes."""
+"""Name and bytes of the optimizer state for each trained number."""
 TRIED_S, TRIED_IMAGES = 2.0, 64
-"""How long steps are timed on this CPU, and from how many images reading is timed."""
+"""Seconds for which steps are timed on this CPU, and number of images with which reading is timed."""
 REST = 1.25
-"""What a step of a run takes compared with one that is timed alone, for batches that come from other processes and for
-records: 1.23 and 1.29 in two recipes (recipes/LOG.md)."""
+"""Time of a step in a run divided by the timed estimate, because batches come from other processes and records are
+written: 1.23 and 1.29 in two recipes (recipes/LOG.md)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """See `text`."""
+    """An estimate of the memory, time and disk of a pretraining run."""
 
     encoder: str
     encoder_parameters: int
     parameters: int
-    """With head, mask tokens and teachers."""
+    """Parameters including head, mask tokens and teachers."""
     trained: int
     flop_per_image: float
-    """Forward and backward; a multiplication and the addition after it are two."""
+    """Operations of the forward and backward pass. A multiplication and the addition after it count as two."""
     devices: int
     device: str
     device_memory_bytes: int
-    """By the datasheet; of this machine's device what it has."""
+    """Memory of a device, from its datasheet. For the device of this machine, its actual memory."""
     global_batch_size: int
     micro_batch: int
-    """Images that a device takes at once."""
+    """Images that a device processes at once."""
     accumulate: int
     memory_bytes: dict[str, int]
-    """Of each device, by part."""
+    """Memory of each device, by part."""
     host_bytes: int
-    """Of a whole copy of a sharded model, on each process's host."""
+    """Size of a whole copy of a sharded model, in the host memory of each process."""
     images: int
-    """Trained on in an epoch."""
+    """Training images of an epoch."""
     held_out: int
     steps: int
     epochs: float
     mfu: float
-    """Part of the peak: asked for, assumed, or of this CPU what its steps reached."""
+    """Fraction of the peak that the run reaches: given, assumed, or measured on this CPU."""
     peak_tflops: float
     seconds: float
     read_images_per_s: float | None
-    """What all loader workers of this machine read in a second, if this CPU was tried and the data were opened."""
+    """Images that all loader workers of this machine read per second. None unless steps were timed on this CPU and the
+    data were opened."""
     checkpoint_bytes: int
     disk_bytes: int
-    """With as many checkpoints as are kept, one that is being written, and the encoder."""
+    """Size of all checkpoints that are kept, one that is being written, and the encoder."""
 
     @property
     def device_bytes(self) -> int:
@@ -93,7 +94,7 @@ class Plan:
         return asdict(self) | {"device_bytes": self.device_bytes, "images_per_s": self.images_per_s}
 
     def text(self) -> str:
-        """For people."""
+        """Return the plan as text for users."""
         size, total = self.device_memory_bytes, self.device_bytes
         fits = "" if total < 0.9 * size else "  more than nine tenths of what it has: " + self._advice()
         parts = "\n".join(f"  {name:<28}{bytes_of(value):>10}" for name, value in self.memory_bytes.items())
@@ -133,15 +134,15 @@ def plan(
     """Estimate what a run of this recipe takes.
 
     Args:
-        recipe: What will run.
-        devices: How many there are.
-        device: One of DEVICES, or "cpu": this machine, whose steps and reading are timed for some seconds, with the
-            threads and workers that the run will have. None: the device of this machine.
-        mfu: Part of the peak that the run reaches; None: MFU, and for a CPU what its timed steps reach.
-        images: How many there are, with those held out; None: the recipe's data are opened.
+        recipe: Recipe of the run.
+        devices: Number of devices.
+        device: One of DEVICES, or "cpu" for this machine. On "cpu", steps and reading are timed for some seconds, with
+            the threads and workers that the run will have. None means the device of this machine.
+        mfu: Fraction of the peak that the run reaches. None means MFU; on a CPU, what the timed steps reach.
+        images: Number of images, including held-out ones. None means that the recipe's data are opened and counted.
 
     Raises:
-        UserError: As for the run itself.
+        UserError: If the run itself would raise it, or if no plan can be made for this request.
     """
     here, device = device is None, device or device_here()
     _check_request(device, devices, mfu)
@@ -160,7 +161,7 @@ def plan(
     precision = auto if recipe.precision == "auto" else recipe.precision
     size = _size(model, sharded=recipe.fsdp and devices > 1)
     read_images_per_s, step_s, tflops = None, None, find_device(device).tflops[precision]
-    if device == CPU and mfu is None:  # before the model is moved to where there are shapes alone
+    if device == CPU and mfu is None:  # before count_step moves the model to the meta device
         read_s = _read_s(recipe, opened, grid) if opened is not None else 0.0
         step_s = _step_s(recipe, model, grid, micro, accumulate, precision)
     flop, peak = count_step(recipe, model, grid, micro, precision)
@@ -200,7 +201,7 @@ def plan(
 
 
 def _check_request(device: str, devices: int, mfu: float | None) -> None:
-    """Raise UserError for a device, a number of them or a utilisation that no plan can be made for."""
+    """Raise UserError if no plan can be made for this device, number of devices or utilisation."""
     if device not in (*DEVICES, CPU):
         raise UserError(f"--device: expected one of {', '.join((*DEVICES, CPU))}; got '{device}'")
     if device == CPU and devices > 1:
@@ -212,23 +213,23 @@ def _check_request(device: str, devices: int, mfu: float | None) -> None:
 
 
 class _Size(NamedTuple):
-    """What a model's weights take."""
+    """Numbers of parameters of a model and the memory that its weights take."""
 
     encoder: int
     """Parameters of the encoder."""
     parameters: int
     trained: int
     weights: int
-    """Bytes, with buffers."""
+    """Bytes of weights and buffers."""
     gathered: int
-    """Bytes of blocks that are whole while a sharded model runs."""
+    """Bytes of gathered weights while a sharded model runs."""
     sharded: bool
 
 
 def _size(model: MaskedPatchModel, *, sharded: bool) -> _Size:
     numbers = sum(p.numel() for p in model.parameters())
     gathered = 0
-    if sharded:  # a block is whole while it is run, and the next one is on its way; what is in none stays
+    if sharded:  # a running block is gathered, the next one is being gathered, and weights outside of blocks stay so
         sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks(model)), reverse=True)
         gathered = FP32 * (sum(sizes[:2]) + max(numbers - sum(sizes), 0))
     return _Size(
@@ -242,9 +243,14 @@ def _size(model: MaskedPatchModel, *, sharded: bool) -> _Size:
 
 
 def _memory(recipe: PretrainRecipe, size: _Size, devices: int, micro: int, peak: int) -> dict[str, int]:
-    """Bytes that live on a device at the worst moment of a step, by what they are.
+    """Return the bytes in use on a device at the peak of a step, by part.
 
-    micro: images of a micro-batch. peak: bytes of activations and gradients.
+    Args:
+        recipe: Recipe of the run.
+        size: Parameters and weights of the model.
+        devices: Number of devices.
+        micro: Images of a micro-batch.
+        peak: Peak bytes of activations and gradients.
     """
     data, share = recipe.data, devices if size.sharded else 1
     moments, moment_bytes = MOMENTS[recipe.optim.name]
@@ -261,9 +267,9 @@ def _memory(recipe: PretrainRecipe, size: _Size, devices: int, micro: int, peak:
 def _step_s(
     recipe: PretrainRecipe, model: MaskedPatchModel, grid: tuple[int, int], micro: int, accumulate: int, precision: str
 ) -> float:
-    """Seconds of a training step on this CPU, timed with the threads that torch takes.
+    """Return the seconds of a training step on this CPU, timed with torch's number of threads.
 
-    A part of the micro-batch is enough if a whole one would take long.
+    If a whole micro-batch would take long, a part of it is timed.
     """
     model.train()
     groups = pretrain_groups(model, recipe.optim.weight_decay)
@@ -289,21 +295,27 @@ def _step_s(
 
 
 def _read_s(recipe: PretrainRecipe, images: ShardImages, grid: tuple[int, int]) -> float:
-    """Seconds in which one process reads an image, crops it and draws its mask."""
+    """Return the seconds in which one process reads an image, crops it and draws its mask."""
     data = recipe.data
     crop = Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
     counts = np.asarray(images.counts)
     dataset = PretrainDataset(images, crop, build_mask(recipe), grid, 0, counts, 1)
     places = [(s, r) for s, n in enumerate(counts.tolist()) for r in range(min(n, TRIED_IMAGES))][:TRIED_IMAGES]
     keys = [(i, s, r) for i, (s, r) in enumerate(places)]
-    dataset.batch(keys[:1])  # opens what has to be opened
+    dataset.batch(keys[:1])  # opens files outside of the timing
     began = time.perf_counter()
     dataset.batch(keys)
     return (time.perf_counter() - began) / len(keys)
 
 
 def _with_loader(step_s: float, read_s: float, workers: int) -> float:
-    """Seconds of a step while the loader reads the next one on the same cores. read_s: of one process, for a step."""
+    """Return the seconds of a step while the loader reads the next batch on the same cores.
+
+    Args:
+        step_s: Seconds of a step without loader.
+        read_s: Seconds in which one process reads the images of a step.
+        workers: Number of loader processes.
+    """
     if workers == 0:
         return step_s + read_s
     busy = step_s * min(torch.get_num_threads(), cores()) + read_s

@@ -1,4 +1,4 @@
-"""The dataset of pretraining: read, crop, flip, mask, all of it a pure function of (seed, position)."""
+"""The dataset of pretraining. It reads, crops, flips and masks images as a pure function of (seed, position)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from mpp.rng import Purpose, Streams, stream
 
 
 class PretrainDataset(Dataset[Batch]):
-    """Images with their masks; keys are (position, shard, row), and a list of keys makes a `Batch`.
+    """Images with their masks. A key is (position, shard, row), and a list of keys gives a `Batch`.
 
     Args:
-        images: Of the shards. A bad one is replaced by another that is trained on, or held out, as it is.
-        crop: How a crop is drawn.
-        mask: What draws the masks.
+        images: Images of the shards. An unreadable training image is replaced by another training image, a held-out one
+            by another held-out one.
+        crop: Random and centre crops.
+        mask: Component that draws the masks.
         mask_grid: (rows, columns) of mask units.
-        seed: Of the run.
-        train_counts: Rows of each shard that are trained on; those after are held out.
-        global_batch: Samples of one step, which all hide as many units.
-        ahead: Fetches remote shards.
+        seed: Seed of the run.
+        train_counts: Number of training images of each shard. The images after them are held out.
+        global_batch: Number of samples of one step, which all hide the same number of units.
+        ahead: Object that fetches remote shards in advance. None means that nothing is fetched in advance.
     """
 
     def __init__(
@@ -54,10 +55,16 @@ class PretrainDataset(Dataset[Batch]):
                 self.ahead.come_to(keys[0][0])
             return self.batch(keys)
         except UserError as error:
-            return error  # raised by `batches`, without the worker's traceback
+            return error  # `data.loader.batches` raises it in the main process, without the worker's traceback
 
     def batch(self, keys: list[tuple[int, int, int]], *, centre: bool = False) -> Batch:
-        """centre: for held-out images: no randomness in the crop, the middle of a range of mask ratios."""
+        """Return a batch of images with their masks.
+
+        Args:
+            keys: (position, shard, row) of each sample.
+            centre: Whether images are cropped at the centre, and the mask ratio is the middle of its range. Used for
+                held-out images.
+        """
         size = (self.crop.channels, *self.crop.size)
         images = torch.empty((len(keys), *size), dtype=self.crop.dtype)
         grey = torch.full(size, GREY, dtype=torch.uint8)

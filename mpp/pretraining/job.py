@@ -1,4 +1,4 @@
-"""A pretraining run that is ready to train: everything its loop works with."""
+"""A pretraining run that is ready to train, with everything that its loop uses."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Pretraining:
     """A run that is ready to train."""
 
     recipe: PretrainRecipe
-    """Resolved: nothing changes it any more."""
+    """The resolved recipe, which does not change any more."""
     team: Team
     plan: Plan
     dataset: PretrainDataset
     sampler: MicroBatches
-    """This process's micro-batches, from the first step that is left."""
+    """This process's micro-batches, from the first step that is still to do."""
     held_out: Batch
     """Images that are never trained on, each with the mask it has in every run of this seed."""
     model: MaskedPatchModel
@@ -45,7 +45,7 @@ class Pretraining:
     sharded: bool
     """Whether each process holds a part of the weights."""
     whole: Whole[MaskedPatchModel]
-    """A copy of the model with all its weights, to be looked at."""
+    """A copy of the model with all its weights, for evaluation, pictures and the export."""
     optimizer: GuardedOptimizer
     trained: list[nn.Parameter]
     batch_norms: nonfinite.BatchNormStatistics

@@ -1,4 +1,4 @@
-"""Masked-patch pretraining: the loop, to be read from top to bottom."""
+"""The loop of masked-patch pretraining. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ from mpp.training.steps import StepReport, StepReports, allow_unsaved, seed_drop
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What `pretrain` returns."""
+    """The result of `pretrain`."""
 
     out: Path
     state: str
     """"finished", or "stopped" by a signal with a checkpoint to resume from."""
     step: int
     loss: float
-    """Of the last step, over all processes."""
+    """Loss of the last step, over all processes."""
     skill: float
-    """1 - loss / loss of the trivial predictor, on held-out images; the last one measured."""
+    """1 - loss / loss of the trivial predictor, on held-out images, as last measured."""
     encoder: Path | None
     """The timm folder of the encoder; None until the run is finished."""
     signal: str | None = None
-    """The name of the signal that stopped the run."""
+    """Name of the signal that stopped the run."""
 
 
 def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
     """Run a recipe.
 
     Args:
-        recipe: What to run.
+        recipe: The recipe to run.
         resume: "never" (the run folder must be new), "auto", or the folder of a checkpoint.
 
     Raises:
-        UserError: Anything the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     with ExitStack() as until_the_end:
         return train(prepare(recipe, resume, until_the_end))
 
 
 def train(job: Pretraining) -> PretrainResult:
-    """Train until the last step, or until a signal asks to stop. One turn of the loop is one optimizer step.
+    """Train until the last step, or until a signal asks to stop. One iteration of the loop is one optimizer step.
 
-    The results of a step are read from the device in the next turn, when the device is busy with the next step. So the
-    host never waits for the device, except if something is due that needs the newest numbers.
+    The results of a step are read from the device in the next iteration, when the device is busy with the next step. So
+    the host never waits for the device, except if something is due that needs the newest numbers.
     """
     recipe, team, plan, progress = job.recipe, job.team, job.plan, job.progress
     reports = StepReports(team, job.stop_request)
@@ -68,10 +68,11 @@ def train(job: Pretraining) -> PretrainResult:
 
     for step in range(progress.step, plan.total_steps):
         faults.point("train.step_begins")  # tests make processes fail here
-        due = plan.due_after(step)  # of log, checkpoint, skill, pictures, probe; everything, and "end", after the last
+        due = plan.due_after(step)  # names such as "log" or "checkpoint"; after the last step all of them and "end"
 
         # 1. Gradients of this process's micro-batches. Processes exchange gradients in the last backward pass of a
-        #    step. A sharded model exchanges them every time: a process has no room for the gradients of all shards.
+        #    step. A sharded model exchanges them in every backward pass, because a process has no room for the
+        #    gradients of all shards.
         job.batch_norms.remember()
         for batch, is_last in job.micro_batches.of_step(step):
             seed_dropout(recipe.seed, batch)
@@ -81,10 +82,11 @@ def train(job: Pretraining) -> PretrainResult:
             reports.add(batch, losses)
         grad_norm = team.clip_gradients(job.trained, recipe.optim.clip_grad_norm)
 
-        # 2. The update. If the loss or the gradient norm is not finite, the device skips it, with weight decay and
-        #    moments, and restores the statistics of batch norms. The report of step N arrives in turn N + 1, before
-        #    that turn's update: if step N was skipped, the weights are still those that it ran with, and the step is
-        #    kept with them for `mpp replay`. If something is due or the run stops, step N is reported in its own turn.
+        # 2. The update. If the loss or the gradient norm is not finite, the device skips the whole update, including
+        #    weight decay and moments, and restores the statistics of batch norms. The report of step N arrives in
+        #    iteration N + 1, before the update of that iteration. If step N was skipped, the weights are still those
+        #    that it ran with, and the step is kept with them for `mpp replay`. If something is due or the run stops,
+        #    step N is reported in its own iteration.
         job.watch.at(step, "exchanging losses")
         finite = reports.send(step, grad_norm)
         job.batch_norms.restore(unless=finite)
@@ -113,12 +115,12 @@ def train(job: Pretraining) -> PretrainResult:
 
 
 def account_for(report: StepReport, job: Pretraining) -> None:
-    """Take a report into account: note the losses, keep a step that is not finite, count unreadable images.
+    """Process the report of a step: record the losses, keep a step that is not finite, count unreadable images.
 
     Every process calls this with the same numbers.
 
     Raises:
-        UserError: More steps were not finite, or more images unreadable, than the recipe allows.
+        UserError: If more steps were not finite, or more images unreadable, than the recipe allows.
     """
     recipe, progress = job.recipe, job.progress
     progress.losses, progress.grad_norm = report.losses, report.grad_norm
@@ -161,10 +163,11 @@ def save(job: Pretraining, *, required: bool) -> None:
     """Write a checkpoint.
 
     Args:
-        required: If it cannot be written, end the run, whatever the recipe's `if_unsaved` says.
+        job: The run.
+        required: Whether the run ends if the checkpoint cannot be written, even if `if_unsaved` is go_on.
 
     Raises:
-        UserError: It cannot be written, and the run must not continue without it.
+        UserError: If the checkpoint cannot be written, and the run must not continue without it.
     """
     seen = job.progress.step * job.plan.global_batch_size
     state = {"seen": seen, **job.progress.to_json(), "data_fingerprint": job.dataset.images.fingerprint}
@@ -185,10 +188,10 @@ def stop(job: Pretraining) -> PretrainResult:
 
 
 def finish(job: Pretraining) -> PretrainResult:
-    """Write the encoder as a timm folder, whose embedding is the mean of the patch tokens.
+    """Write the encoder as a timm folder whose embedding is the mean of the patch tokens.
 
-    Its batch norms, if it has any, get the statistics of whole images, the held-out ones: in training they saw images
-    that were hidden in part.
+    If the encoder has batch norms, their statistics are measured again on the held-out images without masks, because in
+    training parts of the images were hidden.
     """
     progress, folder = job.progress, job.run.out / "encoder"
     metrics = {"step": progress.step, "loss": progress.loss, "skill": progress.skill}

@@ -20,20 +20,25 @@ from mpp.runs.pictures import keep
 from mpp.runs.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
 
 RANK_IMAGES = 64
-"""Held-out images whose targets the rank is taken from; their cells are some thousands of rows."""
+"""Number of held-out images for the rank of targets. Their cells are some thousands of rows."""
 SPREAD_IMAGES = 256
-"""Held-out images whose features the spread is taken from: one row each."""
+"""Number of held-out images for the spread of features. Each image is one row."""
 LEAST_SPREAD_IMAGES = 32
-"""With fewer images the rank of the features is low because the images are few (a guess)."""
+"""Least number of images for the spread of features. With fewer, the rank is low only for lack of images (a guess)."""
 AT_ONCE = 256
-"""Held-out images that are measured at once."""
+"""Number of held-out images in one forward pass."""
 LEAST_BITS = 1.0
 """Entropy of a target's classes below which a run warns (a guess; 512 colours of photographs carry 5 to 7)."""
 
 
 @torch.no_grad()
 def warn_of_poor_targets(model: MaskedPatchModel, raw: Tensor) -> list[str]:
-    """Return a line for each target whose classes hardly ever differ on these images, (B, C, H, W) uint8."""
+    """Return a warning for each target whose classes hardly ever differ on these images.
+
+    Args:
+        model: The model with its targets.
+        raw: (B, C, H, W) uint8 images.
+    """
     lines = []
     for o in model.objectives:
         if o.target.of == "classes":
@@ -53,11 +58,12 @@ def measure_collapse(model: MaskedPatchModel, raw: Tensor) -> dict[str, tuple[fl
     """Measure the targets that may collapse.
 
     Args:
+        model: The model with its targets.
         raw: (B, C, H, W) uint8 images.
 
     Returns:
-        By name of the target: effective rank of its values, and the share of them that depends on the image. A target
-        that is the same for every image has a share of 0; its rank is that of the noise on it.
+        (effective rank of the values, share of their energy that depends on the image) by name of the target. A target
+        that is the same for every image has a share of 0, and its rank is that of its noise.
     """
     images = model.images(raw)
     values = {o.name: o.target(images) for o in model.objectives if o.target.may_collapse}
@@ -65,14 +71,14 @@ def measure_collapse(model: MaskedPatchModel, raw: Tensor) -> dict[str, tuple[fl
 
 
 def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
-    """Measure what is due after a step, on held-out images and in eval mode, and warn of what looks wrong.
+    """Measure what is due after a step, on held-out images and in eval mode, and warn if something looks wrong.
 
     Args:
-        job: The run; its progress gets what was measured.
-        due: Of "probe", "skill" and "pictures", those that are due.
+        job: The run. The results are stored in its progress.
+        due: Names of what is due. "probe", "skill" and "pictures" are handled here.
 
     Returns:
-        What was measured now, for a line of metrics; empty if nothing was.
+        Values for the next line of metrics; empty if nothing was measured.
     """
     progress, team = job.progress, job.team
     if not due & {"probe", "skill", "pictures"}:
@@ -96,7 +102,13 @@ def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
 
 
 def record_of(job: Pretraining, lr: float, measured: JsonObject) -> JsonObject:
-    """Return a line of metrics. What was measured now is in this line alone."""
+    """Return a line of metrics.
+
+    Args:
+        job: The run.
+        lr: Learning rate of the step.
+        measured: Values of `measure`. Only the line of their step has them.
+    """
     progress, objectives = job.progress, job.model.objectives
     seen = progress.step * job.plan.global_batch_size
     record: JsonObject = {"step": progress.step, "seen": seen, "loss": progress.loss}
@@ -110,7 +122,7 @@ def record_of(job: Pretraining, lr: float, measured: JsonObject) -> JsonObject:
 
 
 def _skill_record(job: Pretraining) -> JsonObject:
-    """Return the numbers of a measured skill by their keys in the metrics."""
+    """Return skill, collapse of targets and spread of features by their keys in the metrics."""
     progress, objectives = job.progress, job.model.objectives
     record: JsonObject = {"skill": progress.skill}
     if len(objectives) > 1:
@@ -121,7 +133,7 @@ def _skill_record(job: Pretraining) -> JsonObject:
 
 
 def _warn(job: Pretraining, due: frozenset[str]) -> None:
-    """Warn of features or targets that collapse, and of a run in which nothing rises any more."""
+    """Warn if features or targets collapse, and if neither skill nor probe accuracy rises any more."""
     progress, log, features = job.progress, job.log, job.progress.features
     if features and collapsed(*features, COLLAPSED_FEATURE_SHARE):
         log.say(
@@ -146,11 +158,11 @@ def _warn(job: Pretraining, due: frozenset[str]) -> None:
 def measure_skills(
     team: Team, model: MaskedPatchModel, held_out: Batch
 ) -> tuple[list[float], dict[str, tuple[float, float]], Spread | None]:
-    """Measure a model on held-out images, in eval mode; on every process alike, so that none waits for another.
+    """Measure a model on held-out images, in eval mode. Every process does the same, so that none waits for another.
 
     Returns:
-        Skill of each objective; rank and share of each target that may collapse; those of the features, if there are
-        enough images.
+        (skill of each objective, rank and share of each target that may collapse, spread of the features). The spread
+        is None if there are fewer than LEAST_SPREAD_IMAGES images.
     """
     model.eval()
     model_loss = trivial = torch.zeros(len(model.objectives), dtype=torch.float64)
@@ -170,9 +182,9 @@ def measure_skills(
 
 
 def keep_pictures(team: Team, model: MaskedPatchModel, held_out: Batch, count: int, log: RunLog, step: int) -> None:
-    """Keep pictures of the first held-out images, drawn in eval mode, if a target has a picture.
+    """Store pictures of the first held-out images, drawn in eval mode, if a target has a picture.
 
-    A full disk does not end the run here; the log gets a line.
+    A full disk does not end the run here. The log gets a warning.
     """
     if count == 0:
         return

@@ -1,4 +1,4 @@
-"""Watching a pretraining run: a probe of the encoder as it is now, its spread, a word when nothing rises any more."""
+"""Monitor a pretraining run: an online probe of the encoder, and the spread of its features."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from mpp.training.batch_norms import batch_norms_of, choose_batches, measure_bat
 
 BATCH = 256
 MAX_ITERATIONS = 50
-"""Of L-BFGS: the probe's cost stays bounded (guess)."""
+"""Most iterations of L-BFGS, which bounds the cost of the probe (a guess)."""
 
 
 @dataclass
 class ProbeImages:
-    """Labeled images of one side of the probe, in memory."""
+    """Labeled training or validation images of the probe, in memory."""
 
     images: Tensor
-    """(n, C, H, W) uint8"""
+    """(n, C, H, W) uint8 images."""
     labels: np.ndarray
-    """(n,) int64"""
+    """(n,) int64 class numbers."""
 
 
 def probe_images(
@@ -43,14 +43,14 @@ def probe_images(
 
     Args:
         data: Labeled images.
-        size: (H, W) of the crops.
-        most: How many at most, drawn by the seed.
-        seed: Of the run.
-        key: Of the recipe, for messages.
-        **reading: How they are decoded.
+        size: (H, W) of the crops in pixels.
+        most: Most images, drawn by the seed.
+        seed: Seed of the run.
+        key: Recipe key of the images, for messages.
+        **reading: How images are decoded; see `Decoding`.
 
     Raises:
-        UserError: None can be read.
+        UserError: If no image can be read.
     """
     numbers = np.sort(stream(seed, Purpose.PROBE).permutation(len(data.labels))[:most])
     batch = CentreDataset(data, size, 1.0, **reading).__getitems__(numbers.tolist())
@@ -71,26 +71,33 @@ class Probed(NamedTuple):
 class OnlineProbe:
     """A linear probe of every layer's mean patch token, on a fixed small set of labeled images.
 
-    It changes nothing in training: it draws no random number, and no gradient flows. The layer is chosen by the
-    images it is judged on: a monitor, where `mpp evaluate` is evidence.
+    The probe does not change training: it draws no random numbers, and no gradient flows. The best layer is chosen on
+    the same images that the probe is judged on. So the probe is a monitor; `mpp evaluate` gives evidence.
+
+    Args:
+        train: Images to fit the probe on.
+        val: Images to judge the probe by.
+        num_classes: Number of classes.
+        weight_decay: Weight decay of the probe.
+        mean: (C, 1, 1) mean of each channel, for pixels in [0, 1].
+        std: (C, 1, 1) standard deviation of each channel, for pixels in [0, 1].
     """
 
     def __init__(
         self, train: ProbeImages, val: ProbeImages, num_classes: int, weight_decay: float, mean: Tensor, std: Tensor
     ) -> None:
-        """mean, std: (C, 1, 1), of pixels in [0, 1]."""
         self.train, self.val, self.num_classes, self.weight_decay = train, val, num_classes, weight_decay
         self.mean, self.std = mean.flatten().tolist(), std.flatten().tolist()
 
     def __call__(self, model: nn.Module, device: torch.device) -> Probed:
-        """Probe the encoder as it is now.
+        """Probe the encoder with its current weights.
 
-        Its batch norms normalise by the statistics of the probe's training images, then get back their own, which are
-        of images hidden in part. The exported encoder also has statistics of whole images.
+        For the probe, batch norms use statistics of the probe's whole training images, as the exported encoder has
+        statistics of whole images. Then their own statistics, which come from partly hidden images, are restored.
 
         Args:
             model: A timm encoder, in eval mode.
-            device: Where features are computed.
+            device: Device on which features are computed.
         """
         began = time.monotonic()
         reader = EncoderReader(model, None, self.mean, self.std).to(device)
@@ -120,20 +127,24 @@ class OnlineProbe:
 
 
 class Spread(NamedTuple):
-    """How much an encoder's features tell images apart."""
+    """The spread of an encoder's features over images. An image's features are the last block's mean patch token."""
 
     rank: float
-    """Effective rank over the images, without what they have in common: of the mean patch token of the last block."""
+    """Effective rank of the features over the images, after subtracting their mean."""
     share: float
-    """Part of its energy that depends on the image."""
+    """Share of the features' energy that depends on the image."""
 
 
 @torch.no_grad()
 def spread(model: nn.Module, images: Tensor) -> Spread:
-    """Of a timm encoder in eval mode, over (B, C, H, W) normalised images, whole.
+    """Measure the spread of a timm encoder's features.
 
-    RankMe (Garrido et al. 2023) does not centre; a large common part, which every norm after it takes off again, hides
-    the rest then: 3 instead of 19 for an encoder that fine-tunes well.
+    RankMe (Garrido et al. 2023) does not centre the features. A large common part, which a following norm removes, then
+    hides the other directions: the rank was 3 instead of 19 for an encoder that fine-tunes well.
+
+    Args:
+        model: A timm encoder, in eval mode.
+        images: (B, C, H, W) normalised images, without masks.
     """
     maps: TimmModel = model
     feature_map = maps.forward_intermediates(images, indices=1, norm=False, output_fmt="NCHW", intermediates_only=True)[

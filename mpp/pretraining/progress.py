@@ -1,4 +1,4 @@
-"""How far a pretraining run has come, and what was measured on the way."""
+"""The progress of a pretraining run, and what was measured during it."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from mpp.runs.symptoms import Measured
 
 @dataclass
 class Progress:
-    """The numbers of a run that a checkpoint keeps beside the tensors."""
+    """The numbers of a run that a checkpoint keeps in addition to the tensors."""
 
     step: int = 0
-    """Optimizer steps that are done."""
+    """Number of optimizer steps that are done."""
     unreadable: int = 0
-    """Images that could not be read so far."""
+    """Number of images that could not be read so far."""
     skipped: int = 0
-    """Steps that were left out because they were not finite."""
+    """Number of steps that were skipped because they were not finite."""
     loss: float = math.nan
-    """Of the newest step that was read, over all processes."""
+    """Loss of the newest step that was read from the device, over all processes."""
     skills: list[float] = field(default_factory=list)
-    """1 - loss / loss of the trivial predictor, on held-out images, of each objective; the last ones measured."""
+    """1 - loss / loss of the trivial predictor of each objective, on held-out images, as last measured."""
     collapse: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """By target that may collapse: effective rank, and share that depends on the image."""
+    """(effective rank, share that depends on the image) by name of each target that may collapse."""
     features: Spread | None = None
     history: list[Measured] = field(default_factory=list)
     """Skill and probe accuracy at each measurement."""
     probed: Probed | None = None
     device_minutes: float = 0.0
-    """Minutes of CPU time, or of GPUs, of all processes, when last asked."""
+    """Minutes of CPU time, or of GPU time, of all processes, as last measured."""
     losses: list[float] = field(default_factory=list)
-    """Of each objective, as `loss`; not kept in checkpoints."""
+    """Loss of each objective in the same step as `loss`; not kept in checkpoints."""
     grad_norm: float = math.nan
-    """As `losses`."""
+    """Norm of the gradient in the same step; not kept in checkpoints."""
 
     @property
     def skill(self) -> float:
-        """The first objective's."""
+        """Skill of the first objective."""
         return self.skills[0]
 
     def to_json(self) -> JsonObject:
-        """Return what state.json holds; null for numbers that are not finite."""
+        """Return the values for state.json, except `step`, with null for numbers that are not finite."""
         return {
             "bad": self.unreadable,
             "skipped": self.skipped,
@@ -59,7 +59,7 @@ class Progress:
 
     @staticmethod
     def from_json(state: JsonObject) -> Progress:
-        """Return what `to_json` gave, with `step`."""
+        """Return the progress in the values of `to_json` and `step`."""
         return Progress(
             step=state["step"],
             unreadable=int(state["bad"]),

@@ -1,4 +1,4 @@
-"""Everything a pretraining run needs before its first step: data, model, optimizer, run folder, resume."""
+"""Prepare a pretraining run before its first step: data, model, optimizer, run folder, checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ from mpp.training.plan import Plan, steps_of
 from mpp.training.steps import MicroBatchStream, Pace
 
 RANGE_IMAGES = 16
-"""Images whose range of values is looked at before the first step."""
+"""Number of images whose range of values is checked before the first step."""
 HELD_OUT_POSITION = 2**62
-"""Where the masks of held-out images are drawn: far beyond any training position."""
+"""Position in the random stream of the first held-out image's mask, far beyond any training position."""
 LOOKED_AT = 256
-"""Held-out images that targets are checked on before the first step."""
+"""Number of held-out images on which targets are checked before the first step."""
 
 
 def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pretraining:
     """Open and check everything, and load the checkpoint to continue from.
 
     Args:
-        recipe: As it was given.
+        recipe: Recipe as the user gave it.
         resume: "never" (the run folder must be new), "auto", or the folder of a checkpoint.
-        until_the_end: What is entered here is left when the run ends, in reverse order.
+        until_the_end: Stack of contexts that are entered here and left when the run ends, in reverse order.
 
     Raises:
-        UserError: Anything the user can correct.
+        UserError: If something is wrong that the user can correct.
     """
     team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
     stop_request = until_the_end.enter_context(StopRequest())
@@ -91,14 +91,14 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     held_out = _held_out_batch(dataset)
     probe = _open_probe(recipe, model)
 
-    # The folder is opened as late as possible: what is wrong with a recipe or its data leaves no folder behind.
+    # The folder is opened as late as possible, so that an error in a recipe or its data leaves no folder behind.
     run = until_the_end.enter_context(opened(team, recipe, resume, fingerprint=dataset.images.fingerprint))
     watch.at(0, "loading")
     progress = Progress(skills=[math.nan] * len(model.objectives))
     if run.checkpoint is not None:
         checkpoint.load(run.checkpoint, model, optimizer)
         progress = Progress.from_json(checkpoint.read_state(run.checkpoint))
-        progress.probed = progress.probed if probe else None  # of a probe that is no longer asked for
+        progress.probed = progress.probed if probe else None  # drop the result of a probe that the recipe no longer has
     if recipe.compile:
         compile_forward(model, team.device)
     sampler = MicroBatches(
@@ -144,7 +144,13 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
 
 
 def make_plan(recipe: PretrainRecipe, images: int, micro_batches: int) -> Plan:
-    """Return the plan of a run over so many images."""
+    """Return the plan of a run.
+
+    Args:
+        recipe: Recipe of the run.
+        images: Number of training images.
+        micro_batches: Micro-batches of one step on each process.
+    """
     optim = recipe.optim
     total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)
     every = {"log": recipe.log_every_steps, "checkpoint": recipe.checkpoint_every_steps}
@@ -163,7 +169,7 @@ def make_plan(recipe: PretrainRecipe, images: int, micro_batches: int) -> Plan:
 
 
 def make_crop(recipe: PretrainRecipe) -> Crop:
-    """Return how an image becomes a sample."""
+    """Return the crop that turns an image into a sample."""
     data = recipe.data
     return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
 
@@ -171,7 +177,7 @@ def make_crop(recipe: PretrainRecipe) -> Crop:
 def _open_dataset(
     recipe: PretrainRecipe, team: Team, mask: Mask, mask_grid: tuple[int, int], micro_batches: int
 ) -> tuple[PretrainDataset, Order]:
-    """Open the shards, hold some images out, and put the others in order."""
+    """Open the shards, hold some images out, and set the order of the others."""
     data, optim = recipe.data, recipe.optim
     images = ShardImages(data.shards, key="data.shards", **data.opening())
     train_counts = np.asarray(images.counts) - held_out_rows(images.counts, data.held_out)
@@ -197,7 +203,7 @@ def _open_dataset(
 
 
 def _place_on_device(model: MaskedPatchModel, team: Team, *, sharded: bool) -> Whole[MaskedPatchModel]:
-    """Move the model to the device, or share it out among the processes, and return a copy that can be looked at."""
+    """Move the model to the device, or shard it over the processes. Return access to a copy with all its weights."""
     whole = Whole(model, sharded=sharded)
     if sharded:
         shard(model, team.device, whole=(model.guide,) if model.guide is not None else ())
@@ -208,10 +214,10 @@ def _place_on_device(model: MaskedPatchModel, team: Team, *, sharded: bool) -> W
 
 
 def _held_out_batch(dataset: PretrainDataset) -> Batch:
-    """Read the held-out images, centre-cropped, each with the mask it has in every run of this seed.
+    """Read the held-out images, centre-cropped, each with the mask that it has in every run of this seed.
 
     Raises:
-        UserError: Not one of them can be read: most likely nor can the others.
+        UserError: If no held-out image can be read, because then the other images most likely cannot be read either.
     """
     rows = [
         (shard, row)
@@ -228,7 +234,7 @@ def _open_probe(recipe: PretrainRecipe, model: MaskedPatchModel) -> OnlineProbe 
     """Read the images of the online probe, on every process alike, so that none waits for another.
 
     Raises:
-        UserError: There are too few of them, or none can be read.
+        UserError: If there are too few classes or images, or if none can be read.
     """
     keys, data = recipe.probe, recipe.data
     if keys is None:
@@ -250,8 +256,10 @@ def _open_log(recipe: PretrainRecipe, team: Team, plan: Plan, run: OpenRun, resu
 
 
 def _introduce(job: Pretraining) -> None:
-    """Write what is known before the first step: env.json, data.json, the opening lines of the log, warnings, and the
-    pictures of the untrained model."""
+    """Write the records that precede the first step.
+
+    These are env.json, data.json, the opening lines of the log, warnings, and the pictures of the untrained model.
+    """
     recipe, team, images, log = job.recipe, job.team, job.dataset.images, job.log
     if team.is_main:
         write_json(job.run.out / "env.json", environment())
@@ -286,7 +294,7 @@ def _introduce(job: Pretraining) -> None:
 
 
 def _opening_line(job: Pretraining) -> str:
-    """The first line of the log: images, steps, size."""
+    """Return the first line of the log: images, steps, number of trained parameters."""
     plan, dataset = job.plan, job.dataset
     shards, parameters = len(dataset.images.names), sum(p.numel() for p in job.trained) / 1e6
     line = (
@@ -302,6 +310,6 @@ def _opening_line(job: Pretraining) -> str:
 
 
 def _look_at_range(images: ShardImages, decoding: Decoding) -> list[str]:
-    """Look at a few images before the first step; see `find_coarse_images`."""
+    """Return warnings about the range of values of a few images; see `find_coarse_images`."""
     chosen = evenly(sum(images.counts), RANGE_IMAGES)
     return find_coarse_images(PackedReader(images, few=True), chosen, "data.shards", decoding)

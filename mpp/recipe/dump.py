@@ -1,4 +1,4 @@
-"""Write recipes: as YAML, as flat settings for trackers, as JSON schema for editors."""
+"""Write recipes as YAML, as flat settings for trackers, and as JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from mpp.recipe.sections import Job
 
 
 def json_schema(job: str) -> JsonObject:
-    """Of a job's recipes as they are written, with every short form, for editors. It knows no rule between keys."""
+    """Return the JSON schema of a job's recipes, with every short form, for editors.
+
+    Rules between several keys are not part of the schema.
+    """
     schema: JsonObject = _with_limits(RECIPES[job].model_json_schema())
-    open_keys = {key.rsplit(".", maxsplit=1)[-1] for key in EXAMPLES}  # which a recipe may leave to the command line
+    open_keys = {key.rsplit(".", maxsplit=1)[-1] for key in EXAMPLES}  # keys that recipes may leave to the command line
     for section in (schema, *schema.get("$defs", {}).values()):
         if "required" in section:
             section["required"] = [key for key in section["required"] if key not in open_keys]
@@ -29,14 +32,17 @@ _LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "ex
 
 
 def _with_limits(node: object) -> Any:
-    """pydantic leaves the limits of what a function looked at before under its own names, which say nothing there."""
+    """Rename limits in a schema from pydantic's names to those of JSON schema.
+
+    pydantic keeps its own names if a function checks the value before, but editors ignore these names.
+    """
     if isinstance(node, dict):
         return {_LIMITS.get(k, k) if isinstance(v, int | float) else k: _with_limits(v) for k, v in node.items()}
     return [_with_limits(item) for item in node] if isinstance(node, list) else node
 
 
 def dump_recipe(recipe: Job) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back to the same, but for secrets in its URLs."""
+    """Return a recipe as YAML, from which `load_recipe` reads the same recipe, except for secrets in URLs."""
     return yaml.safe_dump(_blotted(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
@@ -49,5 +55,5 @@ def _blotted(value: object) -> Any:
 
 
 def settings_of(recipe: Job) -> JsonObject:
-    """Values by their dotted keys, for trackers: without the secrets of URLs."""
+    """Return the values of a recipe by their dotted keys, for trackers, without secrets in URLs."""
     return flat_keys(_blotted(recipe.model_dump(mode="json")))

@@ -25,7 +25,7 @@ from mpp.recipe.values import (
 
 
 class EvaluateData(LabeledData):
-    """Labeled images; size and normalisation are the encoder's own where they are not given."""
+    """Labeled images. By default, size and normalisation are those of the encoder."""
 
     image_size: ImageSize | None = None  # type: ignore[assignment]
     """Side of the images in pixels, or [height, width]. Default: the encoder's."""
@@ -72,7 +72,7 @@ def _out_may_be_left_out(schema: JsonObject) -> None:
 
 
 class EvaluateRecipe(Job):
-    """What a frozen encoder's features are worth, layer by layer, beside controls."""
+    """Evaluation of a frozen encoder's features, layer by layer, compared with controls."""
 
     model_config = ConfigDict(json_schema_extra=_out_may_be_left_out)
 
@@ -109,7 +109,7 @@ class EvaluateRecipe(Job):
     @model_validator(mode="before")
     @classmethod
     def _own_out(cls, values: Any) -> Any:
-        """Where no run folder is named: inside the run that made the encoder, or evaluation/NAME."""
+        """Fill in the run folder if none is given: inside the run that made the encoder, else evaluation/NAME."""
         encoder = values.get("encoder") if isinstance(values, Mapping) else None
         if not isinstance(encoder, str) or values.get("out") is not None:
             return values

@@ -32,7 +32,7 @@ from mpp.recipe.values import (
 
 
 class FinetuneData(LabeledData):
-    """Labeled images, and how they are augmented; `mean` and `std` are the encoder's own where they are not given."""
+    """Labeled images and their augmentation. By default, `mean` and `std` are those of the encoder."""
 
     labels_per_class: LabelCounts | None = None  # type: ignore[assignment]
     """Train on this many images of each class, drawn by the seed. A list, [10, 100, 500], trains every setting."""
@@ -62,12 +62,12 @@ class FinetuneData(LabeledData):
         return self
 
     def label_counts(self) -> tuple[int | None, ...]:
-        """Labels of each class, from few to many; None: as many as there are, or a fraction."""
+        """Return the numbers of labels per class, ascending. None means all labels, or `fraction` of them."""
         return tuple(sorted(self.labels_per_class)) if self.labels_per_class else (None,)
 
 
 class FinetuneOptim(Optim):
-    """As in pretraining, and what fine-tuning adds."""
+    """Optimizer, warm-up and cosine schedule as in pretraining, with keys that only fine-tuning has."""
 
     base_lr: PositiveFloat = 5e-4
     """Learning rate for a batch of 256 images, multiplied by global_batch_size / 256 (MAE, table 9: 5e-4 for ViT-B and
@@ -84,7 +84,7 @@ Beside: TypeAlias = Literal["scratch", "cnn", "published"]
 
 
 class Scratch(Section):
-    """What the approach from scratch does otherwise; None: as the pretrained approach."""
+    """Settings of the approach from scratch. null means the same as for the pretrained approach."""
 
     base_lr: PositiveFloat | None = None
     """Learning rate from scratch. Default: as optim.base_lr."""
@@ -97,8 +97,8 @@ class Scratch(Section):
 class Cnn(Section):
     """The convolutional network of `beside: [cnn]`: what somebody without unlabeled images would train.
 
-    It begins from scratch and gets the time that the encoder took, pretraining included. Everything that is not said
-    here it does as the fine-tune does.
+    It starts from scratch and trains for the time that the encoder took, including pretraining. All settings without a
+    key here are those of the fine-tune.
     """
 
     name: str | None = None
@@ -109,19 +109,20 @@ class Cnn(Section):
     """Side of its images in pixels, or [height, width]. Default: image_size, doubled below 48 px, because the first
     layers of the network halve the image twice."""
     optimizer: Literal["adamw", "sgd"] = "sgd"
-    """Its optimizer, as optim.name."""
+    """Optimizer of the network, as optim.name."""
     base_lr: PositiveFloat = 0.2
-    """Its learning rate for a batch of 256 images."""
+    """Learning rate of the network for a batch of 256 images."""
     weight_decay: NonNegativeFloat = 1e-3
-    """Its weight decay."""
+    """Weight decay of the network."""
     max_epochs: PositiveFloat = 1000.0
     """Most passes over the training images, even if there is time for more. Accuracy no longer rises by then."""
 
 
 class Distill(Section):
-    """A teacher beside the labels (DeiT, Touvron et al. 2021, section 4).
+    """A teacher whose predictions are learned in addition to the labels (DeiT, Touvron et al. 2021, section 4).
 
-    An encoder with a distillation token (`deit_*_distilled_*`) learns from it there, any other through its one head.
+    An encoder with a distillation token (`deit_*_distilled_*`) learns from the teacher there, any other through its one
+    head.
     """
 
     teacher: FilePath
@@ -143,8 +144,8 @@ class Distill(Section):
 class Unlabeled(Section):
     """Images without labels in fine-tuning (FixMatch, Sohn et al. 2020).
 
-    A moving average of the model looks at a weak view of each. Where it is sure, the model learns what it says, in a
-    strong view.
+    A moving average of the model predicts a weakly augmented view of each image. If the prediction is confident, the
+    model learns it on a strongly augmented view.
     """
 
     images: Places
@@ -152,7 +153,7 @@ class Unlabeled(Section):
     per_label: PositiveInt = 3
     """Number of unlabeled images for each labeled image of a step (FixMatch: 7)."""
     weight: PositiveFloat = 1.0
-    """Weight of their loss; that of labeled images is 1 (FixMatch: 1)."""
+    """Weight of the loss of unlabeled images; labeled images have weight 1 (FixMatch: 1)."""
     warmup: Fraction = 0.1
     """Fraction of the steps during which the weight rises from 0 (a guess)."""
     threshold: Annotated[Float, Field(gt=0, lt=1)] = 0.95
@@ -168,10 +169,10 @@ class Unlabeled(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters (LoRA, Hu et al. 2022) in place of the encoder's own weights, which stand still.
+    """Low-rank adapters (LoRA, Hu et al. 2022), trained in place of the encoder's own weights, which stay frozen.
 
-    Wants the package peft. Adapters are merged at the end: the export is a plain encoder. The approach from scratch has
-    none: it has nothing worth standing still for.
+    Requires the package peft. Adapters are merged into the weights at the end, so the export is a plain encoder. The
+    approach from scratch has no adapters, because random weights are not worth freezing.
     """
 
     rank: PositiveInt = 8
@@ -183,9 +184,9 @@ class Lora(Section):
 
 
 class EarlyStop(Section):
-    """Judge on a part of the training images now and then, stop when it no longer rises, and go back to the best.
+    """Measure the score on held-out training images, stop when it no longer rises, and return to the best weights.
 
-    The validation images stay out of it.
+    The validation images are not used for this.
     """
 
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.2
@@ -265,7 +266,7 @@ class FinetuneRecipe(Run):
     @model_validator(mode="before")
     @classmethod
     def _beside(cls, values: object) -> object:
-        """Read recipes that were written while `beside` was `beside_scratch: true` or `false`."""
+        """Convert the old key `beside_scratch: true` or `false` into `beside`."""
         if not isinstance(values, dict) or "beside_scratch" not in values:
             return values
         if "beside" in values:
@@ -303,7 +304,7 @@ class FinetuneRecipe(Run):
 
     @model_validator(mode="after")
     def _kind_of_label(self) -> Self:
-        """Compare with what the kind of label allows that the task learns from."""
+        """Check that the recipe has only values that the task's kind of label allows."""
         kind = registry.declaration("task", self.task.name).constants["labels"]
         constants = registry.declaration("labels", kind).constants
         if constants.get("eight_bit_only") and not self.data.eight_bit:

@@ -1,4 +1,4 @@
-"""Every key of a recipe with its text, default and allowed values, for the command line and the documentation."""
+"""List every key of a recipe with text, default and allowed values, for the command line and the documentation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpp.recipe.registry import RECIPE_KEYS, declaration
 from mpp.recipe.sections import Chosen, Job
 
 FILLED_IN = {("evaluate", "out"): "RUN/evaluation"}
-"""Defaults of required keys that a job fills in by itself, by (job, key)."""
+"""Values that jobs use if a required key is left out, by (job, key)."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class RecipeKey:
     """A key, as `mpp recipe keys` and the reference show it."""
 
     name: str
-    """With its sections, such as optim.base_lr."""
+    """Dotted name with sections, such as optim.base_lr."""
     text: str
-    """What it is, with its unit."""
+    """Meaning of the key, with its unit."""
     default: str
-    """The default, written as in a recipe; "required" if there is none, empty for a section."""
+    """The default, written as in a recipe. "required" if there is none, empty for a section."""
     allowed: str
-    """Choices or limits; empty if the text says what it may be."""
+    """Choices or limits; empty if the key has none."""
     component: str = ""
-    """The component that the key belongs to, such as block for mask.min_block; empty for all other keys."""
+    """The component that the key belongs to, such as block for mask.min_block. Empty for all other keys."""
 
     @property
     def summary(self) -> str:
@@ -44,18 +44,18 @@ class RecipeKey:
 
     @property
     def title(self) -> str:
-        """The key with its default, and the component that it belongs to."""
+        """The key with its default, and with the component that it belongs to."""
         of_component = f"  (with {self.name.rpartition('.')[0]}={self.component})" if self.component else ""
         return f"{self.name}: {self.default}{of_component}".removesuffix(": ")
 
 
 def keys_of(job: type[Job]) -> list[RecipeKey]:
-    """Return every key of a job's recipes, in their order; keys of components once for each component."""
+    """Return every key of a job's recipes, in order. Keys of components are repeated for each component."""
     return list(_keys_of(job, ""))
 
 
 def find_keys(job: type[Job], pattern: str) -> list[RecipeKey]:
-    """Return the keys that a pattern names.
+    """Return the keys that a pattern selects.
 
     Args:
         job: Type of the recipes.
@@ -70,9 +70,9 @@ def find_keys(job: type[Job], pattern: str) -> list[RecipeKey]:
 
 
 def explain(job: type[Job], name: str) -> str:
-    """Return everything that is known of a key or a section, as text; empty if a job's recipes do not have it."""
+    """Return the full description of a key or a section as text; empty if a job's recipes do not have it."""
     lines = []
-    name = re.sub(r"\.args\..*", ".args", name)  # what is below is timm's
+    name = re.sub(r"\.args\..*", ".args", name)  # keys below args belong to timm
     keys = keys_of(job)
     for key in (key for key in keys if key.name == name):
         lines += [key.title, *wrap(key.text, 100, initial_indent="    ", subsequent_indent="    ")]
@@ -101,7 +101,7 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[RecipeKey]:
             yield RecipeKey(key, _one_line(text), first[0].model_fields["name"].default, choices)
             for component in inner:
                 yield from _of_component(component, key)
-        elif inner and get_origin(field.annotation) is tuple:  # a list of sections, here with its first item
+        elif inner and get_origin(field.annotation) is tuple:  # a list of sections; keys of its first item are shown
             yield RecipeKey(key, _one_line(text), _default(field), "")
             yield from (k for k in _keys_of(inner[0], f"{key}.0.") if not k.component)
         elif inner:
@@ -129,7 +129,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _written(value: Any) -> str:
-    """Write a value as in a recipe."""
+    """Return a value as it is written in a recipe."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
@@ -145,7 +145,7 @@ def _allowed(field: FieldInfo, section: type[BaseModel], name: str) -> str:
 
 
 def _limits(bounds: str) -> list[str]:
-    """Return the limits that tell something: those below a billion, and no "> 0" beside a higher one."""
+    """Return the limits that are informative: without those from a billion on, and without "> 0" next to ">="."""
     limits = [limit for limit in bounds.split(" and ") if limit and float(limit.split()[1]) < 1e9]
     return [limit for limit in limits if limit != "> 0" or not any(other.startswith(">= ") for other in limits)]
 

@@ -21,13 +21,16 @@ from mpp.recipe.sections import Job
 from mpp.recipe.yaml_reader import Key, parse_yaml
 
 OPEN = "REQUIRED"
-"""In place of the value of such a key, in `mpp recipe show`."""
+"""Placeholder in `mpp recipe show` for the value of a key that the recipe leaves open."""
 RECIPES: dict[str, type[Job]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
 R = TypeVar("R", bound=Job)
 
 
 def bundled() -> dict[str, Path]:
-    """Recipes that come with mpp by their names, such as pretrain/vit_small: of the wheel, or of the checkout."""
+    """Return the recipes that come with mpp by their names, such as pretrain/vit_small.
+
+    They are in the installed package, or in the checkout.
+    """
     here = Path(__file__).resolve().parent.parent
     folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
     files = {job: sorted((folder / job).glob("*.yaml")) for job in ("pretrain", "finetune")}
@@ -39,10 +42,10 @@ def find_recipe(path: str | Path, job: str | None = None) -> Path:
 
     Args:
         path: A file, or the name of a recipe that comes with mpp: pretrain/vit_small, or vit_small.
-        job: Which job the recipe must be for, if only the second part of its name is given.
+        job: Job of the recipe, if only the second part of its name is given. None means any job.
 
     Raises:
-        UserError: There is no such recipe, or there are recipes of this name for several jobs.
+        UserError: If there is no such recipe, or there are recipes of this name for several jobs.
     """
     place, given = Path(path), str(path)
     try:
@@ -52,7 +55,7 @@ def find_recipe(path: str | Path, job: str | None = None) -> Path:
         raise UserError(f"{given[:100]}: {error.strerror}") from error
     known = bundled()
     name = place.as_posix().removeprefix("recipes/").removesuffix(".yaml")
-    if name in known:  # with its job
+    if name in known:  # the name includes the job
         return known[name]
     alike = [other for other in known if other.split("/")[1] == Path(name).name]
     if given == name == Path(name).name:  # the short name, not a path
@@ -75,11 +78,11 @@ def recipe_text(path: str | Path, job: str | None = None) -> str:
     """Return the text of a recipe.
 
     Args:
-        path: As of `find_recipe`.
-        job: As of `find_recipe`.
+        path: A file or a name; see `find_recipe`.
+        job: Job of the recipe; see `find_recipe`.
 
     Raises:
-        UserError: There is no such recipe, or it cannot be read.
+        UserError: If there is no such recipe, or it cannot be read.
     """
     place = find_recipe(path, job)
     try:
@@ -95,12 +98,12 @@ def load_recipe(path: str | Path, job: type[R], overrides: JsonObject | None = N
 
     Args:
         path: A file or a name; see `find_recipe`.
-        job: The recipe's type.
+        job: Type of the recipe.
         overrides: Dotted keys and their values.
-        preset: One of its presets, applied before the overrides.
+        preset: Name of one of the recipe's presets, applied before the overrides.
 
     Raises:
-        UserError: With a line for each thing that is wrong.
+        UserError: If the recipe is wrong. The message has a line for each mistake.
     """
     values, places = parse_yaml(recipe_text(path, job.model_fields["job"].default), str(path))
     apply_preset(values, places, preset, str(path))
@@ -109,7 +112,7 @@ def load_recipe(path: str | Path, job: type[R], overrides: JsonObject | None = N
 
 
 def load_any(path: str | Path, overrides: JsonObject | None = None, preset: str | None = None) -> Job:
-    """As `load_recipe`, for the job that the recipe names (`job: pretrain` where it names none)."""
+    """Read and check a recipe of the job that it names, by default pretrain; see `load_recipe`."""
     return load_recipe(path, _job_of(path), overrides, preset)
 
 
@@ -117,15 +120,15 @@ def load_open(path: str | Path, overrides: JsonObject, preset: str | None) -> tu
     """Read a recipe that may leave required keys to the command line.
 
     Args:
-        path: Of the file.
+        path: A file or a name; see `find_recipe`.
         overrides: Dotted keys and their values.
-        preset: One of its presets.
+        preset: Name of one of the recipe's presets.
 
     Returns:
-        The recipe, in which missing keys are OPEN, and these keys.
+        (the recipe, in which missing keys have the value OPEN; the missing keys).
 
     Raises:
-        UserError: With a line for each other thing that is wrong.
+        UserError: If anything else in the recipe is wrong. The message has a line for each mistake.
     """
     job = _job_of(path)
     required = [key for key, f in leaves(job).items() if key in EXAMPLES and f.is_required()]
@@ -139,7 +142,7 @@ def load_open(path: str | Path, overrides: JsonObject, preset: str | None) -> tu
 
 
 def _has_section(key: str, job: type[Job], values: JsonObject) -> bool:
-    """Whether a recipe has the section that a key is in, or must have it."""
+    """Return whether a recipe has, or must have, the section that a key is in."""
     section = key.split(".", maxsplit=1)[0]
     return job.model_fields[section].is_required() or bool(values.get(section))
 
@@ -150,16 +153,16 @@ def _job_of(path: str | Path) -> type[Job]:
 
 
 def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonObject, preset: str | None = None) -> R:
-    """Return a recipe with one of its presets and overrides applied.
+    """Return a checked recipe with one of its presets and the overrides applied.
 
     Args:
-        recipe: A file, a mapping of its keys, or a checked recipe.
-        job: The recipe's type.
+        recipe: A file, a mapping of recipe keys, or a checked recipe.
+        job: Type of the recipe.
         overrides: Dotted keys and their values.
-        preset: One of its presets.
+        preset: Name of one of the recipe's presets.
 
     Raises:
-        UserError: With a line for each thing that is wrong.
+        UserError: If the recipe is wrong. The message has a line for each mistake.
     """
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, job, overrides, preset)
@@ -168,7 +171,7 @@ def checked(recipe: str | Path | JsonMapping | R, job: type[R], overrides: JsonO
     if isinstance(recipe, Mapping):
         values = deepcopy(dict(recipe))
     elif isinstance(recipe, job):
-        values = recipe.model_dump(mode="json", exclude_unset=True)  # which keys were given may matter
+        values = recipe.model_dump(mode="json", exclude_unset=True)  # it may matter which keys were given
     elif isinstance(recipe, Job):
         raise UserError(f"this is a recipe of `mpp {recipe.job}`, not of `mpp {job.model_fields['job'].default}`")
     else:
@@ -184,12 +187,12 @@ def check_recipe(values: JsonObject, job: type[R], places: dict[Key, str] | None
 
     Args:
         values: The mapping.
-        job: The recipe's type.
-        places: Where each key stands (file:line), for messages.
-        source: The place of keys that `places` lacks, for messages.
+        job: Type of the recipe.
+        places: Place of each key (file:line), for messages.
+        source: Place of keys that `places` lacks, for messages.
 
     Raises:
-        UserError: With a line for each thing that is wrong.
+        UserError: If the recipe is wrong. The message has a line for each mistake.
     """
     expected = job.model_fields["job"].default
     named = values.get("job", "pretrain")
@@ -202,7 +205,7 @@ def check_recipe(values: JsonObject, job: type[R], places: dict[Key, str] | None
     except ValidationError as error:
         places = places or {}
         mistakes = error.errors()
-        # a list whose items are wrong is not too short as well
+        # If items of a list are wrong, do not also report that the list is too short.
         items = {e["loc"][:-1] for e in mistakes if e["loc"] and isinstance(e["loc"][-1], int)}
         mistakes = [e for e in mistakes if not (e["type"] == "too_short" and e["loc"] in items)]
         lines = {error_line(e, job, places, source): None for e in mistakes}

@@ -1,4 +1,4 @@
-"""Turn a validation error into one line: place, key, what is wrong, what to write."""
+"""Turn each validation error into one line: place, key, what is wrong, what to write."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ EXAMPLES = {
     "unlabeled.images": "FOLDER",
     "distill.teacher": "RUN",
 }
-"""Required keys that recipes for one's own images leave open, and what to write. Those of a section that a recipe may
-lack are required where it has the section."""
+"""Required keys that recipes for users' own images leave open, and a placeholder for each value. If a recipe may lack a
+section, keys of the section are required only in recipes that have it."""
 
 
 SLIPS = {
@@ -63,21 +63,21 @@ SLIPS = {
     "compare": ("beside",),
     **dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"), ("encoder.args", "architecture.args")),
 }
-"""Keys as other projects call them, and what is meant: the first that a job has."""
+"""Names of keys in other projects, and our keys for them. The first one that a job has is suggested."""
 SLIPPED_SECTIONS = ("data", "optim", "encoder", "architecture")
-"""Sections in which a key of another section is looked for first."""
+"""Sections in which an unknown key may stand for a key of another section (see SLIPS)."""
 MOST_LISTED = 12
-"""Keys of a section that are listed if a better key is suggested as well."""
+"""Most keys of a section that a message lists if it also suggests a key."""
 MAIN_KEYS = {"data": ("data.shards", "data.train"), "encoder": ("encoder.name",)}
-"""Which key of a section is meant by a value for the section itself."""
+"""Keys that are suggested if a section itself is given a value."""
 
 
 def meant_by(key: Key, allowed: Collection[str], job: type[Job]) -> str | None:
-    """Return the key that an unknown one stands for; None if no key is like it.
+    """Return the key that an unknown key likely stands for; None if no key is similar.
 
     Args:
         key: The unknown key.
-        allowed: Keys of its section.
+        allowed: Keys of the section that the unknown key is in.
         job: Type of the recipe.
     """
     known, last, section = leaves(job), str(key[-1]), dotted(key[:-1])
@@ -88,7 +88,7 @@ def meant_by(key: Key, allowed: Collection[str], job: type[Job]) -> str | None:
     if section in ("", *SLIPPED_SECTIONS) and named:
         meant = f"{named[0]}.{last}" if named[0].endswith(".args") else named[0]
         return meant if meant != dotted(key) else None
-    is_component = any(part in RECIPE_KEYS for part in key[:-1])  # its keys are few, and its own
+    is_component = any(part in RECIPE_KEYS for part in key[:-1])  # a component has few keys, and all are its own
     elsewhere = [name for name in known if name.rpartition(".")[2] == last and not name.startswith("extra_targets.")]
     if not is_component and elsewhere and elsewhere[0] != dotted(key):
         return elsewhere[0]
@@ -97,7 +97,7 @@ def meant_by(key: Key, allowed: Collection[str], job: type[Job]) -> str | None:
 
 
 def _owners(key: Key) -> str:
-    """Say which components have a key that another component of the same kind lacks; "" if none has it."""
+    """Return a sentence that names the components with a key that the chosen component lacks; "" if none has it."""
     kind = next((str(part) for part in reversed(key[:-1]) if part in RECIPE_KEYS), None)
     if kind is None:
         return ""
@@ -156,19 +156,23 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
 
 
 def job_of(job: type[BaseModel]) -> str:
-    """Return the job of a whole recipe; "" for a section."""
+    """Return the name of a recipe's job; "" if the type is only a section."""
     return str(job.model_fields["job"].default) if "job" in job.model_fields else ""
 
 
 def section_types(annotation: Any) -> list[type[BaseModel]]:
-    """The recipe sections inside an annotation: unions and Annotated are looked through."""
+    """Return the types of recipe sections in an annotation, including those inside unions and Annotated."""
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     return [t for a in get_args(annotation) for t in section_types(a)]
 
 
 def _without_tags(loc: Key, job: type[BaseModel]) -> tuple[Key, list[str]]:
-    """pydantic puts the chosen component's name into the path; take it out. Also the keys allowed at the end."""
+    """Remove the names of components, which pydantic adds to the path of an error.
+
+    Returns:
+        (the key, the keys that are allowed in its section).
+    """
     key: list[str | int] = []
     sections: list[type[BaseModel]] = [job]
     tag = None
@@ -183,12 +187,12 @@ def _without_tags(loc: Key, job: type[BaseModel]) -> tuple[Key, list[str]]:
         if inner:
             sections = [t for f in inner for t in section_types(f.annotation)]
         elif part != loc[-1] and not isinstance(part, int):
-            key.pop()  # a branch label of a plain union
+            key.pop()  # the label of a branch of a plain union
     return tuple(key), [name for s in sections for name in s.model_fields]
 
 
 def leaves(job: type[BaseModel], prefix: str = "") -> JsonObject:
-    """Every dotted key of a recipe and its field."""
+    """Return the fields of a recipe by their dotted keys, without those of sections."""
     fields: JsonObject = {}
     for name, f in job.model_fields.items():
         sections = section_types(f.annotation)
@@ -200,7 +204,7 @@ def leaves(job: type[BaseModel], prefix: str = "") -> JsonObject:
 
 
 def bounds_of(key: Key, job: type[BaseModel]) -> str:
-    """The numeric limits of a key in words: "> 0 and < 1"."""
+    """Return the numeric limits of a key as text, such as "> 0 and < 1"; "" if there are none."""
     field = leaves(job).get(dotted(tuple(k for k in key if isinstance(k, str))))
     if field is None:
         return ""

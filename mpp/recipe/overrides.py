@@ -1,4 +1,4 @@
-"""Apply presets and `key=value` words of the command line to the keys of a recipe."""
+"""Apply presets and the command line's `key=value` arguments to the keys of a recipe."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mpp.recipe.yaml_reader import Key, Loader, dotted, parse_yaml
 
 COMMAND_LINE = "command line"
 PRESETS, OLD_PRESETS = "presets", "scales"
-"""The key of a recipe's sets of overrides, and what it was called before."""
+"""The key with a recipe's named sets of overrides, and its old name."""
 
 
 def apply_preset(values: JsonObject, places: dict[Key, str], preset: str | None, source: str) -> None:
-    """Apply one of the recipe's own sets of overrides in place, and remove the sets.
+    """Apply one of the recipe's presets in place, and remove the key `presets`.
 
     Args:
-        values: Keys of the recipe.
-        places: Where each key stands, changed likewise.
-        preset: Name of the set; None: no set.
+        values: Keys of the recipe with their values, changed in place.
+        places: Place of each key (file:line), changed in place.
+        preset: Name of the preset. None means that no preset is applied.
         source: The recipe, for messages.
 
     Raises:
-        UserError: The recipe has no set of this name.
+        UserError: If the recipe has no preset of this name, or if its presets are not valid.
     """
     if OLD_PRESETS in values and PRESETS in values:
         place = places.get((OLD_PRESETS,), source)
@@ -61,12 +61,15 @@ def apply_overrides(
     """Set dotted keys in place. Values that are strings are read as YAML, as on the command line.
 
     Args:
-        values: Of the recipe.
-        places: Where each key stands, changed likewise.
+        values: Keys of the recipe with their values, changed in place.
+        places: Place of each key (file:line), changed in place.
         overrides: Dotted keys and their values.
-        given_at: Where each of them stands; None: on the command line.
+        given_at: Place of each override. None means the command line.
+
+    Raises:
+        UserError: If a key cannot be set, or a value is not YAML.
     """
-    # which component, before its keys, in whatever order they were given
+    # The name of a component comes before its keys, in whatever order they were given.
     names_first = sorted(overrides.items(), key=lambda item: item[0].removesuffix(".name") not in RECIPE_KEYS)
     for name, value in names_first:
         *outer, last = name.split(".")
@@ -101,7 +104,7 @@ def apply_overrides(
             key.append(last)
             same = isinstance(value, str) and is_component_key(last) and isinstance(node.get(last), dict)
             if same and node[last].get("name") == value:
-                continue  # `mask=uniform` where it is: its keys stay
+                continue  # `mask=uniform` on a recipe that already has this mask keeps the keys of the mask
             node[last] = value
         for old in [k for k in places if k[: len(key)] == tuple(key)]:
             del places[old]
@@ -109,34 +112,58 @@ def apply_overrides(
 
 
 def _item(what: str, items: list[Any], part: str) -> int:
-    """The place in a list that an override names. what: the override, for the error."""
+    """Return the index of the list item that an override names.
+
+    Args:
+        what: The override, for the error.
+        items: The list.
+        part: Index as text.
+
+    Raises:
+        UserError: If the list has no such item.
+    """
     if not part.isdecimal() or int(part) >= len(items):
         raise UserError(f"{what}: '{part}': the list has items 0 to {len(items) - 1}")
     return int(part)
 
 
 def _override_value(what: str, value: Any) -> Any:
-    """A string is read as YAML, but for what only a path or pattern can be: `*.tar`, `runs/try #2`."""
+    """Return the value of an override. Strings are read as YAML, unless they must be paths: `*.tar`, `runs/try #2`.
+
+    Args:
+        what: The override, for the error.
+        value: The value as given.
+
+    Raises:
+        UserError: If a string is not valid YAML.
+    """
     if not isinstance(value, str) or value.startswith(("*", "&", "!", "@", "%", "`")):
         return value
-    if re.search(r"[\ud800-\udfff]", value):  # bytes in a file's name that are not text, which YAML does not take
+    if re.search(r"[\ud800-\udfff]", value):  # bytes of a file name that are not valid text, which YAML refuses
         return value
     try:
         node = yaml.compose(value, Loader)
         if node is not None and value[node.end_mark.index :].lstrip().startswith("#"):
-            return value  # a comment nobody meant
+            return value  # `#` is part of a path; YAML would read a comment
         if isinstance(node, yaml.MappingNode):
-            return parse_yaml(value, what)[0]  # a key given twice is an error here, too
+            return parse_yaml(value, what)[0]  # reports keys that are given twice
         return yaml.load(value, Loader)
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{what}: not a YAML value: {value}") from error
 
 
 def parse_overrides(pairs: tuple[str, ...], example: str = "optim.base_lr=1e-4") -> dict[str, str]:
-    """Read `key=value` words of the command line.
+    """Parse the `key=value` arguments of the command line.
+
+    Args:
+        pairs: The arguments.
+        example: Example for the message.
+
+    Returns:
+        Values as text, by key.
 
     Raises:
-        UserError: A word is of another form.
+        UserError: If an argument has another form, is an option of the command, or is given twice.
     """
     for pair in pairs:
         if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", pair):

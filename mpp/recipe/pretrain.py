@@ -48,7 +48,7 @@ class PretrainData(ImageData):
     @model_validator(mode="before")
     @classmethod
     def _drop_removed_key(cls, values: object) -> object:
-        """Drop `resize_on` from recipes that were written while it existed: the loader resizes now."""
+        """Drop the old key `resize_on`, because the loader now always resizes."""
         if not isinstance(values, dict) or "resize_on" not in values:
             return values
         if values["resize_on"] != "cpu":
@@ -57,7 +57,7 @@ class PretrainData(ImageData):
 
 
 class Encoder(Section):
-    """Any timm encoder with a map of features; `mpp models` lists the families that were tried."""
+    """A timm encoder that returns feature maps. `mpp models` lists the families that were tried."""
 
     name: str = "vit_base_patch16_224"
     """timm name of the encoder; or the folder of a run, an export or an import, whose weights and architecture training
@@ -75,7 +75,7 @@ class Encoder(Section):
 
 
 def _own_loss(values: object) -> object:
-    """Where no loss is named: mse, or cross_entropy for a target of classes."""
+    """Fill in the loss if none is named: mse, or cross_entropy for a target of classes."""
     if isinstance(values, Mapping) and values.get("loss") is None:
         named = values.get("target")
         name = named.get("name") if isinstance(named, Mapping) else named
@@ -85,7 +85,7 @@ def _own_loss(values: object) -> object:
 
 
 def _fitting_loss(section: Any) -> Any:
-    """Values are compared by distances, classes by cross-entropy."""
+    """Check that the loss fits the target: a distance for values, cross-entropy for classes."""
     of = registry.declaration("target", section.target.name).constants["of"]
     fitting = registry.named_with("loss", of=of)
     if section.loss.name not in fitting:
@@ -97,23 +97,23 @@ def _fitting_loss(section: Any) -> Any:
 
 
 class ExtraTarget(Section):
-    """One more target on the same forward, with a head and a loss of its own."""
+    """One more target on the same forward pass, with its own head and loss."""
 
     target: component_section("target", "pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """What this target predicts."""
     loss: component_section("loss", "mse") = Field(None, json_schema_extra=or_null)  # type: ignore[valid-type]
-    """Its loss. Default: mse, or cross_entropy for a target of classes."""
+    """Loss of this target. Default: mse, or cross_entropy for a target of classes."""
     head: component_section("head", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    """Its prediction head."""
+    """Prediction head of this target."""
     weight: PositiveFloat = 1.0
-    """Weight of its loss in the sum; the first target's weight is 1."""
+    """Weight of this target's loss in the sum; the first target's weight is 1."""
 
     _default_loss = model_validator(mode="before")(_own_loss)
     _loss_fits = model_validator(mode="after")(_fitting_loss)
 
 
 class OnlineProbe(Section):
-    """A linear probe of the encoder in training, on few labeled images: a monitor, not evidence."""
+    """A linear probe of the encoder during training, on few labeled images. It is a monitor, not evidence."""
 
     train: Places
     """Labeled images to fit the probe on, as in fine-tuning. The encoder is never trained on them."""
@@ -141,7 +141,7 @@ class PretrainRecipe(Run):
     corruption: component_section("corruption", "token") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """What the encoder sees in place of hidden patches."""
     target: component_section("target", "norm_pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
-    """What is predicted of hidden patches."""
+    """What the model predicts for hidden patches."""
     loss: component_section("loss", "mse") = Field(None, json_schema_extra=or_null)  # type: ignore[valid-type]
     """How far a prediction is from its target. Default: mse, or cross_entropy for a target of classes."""
     head: component_section("head", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]

@@ -1,10 +1,10 @@
-"""Components by name: the name in a recipe is the file, and the file holds the class.
+"""Find components by name: the name in a recipe is the name of the file, and the file holds the class.
 
-`component("mask", "block")` is the class `BlockMask` in `mpp/objective/masks/block.py`. Adding a component is adding a
-file: its name, class and recipe keys follow from it.
+`component("mask", "block")` is the class `BlockMask` in `mpp/objective/masks/block.py`. To add a component, add a file:
+its name, class and recipe keys follow from it.
 
-What a recipe needs to know of a component is read from the source of its file, without importing the file: a recipe
-can be checked without torch.
+The recipe keys of a component are read from the source of its file, without importing it. So a recipe can be checked
+without torch.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Kind(NamedTuple):
     """A kind of component."""
 
     folder: str
-    """Below mpp/; one file for each component."""
+    """Folder below mpp/ with one file for each component."""
     suffix: str
     """Last word of the class names."""
     base: str
-    """The class that all of them derive from."""
+    """Name of the class that all components of the kind derive from."""
     states: tuple[str, ...] = ()
-    """Class attributes that each of them must set itself to a plain value: recipes are checked by them."""
+    """Class attributes that each component must set to a plain value. They are used to check recipes."""
 
 
 KINDS = {
@@ -51,7 +51,7 @@ KINDS = {
     "task": Kind("finetuning/tasks", "Task", "Task", ("labels", "headline")),
     "labels": Kind("finetuning/labels", "Labels", "LabelKind"),
 }
-"""Every kind by the recipe key that names a component; labels are named by tasks."""
+"""Every kind of component by the recipe key that names it. Labels have no recipe key; tasks name them."""
 RECIPE_KEYS = tuple(kind for kind in KINDS if kind != "labels")
 
 
@@ -60,19 +60,19 @@ class Argument(NamedTuple):
 
     annotation: Any
     default: Any
-    """`REQUIRED` if there is none."""
+    """Default value; `REQUIRED` if there is none."""
     description: str
-    """As the docstring of the class has it; empty if it has none."""
+    """Text in the docstring of the class; empty if there is none."""
 
 
 REQUIRED: Any = ...
 ARGS = "Args:\n"
-"""The line of a docstring above its arguments."""
+"""Line of a docstring above its section of arguments."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What the source of a component says, without importing it."""
+    """The name, docstring, arguments and constants of a component's class, read from its source."""
 
     class_name: str
     doc: str
@@ -99,9 +99,9 @@ def declaration(kind: str, name: str) -> Declaration:
     """Read what a component declares from its source.
 
     Raises:
-        KeyError: There is no such file.
-        UserError: The file lacks the class or one of the attributes that it must state, or an annotation is not one of
-            `mpp.recipe.values` or `typing`.
+        KeyError: If there is no such file.
+        UserError: If the file lacks the class or one of the attributes that it must set, or if an annotation is not
+            from `mpp.recipe.values` or `typing`.
     """
     path = _file(kind, name)
     expected = _class_name(kind, name)
@@ -153,8 +153,8 @@ def component(kind: str, name: str) -> Any:
     """Import the class of a component.
 
     Raises:
-        KeyError: There is no such file.
-        UserError: The file lacks the class, or the class does not derive from that of its kind.
+        KeyError: If there is no such file.
+        UserError: If the file lacks the class, or if the class does not derive from the base class of its kind.
     """
     path, expected = _file(kind, name), _class_name(kind, name)
     module = importlib.import_module("mpp." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
@@ -171,12 +171,12 @@ def build(key: str, section: BaseModel, *args: object) -> Any:
     """Build the component that a section of a recipe names.
 
     Args:
-        key: Where the section stands, such as `head` or `extra_targets.0.head`.
-        section: Its `name`, and the keyword arguments.
-        args: What the toolkit gives, the positional arguments.
+        key: Dotted key of the section, such as `head` or `extra_targets.0.head`.
+        section: The section: `name` and the keyword arguments of the component.
+        args: Positional arguments, which the toolkit gives.
 
     Raises:
-        UserError: The constructor refuses them.
+        UserError: If the constructor raises ValueError.
     """
     chosen = section.model_dump()
     cls = component(key.split(".")[-1], chosen.pop("name"))
@@ -201,12 +201,14 @@ def _shown(path: Path) -> str:
 
 
 def _types_of(module: ast.Module) -> JsonObject:
-    """Return the names that annotations may use: those of typing and `mpp.recipe.values`, and types that the file
-    itself makes of them."""
+    """Return the types that annotations may use, by name.
+
+    They come from `typing`, from `mpp.recipe.values`, and from assignments in the file that combine these.
+    """
     known = {**vars(typing), **vars(values)}
     for node in module.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            with suppress(NameError, AttributeError):  # made of something else, which is no type of a recipe value
+            with suppress(NameError, AttributeError):  # the assignment uses other names, so it is not such a type
                 known[node.targets[0].id] = _evaluate(node.value, known, "")
     return known
 
@@ -215,8 +217,8 @@ def _evaluate(expression: ast.expr | None, known: JsonObject, place: str) -> Any
     """Evaluate an annotation or a default.
 
     Raises:
-        NameError: It names something that is not known, and no place is given.
-        UserError: The same, with the place.
+        NameError: If the expression uses an unknown name and no place is given.
+        UserError: If the expression is missing, or uses an unknown name and a place is given.
     """
     if expression is None:
         raise UserError(f"{place}: a recipe key needs an annotation")

@@ -1,4 +1,4 @@
-"""Which keys may change when a run is resumed."""
+"""Check which keys have changed when a run is resumed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ MAY_CHANGE = {
     "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
     "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
     "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp",
-    # where images are: what they hold has a fingerprint
+    # places of images; a fingerprint detects if the images themselves have changed
     "data.shards", "data.train", "data.val", "unlabeled.images", "distill.images",
 }  # fmt: skip
-"""Keys a resumed run may change: they do not change what is computed, but for rounding and for what micro-batches
-decide: draws of drop path, mixup and random erasing, and statistics of batch norms."""
+"""Keys that a resumed run may change, because they do not change what is computed. Exceptions are rounding, and what
+depends on micro-batches: draws of drop path, mixup and random erasing, and statistics of batch norms."""
 
 
 def differences(old: Job, new: Job) -> list[str]:
-    """One line for each key that differs and may not change when a run is resumed. A new signature of an URL may."""
+    """Return a line for each key that differs and may not change when a run is resumed.
+
+    Secrets are left out of the comparison, so a URL may have a new signature.
+    """
     a, b = (settings_of(r) for r in (old, new))
-    free = {"probe"} | ({"cnn"} if "cnn" not in a.get("beside", ()) else set())  # nobody has trained one yet
+    free = {"probe"} | ({"cnn"} if "cnn" not in a.get("beside", ()) else set())  # the run has not trained a cnn yet
     return [
         f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
         for key in differing([a, b])
@@ -33,8 +36,11 @@ def differences(old: Job, new: Job) -> list[str]:
 
 
 def _is_harmless(key: str, before: Any, now: Any) -> bool:
-    """Whether a key that may not change may change so: to more formats of images, which leaves those that were read
-    before as they are; or to another folder with an encoder, whose weights are part of the fingerprint."""
+    """Return whether this change of a key is allowed although the key may not change in general.
+
+    Two changes are allowed. More image formats do not affect the images that were read before. An encoder may be in
+    another folder, because its weights are part of the fingerprint.
+    """
     if key == "data.formats":
         return set(before or ()) <= set(now or ())
     return key in ("encoder", "compare") and isinstance(now, str) and os.path.isdir(now)

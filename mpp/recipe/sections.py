@@ -1,4 +1,4 @@
-"""Sections that several recipes share: images, optimizer, runs; and sections that name a component."""
+"""Recipe sections that several jobs share (images, optimizer, runs), and sections that name a component."""
 
 from __future__ import annotations
 
@@ -42,33 +42,37 @@ from mpp.recipe.values import (
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values do not change after the check."""
+    """A part of a recipe. Unknown keys are errors, and values cannot change after the check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Chosen(Section):
-    """A component that is not its key's default: its name must be given."""
+    """A component that is not the default of its key, so its name must be given."""
 
     model_config = ConfigDict(json_schema_extra=lambda schema: schema.setdefault("required", []).append("name"))
 
 
 class _ByName:
-    """JSON schema of a component: its name alone, or its keys."""
+    """JSON schema of a component: either its name, or a mapping of its keys."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonObject:
         sections = handler(core)
-        # not oneOf: of a key that fits nowhere, an editor would list the complaints of all of them
+        # anyOf, because with oneOf an editor shows the errors of every component for a key that fits none of them
         return {"anyOf": [{"enum": self.names}, *sections.get("oneOf", [sections])]}
 
 
 def component_section(kind: str, default: str) -> Any:
-    """The type of a recipe key that names a component: `{name: block, ratio: 0.4}`, or `block` alone.
+    """Return the type of a recipe key that names a component: `{name: block, ratio: 0.4}`, or only `block`.
 
     The other keys are the component's keyword-only constructor arguments, checked against their annotations.
+
+    Args:
+        kind: Kind of component, see `registry.KINDS`.
+        default: Name of the default component.
     """
     sections = []
     for name in registry.names(kind):
@@ -93,11 +97,12 @@ def component_section(kind: str, default: str) -> Any:
 
 
 ValueRange = tuple[float, float] | Literal["type"]
-"""What counts as 0 and 1 in images that are not read as 8 bit; type: 0 and the largest number of their type."""
+"""Pixel values that become 0 and 1 in images that are not read as 8 bit. "type" means 0 and the largest number of the
+pixel type."""
 
 
 class Reading(TypedDict):
-    """How the pixels of an image are read: the keyword arguments of whatever reads them."""
+    """Keyword arguments of functions that read the pixels of an image."""
 
     channels: int
     formats: tuple[str, ...]
@@ -105,15 +110,15 @@ class Reading(TypedDict):
 
 
 class Decoding(Reading):
-    """How images are decoded: the keyword arguments of whatever decodes them."""
+    """Keyword arguments of functions that decode images."""
 
     value_range: NotRequired[ValueRange | None]
-    """Of images that are not read as 8 bit."""
+    """Pixel range of images that are not read as 8 bit."""
     nodata: NotRequired[float | None]
 
 
 class Opening(TypedDict):
-    """How shards are opened: the keyword arguments of whatever opens them."""
+    """Keyword arguments of functions that open shards."""
 
     cache_dir: str | None
     cache_limit_bytes: float
@@ -121,7 +126,7 @@ class Opening(TypedDict):
 
 
 class ImageData(Section):
-    """How images are read, common to both jobs."""
+    """Settings for reading images, in every job."""
 
     image_size: ImageSize
     """Side of the training crops in pixels, or [height, width]."""
@@ -170,7 +175,7 @@ class ImageData(Section):
         return self.value_range is None and self.channels in (1, 3, 4)
 
     def decoding(self) -> Decoding:
-        """What the readers of images want to know, as their arguments."""
+        """Return the keyword arguments for functions that decode images."""
         decoding: Decoding = {
             "channels": self.channels,
             "formats": self.formats,
@@ -181,7 +186,7 @@ class ImageData(Section):
         return decoding
 
     def opening(self) -> Opening:
-        """What whoever opens shards wants to know, as its arguments."""
+        """Return the keyword arguments for functions that open shards."""
         return {
             "cache_dir": self.cache_dir,
             "cache_limit_bytes": self.cache_limit_gb * 1e9,
@@ -193,7 +198,7 @@ class ImageData(Section):
 
 
 DECODING = {key: ImageData.model_fields[key].default for key in ("formats", "max_image_pixels")}
-"""For images that no recipe speaks of: as recipes have it where they do not say."""
+"""Decoding of images that are read without a recipe: the defaults of recipes."""
 
 
 def or_null(schema: JsonObject) -> None:
@@ -201,7 +206,7 @@ def or_null(schema: JsonObject) -> None:
 
 
 class Optim(Section):
-    """Optimizer, linear warm-up, cosine."""
+    """Optimizer, and learning-rate schedule with linear warm-up and cosine decay."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd with Nesterov momentum of 0.9. SGD needs a higher base_lr (0.2) and a lower weight_decay (1e-3),

@@ -1,4 +1,4 @@
-"""Types of recipe values: their limits, short forms and messages."""
+"""Types of recipe values, with their limits, short forms and messages."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pydantic import (
 
 
 def no_bool(value: object) -> object:
-    """Lax validation would turn `true` into 1."""
+    """Refuse booleans, because lax validation would turn `true` into 1."""
     if isinstance(value, bool):
         raise ValueError("true/false is not a number")
     return value
 
 
 def _countable(value: int) -> int:
-    """Numbers far above any of use do not fit where they go: a float, an integer of C's."""
+    """Refuse numbers so large that a float or a C integer cannot hold them."""
     if value > 10**15:
         raise ValueError("must be at most 10^15")
     return value
 
 
 Bool = Annotated[bool, Strict()]
-"""`yes` is a string in YAML 1.2 and stays one."""
+"""true or false. `yes` is a string in YAML 1.2 and is not accepted."""
 Int = Annotated[int, BeforeValidator(no_bool)]
 Float = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
 PositiveInt = Annotated[int, BeforeValidator(no_bool), AfterValidator(_countable), Field(ge=1)]
@@ -59,7 +59,7 @@ def _ratio(value: object) -> float | tuple[float, float]:
 
 
 Aspect = Annotated[float, BeforeValidator(no_bool), Field(ge=1, le=100)]
-"""Longer side over shorter side of a block."""
+"""Longer side of a block divided by its shorter side."""
 _OPEN = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
 Ratio = Annotated[
     float | tuple[float, float],
@@ -67,13 +67,13 @@ Ratio = Annotated[
     PlainSerializer(lambda value: value, return_type=Any),
     WithJsonSchema({"anyOf": [_OPEN, {"type": "array", "items": _OPEN, "minItems": 2, "maxItems": 2}]}),
 ]
-"""Part of the mask units that is hidden: a number in (0, 1), or a range from which each batch draws its own."""
+"""Fraction of the mask units that is hidden: a number in (0, 1), or a range from which each batch draws a number."""
 MOST_CHANNELS = 1024
-"""Of an image (a guess)."""
+"""Most channels of an image (a guess)."""
 
 
 def _size(value: object) -> object:
-    """32 means 32×32."""
+    """Turn one number into two: 32 means 32×32."""
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -106,7 +106,7 @@ def listed(value: object) -> object:
 
 
 def _no_words_for_switches(args: TimmArgs) -> dict[str, Any]:
-    """Refuse words for switches: Python takes any text for true, even "no" and "false"."""
+    """Refuse words in place of booleans, because Python treats any text as true, even "no" and "false"."""
     for key, value in args.items():
         if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "true", "false"):
             raise ValueError(f"{key}: '{value}' is text; write true or false")
@@ -132,7 +132,7 @@ LabelCounts = Annotated[
     AfterValidator(each_once),
     Field(min_length=1),
 ]
-"""100 means [100]."""
+"""Numbers of labels per class, each once. 100 means [100]."""
 
 
 def _path(value: str) -> str:
@@ -142,22 +142,22 @@ def _path(value: str) -> str:
 
 
 def _number_as_name(value: object) -> object:
-    """A folder may be called 2024, which YAML reads as a number."""
+    """Turn a whole number into a name, because YAML reads the folder name 2024 as a number."""
     return str(value) if type(value) is int else value
 
 
 FilePath = Annotated[str, BeforeValidator(_number_as_name, json_schema_input_type=str), AfterValidator(_path)]
-"""A file, folder, pattern or URL; `~` is the home folder."""
+"""A file, folder, pattern or URL. `~` is the home folder."""
 Places = Annotated[
     tuple[FilePath, ...],
     BeforeValidator(listed, json_schema_input_type=FilePath | Annotated[tuple[FilePath, ...], Field(min_length=1)]),
     Field(min_length=1),
 ]
-"""One of them, or a list."""
+"""A file, folder, pattern or URL, or a list of them."""
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Probe = Literal["knn", "linear", "attentive"]
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "PPM"]
-"""Of images, as Pillow names them, and numpy's."""
+"""Image formats by Pillow's names, and NPY for numpy's .npy files."""
 
 IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|gif|p[bgnp]m|npy)$", re.IGNORECASE)
 IMAGE_ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm .npy"
@@ -165,10 +165,10 @@ IMAGE_ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm
 
 
 def checked_extension(extension: str) -> str:
-    """What follows the name of a sample in that of its image, `rgb.png`, in lower case and without a dot before it.
+    """Return the extension of a sample's image, such as `rgb.png`, in lower case and without a dot at the start.
 
     Raises:
-        ValueError: No image ends so.
+        ValueError: If it does not end with the extension of an image format.
     """
     extension = extension.removeprefix(".").lower()
     if not IMAGE.search(f"x.{extension}") or "/" in extension:
@@ -177,4 +177,4 @@ def checked_extension(extension: str) -> str:
 
 
 ImageExtension = Annotated[str, AfterValidator(checked_extension)]
-"""What follows the name of a sample in that of its image."""
+"""Extension of a sample's image, such as `rgb.png`: what follows the name of the sample."""

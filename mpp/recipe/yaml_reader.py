@@ -1,4 +1,4 @@
-"""Read YAML 1.2 and remember the line of each key."""
+"""Read YAML 1.2 and record the line of each key."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from mpp.recipe.flat import JsonObject
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's core numbers and booleans, of whole numbers the decimal ones alone. PyYAML's own reads `1e-4` as a
-    string, `yes` as true, `010` as 8 and `12:30` as 750."""
+    """A loader with the numbers and booleans of YAML 1.2's core schema. Whole numbers are decimal only.
+
+    PyYAML's own loader reads `1e-4` as a string, `yes` as true, `010` as 8 and `12:30` as 750.
+    """
 
 
 KEPT = ("null", "merge", "value")
@@ -39,10 +41,10 @@ def parse_yaml(text: str, source: str) -> tuple[JsonObject, dict[Key, str]]:
     """Read YAML.
 
     Returns:
-        The mapping, and for each key where it stands ("file:line").
+        (the mapping, the place of each key as "file:line").
 
     Raises:
-        UserError: It is no YAML of a mapping.
+        UserError: If the text is not valid YAML or not a mapping, or if a key is not text or is given twice.
     """
     places: dict[Key, str] = {}
     errors: list[str] = []
@@ -72,7 +74,7 @@ def parse_yaml(text: str, source: str) -> tuple[JsonObject, dict[Key, str]]:
         value = yaml.load(text, Loader)
         if node is not None:
             walk(node, ())
-    # constructors of tags such as !!float and !!timestamp raise what they like; an alias may hold itself
+    # Constructors of tags such as !!float and !!timestamp raise many kinds of errors. An alias may contain itself.
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -1,8 +1,8 @@
-"""Batch norms of a model that has learned: statistics of images as it will judge them.
+"""Measure the statistics of batch norms after training, on images as the model will get them.
 
-While a model learns, its batch norms follow a moving average of what they see: images that are hidden in part, mixed or
-erased, through weights that change. Averaged weights saw none of that. With the statistics of training, fine-tuned
-classifiers were 3 points worse, averaged weights in the middle of training 8 (recipes/LOG.md).
+During training, the statistics of batch norms are moving averages over images that are partly hidden, mixed or erased,
+with weights that change. Averaged weights did not process these images at all. With the statistics of training,
+fine-tuned classifiers were 3 points worse, and averaged weights in the middle of training 8 points (recipes/LOG.md).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mpp.data.shards.reader import evenly
 
 MEASURED_ON = 1024
-"""Images that statistics are measured on, if there are so many. 1,000 to 10,000 are enough (Wu & Johnson 2021,
-"Rethinking 'Batch' in BatchNorm", section 3)."""
+"""Most images on which statistics are measured. 1,000 to 10,000 are enough (Wu & Johnson 2021, "Rethinking 'Batch' in
+BatchNorm", section 3)."""
 LEAST_IMAGES = 24
-"""With fewer images the statistics stay as they are (a guess). A channel that is nearly constant over a few images
-gets a variance near zero, and dividing by it multiplies rounding errors: an EfficientNet measured on 12 images failed
-the verification of its export."""
+"""With fewer images the statistics are not changed (a guess). A channel that is nearly constant over a few images gets
+a variance near zero. Dividing by it multiplies rounding errors: an EfficientNet measured on 12 images failed the
+verification of its export."""
 AT_ONCE = 64
-"""Images whose statistics are taken together, at most (a guess; 256 gave the same accuracy)."""
+"""Most images in a batch (a guess; 256 gave the same accuracy)."""
 
 
 def batch_norms_of(model: nn.Module) -> list[_BatchNorm]:
@@ -35,7 +35,11 @@ def batch_norms_of(model: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def use_batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Let batch norms that are in eval mode normalise by the statistics of each batch, and keep their own."""
+    """Return a context in which batch norms normalise by the statistics of each batch, without changing their own.
+
+    Args:
+        norms: Batch norms in eval mode.
+    """
     for norm in norms:
         norm.training, norm.track_running_stats = True, False
     try:
@@ -47,7 +51,7 @@ def use_batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
 
 @contextmanager
 def restore_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Give batch norms back the statistics that they have now."""
+    """Return a context that restores the statistics of batch norms at its end."""
     before = [_copy_statistics(norm) for norm in norms]
     try:
         yield
@@ -60,13 +64,13 @@ def restore_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
 def measure_batch_norms(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[Tensor]) -> None:
     """Replace the statistics of batch norms by their mean over some batches.
 
-    Everything else of the model runs in eval mode, in which it is left. A batch norm that no image reaches keeps its
-    statistics: a model that is asked for maps of features may end before its last ones.
+    All other modules run in eval mode, and the model is left in eval mode. A batch norm that no image reaches keeps its
+    statistics, because a model that returns feature maps may stop before its last batch norms.
 
     Args:
-        model: Whose they are.
-        norms: The batch norms. The statistics of all others stay.
-        batches: Of what the model takes, (B, C, H, W) normalised, B > 1. If there is none, the statistics stay.
+        model: Model with the batch norms.
+        norms: Batch norms to measure. The statistics of all others stay unchanged.
+        batches: (B, C, H, W) inputs of the model, B > 1. If there are none, the statistics stay unchanged.
     """
     model.eval()
     if not norms:
@@ -96,19 +100,19 @@ def _put_back(norm: _BatchNorm, statistics: list[Tensor]) -> None:
 
 
 def choose_batches(numbers: Sequence[int], most: int = AT_ONCE) -> list[list[int]]:
-    """Choose numbers of images to measure on, in batches of nearly the same size.
+    """Choose images to measure on, in batches of nearly the same size.
 
     Args:
-        numbers: Of all images.
-        most: Images of a batch; if it is less than 3, batches have 2 or 3.
+        numbers: Indexes of all images.
+        most: Most images of a batch. If it is less than 3, batches have 2 or 3 images.
 
     Returns:
-        At most `MEASURED_ON` of the numbers, in an order that is always the same and has nothing to do with theirs:
-        neighbours often have the same class. Nothing if there are fewer than `LEAST_IMAGES`.
+        At most `MEASURED_ON` of the indexes, shuffled in a fixed way because neighbours often have the same class.
+        Empty if there are fewer than `LEAST_IMAGES`.
     """
     chosen = [numbers[i] for i in evenly(len(numbers), MEASURED_ON)]
     if len(chosen) < LEAST_IMAGES:
         return []
     shuffled = np.random.default_rng(0).permutation(np.asarray(chosen))
-    count = min(-(-len(chosen) // most), len(chosen) // 2)  # no batch has one image alone
+    count = min(-(-len(chosen) // most), len(chosen) // 2)  # no batch has only one image
     return [part.tolist() for part in np.array_split(shuffled, count)]

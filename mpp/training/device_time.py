@@ -1,4 +1,4 @@
-"""What training costs: CPU time of all processes on CPUs, time of all devices on GPUs."""
+"""Measure the cost of training: CPU time of all processes on CPUs, time of all devices on GPUs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from mpp.parallel.team import Team
 
 
 class DeviceTime:
-    """A clock for the time that a run takes of its devices, over all processes and over all its resumes. It runs from
-    now on.
+    """A clock for the device time of a run, over all processes and all resumes. It starts when it is created.
 
     Args:
-        team: Its processes.
-        minutes_before: Of the run, before it was resumed; nan if nobody kept them.
+        team: The processes of the run.
+        minutes_before: Minutes of the run before it was resumed; nan if they are unknown.
     """
 
     def __init__(self, team: Team, minutes_before: float = 0.0) -> None:
@@ -26,7 +25,7 @@ class DeviceTime:
 
     @property
     def key(self) -> str:
-        """What records call the minutes: cpu_minutes or gpu_minutes."""
+        """Key of the minutes in records: cpu_minutes or gpu_minutes."""
         return f"{unit_of(self._team).lower()}_minutes"
 
     def minutes(self) -> float:
@@ -39,15 +38,15 @@ class DeviceTime:
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time of this process and of its children, loader workers among them, those that ended included."""
+    """Return the CPU time of this process and its children, including loader workers and children that have ended."""
     total = sum(os.times()[:4])
     with suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):  # it may end while it is looked at
+            with suppress(psutil.Error):  # the child may end in the meantime
                 total += sum(child.cpu_times()[:4])
     return total
 
 
 def unit_of(team: Team) -> str:
-    """Return what the minutes are called: "CPU" or "GPU"."""
+    """Return the unit of the minutes: "CPU" or "GPU"."""
     return "CPU" if team.device.type == "cpu" else "GPU"

@@ -1,4 +1,4 @@
-"""The numbers of a step that all processes exchange, and micro-batches of a global batch."""
+"""Exchange the numbers of a step between all processes, and divide a global batch into micro-batches."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mpp.parallel.team import Team
 
 
 def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> int:
-    """Return how many micro-batches a step has on each process: the fewest that fit.
+    """Return the number of micro-batches of a step on each process: the smallest with equal micro-batches that fit.
 
     Args:
         global_batch: Images of a step over all processes.
-        world: How many processes there are.
-        max_batch_per_device: Images that fit at a time.
+        world: Number of processes.
+        max_batch_per_device: Most images of a micro-batch.
 
     Raises:
-        UserError: They cannot be equal.
+        UserError: If the global batch cannot be divided equally among the processes.
     """
     if global_batch % world:
         raise UserError(
@@ -29,12 +29,12 @@ def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> in
 
 
 def describe_batch(global_batch: int, world: int, micro_batches: int) -> str:
-    """Say what a step takes: 64 images; 512 images (8 processes × 2 micro-batches × 32).
+    """Return a description of a step's batch: "64 images", or "512 images (8 processes × 2 micro-batches × 32)".
 
     Args:
         global_batch: Images of a step over all processes.
-        world: How many processes there are.
-        micro_batches: Of a step on each process.
+        world: Number of processes.
+        micro_batches: Micro-batches of a step on each process.
     """
     factors = [f"{world} processes"] * (world > 1) + [f"{micro_batches} micro-batches"] * (micro_batches > 1)
     shares = f" ({' × '.join([*factors, str(global_batch // world // micro_batches)])})" if factors else ""
@@ -42,23 +42,25 @@ def describe_batch(global_batch: int, world: int, micro_batches: int) -> str:
 
 
 class Exchange:
-    """A step's numbers from all processes, on their way to the host, which waits for them only when it reads them.
+    """The numbers of a step from all processes, on their way to the host. The host waits only when it reads them.
 
     Args:
-        summands: (K,) numbers of this process.
-        counts: Numbers that the host knows. They are summed with `summands` in float64, so that counts stay exact.
-        alike: () number that is the same in every process.
+        team: The processes of the run.
+        summands: (K,) numbers of this process, on the device.
+        counts: Numbers of this process, on the host. They are summed with `summands` in float64, so that counts stay
+            exact.
+        alike: () number on the device that is the same in every process.
     """
 
     def __init__(self, team: Team, summands: torch.Tensor, counts: list[float], alike: torch.Tensor) -> None:
         device = team.device
         known = torch.tensor(counts, dtype=torch.float64)
-        if device.type == "cuda":  # from pageable memory a copy waits for the device
+        if device.type == "cuda":  # a copy from pageable memory would wait for the device
             known = known.pin_memory()
         values = torch.cat([summands.double(), known.to(device, non_blocking=True)])
         values = team.sum_tensor(values)
         self.summed = values[: len(summands)]
-        """(K,) over all processes, on the device."""
+        """(K,) sums of `summands` over all processes, on the device."""
         values = torch.cat([values, alike.double().view(1)])
         self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=device.type == "cuda")
         self._host.copy_(values, non_blocking=True)
@@ -66,6 +68,6 @@ class Exchange:
         self._arrived.record()
 
     def read(self) -> list[float]:
-        """Return the sums of `summands`, the sums of `counts`, and `alike`. Waits for the device."""
+        """Wait for the device, and return the sums of `summands`, the sums of `counts`, and `alike`."""
         self._arrived.synchronize()
         return self._host.tolist()

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite, kept so that `mpp replay` can run it again.
+"""Keep a step whose loss or gradient is not finite, so that `mpp replay` can run it again.
 
 non-finite/step-00000012/   model.safetensors state.json manifest.json   the weights before the update
                             rank0.safetensors rank0.json …               each process's micro-batches, and what
@@ -29,26 +29,26 @@ from mpp.training.batch_norms import batch_norms_of
 
 FOLDER = "non-finite"
 KEPT = 3
-"""Steps of a run that are kept: those before are deleted, since each holds the weights (a guess)."""
+"""Most steps of a run that are kept. Earlier ones are deleted, because each holds the weights (a guess)."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process did in the step."""
+    """The part of one process in a kept step."""
 
     rank: int
     record: JsonObject
-    """step, world, seeds and losses of each micro-batch, samples by name, and what the job adds."""
+    """step, world, seeds and losses of each micro-batch, samples by name, and values that the job adds."""
     micro_batches: list[JsonObject]
-    """Tensors by name; what came in lists and dictionaries is in them again."""
+    """Tensors of each micro-batch by name, in the original lists and dictionaries."""
 
 
 class BatchNormStatistics:
-    """The statistics of batch norms, which a forward pass changes: restored if the step is left out.
+    """The statistics of batch norms, which a forward pass changes. They are restored if the step is skipped.
 
     Args:
-        model: Whose they are.
-        needed: Whether a step may be left out; nothing is copied otherwise.
+        model: Model with the batch norms.
+        needed: Whether a step may be skipped. Otherwise nothing is copied.
     """
 
     def __init__(self, model: nn.Module, *, needed: bool) -> None:
@@ -57,11 +57,15 @@ class BatchNormStatistics:
         self._before: list[Tensor] = []
 
     def remember(self) -> None:
-        """Copy them."""
+        """Copy the statistics."""
         self._before = [value.clone() for value in self._values]
 
     def restore(self, *, unless: Tensor) -> None:
-        """Put the copies back. unless: () bool on the device, whether the step was made; the device is not asked."""
+        """Restore the copies, unless the step was made. This does not wait for the device.
+
+        Args:
+            unless: () bool on the device: whether the step was made.
+        """
         for value, before in zip(self._values, self._before, strict=True):
             value.copy_(torch.where(unless, value, before))
 
@@ -80,33 +84,33 @@ def keep_step(
     skipped: int,
     allowed: int,
 ) -> str:
-    """Keep a step that was left out because it is not finite. Every process calls this.
+    """Keep a step that was skipped because it is not finite. Every process calls this.
 
     Args:
         team: The processes of the run.
         out: The run folder.
-        step: Counts from 0.
-        model: With the weights that the step began with.
-        averaged: A moving average of them, if the loss depends on it.
-        dataset: What makes this process's micro-batches again, as they were, from `keys`.
+        step: Number of the step, from 0.
+        model: The model with the weights at the start of the step.
+        averaged: Moving average of the model, if the loss depends on it.
+        dataset: Dataset that creates this process's micro-batches again from `keys`, unchanged.
         keys: (position, shard, row) of the samples of each micro-batch.
-        record: See `Share.record`.
-        what: The loss and the gradient's norm, for the message.
-        skipped: Steps that were left out so far, with this one.
-        allowed: How many may be.
+        record: Values to record; see `Share.record`.
+        what: Loss and norm of the gradient, for the message.
+        skipped: Number of steps that were skipped so far, including this one.
+        allowed: Number of steps that may be skipped.
 
     Returns:
         A line for the log.
 
     Raises:
-        UserError: More steps were left out than `allowed`.
+        UserError: If more than `allowed` steps were skipped.
     """
     fault = None
     try:
         folder = checkpoint.save_together(team, out / FOLDER, step, model, None, {}, keep=KEPT, averaged=averaged)
         stored = {"step": step, "world": team.world, **record}
         _write(folder / f"rank{team.rank}", dataset, keys, stored)
-    except (UserError, OSError, SafetensorError, RuntimeError) as error:  # memory of the device, too
+    except (UserError, OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: the device is out of memory
         fault = one_line(error)
     faults = [f for f in team.gather([fault]) if f]
     if faults and team.is_main:
@@ -119,7 +123,12 @@ def keep_step(
 
 
 def losses_as_text(micro_losses: Sequence[Tensor], micro_batches: int) -> list[list[str]]:
-    """Return the losses of each micro-batch as a record holds them, (objectives,) each; JSON has no NaN."""
+    """Return the losses of each micro-batch as text for a record, because JSON has no NaN.
+
+    Args:
+        micro_losses: (objectives,) losses of each micro-batch, divided by the number of micro-batches.
+        micro_batches: Number of micro-batches of a step.
+    """
     return [[str(value * micro_batches) for value in losses.tolist()] for losses in micro_losses]
 
 
@@ -129,8 +138,15 @@ def _write(
     keys: Sequence[Sequence[tuple[int, int, int]]],
     record: JsonObject,
 ) -> None:
-    """One process's share: NAME.safetensors and NAME.json. name: without an ending."""
-    batches = [dataset.__getitems__(list(of_batch)) for of_batch in keys]  # pure: as they were
+    """Write the share of one process into NAME.safetensors and NAME.json.
+
+    Args:
+        name: Path of the files without extension.
+        dataset: Dataset that creates the micro-batches again.
+        keys: (position, shard, row) of the samples of each micro-batch.
+        record: Contents of the JSON file, to which "hidden_units" is added.
+    """
+    batches = [dataset.__getitems__(list(of_batch)) for of_batch in keys]  # a pure function of the keys
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
@@ -142,10 +158,10 @@ def _write(
 
 
 def read(folder: Path) -> list[Share]:
-    """Read what each process did in a kept step.
+    """Read the shares of all processes in a kept step.
 
     Raises:
-        UserError: It is not all there.
+        UserError: If a share is missing or cannot be read.
     """
     shares = []
     try:
@@ -162,7 +178,7 @@ def read(folder: Path) -> list[Share]:
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Tensor]:
-    """Tensors in dictionaries and lists -> by their paths; other values are not kept."""
+    """Return the tensors in nested dictionaries and lists by their dotted paths. Other values are dropped."""
     if isinstance(value, Tensor):
         return {prefix: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
@@ -170,7 +186,7 @@ def _flat(value: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def _nested(tensors: dict[str, Tensor], prefix: str) -> Any:
-    """The reverse; lists are those whose keys are numbers."""
+    """Return nested dictionaries and lists from tensors by dotted paths, the reverse of `_flat`. Numbers make lists."""
     if prefix in tensors:
         return tensors[prefix]
     keys = sorted({n.removeprefix(f"{prefix}.").split(".")[0] for n in tensors if n.startswith(f"{prefix}.")})

@@ -1,4 +1,4 @@
-"""Parameter groups, the learning-rate schedule, and an optimizer that leaves out steps which are not finite."""
+"""Parameter groups, the learning-rate schedule, and an optimizer that skips steps that are not finite."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from mpp.parallel.team import Team
 ParameterGroup: TypeAlias = dict[str, Any]
 """Parameters of an optimizer with their settings, as torch takes them."""
 NO_DECAY_NAMES = ("token", "pos_embed", "bias", "position")
-"""Parts of a parameter's own name, not its module's, for which it is not decayed (MAE's and BEiT's published codes)."""
+"""Parameters whose own name contains one of these are not decayed (MAE's and BEiT's published code). The name of the
+module does not count."""
 
 UNMATCHED = "?"
-"""A parameter's name that no model has."""
+"""Name of a parameter that no model has."""
 
 
 def pretrain_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
-    """Two groups: decayed matrices; norms, biases, tokens and positions undecayed. Frozen parameters in neither."""
+    """Return two groups: matrices with weight decay; norms, biases, tokens and positions without.
+
+    Frozen parameters are in neither group.
+    """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     plain = [(n, p) for n, p in trained if p.ndim <= 1 or any(part in n.split(".")[-1] for part in NO_DECAY_NAMES)]
     names = {n for n, _ in plain}
@@ -35,21 +39,21 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> list[ParameterGrou
 def finetune_groups(
     encoder: nn.Module, head: nn.Module, *, weight_decay: float, layer_decay: float, head_lr_scale: float
 ) -> list[ParameterGroup]:
-    """Group parameters by layer: the head learns at 1, the last block at layer_decay, the embedding at
-    layer_decay^(depth + 1).
+    """Group parameters by layer, each with its own learning rate.
 
-    So do BEiT (Bao et al. 2022) and MAE (He et al. 2022, table 9) in their published codes. A norm after pooling
-    (`fc_norm`) is no layer of its own: it also learns at 1, without `head_lr_scale`.
+    The rates are relative to that of the optimizer: `head_lr_scale` for the head, layer_decay for the last block, and
+    layer_decay^(depth + 1) for the embedding. BEiT (Bao et al. 2022) and MAE (He et al. 2022, table 9) do the same in
+    their published code. A norm after pooling (`fc_norm`) is not a layer of its own: its rate is 1.
 
     Args:
         encoder: A timm model without classifier.
-        head: What is put on it.
-        weight_decay: Not applied to vectors and to what the encoder names in `no_weight_decay`.
-        layer_decay: Learning rate of a layer over that of the next.
-        head_lr_scale: Learning rate of the head over that of the optimizer.
+        head: Head on top of the encoder.
+        weight_decay: Weight decay. It is not applied to vectors and to parameters in the encoder's `no_weight_decay`.
+        layer_decay: Learning rate of a layer divided by that of the next layer.
+        head_lr_scale: Learning rate of the head divided by that of the optimizer.
 
     Returns:
-        Groups for the optimizer. `lr_scale` multiplies the learning rate; the encoder's groups have `from_top`, the
+        Groups for the optimizer. `lr_scale` multiplies the learning rate. Groups of the encoder have `from_top`, the
         number of blocks above their own.
     """
     undecayed = set(encoder.no_weight_decay()) if hasattr(encoder, "no_weight_decay") else set()  # type: ignore[operator]
@@ -77,33 +81,33 @@ def layer_numbers(encoder: nn.Module) -> tuple[dict[str, int], int]:
     """Number the layers of a timm model: 0 is the embedding, `depth` the last block, depth + 1 what follows it.
 
     timm's `group_matcher` names the embedding and the blocks. Parameters that it does not name get the largest
-    number, as if they were one more layer. For a norm after pooling that is right: it belongs to the head. Rotary
+    number, as if they were one more layer. This is right for a norm after pooling, which belongs to the head. Rotary
     positions (`rope.freqs`) are read by every block, so they count as part of the embedding.
 
     Returns:
-        The layer of each parameter, and depth.
+        (the layer of each parameter by name, depth).
     """
     rope = {name for name, _ in encoder.named_parameters() if name.startswith("rope.")}
     named = [(name, p) for name, p in encoder.named_parameters() if name not in rope]
     matcher: Any = encoder.group_matcher(coarse=False) if hasattr(encoder, "group_matcher") else None  # type: ignore[operator]
     if isinstance(matcher, dict):
-        # a name that matches nothing shows which number the parameters have that match nothing
+        # Parameters that match nothing get the same number as this name, which matches nothing.
         layers: dict[str, int] = group_with_matcher(iter([*named, (UNMATCHED, None)]), matcher, reverse=True)
         depth = layers.pop(UNMATCHED) - 1
-    else:  # a function, or none: every parameter has a layer of the encoder
+    else:  # the matcher is a function or missing, so every parameter belongs to a layer of the encoder
         layers = group_with_matcher(iter(named), matcher, reverse=True) if matcher else auto_group_layers(encoder)
         depth = max(layers.values())
     return layers | dict.fromkeys(rope, 0), depth
 
 
 def unfreeze(groups: list[ParameterGroup], *, frozen_steps: int, gradual: bool) -> None:
-    """Say at which step each group of the encoder begins to learn; the head's groups do at once.
+    """Set the step at which each group of the encoder starts to learn. The head's groups learn from the first step.
 
     Args:
-        groups: Those of `finetune_groups`, changed in place.
-        frozen_steps: During which none of the encoder, or less and less of it, is frozen.
-        gradual: Whether the last block begins after an equal share of `frozen_steps`, and so on down to the first at
-            their end; else all begin at their end.
+        groups: Groups of `finetune_groups`, changed in place.
+        frozen_steps: Number of steps after which the whole encoder learns.
+        gradual: Whether blocks start one after the other at equal intervals, the last block first, so that the lowest
+            group starts after `frozen_steps`. Otherwise all groups start after `frozen_steps`.
     """
     blocks = 1 + max((group["from_top"] for group in groups if "from_top" in group), default=0)
     for group in groups:
@@ -112,18 +116,20 @@ def unfreeze(groups: list[ParameterGroup], *, frozen_steps: int, gradual: bool) 
 
 
 MOMENTUM = 0.9
-"""Of SGD."""
+"""Momentum of SGD."""
 
 
 def make_optimizer(
     groups: list[ParameterGroup], *, name: Literal["adamw", "sgd"], betas: tuple[float, float]
 ) -> torch.optim.Optimizer:
-    """Return a fused optimizer: AdamW is 5 times faster so than the loop on CPUs at ViT-B's size, no slower on CUDA.
+    """Return a fused optimizer.
+
+    At the size of ViT-B, fused AdamW is 5 times faster than torch's loop on CPUs, and not slower on CUDA.
 
     Args:
-        groups: See `pretrain_groups`, `finetune_groups`.
-        name: "sgd" has Nesterov's momentum.
-        betas: Of AdamW.
+        groups: Groups of `pretrain_groups` or `finetune_groups`.
+        name: Name of the optimizer. "sgd" has Nesterov momentum.
+        betas: Decay rates of AdamW's two moments.
     """
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True, fused=True)
@@ -134,11 +140,11 @@ def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, m
     """Return the learning rate of a step: linear warm-up, then half a cosine (SGDR, Loshchilov & Hutter 2017).
 
     Args:
-        step: From 0; the first step already has lr / warmup_steps.
-        total_steps: Of the run.
-        warmup_steps: Of the run.
-        lr: The highest.
-        min_lr: The last.
+        step: Number of the step, from 0. The first step already has lr / warmup_steps.
+        total_steps: Number of steps of the run.
+        warmup_steps: Number of steps of the warm-up.
+        lr: Highest learning rate.
+        min_lr: Learning rate at the end.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
@@ -147,9 +153,9 @@ def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, m
 
 
 class GuardedOptimizer:
-    """An optimizer of `make_optimizer` whose device leaves out the update of a step that is not finite.
+    """An optimizer of `make_optimizer` that skips the update of a step that is not finite.
 
-    A step that is left out changes neither weights nor moments nor their count, and the host need not know of it.
+    A skipped step does not change weights, moments or their step count. The device skips it without the host.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, team: Team) -> None:
@@ -160,21 +166,25 @@ class GuardedOptimizer:
         """Make one optimizer step, then drop the gradients.
 
         Args:
-            lr: Learning rate; each parameter group has its own scale, which torch's schedulers would not apply.
-            only_if: () bool on the device.
+            lr: Learning rate. It is multiplied by the scale of each parameter group, which torch's schedulers would not
+                do.
+            only_if: () bool on the device: whether to make the update.
         """
         for group in self.plain.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if isinstance(self.plain, torch.optim.SGD):
             self._begin_momentum()
-        # torch's GradScaler leaves its word here for fused optimizers
+        # Fused optimizers skip the update if this attribute is 1. torch's GradScaler uses it in the same way.
         self.plain.found_inf = (~only_if).float()  # type: ignore[attr-defined]
         self._wrapped.step()
         self._wrapped.zero_grad(set_to_none=True)
 
     def _begin_momentum(self) -> None:
-        """Let momentum begin at zero, which is the same as none. torch takes memory as it comes for a first step, and
-        would continue from that if the device skipped the first step."""
+        """Start momentum at zero, which gives the same first step as no momentum.
+
+        Otherwise torch allocates the buffer uninitialised in the first step, and would continue from that if the device
+        skipped the step.
+        """
         for group in self.plain.param_groups:
             for p in group["params"]:
                 if p.grad is not None and p not in self.plain.state:

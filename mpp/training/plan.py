@@ -1,4 +1,4 @@
-"""What a run will do, before it begins: steps, learning rates, and what is due after which step. All of it is pure."""
+"""The plan of a run: its steps, learning rates, and what is due after which step. All functions are pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from mpp.training.optimizer import scheduled_lr
 
 PER_IMAGES = 256
-"""Recipes state learning rates for so many images; they grow with the global batch (Goyal et al. 2017)."""
+"""Batch size in images for which recipes give learning rates. The rates scale with the global batch (Goyal et al.
+2017)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is, how fast it learns, and how often it stops to look."""
+    """The length of a run, its learning rates, and the intervals of everything that is done now and then."""
 
     total_steps: int
     warmup_steps: int
@@ -22,22 +23,22 @@ class Plan:
     micro_batches: int
     """Micro-batches of one step on each process."""
     base_lr: float
-    """For 256 images, as recipes have it."""
+    """Learning rate for a batch of 256 images, as in recipes."""
     min_lr: float
-    """Where the cosine ends, for 256 images."""
+    """Learning rate at the end of the cosine, for 256 images."""
     every_steps: Mapping[str, int]
-    """What is due now and then, by name, and the steps between."""
+    """Interval in steps by name of what is due, such as "log" or "checkpoint"."""
     log_first_step: bool = False
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of a step; `step` counts from 0."""
+        """Return the learning rate of a step, numbered from 0."""
         lr = scheduled_lr(
             step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, lr=self.base_lr, min_lr=self.min_lr
         )
         return self.global_batch_size / PER_IMAGES * lr
 
     def due_after(self, step: int) -> frozenset[str]:
-        """Return what is due after a step, which counts from 0. After the last step everything is, and "end"."""
+        """Return the names of what is due after a step, numbered from 0. After the last step, all names and "end"."""
         if step + 1 == self.total_steps:
             return frozenset((*self.every_steps, "end"))
         due = {name for name, steps in self.every_steps.items() if (step + 1) % steps == 0}
@@ -50,7 +51,7 @@ class Plan:
 
     @property
     def warm_up_note(self) -> str:
-        """The end of a log's first line; "" if the warm-up ends in time."""
+        """Warning for the end of a log's first line; "" if the warm-up ends in time."""
         note = "; the warm-up lasts longer: the full learning rate is never reached"
         return note if self.never_reaches_full_lr else ""
 
@@ -63,6 +64,6 @@ def steps_of(epochs: float | None, steps: int | None, images: int, global_batch:
         steps: Optimizer steps.
         images: Images of one epoch.
         global_batch: Images of one step.
-        least: The smallest answer for epochs.
+        least: Smallest result if the length is given in epochs.
     """
     return steps if steps is not None else max(round((epochs or 0.0) * images / global_batch), least)

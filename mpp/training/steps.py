@@ -1,4 +1,4 @@
-"""What both training loops use at every step: micro-batches, reports of what came of a step, and the pace."""
+"""Parts that both training loops use at every step: micro-batches, reports of the step's results, and the pace."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mpp.training.exchange import Exchange
 
 
 class LoadedBatch(Protocol):
-    """What the loops need to know of a batch, whatever is in it."""
+    """Attributes of a batch that the loops use, for any kind of sample."""
 
     positions: Tensor
-    """(B,) int64: place of each sample in the run's endless sequence."""
+    """(B,) int64: position of each sample in the run's endless sequence."""
     replaced: int
-    """Images that could not be read, in whose place another one stands."""
+    """Number of images that could not be read and were replaced by others."""
     bad: list[str]
     """A line for each file that could not be read."""
 
@@ -36,22 +36,22 @@ class LoadedBatch(Protocol):
 def seed_dropout(seed: int, batch: LoadedBatch) -> None:
     """Seed torch's generators for a micro-batch, by the position of its first sample.
 
-    Dropout and drop path draw from them. Call it after the batch has come: a loader that starts its workers also draws
-    from torch's generator.
+    Dropout and drop path draw from these generators. Call this after the batch has arrived, because a loader that
+    starts its workers also draws from torch's generator.
     """
     torch.manual_seed(torch_seed(seed, Purpose.STEP, int(batch.positions[0])))
 
 
 @contextmanager
 def allow_unsaved(log: RunLog, *, required: bool) -> Iterator[None]:
-    """Let the run continue, with a warning in its log, if what happens inside cannot be written.
+    """Return a context for writing a checkpoint. If writing fails, the run continues with a warning in its log.
 
     Args:
-        log: Of the run.
-        required: End the run instead.
+        log: Log of the run.
+        required: Whether the run ends instead.
 
     Raises:
-        UserError: It cannot be written, and is required.
+        UserError: If writing fails and is required.
     """
     try:
         yield
@@ -67,15 +67,15 @@ class Pace:
 
     began_s: float = field(default_factory=time.monotonic)
     waited_s: float = 0.0
-    """Spent waiting for batches."""
+    """Seconds spent waiting for batches."""
     steps: int = 0
 
     def begin(self) -> None:
-        """Begin to measure."""
+        """Start to measure."""
         self.began_s, self.waited_s, self.steps = time.monotonic(), 0.0, 0
 
     def rates(self, global_batch: int) -> dict[str, float]:
-        """Return images a second and the part of the time that was spent waiting for batches, and begin again."""
+        """Return images per second and the fraction of time spent waiting for batches, and start again."""
         elapsed_s = max(time.monotonic() - self.began_s, 1e-9)
         rates = {"images_per_s": self.steps * global_batch / elapsed_s, "data_wait": self.waited_s / elapsed_s}
         self.begin()
@@ -104,23 +104,23 @@ class MicroBatchStream(Generic[B]):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What came of one optimizer step, over all processes."""
+    """The results of one optimizer step, over all processes."""
 
     step: int
-    """Counts from 0."""
+    """Number of the step, from 0."""
     losses: list[float]
-    """Mean of each objective over the global batch."""
+    """Mean loss of each objective over the global batch."""
     grad_norm: float
     unreadable: int
-    """Images that were replaced."""
+    """Number of images that were replaced."""
     unreadable_lines: list[str]
     """A line for each file that this process could not read."""
     micro_losses: list[Tensor]
-    """(objectives,) losses of this process's micro-batches, each divided by their number."""
+    """(objectives,) losses of each micro-batch of this process, divided by the number of micro-batches."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether loss and gradient are finite; the device decided by the same numbers."""
+        """Whether loss and gradient are finite. The device uses the same numbers to decide about the update."""
         return all(map(math.isfinite, (*self.losses, self.grad_norm)))
 
 
@@ -135,10 +135,10 @@ class _Sent:
 
 
 class StepReports:
-    """The one exchange of a step: sent at once, read one step later, so that the host never waits for the device.
+    """The one exchange of a step. It is sent at once and read one step later, so that the host never waits.
 
-    Losses, counts of unreadable images and the wish to stop are summed over all processes. The decision whether a step
-    is finite is made on the device.
+    Losses, counts of unreadable images and requests to stop are summed over all processes. The device decides whether a
+    step is finite.
     """
 
     def __init__(self, team: Team, stop_request: StopRequest) -> None:
@@ -148,20 +148,25 @@ class StepReports:
         self._unreadable_lines: list[str] = []
         self._replaced = 0
         self.stopping = False
-        """Whether some process was asked to stop, the same on all of them."""
+        """Whether a process was asked to stop, the same on all processes."""
 
     def add(self, batch: LoadedBatch, losses: Tensor) -> None:
-        """Note a micro-batch. losses: (objectives,), divided by the micro-batches of a step."""
+        """Add the results of a micro-batch to the report of the step.
+
+        Args:
+            batch: The micro-batch.
+            losses: (objectives,) losses, divided by the number of micro-batches of a step.
+        """
         self._micro_losses.append(losses.detach())
         self._unreadable_lines += batch.bad
         self._replaced += batch.replaced
 
     def send(self, step: int, grad_norm: Tensor) -> Tensor:
-        """Begin the exchange of a step.
+        """Start the exchange of a step.
 
         Args:
-            step: Counts from 0.
-            grad_norm: () on the device, the same on every process.
+            step: Number of the step, from 0.
+            grad_norm: () norm of the gradient, on the device, the same on every process.
 
         Returns:
             () bool on the device: whether loss and gradient are finite.
@@ -175,10 +180,11 @@ class StepReports:
     def arrived(self, *, everything: bool) -> Iterator[StepReport]:
         """Yield the reports that can be read without waiting: all but the newest.
 
+        If a single process is asked to stop, the newest report is included at once. Several processes detect the
+        request in the exchange, and then read the remaining reports together.
+
         Args:
-            everything: Whether the newest comes, too, because it is about to be logged or saved. So it does if this
-                process alone was asked to stop. If there are several, all learn of the wish by the exchange and read
-                the rest together.
+            everything: Whether to include the newest report, because it is about to be logged or saved.
         """
         everything = everything or (self._team.world == 1 and bool(self._stop_request))
         while len(self._sent) > (0 if everything or self.stopping else 1):

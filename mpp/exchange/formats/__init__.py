@@ -1,5 +1,9 @@
-"""What an encoder is written as besides timm's folder, a file a format, see `mpp.exchange.convert`.
+"""Export formats other than timm's folder, one file for each format; see `mpp.exchange.convert`.
 
-`write(artifact, folder)` -> a word for what was written; `VERIFY`: the program of a clean process that loads it; `USE`:
-the lines of the model card; `EXTRA`, `NEEDS`: the optional packages, by the name under which the project installs them.
+Each file defines:
+
+* `write(artifact, folder)`: writes the format and returns a word for what was written
+* `use(artifact, folder)`: returns the usage example of the model card
+* `VERIFY`: program that loads the export in a clean process
+* `EXTRA`, `NEEDS`: extra of the project that installs optional packages, and the names of these packages
 """

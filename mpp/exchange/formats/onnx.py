@@ -1,4 +1,4 @@
-"""ONNX: a graph with any number of images at once, which onnxruntime and others run without Python."""
+"""Write an ONNX graph for batches of any size, which onnxruntime and other runtimes run without Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from mpp.exchange.artifact import Artifact
 
 MOST_INSIDE_BYTES = 1_900_000_000
-"""Most bytes of weights in the file itself, which protobuf limits to 2 GiB; more are written to a second file."""
+"""Most bytes of weights in the file itself, which protobuf limits to 2 GiB. Larger weights go to a second file."""
 EXTRA, NEEDS = "onnx", ("onnx", "onnxscript", "onnxruntime")
 
 USE = """
@@ -30,17 +30,21 @@ def use(artifact: Artifact, folder: Path) -> str:
 
 
 def write(artifact: Artifact, folder: Path) -> str:
-    """model.onnx, with what images are normalised with and the names of classes as its metadata."""
+    """Write model.onnx, with the normalisation of images and the names of classes as metadata.
+
+    Returns:
+        The opset, for the model card.
+    """
     import onnx
 
     images, model = artifact.reference["images"], copy.deepcopy(artifact.model)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            # torch's exporter cannot translate the fused one of BEiT and Hiera
+            # torch's exporter cannot translate the fused attention of BEiT and Hiera
             module.fused_attn = False  # type: ignore[assignment]
     with (
         warnings.catch_warnings(action="ignore"),
-        contextlib.redirect_stdout(io.StringIO()),  # it reports its steps
+        contextlib.redirect_stdout(io.StringIO()),  # the exporter prints its steps
     ):
         torch.onnx.export(
             model,

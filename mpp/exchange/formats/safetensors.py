@@ -1,4 +1,4 @@
-"""Weights alone, named as timm names them, and what they are of."""
+"""Write only the weights, with timm's names, and a description of their architecture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def use(artifact: Artifact, folder: Path) -> str:
 
 
 def write(artifact: Artifact, folder: Path) -> str:
-    """weights.safetensors, architecture.json, and the head of a task that predicts at every place."""
+    """Write weights.safetensors, architecture.json, and the head of a dense task, if there is one.
+
+    Returns:
+        The name of the weight file, for the model card.
+    """
     config = artifact.config
     shutil.copy(artifact.source / "model.safetensors", folder / "weights.safetensors")
     if (artifact.source / HEAD).exists():

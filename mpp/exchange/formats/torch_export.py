@@ -1,4 +1,4 @@
-"""A program of `torch.export`: the graph with its weights, for any number of images at once, without timm."""
+"""Write a program of `torch.export`: a graph with its weights, for batches of any size, which runs without timm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def use(artifact: Artifact, folder: Path) -> str:
 
 
 def write(artifact: Artifact, folder: Path) -> str:
-    """model.pt2; it gives a dictionary of outputs."""
+    """Write model.pt2, a program that returns a dictionary of outputs.
+
+    Returns:
+        The release of torch, for the model card.
+    """
     with warnings.catch_warnings(action="ignore"):
         program = torch.export.export(
             artifact.model,

@@ -1,7 +1,8 @@
-"""A folder that transformers' Auto classes load, with an image processor.
+"""Write a folder that transformers' Auto classes load, with an image processor.
 
-ViT, DeiT, BEiT, Swin and PVT v2 become transformers' own models if these compute the same, which is tried. All others
-are timm's folder, read by transformers' TimmWrapper. So are classifiers that pool differently than transformers' own.
+ViT, DeiT, BEiT, Swin and PVT v2 become transformers' own models if a trial shows that these compute the same. All
+others are timm's folder, read by transformers' TimmWrapper. So are classifiers that pool differently than
+transformers' own.
 """
 
 from __future__ import annotations
@@ -44,18 +45,21 @@ EMBEDDINGS = {
     "patches": "outputs.last_hidden_state[:, PREFIX:].mean(1)",
     "map": "outputs.last_hidden_state.mean((2, 3))",
 }
-"""Where its models have the embedding of an image; `embedding` in config.json names one, default: pooler."""
+"""Expressions that give the embedding of an image. `embedding` in config.json names one of them, by default pooler."""
 
 
 def use(artifact: Artifact, folder: Path) -> str:
-    """With an image processor where there is one that reads images as the encoder learned to."""
+    """Return the usage example of the model card.
+
+    It uses an image processor if the folder has one and the encoder was trained on 8-bit images with 3 channels.
+    """
     auto = "AutoModelForImageClassification" if artifact.classes else "AutoModel"
     text = USE if has_processor(folder) and _of_photographs(artifact) else WITHOUT_PROCESSOR
     return text.replace("AUTO", auto).replace("OUTPUT", _output(artifact, folder))
 
 
 def _output(artifact: Artifact, folder: Path) -> str:
-    """The line of the model card that reads the result."""
+    """Return the line of the usage example that reads the result."""
     if artifact.classes:
         return "logits = outputs.logits"
     if "embedding" not in artifact.outputs:
@@ -65,7 +69,7 @@ def _output(artifact: Artifact, folder: Path) -> str:
 
 
 def has_processor(folder: Path) -> bool:
-    """Its own, or the one that TimmWrapper makes of timm's config."""
+    """Return whether a folder has an image processor: a file of its own, or the one that TimmWrapper makes."""
     config = json.loads((folder / "config.json").read_text())
     return (folder / "preprocessor_config.json").exists() or "architecture" in config
 
@@ -75,7 +79,11 @@ def _of_photographs(artifact: Artifact) -> bool:
 
 
 def write(artifact: Artifact, folder: Path) -> str:
-    """config.json, model.safetensors and, for three channels, preprocessor_config.json."""
+    """Write config.json, model.safetensors and, if images have three channels, preprocessor_config.json.
+
+    Returns:
+        Which kind of model was written, for the model card.
+    """
     import transformers
     from transformers.utils import logging
 
@@ -94,7 +102,7 @@ def write(artifact: Artifact, folder: Path) -> str:
 
 
 def _written(transformers: object, config: JsonObject, artifact: Artifact, folder: Path) -> bool:
-    """Return whether transformers' own model takes every weight and computes the same; it is then in `folder`."""
+    """Write transformers' own model into `folder`. Return whether it takes every weight and computes the same."""
     base, kind = config.pop("class"), config["model_type"]
     state = dict(artifact.timm.state_dict())
     prefix, heads = "", {}
@@ -117,10 +125,10 @@ def _written(transformers: object, config: JsonObject, artifact: Artifact, folde
         return False
     written: dict[str, Tensor] = {prefix + name: value for name, value in theirs.items()} | heads
     if not artifact.classes and "pooler_act" in config:
-        width = config["hidden_size"]  # its pooler gives the class token as it is
+        width = config["hidden_size"]  # an identity: the pooler returns the class token unchanged
         written |= {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
     config["architectures"] = [base]
-    # the poolers of ViT and DeiT give the class token; BEiT's also does without use_mean_pooling
+    # The poolers of ViT and DeiT return the class token. So does that of BEiT without use_mean_pooling.
     pools_patches = getattr(artifact.timm, "global_pool", None) != "token"
     if kind == "pvt_v2":
         config["embedding"] = "map"
@@ -136,14 +144,14 @@ def _written(transformers: object, config: JsonObject, artifact: Artifact, folde
         with warnings.catch_warnings(action="ignore"):
             model, loading = getattr(transformers, base).from_pretrained(folder, output_loading_info=True)
             same = not any(loading.values()) and _same(model.eval(), artifact)
-    except Exception:  # a shape, a key or a number that it has no place for, each said in a way of its own
+    except Exception:  # transformers raises many kinds of errors for shapes, keys and values that it does not support
         same = False
     return same
 
 
 @torch.no_grad()
 def _same(model: TimmModel, artifact: Artifact) -> bool:
-    """Whether it gives the same features, or logits, and the embedding where its pooler has it."""
+    """Return whether the model gives the reference features or logits, and the embedding if its pooler returns that."""
     out, reference = model(artifact.reference["images"]), artifact.reference
     key = "logits" if artifact.classes else "features"
     outputs = {key: out.logits if artifact.classes else out.last_hidden_state}
@@ -159,9 +167,10 @@ def _same(model: TimmModel, artifact: Artifact) -> bool:
 
 
 def _described(model: TimmModel) -> JsonObject | None:
-    """config.json of transformers' model of the same kind, with `class` and `rules`; None where there is none.
+    """Return config.json of transformers' model of the same kind, with `class` and `rules`. None if there is none.
 
-    What it leaves out is tried, not read: a model of more parts does not fit or computes something else.
+    Properties of the model that config.json leaves out are not checked here. `_written` detects them, because a model
+    with other parts does not fit or computes something else.
     """
     family, common = type(model).__name__, {"num_channels": model.in_chans if hasattr(model, "in_chans") else 3}
     makers = {"VisionTransformer": _vit, "VisionTransformerDistilled": _vit, "Beit": _vit}
@@ -200,7 +209,7 @@ def _vit(model: TimmModel) -> JsonObject:
         "attention_probs_dropout_prob": 0.0,
     }
     if kind == "beit":
-        config.pop("qkv_bias")  # which it has no key for
+        config.pop("qkv_bias")  # BEiT's configuration has no such key
         return config | {
             "use_relative_position_bias": True,
             "use_mean_pooling": not isinstance(model.norm, nn.LayerNorm),
@@ -256,10 +265,10 @@ def _whole(value: float) -> float:
 
 
 def _write_processor(artifact: Artifact, folder: Path) -> None:
-    """As images are read for evaluation: scaled by the shorter side, cropped at the centre, normalised.
+    """Write an image processor that reads images as in evaluation: scale the shorter side, crop the centre, normalise.
 
-    None for other channels and ranges of values than photographs', nor for sizes that are not square: no processor of
-    transformers' crops to another shape without stretching.
+    Nothing is written if images do not have 3 channels of 8 bit, or if the crop is not square: no image processor of
+    transformers crops to another shape without stretching.
     """
     cfg = artifact.config["pretrained_cfg"]
     _, height, width = cfg["input_size"]

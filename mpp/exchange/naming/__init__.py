@@ -1,1 +1,4 @@
-"""Names that other projects give an encoder's weights, a file a project: `RULES`, see `mpp.exchange.naming_rules`."""
+"""Names of an encoder's weights in other projects, one file for each project; see `mpp.exchange.naming_rules`.
+
+Each file defines `RULES` for the names, and `TRAINED`, which describes the project's published weights.
+"""

@@ -1,7 +1,7 @@
 """Names of OpenMMLab's mmpretrain, mmselfsup and mmcls: VisionTransformer, BEiTViT and SwinTransformer.
 
-Their Swin merges patches by torch's unfold, which counts channel by channel, and place by place in each; timm's counts
-place by place, columns before rows, and all channels in each.
+Their Swin merges the patches of a 2×2 square with torch's unfold, in the order (channels, rows, columns). timm's order
+is (columns, rows, channels).
 """
 
 import re
@@ -12,7 +12,7 @@ from mpp.exchange.naming_rules import Trained, rule
 
 
 def _merged(value: Tensor) -> Tensor:
-    """The last dimension from (channels, rows, columns) to (columns, rows, channels) of a 2×2 square."""
+    """Reorder the last dimension from (channels, rows, columns) to (columns, rows, channels) of a 2×2 square."""
     cut = value.unflatten(-1, (-1, 2, 2))
     return cut.movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3)
 

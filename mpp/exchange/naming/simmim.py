@@ -1,7 +1,7 @@
-"""SimMIM's names (Xie et al. 2022, the authors' models): ViTs as BEiT's, Swin as Microsoft's first one.
+"""Names of SimMIM's published models (Xie et al. 2022): ViTs as in BEiT, Swin as in Microsoft's original Swin.
 
-Its ViT shares one table of relative positions among all blocks while it is pretrained, and its fine-tuning gives each
-block a copy, as timm's BEiT has it. A Swin stage ends with the merging that timm puts at the head of the next.
+In pretraining, all blocks of SimMIM's ViT share one table of relative positions. In fine-tuning each block gets a copy,
+as in timm's BEiT. A Swin stage ends with the patch merging with which timm's next stage begins.
 """
 
 import re
@@ -17,8 +17,8 @@ TABLE = r"(^|\.)rel_pos_bias\.relative_position_bias_table$"
 TRAINED = (
     Trained("SimMIM", (TABLE, r"(^|\.)decoder\.0\.weight$"), masked=True),
     # data2vec (Baevski et al. 2022) predicts features as wide as its own. BEiT (Bao et al. 2022) predicts 8192 classes.
-    # Its published weights were trained on ImageNet-22k with 0.5, those of its recipe for ImageNet-1k with ImageNet's
-    # mean and std.
+    # BEiT's published weights were trained on ImageNet-22k with mean and std 0.5, but weights of its recipe for
+    # ImageNet-1k with ImageNet's mean and std.
     Trained("data2vec", (TABLE,), square=r"(^|\.)lm_head\.weight$", masked=True),
     Trained("BEiT", (TABLE,), mean_std=None, masked=True),
     Trained("Swin"),

@@ -1,4 +1,4 @@
-"""torchvision's VisionTransformer, which lightly also wraps."""
+"""Names of torchvision's VisionTransformer, which lightly also wraps."""
 
 from mpp.exchange.naming_rules import Trained, rule
 

@@ -1,6 +1,7 @@
-"""Hugging Face transformers' names: ViT, ViT-MAE, DeiT, BEiT, Swin and PVT v2.
+"""Names of weights in Hugging Face transformers: ViT, ViT-MAE, DeiT, BEiT, Swin and PVT v2.
 
-The first naming is that of its files, which releases 4 and 5 write and read; the second that of 5's modules.
+The first template of a rule has the names in files, which releases 4 and 5 write and read. If there is a second
+template, it has the names of modules in release 5.
 """
 
 import re
@@ -12,8 +13,15 @@ from mpp.recipe.values import TimmArgs
 
 
 def _block(timm: str, file: str, module: str, attention: str) -> tuple[Rule, ...]:
-    """Of a transformer block: its place in timm, in files and in modules. attention: what files call its inner part."""
-    inner, last = f"{file}.attention.{attention}", f"{{{file.count('{')}}}"  # the group after those of the place
+    """Return the rules for the weights of a transformer block.
+
+    Args:
+        timm: Regular expression for the prefix of the block in timm.
+        file: Prefix of the block in files.
+        module: Prefix of the block in modules.
+        attention: Name of the inner part of the attention in files.
+    """
+    inner, last = f"{file}.attention.{attention}", f"{{{file.count('{')}}}"  # the group after those of the prefix
     return (
         rule(
             timm + r"attn\.qkv\.(.+)",
@@ -51,7 +59,7 @@ VIT = (
     rule(r"norm\.(.+)", "layernorm.{0}"),
     rule(r"fc_norm\.(.+)", "pooler.layernorm.{0}"),
 )
-"""And BEiT, whose norm of the mean token is called the pooler's."""
+"""Rules for ViT, ViT-MAE, DeiT and BEiT. In BEiT the norm of the mean token belongs to the pooler."""
 
 STAGE = "encoder.layers.{0}.blocks.{1}"
 SWIN = (
@@ -81,38 +89,38 @@ PVT_V2 = (
 RULES = (*VIT, *SWIN, *PVT_V2)
 
 SIZES = {(192, 12, 3): "tiny", (384, 12, 6): "small", (768, 12, 12): "base", (1024, 24, 16): "large"}
-"""timm's word for (width, depth, heads)."""
+"""timm's word for a size, by (width, depth, heads)."""
 ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
-"""Theirs and timm's, None: its own."""
+"""timm's name of an activation by its name in transformers. None means the default of timm's model."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a config.json describes, in timm's words."""
+    """A model that a config.json of transformers describes, as name and arguments of timm."""
 
     name: str
     args: TimmArgs
-    """All that it says."""
+    """All arguments that follow from config.json."""
     defaults: JsonObject
-    """Defaults of the arguments, by the name."""
+    """Defaults of these arguments in the timm model of this name."""
     norm_eps: float
 
     @property
     def own(self) -> JsonObject:
-        """Arguments that are not the name's."""
+        """Arguments that differ from the defaults of the name."""
         return {key: value for key, value in self.args.items() if value != self.defaults.get(key)}
 
 
 def architecture(config: JsonMapping) -> Architecture:
-    """Describe a model of transformers as timm's. Where a key is left out, transformers' default holds.
+    """Describe a model of transformers as a timm model. Keys that config.json lacks have transformers' defaults.
 
     Raises:
-        Exception: ValueError, KeyError or TypeError, where it is none of timm's.
+        Exception: ValueError, KeyError or TypeError, if timm has no such model.
     """
     kind, act = config["model_type"], config.get("hidden_act", "gelu")
     if kind not in MODELS:
         raise ValueError(f"model_type: expected one of {', '.join(MODELS)}; got '{kind}'")
-    allowed = ACTIVATIONS if kind in ("vit", "vit_mae", "deit") else {"gelu": None}  # timm's others have one alone
+    allowed = ACTIVATIONS if kind in ("vit", "vit_mae", "deit") else {"gelu": None}  # timm's others only have GELU
     if act not in allowed:
         raise ValueError(f"hidden_act: expected one of {', '.join(allowed)}; got '{act}'")
     name, args, defaults = MODELS[kind](config)
@@ -123,7 +131,7 @@ def architecture(config: JsonMapping) -> Architecture:
 
 
 Described = tuple[str, JsonObject, JsonObject]
-"""timm's name, arguments, and the defaults of these arguments."""
+"""Name of a timm model, its arguments, and the defaults of these arguments."""
 
 
 def _vit(config: JsonMapping) -> Described:
@@ -167,7 +175,7 @@ def _vit(config: JsonMapping) -> Described:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """Of which timm takes the whole part: one that does not fall below it by rounding."""
+    """Return the MLP ratio for a hidden size. timm rounds width × ratio down, so the ratio must not be rounded down."""
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
@@ -204,4 +212,4 @@ def _pvt_v2(config: JsonMapping) -> Described:
 
 
 MODELS = {"vit": _vit, "vit_mae": _vit, "deit": _vit, "beit": _vit, "swin": _swin, "pvt_v2": _pvt_v2}
-"""Their model_type, and what reads its configuration."""
+"""Function that describes a configuration, by its model_type."""

@@ -1,1 +1,1 @@
-"""What the encoder sees at hidden cells. Every corruption blanks the hidden pixels first."""
+"""Corruptions: what the encoder sees at hidden cells. Hidden pixels are blanked or replaced, unless kept on purpose."""

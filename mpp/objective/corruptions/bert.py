@@ -1,6 +1,6 @@
-"""Of the hidden units most get the mask token, some a random patch, some stay as they are (BERT's 80/10/10).
+"""Most hidden units get the mask token, some a random patch, and some stay unchanged (BERT's 80/10/10).
 
-BERT, Devlin et al. 2019, section 3.1; for patches, ViT, Dosovitskiy et al. 2021, appendix B.1.2.
+Sources: BERT, Devlin et al. 2019, section 3.1, and for patches ViT, Dosovitskiy et al. 2021, appendix B.1.2.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mpp.recipe.values import Fraction
 
 
 class BertCorruption(Corruption):
-    """Replace hidden units by mask tokens, other patches or themselves; predict all of them.
+    """Replace most hidden units by mask tokens and some by other patches, keep some, and predict all hidden units.
 
-    Hidden units that are not covered by `random` and `keep` get the learnable mask token at the stem. Both parts are
-    rounded to whole units, the same number in every image. The skill is over all hidden units, including kept ones, and
-    therefore a little higher than with `token`.
+    Hidden units that are not covered by `random` and `keep` get the learnable mask token at the stem. Both fractions
+    are rounded to whole units, the same number in every image. Skill is measured on all hidden units, including kept
+    ones, and is therefore a little higher than with `token`.
 
     Args:
-        random: Fraction of the hidden units that show another, visible unit of the same image.
-        keep: Fraction of the hidden units that show themselves. The encoder cannot tell them from visible units, so it
-            must describe every patch.
+        random: Fraction of the hidden units that show a visible unit of the same image instead.
+        keep: Fraction of the hidden units that stay unchanged. The encoder cannot distinguish them from visible units,
+            so it must describe every patch.
     """
 
     hidden_enter = True
@@ -42,7 +42,10 @@ class BertCorruption(Corruption):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def _kinds(self, units: Units) -> tuple[Tensor, Tensor]:
-        """(copied, kept), both (B, uh, uw) bool: hidden units in the order of their noise."""
+        """Return the units that show a copy and the kept units, (B, uh, uw) bool each.
+
+        Of the hidden units, those with the lowest noise are kept, and the next ones show a copy.
+        """
         noise = units.noise[:, NOISE["kind"]].masked_fill(~units.hidden, 2.0)
         keep, random = round(self.keep * units.count), round(self.random * units.count)
         kept = lowest(noise, keep)

@@ -1,4 +1,4 @@
-"""Hidden cells never enter the encoder (MAE, He et al. 2022, section 3); the head brings its own mask token."""
+"""Hidden cells never enter the encoder (MAE, He et al. 2022, section 3). The head has its own mask token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Corruption, CorruptionContext
 
 
 class DropCorruption(Corruption):
-    """Encode the visible patches only. The head must read them: `transformer` or `cross_attention`."""
+    """Encode the visible patches only. The head must be one that reads them: `transformer` or `cross_attention`."""
 
     hidden_enter = False
     mechanism = "drop"

@@ -11,7 +11,7 @@ from mpp.objective.interfaces import Corruption, CorruptionContext
 
 
 class PixelPatchCorruption(Corruption):
-    """Replace hidden pixels by a learned patch of a mask unit's size, which starts near the mean colour (std 0.02)."""
+    """Replace hidden units by a learned patch of pixels, which starts near the mean colour (std 0.02)."""
 
     hidden_enter = True
     mechanism = "pixel"

@@ -1,4 +1,4 @@
-"""Hidden units show a visible unit of the same image, drawn at random (one third of ViT's appendix B.1.2)."""
+"""Hidden units show random visible units of the same image (one of the three cases in ViT, appendix B.1.2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Corruption, CorruptionContext
 
 
 class RandomPatchCorruption(Corruption):
-    """Replace hidden units by copies of visible units of the same image, which reveal nothing of what is hidden."""
+    """Replace hidden units by copies of visible units of the same image. The copies reveal nothing of hidden pixels."""
 
     hidden_enter = True
     mechanism = "pixel"

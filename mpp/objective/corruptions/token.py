@@ -1,4 +1,4 @@
-"""A learnable mask token replaces hidden cells, from the stem on or joining at a later block."""
+"""A learnable mask token replaces hidden cells, at the stem or at a later block."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mpp.recipe.values import NonNegativeInt
 
 
 class TokenCorruption(Corruption):
-    """Put learnable mask tokens in the place of hidden patches.
+    """Replace hidden patches by learnable mask tokens.
 
     Args:
-        enter: Encoder block at whose input the mask tokens join the visible ones. 0: at the stem (BERT, Devlin et al.
-            2019, section 3.1; SimMIM, Xie et al. 2022, section 3.1). Above 0, only visible tokens run through the first
-            blocks and only the cells to be predicted join, which saves these blocks (our variant, between SimMIM and
-            MAE).
+        enter: Encoder block at whose input the mask tokens join the visible ones. 0 means at the stem (BERT, Devlin et
+            al. 2019, section 3.1; SimMIM, Xie et al. 2022, section 3.1). If it is above 0, only visible tokens pass
+            through the first blocks, which is faster. Only cells to be predicted join later (our variant, between
+            SimMIM and MAE).
     """
 
     hidden_enter = True
@@ -29,7 +29,7 @@ class TokenCorruption(Corruption):
         super().__init__()
         self.enter = enter
         self.mask_token = nn.Parameter(torch.empty(context.dim))
-        nn.init.normal_(self.mask_token, std=0.02)  # SimMIM's and BEiT's published codes
+        nn.init.normal_(self.mask_token, std=0.02)  # as in SimMIM's and BEiT's published code
 
     def forward(self, images: Images, units: Units) -> Corrupted:
         return Corrupted(blank_hidden(images.normalised, units.hidden), self.mask_token, units.hidden, self.enter)

@@ -1,4 +1,4 @@
-"""Hidden pixels are zero after normalisation, nothing else: what tutorials on masked images do."""
+"""Hidden pixels are zero after normalisation, as in tutorials on masked images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Corruption, CorruptionContext
 
 
 class ZerosCorruption(Corruption):
-    """Replace hidden pixels by the mean colour; the encoder is not told which pixels are hidden."""
+    """Replace hidden pixels by the mean colour. The hidden pixels are not marked for the encoder."""
 
     hidden_enter = True
     mechanism = "pixel"

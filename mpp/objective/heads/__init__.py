@@ -1,1 +1,1 @@
-"""From the encoder's tokens to predictions. Each begins with its own LayerNorm: it reads the last block raw."""
+"""Heads: from the encoder's tokens to predictions. Each starts with a LayerNorm, because the last block is read raw."""

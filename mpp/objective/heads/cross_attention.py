@@ -13,7 +13,7 @@ from mpp.recipe.values import Bool, PositiveInt
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm cross-attention and an MLP of 4 times the width."""
+    """Block of pre-norm cross-attention and an MLP of 4 times the width."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -31,8 +31,8 @@ class CrossAttentionHead(Head):
     """Decode the predicted cells only, by cross-attention to the visible tokens (CrossMAE, Fu et al. 2024).
 
     Its cost grows with the predicted cells only, so a `predict_fraction` below 1 makes it cheaper. CrossMAE also mixes
-    features of several encoder layers for each block. This head does not; it embeds the visible tokens and gives them
-    positions, which CrossMAE does not.
+    features of several encoder layers for each block, which this head does not. This head embeds the visible tokens and
+    adds positions to them, which CrossMAE does not.
 
     Args:
         dim: Width of the decoder, a multiple of 4 and of num_heads. Default: half of the encoder's width (a guess).
@@ -70,7 +70,8 @@ class CrossAttentionHead(Head):
         positions = sincos_positions(features.cells.grid, self.dim, features.tokens.device)
         positions = positions.expand(len(features.tokens), -1, -1)
         context = self.embed(features.visible()) + gather_cells(positions, features.cells.visible)
-        if self.prefix_tokens and features.prefix is not None:  # they have no place in the image, so no position
+        # class and register tokens have no place in the image, so they get no position
+        if self.prefix_tokens and features.prefix is not None:
             context = torch.cat([self.embed(features.prefix), context], dim=1)
         context = self.context_norm(context)
         entered = features.predicted()

@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Head
 
 
 class LinearHead(Head):
-    """Predict each cell by a LayerNorm and a linear layer on the encoder's token."""
+    """Predict each cell with a LayerNorm and a linear layer on the encoder's token."""
 
     needs_hidden_tokens = True
     reads_visible = False

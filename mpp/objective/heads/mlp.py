@@ -1,4 +1,4 @@
-"""Two linear layers with a GELU between (SimMIM, Xie et al. 2022, table 4, the 2-layer MLP)."""
+"""Two linear layers with a GELU between them (SimMIM, Xie et al. 2022, table 4, the 2-layer MLP)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpp.recipe.values import PositiveInt
 
 
 class MlpHead(Head):
-    """Predict each cell by two linear layers with a GELU between them.
+    """Predict each cell with a LayerNorm and two linear layers with a GELU between them.
 
     Args:
         hidden_dim: Width of the hidden layer. Default: the encoder's width.

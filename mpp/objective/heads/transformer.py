@@ -12,15 +12,15 @@ from mpp.objective.weight_init import TOKEN_STD, init_linear_layers
 from mpp.recipe.values import Bool, PositiveInt
 
 NORM_EPS = 1e-6
-"""As MAE's published code has it."""
+"""Epsilon of the norms, as in MAE's published code."""
 
 
 class TransformerHead(Head):
-    """Decode visible and mask tokens by a small transformer, as MAE does.
+    """Decode visible and mask tokens with a small transformer, as MAE does.
 
     The defaults (half of the encoder's width, one block, 4 heads) are guesses that keep the head light compared with
-    small encoders. MAE's own decoder, 512 × 8 × 16, costs 6 to 7 times a CIFAR-sized encoder. If hidden cells were in
-    the encoder already (`hidden_enter`), their tokens take the place of the head's mask token.
+    small encoders. MAE's own decoder (width 512, 8 blocks, 16 heads) costs 6 to 7 times as much as a CIFAR-sized
+    encoder. If hidden cells were already in the encoder (`hidden_enter`), their tokens replace the head's mask token.
 
     Args:
         dim: Width of the decoder, a multiple of 4 and of num_heads. Default: half of the encoder's width (a guess).

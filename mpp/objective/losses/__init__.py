@@ -1,1 +1,1 @@
-"""How a prediction is compared with its target, on predicted cells only, in float32."""
+"""Losses: they compare predictions with targets, on predicted cells only, in float32."""

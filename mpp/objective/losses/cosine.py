@@ -1,4 +1,4 @@
-"""1 - cosine of prediction and target, for features whose length says nothing (MILAN, EVA and the like)."""
+"""1 - cosine of prediction and target, for features whose length carries no information (MILAN, EVA and the like)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpp.objective.interfaces import Loss
 
 
 class CosineLoss(Loss):
-    """One minus the cosine, averaged over images and predicted cells, in [0, 2]; a target of zeros costs 1."""
+    """One minus the cosine, averaged over images and predicted cells, in [0, 2]. A target of zeros costs 1."""
 
     of = "values"
 

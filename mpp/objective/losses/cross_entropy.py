@@ -14,6 +14,6 @@ class CrossEntropyLoss(Loss):
     of = "classes"
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """(B, P, K·classes) logits and (B, P, K) int64."""
+        """Return the mean loss, from logits (B, P, K·classes) and class numbers (B, P, K) int64."""
         logits = prediction.float().unflatten(-1, (target.shape[-1], -1))
         return F.cross_entropy(logits.flatten(0, -2), target.flatten())

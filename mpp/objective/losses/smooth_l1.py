@@ -1,4 +1,5 @@
-"""Squared below `beta`, absolute above (Girshick 2015, section 2.3; data2vec, Baevski et al. 2022, section 3.3)."""
+"""Squared error below `beta`, absolute error above (Girshick 2015, section 2.3; data2vec, Baevski et al. 2022, section
+3.3)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ class SmoothL1Loss(Loss):
     """Mean smooth L1 distance over images, predicted cells and values.
 
     Args:
-        beta: Distance at which the loss turns from squared to absolute (data2vec for images: 2.0).
+        beta: Distance at which the loss changes from squared to absolute (data2vec for images: 2.0).
     """
 
     of = "values"

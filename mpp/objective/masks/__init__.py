@@ -1,1 +1,1 @@
-"""Which cells are hidden. One file a mask, drawn in numpy by the loader's workers from (seed, position)."""
+"""Masks: which units are hidden, one file per mask. Dataloader workers draw them with numpy from (seed, position)."""

@@ -1,4 +1,4 @@
-"""Cells that a teacher attends to are hidden first (AttMask, Kakogeorgiou et al. 2022, section 3.2)."""
+"""Units that a teacher attends to are hidden first (AttMask, Kakogeorgiou et al. 2022, section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from mpp.recipe.values import Bool, NonNegativeFloat, PositiveInt, Ratio, TimmAr
 
 
 class AttentionMask(Mask):
-    """Hide the units that a teacher attends to most, with some chance (AttMask, Kakogeorgiou et al. 2022).
+    """Hide random units, preferably those that a teacher attends to most (AttMask, Kakogeorgiou et al. 2022).
 
-    The teacher draws the mask on the device, not the loader. That a unit is hidden tells the encoder that the
+    The mask is drawn on the model's device and not in the dataloader. A hidden unit reveals to the encoder that the
     teacher attends to it, and nothing else.
 
     Args:
         ratio: Fraction of the units to hide (AttMask: 0.1 to 0.5). A range [a, b] is drawn for each batch.
         teacher: Name of a plain timm ViT, or the folder of a run or an export.
         pretrained: Load timm's published weights into the teacher.
-        args: timm's arguments for the teacher.
-        strength: Units are drawn without replacement with probability proportional to attention^strength. 0 is uniform;
-            a large number hides the most attended units, as AttMask does. The default is a guess.
+        args: Arguments of timm's constructor for the teacher.
+        strength: Exponent of the attention. Units are drawn without replacement, with probability proportional to
+            attention^strength. 0 is uniform. A large number hides the most attended units, as AttMask does. The default
+            is a guess.
         unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
 
@@ -48,20 +49,20 @@ class AttentionMask(Mask):
         return count_hidden(grid[0] * grid[1], self.ratio, draw)
 
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
-        """A uniform mask, which the guide replaces."""
+        """Draw a uniform mask, which the guide replaces."""
         mask = np.zeros(grid[0] * grid[1], dtype=bool)
         mask[rng.permutation(mask.size)[:count]] = True
         return mask.reshape(grid)
 
     def guide(self, teacher: Callable[..., FrozenTeacher]) -> nn.Module:
-        """What makes the masks; see `AttentionGuide`."""
+        """Return the `AttentionGuide` that makes the masks."""
         model = teacher(name=self.teacher, pretrained=self.pretrained, args=self.args)
         model.check_attention()
         return AttentionGuide(model, self.strength)
 
 
 class AttentionGuide(nn.Module):
-    """Weighted sampling without replacement by the Gumbel trick: the noise of each sample is its own."""
+    """Sampler of masks by weighted sampling without replacement (Gumbel trick). Each sample has its own noise."""
 
     def __init__(self, teacher: FrozenTeacher, strength: float) -> None:
         super().__init__()
@@ -69,15 +70,15 @@ class AttentionGuide(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Images, noise: Tensor, count: int) -> Tensor:
-        """Hide units by the attention that a teacher pays to them.
+        """Choose the units to hide, with weights from the teacher's attention.
 
         Args:
-            images: Of the batch.
-            noise: (B, uh, uw) in [0, 1).
-            count: Units to hide in each image.
+            images: Images of the batch.
+            noise: Random numbers in [0, 1), (B, uh, uw).
+            count: Number of units to hide in each image.
 
         Returns:
-            (B, uh, uw) bool.
+            Hidden units, (B, uh, uw) bool.
         """
         attention = self.teacher.attention(images, (noise.shape[1], noise.shape[2])).view(noise.shape)
         gumbel = -(-noise.clamp(1e-7, 1 - 1e-7).log()).log()

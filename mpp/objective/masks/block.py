@@ -12,15 +12,16 @@ from mpp.recipe.values import Aspect, PositiveInt, Ratio
 
 
 class BlockMask(Mask):
-    """Hide rectangles of random aspect until the ratio is reached; the last rectangle is trimmed.
+    """Hide rectangles of random aspect ratio until enough units are hidden. The last rectangle is trimmed.
 
-    BEiT accepts a mask that hides fewer units than asked. Here every mask hides the same number, which dropping
-    hidden tokens needs: a rectangle that would hide too many loses random units.
+    BEiT accepts masks that hide fewer units than asked. Here every mask hides the same number, as dropping hidden
+    tokens requires. A rectangle that would hide too many units loses random ones.
 
     Args:
         ratio: Fraction of the units to hide, exact after rounding (BEiT: 0.4). A range [a, b] is drawn for each batch.
-        min_block: Smallest rectangle in units (BEiT: 16 on a 14×14 grid), at most what is still to hide.
-        max_aspect: Rectangles have aspects in [1 / max_aspect, max_aspect] (BEiT: 1 / 0.3).
+        min_block: Smallest area of a rectangle in units (BEiT: 16 on a 14×14 grid). If fewer units are left to hide,
+            their number is used.
+        max_aspect: Largest aspect ratio. Rectangles have ratios in [1 / max_aspect, max_aspect] (BEiT: 1 / 0.3).
         unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
 

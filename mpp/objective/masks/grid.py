@@ -9,11 +9,11 @@ from mpp.recipe.values import PositiveInt
 
 
 class GridMask(Mask):
-    """Keep one unit of every square of units visible; where the grid begins is drawn for each image.
+    """Keep one unit of every square of units visible. The offset of the grid is drawn for each image.
 
     Args:
-        period: Side of the squares in units; 2 hides 3 of 4 units. Rows and columns beyond the last whole square are
-            hidden, so that every image hides the same number.
+        period: Side of the squares in units. 2 hides 3 of 4 units. Only whole squares count, so that every image hides
+            the same number of units.
         unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
 

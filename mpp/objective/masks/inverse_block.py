@@ -1,4 +1,4 @@
-"""One block stays visible, the rest is hidden (data2vec 2.0, Baevski et al. 2023, section 3.4: inverse block)."""
+"""One block stays visible, and the rest is hidden (data2vec 2.0, Baevski et al. 2023, section 3.4: inverse block)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mpp.recipe.values import Aspect, Bool, PositiveInt, Ratio
 
 
 class InverseBlockMask(Mask):
-    """Keep one rectangle of random aspect visible, with an exact number of units.
+    """Keep one rectangle of random aspect ratio visible, with an exact number of units.
 
-    data2vec 2.0 keeps several overlapping blocks and adjusts the number at random. This mask keeps one, whose last
-    row is trimmed.
+    data2vec 2.0 keeps several overlapping blocks and adjusts the number of units at random. This mask keeps one block,
+    whose first or last row is trimmed.
 
     Args:
         ratio: Fraction of the units to hide, exact after rounding (data2vec 2.0: 0.8 for ViT-B). A range [a, b] is
             drawn for each batch.
-        max_aspect: The rectangle's aspect is in [1 / max_aspect, max_aspect] (a guess).
-        roll: Let the rectangle wrap around the edges, so that every unit is visible equally often. Without it, units in
+        max_aspect: Largest aspect ratio. The rectangle's ratio is in [1 / max_aspect, max_aspect] (a guess).
+        roll: Let the rectangle wrap around the edges, so that every unit is visible equally often. Otherwise, units in
             the middle are visible more often.
         unit_px: Side of a mask unit in pixels. Default: the encoder's stride.
     """
@@ -44,12 +44,12 @@ class InverseBlockMask(Mask):
         visible = gh * gw - count
         spread = abs(math.log(self.max_aspect))
         aspect = math.exp(rng.uniform(-spread, spread))
-        # a width for which the block fits into the grid's height, then as many rows as that takes
+        # choose a width at which the block fits into the grid's height, then as many rows as the block needs
         w = min(max(round(math.sqrt(visible / aspect)), -(-visible // gh)), gw)
         h = -(-visible // w)
         block = (np.arange(h * w) < visible).reshape(h, w)
         if rng.random() < 0.5:
-            block = block[::-1]  # the trimmed row is above or below
+            block = block[::-1]  # the trimmed row is the first or the last
         mask = np.ones(grid, dtype=bool)
         mask[:h, :w] = ~block
         if self.roll:

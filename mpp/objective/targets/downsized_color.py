@@ -12,11 +12,11 @@ from mpp.recipe.values import PositiveInt
 
 
 class DownsizedColorTarget(Target):
-    """Predict `side` × `side` colour classes for each cell: binned mean colours of its parts, not normalised.
+    """Predict `side` × `side` colour classes for each cell: the binned mean colours of its parts, not normalised.
 
     Args:
-        side: Parts along each side of a cell (paper: 4). It must divide the cell's side in pixels.
-        bits: Bits of each channel (paper: 3). At most 65,536 classes.
+        side: Number of parts along each side of a cell (paper: 4). It must divide the cell's side in pixels.
+        bits: Number of bits per channel (paper: 3). At most 65,536 classes.
     """
 
     of = "classes"
@@ -33,11 +33,11 @@ class DownsizedColorTarget(Target):
         return colour_classes(mean_patches(images.raw, self.cell_px, self.side), self.bits)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """The histogram of the visible cells of all these images, one for all parts of a cell."""
+        """Return the log frequencies of classes over the visible cells of all images, the same for every part."""
         return marginal_logits(self(images), hidden, self.classes)
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
-        """Each part of a cell in the middle of its most likely bin."""
+        """Draw each part of a cell in the colour in the middle of its most likely bin."""
         parts = colour_parts(prediction, self.bits, self.channels, self.side, self.cell_px)
         picture = unpatchify(parts, self.cell_px, (hidden.shape[1], hidden.shape[2]))
         return (picture - images.mean) / images.std

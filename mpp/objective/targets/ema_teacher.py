@@ -1,6 +1,6 @@
 """Features of a teacher that is the moving average of the encoder itself (data2vec, Baevski et al. 2022).
 
-Also the target of I-JEPA (Assran et al. 2023), there with the last block alone: `layers: 1`.
+This is also the target of I-JEPA (Assran et al. 2023), which uses only the last block: `layers: 1`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from mpp.recipe.values import Bool, Fraction, PositiveInt
 class EmaTeacherTarget(Target):
     """Predict the averaged last blocks of a moving average of the encoder, which sees the whole image.
 
-    Three things work against collapse. Every token of every block is layer-normed before averaging (data2vec, section
-    3.3). No gradient goes into the moving average. The log has the effective rank of the targets (`target_rank`) and
-    the share of them that depends on the image (`target_share`), with a warning when they fall. The skill is measured
-    against a moving target: it need not rise while the encoder gets better.
+    Three measures help against collapse. Every token of every block is layer-normed before averaging (data2vec, section
+    3.3). No gradient goes into the moving average. The log contains the effective rank of the targets (`target_rank`)
+    and the share of their energy that depends on the image (`target_share`), with a warning when they fall.
+
+    Skill is measured against a moving target, so it need not rise while the encoder improves.
 
     Args:
         layers: Number of last blocks to average (data2vec for ViT-B: 6); at most the depth of the encoder.
         norm_average: Layer-norm the average once more, as data2vec's released command does.
         decay: Decay of the moving average at the first step (data2vec for ViT-B: 0.9998; I-JEPA: 0.996).
-        decay_end: Decay at the last step (I-JEPA: 1). It rises linearly in between.
+        decay_end: Decay at the last step (I-JEPA: 1). The decay rises linearly in between.
     """
 
     of = "values"
@@ -54,17 +55,17 @@ class EmaTeacherTarget(Target):
         return self.teacher(images, self.grid)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """The mean feature of each cell over all these images: what can be said without looking at one."""
+        """Return the mean feature of each cell over all images, a prediction that does not depend on the image."""
         values = self(images)
         return values.mean(0, keepdim=True).expand_as(values)
 
     @torch.no_grad()
     def after_step(self, encoder: nn.Module, step: int, total_steps: int, made: Tensor) -> None:
-        """Move the copy; `step` counts from 1. Buffers (batch statistics) are copied as they are."""
+        """Move the copy towards the encoder. `step` counts from 1. Buffers (batch statistics) are copied."""
         decay = self.decay + (self.decay_end - self.decay) * (step - 1) / max(total_steps - 1, 1)
         theirs: nn.Module = encoder.model  # type: ignore[assignment]
         averaged = self.teacher.model
-        copies = [own_part(p) for p in averaged.parameters()]  # cut alike where the run is sharded
+        copies = [own_part(p) for p in averaged.parameters()]  # a sharded run splits both models alike
         torch._foreach_lerp_(copies, [own_part(p) for p in theirs.parameters()], [(1 - decay) * made] * len(copies))
         for mine, other in zip(averaged.buffers(), theirs.buffers(), strict=True):
             mine.copy_(other)

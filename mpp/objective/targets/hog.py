@@ -16,21 +16,23 @@ from mpp.objective.interfaces import Target, TargetContext
 from mpp.recipe.values import Int, PositiveInt
 
 Bins = Annotated[Int, Field(ge=2)]
-GLYPH_PX = 16  # least side of the drawing of a square
+GLYPH_PX = 16  # smallest side of the drawing of a square, in pixels
 EPSILON = 1e-3
-"""In the normalisation, sqrt(|v|² + ε²): a square without gradients gives zeros. One of bytes is far stronger."""
+"""The ε of the normalisation by sqrt(|v|² + ε²). It makes a square without gradients zero. Gradients of byte values are
+far larger."""
 
 
 class HogTarget(Target):
-    """Predict histograms of gradient directions (HOG) of each channel, over squares of the cell, each of length 1.
+    """Predict histograms of oriented gradients (HOG) of each channel, over squares of the cell, each of length 1.
 
-    Computed as MaskFeat's published code does: Sobel gradients of the image reflected at its border, each pixel votes
-    with its magnitude for one bin, directions are measured from the vertical, no window.
+    The histograms are computed as in MaskFeat's published code. Gradients are Sobel gradients of the image, which is
+    reflected at its border. Each pixel votes for one bin, with the magnitude of its gradient. Directions are measured
+    from the vertical. There is no window.
 
     Args:
-        orientations: Bins over 180 degrees (MaskFeat: 9).
-        square_px: Side of the squares in pixels (MaskFeat: 8). Default: 8, or the largest common divisor of 8 and the
-            side of a cell, if that is smaller.
+        orientations: Number of bins over 180 degrees (MaskFeat: 9).
+        square_px: Side of the squares in pixels (MaskFeat: 8). Default: the side of a cell if it is at most 8 px, else
+            the greatest common divisor of 8 and that side.
     """
 
     of = "values"
@@ -55,7 +57,7 @@ class HogTarget(Target):
         return self._histograms(images.raw, None)
 
     def _histograms(self, raw: Tensor, counted: Tensor | None) -> Tensor:
-        """(B, N, dim). counted: (B, 1, H, W) bool, pixels that vote; None: all."""
+        """Return histograms (B, N, dim). `counted` has the pixels that vote, (B, 1, H, W) bool; None means all."""
         x = F.pad(raw.float(), (1, 1, 1, 1), mode="reflect")
         rows = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]  # smoothed along columns, (B, C, H, W + 2)
         cols = x[..., :, :-2] + 2 * x[..., :, 1:-1] + x[..., :, 2:]  # smoothed along rows, (B, C, H + 2, W)
@@ -71,7 +73,7 @@ class HogTarget(Target):
         return patchify((squares / length).flatten(1, 2), self.side)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """The mean of each image's visible cells; pixels whose gradient reads a hidden cell do not vote."""
+        """Return the mean of each image's visible cells. Pixels whose gradient reads a hidden cell do not vote."""
         pixels = repeat_cells(hidden, self.cell_px).unsqueeze(1)
         reads_hidden = F.max_pool2d(pixels.float(), 3, 1, 1) > 0
         values = self._histograms(images.raw.masked_fill(pixels, 0), ~reads_hidden)
@@ -80,9 +82,10 @@ class HogTarget(Target):
         return mean.expand(-1, values.shape[1], -1)
 
     def glyphs(self, values: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, N, dim) -> (B, 1, k·H, k·W) in [0, 1]: in each square a line along the edges of each bin's gradients.
+        """Draw histograms as lines: (B, N, dim) -> (B, 1, k·H, k·W) in [0, 1].
 
-        As bright as the bin, the mean of the channels; the values of a square have length 1.
+        In each square, every bin is a line along the edges that it counts. A line is as bright as its bin, averaged
+        over channels. The values of a square have length 1.
         """
         squares = unpatchify(values.float(), self.side, grid)
         bright = squares.unflatten(1, (-1, self.orientations)).mean(1).clamp(0, 1)  # (B, orientations, h, w)

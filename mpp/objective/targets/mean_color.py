@@ -15,7 +15,7 @@ class MeanColorTarget(Target):
     """Predict one class for each cell: its binned mean colour, not normalised.
 
     Args:
-        bits: Bits of each channel (paper: 3, which gives 512 classes for 3 channels). At most 65,536 classes.
+        bits: Number of bits per channel (paper: 3, which gives 512 classes for 3 channels). At most 65,536 classes.
     """
 
     of = "classes"
@@ -29,11 +29,11 @@ class MeanColorTarget(Target):
         return colour_classes(mean_patches(images.raw, self.cell_px, 1), self.bits)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """The histogram of the visible cells of all these images."""
+        """Return the log frequencies of classes over the visible cells of all images."""
         return marginal_logits(self(images), hidden, self.classes)
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
-        """Each cell in the middle of its most likely bin."""
+        """Draw each cell in the colour in the middle of its most likely bin."""
         parts = colour_parts(prediction, self.bits, self.channels, 1, self.cell_px)
         picture = unpatchify(parts, self.cell_px, (hidden.shape[1], hidden.shape[2]))
         return (picture - images.mean) / images.std

@@ -9,7 +9,7 @@ from mpp.data.batch import Images
 from mpp.encoders.cells import patches_at, patchify, repeat_cells, unpatchify
 from mpp.objective.interfaces import Target, TargetContext
 
-EPSILON = 1e-6  # added to the variance, as MAE's published code does
+EPSILON = 1e-6  # added to the variance, as in MAE's published code
 
 
 class NormPixelsTarget(Target):
@@ -29,13 +29,14 @@ class NormPixelsTarget(Target):
         return _by_their_own(patches_at(images.normalised.float(), self.cell_px, cells))
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """Zero: the mean of every normalised patch."""
+        """Return zeros, the mean of every normalised patch."""
         return torch.zeros(len(hidden), hidden[0].numel(), self.dim, device=hidden.device)
 
     def picture(self, prediction: Tensor, images: Images, hidden: Tensor, *, borrow: bool) -> Tensor | None:
-        """Bring the prediction back to the scale of the image.
+        """Scale the prediction back to pixels of the image.
 
-        With `borrow` by each patch's own mean and std, which the model never saw; else by the visible pixels'.
+        If `borrow` is set, the mean and std of each patch itself are used, which the model never saw. Otherwise, those
+        of the image's visible pixels are used.
         """
         if borrow:
             mean, std = _statistics(patchify(images.normalised.float(), self.cell_px))
@@ -50,7 +51,7 @@ class NormPixelsTarget(Target):
 
 
 def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each patch."""
+    """Return mean and standard deviation of each patch."""
     return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + EPSILON).sqrt()
 
 

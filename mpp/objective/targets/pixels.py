@@ -10,7 +10,7 @@ from mpp.objective.interfaces import Target, TargetContext
 
 
 class PixelsTarget(Target):
-    """Predict pixels, normalised by the mean and std of the data set."""
+    """Predict pixels, normalised with the mean and std of the recipe's data."""
 
     of = "values"
 
@@ -26,7 +26,7 @@ class PixelsTarget(Target):
         return patches_at(images.normalised.float(), self.cell_px, cells)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """Every hidden cell gets the mean visible colour of its image."""
+        """Return the mean visible colour of the image for every cell."""
         visible = repeat_cells(~hidden, self.cell_px).unsqueeze(1)
         mean = (images.normalised.float() * visible).sum((2, 3)) / visible.sum((2, 3))
         flat = mean.repeat_interleave(self.cell_px * self.cell_px, dim=1)

@@ -12,13 +12,13 @@ from mpp.recipe.values import Bool, PositiveInt, TimmArgs
 class TeacherTarget(Target):
     """Predict a teacher's patch features, each layer-normed without affine, at the cells of this encoder.
 
-    The teacher gets images at the size that gives it as many cells as this encoder has, normalised by its own mean and
-    std.
+    The teacher's images are resized so that it has as many cells as this encoder. They are normalised with the
+    teacher's own mean and std.
 
     Args:
         teacher: Name of any timm model, or the folder of a run or an export, which comes with its weights.
         pretrained: Load timm's published weights into the teacher.
-        args: timm's arguments for the teacher.
+        args: Arguments of timm's constructor for the teacher.
         layers: Number of last blocks to average, after normalising each (data2vec, Baevski et al. 2022, section 3.3).
     """
 
@@ -42,6 +42,6 @@ class TeacherTarget(Target):
         return self.teacher(images, self.grid)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
-        """The mean feature of each cell over all these images: what can be said without looking at one."""
+        """Return the mean feature of each cell over all images, a prediction that does not depend on the image."""
         values = self(images)
         return values.mean(0, keepdim=True).expand_as(values)
