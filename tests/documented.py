@@ -1,7 +1,8 @@
-"""What documents tell a reader to type, run as it stands; only sizes, lengths and numbers of processes are cut down.
+"""Run what documents tell a reader to type. Only sizes, lengths and numbers of processes are reduced.
 
-Fenced blocks of `sh`, `python` and `yaml` are taken, in their order. A block whose first line is a comment with a file's name
-is that file. A page says by `<!-- workspace: … -->` what it takes for granted (see `Workspace`).
+Fenced blocks of `sh`, `python` and `yaml` are used in their order. If the first line of a block is a comment with a
+file
+name, the block is that file. A page lists what it requires as `<!-- workspace: … -->` (see `Workspace`).
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ SMALLER = {
     "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0]"],
 }  # fmt: skip
 AS_IT_IS = ("--preset", "mine.yaml")
-"""Commands of which nothing is to be cut down."""
+"""Words that mark commands of which nothing is reduced."""
 OF_A_FOLDER = ("encoder.args", "corruption.enter")
-"""Of these nothing, where the encoder is a folder with an architecture of its own."""
+"""Keys that are not overridden if the encoder is a folder with an architecture of its own."""
 NOT_RUN = ("pip ", "make ")
-"""What a test cannot do to the machine it runs on; what they name is checked to be there."""
+"""Commands that a test cannot run on its machine. What they name is checked to exist."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """(language, text) of the fenced blocks that are run or written, in their order."""
+    """Return (language, text) of the fenced blocks that are run or written, in their order."""
     return re.findall(r"^```(sh|python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def commands(text: str) -> list[str]:
-    """Lines of the shell, without comments."""
+    """Return the shell commands, without comments."""
     found = [
         line.split(" #")[0].strip()
         for language, block in blocks(text)
@@ -60,9 +61,9 @@ def commands(text: str) -> list[str]:
 
 
 def cut_down(line: str) -> str:
-    """The same command, of two processes at most, small and short."""
+    """Return the same command, small, short and with at most two processes."""
     line = re.sub(r"(--nproc_per_node|--num_processes) \d+", r"\1 2", line)
-    if "small_images" in line.split("=")[0]:  # a ResNet: the arguments in SMALLER are a ViT's
+    if "small_images" in line.split("=")[0]:  # a ResNet: the arguments in SMALLER are for a ViT
         return f"{line} --preset tiny"
     job = re.search(r"mpp \w+", line)
     extra = SMALLER.get(job[0], []) if job and not any(mark in line for mark in AS_IT_IS) else []
@@ -76,7 +77,7 @@ _preloaded: list[subprocess.Popen[str]] = []
 
 
 def _ask_preloaded(words: list[str], cwd: Path) -> tuple[int, str]:
-    """(exit code, what was said) of a command of mpp's."""
+    """Run a command of mpp in the preloaded process. Return its exit code and what it printed."""
     if not _preloaded:
         program = [sys.executable, "-m", "tests.preloaded"]
         _preloaded.append(
@@ -98,10 +99,10 @@ def run(line: str, cwd: Path, allowed: tuple[int, ...] = (0,), **env: str) -> st
     """Run a line of the shell and return what it prints.
 
     Args:
-        line: As a page has it.
-        cwd: Where it runs.
-        allowed: Exit codes.
-        **env: Of its environment.
+        line: Command as a page has it.
+        cwd: Working directory.
+        allowed: Exit codes that are accepted.
+        **env: Additional environment variables.
     """
     if line.startswith("mpp ") and not env and not set(line) & set("|<>&;$*`"):
         code, said = _ask_preloaded(shlex.split(line)[1:], cwd)
@@ -125,9 +126,9 @@ def run_page(text: str, cwd: Path, **env: str) -> dict[str, str]:
     """Run everything on a page in its order.
 
     Args:
-        text: The page.
-        cwd: Where it runs.
-        **env: Of the commands' environment.
+        text: Text of the page.
+        cwd: Working directory.
+        **env: Additional environment variables of the commands.
 
     Returns:
         What each command printed.
@@ -143,7 +144,7 @@ def run_page(text: str, cwd: Path, **env: str) -> dict[str, str]:
             for line in commands(f"```sh\n{block}```"):
                 if line.startswith(NOT_RUN):
                     continue
-                # what doctor says of this machine is not ours to judge
+                # doctor may find faults of this machine, which are not ours
                 printed[line] = run(cut_down(line), cwd, allowed=(0, 2) if line == "mpp doctor" else (0,), **env)
         else:
             raise AssertionError(f"a block of {language} that is no file:\n{block}")
@@ -157,15 +158,15 @@ def shown_outputs(text: str) -> list[tuple[str, list[str]]]:
 
 
 def assert_shown(text: str, printed: dict[str, str], also: Collection[str] = ()) -> int:
-    """Check that commands print what a page shows of their output, but for figures.
+    """Check that commands print what a page shows of their output, except for figures.
 
     Args:
-        text: The page.
-        printed: By command.
-        also: Lines that are known from elsewhere, without figures.
+        text: Text of the page.
+        printed: Output by command.
+        also: Other known lines, without figures.
 
     Returns:
-        How many commands' output the page shows.
+        Number of commands whose output the page shows.
     """
     shown = shown_outputs(text)
     for command, lines in shown:
@@ -176,14 +177,16 @@ def assert_shown(text: str, printed: dict[str, str], also: Collection[str] = ())
 
 
 def without_figures(line: str) -> str:
-    """Return a line of output without what differs from run to run: figures, intervals, several seeds, a plural."""
+    """Return a line of output without the parts that differ from run to run: figures, intervals, several seeds, a
+    plural.
+    """
     line = re.sub(r"[-+]?\d(?:[\d,.:e+-]*\d)?", "N", line)
     line = re.sub(r" ± N|N(, N)+|\(N % interval N to N\)", lambda found: "N" if found[0][0] == "N" else "", line)
     return " ".join(re.sub(r"\bN s\b", "N", line).replace("shards", "shard").split())
 
 
 def lay_out(folder: Path) -> Path:
-    """What every page may name: 40 images in photos/, the same with labels, the project's recipes and tools."""
+    """Create what every page may use: 40 images in photos/, labeled images, and the project's recipes and tools."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("recipes", "tools"):
         (folder / name).symlink_to(ROOT / name)
@@ -199,7 +202,7 @@ def lay_out(folder: Path) -> Path:
 
 
 def lay_out_theirs(folder: Path) -> None:
-    """Weights of elsewhere, with a prefix."""
+    """Write weights from elsewhere, whose names have a prefix."""
     theirs = timm.create_model("vit_small_patch16_224").state_dict()
     save_file({f"module.{name}": value for name, value in theirs.items()}, folder / "theirs.safetensors")
 
@@ -208,7 +211,7 @@ PRETRAIN = "mpp pretrain recipes/pretrain/vit_small.yaml data.shards=shards/phot
 
 
 class Workspace:
-    """What pages take for granted, each made once and copied: photos and labeled always, the rest when it is named."""
+    """Files that pages require, each made once and copied: photos and labeled always, the others if a page names them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = lay_out(folder)
@@ -228,11 +231,11 @@ class Workspace:
             run(cut_down(PRETRAIN), self.folder)
 
     def copy(self, text: str, to: Path) -> Path:
-        """As a page wants it."""
+        """Copy what a page requires into a folder, and return the folder."""
         named = re.match(r"<!-- workspace: (.*) -->\n", text)
         wanted = named[1].split() if named else []
         known = {"shards", "labeled", "multichannel", "theirs", "runs/photos"}
-        assert set(wanted) <= known, f"allowed are {known}"
+        assert set(wanted) <= known, f"expected only {known}"
         for what in wanted:
             self._have(what)
         top = {what.split("/")[0] for what in wanted} | {"photos", "labeled"}

@@ -101,11 +101,11 @@ def _categories(file: _CocoFile, classes: list[str] | None) -> tuple[list[str], 
     for i in range(len(file.lists["categories"])):
         number = file.number("categories", i, "id")
         if number in named:
-            file.refuse("categories", i, f".id: {number} a second time")
+            file.refuse("categories", i, f".id: {number} is used twice")
         place = f"{file.place}: categories[{i}].name"
         name = class_name(file.text("categories", i, "name", "a name"), place)
         if name in named.values():
-            raise UserError(f"{place}: '{name}' a second time; names must differ")
+            raise UserError(f"{place}: '{name}' is used twice; names must differ")
         named[number] = name
     known = classes or [named[number] for number in sorted(named)]
     if not known:
@@ -132,14 +132,14 @@ def _images(file: _CocoFile, root: str) -> tuple[list[str], list[tuple[int, int]
     for i, entry in enumerate(file.lists["images"]):
         number = file.number("images", i, "id")
         if number in place_of:
-            file.refuse("images", i, f".id: {number} a second time")
+            file.refuse("images", i, f".id: {number} is used twice")
         place_of[number] = i
         image = os.path.join(root, file.text("images", i, "file_name", "a file name"))
         if not os.path.isfile(image):
             what = "not a file" if os.path.exists(image) else "no such file"
             file.refuse("images", i, f".file_name: {what}: {image}")
         if image in listed:
-            file.refuse("images", i, f".file_name: {image} a second time")
+            file.refuse("images", i, f".file_name: {image} is named twice")
         listed.add(image)
         images.append(image)
         if "width" in entry or "height" in entry:

@@ -50,7 +50,7 @@ def read_manifest(path: str, columns: Sequence[str], optional: Sequence[str] = (
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8; a spreadsheet saves it as 'CSV UTF-8'") from error
+        raise UserError(f"{path}: not text in UTF-8; in a spreadsheet, save it as 'CSV UTF-8'") from error
 
 
 def _rows(path: str, text: TextIO, columns: Sequence[str], optional: Sequence[str]) -> list[tuple[int, dict[str, str]]]:

@@ -180,8 +180,8 @@ def _read_csv(path: str, several: bool) -> list[tuple[int, str, list[str]]]:
         line, before = first.setdefault(image, (number, names))
         if before != names:
             raise UserError(
-                f"{path}:{number}: {image} a second time with another label, {', '.join(names) or 'none'}; line {line} "
-                f"says {', '.join(before) or 'none'}"
+                f"{path}:{number}: {image} is named twice, with different labels: "
+                f"{', '.join(names) or 'none'}; line {line} has {', '.join(before) or 'none'}"
             )
         labeled_rows.append((number, os.path.join(os.path.dirname(path), image), names))
     return labeled_rows

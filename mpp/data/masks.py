@@ -86,9 +86,7 @@ def _by_stem(paths: list[str], root: str, key: str) -> dict[str, str]:
     for path in paths:
         stem = os.path.splitext(os.path.relpath(path, root))[0]
         if stem in path_of:
-            raise UserError(
-                f"{key}: {path_of[stem]} and {path}: which of them? Names must differ by more than the ending"
-            )
+            raise UserError(f"{key}: {path_of[stem]} and {path}: have the same name; rename one of them")
         path_of[stem] = path
     return path_of
 
@@ -110,7 +108,7 @@ def _listed_classes(root: str) -> list[str] | None:
         if name:
             class_name(name, f"{path}:{number}")
         if not name or name in names[: number - 1]:
-            raise UserError(f"{path}:{number}: {'no name' if not name else f'{name} a second time'}; one class a line")
+            raise UserError(f"{path}:{number}: {'no name' if not name else f'{name} is named twice'}; one class a line")
     if not names or len(names) > 255:
         raise UserError(f"{path}: expected 1 to 255 classes; got {len(names)}")
     return names

@@ -160,7 +160,7 @@ def _check_names(model: str | None, args: JsonMapping | None) -> None:
     """
     for key, instead in (("img_size", "--image-size"), ("in_chans", "--channels")):
         if key in (args or {}):
-            raise UserError(f"args.{key}: is what {instead} says")
+            raise UserError(f"args.{key}: use {instead} instead")
     if model is None:
         return
     architecture = model.split(".")[0]
@@ -179,13 +179,13 @@ def _architecture(model: str | None, args: JsonMapping, source: Source, file: st
     for key, value in args.items():
         stated = (source.args or {}).get(key, value)
         if stated != value:
-            raise UserError(f"args.{key}: {value}, where {file}/config.json says {stated}")
+            raise UserError(f"args.{key}: {value} contradicts {file}/config.json ({stated})")
     if model is not None:
         return model, {**(source.args or {}), **args}  # all arguments, because the given model may have other defaults
     if source.model is None:
         raise UserError(
-            "model: give the timm model of these weights (--model vit_base_patch16_224); only folders of "
-            "transformers' and timm's say it themselves"
+            "model: give the timm model of these weights (--model vit_base_patch16_224); only "
+            "transformers and timm folders name their model"
         )
     return source.model, {**(source.own or {}), **args}
 
@@ -259,13 +259,13 @@ def _fitting(taken: dict[str, Tensor], wanted: Mapping[str, Tensor], where: str,
         UserError: If a weight has another shape or kind than in the model, or is not finite.
     """
     if other := [name for name in taken if taken[name].shape != wanted[name].shape]:
-        shapes = ", ".join(f"{n} {tuple(taken[n].shape)}, wanted {tuple(wanted[n].shape)}" for n in other[:NAMED])
+        shapes = ", ".join(f"{n} {tuple(taken[n].shape)}, expected {tuple(wanted[n].shape)}" for n in other[:NAMED])
         raise UserError(
-            f"{where}{len(other)} of {len(wanted)} weights of {model} have other shapes: {shapes}; is the model, the "
-            "image size or the number of channels another one?"
+            f"{where}{len(other)} of {len(wanted)} weights of {model} have other shapes: {shapes}; check the "
+            "model, the image size and the number of channels"
         )
     if odd := [f"{name} ({taken[name].dtype})" for name in taken if not _fits(taken[name], wanted[name])]:
-        raise UserError(f"{where}weights that are no plain numbers of their kind: {name_some(odd)}")
+        raise UserError(f"{where}weights with an unsupported data type: {name_some(odd)}")
     state = {name: value.to(wanted[name].dtype) for name, value in taken.items()}
     if odd := [name for name, value in state.items() if not value.isfinite().all()]:
         raise UserError(f"{where}weights that are not finite: {name_some(odd)}")
@@ -316,7 +316,7 @@ def _normalisation(
     else:
         tags = _tags(architecture)
         raise UserError(
-            "mean, std: nothing says what these weights were trained with. Give both, such as ImageNet's: --mean "
+            "mean, std: unknown for these weights. Give both, such as ImageNet's: --mean "
             "0.485,0.456,0.406 --std 0.229,0.224,0.225"
             + (f"; or name timm's own weights: --model {name_some(tags)}" if tags else "")
         )
@@ -352,7 +352,7 @@ def _covered(
             by_prefix = {prefix: by_prefix.get(prefix, {})}
         whole = sorted(at for at, covered in by_prefix.items() if len(covered) == len(wanted))
         if len(whole) > 1:
-            raise UserError(f"{file}: holds {len(whole)} whole encoders; say which by --prefix: {name_some(whole)}")
+            raise UserError(f"{file}: holds {len(whole)} encoders; choose one with --prefix: {name_some(whole)}")
         for at, covered in sorted(by_prefix.items(), key=lambda item: len(item[0])):
             if len(covered) > len(best[2]):
                 best = (layout, at, covered)
@@ -404,7 +404,7 @@ def _filtered(
                 fitting[start] = of_shape
     whole = [start for start, of_shape in fitting.items() if len(of_shape) == len(wanted)]
     if len(whole) > 1:
-        raise UserError(f"{file}: holds {len(whole)} whole encoders; say which by --prefix: {name_some(whole)}")
+        raise UserError(f"{file}: holds {len(whole)} encoders; choose one with --prefix: {name_some(whole)}")
     return max(fitting.items(), key=lambda item: len(item[1]), default=None)
 
 

@@ -29,14 +29,14 @@ def upload(folder: str | Path, repository: str, *, public: bool = False) -> str:
 
     path = Path(folder)
     if not (path / "export.json").is_file():
-        raise UserError(f"{path}: not an export; make one by `mpp export` first")
+        raise UserError(f"{path}: not an export; run `mpp export` first")
     verify(path)
     api = HfApi()
     try:
         made = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=made.repo_id, folder_path=path, commit_message="Upload an encoder")
     except UnicodeEncodeError as error:  # the token does not fit into a header; nothing has been sent
-        raise UserError(f"{repository}: HF_TOKEN: holds characters that no token has") from error
+        raise UserError(f"{repository}: HF_TOKEN: contains invalid characters") from error
     except HFValidationError as error:
         raise UserError(f"{repository}: {one_line(error)}") from error
     except Exception as error:  # errors of the hub, the network and the token have many classes

@@ -169,9 +169,7 @@ def _processor(folder: Path) -> tuple[list[float], list[float]] | None:
 def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
     """Raise ValueError if mean or std are not for pixels in [0, 1]."""
     if not (all(0 <= v <= 1 for v in mean) and all(0 < v <= 1 for v in std)):
-        raise ValueError(
-            f"mean {list(mean)} and std {list(std)} are not of pixels in [0, 1]; say them by --mean and --std"
-        )
+        raise ValueError(f"mean {list(mean)} and std {list(std)} are not of pixels in [0, 1]; give --mean and --std")
 
 
 def count_weights(file: Path, trust: bool) -> dict[str, Tensor]:

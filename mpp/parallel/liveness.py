@@ -127,7 +127,7 @@ class Watch:
         if of_a_worker(error):
             return worker_died(error)
         if self.world > 1 and (isinstance(error, torch.distributed.DistError) or _of_exchange(error)):
-            return UserError(f"step {self._step}: {self._who(error)}. Go on with --resume auto")
+            return UserError(f"step {self._step}: {self._who(error)}. Continue with --resume auto")
         return error
 
     def _who(self, error: BaseException) -> str:
@@ -208,7 +208,7 @@ class Watch:
         while not self._ended.wait(BEAT_S):
             self._write()
             if died := self._unnoticed():
-                self._end(f"step {self._step}: {died}. Go on with --resume auto")
+                self._end(f"step {self._step}: {died}. Continue with --resume auto")
             if time.monotonic() - self._moved > self.hang_timeout_s:
                 self._give_up()
 

@@ -278,7 +278,7 @@ class FinetuneRecipe(Run):
     def _architecture(self) -> FinetuneRecipe:
         named = self.architecture and self.architecture.name
         if self.encoder == "scratch" and not named:
-            raise ValueError("encoder: scratch needs architecture.name, a name of timm's")
+            raise ValueError("encoder: scratch requires architecture.name, a timm name")
         if self.encoder == "scratch" and "published" in self.beside:
             raise ValueError("beside: published: not with encoder: scratch; encoder=NAME takes timm's weights itself")
         if self.fc_norm and self.pool != "mean":
@@ -290,11 +290,11 @@ class FinetuneRecipe(Run):
         if self.unfreeze == "gradual" and not 0 < self.frozen < 1:
             raise ValueError("unfreeze: gradual: requires frozen between 0 and 1, the fraction of steps it takes")
         if self.lora and self.frozen == 1:
-            raise ValueError("lora: its adapters are in the encoder, which `frozen: 1` keeps as it is")
+            raise ValueError("lora: cannot be combined with frozen: 1, which keeps the encoder unchanged")
         if self.lora and self.encoder == "scratch":
-            raise ValueError("lora: with encoder: scratch there is nothing to adapt")
+            raise ValueError("lora: cannot be combined with encoder: scratch")
         if self.unlabeled and self.distill:
-            raise ValueError("unlabeled: not with distill: two teachers")
+            raise ValueError("unlabeled: cannot be combined with distill")
         if self.unlabeled and not self.ema_decay:
             raise ValueError("unlabeled: learns from a moving average of the weights; give ema_decay, such as 0.999")
         side_px = self.data.val_side_px

@@ -184,5 +184,5 @@ class PretrainRecipe(Run):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if self.compile and self.fsdp:
-            raise ValueError("compile: not together with fsdp: true, whose gathering it cannot follow")
+            raise ValueError("compile: cannot be combined with fsdp: true")
         return self

@@ -114,7 +114,7 @@ def encoder_folder(source: str | Path) -> Path:
         )
     try:
         as_what = json.loads((Path(source) / "export.json").read_text())["format"]
-        raise UserError(f"{source}: an export as {as_what}; give the run or the timm folder that it was made of")
+        raise UserError(f"{source}: is an export as {as_what}; give the run or the timm folder it was made from")
     except (OSError, ValueError, KeyError, TypeError):
         pass
     if (Path(source) / "recipe.yaml").exists():

@@ -1,4 +1,4 @@
-"""The command line: no traceback for a user's error, exit code 2, nothing lost."""
+"""The command line: a user's error gives no traceback and exit code 2, and no work is lost."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_user_errors(what: str, recipe_file: Callable[..., Path], tmp_path: Path
         words.append(word)
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2, (done.output, done.exception)
-    assert isinstance(done.exception, SystemExit), "a traceback"
+    assert isinstance(done.exception, SystemExit), "the user must not see a traceback"
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
@@ -110,7 +110,7 @@ def test_an_error_in_a_process_of_its_own(recipe_file: Callable[..., Path]) -> N
 
 
 def every_command() -> dict[tuple[str, ...], click.Command]:
-    """Words -> command."""
+    """Return all commands by the words that call them."""
     recipes = main.commands["recipe"]
     assert isinstance(recipes, click.Group)
     found = {(name,): command for name, command in main.commands.items()}
@@ -138,12 +138,12 @@ def test_help_of_a_command(words: tuple[str, ...]) -> None:
     assert len((command.help or "").splitlines()[0]) <= 45
     for option in command.params:
         if isinstance(option, click.Option):
-            assert option.help, f"{option.name} has no text"
+            assert option.help, f"{option.name} has no help text"
             assert option.help[0].isupper() or option.help.startswith("timm"), option.name
 
 
 def test_examples_of_the_help_are_commands() -> None:
-    """Each begins with a command of mpp's, whose recipes and options are there."""
+    """Each example begins with a command of mpp, and its recipes and options exist."""
     from mpp.recipe.loading import find_recipe
 
     texts = [main.epilog, *(command.help for command in every_command().values())]
@@ -171,7 +171,9 @@ def test_keys_are_listed_and_explained(tmp_path: Path) -> None:
     ]
     assert "mpp pretrain, mpp finetune\noptim.min_lr: 0" in said("explain", "optim.min_lr")
     assert "grid: Keep one unit" in said("explain", "mask")
-    assert said("explain", "encoder.args.depth") == said("explain", "encoder.args"), "what is below is timm's"
+    assert said("explain", "encoder.args.depth") == said("explain", "encoder.args"), (
+        "keys below encoder.args are timm's"
+    )
     assert "Its keys: optim.name, optim.base_lr" in said("explain", "optim")
     assert "out: RUN/evaluation" in said("keys", "evaluate", "out")
     assert "mask.ratio: 0.6  (with mask=uniform)" in said("keys", "pretrain", "mask")
@@ -197,7 +199,7 @@ def test_a_recipe_is_copied_once(tmp_path: Path) -> None:
 
 
 def test_out_is_an_option_everywhere(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """It replaces out=FOLDER, and the last word of export and import. Both together are refused."""
+    """`--out` replaces out=FOLDER, and the last word of export and import. Both together are refused."""
     recipe = str(recipe_file(**{"optim.steps": 1}))
     done = CliRunner().invoke(main, ["pretrain", recipe, "-o", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
@@ -263,7 +265,7 @@ def test_reconstruct_draws_a_picture(recipe_file: Callable[..., Path], tmp_path:
 
 
 def test_a_device_without_memory_left(recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, and what to do; other faults of torch's keep their traceback."""
+    """The error is one line that says what to do. Other errors of torch keep their traceback."""
 
     def fail(error: Exception) -> Any:
         def pretrain(*_: Any, **__: Any) -> None:
@@ -282,7 +284,7 @@ def test_a_device_without_memory_left(recipe_file: Callable[..., Path], monkeypa
 
 
 def test_json_of_what_stands_and_is_known(shards: Path, tmp_path: Path) -> None:
-    """What a script may read: one object or list, and nothing else on stdout."""
+    """With --json, commands print one object or list and nothing else on stdout."""
     from tests.runs.test_watch import LINES, run_of
 
     def said(*words: str) -> Any:
@@ -377,7 +379,7 @@ def test_what_is_refused_is_refused_before_torch_is_imported(words: list[str], l
 
 
 def test_threads_fall_asleep_soon_unless_the_user_said_otherwise() -> None:
-    """GNU's OpenMP reads it when torch is imported, so not after that."""
+    """GNU's OpenMP reads the setting when torch is imported, so mpp leaves it alone after that."""
     said = "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
     own = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     for given, before, expected in (
@@ -409,7 +411,7 @@ def test_output_that_nobody_takes() -> None:
 
 @pytest.mark.slow
 def test_a_full_disk(image_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """Files may grow to so many bytes; a write beyond is an error of the system without a file's name."""
+    """A limit on file sizes stands in for a full disk. Beyond it, the system's error names no file."""
     import resource
 
     def limited(most_bytes: int) -> Any:
@@ -439,4 +441,6 @@ def test_a_full_disk(image_folder: Path, shards: Path, tmp_path: Path) -> None:
         assert "File too large" in done.stderr
         assert name in done.stderr
     assert not [p for p in tmp_path.rglob("*") if p.suffix == ".tmp" or p.name.startswith(".export-")]
-    assert process("pack", image_folder, tmp_path / "shards", stdout=subprocess.DEVNULL).returncode == 0, "it goes on"
+    assert process("pack", image_folder, tmp_path / "shards", stdout=subprocess.DEVNULL).returncode == 0, (
+        "packing must succeed once there is space"
+    )

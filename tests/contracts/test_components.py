@@ -1,4 +1,4 @@
-"""What every component of a folder must do, whichever files the folder holds."""
+"""Contract tests that every mask, corruption, target, loss and head must pass, whichever files the folders contain."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def raw_of(channels: int, seed: int = 1) -> torch.Tensor:
 
 
 def target_of(name: str, channels: int = 3, cell_px: int = CELL_PX, grid: tuple[int, int] = GRID, **args: Any) -> Any:
-    """A target of tiny teachers; nothing is fetched."""
+    """Build a target. By default its teachers are tiny and untrained, so that nothing is downloaded."""
 
     def teacher(**asked: Any) -> Any:
         return frozen_teacher(channels=channels, grid=grid, **asked)
@@ -79,7 +79,7 @@ def target_of(name: str, channels: int = 3, cell_px: int = CELL_PX, grid: tuple[
 
 @pytest.mark.parametrize("kind", registry.KINDS)
 def test_what_the_source_declares_is_what_the_class_has(kind: str) -> None:
-    """Recipes are checked by the source of a component; runs use its class."""
+    """Recipes are checked against a component's source, but runs use its class, so both must declare the same."""
     for name in registry.names(kind):
         cls, declared = registry.component(kind, name), registry.declaration(kind, name)
         assert declared.doc, f"{cls} has no docstring"
@@ -200,7 +200,7 @@ def test_masks_differ_between_positions_and_reach_every_cell(name: str) -> None:
 
 
 def neighbours(visible: np.ndarray) -> int:
-    """Pairs of visible units side by side or one above the other, the grid's edges joined."""
+    """Count the pairs of adjacent visible units. The grid wraps around at its edges."""
     return int(sum((visible & np.roll(visible, 1, axis)).sum() for axis in (0, 1)))
 
 
@@ -209,13 +209,13 @@ def test_an_inverse_block_keeps_one_block_in_view() -> None:
     uniform = mask_of("uniform", 0.75)
     for i in range(50):
         visible = ~mask((8, 8), 48, stream(0, Purpose.MASK, i))
-        assert neighbours(visible) >= 20, "16 units in a block of 4 × 4 have 24 borders, in one of 3 × 6 less"
+        assert neighbours(visible) >= 20, "16 units share 24 borders in a block of 4 × 4, and fewer in one of 3 × 6"
         assert neighbours(~uniform((8, 8), 48, stream(0, Purpose.MASK, i))) < 20
     fixed = registry.component("mask", "inverse_block")(ratio=0.75, roll=False)
     seen = np.mean([~fixed((8, 8), 48, stream(0, Purpose.MASK, i)) for i in range(400)], 0)
     rolled = np.mean([~mask((8, 8), 48, stream(0, Purpose.MASK, i)) for i in range(400)], 0)
-    assert seen[3:5, 3:5].mean() > 3 * seen[0, 0], "without rolling, corners are seldom in view"
-    assert rolled.min() > 0.15, "with it, every unit is as often as any"
+    assert seen[3:5, 3:5].mean() > 3 * seen[0, 0], "without rolling, corners are rarely visible"
+    assert rolled.min() > 0.15, "with rolling, every unit is often visible"
 
 
 def test_a_grid_is_regular() -> None:
@@ -320,7 +320,7 @@ def test_bert_masks_copies_and_keeps_the_parts_it_says() -> None:
     for i in range(4):
         visible = before[i, ~units.hidden[i].flatten()]
         for patch in after[i, copied[i].flatten()]:
-            assert (visible == patch).all(1).any(), "a copy of a visible unit of the same image"
+            assert (visible == patch).all(1).any(), "must be a copy of a visible unit of the same image"
 
 
 @pytest.mark.parametrize(("random", "keep"), [(0.6, 0.5), (0.0, 1.0)])
@@ -372,7 +372,7 @@ class TestTargets:
 
     def test_trivial_does_not_look_under_the_mask(self, name: str, channels: int) -> None:
         target, x, hidden = target_of(name, channels), images_of(raw_of(channels)), hidden_of(4)
-        if "teacher" in name:  # a mean over images: no one image is looked at
+        if "teacher" in name:  # their trivial prediction is the mean over all images
             values = target(x)
             assert torch.equal(target.trivial(x, hidden), values.mean(0, keepdim=True).expand_as(values))
             return
@@ -390,7 +390,7 @@ class TestTargets:
     def test_borrowed_picture_of_the_target_is_the_image(self, name: str, channels: int) -> None:
         target, x = target_of(name, channels), images_of(raw_of(channels))
         values = target(x)
-        if target.of == "classes":  # the best prediction: all on the right class
+        if target.of == "classes":  # the best prediction puts everything on the right class
             values = torch.nn.functional.one_hot(values, target.classes).float().flatten(2)
         picture = target.picture(values, x, hidden_of(4), borrow=True)
         assert (picture is not None) == (name in ("pixels", "norm_pixels", "mean_color", "downsized_color"))
@@ -401,7 +401,7 @@ class TestTargets:
             means = torch.nn.functional.avg_pool2d(x.raw.float() / 255, part).repeat_interleave(part, 2)
             means = means.repeat_interleave(part, 3)
             drawn = picture * x.std + x.mean
-            assert (drawn - means).abs().max() <= 0.5 / 2**target.bits + 1e-2, "within half a bin"
+            assert (drawn - means).abs().max() <= 0.5 / 2**target.bits + 1e-2, "must be within half a bin"
         else:
             torch.testing.assert_close(picture, x.normalised, rtol=1e-4, atol=1e-4)
 
@@ -428,7 +428,7 @@ def test_pixels_keeps_the_place_of_every_pixel() -> None:
 
 
 class TestColours:
-    """Of pixels as they were read: ViT, appendix B.1.2."""
+    """Colour targets are computed from pixels as they were read (ViT, appendix B.1.2)."""
 
     def test_classes_of_known_colours(self) -> None:
         raw = torch.zeros(1, 3, 4, 8, dtype=torch.uint8)
@@ -522,7 +522,7 @@ class TestTeachers:
         target.after_step(student, 1, 11, made)  # decay 0.5
         for p, old in zip(target.teacher.model.parameters(), before, strict=True):
             torch.testing.assert_close(p, old + 0.5)
-        target.after_step(student, 11, 11, made)  # decay 1: it stands
+        target.after_step(student, 11, 11, made)  # decay 1: the teacher does not move
         for p, old in zip(target.teacher.model.parameters(), before, strict=True):
             torch.testing.assert_close(p, old + 0.5)
 
@@ -532,12 +532,12 @@ class TestTeachers:
 
 
 def test_hog_of_visible_cells_does_not_see_the_blank() -> None:
-    """Stripes everywhere: where hidden cells are blanked, the edge of the blank must not vote."""
+    """In an image of vertical stripes, the edges of blanked hidden cells must not vote."""
     raw = (torch.arange(20) % 2 * 200).to(torch.uint8).expand(1, 3, 12, 20).contiguous()
     raw = torch.nn.functional.interpolate(raw.float(), scale_factor=2).to(torch.uint8)
     target, hidden = target_of("hog", cell_px=8), hidden_of(1)
     trivial = target.trivial(images_of(raw), hidden).view(1, 15, 3, 9)
-    across = 4  # of 9 bins: 90 degrees from the vertical
+    across = 4  # the bin of 9 that is 90 degrees from the vertical
     assert (trivial[..., across] > 0.3).all(), "all differences are across columns"
     assert trivial[..., [k for k in range(9) if k != across]].abs().max() < 1e-6
 
@@ -562,7 +562,7 @@ def test_losses_are_scalar_float32_means(name: str) -> None:
     loss = registry.component("loss", name)()
     prediction = torch.randn(4, 6, 8).bfloat16()
     if loss.of == "classes":
-        target = torch.randint(0, 4, (4, 6, 2))  # 2 of 4 classes
+        target = torch.randint(0, 4, (4, 6, 2))  # two predictions of four classes each
         best: torch.Tensor = 1e4 * torch.nn.functional.one_hot(target, 4).float().flatten(2)
     else:
         best = target = torch.randn(4, 6, 8)
@@ -572,7 +572,7 @@ def test_losses_are_scalar_float32_means(name: str) -> None:
     assert float(value) > 0.1
     assert float(loss(best, target)) == pytest.approx(0, abs=1e-6)
     twice = loss(torch.cat([prediction, prediction], 1), torch.cat([target, target], 1))
-    torch.testing.assert_close(twice, value)  # a mean over cells: not divided by their number again
+    torch.testing.assert_close(twice, value)  # the loss is a mean over cells
 
 
 def test_losses_have_the_value_of_their_formula() -> None:
@@ -584,7 +584,7 @@ def test_losses_have_the_value_of_their_formula() -> None:
         ("cosine", {}, 1.0),
     ):
         assert float(registry.component("loss", name)(**args)(prediction, target)) == pytest.approx(expected)
-    logits = torch.tensor([[[0.0, np.log(3), 0.0, 0.0]]])  # two predictions of two classes: 1/4, 3/4 and 1/2, 1/2
+    logits = torch.tensor([[[0.0, np.log(3), 0.0, 0.0]]])  # two predictions with probabilities 1/4, 3/4 and 1/2, 1/2
     found = registry.component("loss", "cross_entropy")()(logits, torch.tensor([[[1, 0]]]))
     assert float(found) == pytest.approx((np.log(4 / 3) + np.log(2)) / 2)
 

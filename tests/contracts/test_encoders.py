@@ -1,4 +1,4 @@
-"""What every encoder must do under every way of hiding: no leak, plain timm otherwise, a native state."""
+"""Contract tests of encoders with every masking mechanism: no leak, plain timm without a mask, a native state dict."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from tests.conftest import pretrain_recipe
 
 BY_TITLE = {f.title: f for f in FAMILIES}
 ALIKE = {"ResNet-ViT, R26", "ResNet-ViT, R50"}
-"""Large ones that differ in their number of layers: under all but one way of hiding, leaks alone are always checked."""
+"""Large families that differ in their number of layers. `test_contract` only checks them for leaks, except in WHOLE."""
 WHOLE = {("ResNet-ViT, R50", "token")}
 SLOW = {"ResNet-ViT, R26", "ResNet-ViT, R50", "MLP-Mixer"}
-"""timm lets their size not be chosen: a minute each."""
+"""Families whose models timm cannot build small enough. Each takes a minute."""
 VIT = ContractCase.of(BY_TITLE["ViT (Ti, S, B, L, H)"])
 DROPPING = [f for f in FAMILIES if f.family in ("VisionTransformer", "VisionTransformerDistilled", "Eva")]
 
@@ -63,14 +63,14 @@ def test_the_rest_of_the_contract(family: Family, way: str) -> None:
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.title not in SLOW], ids=lambda f: f.title)
 def test_the_support_table_says_what_is_found(family: Family) -> None:
-    """Made by `python tools/support_table.py`."""
+    """`python tools/support_table.py` writes the table."""
     row = next(r for r in table() if r["title"] == family.title)
     encoder = ContractCase.of(family).encoder()
     assert encoder.family == family.family == row["family"]
     assert (row["example"], row["models"]) == (family.example, family.models)
     assert {k: row[k] for k in contract.probed(encoder)} == contract.probed(encoder)
     assert list(row["ways"]) == contract.offered(encoder)
-    assert not any(row["ways"].values()), "a family in the table has passed everything"
+    assert not any(row["ways"].values()), "a family in the table must have passed every check"
 
 
 def test_every_family_has_a_row_and_a_model_of_timm() -> None:
@@ -82,7 +82,7 @@ def test_every_family_has_a_row_and_a_model_of_timm() -> None:
 
 
 class TestTheContractNotices:
-    """Each fault is put in; the check that guards against it must say so."""
+    """Each test introduces a fault, which the check that guards against it must report."""
 
     def check(self, name: str, way: str = "token") -> str:
         return contract.check(VIT, way, (name,))[name]
@@ -90,7 +90,7 @@ class TestTheContractNotices:
     def test_hidden_pixels_that_are_not_blanked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for way in ("token", "drop"):
             monkeypatch.setattr(f"mpp.objective.corruptions.{way}.blank_hidden", lambda images, hidden: images)
-        hybrid = ContractCase.of(BY_TITLE["ResNet-ViT, small stem"])  # kernels reach over patch borders
+        hybrid = ContractCase.of(BY_TITLE["ResNet-ViT, small stem"])  # its kernels reach beyond the borders of patches
         assert "a hidden pixel reaches a prediction" in contract.check(hybrid, "drop", ("no leak",))["no leak"]
 
     def test_a_mask_token_that_is_not_put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ class TestTheContractNotices:
 @pytest.mark.parametrize("family", [f for f in DROPPING if f.title not in SLOW], ids=lambda f: f.title)
 def test_a_last_block_that_runs_for_what_is_read_gives_what_the_whole_gives(family: Family, way: str) -> None:
     model = shaken(ContractCase.of(family).model(way)).train()
-    plain = family.family != "Eva"  # whose blocks are given rotary positions
+    plain = family.family != "Eva"  # Eva's blocks are given rotary positions
     assert model.encoder.prunes == plain
     cut = loss_and_gradients(model)
     model.only_predicted = False
@@ -153,10 +153,10 @@ def test_a_last_block_that_runs_for_what_is_read_gives_what_the_whole_gives(fami
 def test_embedding_visible_cells_alone_gives_what_embedding_all_gives(family: Family, way: str) -> None:
     model = shaken(ContractCase.of(family).model(way)).train()
     encoder = model.encoder
-    assert encoder.embeds_visible == (type(encoder.model.patch_embed) is PatchEmbed)  # hybrids have stems of theirs
+    assert encoder.embeds_visible == (type(encoder.model.patch_embed) is PatchEmbed)  # hybrids have another stem
     if encoder.embeds_visible:
         cut = loss_and_gradients(model)
-        del encoder.model.get_submodule(encoder.stem.path).forward  # the class's own is there again
+        del encoder.model.get_submodule(encoder.stem.path).forward  # restores the forward of the class
         the_same(cut, loss_and_gradients(model))
 
 
@@ -176,7 +176,7 @@ def the_same(cut: tuple[float, dict[str, torch.Tensor]], whole: tuple[float, dic
 
 
 class TestLayersThatDoMore:
-    """Such a layer is run whole."""
+    """A layer that does more than the shortcuts support is computed in full."""
 
     def test_embeddings(self) -> None:
         def of(name: str, **args: Any) -> bool:
@@ -186,7 +186,7 @@ class TestLayersThatDoMore:
 
         tiny = {"embed_dim": 24, "num_heads": 2}
         assert of("vit_tiny_patch16_224", **tiny)
-        assert of("vit_tiny_patch16_224", **tiny, dynamic_img_size=True)  # gives a map, not a list
+        assert of("vit_tiny_patch16_224", **tiny, dynamic_img_size=True)  # returns a map, not a list of tokens
         assert of("vit_tiny_patch16_224", **tiny, embed_norm_layer=torch.nn.LayerNorm)
         assert not of("vit_tiny_r_s16_p8_224", **tiny)
         overlapping = PatchEmbed((64, 96), 16, 3, 24)
@@ -220,7 +220,11 @@ def _keeps_next(self: TimmEncoder, name: str, value: Any) -> None:
 
 
 def blocks_by_hand(model: MaskedPatchModel, x: Corrupted, cells: Cells) -> torch.Tensor:
-    """Visible tokens through the first blocks, all through the others, without a hook: (B, V + P, D)."""
+    """Run the visible tokens through the first blocks and all tokens through the others, without hooks.
+
+    Returns:
+        (B, V + P, D) patch tokens, or (B, V, D) if no mask tokens join.
+    """
     encoder = model.encoder
     plain = copy.deepcopy(encoder.model)
     for module in plain.modules():
@@ -242,7 +246,7 @@ def blocks_by_hand(model: MaskedPatchModel, x: Corrupted, cells: Cells) -> torch
         if rope is None:
             tokens = block(tokens)
             continue
-        of_block = rope[i] if rope.ndim == 4 else rope  # mixed: every block and head has its own
+        of_block = rope[i] if rope.ndim == 4 else rope  # mixed: every block and head has its own positions
         images = []
         for one, place in zip(tokens, places, strict=True):
             images.append(block(one[None], rope=of_block[..., place, :]))
@@ -267,9 +271,9 @@ def test_dropping_and_joining_compute_what_they_say(family: Family, way: str) ->
 
 @pytest.mark.parametrize("family", [f for f in DROPPING if f.title not in SLOW], ids=lambda f: f.title)
 def test_joining_before_block_0_is_token_mode(family: Family) -> None:
-    """The block hooks and the stem hook are two ways to the same tokens.
+    """The block hooks and the stem hook must give the same tokens.
 
-    But for CLIP-like and hybrid ones: hooks of blocks come after norm_pre and the stem, so do both here.
+    CLIP-like and hybrid models also have a norm_pre or a stem before the blocks, which `blocks_by_hand` applies first.
     """
     model = shaken(ContractCase.of(family).model("joining")).eval()
     raw, units = batch_of(model)
@@ -305,7 +309,7 @@ def test_cells_that_do_not_tile_the_image_are_refused() -> None:
 
 
 def test_the_width_is_that_of_the_features() -> None:
-    """SAM's encoder narrows them in a neck, which is not read."""
+    """SAM's encoder narrows the features in a neck, which is not used."""
     sam = timm.create_model("samvit_base_patch16", num_classes=0, img_size=32, embed_dim=24, depth=1, num_heads=2)
     assert sam.num_features != 24
     encoder = adapt(sam, (32, 32))
@@ -314,7 +318,7 @@ def test_the_width_is_that_of_the_features() -> None:
 
 
 def test_torch_compile_finds_no_graph_break() -> None:
-    """In the hot path of plain ViT, forward and backward as one graph."""
+    """The forward pass of a masked plain ViT is one graph."""
     import torch._dynamo
 
     for way in MECHANISMS:

@@ -1,4 +1,4 @@
-"""Every mask, corruption, target, loss and head with every other it works with, built from recipes."""
+"""Combinations of masks, corruptions, targets, losses and heads, built from recipes: they work or are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
 }
 NEEDS = {"teacher": {f"target.{k}": v for k, v in TEACHER.items()}}
-"""Arguments without which a target would fetch something."""
+"""Arguments that keep a target from downloading something."""
 
 
 def model_of(**changes: Any) -> MaskedPatchModel:
@@ -65,7 +65,7 @@ def works(corruption: str, head: str, encoder: str, unit_px: int) -> bool:
     ("corruption", "head"), list(itertools.product(registry.names("corruption"), registry.names("head")))
 )
 def test_no_composition_leaks(corruption: str, head: str, encoder: str, unit_px: int) -> None:
-    """And those that cannot work are refused in one line, before any data is read."""
+    """Combinations that cannot work are refused in one line, before any data is read."""
     changes = {
         **ENCODERS[encoder], "corruption.name": corruption, "head.name": head, "mask.unit_px": unit_px,
         "predict_fraction": 0.6,
@@ -123,7 +123,7 @@ def test_the_loss_where_none_is_named(target: str) -> None:
 
 @pytest.mark.parametrize(("encoder", "unit_px"), [("vit", 4), ("vit", 8), ("swin", 2), ("swin", 4), ("swin", 8)])
 def test_every_prediction_lands_on_its_cell(encoder: str, unit_px: int) -> None:
-    """A head that knows the answer has no loss, whatever the mask's units are to the encoder's cells."""
+    """A head that returns the true values has no loss, for any ratio of mask units to encoder cells."""
     changes = {**ENCODERS[encoder], "data.image_size": (16, 24), "target.name": "pixels", "mask.unit_px": unit_px}
     recipe = pretrain_recipe("none", "none", **changes, predict_fraction=0.5)
     model = build_model(recipe)[0]

@@ -1,4 +1,4 @@
-"""Folders and CSV files of images are read as they are, as if they lay in shards."""
+"""Folders and CSV files of images are read directly, as if the images were in shards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_every_file_once(image_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     names = [images.name(s, r) for s, count in enumerate(images.counts) for r in range(count)]
     assert sorted(names) == sorted(str(p) for p in image_folder.rglob("*.*"))
     assert all(images.read(s, 3) == Path(images.name(s, 3)).read_bytes() for s in range(3))
-    assert {Path(images.name(0, r)).parent.name for r in range(25)} == {"disc", "square"}, "mixed"
+    assert {Path(images.name(0, r)).parent.name for r in range(25)} == {"disc", "square"}, "the classes must be mixed"
 
 
 def test_the_fingerprint_is_of_names_and_sizes_not_of_the_place(image_folder: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_files_that_change_or_go(image_folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_of_its_own(image_folder: Path, tmp_path: Path) -> None:
-    """A pipe would be waited for, a device has no end; an image is read once."""
+    """Pipes would block and devices have no end, so both are bad images. No place may be named twice."""
     os.mkfifo(tmp_path / "pipe.jpg")
     photo = next(image_folder.rglob("*.jpg"))
     (tmp_path / "list.csv").write_text(f"image\n{photo}\npipe.jpg\n/dev/zero\n\n")
@@ -84,7 +84,7 @@ def test_shards_that_are_not_all_of_a_folder(shards: Path, image_folder: Path, t
         opened(folder)
     assert len(opened(f"{folder}/*.tar").names) == 3
     pack(str(image_folder), str(tmp_path / "part"), images_per_shard=20, workers=1, part=(1, 2))
-    with pytest.raises(UserError, match="was not packed to its end"):
+    with pytest.raises(UserError, match="packing is incomplete"):
         opened(tmp_path / "part")
     (folder / "a.jpg").unlink()
     (folder / "shard-000001.tar").unlink()
@@ -124,7 +124,7 @@ def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_on_files(image_folder: Path, tmp_path: Path) -> None:
-    """By workers, stopped and resumed: the losses of the uninterrupted run; more files are another run."""
+    """With workers, a resumed run has the losses of an uninterrupted run. It does not resume with more files."""
     folder = shutil.copytree(image_folder, tmp_path / "photos")
     changes = {"data.workers": 2, "optim.steps": 8, "checkpoint_every_steps": 4, "log_every_steps": 1}
     mpp.pretrain(pretrain_recipe(folder, tmp_path / "whole", **changes))

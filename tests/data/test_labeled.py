@@ -1,4 +1,4 @@
-"""Labeled images, from a tree of folders and from shards, and small sets drawn from them."""
+"""Labeled images from class folders and from shards, and small subsets of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_subsets_are_drawn_by_the_seed(shards: Path) -> None:
     assert (few == data.subset(labels_per_class=5, fraction=None, seed=0)).all()
     assert (few != data.subset(labels_per_class=5, fraction=None, seed=1)).any()
     more = data.subset(labels_per_class=9, fraction=None, seed=0)
-    assert set(few) < set(more), "more labels of a seed hold the fewer"
+    assert set(few) < set(more), "a larger subset of a seed must contain the smaller one"
     assert np.bincount(data.labels[data.subset(labels_per_class=None, fraction=0.2, seed=0)]).tolist() == [
         6,
         6,
@@ -192,7 +192,7 @@ def test_bad_images(tmp_path: Path) -> None:
     data = opened(tmp_path)
     augment = create_transform((3, 16, 16), is_training=True, use_prefetcher=True)
     batch = LabeledDataset(data, np.arange(3), augment, 0, **READING).__getitems__([(0, 0, 1)])
-    assert batch.labels.tolist() == [1], "the label goes with the image that took its place"
+    assert batch.labels.tolist() == [1], "the label must be that of the replacing image"
     assert "1.png: not an image" in batch.bad[0]
     val = CentreDataset(data, (16, 16), 1.0, **READING).__getitems__([0, 1, 2])
     assert val.labels[val.readable].tolist() == [0, 1]

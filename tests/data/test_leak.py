@@ -1,4 +1,4 @@
-"""Validation images among training images, by their bytes."""
+"""Validation images are found among the training images by their bytes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(leaking, "MOST_CHECKED", 16)
     assert leak(val, train).checked == 16
     same = [written(tmp_path / f"part{k}", [k]).paths[0] for k in range(1, 13)]
-    for path in same:  # one size for all
+    for path in same:  # all files have one size
         Path(path).write_bytes(Path(path).read_bytes().ljust(4000, b"\0"))
     monkeypatch.setattr(leaking, "MOST_READ", 6)
     reads = []

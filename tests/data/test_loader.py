@@ -1,4 +1,4 @@
-"""Batches: what a sample looks like depends on its position alone; bad images are replaced and named."""
+"""Batches: a sample depends only on its position, and bad images are replaced and named."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_range_of_ratios_is_drawn_once_for_all_processes_of_a_step(shards: Pat
     one, other = by_position(dataset, 1, 0, steps=8), by_position(dataset, 3, 2, steps=8)
     hidden = [int(one[p][1].sum()) for p in range(96)]
     steps = [hidden[i : i + 12] for i in range(0, 96, 12)]
-    assert all(len(set(counts)) == 1 for counts in steps), "one step, one count"
+    assert all(len(set(counts)) == 1 for counts in steps), "all samples of a step must have the same count"
     assert len({counts[0] for counts in steps}) > 3
     assert all(2 <= counts[0] <= 11 for counts in steps)
     assert all(torch.equal(one[p][1], other[p][1]) for p in one)
@@ -102,7 +102,7 @@ def test_bad_images_are_replaced_by_their_neighbours_and_named(tmp_path: Path) -
     assert torch.equal(batch.images[1], batch.images[3])
     assert torch.equal(batch.images[2], batch.images[3])
     assert batch.replaced == 2
-    assert len(batch.bad) == 3  # image-2 is met on the way from image-1, too
+    assert len(batch.bad) == 3  # image-2 is also skipped on the way from image-1
     assert "a.tar: image-1.jpg: not an image" in batch.bad[0]
 
 
@@ -161,7 +161,7 @@ def test_a_worker_that_dies_stops_with_one_line(shards: Path) -> None:
 def test_a_worker_that_dies_while_it_hands_over_a_batch(
     error: Exception, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which comes first, this or torch's word of it, is chance."""
+    """Whether this error or torch's report of it comes first depends on chance."""
 
     class Breaks(torch.utils.data.DataLoader):
         def __iter__(self) -> Iterator[Any]:
@@ -169,14 +169,14 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch(
 
     monkeypatch.setattr("mpp.data.loader.DataLoader", Breaks)
     dataset = PretrainDataset(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0, [25, 25, 10], 12)
-    with pytest.raises(UserError, match=r"data\.workers: .*EOFError|Connection reset.* Go on with --resume auto"):
+    with pytest.raises(UserError, match=r"data\.workers: .*EOFError|Connection reset.* Continue with --resume auto"):
         list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))
     with pytest.raises(type(error)):
         list(batches(dataset, [[(0, 0, 0)]], workers=0, pin_memory=False))
 
 
 def test_an_error_beside_living_workers_ends_the_process() -> None:
-    """They ignore the signal with which multiprocessing would end them, and wait for it."""
+    """Workers ignore the signal with which multiprocessing ends them, so the process could wait for them forever."""
     code = (
         "import torch\n"
         "from mpp.data.loader import batches\n"
@@ -192,7 +192,7 @@ def test_an_error_beside_living_workers_ends_the_process() -> None:
 
 
 class _Shows(torch.utils.data.Dataset[Any]):
-    """Of errors what multiprocessing shows of its own threads."""
+    """Passes errors to sys.excepthook, as multiprocessing does with errors of its threads."""
 
     def __getitems__(self, keys: list[int]) -> list[int]:
         for error in (ConnectionResetError("the parent is gone"), EOFError("so it is"), ValueError("on purpose")):

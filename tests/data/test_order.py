@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, position), each sample at most once an epoch."""
+"""The order of samples is a pure function of (seed, position). Each sample occurs at most once per epoch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpp.data.order import MicroBatches, Order, lanes_read_by
 
 
 def run(order: Order, seen: int, steps: int, world: int = 1, accumulate: int = 1) -> list[list[tuple[int, int, int]]]:
-    """Each step's samples in slot order, whatever the processes."""
+    """Return the samples of each step in slot order, for any number of processes."""
     parts = [
         list(MicroBatches(order, seen=seen, steps=steps, accumulate=accumulate, rank=r, world=world))
         for r in range(world)
@@ -63,7 +63,7 @@ def test_seeds_and_epochs_differ() -> None:
     second = [s[1:] for step in run(orders[0], 80, 10) for s in step]
     assert first[0] != first[1]
     assert first[0] != second
-    assert sorted(first[0]) == sorted(second), "an epoch holds the same samples"
+    assert sorted(first[0]) == sorted(second), "every epoch must have the same samples"
 
 
 def test_a_batch_mixes_shards_even_where_these_are_sorted_by_class() -> None:
@@ -115,7 +115,7 @@ def test_the_shards_of_a_window_are_those_that_are_read(
         assert order.window_after(*now) == after
         everything = order.shards_in(*now, range(order.lanes))
         assert len(everything) == len(set(everything))
-    # a sample's own shard is one of the window that its position is in, or of the next where a batch straddles them
+    # a sample's shard is in the window of its position, or in the next one if the batch spans both
     seen = seen_batches * global_batch
     near = [order.window_at(seen), order.window_after(*order.window_at(seen))]
     assert order.window_at(seen + order.epoch_len) == (near[0][0] + 1, near[0][1])

@@ -1,4 +1,4 @@
-"""Masks and boxes: read, checked, and cropped as their images are."""
+"""Masks and boxes are read, checked, and cropped like their images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def detected(*places: Path | str, **keys: Any) -> Detected:
 
 @pytest.fixture
 def rectangles(tmp_path: Path) -> Path:
-    """A white rectangle on black in each image, with its mask and its box; wide, high and square images."""
+    """Wide, tall and square images of a white rectangle on black, each with its mask and its box."""
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
@@ -69,7 +69,7 @@ def test_masks_are_cropped_and_flipped_as_their_images(rectangles: Path, size: t
     assert sure.float().mean() > 0.7
     assert torch.equal(batch.labels[sure] == 1, white[sure] > 0.5)
     assert batch.labels.dtype == torch.uint8
-    assert len({tuple(m.flatten().tolist()) for m in batch.labels}) > 30, "crops differ"
+    assert len({tuple(m.flatten().tolist()) for m in batch.labels}) > 30, "crops must differ"
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
@@ -84,7 +84,7 @@ def test_boxes_are_cropped_and_flipped_as_their_images(rectangles: Path, size: t
         for box in labels["boxes"]:
             ys, xs = torch.where(image.float().mean(0) > 127)
             there = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
-            assert (box - there).abs().max() <= 1.01, "the box is where the white is"
+            assert (box - there).abs().max() <= 1.01, "the box must enclose the white pixels"
             found += 1
     assert found > 40
 
@@ -106,7 +106,7 @@ def test_what_is_hardly_visible_or_stands_for_a_crowd_is_no_object() -> None:
     boxes = np.array([[0, 0, 10, 10, 100], [0, 0, 40, 10, 400], [5, 5, 9, 9, 16]], dtype=np.float32)
     data = Detected(["a"], ["x", "y"], [None], [boxes], [np.array([[0, 0], [1, 0], [1, 1]])])
     cut = data.cropped(0, (8, 0, 16, 16), (16, 16), False)
-    assert cut["labels"].tolist() == [1], "a fifth of the first is left, and the third is a crowd"
+    assert cut["labels"].tolist() == [1], "a fifth of the first box is left, and the third box is a crowd"
     assert cut["boxes"].tolist() == [[0, 0, 16, 10]]
     assert data.cropped(0, (8, 0, 16, 16), (32, 16), True)["boxes"].tolist() == [[0, 0, 16, 20]]
     assert data.cropped(0, (40, 20, 16, 16), (16, 16), False)["boxes"].shape == (0, 4)
@@ -125,7 +125,7 @@ def test_fits(h: int, w: int, window: tuple[int, int], side: int) -> None:
     assert fh >= window[0]
     assert fw >= window[1]
     assert min(fh, fw) >= side
-    assert min(fh, fw) == side or fh == window[0] or fw == window[1], "no larger than it must be"
+    assert min(fh, fw) == side or fh == window[0] or fw == window[1], "must not be larger than necessary"
 
 
 def test_whole_images(rectangles: Path) -> None:
@@ -136,7 +136,7 @@ def test_whole_images(rectangles: Path) -> None:
     assert batch.images.shape == (3, 3, 48, 48)
     assert batch.bad[0].endswith("1.png: not an image of JPEG, PNG")
     for image, labels in zip(batch.images, batch.labels, strict=True):
-        ys, xs = torch.where((image.float().mean(0) - 128).abs() > 100)  # grey lies around the image
+        ys, xs = torch.where((image.float().mean(0) - 128).abs() > 100)  # the image is padded with grey
         h, w = (labels["size"] * labels["scale"]).round().int().tolist()
         assert (int(ys.max()) + 1, int(xs.max()) + 1) == (h, w)
         ys, xs = torch.where(image[0] > 240)
@@ -144,7 +144,7 @@ def test_whole_images(rectangles: Path) -> None:
         assert (labels["boxes"][0] * labels["scale"] - there).abs().max() <= 1.01
     batch = WholeDataset(segmented(rectangles), fit_shorter_side(24, (16, 16)), None, **DECODING).__getitems__([0, 2])
     assert [tuple(i.shape) for i in batch.images] == [(3, 24, 36), (3, 24, 24)]
-    assert [tuple(m.shape) for m in batch.labels] == [(40, 60), (50, 50)], "masks keep their size"
+    assert [tuple(m.shape) for m in batch.labels] == [(40, 60), (50, 50)], "masks must keep their size"
 
 
 def test_a_bad_image_is_replaced_and_named(rectangles: Path) -> None:
@@ -170,16 +170,16 @@ def test_boxes_end_with_their_image(rectangles: Path) -> None:
     assert data.boxes[0][1:, :4].tolist() == [[0, 0, 30, 30]]
     assert re.search(r"2 \(no pixel of its image\), .*annotations\[5\]\.bbox: \[300, 5, 10, 10\]", str(data.left_out))
     whole = data.cropped(0, (0, 0, 60, 40), (40, 60), False)
-    assert whole["boxes"].shape == (2, 4), "what lies beyond the image is not what a crop has hidden"
+    assert whole["boxes"].shape == (2, 4), "parts beyond the image do not count as cut off by the crop"
     for entry in values["images"]:
         del entry["width"], entry["height"]
     path.write_text(json.dumps(values))
     again = detected(rectangles)
-    assert again.sizes == data.sizes, "by the header, where nobody states it"
+    assert again.sizes == data.sizes, "sizes that are not stated must be read from the headers"
 
 
 def test_grey_masks_of_few_bits(rectangles: Path) -> None:
-    """Pillow spreads their values over 0 to 255."""
+    """Pillow spreads their values over 0 to 255, which must be undone."""
     import struct
     import zlib
 
@@ -209,7 +209,7 @@ def test_a_thin_image_that_would_be_huge_is_a_bad_one(rectangles: Path) -> None:
 
 def test_classes_of_masks(rectangles: Path) -> None:
     data = segmented(rectangles)
-    assert data.classes == ["0", "1"], "as many as the largest value says"
+    assert data.classes == ["0", "1"], "the largest value gives the number of classes"
     assert data.pixels.sum(1).tolist() == [2400, 2400, 2500, 3072]
     assert segmented(rectangles, ignore_index=0).pixels[:, 0].tolist() == [0] * 4
     (rectangles / "classes.txt").write_text("nothing\nbox\nnever seen\n\n")
@@ -221,11 +221,13 @@ def test_classes_of_masks(rectangles: Path) -> None:
     palette = Image.open(rectangles / "masks" / "0.png").convert("P")
     palette.putdata(list(np.asarray(Image.open(rectangles / "masks" / "0.png")).ravel()))
     palette.save(rectangles / "masks" / "0.png")
-    assert segmented(rectangles).pixels.sum(1).tolist() == [2400, 2400, 2500, 3072], "a palette's numbers are classes"
+    assert segmented(rectangles).pixels.sum(1).tolist() == [2400, 2400, 2500, 3072], (
+        "palette indices are classes"
+    )
 
 
 def test_an_image_on_its_side(rectangles: Path) -> None:
-    """A camera's rotation counts: the mask is of the upright image."""
+    """The camera's rotation is applied, because the mask belongs to the upright image."""
     (rectangles / "images" / "0.png").unlink()
     lying = Image.new("RGB", (40, 60))
     exif = Image.Exif()
@@ -286,12 +288,12 @@ def _all_ignored(f: Path) -> None:
     [
         (_no_mask, "1 files without mask, the first: .*images/2.png"),
         (_no_image, "1 files without image, the first: .*masks/2.png"),
-        (_twice, "images/2.bmp and .*images/2.png: which of them"),
+        (_twice, "images/2.bmp and .*images/2.png: have the same name"),
         (_other_size, "masks/2.png: 3×3 pixels, its image 50×50"),
         (_colours, "masks/2.png: a mask has one channel of class numbers; this PNG is RGB"),
         (_broken, "masks/2.png: a file of 7 bytes, not a PNG"),
         (_too_large, "masks/2.png: the value 9, where the classes are 0 to 1 and task.ignore_index is 255"),
-        (_same_names, "classes.txt:3: a a second time; one class a line"),
+        (_same_names, "classes.txt:3: a is named twice; one class a line"),
         (_gap, "classes.txt:2: no name; one class a line"),
         (_all_ignored, "every pixel has the value 255, task.ignore_index"),
         (lambda f: shutil.rmtree(f / "masks"), "no folder masks/ in it; task: segment requires images/ and masks/"),
@@ -314,20 +316,20 @@ def test_masks_that_do_not_fit(rectangles: Path, change: Any, words: str) -> Non
         (("annotations", 1, "bbox"), [1, 2, 10**400, 4], r"annotations\[1\].bbox: expected"),
         (("annotations", 1, "iscrowd"), "0", r'annotations\[1\].iscrowd: expected 0 or 1; got "0"'),
         (("annotations",), [], "annotations: not one box"),
-        (("categories",), [{"id": 7, "name": "box"}, {"id": 7, "name": "ball"}], r"categories\[1\].id: 7 a second time"),
+        (("categories",), [{"id": 7, "name": "box"}, {"id": 7, "name": "ball"}], r"categories\[1\].id: 7 is used twice"),
         (("annotations", 1, "bbox"), [1, 2, 3], r"annotations\[1\].bbox: expected"),
         (("annotations", 1, "bbox"), ["1", 2, 3, 4], r"annotations\[1\].bbox: expected"),
         (("annotations", 1, "image_id"), 99, r"annotations\[1\].image_id: there is no image 99"),
         (("annotations", 1, "category_id"), 99, r"annotations\[1\].category_id: there is no category 99"),
         (("annotations", 1, "category_id"), None, r"annotations\[1\].category_id: expected a number; got null"),
         (("images", 2, "file_name"), "gone.png", r"images\[2\].file_name: no such file: .*gone.png"),
-        (("images", 2, "id"), 0, r"images\[2\].id: 0 a second time"),
+        (("images", 2, "id"), 0, r"images\[2\].id: 0 is used twice"),
         (("images", 2, "width"), "50", r'images\[2\].width: expected pixels; got "50"'),
         (("categories", 0, "name"), 3, r"categories\[0\].name: expected a name; got 3"),
         (("categories",), [], "categories: at least one is needed"),
         (("images", 0, "width"), 0, r"images\[0\]: width, height: must be from 1 to 1000000 pixels"),
         (("images", 0, "width"), 10**400, r"images\[0\]: width, height: must be from 1 to 1000000 pixels"),
-        (("images", 1, "file_name"), "0.png", r"images\[1\].file_name: .*0.png a second time"),
+        (("images", 1, "file_name"), "0.png", r"images\[1\].file_name: .*0.png is named twice"),
         (("annotations", 1, "area"), -5, r"annotations\[1\].area: must be a number of pixels; got -5"),
         (("annotations", 1, "area"), math.nan, r"annotations\[1\].area: must be a number of pixels; got NaN"),
         (("categories", 0, "name"), "  ", r"categories\[0\].name: an empty label"),

@@ -1,4 +1,4 @@
-"""Batches on their way to the device."""
+"""Batches are copied to the device one batch ahead."""
 
 from __future__ import annotations
 

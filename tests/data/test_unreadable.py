@@ -1,4 +1,4 @@
-"""Images that cannot be read: found before a run, counted in it, and named in what comes of it."""
+"""Unreadable images are found before a run, counted during the run, and named in its results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ GREY: dict[str, Any] = {**READING, "channels": 1}
 def labeled(
     folder: Path, classes: dict[str, int], bad: dict[str, int], missing: dict[str, int] | None = None
 ) -> Labeled:
-    """So many images of each class, of which the first ones are no images, or are not there."""
+    """Write images of each class. The first files of a class are missing or are not images.
+
+    Args:
+        folder: Folder in which each class gets a subfolder.
+        classes: Number of images by class.
+        bad: Number of files at the beginning that are not images, by class.
+        missing: Number of files at the beginning that do not exist, by class. None means none.
+    """
     paths, labels = [], []
     for label, (name, count) in enumerate(classes.items()):
         for i in range(count):
@@ -51,7 +58,7 @@ def test_a_single_one_is_allowed_and_more_are_not(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_there_are_all_counted(tmp_path: Path) -> None:
-    """Far more than are opened: their sizes are asked anyway."""
+    """Missing files are found among far more files than are opened, because all sizes are read anyway."""
     data = labeled(tmp_path, {"cat": 900, "dog": 100}, {}, {"cat": 60})
     with pytest.raises(UserError, match=r"60 of 1000 images looked at .*cat/0\.png: No such file.* allows 5\.00%"):
         check_images(data, "k", READING, 0.05)
@@ -75,7 +82,7 @@ def images_of_16_bit(folder: Path, largest: int) -> FileReader:
 
 
 def test_coarse_images_are_said(tmp_path: Path) -> None:
-    """X-rays of 12 bit in files of 16: as 8 bit 16 grey levels are left of 4096."""
+    """If 12-bit X-rays in 16-bit files are read as 8 bit, 16 of 4096 grey levels are left."""
     xrays, full = images_of_16_bit(tmp_path / "a", 4095), images_of_16_bit(tmp_path / "b", 60000)
     (line,) = find_coarse_images(xrays, range(3), "k", READING)
     assert line == (
@@ -158,7 +165,7 @@ def test_what_each_process_could_not_read_is_named_once(run: Path, tmp_path: Pat
 
 
 def test_a_run_of_unreadable_images_counts_each_once(tmp_path: Path) -> None:
-    """Each stands for the good image after them, however many files are passed over on the way."""
+    """Each bad image is replaced by the next good one and counts once, however many others are skipped on the way."""
     data = labeled(tmp_path, {"cat": 8}, {"cat": 4})
 
     def augment(image: Image.Image) -> np.ndarray:
@@ -171,7 +178,7 @@ def test_a_run_of_unreadable_images_counts_each_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("probe", ["knn", "attentive"])
 def test_an_evaluation_counts_what_it_read(probe: str, run: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Chance is that of the images that were judged."""
+    """The chance level is that of the images that were read."""
     train, val = tree(tmp_path / "train", {}), tree(tmp_path / "val", {"disc": 4, "ring": 10}, 1)
     keys = {"out": str(tmp_path / "e"), "probes": f"[{probe}]", "controls": False, "data.workers": 0}
     data = {"data.train": str(train), "data.val": str(val), "data.max_bad_fraction": 0.5}

@@ -1,4 +1,4 @@
-"""One walk of folders: what it takes, what it leaves out, and that every command takes the same."""
+"""The walk of folders: which images it takes, what it leaves out, and that every command takes the same images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import drawn_image, encoded
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Two classes as people leave them: 5 cats, one behind a link, 2 dogs, and what is none of them."""
+    """Two realistic class folders: 5 cats, one of them behind a link, 2 dogs, and files to leave out."""
     root, store = tmp_path / "classes", tmp_path / "store"
     store.mkdir()
     for name in ("cat/0.jpg", "cat/1.JPEG", "cat/2.jfif", "cat/deep/3.ppm", "dog/0.png", "dog/1.bmp"):
@@ -85,7 +85,7 @@ def test_masks_are_walked_as_images_are(tmp_path: Path) -> None:
 
 
 def test_an_array_beside_an_image_of_its_name_is_none() -> None:
-    """Names may hold dots: only the ending is not part of the name."""
+    """Names may contain dots: only the extension is not part of the name."""
     names = {"scan.jpg", "scan.npy", "scan.000.npy", "scan.001.npy", "other.npy", "notes.txt"}
     assert images_among(names) == {"scan.jpg", "scan.000.npy", "scan.001.npy", "other.npy"}
 
@@ -117,7 +117,7 @@ def test_a_folder_keeps_its_own_name_beside_a_link_to_it(tmp_path: Path) -> None
     assert list_images(str(tmp_path)) == (["z_real/0.png"], [("a_link", same), ("b/link", same)])
     (tmp_path / "tab\there").mkdir()
     (tmp_path / "tab\there" / "1.png").touch()
-    assert list_images(str(tmp_path / "tab\there")) == (["1.png"], []), "only names below the folder are written down"
+    assert list_images(str(tmp_path / "tab\there")) == (["1.png"], []), "only names below the folder are recorded"
 
 
 def test_an_archive_beside_its_unpacked_images_is_not_taken_for_them(classes: Path, shards: Path) -> None:

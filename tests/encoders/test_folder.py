@@ -1,4 +1,4 @@
-"""An export is a verified artifact: whatever is broken about it is found."""
+"""Exports are verified: any damage is found."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def export_of_run(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def exported(export_of_run: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the export that a test may damage."""
     return Path(shutil.copytree(export_of_run, tmp_path / "e"))
 
 
@@ -68,7 +68,7 @@ def exported(export_of_run: Path, tmp_path: Path) -> Path:
 def test_images_are_read_as_the_encoder_s(
     stored: dict[str, Any], given: dict[str, Any], found: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Where a recipe does not say otherwise; a range of other channels is of other images."""
+    """Keys that the recipe does not set come from the encoder, but not its value range if the channels differ."""
     folder = tmp_path / "encoder"
     folder.mkdir()
     (folder / "model.safetensors").touch()
@@ -103,7 +103,7 @@ def test_plain_timm_loads_it(run: Path, exported: Path) -> None:
     assert model.num_classes == 0
     tuned = timm.create_model(f"local-dir:{exported}", pretrained=True, num_classes=7, in_chans=1, img_size=32)
     assert tuned(torch.zeros(1, 1, 32, 32)).shape == (1, 7)
-    # the trained state as it is: what the last checkpoint holds
+    # the weights are those of the last checkpoint
     state = load_file(sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors")
     for name, value in model.state_dict().items():
         assert torch.equal(state[f"encoder.model.{name}"], value)
@@ -118,10 +118,10 @@ def test_asked_to_end_it_leaves_nothing(run: Path, tmp_path: Path, number: signa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells have it ignored in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore SIGINT in background jobs
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("new/.export-*/encoder/README.md")):  # it is being verified, or soon will be
+    while not list(tmp_path.glob("new/.export-*/encoder/README.md")):  # the export is being verified, or soon will be
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -156,7 +156,7 @@ def change_weights(exported: Path, **changed: torch.Tensor | None) -> None:
 @pytest.mark.parametrize("checksum", [True, False])
 def test_changed_weights_are_found(exported: Path, checksum: bool) -> None:
     change_weights(exported, blocks__0__mlp__fc1__bias=torch.ones(128))
-    if checksum:  # whoever changes weights may also set the checksum; the features tell
+    if checksum:  # the checksum may be changed together with the weights, but then the features differ
         record = json.loads((exported / "export.json").read_text())
         record["weights_sha256"] = sha256(exported / "model.safetensors")
         (exported / "export.json").write_text(json.dumps(record))
@@ -183,7 +183,7 @@ def test_a_config_of_another_model_is_found(exported: Path) -> None:
 
 
 def test_what_no_feature_shows_is_found(exported: Path) -> None:
-    """Names of classes, mean and std."""
+    """Names of classes, mean and std do not change the features, so the checksum must cover them."""
     config = json.loads((exported / "config.json").read_text())
     config["pretrained_cfg"]["mean"] = [0.9, 0.9, 0.9]
     (exported / "config.json").write_text(json.dumps(config))
@@ -225,7 +225,7 @@ def test_what_cannot_be_exported(run: Path, exported: Path, tmp_path: Path) -> N
         mpp.verify(exported)
     with pytest.raises(UserError, match=r"no readable export\.json"):
         mpp.export(exported, tmp_path / "copy")
-    assert not (tmp_path / "copy").exists(), "what does not hold is not left behind"
+    assert not (tmp_path / "copy").exists(), "an export that fails its verification must be deleted"
     (exported / "export.json").unlink()
     with pytest.raises(UserError, match=r"no readable export\.json"):
         mpp.verify(exported)
@@ -249,12 +249,14 @@ def test_only_new_or_empty_folders_are_written(run: Path, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path / "here")
     mpp.export(run, ".")
     assert (tmp_path / "here" / "model.safetensors").exists()
-    assert {p.name for p in tmp_path.iterdir()} == {"keep", "keep.tmp", "here"}, "nothing left behind"
+    assert {p.name for p in tmp_path.iterdir()} == {"keep", "keep.tmp", "here"}, "no temporary files may be left behind"
 
 
 def test_others_may_read_it(exported: Path, run: Path) -> None:
     for folder in (exported, *(run / "checkpoints").iterdir()):
-        assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "tensors are as readable as the rest"
+        assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, (
+            "all files must have the same permissions"
+        )
 
 
 def test_what_load_encoder_is_not_given(exported: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a recipe leaves to its encoder is filled in, and the result is checked."""
+"""Keys that a recipe leaves to its encoder are filled in, and the result is checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import pretrain_values
 
 @pytest.fixture
 def deep(tmp_path: Path) -> str:
-    """An encoder that was trained on images of 12 bit."""
+    """An encoder that was trained on 12-bit images."""
     folder = tmp_path / "deep" / "encoder"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()

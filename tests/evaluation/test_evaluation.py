@@ -1,4 +1,4 @@
-"""Evaluation end to end: arms, choices that never look at validation images, resuming, wrong inputs."""
+"""Evaluation end to end: approaches, choices without the validation images, resuming, wrong inputs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def keys(shards: Path, **changes: Any) -> dict[str, Any]:
 def test_all_arms(shards: Path, run: Path, tmp_path: Path) -> None:
     result = mpp.evaluate(run, out=str(tmp_path / "e"), compare=str(run), **keys(shards))
     assert list(result.scores) == ["encoder", "compare", "random", "pixels"]
-    assert result.scores["encoder"] == result.scores["compare"], "the same weights, read in the same way"
+    assert result.scores["encoder"] == result.scores["compare"], (
+        "the same weights, read in the same way, must score the same"
+    )
     assert result.scores["encoder"] != result.scores["random"]
     places = {(s.probe, str(s.place)) for s in result.scores["encoder"]}
     read = {f"layer {i}, {pool}" for i in (1, 2) for pool in ("mean", "token")} | {"out"}
@@ -67,7 +69,7 @@ def test_all_arms(shards: Path, run: Path, tmp_path: Path) -> None:
     assert (stored["train_images"], stored["val_images"]) == (35, 25)
     assert result.chance == pytest.approx(max(np.bincount([0, 1])) / 2, abs=0.2)
     with Image.open(result.plot) as plot:
-        assert plot.width > 900, "three panels"
+        assert plot.width > 900, "the plot must have three panels"
     assert not list((tmp_path / "e").rglob("*.npy"))
     for line in ("raw pixels", "the same, at random initialisation", "the most frequent class"):
         assert line in result.table()
@@ -76,7 +78,7 @@ def test_all_arms(shards: Path, run: Path, tmp_path: Path) -> None:
 def test_one_that_came_to_nothing_leaves_its_folder_to_the_next(
     shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had read features, and fails before its first result; the corrected command needs no other folder."""
+    """A run that fails before its first result leaves features behind. The corrected command can use the same folder."""
 
     def fails(*_: Any) -> None:
         raise UserError("a fault that is found late")
@@ -93,7 +95,7 @@ def test_one_that_came_to_nothing_leaves_its_folder_to_the_next(
 
 
 def test_the_features_kept_are_those_probed(shards: Path, run: Path, tmp_path: Path) -> None:
-    """And scikit-learn, given the same files, says the same."""
+    """Given the same files, scikit-learn finds the same accuracy."""
     from sklearn.neighbors import KNeighborsClassifier
 
     out = tmp_path / "e"
@@ -134,12 +136,12 @@ def test_arms_that_are_done_are_kept(shards: Path, run: Path, tmp_path: Path) ->
     marked["scores"][0]["accuracy"] = 0.123
     stored.write_text(json.dumps(marked))
     shutil.rmtree(out / "arms" / "random")
-    (out / "arms" / "random" / "features").mkdir(parents=True)  # killed in the middle of it
+    (out / "arms" / "random" / "features").mkdir(parents=True)  # killed while it read features
     (out / "arms" / "random" / "features" / "half.npy").write_bytes(b"half")
     with pytest.raises(UserError, match="is not empty; continue its run with --resume auto"):
         mpp.evaluate(run, out=str(out), **keys(shards))
     again = mpp.evaluate(run, out=str(out), resume="auto", **keys(shards))
-    assert again.scores["encoder"][0].accuracy == 0.123, "not evaluated again"
+    assert again.scores["encoder"][0].accuracy == 0.123, "a finished approach must not be evaluated again"
     assert again.scores["random"] == whole.scores["random"]
     with pytest.raises(UserError, match="knn.k: was"):
         mpp.evaluate(run, out=str(out), resume="auto", **keys(shards, **{"knn.k": [2]}))
@@ -173,7 +175,10 @@ LONG: dict[str, Any] = {"probes": "attentive", "attentive.epochs": 2000, "contro
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
 def test_a_signal_ends_it_as_training(number: signal.Signals, shards: Path, run: Path, tmp_path: Path) -> None:
-    """Also the SIGINT that a shell has its background jobs ignore; and it says how far it is meanwhile."""
+    """A signal ends an evaluation as it ends training, also a SIGINT that a shell makes background jobs ignore.
+
+    Meanwhile the evaluation prints its progress.
+    """
     words = [f"{key}={value}" for key, value in keys(shards, **LONG).items() if key not in ("data.train", "knn.k")]
     words = [w for w in words if "weight_decay" not in w and "lr=" not in w]
     process = subprocess.Popen(
@@ -224,14 +229,14 @@ def test_the_split_is_stratified(labels: list[int], fraction: float, seed: int) 
     for label in set(labels):
         members = np.count_nonzero(values == label)
         inside = np.count_nonzero(values[fit] == label)
-        assert inside >= 1, "every class can be learned"
+        assert inside >= 1, "every class must be in the part that is fitted"
         if members > 1:
             assert np.count_nonzero(values[tune] == label) >= 1
     assert np.array_equal(split(values, fraction, seed)[1], tune)
 
 
 def test_nothing_is_chosen_by_the_validation_images() -> None:
-    """The best place is that of the tune part, though another is better on the validation images."""
+    """The best place is that of the tune part, even if another is better on the validation images."""
     a = Score("knn", "1", "mean", 0.5, 0.9, 5, {})
     b = Score("knn", "2", "mean", 0.8, 0.7, 5, {})
     control = Score("knn", "pixels", "own", 0.5, 0.5, 5, {})
@@ -246,7 +251,7 @@ def test_nothing_is_chosen_by_the_validation_images() -> None:
 def test_choices_do_not_depend_on_the_validation_labels(
     shards: Path, run: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Shuffle the labels of the validation images: accuracies change, and nothing that was chosen does."""
+    """If the labels of the validation images are swapped, accuracies change but no choice does."""
     changes = keys(shards, **{"attentive.lr": [1e-3, 3e-2], "attentive.epochs": 3})
     straight = mpp.evaluate(run, out=str(tmp_path / "a"), **changes)
     real = open_labeled
@@ -261,7 +266,9 @@ def test_choices_do_not_depend_on_the_validation_labels(
         for a, b in zip(scores, turned.scores[arm], strict=True):
             assert (a.place, a.probe, a.chosen, a.tune_accuracy) == (b.place, b.probe, b.chosen, b.tune_accuracy)
             assert a.probe == "knn" or a.sweep == b.sweep
-            assert a.accuracy == pytest.approx(1 - b.accuracy), "two classes, turned round"
+            assert a.accuracy == pytest.approx(1 - b.accuracy), (
+                "with two classes, swapped labels must give the complement"
+            )
 
 
 def test_the_linear_probe_is_fitted_to_all_training_images(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -286,7 +293,7 @@ def test_the_linear_probe_is_fitted_to_all_training_images(shards: Path, run: Pa
 
 
 def test_only_the_encoder_runs_in_bf16(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """A probe that trained under autocast would read a cast of its weights from before the step."""
+    """Probes are trained without autocast: under it, a probe would read a cast of its weights from before the step."""
     real, seen = attentive.train, []
 
     def watched(probes: Any, batches: Any, **rest: Any) -> None:
@@ -305,7 +312,7 @@ def test_only_the_encoder_runs_in_bf16(shards: Path, run: Path, tmp_path: Path, 
     assert not any(seen)
     mpp.evaluate(run, out=str(tmp_path / "f"), **keys(shards, **small))
     half, full = (np.load(tmp_path / o / "arms/encoder/features/val/2-mean.npy") for o in "hf")
-    assert np.abs(half - full).max() > 1e-4, "so it did run in bf16"
+    assert np.abs(half - full).max() > 1e-4, "the encoder must have run in bf16"
 
 
 @pytest.mark.slow
@@ -316,7 +323,7 @@ def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
     done = command("evaluate", copy, *words)
     assert done.returncode == 0, done.stderr
     assert "the encoder" in done.stdout
-    assert (copy / "evaluation" / "evaluation.png").exists(), "where no folder is named, inside the run"
+    assert (copy / "evaluation" / "evaluation.png").exists(), "by default, the results must be inside the run"
     done = command("evaluate", copy, "encoder=x", *words)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert "command line: encoder: is the first word" in done.stderr
@@ -338,7 +345,7 @@ def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
         ({"layers": [0]}, r"layers.0: must be >= 1; got 0"),
         ({"probes": "svm"}, r"probes.0: no such choice; got 'svm'.*Allowed: knn, linear, attentive"),
         ({"data.image_size": 18}, "stride of 4 px; expected multiples of it, got 18×18"),
-        ({"data.labels_per_class": 1}, "data.train: to choose by, some class needs two images at least"),
+        ({"data.labels_per_class": 1}, "data.train: at least one class needs two or more images, to tune the probes on"),
         ({"data.labels_per_class": 999}, "data.labels_per_class: 999, but class"),
         ({"tune_fraction": 1.0}, "tune_fraction: must be > 0 and < 1"),
         ({"architecture.name": "vit_tiny_patch16_224"}, r"architecture\.name: only with encoder: scratch"),
@@ -349,7 +356,7 @@ def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: 
     with pytest.raises(UserError, match=message) as caught:
         mpp.evaluate(**given_keys)
     assert len(str(caught.value).splitlines()) == 1
-    assert not (tmp_path / "e").exists(), "said before anything is written"
+    assert not (tmp_path / "e").exists(), "wrong inputs must be refused before anything is written"
 
 
 def test_validation_images_that_were_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:

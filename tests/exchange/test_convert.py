@@ -1,4 +1,4 @@
-"""Every format loads in a clean process and gives what the encoder gives; what does not is not handed out."""
+"""Every format loads in a clean process and returns the encoder's outputs. Exports that differ are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VIT: dict[str, Any] = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads"
 
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a clean process for each: other tests have one."""
+    """Skip the verification in a clean process, which other tests cover."""
     for place in ("verify.verify_timm_folder", "convert.verify_timm_folder", "convert.verify"):
         monkeypatch.setattr(f"mpp.exchange.{place}", lambda folder: Verified(Path(folder), 0.0, 0))
 
@@ -43,7 +43,7 @@ def origin(size: tuple[int, int], **more: Any) -> Origin:
 
 
 def timm_folder(folder: Path, name: str, size: tuple[int, int], classes: list[str] | None = None, **args: Any) -> Path:
-    """As a run leaves one, of a model whose numbers are of sizes that trained ones have."""
+    """Write a timm folder as a run does, with random weights about as large as trained ones."""
     torch.manual_seed(0)
     model: Any = create_at_size(name, size, num_classes=len(classes or ()), pretrained=False, **args)
     for value in model.parameters():
@@ -98,7 +98,7 @@ def test_formats(format: str, run: Path, tmp_path: Path) -> None:
         assert card.count(f"## {title}\n") == 1, title
     assert "48 for training in 3 shards, 12 more held out" in card
     assert "4 steps, 64 images seen, " in card
-    # a byte of what was written
+    # change a byte of a written file
     name = next(n for n in about["files_sha256"] if n.startswith(("model.", "weights.")))
     data = bytearray((tmp_path / "e" / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -109,7 +109,7 @@ def test_formats(format: str, run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["timm", *OTHERS])
 def test_the_embedding_is_the_mean_of_the_patches(format: str, run: Path, tmp_path: Path) -> None:
-    """In every format, and as its card reads it: the class token of this run was never trained."""
+    """In every format, its card also reads the mean of the patches: the class token of this run was never trained."""
     mpp.export(run, tmp_path / "e", format)
     encoder: Any = mpp.load_encoder(run).eval()
     images = torch.randn(2, 3, 16, 16)
@@ -122,7 +122,7 @@ def test_the_embedding_is_the_mean_of_the_patches(format: str, run: Path, tmp_pa
 
 
 def as_its_card_reads(folder: Path, images: torch.Tensor) -> torch.Tensor:
-    """The embedding that the code of a model card makes of images."""
+    """Return the embedding that the code of a model card computes."""
     card = (folder / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0].replace("local-dir:FOLDER", f"local-dir:{folder}")
     code = code.replace(f'"{folder.name}/', f'"{folder}/').replace(f'"{folder.name}"', f'"{folder}"')
@@ -136,7 +136,7 @@ def as_its_card_reads(folder: Path, images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("format", ["timm", *OTHERS])
 @pytest.mark.usefixtures("unverified")
 def test_cards_of_distilled_encoders_average_the_patches_themselves(format: str, tmp_path: Path) -> None:
-    """timm's give the mean of two tokens that pretraining does not train."""
+    """timm would return the mean of two tokens that pretraining does not train."""
     source = timm_folder(tmp_path / "timm", "deit_tiny_distilled_patch16_224", (16, 16), **VIT)
     mpp.export(source, tmp_path / "e", format)
     images, encoder = torch.randn(2, 3, 16, 16), mpp.load_encoder(source)
@@ -146,7 +146,9 @@ def test_cards_of_distilled_encoders_average_the_patches_themselves(format: str,
 
 
 def test_beits_norm_before_its_mean(tmp_path: Path) -> None:
-    """As SimMIM's and data2vec's weights are imported: transformers' pooler gives the class token there."""
+    """The weights of SimMIM and data2vec are imported in this form. transformers' pooler returns the class token for
+    them.
+    """
     pytest.importorskip("transformers")
     args = VIT | {"init_values": 0.1, "global_pool": "avg", "use_fc_norm": False}
     source = timm_folder(tmp_path / "timm", "beit_base_patch16_224", (16, 16), **args)
@@ -159,7 +161,7 @@ def test_beits_norm_before_its_mean(tmp_path: Path) -> None:
 
 
 def test_attention_that_pools_gives_way_to_the_mean(tmp_path: Path) -> None:
-    """Pretraining never trains it: an exported SigLIP gives the mean of its patches, and so does a fine-tuned one."""
+    """Pretraining never trains attention pooling, so an exported or fine-tuned SigLIP uses the mean of its patches."""
     model: Any = create_at_size("vit_base_patch16_siglip_224", (16, 16), num_classes=0, pretrained=False, **VIT)
     timm_folder(tmp_path / "map", "vit_base_patch16_siglip_224", (16, 16), **VIT)
     pool_patches(model)
@@ -181,7 +183,7 @@ def test_attention_that_pools_gives_way_to_the_mean(tmp_path: Path) -> None:
 
 
 def test_what_gives_something_else_is_found(classifier: Path, tmp_path: Path) -> None:
-    """Checksums hold, numbers do not."""
+    """Verification must find changed numbers even if the checksums match."""
     mpp.export(classifier, tmp_path / "e", "onnx")
     reference = load_file(tmp_path / "e" / "reference.safetensors")
     about = json.loads((tmp_path / "e" / "export.json").read_text())
@@ -247,7 +249,9 @@ NATIVE: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
 @pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.usefixtures("unverified")
 def test_models_of_transformers(name: str, tmp_path: Path) -> None:
-    """Its own class; and, read by its Auto class, timm's features. A classifier, too."""
+    """The export has transformers' own class and, loaded by an Auto class, timm's features. The same holds for a
+    classifier.
+    """
     hub = pytest.importorskip("transformers")
     timm_name, args, size = NATIVE[name]
     source = timm_folder(tmp_path / "timm", timm_name, size, **args)
@@ -266,7 +270,7 @@ def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     again = mpp.import_weights(tmp_path / "hf", tmp_path / "back", **known)
     assert (again.layout, again.missing) == ("transformers", [])
     first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("timm", "back"))
-    assert all(torch.equal(first[n], second[n]) for n in first), "there and back"
+    assert all(torch.equal(first[n], second[n]) for n in first), "export and import must return the same weights"
 
     tuned = timm_folder(tmp_path / "tuned", timm_name, size, ["a", "b", "c"], **args)
     mpp.export(tuned, tmp_path / "hf-tuned", "transformers")
@@ -306,14 +310,14 @@ def test_what_transformers_has_no_model_for_is_timms(
 
 
 def test_image_processors_read_as_the_encoder_learned(tmp_path: Path) -> None:
-    """One that does not is found; where none fits none is written, and the card says how to do without."""
+    """An image processor that preprocesses differently is found by the verification."""
     pytest.importorskip("transformers")
     for number, (args, classes) in enumerate(
         ((VIT, None), (VIT | {"global_pool": "avg", "fc_norm": False}, ["a", "b"]))
     ):
         cut = timm_folder(tmp_path / f"timm{number}", "vit_tiny_patch16_224", (16, 16), classes, **args)
         config = json.loads((cut / "config.json").read_text())
-        config["pretrained_cfg"]["crop_pct"] = 0.875  # 18.3 px: who rounds otherwise crops elsewhere
+        config["pretrained_cfg"]["crop_pct"] = 0.875  # 18.3 px: other roundings crop elsewhere
         (cut / "config.json").write_text(json.dumps(config))
         mpp.export(cut, tmp_path / f"hf{number}", "transformers")
         assert "AutoImageProcessor" in (tmp_path / f"hf{number}/README.md").read_text()
@@ -347,7 +351,7 @@ def test_where_no_image_processor_fits(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unverified")
 def test_several_labels_an_image(classifier: Path, tmp_path: Path) -> None:
-    """Scores are of each class by itself."""
+    """Each class has a score of its own."""
     hub = pytest.importorskip("transformers")
     source = shutil.copytree(classifier, tmp_path / "several")
     (source / "recipe.yaml").write_text("data: {}\ntask: {name: multilabel}\n")
@@ -363,7 +367,7 @@ def test_an_export_of_an_export_has_one_card(run: Path, tmp_path: Path) -> None:
     mpp.export(tmp_path / "a", tmp_path / "b", "safetensors")
     card = (tmp_path / "b/README.md").read_text()
     assert all(card.count(f"## {title}\n") == 1 for title in ("Data", "Recipe", "Cost", "Probes"))
-    with pytest.raises(UserError, match="b: an export as safetensors; give the run or the timm folder"):
+    with pytest.raises(UserError, match="b: is an export as safetensors; give the run or the timm folder"):
         mpp.export(tmp_path / "b", tmp_path / "c")
 
 
@@ -386,9 +390,9 @@ def test_what_is_refused(
 
 @pytest.mark.usefixtures("unverified")
 def test_folders_that_are_read_as_what_they_are(classifier: Path, tmp_path: Path) -> None:
-    """A folder of transformers' is no encoder of ours before it is imported."""
+    """A folder of transformers is refused as an encoder until it has been imported."""
     mpp.export(classifier, tmp_path / "hf", "transformers")
-    with pytest.raises(UserError, match="hf: a folder of transformers'; `mpp import .*hf OUT` makes an encoder of it"):
+    with pytest.raises(UserError, match="hf: a transformers folder; `mpp import .*hf OUT` converts it"):
         mpp.load_encoder(tmp_path / "hf")
     about = json.loads((tmp_path / "hf/export.json").read_text())
     for change, message in (

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: all of an encoder's or none, opened as tensors alone."""
+"""Importing weights: all weights of an encoder arrive or none, and files are opened as tensors only."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ NAME = "vit_tiny_patch16_224"
 
 @pytest.fixture
 def state() -> dict[str, Tensor]:
-    """Of a classifier: its head is no part of the encoder."""
+    """Weights of a classifier, whose head is not part of the encoder."""
     torch.manual_seed(0)
     return dict(timm.create_model(NAME, img_size=16, num_classes=3, **ARGS).state_dict())
 
 
 def imported(file: Path, out: Path, **more: Any) -> Any:
-    """With a mean and std, unless a test is about them."""
+    """Import a file, with a mean and std unless the test passes its own."""
     known = {} if {"mean", "std"} & more.keys() else {"mean": [0.5] * 3, "std": [0.5] * 3}
     return mpp.import_weights(file, out, **{"model": NAME, "args": ARGS, "image_size": (16, 16), **known, **more})
 
 
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a clean process for each: others tests have one."""
+    """Skip the verification in a clean process, which other tests cover."""
     monkeypatch.setattr("mpp.exchange.verify.verify_timm_folder", lambda folder: Verified(Path(folder), 0.0, 0))
 
 
@@ -95,7 +95,7 @@ def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards
     words = ["--model", NAME, "--image-size", "16", *(f"{k}={v}" for k, v in ARGS.items())]
     refused = command("import", tmp_path / "w.safetensors", tmp_path / "e", *words)
     assert refused.returncode == 2
-    assert refused.stderr.startswith("mean, std: nothing says what these weights were trained with. Give both")
+    assert refused.stderr.startswith("mean, std: unknown for these weights. Give both")
     words += ["--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"]
     done = command("import", tmp_path / "w.safetensors", tmp_path / "e", *words)
     assert done.returncode == 0, done.stderr
@@ -109,7 +109,7 @@ def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards
     mpp.export(tmp_path / "e", tmp_path / "again")
     data = {"data.train": str(shards), "data.val": str(shards / "shard-000000.tar"), "data.image_size": 16}
     options: dict[str, Any] = {"optim.steps": 1, "optim.epochs": None, "seeds": [0], "data.workers": 0}
-    with pytest.warns(mpp.MppWarning, match="among data.train"):
+    with pytest.warns(mpp.MppWarning, match="also in data.train"):
         tuned = mpp.finetune(
             {"job": "finetune", "out": str(tmp_path / "ft"), "encoder": str(tmp_path / "again")},
             **data,
@@ -120,7 +120,7 @@ def test_an_import_is_an_encoder_like_any_other(state: dict[str, Tensor], shards
 
 @pytest.mark.parametrize("by_torch", [True, False])
 def test_pickles(by_torch: bool, state: dict[str, Tensor], tmp_path: Path) -> None:
-    """Not opened unless trusted; nothing of theirs runs even then."""
+    """A pickle is opened only with trust, and even then none of its code runs."""
     file, poison = tmp_path / "w.safetensors", {"model": state, "hook": Runs(tmp_path / "mark")}
     torch.save(poison, file) if by_torch else file.write_bytes(pickle.dumps(poison))
     with pytest.raises(UserError, match=r"w\.safetensors: a pickle, which may run any code .* --trust opens it"):
@@ -144,7 +144,7 @@ def test_one_of_two_encoders(state: dict[str, Tensor], tmp_path: Path) -> None:
 
 
 def test_a_byte_that_changed(state: dict[str, Tensor], tmp_path: Path) -> None:
-    """torch does not compare the checksums of its files."""
+    """torch does not check the checksums of its files, so the import must."""
     torch.save(state, tmp_path / "w")
     data = bytearray((tmp_path / "w").read_bytes())
     data[data.index(state["blocks.0.mlp.fc1.weight"].numpy().tobytes()) + 3] ^= 0x80
@@ -156,7 +156,9 @@ def test_a_byte_that_changed(state: dict[str, Tensor], tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unverified")
 def test_pretraining_goes_on_from_an_import(state: dict[str, Tensor], shards: Path, tmp_path: Path) -> None:
-    """With its weights and, where the recipe says nothing, its normalisation; and is resumed like any other run."""
+    """Pretraining starts from the imported weights. It takes their normalisation if the recipe has none, and can be
+    resumed.
+    """
     save_file(state, tmp_path / "w")
     imported(tmp_path / "w", tmp_path / "e", mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5])
 
@@ -198,7 +200,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViTMAE of transformers', as it saves one, with its image processor."""
+    """A ViTMAE as transformers saves it, with its image processor."""
     hub = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -243,7 +245,7 @@ def test_a_folder_in_parts_and_a_timm_folder(hub_folder: Path, tmp_path: Path) -
 
 @pytest.mark.usefixtures("unverified")
 def test_what_a_folder_says_holds_whoever_names_the_model(hub_folder: Path, tmp_path: Path) -> None:
-    """Heads and activation have no weights that would tell."""
+    """Number of heads and activation cannot be told from the weights, so the folder's config decides."""
     found = mpp.import_weights(hub_folder, tmp_path / "e", model="vit_base_patch16_224.mae")
     assert not found.missing
     assert mpp.load_encoder(tmp_path / "e").blocks[0].attn.num_heads == 2
@@ -263,7 +265,7 @@ def test_what_a_folder_says_holds_whoever_names_the_model(hub_folder: Path, tmp_
 
 @pytest.mark.usefixtures("unverified")
 def test_normalisation_of_an_image_processor(hub_folder: Path, tmp_path: Path) -> None:
-    """As it would be of pixels in [0, 1]."""
+    """Mean and std are converted to those of pixels in [0, 1]."""
     folder = shutil.copytree(hub_folder, tmp_path / "hub")
     for number, (said, mean, std) in enumerate(
         (
@@ -276,20 +278,20 @@ def test_normalisation_of_an_image_processor(hub_folder: Path, tmp_path: Path) -
         found = mpp.import_weights(folder, tmp_path / f"e{number}")
         assert (found.mean, found.std) == (pytest.approx([mean] * 3), pytest.approx([std] * 3))
     (folder / "preprocessor_config.json").write_text('{"image_mean": [5, 5, 5], "image_std": [0, 0, 0]}')
-    with pytest.raises(UserError, match=r"are not of pixels in \[0, 1\]; say them by --mean and --std"):
+    with pytest.raises(UserError, match=r"are not of pixels in \[0, 1\]; give --mean and --std"):
         mpp.import_weights(folder, tmp_path / "x")
     assert mpp.import_weights(folder, tmp_path / "x", mean=[0.5] * 3, std=[0.5] * 3).normalisation == "as given"
 
 
 class CfgNode(dict[str, Any]):
-    """Stands for yacs' class of this name, which SimMIM saves beside its weights."""
+    """A stand-in for the yacs class of this name, which SimMIM saves with its weights."""
 
 
 @pytest.mark.usefixtures("unverified")
 def test_configurations_and_metrics_beside_weights(
     state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What other projects keep there is passed over, whatever it is."""
+    """Other objects that projects save with the weights are skipped, whatever their type."""
     package = types.ModuleType("yacs.config")
     package.CfgNode = CfgNode  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
@@ -340,7 +342,7 @@ OF_MAE = {"decoder_embed.weight": torch.ones(2, 2), "decoder_blocks.0.norm1.weig
 
 
 def as_simmim(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One table of positions for all blocks, as SimMIM, BEiT and data2vec pretrain, and the head of that."""
+    """Return the weights as SimMIM, BEiT and data2vec pretrain them: all blocks share one table of relative positions."""
     found = {k: v for k, v in state.items() if "relative_position_bias_table" not in k}
     table = state["blocks.0.attn.relative_position_bias_table"]
     return found | {"rel_pos_bias.relative_position_bias_table": table, "mask_token": torch.ones(1, 1, 16)}
@@ -370,8 +372,10 @@ SIMMIM, DATA2VEC = {"decoder.0.weight": torch.zeros(768, 16, 1, 1)}, {"lm_head.w
 def test_known_weights_know_their_normalisation(
     name: str, args: dict[str, Any], change: Any, options: dict[str, Any], by: str, pool: str, tmp_path: Path
 ) -> None:
-    """All of these were trained with ImageNet's mean and std, but for one tag; and what masked patches trained is read
-    as the mean of the patches."""
+    """All these weights have ImageNet's mean and std, except one tag.
+
+    Encoders pretrained on masked patches use the mean of the patches as embedding.
+    """
     pooling = {k: v for k, v in options.items() if k == "global_pool"}
     state = timm.create_model(name, img_size=16, num_classes=0, **args, **pooling).state_dict()
     torch.save(change(dict(state)), tmp_path / "w.pth")
@@ -423,7 +427,7 @@ CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 
 
 def as_convnext_v2(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names, and their shapes of its response normalisation."""
+    """Return the weights with the ConvNeXt V2 authors' names and their shapes of response normalisation."""
     theirs = {}
     for name, value in state.items():
         renamed = re.sub(r"^stem\.", "downsample_layers.0.", name)
@@ -462,10 +466,10 @@ def test_convnext_v2s_own_names_are_read_by_timms_filter(tmp_path: Path) -> None
         assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
     both = {"model": theirs, "model_ema": dict(theirs)}
-    with pytest.raises(UserError, match=r"holds 2 whole encoders; say which by --prefix: model\., model_ema\."):
+    with pytest.raises(UserError, match=r"holds 2 encoders; choose one with --prefix: model\., model_ema\."):
         take(both, "g")
     assert take(both, "g", prefix="model_ema").prefix == "model_ema."
-    # as masked pretraining saves it, without the classifier's norm
+    # as masked pretraining saves them, without the classifier's norm
     without_norm = {name: value for name, value in theirs.items() if not name.startswith("norm.")}
     with pytest.raises(UserError, match="missing"):
         take(without_norm, "h")
@@ -511,7 +515,7 @@ def looped(state: dict[str, Tensor]) -> Any:
 
 
 class Odd(OrderedDict[str, Tensor]):
-    """Opened, it is an OrderedDict whose `items` is a number."""
+    """An object that unpickles as an OrderedDict whose `items` is a number."""
 
     def __reduce__(self) -> Any:
         return OrderedDict, (), {"items": 5}
@@ -523,7 +527,7 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
     (
         lambda s: s,
         {"image_size": (32, 32)},
-        r"have other shapes: pos_embed \(1, 17, 16\), wanted \(1, 65, 16\); is the",
+        r"have other shapes: pos_embed \(1, 17, 16\), expected \(1, 65, 16\); check the",
     ),
     (lambda s: s, {"image_size": (17, 17)}, "image_size: vit_tiny_patch16_224 has a stride of 4 px; got 17×17"),
     (lambda s: s | {"norm.bias": torch.full((16,), torch.nan)}, {}, r"weights that are not finite: norm\.bias"),
@@ -536,7 +540,7 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
     (
         lambda s: {"student": s, "teacher": dict(s)},
         {},
-        r"holds 2 whole encoders; say which by --prefix: student\., teacher\.",
+        r"holds 2 encoders; choose one with --prefix: student\., teacher\.",
     ),
     (lambda s: s | {"norm.bias": s["norm.bias"].to(torch.int8)}, {}, r"of their kind: norm\.bias \(torch\.int8\)"),
     (lambda s: s | {"norm.bias": s["norm.bias"] + 1j}, {}, r"of their kind: norm\.bias \(torch\.complex64\)"),
@@ -551,17 +555,17 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
     (lambda s: s, {"mean": [0.5, 0.5, 0.5]}, "mean, std: give both or neither"),
     (lambda s: s, {"mean": [0.5] * 3, "std": [0, 1, 1]}, "std: must be above 0"),
     (lambda s: s, {"args": {"dept": 1}}, "args: vit_tiny_patch16_224 does not take this"),
-    (lambda s: s, {"args": {"img_size": 1}}, "args.img_size: is what --image-size says"),
+    (lambda s: s, {"args": {"img_size": 1}}, "args.img_size: use --image-size instead"),
     (lambda s: s, {"args": {"checkpoint_path": "a.pth"}}, "args.checkpoint_path: weights from elsewhere come by"),
 ]
 
 
 class AttributeDict(dict[str, Any]):
-    """As trainers keep their settings in: a class of theirs that is a dictionary."""
+    """A dictionary subclass of a trainer, as used for settings."""
 
 
 def test_objects_beside_the_weights_are_left_out(state: dict[str, Tensor], tmp_path: Path) -> None:
-    """Checkpoints of trainers hold paths and settings. What they are is never asked, and tensors among them are read."""
+    """Trainers' checkpoints also hold paths and settings. These are skipped without asking, and tensors are still read."""
     torch.save({"state_dict": state, "hyper_parameters": AttributeDict(data=Path("/d"), lr=0.1)}, tmp_path / "pl.ckpt")
     with pytest.warns(
         MppWarning, match=r"objects of .*AttributeDict.* are left out; tensors beside them are read"

@@ -1,4 +1,6 @@
-"""Layouts of other projects: their own models where one is at hand, else the names they document, give timm's numbers."""
+"""Layouts of other projects give timm's numbers. They are tested with the project's own model, or with the names it
+documents.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def whole(found: dict[str, Tensor], model: nn.Module, layout: str) -> tuple[str, dict[str, Tensor]]:
-    """The prefix and the model's state, all of which this layout must find."""
+    """Return the prefix and the model's state, all of which the layout must find."""
     wanted = model.state_dict()
     covered = keymap.coverage(found, wanted, layout)
     prefix, made = max(covered.items(), key=lambda item: len(item[1]))
@@ -30,7 +32,7 @@ def whole(found: dict[str, Tensor], model: nn.Module, layout: str) -> tuple[str,
 
 
 def shaken(model: nn.Module) -> Any:
-    """Every number another one, of sizes that a trained model has: what is swapped is seen."""
+    """Fill a model with random numbers about as large as trained ones, so that swapped weights are noticed."""
     torch.manual_seed(0)
     for value in [*model.parameters(), *model.buffers()]:
         if value.is_floating_point():
@@ -43,14 +45,16 @@ def both(*names: str) -> list[str]:
 
 
 def documented_mae() -> list[tuple[str, str]]:
-    """facebookresearch/mae, models_mae.py: timm's names of its day, and a decoder."""
+    """Return (their name, timm's name) of facebookresearch/mae, models_mae.py: timm's names of its time, without the
+    decoder.
+    """
     return [(n, n) for n in ("cls_token", "pos_embed")] + [
         (n, n) for n in both("patch_embed.proj", *(f"blocks.{i}.{b}" for i in range(2) for b in BLOCK), "norm")
     ]
 
 
 def documented_mmpretrain_vit() -> list[tuple[str, str]]:
-    """open-mmlab/mmpretrain, backbones/vision_transformer.py."""
+    """Return (their name, timm's name) of open-mmlab/mmpretrain, backbones/vision_transformer.py."""
     inner = dict(zip(BLOCK, ("ln1", "attn.qkv", "attn.proj", "ln2", "ffn.layers.0.0", "ffn.layers.1"), strict=True))
     pairs = [("patch_embed.projection", "patch_embed.proj"), ("ln1", "norm")]
     pairs += [(f"layers.{i}.{inner[b]}", f"blocks.{i}.{b}") for i in range(2) for b in BLOCK]
@@ -59,12 +63,12 @@ def documented_mmpretrain_vit() -> list[tuple[str, str]]:
 
 
 def documented_mmselfsup_vit() -> list[tuple[str, str]]:
-    """The same before mmpretrain: norms are called norm."""
+    """Return the same names before mmpretrain, when norms were called norm."""
     return [(a.replace(".ln", ".norm").replace("ln1.", "norm1."), b) for a, b in documented_mmpretrain_vit()]
 
 
 def documented_swin(mm: bool) -> list[tuple[str, str]]:
-    """microsoft/Swin-Transformer and SimMIM; mmpretrain's backbones/swin_transformer.py."""
+    """Return the names of microsoft/Swin-Transformer and SimMIM, or of mmpretrain's backbones/swin_transformer.py."""
     inner = {b: b for b in BLOCK}
     if mm:
         theirs = ("norm1", "attn.w_msa.qkv", "attn.w_msa.proj", "norm2", "ffn.layers.0.0", "ffn.layers.1")
@@ -112,7 +116,7 @@ def test_documented_names(project: str) -> None:
     at, made = whole(found, model, layout)
     assert at == prefix
     assert all(torch.equal(made[name], state[name]) for name in state)
-    # and no layout that comes before it would take them for its own
+    # no earlier layout may accept these weights
     for other in itertools.takewhile(lambda name: name != layout, keymap.names()):
         assert all(len(c) < len(state) for c in keymap.coverage(found, state, other).values())
 
@@ -134,7 +138,7 @@ def test_simmim_vit_shares_its_table() -> None:
 
 
 class UnfoldMerging(nn.Module):
-    """As mmpretrain merges patches: torch's unfold, a norm, a linear layer."""
+    """Patch merging of mmpretrain: torch's unfold, a norm, a linear layer."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -211,7 +215,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_transformers(name: str) -> None:
-    """Its own model, its own configuration: the same features."""
+    """A model of transformers with its own configuration gives the same features as timm's."""
     hub = pytest.importorskip("transformers")
     config_name, values = MODELS[name]
     config = getattr(hub, config_name)(**values)
@@ -228,7 +232,7 @@ def test_models_of_transformers(name: str) -> None:
     size = size if isinstance(size, int) else size[0]
     x = torch.randn(2, 3, size, size)
     encoder = getattr(theirs, config.model_type.split("_")[0], theirs)
-    extra = {"noise": torch.arange(16.0).expand(2, -1)} if "MAE" in name else {}  # which is what it shuffles by
+    extra = {"noise": torch.arange(16.0).expand(2, -1)} if "MAE" in name else {}  # MAE shuffles by it
     with torch.no_grad():
         expected = encoder(x, **extra).last_hidden_state
         features = ours.forward_features(x)
@@ -240,7 +244,7 @@ def test_models_of_transformers(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViTModel", "DeiTModel", "SwinModel", "PvtV2Model"])
 def test_files_of_transformers(name: str) -> None:
-    """What `renamed` writes is what its own module reads."""
+    """The layout of transformers reads back what `renamed` writes."""
     hub = pytest.importorskip("transformers")
     config_name, values = MODELS[name]
     config = getattr(hub, config_name)(**values)
@@ -288,7 +292,7 @@ def test_sizes_have_timms_names() -> None:
 
 
 def test_widths_survive_rounding() -> None:
-    """timm takes the whole part of width times ratio."""
+    """Ratios must survive the rounding of timm, which takes the whole part of width times ratio."""
     for width in range(8, 1400, 8):
         for hidden in range(8, 4 * width, 8 + width // 4):
             assert int(width * transformers._ratio(hidden, width)) == hidden

@@ -122,9 +122,9 @@ def test_what_is_refused(hub: Hub, exported: Path, tmp_path: Path, monkeypatch: 
     hub.asked.clear()
     with monkeypatch.context() as patched:
         patched.setenv("HF_TOKEN", "hf_ä")
-        with pytest.raises(mpp.UserError, match="someone/photos: HF_TOKEN: holds characters that no token has"):
+        with pytest.raises(mpp.UserError, match="someone/photos: HF_TOKEN: contains invalid characters"):
             mpp.upload(exported, "someone/photos")
-    with pytest.raises(mpp.UserError, match="not an export; make one by `mpp export` first"):
+    with pytest.raises(mpp.UserError, match="not an export; run `mpp export` first"):
         mpp.upload(tmp_path, "someone/photos")
     (tmp_path / "e").mkdir()
     for file in exported.iterdir():

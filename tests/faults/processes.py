@@ -1,4 +1,4 @@
-"""Runs of `mpp` as real processes, several ranks over gloo, that a test may kill; and what they leave, to compare."""
+"""Runs of `mpp` as real processes, several ranks over gloo, that a test may kill. What they leave can be compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOBS = ["pretrain", "finetune"]
 
 
 class Nursery:
-    """See nursery.py."""
+    """Client of the process in nursery.py."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -38,7 +38,7 @@ class Nursery:
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout
         line = self._process.stdout.readline()
-        assert line, "the nursery ended"
+        assert line, "the nursery has ended"
         found: dict[str, Any] = json.loads(line)
         return found
 
@@ -63,10 +63,17 @@ class Nursery:
         record: Path | None = None,
         file_bytes: int | None = None,
     ) -> Job:
-        """`mpp WORDS` on so many ranks; its output goes to `log`.
+        """Start `mpp WORDS`.
 
-        fault: see mpp/parallel/faults.py. bound_by_modes: as a user who is not root. file_bytes: of a file, at most. record:
-        a file that gets a line for each sample of pretraining.
+        Args:
+            *words: Command line after `mpp`.
+            log: File for the output of all ranks.
+            world: Number of ranks.
+            env: Additional environment variables.
+            fault: Fault to inject, see mpp/parallel/faults.py.
+            bound_by_modes: Whether to run as a user who is not root, bound by the modes of files.
+            record: File that gets a line for each sample of pretraining.
+            file_bytes: Largest size of a file in bytes. None means no limit.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         shared = dict(env or {})
@@ -97,11 +104,15 @@ class Job:
     log: Path
 
     def codes(self) -> list[int | None]:
-        """Exit status of each rank, negative for a signal; None while it runs."""
+        """Return the exit status of each rank: negative for a signal, None while it runs."""
         return [self.nursery.ask(pid=pid)["code"] for pid in self.pids]
 
     def wait(self, seconds: float = WAIT_S) -> list[int]:
-        """Until all have ended. AssertionError, after killing them, where that takes longer."""
+        """Wait until all ranks have ended, and return their exit codes.
+
+        Raises:
+            AssertionError: If it takes longer. The ranks have been killed.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = self.codes()
@@ -117,7 +128,7 @@ class Job:
         raise AssertionError(f"still running after {seconds:g} s: {codes}\n{self.said()}")
 
     def end_with_the_first(self, grace_s: float = 15.0) -> list[int]:
-        """As a launcher does: where one has failed, the others are killed if they do not end by themselves."""
+        """Wait as a launcher does: once a rank has failed, kill the others unless they end by themselves."""
         while not any(self.codes()) and None in self.codes():
             time.sleep(0.01)
         deadline = time.monotonic() + grace_s
@@ -135,7 +146,11 @@ class Job:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def until(self, true: Callable[[], bool], seconds: float = WAIT_S) -> None:
-        """Wait while it runs. AssertionError where it ends first."""
+        """Wait for a condition while the ranks run.
+
+        Raises:
+            AssertionError: If the ranks end first, or it takes longer.
+        """
         deadline = time.monotonic() + seconds
         while not true():
             assert None in self.codes() or true(), f"ended first: {self.codes()}\n{self.said()}"
@@ -151,7 +166,7 @@ _ports = itertools.count(20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER"
 
 
 def free_port() -> int:
-    """One that nobody listens at: of this worker's own thousand, below those that the system hands out."""
+    """Return a port without a listener, from this worker's own thousand, below the ports that the system hands out."""
     for port in _ports:
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)) != 0:
@@ -160,7 +175,7 @@ def free_port() -> int:
 
 
 def launched(world: int) -> list[dict[str, str]]:
-    """What a launcher tells each of so many processes."""
+    """Return the environment variables that a launcher sets for each process."""
     if world == 1:
         return [{}]
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
@@ -169,13 +184,13 @@ def launched(world: int) -> list[dict[str, str]]:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that it started and that are there still."""
+    """Return the child processes that still exist."""
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     return [int(line) for line in found.stdout.split()]
 
 
 def records_of(job: str, out: Path) -> Path:
-    """The folder that has metrics.jsonl and checkpoints: the run's, or its one trial's."""
+    """Return the folder that has metrics.jsonl and checkpoints: that of the run, or of its only trial."""
     return out if job == "pretrain" else out / "scratch-seed0"
 
 
@@ -194,7 +209,7 @@ class Left:
     """What a run leaves that must be the same, killed or not."""
 
     losses: dict[str, list[tuple[int, str]]]
-    """(step, float.hex) of each metrics.jsonl."""
+    """(step, loss as float.hex) of each metrics.jsonl."""
     weights: dict[str, str]
     """sha256 of each exported model."""
 
@@ -212,7 +227,7 @@ def left(out: Path) -> Left:
 
 
 def pretraining(shards: Path, path: Path, out: Path, **changes: Any) -> Path:
-    """A recipe with accumulation, a moving teacher beside pixels, and drop path; 12 steps."""
+    """Write a recipe of 12 steps with accumulation, a moving teacher as well as pixels, and drop path."""
     rich: dict[str, Any] = {
         "target": {"name": "ema_teacher", "layers": 2, "decay": 0.9},
         "extra_targets": [{"target": "pixels", "head": "mlp"}],
@@ -227,7 +242,7 @@ def pretraining(shards: Path, path: Path, out: Path, **changes: Any) -> Path:
 
 
 def finetuning(shards: Path, path: Path, out: Path, **changes: Any) -> Path:
-    """A recipe with accumulation, an average of the weights, early stopping, mixup, erasing and drop path."""
+    """Write a recipe with accumulation, averaged weights, early stopping, mixup, erasing and drop path."""
     from mpp.recipe.overrides import apply_overrides
 
     values: dict[str, Any] = {

@@ -1,12 +1,14 @@
-"""A long run that is killed, stopped, starved and lied to all along ends as the one that nothing happens to.
+"""Check that a long run with faults all along ends as the same run without faults.
 
     python -m tests.faults.soak OUT [--minutes 20] [--seed 0] [--every-s 30]
 
-Two processes with a loader worker each pretrain a tiny encoder on remote shards, in a cache smaller than these. First
-undisturbed, while the memory of every process is measured; then the same again with a fault every so many seconds, gone on
-with after each that ends it. What is compared: every logged loss and the exported weights, bit by bit. Exit code 1 where
-they differ, memory grows, or a process hangs. A rate of steps is measured first, so that the undisturbed run takes the
-minutes.
+Two processes with a loader worker each pretrain a tiny encoder on remote shards, in a cache smaller than the shards.
+The
+first run is undisturbed, and the memory of every process is measured. The second has a fault every few seconds. After a
+fault that ends it, it is resumed. Every logged loss and the exported weights are compared bit by bit. The exit code is
+1
+if they differ, memory grows, or a process hangs. The rate of steps is measured first, so that the undisturbed run takes
+the given minutes.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ SHARDS, IMAGES = 8, 250
 WORLD = 2
 LOG_EVERY_STEPS = 20
 MOST_WAIT_S = 30.0
-"""In which every process has ended, once one has: as torchrun does, others are ended then."""
+"""Time in which every process must end once one has, in s. Then the others are killed, as torchrun does."""
 MOST_GROWTH = 0.05
-"""Of a process's memory over the run, by the slope of its second half, that is called flat."""
+"""Growth of a process's memory over the run that counts as flat, as a fraction, by the slope of the second half."""
 POINTS = (
     "save.begins",
     "save.model_written",
@@ -53,7 +55,7 @@ POINTS = (
 
 
 class Run:
-    """The processes of one start."""
+    """The processes of one start of the run."""
 
     def __init__(self, recipe: Path, log: Path, fault: dict[str, Any] | None = None) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -74,7 +76,7 @@ class Run:
         return [rank.poll() for rank in self.ranks]
 
     def end(self) -> list[int | None]:
-        """Their codes, once all have ended; None of one that was ended here."""
+        """Return the exit codes once all processes have ended. None means that the process was killed here."""
         deadline = time.monotonic() + MOST_WAIT_S
         while None in self.codes() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -97,8 +99,11 @@ class Run:
 
 
 def memory_kib(pid: int) -> int | None:
-    """What a process holds that is no file. Its proportional set would grow without it: what a forked worker shares
-    with its parent is counted by halves, until one of them writes to it.
+    """Return the memory of a process that belongs to no file, in KiB.
+
+    The proportional set size would grow without cause. What a forked worker shares with its parent is counted by
+    halves,
+    until one of them writes to it.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -126,7 +131,7 @@ def recipe_of(base: Path, name: str, served: Served, steps: int) -> Path:
 
 
 def undisturbed(base: Path, name: str, served: Served, steps: int) -> tuple[float, dict[str, list[tuple[float, int]]]]:
-    """(seconds it took, (second, KiB) of each of its processes)."""
+    """Run without faults. Return the seconds it took, and (second, KiB) of each process."""
     began, measured = time.monotonic(), defaultdict(list)
     run = Run(recipe_of(base, name, served, steps), base / name / "log")
     while None in run.codes():
@@ -142,7 +147,7 @@ def undisturbed(base: Path, name: str, served: Served, steps: int) -> tuple[floa
 
 
 class Faults:
-    """What is done to a run, by name; each says whether the processes must be waited for."""
+    """Faults by name. Each returns whether the processes must be waited for."""
 
     def __init__(self, base: Path, served: Served, rng: random.Random) -> None:
         self.out, self.cache, self.served, self.rng = base / "run", base / "cache" / "shards", served, rng
@@ -189,7 +194,7 @@ class Faults:
     def _newest(self, run: Run) -> Path | None:
         run.kill()
         found = sorted(p for p in (self.out / "checkpoints").glob("step-*") if (p / "manifest.json").exists())
-        return found[-1] if len(found) > 1 else None  # the one before must do
+        return found[-1] if len(found) > 1 else None  # the checkpoint before it must suffice
 
     def _flip(self, run: Run) -> bool:
         newest = self._newest(run)
@@ -210,7 +215,7 @@ class Faults:
         run.kill()
         path = self.out / "metrics.jsonl"
         newest = max((int(p.name[5:]) for p in (self.out / "checkpoints").glob("step-*[0-9]")), default=0)
-        if path.exists() and read_metrics(self.out)[-1]["step"] > newest:  # one that no checkpoint vouches for
+        if path.exists() and read_metrics(self.out)[-1]["step"] > newest:  # a line after the last checkpoint
             os.truncate(path, path.stat().st_size - self.rng.randrange(1, 9))
         return True
 
@@ -218,7 +223,7 @@ class Faults:
 def disturbed(
     base: Path, served: Served, steps: int, rng: random.Random, every_s: float
 ) -> tuple[Counter[str], list[str]]:
-    """(how often each thing was done, what went wrong)."""
+    """Run with faults. Return how often each one happened, and what went wrong."""
     recipe = recipe_of(base, "disturbed", served, steps)
     faults, wrong, log = Faults(base / "disturbed", served, rng), [], base / "disturbed" / "log"
     while True:
@@ -241,7 +246,7 @@ def disturbed(
         state = json.loads((base / "disturbed" / "run" / "status.json").read_text())["state"] if codes == [0, 0] else ""
         if state == "finished":
             return faults.counts, wrong
-        # one that is signalled before it listens just ends, and the others wait for one that never came
+        # a process that is signalled before it handles signals just ends, and the others wait for it in vain
         trained = run.trained()
         may_stay = name == "SIGSTOP of a process" if trained else WORLD
         stopped = {128 + signal.SIGTERM, 128 + signal.SIGINT}
@@ -252,7 +257,10 @@ def disturbed(
 
 
 def slopes(measured: dict[str, list[tuple[float, int]]]) -> dict[str, tuple[float, float]]:
-    """MiB in the middle of the run's second half, and MiB an hour over it, of each process that lived so long."""
+    """Return level and growth of memory in the run's second half, for each process that lived so far.
+
+    The level is the median in MiB, the growth is in MiB per hour.
+    """
     longest = max(series[-1][0] for series in measured.values())
     found = {}
     for who, series in measured.items():
@@ -274,7 +282,7 @@ def main() -> None:
         raise SystemExit(f"{given.out}: is there already")
     signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # in the background a shell has it ignored, by children, too
+    )  # a shell makes background jobs ignore it, and children inherit that
     (given.out / "served").mkdir(parents=True)
     for i in range(SHARDS):
         images = [encoded(drawn_image(IMAGES * i + j), "PNG") for j in range(IMAGES)]
@@ -299,7 +307,7 @@ def main() -> None:
             wrong.append(f"{who} grows")
     one, other = (left(given.out / name / "run") for name in ("undisturbed", "disturbed"))
     lines = sum(len(losses) for losses in one.losses.values())
-    # where it was asked to stop it logged a line more
+    # a run that is asked to stop logs a line more
     kept = {
         file: [line for line in found if line in one.losses[file] or line[0] % LOG_EVERY_STEPS == 0]
         for file, found in other.losses.items()

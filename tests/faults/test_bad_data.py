@@ -1,4 +1,4 @@
-"""Images and shards as they come: whatever is wrong with one is said, and the run goes on with the others."""
+"""Unusual and damaged images and shards: each fault is reported, and the run continues with the other images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LIMIT = 64_000_000
 
 
 def png(width: int, height: int, colour_type: int = 2, bits: int = 8, rows: bytes = bytes(1000)) -> bytes:
-    """A header that promises so many pixels, and, where `rows` are not given, a little data."""
+    """Return a PNG whose header gives this size. Unless `rows` are given, it holds few pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -42,7 +42,7 @@ def png(width: int, height: int, colour_type: int = 2, bits: int = 8, rows: byte
 
 
 def deep_tiff(bits: int, side: int = 24) -> bytes:
-    """Three channels of so many bits."""
+    """Return a TIFF with three channels of this number of bits."""
     pixels = (np.arange(side * side * 3) % 251).astype(f"<u{bits // 8}").tobytes()
     tags = [
         (256, 4, 1, side), (257, 4, 1, side), (258, 3, 3, 8 + 2 + 9 * 12 + 4), (259, 3, 1, 1), (262, 3, 1, 2),
@@ -53,7 +53,7 @@ def deep_tiff(bits: int, side: int = 24) -> bytes:
 
 
 def jpeg_of(width: int, height: int) -> bytes:
-    """A real JPEG whose header says it is as large as that."""
+    """Return a real JPEG whose header gives this size."""
     data = bytearray(encoded(drawn_image(3), "JPEG"))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
@@ -192,7 +192,7 @@ TARS = "Any tar is read as Python's tarfile reads it, or refused in one line wit
 @pytest.mark.promise(TARS)
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_names(format: int, folder: Path, record_property: Callable[[str, object], None]) -> None:
-    """Of any length and script; twice the same, and pointing out of the folder: nothing is ever unpacked."""
+    """Names of any length and script are read, also repeated ones and paths out of the folder: nothing is unpacked."""
     data = encoded(drawn_image(1), "JPEG")
     names = [
         "../../etc/passwd.jpg",
@@ -204,13 +204,13 @@ def test_names(format: int, folder: Path, record_property: Callable[[str, object
     if format != tarfile.USTAR_FORMAT:
         names += ["x" * 300 + ".jpg", "d/" * 200 + "deep.jpg", "名" * 120 + ".jpg"]
     path = tar_of(folder / "a.tar", dict.fromkeys(names, data), format)
-    with tarfile.open(path, "a", format=format) as tar:  # a name that is there already
+    with tarfile.open(path, "a", format=format) as tar:  # add a name a second time
         info = tarfile.TarInfo(names[0])
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
     before = sorted(p for p in folder.parent.rglob("*") if folder in p.parents)
     images = ShardImages(str(path), key="data.shards")
-    assert images.counts == [len(names)], "of a name that comes twice the last counts"
+    assert images.counts == [len(names)], "of a repeated name, the last member counts"
     for row in range(len(names)):
         assert images.read(0, row) == data
         assert "\n" not in images.name(0, row)
@@ -239,7 +239,7 @@ def test_links_sparse_files_and_other_members(folder: Path) -> None:
     images = ShardImages(str(folder / "a.tar"), key="data.shards")
     assert images.counts == [1]
     assert images.read(0, 0) == data
-    with open(folder / "holes.tar", "wb") as f:  # a terabyte that takes no space
+    with open(folder / "holes.tar", "wb") as f:  # a sparse file of a terabyte, which takes no space
         f.truncate(1 << 40)
     with pytest.raises(UserError, match="no images in"):
         ShardImages(str(folder / "holes.tar"), key="data.shards")
@@ -247,7 +247,7 @@ def test_links_sparse_files_and_other_members(folder: Path) -> None:
 
 @pytest.mark.promise(TARS)
 def test_cut_anywhere(folder: Path, record_property: Callable[[str, object], None]) -> None:
-    """At, between and inside members; between two members it looks like a tar that ended."""
+    """Cut a tar at, between and inside its members. Cut between two members, it looks like a tar that has ended."""
     whole = tar_of(folder / "whole.tar", {f"{i}.jpg": encoded(drawn_image(i), "JPEG") for i in range(4)}).read_bytes()
     cut, tried = folder / "cut.tar", 0
     content = len(whole.rstrip(b"\0"))
@@ -302,7 +302,7 @@ def test_shards_that_cannot_be_read(nursery: Nursery, folder: Path) -> None:
 @pytest.mark.promise("Missing, empty, unreadable, changed or wrong shards are refused by name, in one line")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_that_is_replaced_while_the_run_reads_it(workers: int, nursery: Nursery, folder: Path) -> None:
-    """A file replaced under its name stays the old one for those who have it open: those who open it later notice."""
+    """Processes that have a file open keep reading the old one if it is replaced. Those that open it later notice."""
     shards = folder / "shards"
     shards.mkdir()
     members = {f"{i}.jpg": encoded(drawn_image(i), "JPEG") for i in range(40)}
@@ -402,7 +402,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.promise(FUZZ)
 def test_bad_images_take_no_memory() -> None:
-    """Above 8 bytes for each of max_image_pixels: bombs are refused by their headers."""
+    """A bad image takes less than 8 bytes for each of max_image_pixels: bombs are refused by their headers."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Recipes, shards, indexes and checkpoints from people who mean harm; and secrets, which stay where they were given."""
+"""Malicious recipes, shards, indexes and checkpoints. Secrets stay where they were given."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_places_that_are_no_shards(shards: str, tmp_path: Path, record_property:
 
 @pytest.mark.promise(NOT_RUN)
 def test_an_environment_that_rewrites_urls(monkeypatch: pytest.MonkeyPatch, shards: Path, tmp_path: Path) -> None:
-    """webdataset would follow these; shards are not opened through it."""
+    """webdataset would follow these variables. Shards are not opened through it."""
     monkeypatch.setenv("WDS_REWRITE", f"{shards}=pipe:touch {tmp_path}/mark; cat ")
     monkeypatch.setenv("WDS_CACHE", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("GOPEN_VERBOSE", "1")
@@ -80,7 +80,7 @@ def test_recipes_with_tags(text: str, tmp_path: Path, record_property: Callable[
 def test_pickles(nursery: Nursery, shards: Path, folder: Path) -> None:
     mark = folder / "mark"
     poison = pickle.dumps(Runs(mark))
-    # beside the images of a shard, under every name that somebody's decoder opens
+    # next to the images of a shard, with every extension that some decoder opens
     members = {f"{i}.jpg": encoded(drawn_image(i), "JPEG") for i in range(40)}
     members |= {
         f"{i}.{kind}": poison for i, kind in enumerate(("pyd", "pkl", "pickle", "pth", "pt", "npy", "npz", "ten"))
@@ -98,7 +98,7 @@ def test_pickles(nursery: Nursery, shards: Path, folder: Path) -> None:
     )
     index_path(str(folder / "poisoned" / "a.tar")).write_bytes((folder / "objects.npz").read_bytes())
     assert sum(ShardImages(str(folder / "poisoned"), key="data.shards").counts) == 40
-    # as weights: a file, a folder as transformers writes them, files of a checkpoint
+    # as weights: a file, a folder as transformers writes it, files of a checkpoint
     (folder / "weights.pth").write_bytes(poison)
     (folder / "hub").mkdir()
     (folder / "hub" / "pytorch_model.bin").write_bytes(poison)
@@ -157,13 +157,13 @@ def test_an_index_that_points_elsewhere(
         index_path(str(shard)),
         **index_of(table=table, size_bytes=np.int64(stat.st_size), mtime_ns=np.int64(stat.st_mtime_ns)),
     )
-    assert len(index_shard(str(shard), str(tmp_path)).table) == 4, "it is made anew"
+    assert len(index_shard(str(shard), str(tmp_path)).table) == 4, "the index must be built again"
     record_property("bad inputs tried", 1)
 
 
 @pytest.mark.promise(BOMBS)
 def test_a_zip_bomb_for_an_index(tmp_path: Path) -> None:
-    """1 GB of zeros in 1 MB."""
+    """The index holds 1 GB of zeros in 1 MB."""
     shard = shard_of(tmp_path / "a.tar", [encoded(drawn_image(i), "JPEG") for i in range(4)])
     with (
         zipfile.ZipFile(index_path(str(shard)), "w", zipfile.ZIP_DEFLATED) as z,
@@ -187,7 +187,7 @@ def test_a_zip_bomb_for_an_index(tmp_path: Path) -> None:
 
 @pytest.mark.promise(BOMBS)
 def test_a_member_of_many_gigabytes(tmp_path: Path) -> None:
-    """A sparse tar, made in no time, that says it holds an image of 3 GB."""
+    """The tar is sparse and quick to make. Its header gives an image of 3 GB."""
     path = tmp_path / "a.tar"
     info = tarfile.TarInfo("huge.jpg")
     info.size = 3 << 30
@@ -260,7 +260,7 @@ def told_nowhere(folder: Path) -> None:
 
 @pytest.mark.promise(KEPT)
 def test_records(nursery: Nursery, folder: Path, shards: Path) -> None:
-    """Of a run that reads remote shards under a signature, and goes on under another."""
+    """The run reads remote shards with one signature and resumes with another."""
     served, server = serve(shards)
     signed = f"{served.url}/shard-00000{{0..2}}.tar?X-Amz-Expires=9&X-Amz-Signature="
     path = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run")
@@ -273,7 +273,7 @@ def test_records(nursery: Nursery, folder: Path, shards: Path) -> None:
     again.ends_well()
     server.shutdown()
     told_nowhere(folder)
-    assert served.whole(".tar") == 3, "another signature is not another shard"
+    assert served.whole(".tar") == 3, "another signature must not make another shard"
     assert "X-Amz-Signature=***" in (folder / "run" / "recipe.yaml").read_text()
 
 

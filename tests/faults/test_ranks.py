@@ -1,4 +1,4 @@
-"""One process of several dies, hangs or computes nonsense: the others end, and say which."""
+"""One of several processes dies, hangs or computes wrong values. The others end and name it."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def test_a_killed_rank_that_nobody_is_told_of(point: str, victim: int, bench: Be
     run.until(lambda: run.codes()[victim] == -9)
     began = time.monotonic()
     run.until(lambda: run.codes()[1 - victim] is not None, 15)
-    assert time.monotonic() - began > SILENT_S - 2, "somebody was told"
+    assert time.monotonic() - began > SILENT_S - 2, "the death was reported, not noticed by silence"
     assert run.codes()[1 - victim] == 2, run.said()
     assert f"process {victim} (pid {run.pids[victim]} on " in run.said()
-    assert "is gone. Go on with --resume auto" in run.said()
+    assert "is gone. Continue with --resume auto" in run.said()
     run.kill()
     bench.goes_on("pretrain", path)
 
@@ -89,7 +89,7 @@ def test_a_rank_that_raises(rank: int, bench: Bench) -> None:
     assert f"process {rank} (pid {run.pids[rank]} on " in run.said()
     said = (
         "ended: as MPP_FAULT says" if rank else "is gone"
-    )  # where no launcher holds the store, it goes with process 0
+    )  # without a launcher, process 0 holds the store, which ends with it
     assert said in run.said()
     bench.goes_on("pretrain", path)
 
@@ -166,12 +166,12 @@ def test_a_killed_loader_worker(
 
 
 BLINDING = {"data.mean": [0.0, 0.0, 0.0], "data.std": [1e-37, 1e-37, 1e-37], "optim.warmup_steps": 0}
-"""Under it a black image is zeros, and the square of any other is not finite."""
+"""A normalisation that maps a black image to zeros. The squares of any other image are not finite."""
 
 
 @pytest.fixture
 def one_white(folder: Path) -> Path:
-    """47 black images and a white one."""
+    """Return a shard of 47 black images and a white one."""
     images = [encoded(Image.new("RGB", (24, 24), (255,) * 3 if i == 20 else (0,) * 3), "PNG") for i in range(48)]
     return shard_of(folder / "black.tar", images)
 
@@ -192,7 +192,7 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
     (kept,) = (out / "non-finite").iterdir()
     records = [json.loads((kept / f"rank{r}.json").read_text()) for r in range(2)]
     finite = [all(np.isfinite(float(v)) for micro in r["losses"] for v in micro) for r in records]
-    assert sorted(finite) == [False, True], "one of them alone"
+    assert sorted(finite) == [False, True], "exactly one process must have a loss that is not finite"
     for file in kept.glob("model.safetensors"):
         assert all(t.isfinite().all() for t in load_file(file).values() if t.is_floating_point())
     replayed = nursery.start("replay", out, log=folder / "replay")
@@ -203,7 +203,7 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
     assert "loss nan; in the run nan" in said, said
     assert "alone, too: " in said
     assert "image-20.jpg" in said
-    assert "  first in " in said, "the module is named"
+    assert "  first in " in said, "the module must be named"
     scripted = nursery.start("replay", out, "--json", log=folder / "scripted")
     assert scripted.wait() == [0]
     assert json.loads(scripted.said())["same"] is True
@@ -234,7 +234,9 @@ def test_not_finite_while_finetuning(nursery: Nursery, shards: Path, folder: Pat
     replayed.ends_well()
     said = replayed.said().splitlines()
     assert "as in the run" in said[-1]
-    assert sum("loss nan; in the run nan" in text for text in said) == 4, "two processes, two micro-batches"
+    assert sum("loss nan; in the run nan" in text for text in said) == 4, (
+        "expected two micro-batches of each of two processes"
+    )
     assert any("every image alone, too: the weights, most likely" in text for text in said)
 
 
@@ -263,7 +265,7 @@ def test_skipped_steps(nursery: Nursery, one_white: Path, folder: Path) -> None:
     assert records[-1]["skipped_steps"] == len(skipped)
     weights = load_file(out / "encoder" / "model.safetensors")
     assert all(t.isfinite().all() for t in weights.values())
-    # killed and resumed: the same steps are left out, the same are made
+    # killed and resumed: the same steps are skipped, and the weights are equal
     one = blinded(one_white, folder, "one", max_skipped_steps=50)
     fault = {"point": "save.ends", "nth": 3, "do": "kill"}
     assert nursery.start("pretrain", one, log=folder / "log", world=2, fault=fault).wait()[0] == -9

@@ -1,4 +1,4 @@
-"""Shards elsewhere: servers that are slow, break off, refuse and change their mind, and caches smaller than the data."""
+"""Remote shards: servers that are slow, break off, refuse and change their files, and caches smaller than the data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.http_server import Served, serve
 
 SHARDS = 8
 NEARLY_IN_ORDER = {"data.lanes": 2, "data.window": 10, "data.workers": 1, "optim.steps": 30}
-"""So that a run reads a few shards at a time."""
+"""Changes that make a run read a few shards at a time."""
 
 
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 10 images each, with indexes."""
+    """Return a folder with shards of 10 images each, and with their indexes."""
     from mpp.data.shards.index import index_shard
 
     folder = tmp_path_factory.mktemp("many")
@@ -41,7 +41,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def local(bench: Bench, many: Path) -> Any:
-    """What a run on the local shards leaves."""
+    """Return what a run on the local shards leaves."""
     return bench.reference("pretrain", 2, **{"data.shards": str(many)}, **NEARLY_IN_ORDER)
 
 
@@ -69,8 +69,8 @@ def test_a_bad_server(indexes: bool, bench: Bench, served: Served, local: Any) -
     path = remote_recipe(bench, served.url)
     bench.start("pretrain", path).ends_well()
     assert left(bench.folder / "run") == local
-    assert not served.faults, "all of it happened"
-    assert served.whole() <= SHARDS, "each was fetched once for both processes and their workers"
+    assert not served.faults, "every fault must have happened"
+    assert served.whole() <= SHARDS, "each shard must be fetched once for both processes and their workers"
     bench.count("broken answers", 10)
 
 
@@ -189,7 +189,7 @@ def test_a_bucket(indexes: bool, bench: Bench, many: Path, served: Served, bucke
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
-    """The URL of an S3 server."""
+    """Return the URL of an S3 server."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -201,7 +201,7 @@ def bucket() -> Iterator[str]:
                 urllib.request.urlopen(url, timeout=1).close()
                 break
             except OSError:
-                assert server.poll() is None, "it ended"
+                assert server.poll() is None, "the server has ended"
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         yield url

@@ -1,4 +1,4 @@
-"""Who may write into a run folder, what may change when a run goes on, and what a full disk leaves."""
+"""Run folders: who may write into one, what may change when a run is resumed, and what a full disk leaves."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_two_runs_into_one_folder(job: str, nursery: Nursery, shards: Path, fold
             assert len(said.splitlines()) == 1, said
             if words[1] == "auto":
                 assert f"out: {out}: process {first.pids[0]} on " in said
-    assert json.loads((out / "status.json").read_text())["state"] == "running", "the first is as it was"
+    assert json.loads((out / "status.json").read_text())["state"] == "running", "the first run must be unaffected"
     assert None in first.codes()
-    stopped(first)  # its workers live on for a moment
+    stopped(first)  # its workers live a moment longer
     again = nursery.start(job, path, "--resume", "auto", log=folder / "log")
     again.until(
         lambda: (folder / "log").read_text().count("steps; resumed") > 0 or steps_logged(records_of(job, out)) > 5
@@ -70,12 +70,12 @@ def test_two_that_begin_at_once(nursery: Nursery, shards: Path, folder: Path) ->
 def test_one_process_does_not_lock_itself_out_nor_in(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     lock = Lock(out)
-    with pytest.raises(UserError, match="this process writes into it already"):
+    with pytest.raises(UserError, match="this process is already writing to it"):
         Lock(out)
     lock.release()
     with pytest.raises(UserError, match="stopped before the update"):
         mpp.pretrain(pretrain_recipe(shards, out, **{"optim.base_lr": 1e20, "optim.warmup_steps": 0}))
-    Lock(out).release()  # given back when a run fails, too
+    Lock(out).release()  # a failed run also releases its lock
 
 
 @pytest.mark.promise("A changed recipe or data set is refused with the difference; the folder stays unchanged")
@@ -110,7 +110,7 @@ def test_what_changed_is_refused(job: str, nursery: Nursery, folder: Path) -> No
 @pytest.mark.promise("A run continues if its data were moved")
 @pytest.mark.parametrize("job", JOBS)
 def test_data_that_moved(job: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named with a slash at the end, by another path to the same folder, or copied elsewhere."""
+    """Data may be named with a trailing slash, by another path to the same folder, or be copied elsewhere."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(image_folder, "photos")
     mpp.pretrain(pretrain_recipe("photos", "p", **{"optim.steps": 3, "checkpoint_every_steps": 1}))
@@ -125,7 +125,7 @@ def test_data_that_moved(job: str, image_folder: Path, tmp_path: Path, monkeypat
         return mpp.finetune(finetune_recipe(Path(place), "run", encoder, **changes), resume=resume)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "data.val: .*among data.train|data.val: the same images", MppWarning)
+        warnings.filterwarnings("ignore", "data.val: .*also in data.train|data.val: the same images", MppWarning)
         assert go_on("photos", "never").state == "finished"
         os.rename("photos", "moved")
         shutil.copytree("moved", "photos")
@@ -193,7 +193,11 @@ def test_another_format(nursery: Nursery, shards: Path, folder: Path) -> None:
 def unsaved_run(
     job: str, way: str, policy: str, nursery: Nursery, shards: Path, folder: Path, place: Path
 ) -> tuple[Job, Path, Callable[..., Job]]:
-    """A run that was stopped after two checkpoints, and goes on where no third can be written."""
+    """Resume a killed run that has two checkpoints, in a place that has no room for another.
+
+    Returns:
+        The resumed job, the run folder, and a function that resumes the run once more.
+    """
     changes: dict[str, Any] = {"if_unsaved": policy, "optim.steps": 14}
     path, out = RECIPES[job](shards, folder / "r.yaml", place / "run", **changes), place / "run"
     fault = {"point": "save.ends", "nth": 3, "do": "kill"}
@@ -239,15 +243,15 @@ def test_a_checkpoint_that_cannot_be_written(
     line = next(text for text in said.splitlines() if "cannot be saved" in text)
     assert f"{saves}/step-000000" in line
     assert "GB free there" in line
-    assert [checkpoint.broken(p) for p in steps(saves)] == [None, None], "those before are intact"
-    assert not list(saves.glob("*.tmp")), "nothing is left of the one that failed"
+    assert [checkpoint.broken(p) for p in steps(saves)] == [None, None], "the earlier checkpoints must be intact"
+    assert not list(saves.glob("*.tmp")), "the failed checkpoint must leave nothing"
     assert ("the run continues because of if_unsaved" in said) == (policy == "go_on")
     last = max(
         json.loads(text)["step"]
         for text in (records_of(job, out) / "metrics.jsonl").read_text().splitlines()
         if text.endswith("}")
     )
-    if way != "full":  # the lines of the metrics wait for space
+    if way != "full":  # on a full disk, lines of the metrics wait for space
         assert last == (14 if policy == "go_on" else 12 if job == "pretrain" else 9)
     (small_disk / "filler").unlink(missing_ok=True)
     path = folder / "r.yaml"

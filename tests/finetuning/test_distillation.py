@@ -1,4 +1,4 @@
-"""Distillation: the loss by hand, the teacher's own view of the images, what a student takes from it, wrong teachers."""
+"""Distillation: the loss by hand, the teacher's own preprocessing, what a student learns from it, wrong teachers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONVNET = {"name": "resnet10t", "args": {}}
 
 
 class Teacher(torch.nn.Module):
-    """Says how bright the image is that it sees, and keeps it."""
+    """A teacher whose logits depend on the brightness of the image. It keeps the images that it gets."""
 
     def __init__(self, size: int, mean: list[float], std: list[float]) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_the_teacher_runs_in_the_precision_of_the_run() -> None:
 
 
 def test_without_a_teacher_both_tokens_have_the_same_head(shards: Path, tmp_path: Path) -> None:
-    """Their mean is read, through one layer: the mean of that layer over both is the same."""
+    """The mean of both tokens goes through one layer, so the mean over two heads that are equal is the same."""
     mpp.finetune(
         recipe(shards, tmp_path / "o", "scratch", architecture=DEIT, pool="token", seeds=[0], **{"optim.steps": 3})
     )
@@ -119,7 +119,7 @@ def test_the_loss_by_hand(kind: str, two_heads: bool) -> None:
 
 @pytest.fixture(scope="module")
 def teacher(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A convolutional network that we trained ourselves."""
+    """Train a convolutional network as teacher."""
     out = tmp_path_factory.mktemp("teacher") / "ft"
     changes = {"architecture": CONVNET, "data.image_size": 32, "seeds": [0], "optim.steps": 10}
     mpp.finetune(recipe(shards, out, "scratch", **changes))
@@ -128,7 +128,7 @@ def teacher(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 def test_a_student_agrees_with_its_teacher(kind: str, shards: Path, teacher: Path, tmp_path: Path) -> None:
-    """Of the teacher alone (alpha 1) it learns what the teacher says, right or wrong."""
+    """With alpha 1, the student learns only what the teacher predicts, right or wrong."""
     from mpp.data.labeled import open_labeled
     from mpp.data.labeled_sets import CentreDataset
 
@@ -185,7 +185,9 @@ def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, teacher: Pat
 
 
 def test_measuring_on_the_way_leaves_two_heads(shards: Path, teacher: Path, tmp_path: Path) -> None:
-    """In eval mode there is one mean of both; a measurement of early stopping must not leave it so."""
+    """In eval mode, the model returns one mean of both heads. Measuring for early stopping must not leave it in this
+    mode.
+    """
     losses = []
     for every in (2, 8):
         out = tmp_path / str(every)

@@ -1,4 +1,4 @@
-"""Fine-tuning: both approaches, intervals, resume to the last bit, every option once."""
+"""Fine-tuning: both approaches, intervals, bit-exact resuming, and each option once."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_both_arms_with_intervals(
     assert result.score.keys() == {"pretrained", "scratch"}
     for approach in result.score.values():
         assert len(approach.values) == 2
-        assert 0.4 < approach.mean <= 1, "two shapes, told apart better than by chance"
+        assert 0.4 < approach.mean <= 1, "two shapes must be told apart better than by chance"
     stored = json.loads((tmp_path / "ft" / "result.json").read_text())
     assert stored["gain"]["mean"] == pytest.approx(result.score["pretrained"].mean - result.score["scratch"].mean)
     assert stored["val_images"] == 25
@@ -99,7 +99,7 @@ def test_the_encoders_own_normalisation(shards: Path, tmp_path: Path) -> None:
 
 
 def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
-    """Several numbers of labels in one run, resumed trial by trial; a trial is what a run of its own gives."""
+    """One run with several numbers of labels resumes trial by trial. Each trial equals that of a run of its own."""
     out, changes = tmp_path / "ft", {"optim.steps": 6, "data.labels_per_class": [12, 4]}
     whole = mpp.finetune(recipe(shards, out, run, **changes))
     assert [v.labels_per_class for v in whole.verdicts] == [4, 12]
@@ -125,12 +125,12 @@ def test_label_efficiency(shards: Path, run: Path, tmp_path: Path) -> None:
     kept.write_text(json.dumps({**before, "metrics": {**before["metrics"], "accuracy": 0.25}}))
     shutil.rmtree(out / "labels12-scratch-seed1")
     again = mpp.finetune(recipe(shards, out, run, **changes), resume="auto")
-    assert again.verdicts[0].score["scratch"].values[1] == 0.25, "not run again"
+    assert again.verdicts[0].score["scratch"].values[1] == 0.25, "a finished trial must not run again"
     assert again.verdicts[1] == whole.verdicts[1]
     more = mpp.finetune(recipe(shards, out, run, **changes, seeds=[0, 1, 2]), resume="auto")
     assert [e.values[:2] for e in more.verdicts[1].score.values()] == [
         e.values for e in whole.verdicts[1].score.values()
-    ], "a seed more only adds trials"
+    ], "an extra seed must only add trials"
 
 
 def test_the_exported_classifier_has_the_accuracy_that_was_reported(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_options(changes: dict[str, Any], shards: Path, run: Path, tmp_path: Pat
 
 
 def test_the_channels_are_the_encoder_s(shards: Path, run: Path, tmp_path: Path) -> None:
-    """A grey encoder stays one; other channels are taken if the recipe names them, with a warning."""
+    """A grey encoder keeps its one channel. If the recipe names another number, it is used with a warning."""
     changes = {"seeds": [0], "beside": [], "optim.steps": 2}
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "grey", **{"data.channels": 1, "optim.steps": 2}))
     mpp.finetune(recipe(shards, tmp_path / "ft", tmp_path / "grey", **changes))
@@ -224,7 +224,7 @@ def test_positions_are_resized_when_the_image_size_differs(shards: Path, run: Pa
     small = mpp.load_encoder(run).pos_embed
     assert torch.equal(large.encoder.pos_embed[:, 0], small[:, 0])
     correlation = torch.corrcoef(torch.stack([large.encoder.pos_embed[0, 1], small[0, 1]]))[0, 1]
-    assert correlation > 0.5, "a corner's position is still about what it was"
+    assert correlation > 0.5, "the position of a corner must stay about the same"
 
 
 def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -292,10 +292,10 @@ def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path)
 @pytest.mark.parametrize("unlabeled", [False, True])
 def test_two_processes_train_the_same_run_as_one(unlabeled: bool, shards: Path, run: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"seeds": [0], "optim.steps": 10, "beside": []}
-    if unlabeled:  # without erasing, which is drawn for each micro-batch
+    if unlabeled:  # no erasing: it is drawn for each micro-batch
         changes |= {"ema_decay": 0.9, "unlabeled": {"images": str(shards), "threshold": 0.5, "erase": 0.0}}
         cnn = {"args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}}
-        changes |= {"beside": ["cnn"], "cnn": cnn}  # whose length is measured by both processes together
+        changes |= {"beside": ["cnn"], "cnn": cnn}  # both processes together measure the length of the cnn run
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(values(shards, tmp_path / "one", run, **changes)))
     mpp.finetune(path)
@@ -304,7 +304,7 @@ def test_two_processes_train_the_same_run_as_one(unlabeled: bool, shards: Path, 
     a, b = ([m["loss"] for m in read_metrics(tmp_path / o / "pretrained-seed0")] for o in ("one", "two"))
     assert a == pytest.approx(b, rel=1e-5)
     results = [json.loads((tmp_path / o / "result.json").read_text())["score"] for o in ("one", "two")]
-    assert results[0]["pretrained"] == results[1]["pretrained"], "every validation image is counted once"
+    assert results[0]["pretrained"] == results[1]["pretrained"], "every validation image must be counted once"
     assert results[0].keys() == results[1].keys()
 
 
@@ -357,14 +357,14 @@ def test_a_damaged_encoder_is_not_trained_on(shards: Path, run: Path, tmp_path: 
     assert not (tmp_path / "ft").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*are among data.train:mpp.errors.MppWarning")
+@pytest.mark.filterwarnings("ignore:.*are also in data.train:mpp.errors.MppWarning")
 def test_finished_trials_are_not_mixed_with_other_data(
     image_folder: Path, shards: Path, run: Path, tmp_path: Path
 ) -> None:
     val = tmp_path / "val"
     shutil.copytree(image_folder, val)
     changes = {"seeds": [0], "optim.steps": 2, "data.val": str(val)}
-    leaking = pytest.warns(MppWarning, match=r"\d+ of \d+ images are among data.train, too, such as .*val/disc/000.png")
+    leaking = pytest.warns(MppWarning, match=r"\d+ of \d+ images are also in data.train, such as .*val/disc/000.png")
     with leaking:
         mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes))
     (val / "disc" / "002.jpg").unlink()
@@ -375,7 +375,7 @@ def test_finished_trials_are_not_mixed_with_other_data(
         (trial / "result.json", f"{trial}/checkpoints/step-00000002: the training data or the encoder changed since"),
     ):
         if lost:
-            lost.unlink()  # the next that knows of the data refuses
+            lost.unlink()  # the next record that names the data refuses it
         with pytest.raises(UserError, match=refused):
             mpp.finetune(recipe(shards, tmp_path / "ft", run, **changes), resume="auto")
 
@@ -406,7 +406,7 @@ def test_a_steady_step_asks_the_device_for_nothing(
     changes |= {"log_every_steps": 100, "checkpoint_every_steps": 100, "data.workers": 1, **STEADY[name]}
     if name == "unlabeled images":
         changes |= {"unlabeled": {"images": str(shards), "threshold": 0.5}}
-        monkeypatch.setattr(Taught, "keep_sure", lambda taught, strong: (strong, taught))  # which is for CPUs
+        monkeypatch.setattr(Taught, "keep_sure", lambda taught, strong: (strong, taught))  # runs on CPUs only
     given = recipe(shards, tmp_path / "ft", changes.pop("encoder", run), **changes)
     check_steady_steps(monkeypatch, lambda: mpp.finetune(given))
 

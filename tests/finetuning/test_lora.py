@@ -94,7 +94,7 @@ def test_on_two_processes_the_losses_are_those_of_one(shards: Path, run: Path, t
 
 
 def test_what_is_refused(shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="lora: its adapters are in the encoder, which `frozen: 1` keeps"):
+    with pytest.raises(UserError, match="lora: cannot be combined with frozen: 1"):
         recipe(shards, tmp_path / "a", run, lora={}, frozen=1)
     with pytest.raises(UserError, match=r"lora\.rank: must be >= 1; got 0"):
         recipe(shards, tmp_path / "a", run, lora={"rank": 0})

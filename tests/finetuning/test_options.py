@@ -1,4 +1,4 @@
-"""Frozen encoders and unfreezing, averaged weights, uneven classes, early stopping."""
+"""Frozen encoders and unfreezing, averaged weights, class imbalance, early stopping."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tuned(shards: Path, out: Path, encoder: Path, **changes: Any) -> Any:
 
 
 def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
-    """Parts of the model that differ: blocks.0, blocks.1, head, …"""
+    """Return the parts of the model that differ: blocks.0, blocks.1, head, …"""
     names = {k for k in a if not torch.equal(a[k], b[k])}
     return {
         ".".join(n.split(".")[1:3]) if ".blocks." in n else "head" if n.startswith("task") else n.split(".")[1]
@@ -59,7 +59,7 @@ def test_a_frozen_encoder_stands_still(shards: Path, run: Path, tmp_path: Path) 
     after = mpp.load_encoder(tmp_path / "o" / TRIAL).state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if k in after and not k.startswith("head"))
     scratch = moved(weights(tmp_path / "o", 1, "scratch-seed0"), weights(tmp_path / "o", 12, "scratch-seed0"))
-    assert "blocks.0" in scratch, "there, nothing is worth standing still for"
+    assert "blocks.0" in scratch, "the encoder from scratch must be trained, whatever frozen is"
 
 
 def test_first_the_head_then_everything(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -69,14 +69,16 @@ def test_first_the_head_then_everything(shards: Path, run: Path, tmp_path: Path)
 
 
 def test_the_last_block_first(shards: Path, run: Path, tmp_path: Path) -> None:
-    """timm has three layers here: the stem, a block, the last block with its norm. In 12 steps one thaws every fourth."""
+    """timm counts three layers here: the stem, a block, the last block with its norm. In 12 steps, one thaws every 4
+    steps.
+    """
     tuned(shards, tmp_path / "o", run, frozen=1.0 - 1e-9, unfreeze="gradual")
     seen = [moved(weights(tmp_path / "o", a), weights(tmp_path / "o", a + 1)) for a in range(1, 12)]
     thawed = {
         part: next(i + 2 for i, s in enumerate(seen) if part in s) for part in ("head", "norm", "blocks.1", "blocks.0")
     }
     assert thawed == {"head": 2, "norm": 5, "blocks.1": 5, "blocks.0": 9}
-    assert not any("patch_embed" in s for s in seen), "after the last step"
+    assert not any("patch_embed" in s for s in seen), "the stem must thaw only after the last step"
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "coatnet_nano_rw_224", "resnet10t"])
@@ -87,9 +89,9 @@ def test_layers_are_counted_from_the_top(name: str) -> None:
     named = {id(p): n for n, p in model.named_parameters()}
     first = next(iter(named))
     starts = {id(p): g.get("starts_at_step", 0) for g in groups for p in g["params"]}
-    assert starts[first] == 1000, "the stem is last"
+    assert starts[first] == 1000, "the stem must thaw last"
     assert min(starts[i] for i in named) > 0
-    assert min(starts.values()) == 0, "the head's"
+    assert min(starts.values()) == 0, "the head must train from the first step"
     optim.unfreeze(groups, frozen_steps=7, gradual=False)
     assert {g.get("starts_at_step", 0) for g in groups} == {0, 7}
 
@@ -119,7 +121,7 @@ def test_averages_of_batch_norms() -> None:
     assert averaged[0].weight.tolist() == [1.5, 1.5]
     assert torch.equal(averaged[0].running_mean, model[0].running_mean)  # type: ignore[arg-type]
     average(averaged, model, 0.75, only_if=torch.tensor(False))
-    assert averaged[0].weight.tolist() == [1.5, 1.5], "of a step that was left out"
+    assert averaged[0].weight.tolist() == [1.5, 1.5], "a skipped step must not change the average"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,11 @@ def test_averages_of_batch_norms() -> None:
     [
         {"ema_decay": 0.9, "frozen": 0.4},
         {"early_stop.every_steps": 3, "balance": "loss"},
-        {"optim.name": "sgd", "frozen": 0.7, "unfreeze": "gradual"},  # momentum of some begins after the cut
+        {
+            "optim.name": "sgd",
+            "frozen": 0.7,
+            "unfreeze": "gradual",
+        },  # the momentum of some weights begins after the cut
     ],
 )
 def test_killed_and_resumed_it_is_the_same(
@@ -156,36 +162,41 @@ def test_killed_and_resumed_it_is_the_same(
 
 
 def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:
-    """At a learning rate of nothing it never rises again: it stops, with the weights that were best."""
+    """At a learning rate near 0 the score never rises, so training stops and keeps the best weights."""
     given = {"early_stop": {"every_steps": 2, "patience": 3, "fraction": 0.3}, "optim.base_lr": 1e-9, "optim.steps": 40}
     tuned(shards, tmp_path / "o", run, **given)
     trial = tmp_path / "o" / TRIAL
     measured = [m["step"] for m in read_metrics(trial) if "tune_accuracy" in m]
-    assert measured == [2, 4, 6, 8], "the first is the best, then three without a better one"
+    assert measured == [2, 4, 6, 8], "step 2 is the best, followed by three measurements without a better one"
     assert [p.name for p in (trial / "best").iterdir()] == ["step-00000002"]
     best = load_file(trial / "best" / "step-00000002" / "model.safetensors")
     exported = mpp.load_encoder(trial).state_dict()
     assert torch.equal(exported["blocks.0.mlp.fc1.weight"], best["encoder.blocks.0.mlp.fc1.weight"])
     assert "step 2 of 8: best on 6 training images held out" in (trial / "train.log").read_text()
     small = {"seeds": [0], "beside": [], "checkpoint_every_steps": 1, "keep_checkpoints": 99}
-    for killed_after in (8, 5):  # between the last checkpoint and the verdict; after one measurement without a new best
+    for killed_after in (
+        8,
+        5,
+    ):  # killed after the last checkpoint and before the verdict, and after one measurement without a new best
         (trial / "result.json").unlink()
         for step in range(killed_after + 1, 9):
             shutil.rmtree(trial / "checkpoints" / f"step-{step:08d}")
         again = mpp.finetune(recipe(shards, tmp_path / "o", run, **small, **given), resume="auto")
         assert again.state == "finished"
-        assert [m["step"] for m in read_metrics(trial)][-1] == 8, "and does not go on"
+        assert [m["step"] for m in read_metrics(trial)][-1] == 8, "the resumed run must not train further"
 
 
 def test_what_is_held_out_is_not_trained_on(shards: Path, run: Path, tmp_path: Path) -> None:
     given = {"early_stop": {"every_steps": 4, "fraction": 0.3}, "drop_path_rate": 0.3}
     tuned(shards, tmp_path / "o", run, **given)
     log = (tmp_path / "o" / TRIAL / "train.log").read_text()
-    assert "14 labeled images of 2 classes" in log, "of 20, and 6 to judge by"
+    assert "14 labeled images of 2 classes" in log, "6 of the 20 images must be held out"
     losses = [m["loss"] for m in read_metrics(tmp_path / "o" / TRIAL)]
     rarely = {"early_stop": {"every_steps": 12, "fraction": 0.3}, "drop_path_rate": 0.3}
     tuned(shards, tmp_path / "r", run, **rarely)
-    assert [m["loss"] for m in read_metrics(tmp_path / "r" / TRIAL)] == losses, "judging leaves training as it was"
+    assert [m["loss"] for m in read_metrics(tmp_path / "r" / TRIAL)] == losses, (
+        "how often the held-out images are scored must not change training"
+    )
 
 
 def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -209,7 +220,7 @@ def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path:
 
 
 def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """Killed after a new best and before the next checkpoint, the run goes on from one that names the old best."""
+    """If a run is killed after a new best and before the next checkpoint, it resumes from one that names the old best."""
     real, scores, there = judge.judge, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
 
     def rising(recipe: Any, team: Any, kind: Any, model: Any, images: Any, chosen: Any, key: str, **rest: Any) -> Any:
@@ -221,7 +232,9 @@ def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path:
 
     monkeypatch.setattr(loop, "judge", rising)
     tuned(shards, tmp_path / "o", run, early_stop={"every_steps": 2}, checkpoint_every_steps=5)
-    assert there == [[], [2], [4], [4, 6], [4, 6, 8], [10]], "after steps 5 and 10 the older ones go"
+    assert there == [[], [2], [4], [4, 6], [4, 6, 8], [10]], (
+        "older bests must be deleted at the checkpoints of steps 5 and 10"
+    )
     assert [p.name for p in (tmp_path / "o" / TRIAL / "best").iterdir()] == ["step-00000012"]
 
 
@@ -239,9 +252,13 @@ def test_batch_norms_of_a_frozen_encoder_stand_still(shards: Path, tmp_path: Pat
     statistics = [k for k in states[0] if "running_mean" in k]
     assert statistics
     assert all(torch.equal(states[0][k], states[1][k]) for k in statistics)
-    assert not all(torch.equal(states[1][k], states[2][k]) for k in statistics), "thawed"
+    assert not all(torch.equal(states[1][k], states[2][k]) for k in statistics), (
+        "the statistics must change once the encoder has thawed"
+    )
     norms = [[m["grad_norm"] for m in read_metrics(tmp_path / name / trial)][:6] for name in ("part", "whole")]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5), "of the head alone: that is what is clipped"
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5), (
+        "only the gradient of the head is clipped, so only its norm counts"
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,7 +290,7 @@ def test_batch_norms_have_the_statistics_of_training_images_as_they_are_judged(
 
 @pytest.mark.slow
 def test_batch_norms_on_two_processes(shards: Path, image_folder: Path, tmp_path: Path) -> None:
-    """What is reported is what the export gives."""
+    """The reported accuracy equals the accuracy of the exported model."""
     import yaml
 
     from tests.finetuning.test_finetuning import values
@@ -299,7 +316,7 @@ def test_batch_norms_on_two_processes(shards: Path, image_folder: Path, tmp_path
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "ghostnet_100", "xcit_nano_12_p8_224"])
 def test_families_with_a_way_of_their_own(name: str, shards: Path) -> None:
-    """Widened after pooling; without drop_path_rate; without fc_norm."""
+    """Models that widen after pooling, take no drop_path_rate, or have no fc_norm."""
     model = build(
         recipe(shards, "o", "scratch", architecture={"name": name}, **{"data.image_size": 64}), "scratch", 0, 2
     )
@@ -310,7 +327,7 @@ def test_uneven_classes(shards: Path, tmp_path: Path) -> None:
     labels = np.array([0] * 10 + [2] * 3)
     chosen = balanced(labels, 0)
     assert np.bincount(labels[chosen]).tolist() == [10, 0, 10]
-    assert set(np.bincount(chosen)[10:]) == {3, 4}, "each about equally often"
+    assert set(np.bincount(chosen)[10:]) == {3, 4}, "images of the rare class must be drawn about equally often"
     assert np.array_equal(chosen, balanced(labels, 0))
 
     task = ClassifyTask(4, 3)
@@ -318,14 +335,14 @@ def test_uneven_classes(shards: Path, tmp_path: Path) -> None:
     logits, y = torch.randn(13, 3, generator=torch.Generator().manual_seed(0)), torch.from_numpy(labels)
     each = F.cross_entropy(logits, y, reduction="none")
     wanted = (each[:10].mean() + each[10:].mean()) / 2
-    torch.testing.assert_close(task.loss(logits, y), wanted)  # as if every class had as many
+    torch.testing.assert_close(task.loss(logits, y), wanted)  # as if all classes had equally many images
     torch.testing.assert_close(task.loss(logits, F.one_hot(y, 3).float()), wanted)
     assert "class_weights" not in task.state_dict()
 
 
 @pytest.mark.parametrize("balance", ["sampling", "loss"])
 def test_a_rare_class_is_not_forgotten(balance: str, tmp_path: Path) -> None:
-    """Thirty of one, three of the other: without balance it says the frequent one, always."""
+    """Training set of thirty images against three: balancing makes the model predict the rare class more often."""
     for part, counts in (("train", (30, 3)), ("val", (20, 20))):
         for label, count in zip(("disc", "square"), counts, strict=True):
             folder = tmp_path / part / label
@@ -344,7 +361,7 @@ def test_a_rare_class_is_not_forgotten(balance: str, tmp_path: Path) -> None:
         report = mpp.predict(tmp_path / kind / "scratch-seed0", [str(tmp_path / "val")], report=tmp_path / "r")[2]
         assert report is not None
         found[kind] = report.counts[:, 1].sum() / report.counts.sum()
-    assert found["none"] < found[balance], "said more often"
+    assert found["none"] < found[balance], "with balancing, the rare class must be predicted more often"
 
 
 @pytest.mark.parametrize(
@@ -378,7 +395,7 @@ def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: 
 def test_at_a_higher_resolution_than_in_pretraining(
     name: str, args: dict[str, Any], shards: Path, tmp_path: Path
 ) -> None:
-    """Positions are interpolated, everything else is what was pretrained: before it learns, and after an export."""
+    """Positions are interpolated and all other weights stay as pretrained, before training and after an export."""
     small = {"encoder": {"name": name, "args": args}, "corruption": "token", "optim.steps": 3}
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **small))
     still = {"data.image_size": 32, "optim.base_lr": 1e-12, "optim.steps": 1}
@@ -412,14 +429,16 @@ def test_views_of_validation_images_are_those_of_predict(shards: Path, run: Path
     from mpp.finetuning.tasks.classify import ClassifyTask
 
     again = ClassifyTask(8, 2).metrics([(p.log(), torch.from_numpy(data.labels))])
-    assert stored == pytest.approx(again, abs=1e-4), "probabilities are averaged, not logits"
+    assert stored == pytest.approx(again, abs=1e-4), "probabilities must be averaged, not logits"
 
 
 @pytest.mark.parametrize(
     "policy", ["rand-m10-n15-inc1", "rand-m9-mstd0.5-inc1", "rand-m10-n15", "original", "v0r", "3a", "augmix-m10-w3"]
 )
 def test_every_operation_of_a_policy_runs(policy: str, shards: Path, tmp_path: Path) -> None:
-    """At the strongest timm posterises to 0 bits, which Pillow refuses: the recipe to start with may draw that."""
+    """At its strongest, timm posterises to 0 bits, which Pillow refuses. The policy of the recommended recipe may draw
+    it.
+    """
     chosen = recipe(
         shards, tmp_path / "o", "vit_tiny_patch16_224", **{"data.auto_augment": policy, "data.image_size": 16}
     )
@@ -439,7 +458,7 @@ def test_no_bits_are_black() -> None:
 
 
 def test_attention_pools(shards: Path, run: Path, tmp_path: Path) -> None:
-    """A new layer on the pretrained encoder, timm's own: the export is a plain timm model with it."""
+    """The pooling is a new layer of timm's on the pretrained encoder, and the export is a plain timm model that has it."""
     small = {"seeds": [0], "beside": [], "optim.steps": 2, "optim.base_lr": 1e-9}
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run, pool="attention", **small))
     assert result.encoder is not None

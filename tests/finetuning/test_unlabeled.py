@@ -1,4 +1,4 @@
-"""Images without labels in fine-tuning: which are shown, what they teach, and that a run with them is replayed."""
+"""Unlabeled images in fine-tuning: which are used, what they teach, and replaying a run that has them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_validation_images_are_left_out_and_counted(shards: Path, tmp_path: Path
         for name in map(reader.name, find_shared(reader, PackedReader(ShardImages(made.data.val, key="x"))))
     }
     assert len(names) == 25
-    assert [len(rows) for rows in images.rows] == [0, 25, 10], "one of three shards judges"
+    assert [len(rows) for rows in images.rows] == [0, 25, 10], "one of three shards is the validation set"
     shown = []
     images._augment = lambda data, position: shown.append(data) or [torch.zeros(1), torch.zeros(1)]  # type: ignore[method-assign]
     labeled = dataset(made)
@@ -79,18 +79,18 @@ def test_validation_images_are_left_out_and_counted(shards: Path, tmp_path: Path
         labeled.__getitems__([(start + i, 0, i) for i in range(20)])
     judged = {reader.read(i) for i in find_shared(reader, PackedReader(ShardImages(made.data.val, key="x")))}
     assert not judged & set(shown)
-    assert len(set(shown)) == 35, "all the others are"
+    assert len(set(shown)) == 35, "all other images must be used"
     assert len(shown) == 600
     mpp.finetune(made)
     told = json.loads((tmp_path / "run" / "data.json").read_text())["unlabeled"]
     assert told == {"images": 35, "left_out": 25}
-    with pytest.raises(UserError, match=r"unlabeled\.images: every one of them is a validation image, too"):
+    with pytest.raises(UserError, match=r"unlabeled\.images: all of these images are also validation images"):
         mpp.finetune(recipe(shards, tmp_path / "none", shards / "shard-000000.tar"))
     assert not (tmp_path / "none").exists()
 
 
 class Says(torch.nn.Module):
-    """In place of an averaged model: each image's first pixels are its logits."""
+    """A stand-in for an averaged model: the first pixels of an image are its logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,16 +114,16 @@ def consistency(averaged: Any = None, **changes: Any) -> Consistency:
 
 
 def test_batch_norms_of_the_teacher_see_weak_views_alone() -> None:
-    """Those of the model have seen strong ones."""
+    """The batch norms of the model have seen strong views, so the teacher takes the statistics of the weak ones."""
     averaged = torch.nn.Sequential(Says(), torch.nn.BatchNorm1d(3, affine=False))
     averaged.mean, averaged.normalise = averaged[0].mean, averaged[0].normalise
     weak = torch.tensor([[5.0, 2.0, 0.0, 0], [5.0, 1.0, 0.0, 0], [9.0, 1.0, 0.0, 0]]).view(3, 1, 2, 2)
     ours = consistency(averaged)
     assert ours.teach(weak, encoder_learns=True).targets.tolist() == [1, 2, 0]
-    assert averaged[1].running_mean.tolist() == [0, 0, 0], "left as they are"
+    assert averaged[1].running_mean.tolist() == [0, 0, 0], "running statistics must stay unchanged"
     assert averaged[1].num_batches_tracked == 0
     assert ours.teach(weak, encoder_learns=False).targets.tolist() == [0, 0, 0]
-    assert ours.teach(weak[:1], encoder_learns=True).targets.tolist() == [0], "one image has no statistics"
+    assert ours.teach(weak[:1], encoder_learns=True).targets.tolist() == [0], "one image is not enough for statistics"
 
 
 def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
@@ -131,12 +131,13 @@ def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
     logits = torch.zeros(3, 3, requires_grad=True)
     taught = consistency().teach(weak, encoder_learns=True)
     loss = consistency().loss(logits, taught, 3, step=0)
-    # two of three are sure; each costs log 3 at logits of zero; the mean is over all three, times the weight
+    # Two of three images are sure. Each costs log 3 at logits of zero. The loss is the mean over all three times the
+    # weight.
     assert loss.item() == pytest.approx(2 * 2 / 3 * np.log(3), rel=1e-6)
     loss.backward()
     assert logits.grad is not None
     assert logits.grad[1].abs().sum() == 0
-    assert logits.grad.argmin(-1)[[0, 2]].tolist() == [0, 2], "what was said rises"
+    assert logits.grad.argmin(-1)[[0, 2]].tolist() == [0, 2], "the predicted classes must rise"
     rising = [consistency(warmup_steps=4).loss(logits, taught, 3, step).item() for step in (0, 1, 3, 9)]
     assert rising == pytest.approx([loss.item() * part for part in (0.25, 0.5, 1, 1)])
 
@@ -207,7 +208,9 @@ def test_a_step_with_them_is_replayed(shards: Path, tmp_path: Path) -> None:
     replayed = replay(tmp_path / "run")
     assert replayed.same
     kept = sorted((tmp_path / "run" / "scratch-seed0" / "non-finite").iterdir())[-1]
-    assert (kept / "averaged.safetensors").exists(), "what the averaged model said depends on its weights"
+    assert (kept / "averaged.safetensors").exists(), (
+        "the averaged model's predictions depend on its weights, which must be kept"
+    )
 
 
 def test_what_does_not_go_with_them(shards: Path, tmp_path: Path) -> None:
@@ -259,7 +262,9 @@ def test_a_bad_image_is_replaced_and_named(shards: Path, image_folder: Path, tmp
 
 
 def test_a_teacher_teaches_from_them(shards: Path, tmp_path: Path) -> None:
-    """By its loss alone, with a part that labels have none in; and killed after some steps it goes on the same."""
+    """With alpha 1, the student learns from the teacher only and not from labels. Killed and resumed, the run is the
+    same.
+    """
     mpp.finetune(recipe(shards, tmp_path / "teacher", shards, unlabeled=None))
     teacher = str(tmp_path / "teacher" / "scratch-seed0")
     distill = {"teacher": teacher, "kind": "soft", "alpha": 1.0, "images": str(shards), "per_label": 2}

@@ -1,4 +1,4 @@
-"""Every number of `mpp inspect` against a case that can be worked out by hand."""
+"""Every number of `mpp inspect` is compared with a case that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -82,9 +82,11 @@ def test_attention_to_itself_has_distance_0_and_to_the_next_cell_its_side() -> N
     where = measures.places((3, 4), 8)
     itself = torch.eye(12).expand(1, 2, 12, 12)
     assert measures.mean_attention_distance(itself, where, where).tolist() == [0, 0]
-    right = torch.eye(12).view(12, 3, 4).roll(1, 2).view(12, 12)  # wraps: three cells of four look 8 px, one 24
+    right = (
+        torch.eye(12).view(12, 3, 4).roll(1, 2).view(12, 12)
+    )  # wraps around: three of four cells look 8 px away, one 24
     assert measures.mean_attention_distance(right[None, None], where, where).item() == pytest.approx(12)
-    half = 0.5 * right[None, None]  # the other half went to a class token, which was left out
+    half = 0.5 * right[None, None]  # the other half goes to a class token, which was left out
     assert measures.mean_attention_distance(half, where, where).item() == pytest.approx(12)
 
 
@@ -96,7 +98,7 @@ def test_keys_may_lie_on_a_coarser_grid() -> None:
 
 def test_entropy_of_attention() -> None:
     uniform, one = torch.full((1, 1, 5, 5), 0.2), torch.eye(5)[None, None]
-    both = torch.cat([uniform, one], 1) * 0.5  # the other half went to a class token
+    both = torch.cat([uniform, one], 1) * 0.5  # the other half goes to a class token
     assert measures.attention_entropy(both).tolist() == pytest.approx([1, 0])
 
 
@@ -115,7 +117,7 @@ def test_rollout_multiplies_from_the_last_layer_to_the_first() -> None:
     first = torch.eye(3)[[1, 1, 2]][None, None]  # 0 looks at 1
     second = torch.eye(3)[[0, 1, 0]][None, None]  # then 2 looks at 0
     found = measures.rollout([first, second])[0]
-    assert found[2].tolist() == pytest.approx([0.25, 0.25, 0.5]), "2 has seen 1 through 0"
+    assert found[2].tolist() == pytest.approx([0.25, 0.25, 0.5]), "2 must see 1 through 0"
 
 
 # ---- cosines
@@ -136,7 +138,7 @@ def test_cosine_map_of_sine_cosine_positions_is_known() -> None:
 def test_token_similarity() -> None:
     assert measures.token_similarity(torch.ones(2, 6, 3)) == pytest.approx(1)
     assert measures.token_similarity(torch.eye(4).expand(3, 4, 4)) == pytest.approx(0)
-    half = torch.cat([torch.eye(4)[:2], torch.eye(4)[:2]])[None]  # of 12 pairs 4 are the same
+    half = torch.cat([torch.eye(4)[:2], torch.eye(4)[:2]])[None]  # 4 of 12 pairs are equal
     assert measures.token_similarity(half) == pytest.approx(1 / 3)
 
 
@@ -161,7 +163,7 @@ def test_tokens_that_copy_their_place_are_localised_and_pooled_ones_are_not() ->
     assert measures.localised(own) == 1
     assert measures.localised(origins(patches.roll(1, 1), patches)) == 0
     pooled = origins(patches.mean(1, keepdim=True).expand(-1, 9, -1), patches)
-    assert torch.allclose(pooled[0], pooled[5]), "each says the same of every place"
+    assert torch.allclose(pooled[0], pooled[5]), "pooled tokens must be equally similar to every place"
     assert measures.localised(pooled) == pytest.approx(1 / 9)
 
 
@@ -174,7 +176,7 @@ def test_components_of_what_lies_in_a_plane() -> None:
     t = torch.linalg.qr(t - t.mean(0)).Q * torch.tensor([2.0, 1.0])  # uncorrelated, variances 4 : 1
     found = measures.components(t[:, :1] * a - t[:, 1:] * b + 7.0, 4)
     assert found.vectors.shape == (4, 8)
-    assert found.vectors[0].tolist() == pytest.approx(a.tolist(), abs=1e-6), "the largest entry is positive"
+    assert found.vectors[0].tolist() == pytest.approx(a.tolist(), abs=1e-6), "the largest entry must be positive"
     assert found.vectors[1].tolist() == pytest.approx(b.tolist(), abs=1e-6)
     assert found.share.tolist() == pytest.approx([0.8, 0.2, 0, 0], abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""Reconstructions: what is in each picture, and those that a run keeps while it trains."""
+"""Reconstructions: what each picture shows, and the pictures that a run keeps while it trains."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TITLES = {
 
 
 def pictures(shards: Path, out: Path, **changes: Any) -> tuple[list[Reconstruction], torch.Tensor, torch.Tensor]:
-    """(what a new model predicts of four images, the images in [0, 1], hidden pixels)"""
+    """Return a new model's predictions of four images, the images in [0, 1], and the hidden pixels."""
     recipe = pretrain_recipe(shards, out, **changes)
     model, grid = build_model(recipe)
     channels = recipe.data.channels
@@ -76,7 +76,7 @@ def test_panels(target: str, channels: int, shards: Path, tmp_path: Path) -> Non
     for title, images in panels.items():
         assert 0 <= float(images.min()) <= float(images.max()) <= 1, title
         if title.startswith("pasted") and target != "hog":
-            assert torch.equal(images[~where], original[~where]), "the visible stays as it is"
+            assert torch.equal(images[~where], original[~where]), "visible pixels must stay unchanged"
             assert not torch.equal(images[where], original[where])
     if target != "hog":
         assert torch.equal(panels["predicted"][where], panels["pasted"][where])
@@ -109,7 +109,7 @@ def hog(**args: Any) -> HogTarget:
 
 @pytest.mark.parametrize(("pattern", "axis"), [("columns", 0), ("rows", 1)])
 def test_glyphs_lie_along_the_edges(pattern: str, axis: int) -> None:
-    """Stripes that stand upright give upright lines."""
+    """Vertical stripes give vertical lines."""
     stripes = (255 * ((torch.arange(16) // 2) % 2)).to(torch.uint8).expand(16, 16)
     raw = (stripes if pattern == "columns" else stripes.T)[None, None].contiguous()
     half = torch.full((1, 1, 1), 0.5)
@@ -118,7 +118,7 @@ def test_glyphs_lie_along_the_edges(pattern: str, axis: int) -> None:
     assert drawn.shape == (1, 1, 32, 32)
     glyph = drawn[0, 0, :16, :16]
     along, across = glyph.sum(axis), glyph.sum(1 - axis)
-    assert float(along.max()) > 3 * float(across.max()), "one line, as long as the square"
+    assert float(along.max()) > 3 * float(across.max()), "expected one line as long as the square"
 
 
 def test_a_glyph_is_as_bright_as_its_bin_and_points_as_it_does() -> None:
@@ -220,7 +220,7 @@ def test_strip_and_animation(run: Path, tmp_path: Path) -> None:
     kept = read_kept(run)
     with Image.open(tmp_path / "strip.png") as picture:
         assert picture.width == strip(kept, "pasted").width
-        assert picture.height > 2 * strip(kept, "pasted").height, "both ways to draw it, one below the other"
+        assert picture.height > 2 * strip(kept, "pasted").height, "both drawings must be shown, one below the other"
     for name, frames in (("a.gif", 5), ("a.webp", 5)):
         done = CliRunner().invoke(main, ["reconstruct", str(run), "--out", str(tmp_path / name)])
         assert done.exit_code == 0, done.output

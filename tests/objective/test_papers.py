@@ -1,4 +1,4 @@
-"""The numbers that papers and their authors' code state, computed here by formula and compared with ours."""
+"""Numbers from papers and their authors' code, computed here by formula and compared with ours."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pretraining(name: str) -> PretrainRecipe:
 
 
 def timm_model(name: str, size: tuple[int, int], **args: Any) -> Any:
-    """Without a classifier, for an image size where the family takes one."""
+    """Create a timm model without a classifier, for an image size if its family takes one."""
     try:
         return timm.create_model(name, num_classes=0, img_size=size, **args)
     except TypeError:
@@ -54,7 +54,7 @@ def timm_model(name: str, size: tuple[int, int], **args: Any) -> Any:
 
 
 def powers(encoder: nn.Module) -> dict[str, int]:
-    """The power of the layer decay by parameter."""
+    """Return the power of the layer decay for each parameter."""
     groups = finetune_groups(encoder, nn.Linear(1, 1), weight_decay=0.1, layer_decay=0.5, head_lr_scale=1.0)
     names = {id(p): name for name, p in encoder.named_parameters()}
     own = [group for group in groups if "from_top" in group]
@@ -70,17 +70,17 @@ def test_layer_decay_of_every_family(family: Family) -> None:
     found = powers(encoder)
     assert found.keys() == {name for name, _ in encoder.named_parameters()}
     after = {name for name in found if name.startswith(("fc_norm.", "head."))}
-    assert {found[name] for name in after} <= {0}, "a norm after pooling learns as the head does"
+    assert {found[name] for name in after} <= {0}, "a norm after pooling must have the learning rate of the head"
     blocks = {power for name, power in found.items() if name not in after}
     depth = max(blocks) - 1
-    assert blocks == set(range(1, depth + 2)), "no layer is left out"
+    assert blocks == set(range(1, depth + 2)), "no layer may be left out"
     embedding = [name for name in found if name.startswith(("patch_embed.", "stem.", "conv1.", "bn1."))]
     assert {found[name] for name in embedding} == {depth + 1}
     if hasattr(encoder, "blocks") and family.family not in ("MlpMixer",):
         assert depth == len(encoder.blocks)
         assert {found[name] for name in found if name.startswith(f"blocks.{depth - 1}.")} == {1}
     if any(name.startswith("rope.") for name in found):
-        assert found["rope.freqs"] == depth + 1, "rotary positions are read by every block"
+        assert found["rope.freqs"] == depth + 1, "every block reads the rotary positions"
 
 
 def test_weight_decay_is_timms() -> None:
@@ -115,7 +115,7 @@ def test_gradual_unfreezing_counts_no_layer_for_a_norm_after_pooling() -> None:
 
 @pytest.mark.parametrize("name", sorted(n for n in bundled() if n.startswith("pretrain/")))
 def test_no_recipe_trains_with_a_default_of_timms_that_it_does_not_state(name: str) -> None:
-    """Drop path, dropout and layer scale."""
+    """Drop path, dropout and layer scale are as the recipe states."""
     recipe = load_recipe(name, PretrainRecipe, {"data.shards": "given"})
     with torch.device("meta"):
         model = timm_model(recipe.encoder.name, recipe.data.image_size, **recipe.encoder.args)
@@ -133,7 +133,10 @@ def peak_lr(recipe: PretrainRecipe) -> float:
 
 
 def test_simmim() -> None:
-    """The released configurations: 30 of 49 units, 4e-4 for 2048 images after 10 epochs, no drop path in Swin."""
+    """The recipes match the released configurations.
+
+    30 of 49 units are hidden. The learning rate is 4e-4 for 2048 images after 10 epochs. Swin has no drop path.
+    """
     vit, swin = pretraining("simmim_vit_b16"), pretraining("simmim_swin_b")
     assert build_mask(vit).count((7, 7), 0.5) == math.ceil(0.6 * 49) == 30
     assert build_mask(swin).count((6, 6), 0.5) == math.ceil(0.6 * 36) == 22
@@ -149,7 +152,7 @@ def test_simmim() -> None:
 
 
 def test_data2vec() -> None:
-    """The released command for ViT-B."""
+    """The recipe matches the released command for ViT-B."""
     recipe = pretraining("data2vec_vit_b16")
     assert build_mask(recipe).count((14, 14), 0.5) == 120
     assert recipe.encoder.args == {"drop_path_rate": 0.25, "attn_drop_rate": 0.05, "init_values": 1e-4}
@@ -182,12 +185,15 @@ def test_the_average_of_the_last_blocks_may_be_normed_once_more(norm_average: bo
 
 
 def xavier_std(fan_in: int, fan_out: int) -> float:
-    """Of Xavier's uniform distribution: sqrt(2 / (in + out)) (Glorot & Bengio 2010, equation 16)."""
+    """Return the std of Xavier's uniform distribution, sqrt(2 / (in + out)) (Glorot & Bengio 2010, equation 16)."""
     return math.sqrt(2 / (fan_in + fan_out))
 
 
 def test_maes_initial_weights() -> None:
-    """Of ViT-B: qkv 0.0255, proj 0.0361, patch embedding 0.0361, the decoder's fc2 0.0280; zero biases; tokens 0.02."""
+    """The weights of ViT-B have the right standard deviations, and biases are zero.
+
+    qkv 0.0255, proj 0.0361, patch embedding 0.0361, tokens 0.02, fc2 of the decoder 0.0280.
+    """
     torch.manual_seed(0)
     model = timm_model("vit_base_patch16_224", (224, 224), depth=2)
     init_as_mae(model, (14, 14))
@@ -215,7 +221,10 @@ def test_maes_initial_weights() -> None:
 
 
 def test_maes_positions() -> None:
-    """The first half of the channels encodes the column, each half sines and then cosines, of 1 / 10000^(i / (D/4))."""
+    """The first half of the channels encodes the column, the second half the row.
+
+    Each half consists of sines, then cosines, with frequencies 1 / 10000^(i / (D/4)).
+    """
     dim, (rows, cols) = 8, (2, 3)
     found = sincos_positions((rows, cols), dim)
     for r in range(rows):
@@ -230,7 +239,7 @@ def test_maes_positions() -> None:
     model = timm_model("vit_tiny_patch16_224", (8, 12), patch_size=4, embed_dim=dim, depth=1, num_heads=1)
     init_as_mae(model, (rows, cols))
     assert torch.equal(model.pos_embed[0, 1:], found)
-    assert not model.pos_embed[0, 0].any(), "the class token has none"
+    assert not model.pos_embed[0, 0].any(), "the class token has no position"
 
 
 def test_maes_weights_are_for_plain_vits() -> None:
@@ -248,7 +257,7 @@ def test_maes_weights_are_for_plain_vits() -> None:
 @pytest.mark.parametrize("head", ["transformer", "cross_attention"])
 @pytest.mark.parametrize("prefix_tokens", [True, False])
 def test_the_decoder_reads_the_class_token(head: str, prefix_tokens: bool) -> None:
-    """So its last output learns: without, the query of the class token in the last block gets no gradient."""
+    """Otherwise the query of the class token in the last block would get no gradient."""
     changes = {"corruption": "drop", "head": {"name": head, "prefix_tokens": prefix_tokens}, "mask.ratio": 0.75}
     model, grid = build_model(pretrain_recipe("none", "none", **changes))
     last = model.encoder.model.blocks[-1]
@@ -278,11 +287,11 @@ def finetune_recipe(**changes: Any) -> FinetuneRecipe:
 
 
 def test_maes_fine_tuning_norms_the_mean(shards: Path, tmp_path: Path) -> None:
-    """norm(mean(tokens)) by a new norm; the default is mean(norm(tokens)) by the encoder's own."""
+    """fc_norm gives norm(mean(tokens)) with a new norm. The default is mean(norm(tokens)) with the encoder's norm."""
     out = mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **{"optim.steps": 2})).out
     encoder = mpp.load_encoder(out).eval()
     with torch.no_grad():
-        encoder.norm.weight.fill_(3.0)  # as no fresh norm is
+        encoder.norm.weight.fill_(3.0)  # unlike in a new norm
     source = tmp_path / "own"
     timm.models.save_for_hf(encoder, str(source), safe_serialization=True)
     x = torch.randn(2, 3, 16, 16)
@@ -310,7 +319,7 @@ def test_where_there_is_one_norm_it_cannot_be_chosen() -> None:
 
 
 def test_beit_pools_as_it_always_did() -> None:
-    """Its own norm stands after the pooling; with the class token it stands before."""
+    """BEiT's norm comes after the pooling by default. With fc_norm=False or the class token it comes before."""
     beit = {"name": "beit_base_patch16_224", "args": VIT}
     for changes, after in (({}, True), ({"fc_norm": False}, False), ({"pool": "token"}, False)):
         encoder = supervised.build(finetune_recipe(architecture=beit, **changes), "scratch", 0, 2).encoder
@@ -319,7 +328,7 @@ def test_beit_pools_as_it_always_did() -> None:
 
 
 def test_a_swin_is_fine_tuned_with_larger_windows(tmp_path: Path) -> None:
-    """SimMIM pretrains with windows of 6 at 192 px and fine-tunes with windows of 7 at 224; here 3 and 4 cells."""
+    """SimMIM pretrains with windows of 6 at 192 px and fine-tunes with windows of 7 at 224 px. Here they have 3 and 4."""
     args = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "patch_size": 4, "window_size": 3}
     swin = timm_model("swin_tiny_patch4_window7_224", (24, 24), **args)
     timm.models.save_for_hf(swin, str(tmp_path), safe_serialization=True)
@@ -339,7 +348,10 @@ def test_a_swin_is_fine_tuned_with_larger_windows(tmp_path: Path) -> None:
 
 
 def hog_by_formula(image: np.ndarray, square_px: int, bins: int = 9) -> np.ndarray:
-    """(H, W) -> (H / square, W / square, bins), pixel by pixel: Sobel's kernels, borders reflected, one bin a pixel."""
+    """Compute HOG pixel by pixel: (H, W) -> (H / square, W / square, bins).
+
+    It uses Sobel kernels, reflected borders, and one bin for each pixel.
+    """
     height, width = image.shape
     x = np.pad(image.astype(np.float64), 1, mode="reflect")
     found = np.zeros((height // square_px, width // square_px, bins))
@@ -376,7 +388,7 @@ def test_hog_is_the_released_layers(square_px: int) -> None:
 
 
 def large_picture(width: int, height: int) -> Image.Image:
-    """Smooth shapes, as a photograph has them at this size."""
+    """Return an image of smooth shapes, like a photograph of this size."""
     rows, cols = np.mgrid[:height, :width]
     waves = [np.sin(rows / a + cols / b) for a, b in ((37, 61), (83, 29), (51, 47))]
     return Image.fromarray((127 + 100 * np.stack(waves, -1)).astype(np.uint8))
@@ -384,7 +396,7 @@ def large_picture(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 750), (1203, 907), (801, 1601)])
 def test_large_jpegs_are_cut_where_pillow_cuts_them(width: int, height: int) -> None:
-    """Decoded at a fraction of their size, at which a crop seldom ends between two pixels."""
+    """Large JPEGs are decoded at a fraction of their size, at which the edges of a crop are rarely between two pixels."""
     picture = large_picture(width, height)
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=95)

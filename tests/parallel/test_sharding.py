@@ -1,4 +1,4 @@
-"""Weights, gradients and moments shared out among processes: the same run, parts of checkpoints, what is refused."""
+"""Weights, gradients and moments sharded over processes: the run of one process, checkpoints in parts, refusals."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def several(folder: Path, processes: int, *runs: tuple[dict[str, Any], str]) -> 
 
 @pytest.fixture(scope="module")
 def sharded(shards: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every objective and more, on two processes, each with its half."""
+    """Train every objective and more on two processes, each of which has its half."""
     out = tmp_path_factory.mktemp("sharded")
     every = ({**values_of(shards, image_folder, out, name), "fsdp": True} for name in (*OBJECTIVES, *MORE))
     several(out, 2, *((values, "never") for values in every))
@@ -84,12 +84,12 @@ def test_so_is_all_that_is_measured(name: str, sharded: Path, shards: Path, imag
         assert {k for k in here if here[k] is None} == {k for k in there if there[k] is None}
         times = {"images_per_s", "data_wait", "probe_seconds", "cpu_minutes"}
         for key in here.keys() - {k for k in here if here[k] is None} - times:
-            # in bf16, products round by how many images are in them
+            # in bf16, rounding depends on the number of images in a product
             assert there[key] == pytest.approx(here[key], rel=0.02 if name == "bf16" else 1e-4, abs=1e-6), key
 
 
 def left_at(step: int, run: Path, to: Path) -> Path:
-    """A copy of a run as it was when it had come so far."""
+    """Return a copy of a run as it was at a step."""
     shutil.copytree(run, to)
     for later in (to / "checkpoints").iterdir():
         if later.name > f"step-{step:08d}":
@@ -100,7 +100,9 @@ def left_at(step: int, run: Path, to: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_run_resumes_on_other_processes(sharded: Path, shards: Path, tmp_path: Path) -> None:
-    """From parts to a whole and back, and to as many parts: the losses go on, there to the last bit."""
+    """A run in parts resumes as a whole, a whole resumes in parts, and a run in the same number of parts resumes bit by
+    bit.
+    """
     run, golden = sharded / "token-linear", json.loads(GOLDEN.read_text())["token, linear"]
     alone = left_at(15, run, tmp_path / "alone")
     mpp.pretrain(pretrain_values(shards, alone), resume="auto")
@@ -135,7 +137,7 @@ def test_parts_that_do_not_divide_evenly(shards: Path, tmp_path: Path) -> None:
     rows = {
         n: t.shape[0] for n, t in load_file(three / "checkpoints/step-00000020/model-rank2-of-3.safetensors").items()
     }
-    assert rows["encoder.model.pos_embed"] == 0, "one row: the first process has it"
+    assert rows["encoder.model.pos_embed"] == 0, "the first process must have the only row"
     assert rows["encoder.model.blocks.0.norm1.weight"] == 32 - 2 * 11
 
 
@@ -150,7 +152,7 @@ def test_each_process_has_its_half(sharded: Path) -> None:
     for stem in ("model", "optimizer"):
         parts = [load_file(saved / f"{stem}-rank{rank}-of-2.safetensors") for rank in (0, 1)]
         sizes = [sum(t.numel() for t in part.values()) for part in parts]
-        # what has one row cannot be halved: positions and tokens
+        # tensors of one row cannot be halved: positions and tokens
         assert sizes[1] > 0.45 * sum(sizes), sizes
     (saved / "model-rank1-of-2.safetensors").rename(sharded / "aside")
     assert checkpoint.broken(saved) == "model-rank1-of-2.safetensors is missing"
@@ -164,7 +166,7 @@ def test_each_process_has_its_half(sharded: Path) -> None:
 def test_killed_while_it_writes_its_part(
     point: str, shards: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tmp_path / "recipe.json"  # which is YAML, too
+    recipe = tmp_path / "recipe.json"  # JSON is also YAML
     recipe.write_text(json.dumps(pretrain_values(shards, tmp_path / "run", fsdp=True)))
     monkeypatch.setenv(
         "MPP_FAULT", json.dumps({"point": point, "nth": 2, "rank": 1, "do": "halve" if "model" in point else "kill"})
@@ -180,7 +182,7 @@ def test_killed_while_it_writes_its_part(
 
 @pytest.mark.slow
 def test_a_step_that_is_left_out(shards: Path, tmp_path: Path) -> None:
-    """It moves nothing, is kept in parts, and one process can run it again."""
+    """A skipped step changes no weights and is kept in parts. One process can repeat it."""
     out = tmp_path / "run"
     changes = {"target.name": "ema_teacher", "checkpoint_every_steps": 1, "keep_checkpoints": 8, "optim.steps": 8}
     several(tmp_path, 2, (pretrain_values(shards, out, fsdp=True, **DIVERGES, **changes), "never"))
@@ -203,7 +205,7 @@ def test_not_compiled(shards: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_gathered_at_once() -> None:
-    """Blocks of plain ViTs, of stages, of lists of lists; what is inside a block before it."""
+    """Blocks of plain ViTs, of stages and of nested lists are found. A block inside another comes before it."""
     vit, swin, twins = (
         timm.create_model(name, **args)
         for name, args in (
@@ -229,4 +231,4 @@ def test_batch_norms_are_refused_in_one_line(shards: Path, tmp_path: Path) -> No
     assert done.returncode != 0
     assert "fsdp: encoder.model." in done.stderr
     assert "is a batch norm; use fsdp=false with this encoder" in done.stderr
-    assert "mpp/parallel/sharding.py" not in done.stderr, "no traceback of ours"
+    assert "mpp/parallel/sharding.py" not in done.stderr, "the user must not see a traceback"

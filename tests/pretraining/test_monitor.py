@@ -1,4 +1,4 @@
-"""The probe in training changes nothing, sees what is there, and a run that stands still says so."""
+"""The probe in training changes nothing and detects what features contain. A run without progress prints a warning."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_it_changes_nothing_in_training(
     stripped = [{k: v for k, v in r.items() if not k.startswith("probe_")} for r in watched]
     assert stripped == alone
     probed = [r for r in watched if "probe_accuracy" in r]
-    assert [r["step"] for r in probed] == [5, 10, 15, 20], "a measurement stands in one line"
+    assert [r["step"] for r in probed] == [5, 10, 15, 20], "each measurement must be in one line"
     assert all(0.3 <= r["probe_accuracy"] <= 1 and r["probe_layer"] in layers for r in probed)
 
 
@@ -74,7 +74,7 @@ def test_resumed_it_knows_what_it_had_seen(shards: Path, tmp_path: Path) -> None
     assert len(states[0]["history"]) == 10
     assert states[0]["history"] == states[1]["history"]
     changed = {**probe_keys(shards, every_steps=3), "skill_every_steps": 2}
-    mpp.pretrain(pretrain_recipe(shards, tmp_path / "whole", **changed), resume="auto")  # what is watched may change
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "whole", **changed), resume="auto")  # the probe's keys may change
 
 
 def test_resumed_without_it_nothing_old_is_written(shards: Path, tmp_path: Path) -> None:
@@ -96,11 +96,13 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
     done = command("pretrain", recipe, "out=" + str(tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
     one, two = (read_metrics(tmp_path / name)[-1] for name in ("one", "two"))
-    assert two["probe_accuracy"] == pytest.approx(one["probe_accuracy"], abs=0.09), "to rounding: two images"
+    assert two["probe_accuracy"] == pytest.approx(one["probe_accuracy"], abs=0.09), (
+        "may differ by two images"
+    )
 
 
 def test_it_sees_what_is_there() -> None:
-    """Brightness is in every layer's mean; labels at random are in none."""
+    """The mean of every layer contains the brightness, but no layer contains random labels."""
     rng = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     args = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -116,7 +118,7 @@ def test_it_sees_what_is_there() -> None:
 
     assert accuracy(bright) == 1.0
     assert 0.3 < accuracy(noise) < 0.7
-    assert all(p.requires_grad for p in model.parameters()), "nothing is frozen by looking"
+    assert all(p.requires_grad for p in model.parameters()), "the probe must not freeze parameters"
 
 
 def test_no_more_images_than_asked(shards: Path) -> None:
@@ -158,7 +160,7 @@ def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, image
 
 
 class Fixed(torch.nn.Module):
-    """Features that are given."""
+    """A model that returns the given features."""
 
     def __init__(self, features: torch.Tensor) -> None:
         super().__init__()
@@ -170,11 +172,11 @@ class Fixed(torch.nn.Module):
 
 
 def test_the_spread_is_that_of_what_images_do_not_share() -> None:
-    four = torch.cat([torch.eye(4), -torch.eye(4)])  # four directions of one length
+    four = torch.cat([torch.eye(4), -torch.eye(4)])  # four directions of equal length
     images = torch.zeros(8, 3, 4, 4)
     found = monitor.spread(Fixed(four), images)
     assert found == pytest.approx((4.0, 1.0))
     common = monitor.spread(Fixed(four + torch.tensor([0.0, 0.0, 0.0, 2.0])), images)
-    assert common == pytest.approx((4.0, 1 / 5)), "of an energy of 5 the common part has 4"
+    assert common == pytest.approx((4.0, 1 / 5)), "the common part has 4 of an energy of 5"
     assert monitor.spread(Fixed(torch.ones(8, 4)), images).share == pytest.approx(0)
     assert monitor.spread(Fixed(torch.arange(8.0)[:, None] * torch.ones(8, 4)), images).rank == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""The loop: golden losses, resume to the last bit, processes, signals, faults."""
+"""The training loop: golden losses, bit-exact resume, several processes, signals and faults."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def losses(out: Path) -> list[float]:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_golden_losses(objective: str, shards: Path, tmp_path: Path) -> None:
-    """A change that should do nothing leaves these as they are. To record anew: MPP_RECORD_GOLDEN=1."""
+    """A refactoring must not change these losses. MPP_RECORD_GOLDEN=1 records them again."""
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **OBJECTIVES[objective]))
     found = losses(tmp_path / "run")
     assert len(found) == 20
@@ -70,9 +70,9 @@ def test_golden_losses(objective: str, shards: Path, tmp_path: Path) -> None:
     if os.environ.get("MPP_RECORD_GOLDEN"):
         GOLDEN.write_text(json.dumps({**golden, objective: found}, indent=1) + "\n")
         return
-    # on one machine they are bit-equal; another CPU's kernels round differently
+    # bit-equal on one machine, but another CPU's kernels round differently
     np.testing.assert_allclose(found, golden[objective], rtol=1e-4)
-    assert min(found[-5:]) < 0.96 * found[0], "it learns"
+    assert min(found[-5:]) < 0.96 * found[0], "the loss must fall"
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -122,7 +122,7 @@ def test_where_nothing_compiles_it_is_said(
 ) -> None:
     torch._dynamo.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    # torch's own patch: undone by pytest's, the key would be gone for the rest of the process
+    # torch's own patch, because undoing pytest's would delete the key for the rest of the process
     refused = r"^compile: torch cannot compile on this machine \(.+\); use compile=false$"
     with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)), pytest.raises(UserError, match=refused):
         mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", compile=True))
@@ -187,7 +187,7 @@ def test_a_moving_teacher_resumes_to_the_last_bit_and_logs_its_rank(shards: Path
 
 
 def test_a_collapsing_teacher_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features of a constant and a little noise, whose rank is high."""
+    """The warning also appears if the features are a constant plus a little noise, whose rank is high."""
     from mpp.encoders.teacher import FrozenTeacher
 
     plain = FrozenTeacher.forward
@@ -198,7 +198,7 @@ def test_a_collapsing_teacher_is_said(shards: Path, tmp_path: Path, monkeypatch:
     last = read_metrics(result.out)[-1]
     assert last["target_rank_ema_teacher"] > 1
     assert last["target_share_ema_teacher"] < 0.01
-    assert last["skill"] < 0.9, "a constant is what the trivial prediction says, too"
+    assert last["skill"] < 0.9, "the trivial prediction is also this constant"
 
 
 def test_images_of_one_colour_are_said(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_two_processes_train_the_same_run_as_one(
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
     skills = [read_metrics(tmp_path / n)[-1]["skill"] for n in ("one", "two")]
     assert skills[0] == pytest.approx(skills[1], rel=1e-4)
-    assert done.stdout.count("images in 3 shards") == 1, "only the main process speaks"
+    assert done.stdout.count("images in 3 shards") == 1, "only the main process may print"
     env = json.loads((tmp_path / "two" / "env.json").read_text())
     assert env["processes"] == 2
 
@@ -267,7 +267,7 @@ def test_kill_9_and_resume_is_bit_equal(recipe_file: Callable[..., Path], tmp_pa
     whole = command("pretrain", path, f"out={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "killed"
-    for step in (10, 40):  # killed twice, then left to finish; on the way with another number of workers
+    for step in (10, 40):  # killed twice, the second time with another number of workers, before it may finish
         process = start(path, f"out={out}", f"data.workers={step // 40}", resume="auto")
         wait_for_step(out, step, process)
         process.send_signal(signal.SIGKILL)
@@ -303,7 +303,7 @@ def test_a_signal_saves_and_ends_as_it_would(
 
 
 def test_a_signal_to_every_process_of_a_job_saves(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """As schedulers send it: to the loader's workers, too."""
+    """Schedulers send the signal to every process, the loader's workers included."""
     path, out = recipe_file(**{**SLOW, "optim.steps": 5000, "data.workers": 2}), tmp_path / "run"
     process = start(path)
     wait_for_step(out, 3, process)
@@ -353,15 +353,15 @@ def test_resuming_a_finished_run_changes_nothing(shards: Path, tmp_path: Path) -
     assert "which is the last: nothing is left to do" in (tmp_path / "run" / "train.log").read_text()
     as_run = (tmp_path / "run" / "recipe.yaml").read_text()
     mpp.pretrain(recipe, resume="auto", log_every_steps=3)
-    assert (tmp_path / "run" / "recipe.yaml").read_text() == as_run, "what was run stays on record"
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == as_run, "the recipe of the run must stay on record"
 
 
 def test_shards_may_lie_elsewhere_when_a_run_goes_on(shards: Path, tmp_path: Path) -> None:
-    """What they hold has a fingerprint, which other data do not have."""
+    """The fingerprint depends on the content of the shards, so other data are refused."""
     whole = mpp.pretrain(pretrain_recipe(shards, tmp_path / "whole"))
     recipe = pretrain_recipe(shards, tmp_path / "run")
     mpp.pretrain(recipe)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")  # as if it had been killed before
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000020")  # as if the run had been killed before
     (tmp_path / "run" / "status.json").unlink()
     shutil.copytree(shards, tmp_path / "moved")
     again = mpp.pretrain(recipe, resume="auto", **{"data.shards": str(tmp_path / "moved")})
@@ -406,7 +406,7 @@ def test_data_that_changed_are_refused(tmp_path: Path) -> None:
     shard_of(path, [encoded(drawn_image(i), "JPEG") for i in range(41)])
     with pytest.raises(UserError, match=f"{tmp_path}/run: the data changed since"):
         mpp.pretrain(recipe, resume="auto")
-    (tmp_path / "run" / "data.json").unlink()  # each checkpoint knows it, too
+    (tmp_path / "run" / "data.json").unlink()  # each checkpoint also records the data
     with pytest.raises(UserError, match=r"step-00000020: the data changed since \(shards, their sizes"):
         mpp.pretrain(recipe, resume="auto")
 
@@ -446,7 +446,7 @@ def test_skill_is_measured_on_images_that_are_never_trained_on(
     load = ShardImages.load
 
     def spy(self: ShardImages, shard: int, row: int, rows: range, *words: Any, **options: Any) -> Any:
-        # held-out images are read by the centre crop, through `batch(centre=True)`
+        # held-out images are centre crops, which `batch(centre=True)` reads with few=True
         (held if options["few"] else trained).add((shard, row))
         return load(self, shard, row, rows, *words, **options)
 

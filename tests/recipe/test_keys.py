@@ -1,4 +1,4 @@
-"""Every key of a recipe has a text, and slips of the pen find the key that is meant."""
+"""Every recipe key has a text, and for common slips the intended key is suggested."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_key_is_found_by_name_pattern_and_part() -> None:
     assert {key.name for key in find_keys(job, "warmup")} == {"optim.warmup_epochs", "optim.warmup_steps"}
     assert [key.default for key in find_keys(job, "data.shards")] == ["required"]
     probe = {key.name: key.default for key in find_keys(job, "probe")}
-    assert (probe["probe"], probe["probe.train"]) == ("null", "required"), "a section that a recipe may lack"
+    assert (probe["probe"], probe["probe.train"]) == ("null", "required"), "a recipe may lack this section"
 
 
 SLIPS = {

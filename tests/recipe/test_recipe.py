@@ -1,4 +1,4 @@
-"""Recipes: what is wrong is said in one line each, with file and line; what is right survives a round trip."""
+"""Recipes: each mistake is reported in one line with file and line number, and valid recipes survive a round trip."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def errors(text: str, tmp_path: Path, *overrides: str, job: Any = PretrainRecipe
 
 
 WRONG = {
-    # what is wrong -> (lines added, overrides, the one line that says so)
+    # mistake -> (lines added, overrides, beginning of the one line that reports it)
     "unknown key": (
         "mask:\n  ratoi: 0.5\n", [],
         "r.yaml:8: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px",
@@ -113,7 +113,7 @@ def test_each_wrong_recipe_has_its_line(what: str, tmp_path: Path) -> None:
 
 
 def test_numbers_are_what_people_read(tmp_path: Path) -> None:
-    """Not YAML 1.1's octal numbers; folders may be called like numbers."""
+    """A leading zero does not mean an octal number as in YAML 1.1, and folders may have numbers as names."""
     path = tmp_path / "r.yaml"
     path.write_text(BASE + "seed: 010\n")
     given = {"out": "010", "data.shards": "2024", "data.image_extension": ".rgb.png"}
@@ -178,7 +178,7 @@ def test_overrides_change_components(tmp_path: Path) -> None:
     )
     assert recipe.head.model_dump() == {"name": "mlp", "hidden_dim": 8}
     turned = load_recipe(path, PretrainRecipe, parse_overrides(("head.hidden_dim=8", "head=mlp")))
-    assert turned.head == recipe.head, "whichever is written first"
+    assert turned.head == recipe.head, "the order of the overrides must not matter"
     assert (recipe.mask.name, recipe.mask.ratio) == ("block", 0.3)
     assert recipe.corruption.name == "token"
     assert recipe.target.name == "norm_pixels"
@@ -224,7 +224,7 @@ def all_recipes() -> list[Path]:
 
 
 def given_to(path: Path) -> dict[str, Any]:
-    """What a recipe leaves to the command line, with places that need not be there."""
+    """Return placeholders for the keys that a recipe leaves to the command line."""
     return dict.fromkeys(load_open(path, {}, None)[1], "given")
 
 
@@ -250,7 +250,7 @@ def test_a_key_of_a_section_is_left_open_where_the_section_is_there() -> None:
 def test_every_recipe_opens_with_source_command_cost_and_score(path: Path) -> None:
     head = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     for word in ("Source:", "Command:", "Cost:", "Expected:"):
-        assert word in head, f"{path}: its first lines do not say {word}"
+        assert word in head, f"{path}: its comments lack {word}"
 
 
 def test_every_command_of_a_recipe_gives_what_its_keys_need() -> None:
@@ -266,7 +266,7 @@ def test_every_command_of_a_recipe_gives_what_its_keys_need() -> None:
 
 PRETRAINING = [p for p in all_recipes() if p.parent.name == "pretrain"]
 SLOW = dict.fromkeys(("mae_vit_l16", "simmim_swin_b", "hybrid_r50_b16"), pytest.mark.slow)
-SLOW["mae_vit_h14"] = pytest.mark.exhaustive  # 630 M parameters; otherwise as mae_vit_l16
+SLOW["mae_vit_h14"] = pytest.mark.exhaustive  # 630 M parameters, otherwise like mae_vit_l16
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=SLOW.get(p.stem, ())) for p in PRETRAINING])
@@ -311,7 +311,7 @@ def tiny_encoder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_every_fine_tune_runs_with_the_preset_tiny(
     path: Path, tiny_encoder: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """Those of places are run where the guides run them."""
+    """The tests of the guides run the recipes for segmentation and detection."""
     places = {"data.train": f"{shards}/shard-00000[12].tar", "data.val": f"{shards}/shard-000000.tar"}
     recipe = load_recipe(path, FinetuneRecipe, given_to(path))
     if recipe.unlabeled:
@@ -329,7 +329,7 @@ def test_every_recipe_has_the_preset_tiny() -> None:
 
 @pytest.mark.parametrize("section", ["presets", "scales"])
 def test_presets_come_before_overrides_and_keep_their_place(section: str, tmp_path: Path) -> None:
-    """Older recipes call them scales."""
+    """Older recipes call presets scales."""
     path = tmp_path / "r.yaml"
     path.write_text(BASE + f"{section}:\n  tiny: {{data.image_size: 8, optim.epochs: 1}}\n  odd:\n    mask.ratio: 3\n")
     recipe = load_recipe(path, PretrainRecipe, {"optim.epochs": 2}, "tiny")
@@ -337,7 +337,7 @@ def test_presets_come_before_overrides_and_keep_their_place(section: str, tmp_pa
     assert load_recipe(path, PretrainRecipe).data.image_size == (32, 32)
     with pytest.raises(UserError, match=r"r.yaml:10: mask.ratio: must be > 0 and < 1; got 3"):
         load_recipe(path, PretrainRecipe, None, "odd")
-    assert load_recipe(path, PretrainRecipe).presets == {}, "a run may be resumed when one of them changed"
+    assert load_recipe(path, PretrainRecipe).presets == {}, "a run may be resumed although a preset changed"
     both = tmp_path / "both.yaml"
     both.write_text(path.read_text() + "presets: {}\n" if section == "scales" else path.read_text() + "scales: {}\n")
     with pytest.raises(UserError, match=r"both.yaml:\d+: scales: is called presets now"):
@@ -358,7 +358,7 @@ EVALUATE = "job: evaluate\nencoder: runs/a\ndata: {train: a, val: [b, c]}\nprobe
 
 
 def complaints(job: str, text: str) -> list[str]:
-    """What an editor says of a recipe."""
+    """Return the errors that an editor reports for a recipe."""
     values = parse_yaml(text, "r.yaml")[0]
     return [error.message for error in Draft202012Validator(json_schema(job)).iter_errors(values)]
 
@@ -373,7 +373,7 @@ def test_schema_describes_every_key(job: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(bundled()))
 def test_schema_takes_every_recipe(name: str) -> None:
-    """As it is written, with its short forms; and written out in full."""
+    """The schema accepts a recipe with its short forms, as written, and the recipe written out in full."""
     path, job = bundled()[name], name.split("/")[0]
     assert complaints(job, path.read_text()) == []
     assert complaints(job, dump_recipe(load_any(path, given_to(path)))) == []
@@ -396,7 +396,7 @@ def test_schema_takes_an_evaluation() -> None:
         ("mask: blok", "'blok' is not valid"),
         ("mask: {name: block, ratoi: 0.5}", "is not valid"),
         ("mask: {ratio: 2}", "is not valid"),
-        ("mask: {min_block: 4}", "is not valid"),  # of block, which is not the default
+        ("mask: {min_block: 4}", "is not valid"),  # a key of block, which is not the default
         ("msk: block", "'msk' was unexpected"),
         ("data: {shards: [], image_size: 32}", "is not valid"),
         ("data: {shards: a, image_size: 0}", "is not valid"),
@@ -415,7 +415,7 @@ def test_schema_knows_short_forms_and_slips(change: str, told: str) -> None:
 def test_finetune_recipes_check_across_keys(tmp_path: Path) -> None:
     base = "job: finetune\nout: o\nencoder: scratch\ndata: {train: a, val: b, image_size: 8}\noptim: {steps: 1}\n"
     assert errors(base, tmp_path, job=FinetuneRecipe) == [
-        "r.yaml:3: encoder: scratch needs architecture.name, a name of timm's"
+        "r.yaml:3: encoder: scratch requires architecture.name, a timm name"
     ]
     base = base.replace("scratch", "runs/a")
     assert (
@@ -438,11 +438,13 @@ def test_naming_the_component_that_is_there_keeps_its_keys(tmp_path: Path) -> No
     kept = load_recipe(path, PretrainRecipe, {"corruption": "token"}).corruption
     assert kept == load_recipe(path, PretrainRecipe, {"corruption.name": "token"}).corruption
     assert kept.enter == 2
-    assert load_recipe(path, PretrainRecipe, {"corruption": "drop"}).corruption.name == "drop", "another has other keys"
+    assert load_recipe(path, PretrainRecipe, {"corruption": "drop"}).corruption.name == "drop", (
+        "keys must not be kept"
+    )
 
 
 def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From anywhere, and as the README writes them; a file that is there comes first."""
+    """Names work in any folder and as the README writes them, but an existing file comes first."""
     monkeypatch.chdir(tmp_path)
     files = {
         f"{p.parent.name}/{p.stem}" for job in ("pretrain", "finetune") for p in (ROOT / "recipes" / job).glob("*.yaml")
@@ -456,7 +458,7 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
     text = (ROOT / "recipes" / "pretrain" / "vit_small.yaml").read_text()
     (tmp_path / "pretrain" / "vit_small.yaml").write_text(text.replace("image_size: 224", "image_size: 112"))
     assert load_recipe("pretrain/vit_small.yaml", PretrainRecipe, shards).data.image_size == (112, 112)
-    for _ in range(2):  # without a folder of that name, and with one, which is not a recipe
+    for _ in range(2):  # first without a folder of that name, then with one, which is not a recipe
         assert load_recipe("vit_small", PretrainRecipe, shards).job == "pretrain"
         with pytest.raises(
             UserError, match=r"vit_small: no such recipe. Did you mean pretrain/vit_small or finetune/vit"
@@ -465,7 +467,7 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
         (tmp_path / "vit_small").mkdir(exist_ok=True)
     with pytest.raises(UserError, match=r"pretrain: is a folder, not a recipe"):
         load_any("pretrain")
-    for path in ("vit_small.yaml", "./vit_small.yaml", "elsewhere/vit_small"):  # paths of files that are not there
+    for path in ("vit_small.yaml", "./vit_small.yaml", "elsewhere/vit_small"):  # paths of files that do not exist
         with pytest.raises(
             UserError, match=r"vit_small.*: (No such file|no such recipe).* Did you mean pretrain/vit_small"
         ):
@@ -483,7 +485,7 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
 
 
 def test_a_recipe_from_before_resize_on_was_removed(tmp_path: Path) -> None:
-    """Runs wrote the key into their folders. The loader resizes now, as with `cpu`."""
+    """Older runs wrote the key into their folders. The loader now always resizes, as with `cpu`."""
     path = tmp_path / "r.yaml"
     path.write_text(BASE.replace("  image_size: 32\n", "  image_size: 32\n  resize_on: cpu\n"))
     assert "resize_on" not in dump_recipe(load_recipe(path, PretrainRecipe))

@@ -1,4 +1,4 @@
-"""The report: one page that says what the records say, opened in a real browser."""
+"""The report: one page that shows what the records contain, opened in a real browser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 class Page(HTMLParser):
-    """What a page consists of."""
+    """The tags and texts of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A pretraining run with its evaluation and inspection inside, and a fine-tune at two numbers of labels."""
+    """Return a pretraining run with its evaluation and inspection, and a fine-tuning run at two numbers of labels."""
     folder = tmp_path_factory.mktemp("report")
     val = folder / "val"
     for i in range(20):
@@ -79,7 +79,7 @@ def page(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return mpp.report(runs, tmp_path_factory.mktemp("page") / "report.html")
 
 
-# ---- what it says
+# ---- content
 
 
 def test_what_is_on_the_page(page: Path, runs: tuple[Path, Path]) -> None:
@@ -87,7 +87,7 @@ def test_what_is_on_the_page(page: Path, runs: tuple[Path, Path]) -> None:
     found = Page(text)
     assert page.stat().st_size < MOST_BYTES
     ids = found.values("id")
-    assert len(ids) == len(set(ids)), "each once"
+    assert len(ids) == len(set(ids)), "each id must be unique"
     assert [i for i in ids if i in SECTIONS] == SECTIONS
     assert [h.removeprefix("#") for tag, a in found.tags if tag == "a" and (h := str(a["href"]))] == SECTIONS
     words = " ".join(found.words)
@@ -95,7 +95,7 @@ def test_what_is_on_the_page(page: Path, runs: tuple[Path, Path]) -> None:
     assert f"{run.last('skill'):.4g}" in words
     assert run.data["fingerprint"] in words
     assert f"local-dir:{runs[0]}/encoder" in words
-    assert "base_lr: 0.02" in words, "the recipe"
+    assert "base_lr: 0.02" in words, "the recipe must be shown"
     for verdict in fine.result["verdicts"]:
         assert f"{100 * verdict['gain']['mean']:+.1f}" in words
     assert "raw pixels" in words
@@ -152,14 +152,16 @@ def test_runs_are_compared(runs: tuple[Path, Path], shards: Path, tmp_path: Path
     words = " ".join(found.words)
     assert [i for i in found.values("id") if i in ("compare", "keys", "curves")] == ["compare", "keys", "curves"]
     assert re.search(r"mask\.ratio\s+0\.5|mask\.ratio\s+[\d.]+\s+0\.75", words)
-    assert "data.shards" not in words.split("Recipe keys that differ")[1].split("Curves")[0], "what is the same is not"
+    assert "data.shards" not in words.split("Recipe keys that differ")[1].split("Curves")[0], (
+        "keys with equal values must not be listed"
+    )
     for axis in ("step", "images", "hours"):
         assert f"Loss over {axis}" in path.read_text()
-    assert "gain over scratch, 4 labels a class" in words, "beside the run whose encoder it was"
+    assert "gain over scratch, 4 labels a class" in words, "the gain must be shown for the run that the encoder is from"
 
 
 def test_a_probe_that_does_better_than_the_fine_tune(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    """Said where both are of one encoder and of the same labels, and where it is beyond the interval."""
+    """The note appears only if both results are of one encoder and the same labels, and the gap exceeds the interval."""
     run, fine = runs
 
     def says(mean: float, half_width: float | None = None, **changes: Any) -> bool:
@@ -177,20 +179,20 @@ def test_a_probe_that_does_better_than_the_fine_tune(runs: tuple[Path, Path], tm
 
     best = max(found["accuracy"] for found in read_run(run / "evaluation").result["best"]["encoder"].values())
     assert says(best - 0.1, 0.05)
-    assert not says(best - 0.1), "one seed says little"
-    assert not says(best - 0.1, 0.15), "within the interval"
+    assert not says(best - 0.1), "one seed must not be enough"
+    assert not says(best - 0.1, 0.15), "the gap is within the interval"
     assert not says(best, 0.0)
-    assert not says(best - 0.1, 0.0, frozen=1.0), "it is a probe itself"
+    assert not says(best - 0.1, 0.0, frozen=1.0), "with a frozen encoder, fine-tuning is a probe itself"
     assert not says(best - 0.1, 0.0, val=["elsewhere"])
     assert not says(best - 0.1, 0.0, labels_per_class=[4])
     assert not says(best - 0.1, 0.0, encoder="elsewhere")
 
 
-# ---- what people put into it
+# ---- records written by the tests, and hostile ones
 
 
 def written(folder: Path, recipe: dict[str, Any], scores: dict[str, list[float]]) -> Path:
-    """A fine-tune's records, as if it had found these accuracies over its seeds."""
+    """Write the records of a fine-tuning run that found these accuracies over its seeds."""
     verdict = Verdict.of(None, {approach: [{"accuracy": v} for v in values] for approach, values in scores.items()})
     folder.mkdir()
     recipe = {"job": "finetune", "out": str(folder), "seeds": list(range(len(next(iter(scores.values()))))), **recipe}
@@ -212,7 +214,7 @@ def written(folder: Path, recipe: dict[str, Any], scores: dict[str, list[float]]
 def test_it_concludes_as_the_terminal_does(
     scratch: list[float], words: str, runs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """+0.5 points of one seed are no gain."""
+    """A gain of 0.5 points from one seed must not count as a gain."""
     scores = {"pretrained": [0.205, 0.215][: len(scratch)], "scratch": scratch}
     fine = written(tmp_path / "fine", {"encoder": str(runs[0])}, scores)
     page = " ".join(Page(mpp.report([runs[0], fine], tmp_path / "r.html").read_text()).words)
@@ -220,7 +222,7 @@ def test_it_concludes_as_the_terminal_does(
         [Verdict.of(None, {approach: [{"accuracy": v} for v in values] for approach, values in scores.items()})]
     )
     assert words in terminal
-    assert page.lower().count(words) >= 2, "in the first sentence, and beside the table"
+    assert page.lower().count(words) >= 2, "expected in the first sentence and next to the table"
     assert "did not help" not in page
     for other in {"pretraining helped", "pretraining hurt", "is not shown with", "no conclusion"} - {words}:
         assert other not in page.lower() or other in words
@@ -261,7 +263,7 @@ def test_hostile_words_stay_words(runs: tuple[Path, Path], tmp_path: Path) -> No
     assert not {"script", "object"} & {tag for tag, _ in found.tags}
     assert not [a for _, a in found.tags if any(key.startswith("on") for key in a)]
     assert "&lt;script&gt;alert(1)" in text
-    assert "alert(3)" not in text, "the picture of pixels stands for a drawing that was changed"
+    assert "alert(3)" not in text, "a changed drawing must be replaced by the picture of pixels"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +322,7 @@ def test_errors(words: list[str], message: str, runs: tuple[Path, Path], tmp_pat
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium of the system."""
+    """Return the system's Chromium, headless."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no Chromium here: apt-get install chromium")
@@ -336,7 +338,7 @@ def browser() -> Iterator[Any]:
 
 
 def opened(browser: Any, path: Path, *, width: int = 1200, scheme: str = "light") -> tuple[Any, list[str]]:
-    """(the page, whatever it complained of or asked for)"""
+    """Return the page, and everything that it reported or requested."""
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     heard: list[str] = []
     tab.on("console", lambda message: heard.append(message.text))
@@ -353,7 +355,7 @@ def opened(browser: Any, path: Path, *, width: int = 1200, scheme: str = "light"
 def test_it_opens(browser: Any, page: Path, width: int, scheme: str) -> None:
     tab, heard = opened(browser, page, width=width, scheme=scheme)
     assert heard == []
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing may be wider than the page"
     assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     boxes = tab.evaluate("[...document.querySelectorAll('figure svg, figure img')].map(e => e.getBoundingClientRect())")
     assert len(boxes) > 15
@@ -366,7 +368,7 @@ def test_it_opens(browser: Any, page: Path, width: int, scheme: str) -> None:
     ground, *inks = (luminance(c) for c in colours)
     assert (ground > 0.8) == (scheme == "light")
     for ink in inks:  # WCAG 2.1, 1.4.3
-        assert (max(ground, ink) + 0.05) / (min(ground, ink) + 0.05) > 7, "words and plots follow the page"
+        assert (max(ground, ink) + 0.05) / (min(ground, ink) + 0.05) > 7, "text and plots must contrast with the page"
     tab.close()
 
 
@@ -387,7 +389,7 @@ def test_sections_are_reached_by_their_links(browser: Any, page: Path) -> None:
 
 
 def test_plots_keep_their_marks_apart(browser: Any, page: Path) -> None:
-    """Clip paths of one plot must not be those of another: every curve is as wide as its axes."""
+    """Clip paths of one plot must not apply to another: every curve is as wide as its axes."""
     tab, _ = opened(browser, page)
     wide = tab.evaluate(
         """() => [...document.querySelectorAll('#curves ~ .pictures svg')].map(s => {

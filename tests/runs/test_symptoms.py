@@ -1,4 +1,4 @@
-"""Warnings: runs that are broken on purpose get theirs, healthy ones none."""
+"""Warnings: runs that are broken on purpose get theirs, healthy runs get none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG = {
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 200 drawn images."""
+    """Return shards of 200 drawn images."""
     folder = tmp_path_factory.mktemp("many")
     (folder / "images").mkdir()
     for i in range(200):
@@ -59,7 +59,7 @@ def test_a_collapsed_teacher(many: Path, tmp_path: Path) -> None:
 
 
 def test_collapsed_features(many: Path, tmp_path: Path) -> None:
-    """Embedded patches without a weight: every image is the same to the encoder from the start, positions alone."""
+    """With zero weights in the patch embedding, all images are the same to the encoder. Only the positions remain."""
     run = trained(many, tmp_path / "run", **{"optim.steps": 20, "optim.base_lr": 1e-9, "mask.ratio": 0.94})
     import torch
 
@@ -111,7 +111,7 @@ def test_what_a_run_that_failed_is_advised(why: str, advice: str, many: Path, tm
 
 
 def test_a_diverging_run(many: Path, tmp_path: Path) -> None:
-    """A learning rate that grows: the loss falls, and rises again."""
+    """The learning rate grows, so the loss falls and then rises again."""
     run = trained(many, tmp_path / "run", target="pixels", **{"optim.base_lr": 30.0, "optim.warmup_steps": 120})
     assert kinds(run)[0] == "diverged"
 
@@ -139,7 +139,7 @@ def test_many_bad_images(tmp_path: Path) -> None:
     assert "bad_images" in kinds(trained(folder, tmp_path / "run", **changes))
 
 
-# ---- of records alone
+# ---- from records only
 
 
 def history(job: str = "pretrain", **parts: Any) -> History:
@@ -161,8 +161,8 @@ def test_a_run_that_was_paused_is_not_data_bound() -> None:
     ("paces", "seen_each", "found"),
     [
         ([400.0] * 20 + [40.0] * 6, 3200, ["slower"]),
-        ([400.0] * 20 + [40.0] * 6, 100, []),  # for a moment
-        ([400.0] * 20 + [40.0] * 2 + [390.0] * 4, 3200, []),  # and has recovered
+        ([400.0] * 20 + [40.0] * 6, 100, []),  # too short
+        ([400.0] * 20 + [40.0] * 2 + [390.0] * 4, 3200, []),  # has recovered
         ([40.0] * 3 + [400.0] * 20, 3200, []),
         ([400.0] * 20 + [250.0] * 6, 3200, []),
     ],
@@ -186,7 +186,7 @@ def test_a_noisy_loss_beside_a_rising_skill_is_not_flat() -> None:
 
 
 def test_a_probe_that_was_taken_away_is_not_flat() -> None:
-    """Of a moving target the probe alone tells; its last value stands for no later step."""
+    """With a moving target, only the probe shows progress. Its last value must not count for later steps."""
     lines = [
         {"step": n, "seen": n, "loss": 1.0, "skill": 0.1, "target_share_ema_teacher": 0.5}
         | ({"probe_accuracy": 0.2 + n / 10_000} if n <= 2000 else {})
@@ -196,7 +196,7 @@ def test_a_probe_that_was_taken_away_is_not_flat() -> None:
 
 
 def test_how_far_a_run_came() -> None:
-    """While it runs the status is of the last checkpoint; one that ended says where."""
+    """The status of a running run is that of its last checkpoint, so its metrics count. An ended run has its last step."""
     lines = [{"step": 1, "seen": 1}, {"step": 50, "seen": 50}]
     for state, step, came in (("running", 40, 50), ("stopped", 73, 73), ("failed", 73, 73), ("running", None, 50)):
         assert history(metrics=lines, status={"state": state, "step": step}).step == came
@@ -224,7 +224,7 @@ def gain(mean: float, half_width: float | None) -> dict[str, Any]:
     ],
 )
 def test_a_gain_that_is_not_shown(mean: float, half_width: float | None, found: list[str]) -> None:
-    """As the terminal concludes; of one seed nothing is."""
+    """The conclusion is that of the terminal. From one seed there is none."""
     for stored in (half_width, float("nan") if half_width is None else half_width):
         seen = symptoms(history("finetune", result=gain(mean, stored)))
         assert [s.kind for s in seen] == ["no_gain"] * len(found)
@@ -267,10 +267,10 @@ def measurements(skills: list[float], probes: list[float | None] | None = None) 
         ([0.1, 0.2, 0.2, 0.2], None, None),  # too few to tell
         ([0.1, 0.3, 0.3, 0.29, 0.3, 0.301], None, 20),
         ([0.1, 0.3, 0.3, 0.29, 0.3, 0.31], None, None),  # skill rises
-        ([0.1, 0.3, 0.3, 0.29, 0.3, 0.3], [0.4, 0.5, 0.5, 0.5, 0.5, 0.6], None),  # the probe does
+        ([0.1, 0.3, 0.3, 0.29, 0.3, 0.3], [0.4, 0.5, 0.5, 0.5, 0.5, 0.6], None),  # the probe rises
         ([0.1, 0.3, 0.3, 0.29, 0.3, 0.3], [0.4, 0.5, 0.5, 0.5, 0.5, 0.5], 20),
         ([0.1, 0.3, 0.3, 0.29, 0.3, 0.3], [None, None, 0.4, 0.4, 0.4, 0.4], None),  # the probe is new
-        ([0.5, 0.3, 0.2, 0.1, 0.1, 0.1], None, 10),  # it falls
+        ([0.5, 0.3, 0.2, 0.1, 0.1, 0.1], None, 10),  # the skill falls
     ],
 )
 def test_flat(skills: list[float], probes: list[float | None] | None, since: int | None) -> None:
@@ -288,7 +288,7 @@ def test_flat(skills: list[float], probes: list[float | None] | None, since: int
     ],
 )
 def test_a_fine_tune_that_ended_too_early(last_loss: float, changes: dict[str, Any], found: bool) -> None:
-    """20 classes, of which a guess has a loss of 3.0: 300 steps left a run on photographs at 2.7."""
+    """Guessing among 20 classes has a loss of 3.0. After 300 steps, a run on photographs was at 2.7."""
     losses = np.linspace(3.0, last_loss, 40).tolist()
     said = underfit("pretrained-seed0", records(loss=losses), changes, 20)
     assert said == (

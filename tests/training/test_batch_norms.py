@@ -21,7 +21,7 @@ from mpp.training.batch_norms import (
 
 
 def trained() -> nn.Sequential:
-    """A network whose statistics are of other images than those it judges."""
+    """Return a network whose statistics come from other images than the tests use."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
     model(torch.randn(8, 3, 4, 4) + 3)
@@ -110,7 +110,7 @@ def test_batches_are_of_nearly_the_same_size(count: int, most: int) -> None:
 
 
 def test_batches_mix_images_whatever_their_order() -> None:
-    """Classes one after the other, or in turns."""
+    """The images are sorted by class, or the classes alternate."""
     for classes in (torch.arange(640) // 64, torch.arange(640) % 10):
         shares = [len(set(classes[batch].tolist())) for batch in choose_batches(range(640))]
         assert min(shares) >= 9

@@ -1,4 +1,4 @@
-"""The clock of what training costs."""
+"""The clock that measures the cost of training."""
 
 from __future__ import annotations
 
@@ -26,13 +26,17 @@ def test_it_counts_work_and_not_waiting_and_goes_on_after_a_resume() -> None:
     clock = DeviceTime(team, minutes_before=2.0)
     time.sleep(0.3)
     spend(0.3)
-    assert 0.27 < (clock.minutes() - 2.0) * 60 < 0.45, "0.3 s of work; neither the 0.2 s before nor the 0.3 s of sleep"
+    assert 0.27 < (clock.minutes() - 2.0) * 60 < 0.45, (
+        "must count work, not what came before, nor sleep"
+    )
     assert (unit_of(team), clock.key) == ("CPU", "cpu_minutes")
-    assert math.isnan(DeviceTime(team, math.nan).minutes()), "what an earlier release did not keep stays unknown"
+    assert math.isnan(DeviceTime(team, math.nan).minutes()), (
+        "minutes that were not recorded stay unknown"
+    )
 
 
 def of_children() -> float:
-    """CPU seconds without those of this process, which grow while it looks."""
+    """Return the CPU seconds without those of this process, which grow while it measures."""
     return cpu_seconds() - sum(os.times()[:2])
 
 
@@ -42,6 +46,6 @@ def test_children_count_while_they_run_and_when_they_have_ended() -> None:
         while of_children() - before < 0.45:
             assert time.monotonic() < until
             time.sleep(0.02)
-        assert child.poll() is None, "it runs still, and its time is counted"
+        assert child.poll() is None, "the child must still be running while its time is counted"
         child.communicate(b"\n")
     assert of_children() - before >= 0.5

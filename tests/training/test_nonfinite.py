@@ -1,4 +1,4 @@
-"""What a step that is left out must not leave behind."""
+"""Steps that are left out must not change the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_statistics_of_batch_norms_are_what_they_were() -> None:
 
 @pytest.mark.filterwarnings("ignore::mpp.errors.MppWarning")
 def test_a_step_that_is_left_out_moves_nothing_and_the_last_few_are_kept(shards: Path, tmp_path: Path) -> None:
-    """The learning average of the encoder, whose weights stay, would go on to come closer to these."""
+    """Otherwise the moving average of the encoder would move closer to its weights, which do not change."""
     each = {"checkpoint_every_steps": 1, "keep_checkpoints": 8, "optim.steps": 8}
     out = mpp.pretrain(
         pretrain_recipe(shards, tmp_path / "run", **{"target.name": "ema_teacher"}, **DIVERGES, **each)
@@ -89,7 +89,7 @@ def test_a_step_that_was_kept_is_no_checkpoint_to_go_on_from(shards: Path, tmp_p
 
 @pytest.mark.filterwarnings("ignore::mpp.errors.MppWarning")
 def test_it_makes_no_difference_when_a_run_learns_of_it(shards: Path, tmp_path: Path) -> None:
-    """At once, where every step is logged; else while the next step is on its way."""
+    """A skipped step is detected at once if every step is logged, and otherwise during the next step."""
     found = []
     for often in (1, 100):
         changes = {"target.name": "ema_teacher", "log_every_steps": often, "skill_every_steps": 100, "optim.steps": 9}

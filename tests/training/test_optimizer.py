@@ -1,4 +1,4 @@
-"""Parameter groups and the schedule."""
+"""Parameter groups, optimizers and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_norms_biases_tokens_and_positions_are_not_decayed() -> None:
     assert {"encoder.model.cls_token", "encoder.model.pos_embed", "objectives.0.head.mask_token"} <= plain
     assert all(n.endswith("weight") and "norm" not in n for n in decayed)
     assert "encoder.model.blocks.0.attn.qkv.weight" in decayed
-    assert "encoder.model.norm.weight" not in decayed | plain, "the final norm is not read in pretraining"
+    assert "encoder.model.norm.weight" not in decayed | plain, "pretraining does not use the final norm"
 
 
 def test_matrices_of_modules_named_after_tokens_are_decayed() -> None:
@@ -49,10 +49,15 @@ def test_layer_decay_reaches_the_optimizer() -> None:
     assert len(lr) == len(names)
     assert lr["out.weight"] == 3.0
     blocks = [lr[f"blocks.{i}.attn.qkv.weight"] for i in range(4)]
-    assert blocks == [0.5**4, 0.5**3, 0.5**2, 0.5]  # BEiT's and MAE's: the head at 1, the last block a layer below
+    assert blocks == [
+        0.5**4,
+        0.5**3,
+        0.5**2,
+        0.5,
+    ]  # as in BEiT and MAE: the head at 1, the last block below
     assert lr["patch_embed.proj.weight"] == lr["pos_embed"] == 0.5**5
     with_head = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=4, embed_dim=32, num_heads=2)
-    for group in timm.optim.param_groups_layer_decay(with_head, layer_decay=0.5):  # timm's own count agrees
+    for group in timm.optim.param_groups_layer_decay(with_head, layer_decay=0.5):  # must agree with timm
         for name in [n for n, p in with_head.named_parameters() if any(p is q for q in group["params"])]:
             assert lr.get(name, 1.0) == group["lr_scale"]
 
@@ -101,7 +106,7 @@ def test_a_fused_optimizer_is_the_plain_one(name: Any) -> None:
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("left_out", [0, 1])
 def test_the_device_leaves_out_an_update(left_out: int, name: Any) -> None:
-    """Weights, moments and their count stay as they were; the first step may be left out, too."""
+    """Weights, moments and step counts stay unchanged, even if the first step is left out."""
     weights = {}
     for steps in ((0, 1, 2), tuple(step for step in (0, 1, 2) if step != left_out)):
         torch.manual_seed(0)

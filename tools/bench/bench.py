@@ -1,20 +1,20 @@
-"""mpp beside what a user would pick instead, interleaved in one run: `make bench`.
+"""Compare mpp with what a user could choose instead, interleaved in one run: `make bench`.
 
     python tools/bench/bench.py [--only step memory input whole keep growth] [--rounds 7] [--peers PYTHON] [--write]
 
-step    one step of training, at the sizes of sizes.py: images/s, GFLOP an image, part of the machine's own GEMM peak;
-        in heats of a few processes, in each of which ours and the GEMM run, too
+step    one training step, at the sizes of sizes.py: images/s, GFLOP per image, share of the machine's own GEMM peak;
+        in heats of a few processes, each of which also has ours and the GEMM
 memory  peak memory of three of these steps, one process at a time
-input   reading, cropping and normalising JPEGs: images a second of one core
+input   reading, cropping and normalising JPEGs: images per second of one core
 whole   training commands from their start: time to the end of the first step, images/s after it, peak memory
 
-keep    saving a checkpoint, resuming from it, exporting an encoder; ours synced, checksummed and verified; the kNN
+keep    saving a checkpoint, resuming from it, exporting an encoder (ours is synced, checksummed and verified); the kNN
         accuracy of an encoder on 16 images with 16 others as neighbours
-growth  what ours costs with more images, patches, blocks, processes
+growth  cost of ours with more images, patches, blocks, processes
 
 --write puts the figures into recipes/RESULTS.csv (rows `bench-…`), the tables into docs/benchmarks.md, a summary into
 README.md and the plot into docs/bench.png.
-A contestant that cannot run is named with its last words, and the exit code is 1. Nothing else should run meanwhile.
+If a contestant cannot run, its last words are printed and the exit code is 1. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ RESULTS = ROOT / "recipes" / "RESULTS.csv"
 PAGE, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "bench.png"
 MARKS = ("<!-- benchmark: made by `make bench` -->", "<!-- end of benchmark -->")
 OURS = "mpp late, 1 block, a third"
-"""Mask tokens of a third of the hidden cells join for the last block: the default of `vit_small`."""
+"""Ours: mask tokens of a third of the hidden cells join at the last block, the default of `vit_small`."""
 HEATS = (
     ("transformers MAE", "lightly MAE", "stable-pretraining MAE", "vit-pytorch MAE"),
     ("vit-pytorch SimMIM", "transformers SimMIM", "stable-pretraining SimMIM", "vit-pytorch MPP"),
     ("stable-pretraining CrossMAE", "mpp CrossMAE", "mpp MAE", "mpp SimMIM"),
     ("mpp late, 2 blocks, a third", "mpp late, 1 block", f"{OURS}, compiled"),
 )
-"""Few at a time: a process of each lies in memory."""
+"""Contestants that run together. A heat is small, because each contestant keeps a process in memory."""
 LIKE = {"MAE": "MAE", "SimMIM": "SimMIM", "MPP": "SimMIM", "CrossMAE": "CrossMAE"}
-"""Last word of a contestant's name -> its kind."""
+"""Kind of a contestant by the last word of its name."""
 STEPS = (
     ("32px", "small", "fp32", HEATS),
     ("vit_s", "small", "fp32", HEATS),
     ("vit_s", "mae", "fp32", HEATS[:1]),
     ("vit_s", "small", "bf16", (*HEATS[:2], HEATS[3])),
 )
-"""Size, decoder of the MAE-like, precision, who takes part."""
+"""Size, decoder of the MAE-like models, precision, heats."""
 INPUT_BATCH = {"32px": 64, "375x500": 32, "3000px": 4}
 BENCHES = ("step", "memory", "input", "whole", "keep", "growth")
 TURN_S = 0.7
@@ -79,7 +79,8 @@ class Row(NamedTuple):
 def contest(
     names: Sequence[str], bench: str, settings: dict[str, Any], given: argparse.Namespace, failed: list[str]
 ) -> Iterator[list[Contestant]]:
-    """Contestants that are up; what is not is named in `failed`. Peers only where there is a Python that has them."""
+    """Yield the contestants that started, and add errors of the others to `failed`. Peers need the Python of `--peers`.
+    """
     up: list[Contestant] = []
     try:
         for name in names:
@@ -120,7 +121,7 @@ def steps(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
 
 
 def memory(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
-    """One contestant at a time, three steps each."""
+    """Measure one contestant at a time, three steps each."""
     for size, decoder, precision, heats in given.steps[:2]:
         names = [OURS, *(name for heat in heats for name in heat)]
         settings = {"size": size, "decoder": decoder, "precision": precision}
@@ -189,7 +190,7 @@ def grown(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
 
 
 def read(table: Path) -> list[Row]:
-    """The rows that were written, in the order of `BENCHES`."""
+    """Return the stored rows in the order of `BENCHES`."""
     with open(table, newline="") as file:
         found = [
             Row(r["run"], r["approach"], r["metric"], float(r["value"]))
@@ -200,7 +201,7 @@ def read(table: Path) -> list[Row]:
 
 
 def written(rows: Sequence[Row], table: Path) -> None:
-    """Into the table of results, in place of those of the same runs."""
+    """Write rows into the table of results, in place of older rows of the same runs."""
     new = [
         {"run": r.run, "task": "bench", "approach": r.contestant, "metric": r.metric, "value": f"{r.value:.4g}"}
         for r in rows
@@ -213,7 +214,7 @@ def _number(value: float) -> str:
 
 
 def _values(rows: Sequence[Row], run: str) -> dict[str, dict[str, float]]:
-    """Contestant -> metric -> value."""
+    """Return the values of a run by contestant and metric."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.run == run:
@@ -222,7 +223,7 @@ def _values(rows: Sequence[Row], run: str) -> dict[str, dict[str, float]]:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Markdown, a table for each run."""
+    """Return the rows as Markdown, a table for each run."""
     lines: list[str] = []
     for run in dict.fromkeys(row.run for row in rows):
         values = _values(rows, run)
@@ -282,7 +283,9 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def _nearest(values: dict[str, dict[str, float]], kind: str | None = None) -> str:
-    """The peer (of a kind) that comes nearest to ours, and how many times as fast ours is."""
+    """Return how many times as fast as the fastest peer ours is, and the peer's name. With a kind, only its peers
+    count.
+    """
     peers = {n: v for n, v in values.items() if not n.startswith("mpp") and n != "GEMM"}
     if kind:
         peers = {n: v for n, v in peers.items() if LIKE[n.split()[-1]] == kind}
@@ -298,7 +301,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Markdown: ours beside the fastest peer of each kind."""
+    """Return a summary in Markdown that compares ours with the fastest peer of each kind."""
     steps_, inputs_, wholes_ = [], [], []
     for run in dict.fromkeys(row.run for row in rows):
         values = _values(rows, run)
@@ -332,7 +335,11 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def put_between_marks(text: str, made: str) -> str:
-    """ValueError where the marks are not there."""
+    """Replace the text between the marks.
+
+    Raises:
+        ValueError: If the marks are missing.
+    """
     before, mark, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not mark or not end:
@@ -341,7 +348,7 @@ def put_between_marks(text: str, made: str) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Bars of the images a second of a step, a panel for each run."""
+    """Plot the images/s of a training step as bars, a panel for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -390,7 +397,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(tables(rows))
     if given.write:
         written(rows, RESULTS)
-        rows = read(RESULTS)  # those of other benchmarks stay as they were measured
+        rows = read(RESULTS)  # rows of other benchmarks stay as measured
         PAGE.write_text(put_between_marks(PAGE.read_text(), page(rows)))
         plot(rows, PLOT)
     for line in failed:

@@ -1,4 +1,4 @@
-"""mpp on the work of `sizes`, through the code that runs a recipe."""
+"""mpp on the workloads of `sizes`, through the code that runs a recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mpp.runs import checkpoint
 
 COMPILED = ", compiled"
 PREDICT_FRACTION = 1 / 3
-"""CrossMAE, Fu et al. 2024, table 2c: a third of the hidden cells is as good as all."""
+"""Fraction of the hidden cells that is predicted. CrossMAE, Fu et al. 2024, table 2c: a third is as good as all."""
 
 
 def recipe(size: Size, **more: Any) -> PretrainRecipe:
@@ -99,10 +99,10 @@ def _step(name: str) -> Callable[..., TrainStep]:
 
         def loss() -> Tensor:
             nonlocal position, drawn
-            if drawn is None or device == "cpu":  # the masks, too: peers draw theirs in the step
+            if drawn is None or device == "cpu":  # also draws masks, because peers draw theirs in the step
                 position += s.batch
                 units = draw_masks(mask, grid, 0.5, 0, range(position, position + s.batch))
-                drawn = units.tensors_by(lambda t: t.to(device))  # for a GPU workers draw them
+                drawn = units.tensors_by(lambda t: t.to(device))  # for a GPU, workers draw them
             return model(images, drawn).sum()
 
         return TrainStep(model, loss, s.batch, precision, device)
@@ -116,13 +116,17 @@ STEP["GEMM"] = lambda size, decoder, precision, device="cpu", batch=0: Gemm(prec
 
 
 class Input:
-    """A unit of work is a batch, masks and all, normalised as the model does it.
+    """A dataloader to be timed. A unit of work is a batch with its masks, normalised as the model does it.
 
-    workers: processes that read; 0: this process alone.
+    Args:
+        pictures: Prefix of the shards' folder.
+        side_px: Side of the crops in pixels.
+        batch: Number of images in a batch.
+        workers: Number of processes that read. 0 means that this process reads.
     """
 
     def __init__(self, pictures: str, side_px: int, batch: int, workers: int = 0) -> None:
-        torch.set_num_threads(1)  # as in a loader's worker
+        torch.set_num_threads(1)  # as in a dataloader worker
         images = ShardImages(f"{pictures}-shards", key="data.shards")
         order = Order(images.counts, global_batch=batch, seed=0)
         size = (side_px, side_px)
@@ -147,7 +151,10 @@ INPUT: dict[str, Callable[..., Input]] = {"mpp": Input}
 
 
 class Kept:
-    """A unit of work is a save, a resume or an export of a model of `sizes` and its optimizer. No images."""
+    """Checkpoints to be timed. A unit of work is a save, a resume or an export of a model of `sizes` and its optimizer.
+
+    No images are read.
+    """
 
     def __init__(self, size: str, folder: str) -> None:
         self.step = _step("mpp late, 1 block, a third")(size, "small", "fp32")
@@ -157,7 +164,7 @@ class Kept:
 
 
 class Save(Kept):
-    """Atomic, synced and checksummed, as a run does it."""
+    """Saving as a run does it: atomic, synced and checksummed."""
 
     def run(self, times: int) -> int:
         for number in range(times):
@@ -166,7 +173,7 @@ class Save(Kept):
 
 
 class Resume(Kept):
-    """Its checksums compared."""
+    """Resuming, including the comparison of checksums."""
 
     def run(self, times: int) -> int:
         if not checkpoint.steps(self.folder):
@@ -179,7 +186,7 @@ class Resume(Kept):
 
 
 class Export(Kept):
-    """Loaded by plain timm in a clean process and compared."""
+    """Exporting. Plain timm loads the export in a clean process, and the outputs are compared."""
 
     def run(self, times: int) -> int:
         for _ in range(times):
@@ -190,7 +197,7 @@ class Export(Kept):
 
 
 class Evaluate(Kept):
-    """kNN of the last block's features, as `mpp evaluate` does it, results and all."""
+    """kNN of the last block's features as in `mpp evaluate`, including the writing of results."""
 
     def __init__(self, size: str, folder: str) -> None:
         super().__init__(size, folder)

@@ -1,4 +1,4 @@
-"""What a user would pick instead, as its documentation uses it, on the work of `sizes`."""
+"""Libraries that a user could choose instead, used as their documentation does, on the workloads of `sizes`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training import TrainStep, adamw, photographs, update
 
 
 def _normalised(size: Size) -> Tensor:
-    """(batch, 3, H, W) float32, as loaders give it."""
+    """Return images as loaders give them, (batch, 3, H, W) float32."""
     images = photographs(size.batch, size.image_px).float() / 255
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -29,7 +29,10 @@ def _timm(size: Size) -> Any:
 
 
 def _lucidrains(size: Size) -> Any:
-    """vit-pytorch 1.26 keeps positions and class token without the batch axis that its MAE, SimMIM and MPP expect."""
+    """Return a ViT of vit-pytorch 1.26 with the batch axis that its MAE, SimMIM and MPP expect.
+
+    The library keeps positions and class token without this axis.
+    """
     from vit_pytorch import ViT
 
     model = ViT(
@@ -44,7 +47,7 @@ def _lucidrains(size: Size) -> Any:
 
 
 Build = Callable[[Size, str], tuple[nn.Module, Callable[[Tensor], Tensor]]]
-"""(size, decoder) -> the model, and its loss of normalised images."""
+"""(size, decoder) -> the model, and its loss as a function of normalised images."""
 
 
 def vit_pytorch_mae(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -118,7 +121,7 @@ def lightly_mae(size: Size, decoder: str) -> tuple[nn.Module, Callable[[Tensor],
     d = decoder_of(size, decoder)
 
     class Mae(nn.Module):
-        """After examples/pytorch/mae.py of lightly 1.6."""
+        """MAE after examples/pytorch/mae.py of lightly 1.6."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -195,7 +198,7 @@ STEP = {name: _step(name) for name in MODELS}
 
 
 class Input:
-    """A unit of work is a batch of a loader, which begins again at its end."""
+    """A loader to be timed. A unit of work is one batch, and the loader starts again at its end."""
 
     def __init__(self, make: Callable[[], Any], batch: int) -> None:
         self.make, self.batch = make, batch
@@ -214,7 +217,7 @@ class Input:
 
 
 def _transform(side_px: int) -> Any:
-    """MAE, He et al. 2022, appendix A.1, as its published code, lightly and the papers after it have it."""
+    """Return the transform of MAE, He et al. 2022, appendix A.1, as in its published code, lightly and later papers."""
     from torchvision import transforms
 
     return transforms.Compose(
@@ -271,7 +274,7 @@ LOADERS: dict[str, Callable[..., Input]] = {
 
 def _in_one_thread(make: Callable[..., Input]) -> Callable[..., Input]:
     def build(**settings: Any) -> Input:
-        torch.set_num_threads(1)  # as in a loader's worker
+        torch.set_num_threads(1)  # as in a dataloader worker
         return make(**settings)
 
     return build
@@ -281,7 +284,7 @@ INPUT = {name: _in_one_thread(make) for name, make in LOADERS.items()}
 
 
 class Kept:
-    """A unit of work is a save, a resume or an export. No images."""
+    """Checkpoints to be timed. A unit of work is one save, resume or export, without images."""
 
     def __init__(self, size: str, folder: str, operation: str) -> None:
         model, loss = MODELS["transformers MAE"](SIZES[size], "small")
@@ -308,7 +311,7 @@ class Kept:
 
 
 class Evaluate:
-    """kNN of a ViT's pooled features of the folders that ours made: timm, torchvision and lightly's `knn_predict`."""
+    """kNN on a ViT's pooled features of the folders that ours made: timm, torchvision and lightly's `knn_predict`."""
 
     def __init__(self, size: str, folder: str) -> None:
         self.model, self.folder, self.facts = _timm(SIZES[size]).eval(), Path(folder) / "labeled", dict[str, Any]()
@@ -345,7 +348,7 @@ KEEP: dict[str, Callable[..., Any]] = {
 
 
 def train(model_name: str, loader_name: str, size_name: str, pictures: str, steps: int, workers: int) -> None:
-    """A training script as a user would write it. A line for each step."""
+    """Train as a user's script would, and print a line for each step."""
     size = SIZES[size_name]
     torch.manual_seed(0)
     model, loss_of = MODELS[model_name](size, "small")

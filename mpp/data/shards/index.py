@@ -388,7 +388,7 @@ def _check_shards_of(folder: str, key: str) -> None:
         return
     if unfinished:
         raise UserError(
-            f"{key}: '{folder}': was not packed to its end; the same `mpp pack` again, every part of it, finishes it"
+            f"{key}: '{folder}': packing is incomplete; run `mpp pack` again with the same arguments (all parts)"
         )
     lost = sorted({packed_name(k) for k in range(min(packed, MOST_PACKED))} - set(there))
     if lost and len(there) < packed:  # otherwise they may have been renamed

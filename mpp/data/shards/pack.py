@@ -162,7 +162,7 @@ def _claim(out: Path, description: dict[str, object]) -> None:
         raise UserError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
     changed = [k for k, v in description.items() if before.get(k) != v]
     if changed:
-        raise UserError(f"{out}: holds shards of another call ({', '.join(changed)} differ); give a new folder")
+        raise UserError(f"{out}: holds shards packed with other settings ({', '.join(changed)}); choose a new folder")
 
 
 def extension_of(data: bytes) -> str:

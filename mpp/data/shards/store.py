@@ -107,7 +107,9 @@ class Store:
                 return index
             self.fetch(url)
             index = read_index(stored) or self._index_of(target)
-        raise UserError(f"{url}: left {self.folder} each time before it was read: something empties it")
+        raise UserError(
+            f"{url}: its copy in {self.folder} keeps disappearing; is another program deleting files there?"
+        )
 
     def read(self, url: str, index: ShardIndex, offset: int, size: int, *, few: bool = False) -> bytes:
         """Read bytes of a shard.
@@ -240,7 +242,7 @@ class Store:
         try:
             return scan(str(part), self.image_extension)
         except UserError as error:  # for example a login page with status 200, which must not enter the cache
-            raise UserError(f"{url}: what arrived is no shard: {str(error).removeprefix(f'{part}: ')}") from error
+            raise UserError(f"{url}: the download is not a shard: {str(error).removeprefix(f'{part}: ')}") from error
 
     def _make_room(self, url: str, part: Path, size: int) -> None:
         """Set `part` to its full size once there is room for it. The least recently used shards are deleted for it.

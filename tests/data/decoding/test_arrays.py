@@ -1,4 +1,4 @@
-"""Arrays of any channels and bits: read whole, scaled to one range, refused by their headers."""
+"""Arrays with any number of channels and bits are read in full and scaled to one range, or refused by their headers."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def test_ranges() -> None:
     assert cut(npy(np.array([[-1.0, 0.5, 2.0]])), 1)[0, 0].tolist() == [0, 127.5, 255]
     hounsfield = np.array([[-2000, -1000, 0, 1000]], dtype=np.int16)
     assert cut(npy(hounsfield), 1, (-1000.0, 1000.0))[0, 0].tolist() == [0, 0, 127.5, 255]
-    # a narrow window far from zero, where float32 has no digits left
+    # a narrow range far from zero, for which float32 has too few digits
     far = np.array([[16_777_217.0, 16_777_218.0]])
     assert cut(npy(far), 1, (16_777_216.0, 16_777_218.0))[0, 0].tolist() == [127.5, 255]
-    # grey PNGs of 16 bit keep all of them
+    # grey PNGs of 16 bit keep all 16 bits
     png = encoded(Image.fromarray(deep))
     assert cut(png, 1)[0, 0].tolist() == pytest.approx([0, 255, 255 * 32768 / 65535])
     colours = encoded(Image.new("RGB", (3, 2), (10, 20, 30)))
@@ -115,7 +115,7 @@ def test_crops_and_resizes_like_other_images() -> None:
     edge[:, 4:] = 1
     resized = decode_crop(npy(edge), whole, (16, 16), channels=1, value_range="type", **READING)
     assert resized.min() == 0
-    assert resized.max() == 255, "bicubic overshoots"
+    assert resized.max() == 255, "bicubic resizing overshoots, so the values must be clipped"
 
 
 def test_tiffs_whose_numbers_are_no_brightness() -> None:
@@ -174,14 +174,14 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 
 def test_a_small_file_that_says_it_is_large() -> None:
-    """Refused by its header, before there is memory for it."""
+    """The file is refused by its header, before memory is allocated."""
     header = npy(np.zeros((1, 1), np.float64)).replace(b"(1, 1)", b"(9, 9)")
     with pytest.raises(BadImage, match="cut off"):
         cut(header, 1)
 
 
 def test_as_eight_bit() -> None:
-    """Without a range, arrays of 8 bit are images like others, and deeper ones ask for it."""
+    """Without a value range, arrays of 8 bit are ordinary images, and deeper arrays are refused."""
     pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     assert torch.equal(cut(npy(pixels), 3, None), torch.from_numpy(pixels).permute(2, 0, 1))
     assert cut(npy(pixels[..., 0]), 1, None).shape == (1, 4, 5)
@@ -195,7 +195,7 @@ def test_as_eight_bit() -> None:
 
 @pytest.fixture(scope="module")
 def bands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of five channels and 12 bit in two class folders, as TIFF and .npy, to train on and to validate."""
+    """12-bit images with five channels in two class folders, as TIFF and .npy, for training and for validation."""
     folder = tmp_path_factory.mktemp("bands")
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:20, :20] / 20
@@ -216,7 +216,7 @@ CHANGES: dict[str, Any] = {"data.channels": 5, "data.value_range": [0, 4095]}
 
 @pytest.mark.slow
 def test_pretraining_fine_tuning_and_prediction(bands: Path, tmp_path: Path) -> None:
-    """Packed or as files, the same kinds of steps; the encoder has five channels; labels and classes as ever."""
+    """Images with five channels work in every command, packed or as files, with labels and classes."""
     packed = pack(str(bands / "train"), str(tmp_path / "shards"), images_per_shard=20, workers=1)
     assert (packed.images, packed.classes, packed.skipped) == (40, ["high", "low"], [])
     recipe = pretrain_recipe(tmp_path / "shards", tmp_path / "run", **CHANGES, **{"optim.steps": 12})
@@ -233,7 +233,7 @@ def test_pretraining_fine_tuning_and_prediction(bands: Path, tmp_path: Path) -> 
     assert len(rows) == 5
     assert not unreadable
     assert {row["class"] for row in rows} <= {"high", "low"}
-    del data["data.value_range"]  # the encoder's
+    del data["data.value_range"]  # then the encoder's is used
     stored = (tmp_path / "ft/recipe.yaml").read_text()
     again = mpp.finetune(values | {"out": str(tmp_path / "ft2")}, **data, **{"optim.steps": 3, "optim.epochs": None})
     assert (tmp_path / "ft2/recipe.yaml").read_text().replace("ft2", "ft") == stored

@@ -1,4 +1,4 @@
-"""Decoding: every kind of image a user may have, and every kind of file that is none."""
+"""Decoding: every kind of image that a user may have, and every kind of file that is not an image."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_exif_rotation_is_applied() -> None:
     image = flat("RGB", (0, 0, 0), (16, 32))
     image.paste((255, 255, 255), (0, 0, 16, 16))  # white above
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise: white to the right
+    exif[0x0112] = 6  # to be shown rotated clockwise, with white on the right
     pixels = decode(encoded(image, "JPEG", exif=exif, quality=95), (16, 32)).float()[0]
     assert pixels[:, 20:].mean() > 240
     assert pixels[:, :12].mean() < 15
@@ -115,7 +115,7 @@ def pages(*images: Image.Image, **options: Any) -> bytes:
 
 
 def test_a_stack_of_pages() -> None:
-    """One page of it would be read, and the rest lost in silence; a thumbnail behind the image is none of it."""
+    """Several pages of one size are refused, because all but the first would be lost. A thumbnail is allowed."""
     page = drawn_image(1)
     for big in (False, True):
         with pytest.raises(BadImage, match="a TIFF of several pages of one size; data.channels"):
@@ -128,7 +128,7 @@ def test_a_stack_of_pages() -> None:
     link = directory + 2 + 12 * entries
     for elsewhere in (9, 100, len(alone) - 1, len(alone) + 4, 0xFFFFFFF0):
         damaged = alone[:link] + elsewhere.to_bytes(4, "little") + alone[link + 4 :]
-        assert torch.equal(decode(damaged), decode(alone)), "the first page is whole"
+        assert torch.equal(decode(damaged), decode(alone)), "the first page must still be read"
 
 
 def test_a_format_that_was_not_allowed() -> None:
@@ -171,7 +171,7 @@ def test_random_boxes_have_the_area_they_are_asked_for() -> None:
         w * h / 10**6 for _, _, w, h in (random_box(rng, 1000, 1000, (0.2, 1.0), (0.75, 4 / 3)) for _ in range(500))
     ]
     assert min(areas) > 0.19
-    assert 0.5 < np.mean(areas) < 0.65  # a little below 0.6: wide large boxes miss
+    assert 0.5 < np.mean(areas) < 0.65  # a little below 0.6, because wide large boxes do not fit
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])

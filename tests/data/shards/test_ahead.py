@@ -1,4 +1,4 @@
-"""Remote shards come before their samples are due, and no more of them than the cache holds."""
+"""Remote shards are fetched before their samples are needed, and never more than the cache can hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     (tmp_path / "served").mkdir()
     for i in range(SHARDS):
         shard = shard_of(tmp_path / "served" / f"s{i}.tar", [bytes([i + 1]) * 600 for _ in range(IMAGES)])
-        ShardImages(str(shard), key="k")  # indexes it
+        ShardImages(str(shard), key="k")  # writes its index
     found, server = serve(tmp_path / "served")
     yield found
     server.shutdown()
@@ -60,7 +60,7 @@ def test_the_next_window_comes_while_this_one_is_read(served: Served, tmp_path: 
         ahead.come_to(seen)
         wanted = {*order.shards_in(*now, [0]), *order.shards_in(*after, [0])}
         until(lambda wanted=wanted: wanted <= require_existing(images))
-    assert served.whole() > SHARDS, "in a cache of four some were fetched twice"
+    assert served.whole() > SHARDS, "a cache for four shards must fetch some of them twice"
 
 
 def test_what_is_needed_now_is_not_pushed_out_by_what_comes_next(served: Served, tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_a_window_that_is_over_is_fetched_no_further(served: Served, tmp_path: P
     assert old - new - {first}
     served.bytes_per_s = 2 * (served.folder / "s0.tar").stat().st_size  # half a second each
     ahead.come_to(0)
-    until(lambda: len(served.log) > SHARDS)  # the first is on its way: the indexes came before
+    until(lambda: len(served.log) > SHARDS)  # the first shard is being fetched, after all indexes
     ahead.come_to(next(n for n in range(10_000) if order.window_at(n) == windows[3]))
     until(lambda: new <= require_existing(images))
     time.sleep(1)
-    assert require_existing(images) - new <= {first}, "what was on its way came, and nothing after it"
+    assert require_existing(images) - new <= {first}, "only the shard that was being fetched may arrive"
 
 
 def test_local_shards_need_nothing(served: Served, tmp_path: Path) -> None:

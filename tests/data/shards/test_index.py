@@ -1,4 +1,4 @@
-"""Indexes: what lies where in a tar, and which tars are refused."""
+"""Indexes: positions of images and labels in a tar, and which tars are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_finds_images_in_every_tar_format(tmp_path: Path, format: str, name: str
 
 
 def test_arrays_are_images_where_no_other_is_beside_them(tmp_path: Path) -> None:
-    """key.npy beside key.jpg is an embedding, or a map of depths."""
+    """key.npy next to key.jpg is an embedding or a depth map, not an image."""
     members = {"a.npy": b"1", "b.jpg": b"22", "b.npy": b"333", "c.depth.npy": b"4444", "c.png": b"5", "d.NPY": b"66"}
     index = scan(str(write_tar(tmp_path / "a.tar", members, tarfile.PAX_FORMAT)))
     assert [content(tmp_path / "a.tar", row) for row in index.table] == [b"1", b"22", b"5", b"66"]
@@ -70,7 +70,7 @@ def test_agrees_with_tarfile(
 
 
 def test_the_longest_names_there_are(tmp_path: Path) -> None:
-    """No index fits beside such a shard: its name would be longer than a file system takes."""
+    """The index of such a shard is in the cache, because its name next to the shard would be too long."""
     path = write_tar(tmp_path / ("x" * 251 + ".tar"), {f"{i}.jpg": b"data" for i in range(3)})
     for _ in range(2):
         assert len(index_shard(str(path), str(tmp_path / "cache")).table) == 3
@@ -79,7 +79,7 @@ def test_the_longest_names_there_are(tmp_path: Path) -> None:
 
 
 def test_no_two_threads_parse_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards are indexed by threads; CPython 3.11's parser is not for several."""
+    """Threads index shards, but the parser of CPython 3.11 must not be used by two threads at once."""
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": b"data" for i in range(3)})
     index_shard(str(path), str(tmp_path / "cache"))
     parse, inside, most = ast.literal_eval, 0, 0
@@ -105,7 +105,7 @@ def test_reads_what_webdataset_writes(tmp_path: Path) -> None:
     table = scan(str(tmp_path / "w.tar")).table
     assert [content(tmp_path / "w.tar", row) for row in table] == [bytes([i]) * 9 for i in range(5)]
     assert [content(tmp_path / "w.tar", row, 2) for row in table] == [str(i).encode() for i in range(5)]
-    assert (table[:, 4] == 0).all(), "a .cls is the label even where a .json lies beside it"
+    assert (table[:, 4] == 0).all(), "a .cls is the label even if there is also a .json"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -144,7 +144,7 @@ def test_a_corrupt_header_in_the_middle_is_refused_with_its_place(tmp_path: Path
 
 
 def test_a_negative_size_is_refused(tmp_path: Path) -> None:
-    """It would send the scan backwards, for ever."""
+    """A negative size would move the scan backwards, so that it never ends."""
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"x" * 600, "b.jpg": b"y"})
     data = bytearray(path.read_bytes())
     at = 512 + 1024
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written_sends_the_index_to_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"x"})
-    index_path(str(path)).mkdir()  # nothing can be renamed onto a folder; permissions do not stop root
+    index_path(str(path)).mkdir()  # no file can be renamed onto a folder, whereas permissions do not stop root
     (index_path(str(path)) / "x").touch()
     index_shard(str(path), str(tmp_path / "cache"))
     assert index_path(str(path), str(tmp_path / "cache")).exists()

@@ -1,4 +1,4 @@
-"""`index.json` of a folder: what it spares, and that nothing in it is believed."""
+"""`index.json` of a folder: which indexes need not be opened, and how wrong listings are detected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folder(shards: Path, tmp_path: Path) -> Path:
 
 
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Indexes that are opened from now on."""
+    """Return a list that collects the names of the indexes that are opened from now on."""
     found, real = list[str](), store_module.index_shard
     monkeypatch.setattr(store_module, "index_shard", lambda name, *a, **k: found.append(name) or real(name, *a, **k))
     return found
@@ -68,12 +68,12 @@ def test_a_shard_that_came_later_is_read_by_itself(folder: Path, monkeypatch: py
 
 @pytest.mark.parametrize("dated", [True, False])
 def test_a_shard_that_is_another_one(folder: Path, dated: bool) -> None:
-    """Seen at the start by its date; where that was put back, when its index is opened."""
+    """The date shows the change at the start. If the date was restored, opening the index shows the change."""
     first, before = folder / "shard-000000.tar", (folder / "shard-000000.tar").stat()
     data = bytearray(first.read_bytes())
     with tarfile.open(first) as tar:
         image = next(m for m in tar if not m.name.endswith(".cls"))
-    at = image.offset  # its first image is none by its name any more
+    at = image.offset  # by its name, its first image is no longer an image
     data[at : at + 100] = f"{image.name}.txt".encode().ljust(100, b"\0")
     data[at + 148 : at + 156] = b" " * 8
     data[at + 148 : at + 156] = f"{sum(data[at : at + 512]):06o}\0 ".encode()
@@ -136,12 +136,12 @@ def test_a_good_one(folder: Path) -> None:
 
 
 def test_parts_are_merged(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed on two machines, put into one folder: `mpp index` makes one listing of theirs."""
+    """`mpp index` makes one listing if parts from two machines are put into one folder."""
     for part in (1, 2):
         pack(str(image_folder), str(tmp_path / f"part{part}"), images_per_shard=10, workers=1, part=(part, 2))
         assert not (tmp_path / f"part{part}" / LISTING).exists()
         shutil.copytree(tmp_path / f"part{part}", tmp_path / "all", dirs_exist_ok=True)
-    (tmp_path / "all" / "dataset.json").unlink()  # of one part alone
+    (tmp_path / "all" / "dataset.json").unlink()  # describes only one part
     done = CliRunner().invoke(main, ["index", str(tmp_path / "all"), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.output) == {"images": 60, "labeled": 60, "shards": 6, "faults": [], "left_out": {}}
@@ -164,14 +164,14 @@ def test_only_so_many_stay_open() -> None:
     for i in range(2, INDEXES_HELD + 1):
         indexes[i]
     count = len(loaded)
-    assert indexes[1] == "shard 1"  # long ago
-    assert indexes[INDEXES_HELD] == f"shard {INDEXES_HELD}"  # just now
+    assert indexes[1] == "shard 1"  # used long ago
+    assert indexes[INDEXES_HELD] == f"shard {INDEXES_HELD}"  # used just now
     assert len(loaded) == count + 1
-    indexes[2]  # now the longest ago is 3
+    indexes[2]  # now 3 is the least recently used
     indexes[INDEXES_HELD + 1]
     count = len(loaded)
     assert indexes[2] == "shard 2"
-    assert len(loaded) == count, "the longest unread goes, not the first that came"
+    assert len(loaded) == count, "the least recently used index must be dropped"
     with pytest.raises(IndexError):
         indexes[2 * INDEXES_HELD]
 
@@ -180,7 +180,7 @@ SPEC = "/shard-{000000..000002}.tar"
 
 
 def test_beside_remote_shards(served: Served, folder: Path, tmp_path: Path) -> None:
-    """One question at the start, in place of one for each shard; an index is asked for when its shard is read."""
+    """One request at the start replaces one for each shard. An index is requested when its shard is read."""
     images = ShardImages(served.url + SPEC, key="k", cache_dir=str(tmp_path / "cache"))
     local = ShardImages(str(folder), key="k")
     assert [line[0] for line in served.log] == [f"/{LISTING}"]
@@ -196,7 +196,7 @@ def test_beside_remote_shards(served: Served, folder: Path, tmp_path: Path) -> N
 
 
 def test_of_remote_shards_that_changed(served: Served, folder: Path, tmp_path: Path) -> None:
-    """Their listing is then a lie, which the index shows."""
+    """If the listing is wrong, the index shows it when it is opened."""
     shutil.copy(folder / "shard-000001.tar", folder / "shard-000000.tar")
     index_path(str(folder / "shard-000000.tar")).unlink()
     images = ShardImages(served.url + SPEC, key="k", cache_dir=str(tmp_path / "cache"))

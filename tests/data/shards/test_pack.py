@@ -1,4 +1,4 @@
-"""`pack`: every image once, whatever the processes; interrupted, it goes on; what is no image is listed."""
+"""`pack` writes every image once with any number of processes, resumes after a stop, and lists other files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_is_no_image_is_listed_and_left_out(tmp_path: Path) -> None:
     }
     assert len((tmp_path / "out" / "skipped.tsv").read_text().splitlines()) == 5
     names = [k.rsplit(".", 1)[1] for k in members(tmp_path / "out") if not k.endswith("cls")]
-    assert sorted(names) == ["jpg", "png"], "the member's name says what it is"
+    assert sorted(names) == ["jpg", "png"], "the name of a member must end with its true format"
 
 
 def test_labels(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_cannot_be_packed(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not empty \(holds mine\.txt\)"):
         pack(str(image_folder), str(tmp_path / "full"))
     pack(str(image_folder), str(tmp_path / "o"), workers=1)
-    with pytest.raises(UserError, match=r"another call \(images_per_shard differ"):
+    with pytest.raises(UserError, match=r"other settings \(images_per_shard\)"):
         pack(str(image_folder), str(tmp_path / "o"), images_per_shard=7, workers=1)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_text("no image")

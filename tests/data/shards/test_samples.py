@@ -1,4 +1,4 @@
-"""Samples of a tar: one image each, and the label that is its own."""
+"""Samples of a tar: each has one image and its own label."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.data.test_labeled import tar_with
 
 
 def found(names: list[str], image_extension: str | None = None) -> tuple[dict[str, str | None], dict[str, int]]:
-    """(image -> its label, reason -> how many were left out): a member's offset is its place among the names."""
+    """Return (label by image, number of members left out by reason). A member's offset is its position in `names`."""
     rows, left_out = samples_among([(name, i, 1) for i, name in enumerate(names)], image_extension)
     pairs = {names[image]: names[label] if label >= 0 else None for image, _, label, _, _ in rows}
     return pairs, {reason: count for reason, (count, _) in left_out.found.items()}
@@ -55,7 +55,7 @@ def test_which_label_belongs_to_which_image(
 
 
 def test_the_last_of_several_members_with_one_name_counts() -> None:
-    """`tar -r` appends a corrected file; unpacking would keep it."""
+    """`tar -r` appends a corrected file, and unpacking would keep that one."""
     rows, left_out = samples_among([("a.jpg", 1, 10), ("a.cls", 2, 1), ("./a.jpg", 3, 30), ("a.cls", 4, 1)])
     assert rows == [(3, 30, 4, 1, 0)]
     assert left_out.found == {REPLACED: (2, "a.jpg")}
@@ -80,7 +80,7 @@ def test_the_order_of_the_members_does_not_matter(both: tuple[list[str], list[st
 
 
 def test_names_that_come_again_and_again_are_counted() -> None:
-    """They are one sample's images, most likely; numbers in names of photographs come once."""
+    """Such images most likely belong to one sample, whereas numbers in the names of photographs occur only once."""
     pairs, counted = found([f"{i}.{part}.png" for i in range(3) for part in ("rgb", "depth")])
     assert (len(pairs), counted) == (6, {SHARED_NAME: 6})
     assert found([f"v1.{i}.jpg" for i in range(3)])[1] == {}
@@ -107,7 +107,7 @@ def test_what_a_server_says_of_members_is_not_believed() -> None:
 
 
 def test_an_index_keeps_what_was_left_out(tmp_path: Path) -> None:
-    """The count is said by the next command, too, which reads no header of the shard."""
+    """The next command also reports the count, although it does not read the shard again."""
     image = encoded(drawn_image(0))
     path = tar_with(tmp_path / "0.tar", {"a.png": image, "a.seg.png": image, "._b.png": b"?"})
     first = index_shard(str(path), str(tmp_path))

@@ -1,4 +1,4 @@
-"""What `mpp pack` takes images from, besides folders: manifests, Parquet as Hugging Face has it, other shards; in parts."""
+"""Sources of `mpp pack` besides folders: manifests, Parquet of Hugging Face and other shards. Also packing in parts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import command
 
 
 def contents(out: Path) -> list[tuple[bytes, bytes | None]]:
-    """(image, label) of every sample, in order."""
+    """Return (image, label) of every sample, in order."""
     images = ShardImages(str(out), key="k")
     places = [(s, r) for s, count in enumerate(images.counts) for r in range(count)]
     return [(images.read(*at), stored[0] if (stored := images.read_label(*at)) else None) for at in places]
@@ -36,7 +36,7 @@ def photos(image_folder: Path) -> list[tuple[bytes, int]]:
 
 
 def written(folder: Path, photos: list[tuple[bytes, int]], *, as_struct: bool = True, names: bool = True) -> Path:
-    """As `datasets` writes it: two files of several row groups, the features in their metadata."""
+    """Write Parquet as `datasets` does: two files of several row groups, with the features in their metadata."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
@@ -63,7 +63,7 @@ def written(folder: Path, photos: list[tuple[bytes, int]], *, as_struct: bool = 
 
 @pytest.mark.parametrize("as_struct", [True, False])
 def test_parquet(as_struct: bool, photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
-    """Every row once, in order, whatever the sizes of row groups and shards."""
+    """Every row is packed once and in order, whatever the sizes of row groups and shards."""
     folder = written(tmp_path / "hf", photos, as_struct=as_struct)
     packed = pack(str(folder), str(tmp_path / "out"), images_per_shard=11, workers=1)
     assert (packed.shards, packed.images, packed.classes) == (6, 60, ["disc", "square"])
@@ -109,7 +109,7 @@ def test_parquet_that_is_not_of_images(photos: list[tuple[bytes, int]], tmp_path
 
 
 def test_parquet_labels_and_splits(photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
-    """What would be another label, or another split, in silence."""
+    """Files are refused if labels or splits would be mixed silently."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -149,7 +149,7 @@ def test_parquet_labels_and_splits(photos: list[tuple[bytes, int]], tmp_path: Pa
 
 
 def test_parquet_of_others(photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
-    """Names in place of numbers, numbers without names, and files without rows, whose columns have no type."""
+    """Labels may be names, or numbers without names. Files may have no rows, and then their columns have no type."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -168,7 +168,7 @@ def test_parquet_of_others(photos: list[tuple[bytes, int]], tmp_path: Path) -> N
     both = table(pa.array(["b", "a"])).append_column("labels", pa.array([1, 0]))
     parquet.write_table(both, tmp_path / "both.parquet")
     assert pack(str(tmp_path / "both.parquet"), str(tmp_path / "both"), workers=1).labeled
-    assert [label for _, label in contents(tmp_path / "both")] == [b"1", b"0"], "numbers before names"
+    assert [label for _, label in contents(tmp_path / "both")] == [b"1", b"0"], "numbers are preferred to names"
     parquet.write_table(table([str(n) for n in (10, 2, 0)]), tmp_path / "digits.parquet")
     assert pack(str(tmp_path / "digits.parquet"), str(tmp_path / "digits"), workers=1).classes == ["0", "2", "10"]
     parquet.write_table(table([f"a photo of {n}" for n in range(150)]), tmp_path / "captions.parquet")
@@ -199,7 +199,7 @@ def test_parquet_is_packed_first(photos: list[tuple[bytes, int]], tmp_path: Path
             open_labeled((str(place),), **options)
     (folder / "data" / "images").mkdir()
     (folder / "data" / "images" / "a.jpg").write_bytes(photos[0][0])
-    assert ShardImages(str(folder), key="data.shards").counts == [1], "a table beside images is about them"
+    assert ShardImages(str(folder), key="data.shards").counts == [1], "a table next to images describes them"
 
 
 def test_a_manifest(image_folder: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_other_shards(shards: Path, tmp_path: Path) -> None:
     packed = pack(str(shards), str(tmp_path / "out"), images_per_shard=16, workers=1)
     assert (packed.shards, packed.images, packed.classes) == (4, 60, ["disc", "square"])
     assert contents(tmp_path / "out") == contents(shards)
-    with tarfile.open(tmp_path / "named.tar", "w") as tar:  # names of classes, as WebDataset has them, too
+    with tarfile.open(tmp_path / "named.tar", "w") as tar:  # names of classes, which WebDataset also has
         for i, (data, _) in enumerate(contents(shards)[:3]):
             for ending, content in (("jpg", data), ("cls", b"a dog")):
                 info = tarfile.TarInfo(f"{i}.{ending}")
@@ -244,7 +244,7 @@ def test_other_shards(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_parts(kind: str, image_folder: Path, photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
-    """Each writes its own shards; whichever comes last finishes; all of it is what one call writes."""
+    """Each part writes its own shards, and the last one finishes. Together they write what one call writes."""
     source = image_folder if kind == "folder" else written(tmp_path / "hf", photos)
     pack(str(source), str(tmp_path / "one"), images_per_shard=7, workers=1)
     for i in (2, 3, 1):

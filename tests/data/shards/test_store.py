@@ -1,4 +1,4 @@
-"""Remote shards, from a real HTTP server on this machine."""
+"""Remote shards, served by a real HTTP server on this machine."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def cache(tmp_path: Path) -> Path:
 
 
 def cached_bytes(folder: Path) -> int:
-    """Of the shards that are in a cache, and on their way into it, at one moment."""
+    """Return the size in bytes of all shards that a cache holds or is fetching, at one moment."""
     if not folder.exists():
         return 0
     with open(folder / "room.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # nothing comes or leaves
-        files: dict[int, int] = {}  # by inode: one that is renamed meanwhile is still one
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nothing is added or deleted meanwhile
+        files: dict[int, int] = {}  # by inode, so that a file that is renamed meanwhile counts once
         for path in folder.iterdir():
             if path.name.endswith((".tar", ".tar.part")):
                 with contextlib.suppress(FileNotFoundError):
@@ -65,7 +65,7 @@ def cached_bytes(folder: Path) -> int:
 
 
 def kept(cache: Path) -> list[str]:
-    """What a cache holds beside its locks and indexes."""
+    """Return the names of the files in a cache, except locks and indexes."""
     return sorted(p.name for p in (cache / "shards").iterdir() if p.suffix not in (".lock", ".npz"))
 
 
@@ -105,17 +105,19 @@ def test_a_few_images_are_read_without_their_shards(served: Served, shards: Path
     images, local = (ShardImages(s, key="k", cache_dir=str(cache)) for s in (served.url + SPEC, str(shards)))
     assert images.read(1, 3, few=True) == local.read(1, 3)
     offset, size = local.indexes[1].table[3, :2]
-    assert served.log[-1][1:] == (206, offset - 512, 512 + size), "with its header, by which it is known"
+    assert served.log[-1][1:] == (206, offset - 512, 512 + size), (
+        "must include the header, which identifies it"
+    )
     assert kept(cache) == []
     assert [images.read(1, row, few=True) for row in range(25)] == [local.read(1, row) for row in range(25)]
-    assert served.whole() == 1, "more than a few: it is fetched"
+    assert served.whole() == 1, "after more than a few images, the whole shard must be fetched"
     served.ranges = False
     assert images.read(0, 3, few=True) == local.read(0, 3)
-    assert served.whole() == 3, "of a server that sends no parts it is fetched, too"
+    assert served.whole() == 3, "if the server sends no parts, the whole shard must be fetched"
 
 
 def test_what_is_left_out_of_a_remote_shard_is_named_without_secrets(served: Served, cache: Path) -> None:
-    """By image_extension, too: a server may hold an index for each."""
+    """The server may have a separate index for each image_extension."""
     image = encoded(drawn_image(0))
     tar_with(served.folder / "pairs.tar", {"a.jpg": image, "a.seg.png": image, "._a.jpg": b"?"})
     url = f"{served.url}/pairs.tar?X-Amz-Signature=SECRET"
@@ -132,7 +134,7 @@ def test_what_is_left_out_of_a_remote_shard_is_named_without_secrets(served: Ser
 
 
 def test_a_part_of_another_shard_of_the_same_size_is_not_believed(served: Served, cache: Path, tmp_path: Path) -> None:
-    """Each image of it would be read from the middle of one, or of two."""
+    """Otherwise images would be read at the offsets of the other shard, from the middle of one image or of two."""
     (tmp_path / "others").mkdir()
     for name, sizes in (("a", (3000, 2000, 9000)), ("b", (9000, 2000, 3000))):
         shard = shard_of(tmp_path / "others" / f"{name}.tar", [bytes([n % 7]) * n for n in sizes])
@@ -204,7 +206,7 @@ def test_a_shard_that_changes_while_it_is_copied_is_copied_anew(longer: int, ser
     path = Store(str(cache)).fetch(served.url + "/shard-000002.tar")
     assert path is not None
     assert path.read_bytes() == other
-    assert [status for _, status, _, _ in served.log] == [200, 200], "it was asked for a part of that version alone"
+    assert [status for _, status, _, _ in served.log] == [200, 200], "only a part of the first version may be requested"
 
 
 def test_another_part_than_was_asked_for_is_not_believed(served: Served, cache: Path) -> None:
@@ -220,7 +222,7 @@ def test_a_library_goes_on_in_no_other_version(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(remote, "SCHEMES", ("memory",))
     fsspec.filesystem("memory").pipe("/a.bin", b"0123456789")
-    with remote.opened("memory://a.bin", start=4) as answer:  # a part, of whichever version
+    with remote.opened("memory://a.bin", start=4) as answer:  # a part of any version
         assert (answer.start, answer.stream.read()) == (4, b"456789")
     with remote.opened("memory://a.bin", start=4, version="older") as answer:
         assert (answer.start, answer.stream.read()) == (0, b"0123456789")
@@ -231,7 +233,7 @@ def test_a_server_that_sends_a_part_of_another_file_is_not_believed(
 ) -> None:
     file = served.folder / "shard-000002.tar"
     real = remote.urllib.request.Request.add_header
-    monkeypatch.setattr(  # as if it did not know If-Range
+    monkeypatch.setattr(  # as if the server ignored If-Range
         remote.urllib.request.Request, "add_header", lambda self, k, v: None if k == "If-Range" else real(self, k, v)
     )
     other = bytes(512) * 40 + file.read_bytes()
@@ -274,7 +276,7 @@ def test_what_cannot_be_had_is_one_line_and_leaves_nothing(served: Served, cache
 
 def test_a_wrong_length_is_not_believed(served: Served, cache: Path) -> None:
     served.faults += [{"length": 1000}, {"length": 10_000_000}]
-    with pytest.raises(UserError, match=r"000\.tar: what arrived is no shard: cut off"):
+    with pytest.raises(UserError, match=r"000\.tar: the download is not a shard: cut off"):
         Store(str(cache)).fetch(served.url + "/shard-000000.tar")
     path = Store(str(cache)).fetch(served.url + "/shard-000000.tar")
     assert path is not None
@@ -286,7 +288,7 @@ def test_the_cache_is_bounded_and_the_oldest_leaves(served: Served, shards: Path
     size = (shards / "shard-000000.tar").stat().st_size
     before = Store(str(cache), limit_bytes=10 * size)
     paths = [before.fetch(f"{served.url}/shard-00000{i}.tar") for i in (0, 1)]
-    before.fetch(f"{served.url}/shard-000000.tar")  # used again: the other one is older now
+    before.fetch(f"{served.url}/shard-000000.tar")  # used again, so that the other shard is older
     last = Store(str(cache), limit_bytes=1.9 * size).fetch(f"{served.url}/shard-000002.tar")
     assert [path is not None and path.exists() for path in (*paths, last)] == [True, False, True]
 
@@ -297,11 +299,11 @@ def test_what_is_read_stays(served: Served, shards: Path, cache: Path) -> None:
     for shard in (0, 1):
         images.read(shard, 0)
         path = images.store.target(images.names[shard])
-        os.utime(path, ns=(time.time_ns() - (10 - shard) * 10**9, path.stat().st_mtime_ns))  # a while ago
+        os.utime(path, ns=(time.time_ns() - (10 - shard) * 10**9, path.stat().st_mtime_ns))  # last used a while ago
     images.read(0, 1)
     images.read(2, 0)
     there = [images.store.target(name).exists() for name in images.names]
-    assert there == [True, False, True], "the second was used least recently"
+    assert there == [True, False, True], "the second shard was used least recently"
 
 
 def test_a_server_that_says_no_length(served: Served, shards: Path, cache: Path) -> None:
@@ -320,7 +322,7 @@ def test_a_server_that_says_no_length(served: Served, shards: Path, cache: Path)
 
 
 def test_the_bound_holds_at_every_moment(served: Served, shards: Path, cache: Path) -> None:
-    """Four readers at a time, of three shards, in a cache for two: nothing is over the bound, and all is read right."""
+    """Four readers of three shards share a cache for two: it stays below its bound, and all images are read correctly."""
     local = ShardImages(str(shards), key="k")
     sizes = sorted(i.size_bytes for i in local.indexes)
     limit, wrong, most, ended = sizes[1] + sizes[2] + 100, [], 0, threading.Event()
@@ -349,7 +351,7 @@ def test_the_bound_holds_at_every_moment(served: Served, shards: Path, cache: Pa
     watching.join()
     assert not wrong
     assert 0 < most <= limit
-    assert served.whole() > 3, "some left, and were fetched again"
+    assert served.whole() > 3, "some shards must have been deleted and fetched again"
 
 
 @pytest.mark.slow
@@ -393,7 +395,7 @@ def test_what_a_living_process_fetches_stays(served: Served, shards: Path, cache
 
 
 def test_a_copy_that_left_takes_no_space(served: Served, cache: Path) -> None:
-    """Nor would one that is still open somewhere give its space back."""
+    """No file of the cache may stay open, because a deleted file takes space until it is closed."""
     images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache))
     for shard in range(3):
         images.read(shard, 0)
@@ -425,7 +427,7 @@ def test_a_shard_that_is_another_than_its_index_says(fetched: bool, served: Serv
     images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache))
     if fetched:
         images.read(0, 0)
-        images.store.target(images.names[0]).unlink()  # it left the cache
+        images.store.target(images.names[0]).unlink()  # as if it had been deleted from the cache
     shutil.copy(served.folder / "shard-000001.tar", served.folder / "shard-000000.tar")
     with pytest.raises(UserError, match=r"000\.tar: changed since it was indexed; start again"):
         images.read(0, 0)
@@ -439,14 +441,14 @@ def test_an_index_from_elsewhere_is_not_believed(served: Served, tmp_path: Path,
     shutil.copy(index_path(str(shard)), index_path(str(served.folder / "shard-000002.tar")))
     index_path(str(served.folder / "shard-000001.tar")).write_bytes(b"<html>")
     images = ShardImages(served.url + SPEC, key="k", cache_dir=str(cache))
-    assert images.counts == [25, 25, 2], "plausible, but another shard's"
-    assert served.whole() == 1, "no index at all: the shard was fetched"
+    assert images.counts == [25, 25, 2], "the index is plausible, but belongs to another shard"
+    assert served.whole() == 1, "the file is not an index, so the shard must be fetched"
     with pytest.raises(UserError, match=r"002\.tar: changed since it was indexed"):
         images.read(2, 0, few=True)
 
 
 def test_an_answer_that_is_no_shard_never_enters_the_cache(served: Served, cache: Path) -> None:
-    with pytest.raises(UserError, match=r"dataset\.json: what arrived is no shard: "):
+    with pytest.raises(UserError, match=r"dataset\.json: the download is not a shard: "):
         Store(str(cache)).fetch(served.url + "/dataset.json")
     assert kept(cache) == []
 

@@ -1,4 +1,4 @@
-"""Detection: losses and boxes of every detector over every kind of encoder, the metric, then whole runs."""
+"""Detection: losses and boxes of every detector on every kind of encoder, the metric, then whole runs."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def test_losses_and_boxes(maps: FeatureMaps, detector: Any) -> None:
     loss.backward()
     assert loss.isfinite()
     assert loss.ndim == 0
-    assert all(p.grad is not None for p in task.parameters()), "nothing is left without a gradient"
+    assert all(p.grad is not None for p in task.parameters()), "every parameter must get a gradient"
     found = task.eval()(maps_of(maps), (64, 64))
     for one in found:
         assert 0 < len(one["boxes"]) <= 7
         assert one["labels"].min() >= 0
-        assert one["labels"].max() <= 1, "numbers of the classes, without a background"
+        assert one["labels"].max() <= 1, "labels must be class numbers, without a background"
         assert one["boxes"].min() >= 0
         assert one["boxes"].max() <= 64
-    assert task.detector.backbone.maps is None, "nothing is kept"
+    assert task.detector.backbone.maps is None, "the maps must not be kept"
 
 
 @pytest.mark.parametrize(
     ("detector", "lr", "steps"), [("fcos", 2e-3, 60), ("retinanet", 1e-3, 150), ("faster_rcnn", 2e-3, 30)]
 )
 def test_it_finds_what_it_was_shown(detector: Any, lr: float, steps: int) -> None:
-    """Two images learned by heart, from their maps alone."""
+    """Each detector learns two images by heart, from their feature maps."""
     torch.manual_seed(0)
     task = DetectTask(PLAIN, 2, detector=detector, width=32, finest=2)
     targets = [target([[8, 8, 32, 32]], [0]), target([[24, 20, 60, 44]], [1])]
@@ -90,7 +90,7 @@ def test_it_finds_what_it_was_shown(detector: Any, lr: float, steps: int) -> Non
     ids=["14 px", "odd", "4 px", "8 px"],
 )
 def test_anchors_stand_at_the_cells(detector: Any, stride: int, cells: int, finest: Any) -> None:
-    """Where the features are, whatever the patch size."""
+    """Anchors are centred on the cells of the feature maps, whatever the patch size."""
     task = DetectTask(FeatureMaps((8,), (stride,)), 2, detector=detector, width=32, finest=finest)
     side = stride * cells
     levels = task.pyramid([torch.zeros(1, 8, cells, cells)])
@@ -132,11 +132,11 @@ def test_boxes_are_told_in_the_pixels_of_the_file() -> None:
     task = DetectTask(PLAIN, 2, width=32).eval()
     shown = {"boxes": torch.tensor([[10.0, 5, 20, 10], [90, 40, 120, 60]]), "labels": torch.tensor([0, 1]), "scores": torch.tensor([0.9, 0.8])}  # fmt: skip
     (found,) = task.predict(lambda x: [shown], torch.zeros(1, 3, 64, 64), [true_of([], [], 0.5)])
-    assert found["boxes"].tolist() == [[20, 10, 40, 20], [180, 80, 200, 100]], "and not beyond its edge"
+    assert found["boxes"].tolist() == [[20, 10, 40, 20], [180, 80, 200, 100]], "boxes must end at the edge of the image"
     beside = {k: torch.cat([v, v[:1]]) for k, v in shown.items()}
     beside["boxes"][2] = torch.tensor([10.0, 52, 20, 60])
     (found,) = task.predict(lambda x: [beside], torch.zeros(1, 3, 64, 64), [true_of([], [], 0.5)])
-    assert len(found["boxes"]) == 2, "nor on the grey below it"
+    assert len(found["boxes"]) == 2, "boxes on the grey area below the image must be dropped"
 
 
 def test_metrics_by_hand() -> None:
@@ -146,12 +146,12 @@ def test_metrics_by_hand() -> None:
     exact = [{k: t[k] for k in ("boxes", "labels")} | {"scores": torch.ones(len(t["labels"]))} for t in (first, second)]
     perfect = task.metrics([[(exact[0], first)], [(exact[1], second)]])
     assert perfect["map"] == perfect["map_50"] == perfect["mar_100"] == pytest.approx(1)
-    assert "map_large" not in perfect, "no box is large"
+    assert "map_large" not in perfect, "a size without boxes must have no metric"
     assert task.per_class([[(exact[0], first), (exact[1], second)]]).isnan().tolist() == [False, False, True]
     wrong = {**exact[0], "labels": torch.tensor([1, 0])}
     half = task.metrics([[(wrong, first), (exact[1], second)]])["map"]
     assert 0 < half < 0.6
-    # overlap of 0.625 counts at 0.50, 0.55 and 0.60 of the ten
+    # an overlap of 0.625 counts at 0.50, 0.55 and 0.60, three of the ten thresholds
     shifted = {"boxes": torch.tensor([[0.0, 0, 20, 12.5]]), "labels": torch.tensor([0]), "scores": torch.ones(1)}
     assert task.metrics([[(shifted, second)]])["map"] == pytest.approx(0.3, abs=1e-3)
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
@@ -239,7 +239,7 @@ def test_boxes_that_are_left_out_are_named(shapes: Path, tmp_path: Path) -> None
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
 def test_on_two_processes(shapes: Path, tmp_path: Path, detector: str) -> None:
-    """Losses are means over the objects a process sees, so they are near those of one process, not the same."""
+    """Losses are means over the objects that a process sees, so they are close to those of one process but not equal."""
     import yaml
 
     for out, processes in (("one", 1), ("two", 2)):

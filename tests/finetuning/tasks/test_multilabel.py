@@ -1,4 +1,4 @@
-"""Several labels an image: metrics, sources, and what does not go with it."""
+"""Several labels per image: metrics, sources, and keys that the task refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230)}
 
 
 def quarters(number: int) -> tuple[Image.Image, list[str]]:
-    """Grey, with a square of each of some colours in a corner of its own, and one pixel unlike any other image's."""
+    """Return a grey image and its colours, each of which has a square in a corner of its own.
+
+    One pixel differs from that of any other image.
+    """
     rng = np.random.default_rng(number)
     image, found = Image.new("RGB", (16, 16), (128, 128, 128)), []
     image.putpixel((15, 15), (number, number, number))
@@ -41,7 +44,7 @@ def quarters(number: int) -> tuple[Image.Image, list[str]]:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train.csv of 60 images and val.csv of 40; some have no label at all."""
+    """Write train.csv of 60 images and val.csv of 40. Some images have no label."""
     folder = tmp_path_factory.mktemp("several")
     (folder / "images").mkdir()
     for name, numbers in (("train", range(60)), ("val", range(60, 100))):
@@ -96,7 +99,7 @@ def test_it_learns_and_says_all_labels(tables: Path, tmp_path: Path) -> None:
     for i, row in zip(range(60, 100), rows, strict=True):
         said = {row[f"class{s}"] for s in ("", "_2", "_3") if row[f"probability{s}"] > 0.5}
         right.append(said == set(quarters(i)[1]))
-    assert np.mean(right) > 0.7, "probabilities of each class by itself: none, one or several above one half"
+    assert np.mean(right) > 0.7, "each class has its own probability, so none, one or several are above one half"
     with pytest.raises(UserError, match="--report: only for one label an image"):
         mpp.predict(trial, [str(tables / "images")], report=tmp_path / "r")
 
@@ -105,7 +108,7 @@ def test_as_scikit_learn() -> None:
     rng = torch.Generator().manual_seed(0)
     labels = (torch.rand(200, 4, generator=rng) < 0.3).float()
     labels[:, 3] = 0  # never occurs
-    labels[:, 2] = 1  # always does
+    labels[:, 2] = 1  # is in every image
     logits = torch.randn(200, 4, generator=rng) + labels
     found = MultilabelTask(8, 4).metrics([(logits[:50], labels[:50]), (logits[50:], labels[50:])])
     p, y = logits.sigmoid().numpy(), labels.numpy()
@@ -119,7 +122,7 @@ def test_a_table(tables: Path) -> None:
     assert data.classes == ["blue", "green", "red"]
     assert data.labels.shape == (60, 3)
     assert [sorted(np.array(data.classes)[row]) for row in data.labels] == [sorted(quarters(i)[1]) for i in range(60)]
-    assert not data.labels.any(1).all(), "an image may have none"
+    assert not data.labels.any(1).all(), "an image may have no label"
     assert len(data.subset(labels_per_class=None, fraction=0.5, seed=0)) == 30
     fit, tune = split(data.strata, 0.25, 0)
     assert (len(fit), len(tune)) == (45, 15)
@@ -168,7 +171,7 @@ def test_shards_and_class_folders(image_folder: Path, tmp_path: Path) -> None:
         ),
         (
             "image,labels\na.png,b;c\na.png,b\n",
-            r"t\.csv:3: a.png a second time with another label, b; line 2 says b, c",
+            r"t\.csv:3: a.png is named twice, with different labels: b; line 2 has b, c",
         ),
         ("image,labels\na.png,b\nc.png,b;purple\n", r"t\.csv:3: 'purple' is none of the 1 classes of the training"),
     ],
@@ -185,7 +188,7 @@ def test_a_comma_in_a_label(tmp_path: Path) -> None:
 
 
 def test_one_finding_present_or_not(tables: Path, tmp_path: Path) -> None:
-    """A single class is judged against its absence; without any label there is nothing to learn."""
+    """A single class is judged against its absence. Without any label, there is nothing to learn."""
     rows = [f"images/{i}.png,{'tumour' if i % 3 == 0 else ''}" for i in range(12)]
     (tables / "one.csv").write_text("\n".join(["image,labels", *rows]) + "\n")
     one = {"data.train": str(tables / "one.csv"), "data.val": str(tables / "one.csv")}

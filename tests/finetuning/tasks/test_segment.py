@@ -1,4 +1,4 @@
-"""Segmentation: windows, metrics and losses by hand and against scikit-learn, then whole runs."""
+"""Segmentation: windows, metrics and losses compared with values by hand and scikit-learn's, then whole runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_windows_cover_the_image_and_overlap(size: tuple[int, int], window: tupl
 
 
 def pointwise(x: torch.Tensor) -> torch.Tensor:
-    """Logits that depend on a pixel alone: windows must not change them."""
+    """Return logits of each pixel that depend on that pixel only, so windows must not change them."""
     v = x.float().mean(1, keepdim=True) / 255
     return torch.cat([1 - 2 * (v - 0.2).abs(), 1 - 2 * (v - 0.5).abs(), 1 - 2 * (v - 0.9).abs()], 1)
 
@@ -81,9 +81,11 @@ def test_windows_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_classes_at_another_size_are_those_of_interpolated_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(4, 9, 13, generator=torch.Generator().manual_seed(1))
     whole = F.interpolate(logits[None], (31, 20), mode="bilinear", align_corners=False)[0].argmax(0)
-    for limit in (2**26, 4 * 20 * 3):  # at once, and in bands of three rows
+    for limit in (2**26, 4 * 20 * 3):  # in one piece, and in bands of three rows
         monkeypatch.setattr(segment, "LOGITS_AT_ONCE", limit)
-        assert (segment._classes_at(logits, (31, 20)).long() == whole).float().mean() > 0.998, "but for ties"
+        assert (segment._classes_at(logits, (31, 20)).long() == whole).float().mean() > 0.998, (
+            "classes may differ at ties only"
+        )
 
 
 def test_metrics_as_scikit_learn() -> None:
@@ -118,7 +120,7 @@ def test_an_ignored_class_is_never_said() -> None:
     (said,) = task.predict(pointwise, [image], [(16, 16)], (8, 8))
     assert set(said.flatten().tolist()) == {0, 2}
     judged = task.judge(pointwise, [image], [torch.from_numpy(rng.integers(0, 3, (8, 8), dtype=np.uint8))], (8, 8))
-    assert task.per_class([judged]).isnan().tolist() == [False, True, False], "nor counted"
+    assert task.per_class([judged]).isnan().tolist() == [False, True, False], "an ignored class must not be counted"
 
 
 def test_the_loss_is_a_mean_over_images_whatever_the_batch() -> None:
@@ -129,7 +131,7 @@ def test_the_loss_is_a_mean_over_images_whatever_the_batch() -> None:
     task = a_task()
     alone = [task.loss(logits[i : i + 1], masks[i : i + 1]) for i in range(4)]
     assert task.loss(logits, masks) == pytest.approx(float(torch.stack(alone).mean()))
-    assert alone[2] == 0, "nothing to learn from"
+    assert alone[2] == 0, "an image without labels must have a loss of 0"
     assert alone[1] == pytest.approx(float(F.cross_entropy(logits[1:2, :, 5:], masks[1:2, 5:].long())))
     task.weigh(torch.tensor([8, 2, 0]))
     assert task.class_weights is not None
@@ -188,7 +190,7 @@ def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     with Image.open(cell / "predictions.png") as picture:
         assert min(picture.size) > 300
     if "architecture" in changes or not changes:
-        assert mpp.verify(cell).difference <= 1e-5, "the encoder is plain timm"
+        assert mpp.verify(cell).difference <= 1e-5, "the encoder must be plain timm"
     model, again, classes = load_dense(cell)
     assert (again, classes) == (
         recipe_of_approach(recipe(shapes, tmp_path / "ft", **changes), "scratch"),
@@ -222,7 +224,7 @@ def test_batch_norms_have_the_statistics_of_training_crops(shapes: Path, tmp_pat
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    """Where the colour says it all, a few steps do."""
+    """A few steps suffice if the colour determines the class."""
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
         for name in ("images", "masks"):
@@ -269,7 +271,7 @@ def test_pretrained_beside_scratch(shapes: Path, tmp_path: Path) -> None:
     assert not torch.equal(scratch.encoder.state_dict()["blocks.0.mlp.fc1.weight"], stored["blocks.0.mlp.fc1.weight"])
     assert all(
         torch.equal(a, b) for a, b in zip(pretrained.task.parameters(), scratch.task.parameters(), strict=True)
-    ), "the approaches share the head they begin with"
+    ), "all approaches must begin with the same head"
     result = mpp.finetune(given)
     assert result.score.keys() == {"pretrained", "scratch", "cnn"}
     assert result.gain is not None
@@ -296,7 +298,7 @@ def test_on_two_processes_the_losses_are_those_of_one(shapes: Path, tmp_path: Pa
         ({"data.erase": 0.2}, "data: erase: not with task: segment"),
         ({"pool": "token"}, "pool: not with task: segment"),
         ({"balance": "sampling"}, None),
-        ({"lora": {}}, "lora: with encoder: scratch there is nothing to adapt"),
+        ({"lora": {}}, "lora: cannot be combined with encoder: scratch"),
         ({"data.val_side_px": 16}, "data: val_side_px: at least the shorter of image_size, 32"),
         ({"task.ignore_index": 256}, "task.ignore_index: must be >= 0 and <= 255"),
         ({"task.finest": 3}, "task.finest: no such choice; got 3. Allowed: 1, 2, 4"),
@@ -371,4 +373,4 @@ def test_which_blocks_are_read(name: str, args: dict[str, Any], indices: list[in
     torch.stack([m.sum() for m in given]).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
-    assert all(p.grad is not None for p in trained), "and what no map depends on is frozen"
+    assert all(p.grad is not None for p in trained), "parameters that no map depends on must be frozen"
