@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # bit-equal on any machine, and the processes under te
 
 
 class Runs:
-    """Pickled, it leaves a folder behind where it is opened."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -31,7 +31,7 @@ class Runs:
 
 
 def drawn_image(number: int, size: int = 24, channels: int = 3) -> Image.Image:
-    """A gradient with a shape on it, different for each number; even numbers have discs, odd ones squares."""
+    """Return a gradient with a shape on it, different for each number. Even numbers have discs, odd ones squares."""
     rng = np.random.default_rng(number)
     ramp = np.linspace(0, 1, size)
     low, high = rng.integers(0, 120, 3), rng.integers(130, 255, 3)
@@ -53,7 +53,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 JPEGs and PNGs in two class folders."""
+    """Return a folder with 60 JPEGs and PNGs in two class folders."""
     folder = tmp_path_factory.mktemp("images")
     for i in range(60):
         target = folder / ("disc" if i % 2 == 0 else "square")
@@ -65,7 +65,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as shards with labels, 25 + 25 + 10 images."""
+    """Return the same images as labeled shards of 25, 25 and 10 images."""
     from mpp.data.shards.pack import pack
 
     out = tmp_path_factory.mktemp("shards")
@@ -75,14 +75,14 @@ def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`tests.documented.Workspace`: what pages take for granted, made once for all of them."""
+    """Return a `tests.documented.Workspace`: what pages require, made once for all of them."""
     from tests.documented import Workspace
 
     return Workspace(tmp_path_factory.mktemp("documented") / "workspace")
 
 
 def pretrain_values(shards: Path | str, out: Path | str, **changes: Any) -> dict[str, Any]:
-    """A recipe that trains in a second: 16 px, patches of 4, width 32, 2 blocks."""
+    """Return a recipe that trains in a second: 16 px, patches of 4 px, width 32, 2 blocks."""
     values: dict[str, Any] = {
         "out": str(out),
         "data": {"shards": str(shards), "image_size": 16, "workers": 0, "held_out": 12},
@@ -129,7 +129,15 @@ def command(
     environment: dict[str, str] | None = None,
     **options: Any,
 ) -> subprocess.CompletedProcess[str]:
-    """`mpp …`, or another module, as a process of its own, or under torchrun on several. environment: more of it."""
+    """Run `mpp …`, or another module, in its own process, or under torchrun on several.
+
+    Args:
+        *words: Command line after the module.
+        processes: Number of processes.
+        module: Module to run.
+        environment: Additional environment variables.
+        **options: Options of `subprocess.run`.
+    """
     launcher = [sys.executable, "-m", module]
     if processes > 1:
         launcher = [
@@ -143,7 +151,7 @@ def command(
 
 
 def tool(name: str) -> Any:
-    """A script of tools/ as a module."""
+    """Import a script of tools/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec
     assert spec.loader
@@ -154,7 +162,7 @@ def tool(name: str) -> Any:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shapes on textures, 32 px: unlabeled/ 100, train/ 24 and val/ 8 with masks and boxes."""
+    """Return a folder of shapes on textures, 32 px: unlabeled/ 100, train/ 24 and val/ 8 with masks and boxes."""
     out = tmp_path_factory.mktemp("shapes")
     tool("draw_shapes").main([str(out), "--unlabeled", "100", "--train", "24", "--val", "8", "--side-px", "32"])
     return out

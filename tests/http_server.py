@@ -1,4 +1,4 @@
-"""A folder served over HTTP on this machine, by a server that can be slow, break off, refuse or change its mind."""
+"""Serve a folder over HTTP on this machine. The server can be slow, break off, refuse or change its mind."""
 
 from __future__ import annotations
 
@@ -14,31 +14,38 @@ from typing import Any
 
 @dataclass
 class Served:
-    """What a server did, and what it is to do to the next requests for shards."""
+    """What a server did, and how it answers the next requests for shards."""
 
     folder: Path
     ranges: bool = True
-    """Whether it answers a wish for a part with that part."""
+    """Whether a request for a part of a file is answered with that part."""
     tags: bool = True
-    """Whether it says by which version of a file its answer is."""
+    """Whether answers have an ETag, which identifies the version of the file."""
     weak: bool = False
-    """Whether these versions stand for what a file means, not for its bytes."""
+    """Whether the ETags are weak: they identify what a file means, not its bytes."""
     lengths: bool = True
     indexes: bool = True
-    """Whether it gives out the indexes beside the shards."""
+    """Whether the indexes next to the shards are served."""
     listings: bool = False
-    """Whether it gives out index.json, of all of them."""
+    """Whether index.json, with the indexes of all shards, is served."""
     bytes_per_s: float = 0.0
     faults: deque[dict[str, Any]] = field(default_factory=deque)
-    """status, retry_after_s, location; or shift: by which a part begins later than it was asked for; cut: bytes that are sent; with length: that is claimed; then: done meanwhile"""
+    """Faults of the next requests for shards, one each, as dictionaries of these keys:
+
+    status, retry_after_s, location: status code and headers of an answer without content
+    shift: bytes by which a part begins later than requested
+    cut: number of bytes that are sent
+    length: Content-Length of the answer
+    then: function that is called before the content is sent
+    """
     log: list[tuple[str, int, int, int]] = field(default_factory=list)
-    """(path, status, first byte, bytes sent) of each request"""
+    """(path, status, first byte, bytes sent) of each request."""
     url: str = ""
     login: str | None = None
-    """What it wants to see as Authorization."""
+    """Authorization header that requests must have."""
 
     def whole(self, name: str = ".tar") -> int:
-        """How often a file whose name ends so was sent from its first byte to its last."""
+        """Return how often files whose path ends so were sent from their first byte to their last."""
         sizes = {f"/{p.name}": p.stat().st_size for p in self.folder.iterdir()}
         return sum(path.endswith(name) and sent == sizes[path] for path, _, _, sent in self.log)
 
@@ -101,11 +108,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """One who hangs up is no news."""
+        """Ignore clients that hang up."""
 
 
 def serve(folder: Path) -> tuple[Served, Server]:
-    """A server of this folder, and what it does."""
+    """Start a server of a folder, and return what it does and the server."""
     served = Served(folder)
     server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"served": served}))
     served.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,6 +1,8 @@
-"""`python -m tests.preloaded`: runs commands of mpp's, each in a process of its own that begins with torch imported.
+"""`python -m tests.preloaded`: run commands of mpp, each in its own process that begins with torch imported.
 
-A line of JSON in, {"words": […], "cwd": …}, one out, {"code": …, "said": …}. Importing is most of what a small command takes.
+It reads a line of JSON, {"words": […], "cwd": …}, and answers with one, {"code": …, "said": …}. Small commands spend
+most
+of their time on imports.
 """
 
 from __future__ import annotations

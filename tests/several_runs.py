@@ -1,8 +1,8 @@
-"""Recipes of a JSON file, one after another in the same processes: `torchrun -m tests.several_runs FILE`.
+"""Run the recipes of a JSON file one after another in the same processes: `torchrun -m tests.several_runs FILE`.
 
     [{"values": {…}, "resume": "never"}, …]
 
-It saves starting processes for each.
+This saves starting processes for each recipe.
 """
 
 from __future__ import annotations

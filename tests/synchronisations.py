@@ -1,4 +1,4 @@
-"""What asks a device for a value, and so waits for it: counted on CPUs, where nothing waits."""
+"""Count what asks a device for a value, and so waits for it. The count is made on CPUs, where nothing waits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ASKING_METHODS = ("tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__
 
 
 class Asked:
-    """A context; `found` has a line of code for each time that a value was asked for.
+    """A context whose `found` has a line of code for each time that a value was asked for.
 
-    Sample numbers, int64 that the loader made, are the host's own and are not counted.
+    Tensors of int64 are not counted: they are sample numbers, which the dataloader made on the host.
     """
 
     def __init__(self) -> None:
@@ -65,17 +65,18 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")
         indices = args[1] if name.startswith(("index.", "index_put")) else ()
-        by_bool = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)  # counts what is True
+        by_bool = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)  # counts what is true
         if name.startswith(ASKING_OPERATIONS) or by_bool:
             self.asked.note(name, args[0])
         return func(*args, **(kwargs or {}))
 
 
 def check_steady_steps(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
-    """Check that a run of six steps, whose steps 2 to 5 log and save nothing, asks the device for nothing in these, but
-    for what came of the step before, once the next one is on its way.
+    """Check that steady steps of a run ask the device for nothing but results of the step before.
 
-    The first step is logged by pretraining, and not by fine-tuning.
+    The run has six steps, of which steps 2 to 5 log and save nothing. The results of a step may be read once the next
+    step
+    is on its way. The first step is logged by pretraining, and not by fine-tuning.
     """
     asked, events, sent = Asked(), list[Any](), itertools.count(1)
     made, read = Exchange.__init__, Exchange.read
@@ -104,7 +105,7 @@ def check_steady_steps(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object
     steps = [e for e in events if isinstance(e, int)]
     assert len(steps) == 6
     assert asked.found[steps[1] : steps[5]] == []
-    assert len(asked.found) > steps[5], "the control: measuring at the end does ask"
+    assert len(asked.found) > steps[5], "control: measuring at the end must ask the device"
     told = [e for e in events if isinstance(e, str)]
     first = ["1 sent", "1 read", "2 sent", "3 sent", "2 read"], ["1 sent", "2 sent", "1 read", "3 sent", "2 read"]
     assert told[:5] in first

@@ -1,4 +1,4 @@
-"""The benchmarks: turns, tables, and that what is published is what was written."""
+"""The benchmarks: turns, tables, and that the published page is what was measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY = {"size": "tiny", "decoder": "small", "precision": "fp32"}
 
 
 def module(name: str) -> Any:
-    """Of tools/bench, whose files import each other as scripts do."""
+    """Import a module of tools/bench, whose files import each other as scripts do."""
     folder = str(ROOT / "tools" / "bench")
     if folder not in sys.path:
         sys.path.append(folder)
@@ -25,7 +25,7 @@ def module(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def turns() -> Any:
-    """Two contestants in processes of their own that took turns."""
+    """Return two contestants that have taken turns, each in its own process."""
     timing = module("timing")
     names = ("mpp late, 1 block, a third", "mpp SimMIM")
     contestants = [timing.Contestant(name, sys.executable, "ours", "STEP", TINY) for name in names]
@@ -116,7 +116,7 @@ def test_rows_are_replaced_and_others_stay(tmp_path: Path) -> None:
 
 
 def test_what_is_published_is_what_was_written() -> None:
-    """By `make bench`, all of it at once."""
+    """`make bench` measures and writes everything at once."""
     bench = module("bench")
     measured = bench.read(bench.RESULTS)
     assert {r.run.split("-")[1] for r in measured} == {"step", "memory", "input", "whole", "keep", "growth"}
@@ -182,7 +182,7 @@ def test_the_command_for_gpus_runs_at_a_tiny_size(
     out, said = capsys.readouterr()
     assert f"| tiny | {gpu.OURS} | 4 | " in out
     assert out.count("\n| mpp | ") == 1
-    assert ended.value.code == 1, "peers were asked for and did not come up"
+    assert ended.value.code == 1, "expected 1 if a peer does not start"
     assert "missing: tiny: lightly MAE" in said
     with pytest.raises(SystemExit):
         gpu.main(["--sizes", "tiny", "--minutes", "0"])
@@ -190,7 +190,7 @@ def test_the_command_for_gpus_runs_at_a_tiny_size(
 
 
 def test_peaks_of_devices() -> None:
-    """The first part of a name that fits: PCIe cards are slower than the others of their kind."""
+    """The first part that is in the device's name counts: PCIe cards are slower than others of their kind."""
     peaks = module("gpu").PEAK_TFLOPS
     found = [
         next(v for part, v in peaks.items() if part in name) for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3")

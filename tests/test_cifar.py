@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 3,000 training and 500 test images as shards."""
+    """Return a folder with the first 3,000 training and 500 test images as shards."""
     folder = tmp_path_factory.mktemp("cifar")
     left = {"train": {}, "test": {}}  # type: dict[str, dict[str, int]]
     each = {"train": 300, "test": 50}
@@ -53,7 +53,7 @@ def test_pretrain_finetune_export_on_real_images(cifar: Path, tmp_path: Path) ->
         "optim.warmup_steps": 20,
     }
     result = mpp.pretrain(ROOT / "recipes" / "pretrain" / "cifar10.yaml", **small)
-    assert result.skill > 0.15, "better than each patch's mean, on images it was not trained on"
+    assert result.skill > 0.15, "expected better than each patch's mean, on images that were not trained on"
     assert read_metrics(result.out)[-1]["skipped_images"] == 0
     tuned = mpp.finetune(
         ROOT / "recipes" / "finetune" / "cifar10.yaml",
@@ -69,6 +69,6 @@ def test_pretrain_finetune_export_on_real_images(cifar: Path, tmp_path: Path) ->
             "optim.warmup_steps": 10,
         },
     )
-    assert tuned.score["pretrained"].mean > 0.2, "twice chance"
+    assert tuned.score["pretrained"].mean > 0.2, "expected twice chance"
     assert mpp.export(result.out, tmp_path / "encoder").difference <= 1e-5
     assert json.loads((tmp_path / "finetune" / "result.json").read_text())["val_images"] == 500

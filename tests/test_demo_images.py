@@ -1,4 +1,4 @@
-"""The demonstration's photographs: only those that state a free licence, and no pixel on both sides."""
+"""The demonstration's photographs state a free licence, and training and validation share no pixel."""
 
 from __future__ import annotations
 

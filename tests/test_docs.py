@@ -1,4 +1,4 @@
-"""The guides' commands and snippets are run; the site is built, with its notebooks, and every link in it leads somewhere."""
+"""The guides' commands and snippets run. The site is built with its notebooks, and all its links work."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from tests.documented import (
 
 DOCS = ROOT / "docs"
 PAGES = sorted(p.relative_to(DOCS) for p in DOCS.rglob("*.md"))
-LAUNCHED = Path("many-gpus.md")  # its commands are run by test_launching.py
+LAUNCHED = Path("many-gpus.md")  # tests/parallel/test_launch.py runs its commands
 WITH_COMMANDS = [p for p in PAGES if commands((DOCS / p).read_text()) and p != LAUNCHED]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # a dozen commands, each a process that imports torch
+@pytest.mark.timeout(600)  # a dozen commands, some in processes that import torch
 @pytest.mark.parametrize("page", [p for p in WITH_COMMANDS if p.name != "extending.md"], ids=str)
 def test_every_command_and_snippet(page: Path, workspace: Workspace, tmp_path: Path) -> None:
     text = (DOCS / page).read_text()
@@ -47,14 +47,14 @@ def test_every_command_and_snippet(page: Path, workspace: Workspace, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_component_as_the_guide_adds_it(workspace: Workspace, tmp_path: Path) -> None:
-    """In a copy of the package, where its one file is enough, and holds the contract of masks."""
+    """In a copy of the package, the component's one file is enough, and it meets the contract of masks."""
     text = (DOCS / "extending.md").read_text()
     folder = workspace.copy(text, tmp_path)
     shutil.copytree(ROOT / "mpp", folder / "mpp", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("tests", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "bin").mkdir()
-    program = folder / "bin" / "mpp"  # the copy's, not the installed one
+    program = folder / "bin" / "mpp"  # of the copy, not of the installation
     program.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" -m mpp "$@"\n')
     program.chmod(0o755)
     env = {"PATH": f"{folder / 'bin'}:{ENVIRONMENT['PATH']}", "PYTHONPATH": str(folder)}
@@ -77,7 +77,7 @@ def test_guides_run_every_command_and_show_some_output() -> None:
 
 
 def test_what_is_not_run_exists() -> None:
-    """Extras that pip is asked for, targets of make."""
+    """Extras that pages ask pip for and targets of make exist."""
     import tomllib
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -95,7 +95,7 @@ def test_what_is_not_run_exists() -> None:
 
 
 def test_every_block_is_one_that_is_run_or_shown() -> None:
-    """A block without a language, or of one nobody runs, would be passed over in silence."""
+    """A block without a language, or in one that is not run, would be skipped silently."""
     shown = {"text", "{toctree}", "{literalinclude}", "{include}"}
     for page in PAGES:
         text = (DOCS / page).read_text()
@@ -107,7 +107,7 @@ def test_every_block_is_one_that_is_run_or_shown() -> None:
 
 
 def strings(source: str) -> list[str]:
-    """Of a program, without docstrings; what is put into them as …"""
+    """Return the strings of a program without its docstrings, with … for inserted values."""
     tree = ast.parse(source)
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     found = [
@@ -147,7 +147,7 @@ class Links(HTMLParser):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_site(tmp_path: Path) -> None:
-    """Built without a warning, notebooks run, and no link in it is broken."""
+    """The site is built without a warning, its notebooks run, and none of its links is broken."""
     built = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", DOCS, tmp_path / "site"],
         env=ENVIRONMENT,

@@ -1,4 +1,4 @@
-"""Lines for users."""
+"""Error lines for users."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_nor_has_one_of_ours_secrets() -> None:
 
 
 def test_how_to_get_what_an_extra_brings() -> None:
-    """By the packages' names: on the index, mpp may be somebody else's."""
+    """Extras are given by the names of their packages, because `mpp` may be another project on the index."""
     assert how_to_get("parquet") == "pip install 'pyarrow>=20'"
     said = how_to_get("onnx", "lora")
     assert all(f"{name}" in said for name in ("onnx", "onnxscript", "onnxruntime", "peft"))

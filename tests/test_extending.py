@@ -1,4 +1,4 @@
-"""The worked examples of docs/extending.md are executed."""
+"""The worked examples of docs/extending.md run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLES = dict(re.findall(r"<!-- worked example: (.*?) -->\n```(?:python|text)\
 
 
 class Copy:
-    """A copy of the project to which files of the examples are added, and nothing else."""
+    """A copy of the project with the examples' files added, and nothing else."""
 
     def __init__(self, folder: Path, *files: str) -> None:
         self.folder = folder
@@ -42,7 +42,7 @@ class Copy:
 
 @pytest.mark.slow
 def test_an_objective_is_one_file(shards: Path, tmp_path: Path) -> None:
-    """It trains, and the contract tests find it."""
+    """The new target trains, and the contract tests find it."""
     copy = Copy(tmp_path, "mpp/objective/targets/luma.py")
     tests = ("tests/contracts/test_components.py", "tests/contracts/test_objectives.py")
     found = copy.python("pytest", *tests, "-k", "luma or declares")
@@ -56,7 +56,7 @@ def test_an_objective_is_one_file(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_kind_of_label_is_one_file(tmp_path: Path) -> None:
-    """With a task that learns from it: how bright an image is."""
+    """The kind of label comes with a task that learns it: how bright an image is."""
     copy = Copy(tmp_path, "mpp/finetuning/labels/number.py", "mpp/finetuning/tasks/regress.py")
     for part, first in (("train", 0), ("val", 40)):
         rows = ["image,number"]

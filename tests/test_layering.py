@@ -1,4 +1,4 @@
-"""Imports point down one order of packages, and other people's packages stay where they belong."""
+"""Imports follow one order of packages, and third-party packages are imported only where they belong."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ORDER = [
     "errors", "rng", "recipe", "parallel", "drawing", "runs", "data", "encoders", "training", "objective", "evaluation",
     "pretraining", "finetuning", "inspection", "reporting", "exchange", "planning", "cli",
 ]  # fmt: skip
-"""From the lowest to the highest. A file imports from its own package and from those before it."""
+"""Packages from the lowest to the highest. A file imports from its own package and from earlier ones."""
 COMPONENTS_USE = {
     "mpp.data.batch", "mpp.data.labeled_sets", "mpp.encoders.cells", "mpp.encoders.maps", "mpp.encoders.teacher", "mpp.objective.interfaces", "mpp.objective.grid",
     "mpp.objective.colours", "mpp.objective.weight_init", "mpp.finetuning.task", "mpp.finetuning.pyramid",
     "mpp.parallel.sharding", "mpp.recipe.flat", "mpp.recipe.values",
 }  # fmt: skip
-"""What a component may import: no other component, and nothing that knows of recipes or runs."""
+"""What a component may import: no other component, and nothing that depends on recipes or runs."""
 ONLY_IN = {
     "webdataset": {"data"},
     "timm": {"encoders", "exchange", "training", "finetuning"},

@@ -1,4 +1,4 @@
-"""docs/promises.md has a row for every promise of tests/faults, and none that is not tested."""
+"""docs/promises.md has a row for every promise of tests/faults, and no row that is not tested."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEAD = "| promise | tried | tests |"
 
 
 def promises() -> dict[str, set[str]]:
-    """Text of each marker -> the tests that have it."""
+    """Return the tests of each promise, by its text."""
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "tests" / "faults").glob("test_*.py")):
         tree = ast.parse(path.read_text())
@@ -37,7 +37,7 @@ def promises() -> dict[str, set[str]]:
 
 
 def test_the_table_is_of_these_tests() -> None:
-    """`make faults` writes it."""
+    """`make faults` writes the table."""
     lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ") and line != HEAD]
     rows = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in lines]
     table = {row[0]: set(re.findall(r"`([^`]+)`", row[2])) for row in rows}

@@ -1,4 +1,4 @@
-"""The README's commands are run as they stand, on folders of small images, and print what the README shows."""
+"""The README's commands run on folders of small images, and print what the README shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCORES = {"pretrained": (0.7, 0.71, 0.72), "scratch": (0.6, 0.61, 0.63), "cnn": 
 
 
 def conclusions() -> set[str]:
-    """Return the lines of every conclusion over seeds; the test has one seed, which allows none."""
+    """Return the lines of every conclusion over seeds. The test itself has one seed, which allows none."""
     lines: set[str] = set()
     for order in (("pretrained", "scratch", "cnn"), ("cnn", "scratch", "pretrained"), ("scratch", "cnn", "pretrained")):
         for shift in (0.0, 0.5):
@@ -48,7 +48,7 @@ def test_make_targets_of_the_readme_exist() -> None:
 
 
 def test_installation_comes_early() -> None:
-    """As a reader counts: words of sentences above the first command, without pictures and addresses."""
+    """A reader meets few words before the first command, without pictures and addresses."""
     above = README.partition("pip install .")[0]
     words = re.sub(r"!\[.*?\]\(.*?\)|\]\(.*?\)|```sh", " ", above).split()
     assert len(words) < 200

@@ -1,4 +1,4 @@
-"""recipes/RESULTS.csv: the tool writes what the trials hold, and the file holds what the LOG's verdicts say."""
+"""recipes/RESULTS.csv: the tool writes the results of trials, and the file has what recipes/LOG.md reports."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_the_file_has_both_arms_of_every_seed() -> None:
     with open(ROOT / "recipes" / "RESULTS.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["task"] != "bench"]
     trials = {(r["run"], r["labels_per_class"], r["approach"], r["seed"]): float(r["value"]) for r in rows}
-    assert len(trials) == len(rows), "each once"
+    assert len(trials) == len(rows), "each trial must be there once"
     assert all(0 <= value <= 1 for value in trials.values())
     for run, labels, approach, seed in trials:
         assert (run, labels, "pretrained" if approach == "scratch" else "scratch", seed) in trials
 
 
 def finetuned(out: Path, before_minutes: float | None, pretrained: list[float]) -> Path:
-    """A fine-tune's result.json, as the verdict writes it."""
+    """Write the result.json of a fine-tuning run, as the verdict does."""
     trials = {
         "pretrained": [{"accuracy": v} for v in pretrained],
         "scratch": [{"accuracy": 0.5} for _ in pretrained],

@@ -33,6 +33,6 @@ def test_one_generator_at_many_positions_draws_what_new_ones_draw(
 
 @pytest.mark.parametrize("seed", [2**55, 2**56 - 1])
 def test_neighbouring_positions_of_great_seeds_differ(seed: int) -> None:
-    """A key made of a list with such a number in it would be rounded to 53 bits."""
+    """If a key were made of a list with such a number, it would be rounded to 53 bits."""
     draws = [stream(seed + ds, Purpose.CROP, 2**53 + dp).integers(2**63) for ds, dp in ((0, 0), (0, 1), (-1, 0))]
     assert len(set(draws)) == 3

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel, in an environment of its own, away from the checkout; how soon it answers; the image."""
+"""What a user installs: the wheel in its own environment, outside the checkout; its time to answer; the image."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ IN_ANOTHER_NAME = {
     "markupsafe": "jinja2", "yaml": "pyyaml", "sklearn": "scikit-learn", "skimage": "scikit-image", "braceexpand": "webdataset",
     "huggingface_hub": "timm", "pydantic_core": "pydantic", "fsspec": "torch",
 }  # fmt: skip
-"""Of modules, the distribution that brings them."""
+"""Distribution that brings a module, if the names differ."""
 COPIED = ("pyproject.toml", "README.md", "LICENSE", "mpp", "recipes")
-"""Into the image, which is enough to build the wheel."""
+"""What the image copies, which is enough to build the wheel."""
 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin/ of a new environment with the wheel in it, built from what the image copies. What it depends on is borrowed from
-    this environment, without which it would be gigabytes again; without mpp, whose finder is a .pth file there."""
+    """Return the bin/ of a new environment with the wheel, built from what the image copies.
+
+    Dependencies are borrowed from this environment, because a second copy would take gigabytes. mpp itself is not
+    borrowed,
+    because its finder is a .pth file there.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
@@ -72,7 +76,7 @@ def said(installed: Path, program: str, *words: str, cwd: Path) -> str:
 
 @pytest.mark.slow
 def test_it_works_away_from_the_checkout(installed: Path, image_folder: Path, tmp_path: Path) -> None:
-    """Data files, entry points and imports of the wheel: a run, its report, its export."""
+    """The wheel's data files, entry points and imports work: a run, its report, its export."""
     where = said(installed, "python", "-c", "import mpp; print(mpp.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(installed.parent)
     assert said(installed, "mpp", "--version", cwd=tmp_path).strip().endswith(PROJECT["version"])
@@ -92,20 +96,20 @@ def test_it_works_away_from_the_checkout(installed: Path, image_folder: Path, tm
 
 @pytest.mark.slow
 def test_everything_is_in_it(installed: Path) -> None:
-    """Every module and data file of the package, every recipe."""
+    """The wheel has every module and data file of the package, and every recipe."""
     (site,) = (installed.parent / "lib").glob("python*/site-packages")
 
     def files(folder: Path) -> set[str]:
         return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
 
-    recipes = {f"recipes/{name}" for name in files(ROOT / "recipes") if "/" in name}  # not what was measured
+    recipes = {f"recipes/{name}" for name in files(ROOT / "recipes") if "/" in name}  # without measurements
     assert files(site / "mpp") == files(ROOT / "mpp") | recipes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["python", "-c", "import mpp"], ["mpp", "--help"], ["mpp", "pretrain", "--help"]])
 def test_it_answers_at_once(words: list[str], installed: Path, tmp_path: Path) -> None:
-    """CPU time, which other work beside it does not lengthen; the shortest of five, the first of which compiles."""
+    """CPU time is measured, which other work does not lengthen. The shortest of five counts: the first one compiles."""
     taken = []
     for _ in range(5):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -132,7 +136,7 @@ def distribution(requirement: str) -> str:
 
 
 def test_every_import_is_of_a_dependency() -> None:
-    """At the top of a module: of one that everybody installs. Inside functions, an extra may bring it."""
+    """At the top of a module, an import needs a required dependency. Inside functions, an extra is enough."""
     always = {distribution(line) for line in PROJECT["dependencies"]}
     extras = {
         distribution(line)
@@ -159,7 +163,7 @@ def test_every_import_is_of_a_dependency() -> None:
 
 
 def test_the_image_copies_what_the_wheel_is_built_from() -> None:
-    """docker is not here to build it: its lines are read."""
+    """docker is not available to build the image, so its lines are read."""
     text = (ROOT / "Dockerfile").read_text()
     copied = [word for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for word in line.split()]
     assert set(copied) == set(COPIED)

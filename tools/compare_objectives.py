@@ -1,10 +1,13 @@
-"""Objectives and encoder families at equal CPU time on CIFAR-10: the table of recipes/LOG.md.
+"""Compare objectives and encoder families at equal CPU time on CIFAR-10: the table of recipes/LOG.md.
 
     python tools/compare_objectives.py OUT [--only NAME …] [--minutes 6] [--seeds 0 …] [--each-pretrained]
 
-Wants shards/cifar10/train and test, as recipes/pretrain/cifar10.yaml says how to pack. Each row is timed for some
-steps, then pretrained for as many as fit into the minutes of one CPU core, and fine-tuned on 100 labels a class, beside
-the same from scratch. What is done is not done again: an interrupted row goes on, a row that is done takes more seeds.
+Requires shards/cifar10/train and test, packed as recipes/pretrain/cifar10.yaml shows. Each row is timed for some steps.
+Then
+it is pretrained for as many steps as fit into the minutes of one CPU core. It is fine-tuned on 100 labels per class,
+and
+compared with the same from scratch. Finished work is kept: an interrupted row is resumed, and a finished row takes more
+seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIMMIM = {"corruption": "token", "mask.ratio": 0.6, "predict_fraction": 1.0}
 MPP = {"corruption": "bert", "mask.ratio": 0.5, "predict_fraction": 1.0}
 TEACHER_ROW = "late joining"
-"""Whose encoder the frozen teacher is: no published weights are needed, and no label was seen by either."""
+"""Row whose encoder is the frozen teacher. It needs no published weights, and neither encoder has seen a label."""
 OWN_TEACHER = {"target": {"name": "teacher", "teacher": TEACHER_ROW, "layers": 4}, "loss": "smooth_l1"}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "late joining": {},
@@ -50,7 +53,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "loss": "smooth_l1",
     },
 }
-"""Row -> what changes in recipes/pretrain/cifar10.yaml."""
+"""Changes to recipes/pretrain/cifar10.yaml, by row."""
 ENCODERS: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     "swin": (
         32, 4, "swin_tiny_patch4_window7_224",
@@ -66,13 +69,16 @@ ENCODERS: dict[str, tuple[int, int, str, dict[str, Any]]] = {
         64, 8, "pvt_v2_b0", {"embed_dims": [32, 64, 96, 128], "depths": [2, 2, 2, 2], "num_heads": [1, 2, 3, 4]},
     ),
 }  # fmt: skip
-"""Row -> image size and mask unit in pixels, timm model, its arguments; SimMIM-like, images of 32 px enlarged."""
+"""Image size and mask unit in pixels, timm model and its arguments, by row.
+
+The objective is like SimMIM. Sizes above 32 px mean that the images are enlarged.
+"""
 TIMED_STEPS = 300
-"""Of fewer, the measurement of the skill at their end would be a good part of the time."""
+"""With fewer steps, measuring the skill at their end would be a good part of the time."""
 
 
 def rows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Name -> overrides of the pretraining and of the fine-tuning recipe."""
+    """Return the overrides of the pretraining and of the fine-tuning recipe, by row."""
     found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: (o, {}) for name, o in OBJECTIVES.items()}
     for name, (size_px, unit_px, model, args) in ENCODERS.items():
         changes = {
@@ -85,7 +91,7 @@ def rows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def run(job: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
-    """One command on one core, or what is left of it -> its minutes, those of earlier attempts included."""
+    """Run or resume a command on one core. Return its CPU and wall minutes, including those of earlier attempts."""
     record = Path(changes["out"] + ".minutes.json")
     spent = json.loads(record.read_text()) if record.exists() else {"cpu": 0.0, "wall": 0.0}
     status_file = Path(changes["out"]) / "status.json"
@@ -112,7 +118,16 @@ def folder_of(out: Path, row: str) -> Path:
 def do(
     name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[int], each_pretrained: bool
 ) -> dict[str, Any]:
-    """each_pretrained: every seed has a pretraining of its own; else they share that of the recipe's seed."""
+    """Pretrain and fine-tune a row, and return its figures.
+
+    Args:
+        name: Name of the row.
+        out: Folder of all rows.
+        minutes: CPU minutes of one pretraining.
+        finetune_steps: Steps of one fine-tuning.
+        seeds: Seeds of the fine-tuning.
+        each_pretrained: Whether every seed has its own pretraining. Otherwise all share that of the recipe's seed.
+    """
     pretraining, finetuning = rows()[name]
     folder = folder_of(out, name)
     target = pretraining.get("target")
@@ -124,7 +139,7 @@ def do(
     timed = {"optim.steps": TIMED_STEPS, "log_every_steps": TIMED_STEPS // 2, "out": str(folder / "timed")}
     spent = run("pretrain", "cifar10.yaml", {**pretraining, **timed, "checkpoint_every_steps": 10**6})
     last = json.loads((folder / "timed" / "metrics.jsonl").read_text().splitlines()[-1])
-    # of a core to itself: others may have had a part of it
+    # of a whole core: other work may have used a part of it
     steps = int(minutes * 60 * last["images_per_s"] * spent["wall"] / spent["cpu"] / 32)
     pretrained = {seed: folder / (f"pretrain-{seed}" if each_pretrained else "pretrain") for seed in seeds}
     costs, skills = [], []
@@ -134,7 +149,7 @@ def do(
         costs.append(round(run("pretrain", "cifar10.yaml", {**pretraining, **changes})["cpu"], 1))
         last = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
         skills.append(last["skill"])
-    beside = bool(finetuning) or name == TEACHER_ROW  # the ViT's arm from scratch is the same in every row
+    beside = bool(finetuning) or name == TEACHER_ROW  # the ViT from scratch is the same in every row
     accuracies: dict[str, list[float]] = {"pretrained": [], "scratch": []}
     tuning_cost = 0.0
     for seed in seeds:

@@ -1,10 +1,12 @@
-"""The main job on real photographs, through the commands that a user would type.
+"""Run the main job on real photographs, through the commands that a user would type.
 
     make demo
 
-Crops of the photographs inside scikit-image -> shards -> pretraining without labels -> fine-tuning on a few
-labels, beside the same from scratch, three seeds each -> export -> verification -> a table. A demonstration: 11
-photographs are no benchmark.
+Crops of the photographs inside scikit-image -> shards -> pretraining without labels -> fine-tuning on a few labels,
+compared
+with the same from scratch, three seeds each -> export -> verification -> a table. This is a demonstration: 11
+photographs
+are no benchmark.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def run(*words: str) -> None:
     while command.returncode is None:
         try:
             command.wait()
-        except KeyboardInterrupt:  # the command got it, too, and saves before it ends
+        except KeyboardInterrupt:  # the command also got it, and saves before it ends
             continue
     if command.returncode:
         print(f"ended with {command.returncode}: {' '.join(words)}", file=sys.stderr)

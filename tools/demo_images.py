@@ -1,10 +1,11 @@
-"""Real photographs for the demonstration: small grey crops of the photographs inside scikit-image.
+"""Make real photographs for the demonstration: small grey crops of the photographs inside scikit-image.
 
     python tools/demo_images.py OUT
 
-writes OUT/unlabeled/*.png, OUT/train/<photograph>/*.png and OUT/val/<photograph>/*.png. Only photographs whose
-docstring in skimage.data states CC0 or public domain are used. Training crops (labeled or not) come from the
-left part of a photograph, validation crops from the right part, with a gap between: no pixel is in both.
+This writes OUT/unlabeled/*.png, OUT/train/<photograph>/*.png and OUT/val/<photograph>/*.png. A photograph is used only
+if
+its docstring in skimage.data states CC0 or public domain. Training crops (labeled or not) come from the left part of a
+photograph, validation crops from the right part. There is a gap between, so no pixel is in both.
 """
 
 from __future__ import annotations
@@ -32,13 +33,21 @@ LICENCES = {
     "rocket": "public domain (SpaceX)",
 }
 CROP_PX = 32
-SOURCE_PX = (40, 80)  # sides of the squares that are scaled down to CROP_PX: textures at several scales
-TRAIN_PART, VAL_PART = 0.62, 0.35  # of the width, from the left and from the right
-UNLABELED, TRAIN, VAL = 1000, 40, 60  # crops of each photograph
+SOURCE_PX = (40, 80)  # sides of the squares that are scaled down to CROP_PX, for textures at several scales
+TRAIN_PART, VAL_PART = 0.62, 0.35  # fractions of the width, from the left and from the right
+UNLABELED, TRAIN, VAL = 1000, 40, 60  # numbers of crops of each photograph
 
 
 def crops(image: np.ndarray, left: int, right: int, count: int, rng: np.random.Generator) -> list[Image.Image]:
-    """`count` square crops of a grey image between columns left and right, scaled to CROP_PX."""
+    """Return square crops of a grey image.
+
+    Args:
+        image: Grey image, (H, W).
+        left: First column that crops may have.
+        right: Column after the last that crops may have.
+        count: Number of crops. Each is scaled to CROP_PX.
+        rng: Source of randomness.
+    """
     found = []
     for _ in range(count):
         side = int(rng.integers(SOURCE_PX[0], min(SOURCE_PX[1], right - left, len(image)) + 1))

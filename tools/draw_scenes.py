@@ -1,9 +1,10 @@
-"""Street scenes drawn with textures, and what every pixel shows: data for trying segmentation of photographs.
+"""Draw street scenes with textures, and the class of every pixel: data for trying segmentation of photographs.
 
     python tools/draw_scenes.py scenes        # unlabeled/ 2,000 images; train/ 50 and val/ 200 with masks
 
-Eight classes of very unequal size: people and poles cover two pixels in a hundred each. Colours say little: trees and
-grass are both green, houses and roads grey, cars and people of any colour. Edges between classes count for nothing
+The sizes of the eight classes differ a lot: people and poles cover two pixels in a hundred each. Colours tell little.
+Trees
+and grass are both green, houses and roads grey, and cars and people have any colour. Edges between classes are ignored
 (255), as in PASCAL VOC. Image i of a part is a pure function of (part, i).
 """
 
@@ -27,15 +28,15 @@ COLOURS = {
     SKY: (165, 180, 205), ROAD: (110, 108, 110), GRASS: (95, 125, 80), HOUSE: (135, 125, 115), TREE: (75, 105, 70),
     POLE: (105, 105, 105),
 }  # fmt: skip
-"""The colour near which the texture of a class is drawn. Cars and people have a random colour."""
+"""Colour near which the texture of a class is drawn. Cars and people have a random colour."""
 IGNORED = 255
 EDGE = (0.05, 0.95)
-"""A pixel that a thing covers by a part between these belongs to no class."""
+"""A pixel belongs to no class if a thing covers a share of it between these."""
 Point = tuple[float, float]
 
 
 class Scene:
-    """What has been drawn so far, from far to near; lengths are parts of the height."""
+    """What has been drawn so far, from far to near. Lengths are fractions of the height."""
 
     def __init__(self, rng: np.random.Generator, height_px: int, width_px: int) -> None:
         self.rng, self.height_px, self.width_px = rng, height_px, width_px
@@ -43,13 +44,13 @@ class Scene:
         self.mask = np.full((height_px, width_px), IGNORED, dtype=np.uint8)
 
     def add(self, kind: int, *outlines: Sequence[Point], round_: bool = False, colour: Sequence[float] = ()) -> None:
-        """Draw a thing over what is there.
+        """Draw a thing over the scene.
 
         Args:
-            kind: Its class.
+            kind: Class of the thing.
             *outlines: Polygons of (x, y), measured from the upper left corner. The thing covers all of them.
-            round_: Each outline is two corners of the box of an ellipse.
-            colour: In place of that of the class.
+            round_: Whether each outline is two corners of the box of an ellipse.
+            colour: Colour to use instead of that of the class.
         """
         scale = self.height_px * FINER
         canvas = Image.new("L", (self.width_px * FINER, self.height_px * FINER))
@@ -70,12 +71,12 @@ class Scene:
 
 
 def box(left: float, top: float, right: float, bottom: float) -> list[Point]:
-    """The corners of a rectangle."""
+    """Return the corners of a rectangle."""
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
 def drawn(part: str, number: int, height_px: int = 96, width_px: int = 128) -> tuple[Image.Image, np.ndarray]:
-    """The image, and its mask (H, W) uint8."""
+    """Return an image, and its mask (H, W) uint8."""
     rng = np.random.default_rng([PARTS[part], number, 1])
     scene, wide = Scene(rng, height_px, width_px), width_px / height_px
     horizon = rng.uniform(0.35, 0.5)
@@ -96,7 +97,7 @@ def drawn(part: str, number: int, height_px: int = 96, width_px: int = 128) -> t
 
 
 def add_house(scene: Scene, horizon: float, wide: float) -> None:
-    """A wall with a roof, and dark windows."""
+    """Add a wall with a roof and dark windows."""
     rng = scene.rng
     left, width, height = rng.uniform(-0.1, wide), rng.uniform(0.2, 0.5), rng.uniform(0.12, 0.35)
     bottom = horizon + rng.uniform(0, 0.06)
@@ -108,7 +109,7 @@ def add_house(scene: Scene, horizon: float, wide: float) -> None:
 
 
 def add_tree(scene: Scene, horizon: float, wide: float) -> None:
-    """A crown of some discs on a trunk."""
+    """Add a crown of five discs on a trunk."""
     rng = scene.rng
     x, bottom, size = rng.uniform(0, wide), horizon + rng.uniform(0.02, 0.15), rng.uniform(0.07, 0.15)
     scene.add(TREE, box(x - 0.015, bottom - 2 * size, x + 0.015, bottom), colour=(95, 80, 60))
@@ -121,7 +122,14 @@ def any_colour(scene: Scene) -> list[float]:
 
 
 def add_car(scene: Scene, x: float, y: float, near: float) -> None:
-    """A body, a cabin and two wheels, which stand at (x, y); near: 0 at the horizon, 1 at the viewer's feet."""
+    """Add a body, a cabin and two wheels.
+
+    Args:
+        scene: Scene to draw on.
+        x: Centre of the car.
+        y: Bottom of the wheels.
+        near: 0 at the horizon, 1 at the viewer's feet.
+    """
     long = 0.12 + 0.3 * near
     high, colour = long * 0.25, any_colour(scene)
     body = box(x - long / 2, y - high - long * 0.08, x + long / 2, y - long * 0.08)
@@ -134,7 +142,7 @@ def add_car(scene: Scene, x: float, y: float, near: float) -> None:
 
 
 def add_person(scene: Scene, x: float, y: float, near: float) -> None:
-    """A head over a body on two legs."""
+    """Add a head over a body on two legs."""
     tall = 0.1 + 0.3 * near
     colour = any_colour(scene)
     half = tall * 0.05
@@ -146,7 +154,7 @@ def add_person(scene: Scene, x: float, y: float, near: float) -> None:
 
 
 def add_pole(scene: Scene, x: float, y: float, near: float) -> None:
-    """A lamp post: thin, tall, with an arm."""
+    """Add a lamp post: thin, tall, with an arm."""
     tall, thick = 0.3 + 0.5 * near, 0.018 + 0.02 * near
     arm = tall * 0.2 * math.copysign(1, scene.rng.uniform(-1, 1))
     top = y - tall
@@ -154,7 +162,7 @@ def add_pole(scene: Scene, x: float, y: float, near: float) -> None:
 
 
 def write(out: Path, part: str, images: int, height_px: int, width_px: int) -> None:
-    """out/part: images, and but for "unlabeled" masks and classes.txt."""
+    """Write images to out/part. Except for "unlabeled", also write masks and classes.txt."""
     of_images, of_masks = make_folders(out, part)
     for i in range(images):
         image, mask = drawn(part, i, height_px, width_px)

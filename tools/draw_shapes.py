@@ -1,9 +1,10 @@
-"""Discs, squares and triangles on textures, with masks and boxes: data for trying segmentation and detection.
+"""Draw discs, squares and triangles on textures, with masks and boxes: data for trying segmentation and detection.
 
     python tools/draw_shapes.py shapes        # unlabeled/ 4,000 images; train/ 100 and val/ 200 with labels
 
-Shapes are warm and the ground is cold; what a shape is shows in its outline alone. With colours from the whole cube, a
-model learns the few labeled images by their colours, and no outline. Image i of a part is a pure function of (part, i).
+Shapes are warm and the ground is cold, so only the outline shows what a shape is. With colours from the whole cube, a
+model
+learns the few labeled images by their colours, and no outlines. Image i of a part is a pure function of (part, i).
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("disc", "square", "triangle")
 GROUND, SHAPE, SPREAD = (70, 100, 150), (180, 140, 80), 50
-FINER = 4  # outlines are drawn at so many times the size, and shrunk
+FINER = 4  # outlines are drawn at this multiple of the size, then shrunk
 PARTS = {"unlabeled": 0, "train": 1, "val": 2}
 
 
 def texture(rng: np.random.Generator, colour: Sequence[float], side_px: int) -> np.ndarray:
-    """(side, side, 3) float in [0, 255]: two colours, each near the one given, mixed by a few waves, and noise."""
+    """Return a texture, (side, side, 3) float in [0, 255].
+
+    Two colours near the given one are mixed by a few waves, and noise is added.
+    """
     y, x = np.mgrid[:side_px, :side_px] / side_px
     waves = np.zeros((side_px, side_px))
     for _ in range(3):
@@ -37,7 +41,7 @@ def texture(rng: np.random.Generator, colour: Sequence[float], side_px: int) -> 
 
 
 def outline(rng: np.random.Generator, kind: int, side_px: int) -> np.ndarray:
-    """(side, side) float in [0, 1]: how much of each pixel a shape covers."""
+    """Return how much of each pixel a shape covers, (side, side) float in [0, 1]."""
     radius = rng.uniform(0.13, 0.27) * side_px
     cx, cy = rng.uniform(radius, side_px - radius, 2)
     canvas = Image.new("L", (side_px * FINER, side_px * FINER))
@@ -55,7 +59,9 @@ def outline(rng: np.random.Generator, kind: int, side_px: int) -> np.ndarray:
 
 
 def drawn(part: str, number: int, side_px: int = 64) -> tuple[Image.Image, np.ndarray, list[tuple[int, np.ndarray]]]:
-    """The image, its mask (side, side) uint8 with 0 for the background, and (class, visible pixels) of each shape."""
+    """Return an image, its mask (side, side) uint8 with 0 for the background, and (class, visible pixels) of each
+    shape.
+    """
     rng = np.random.default_rng([PARTS[part], number])
     pixels, mask = texture(rng, GROUND, side_px), np.zeros((side_px, side_px), dtype=np.uint8)
     owner = np.full((side_px, side_px), -1)
@@ -66,13 +72,13 @@ def drawn(part: str, number: int, side_px: int = 64) -> tuple[Image.Image, np.nd
         pixels = pixels * (1 - cover[..., None]) + texture(rng, SHAPE, side_px) * cover[..., None]
         mask[cover > 0.5], owner[cover > 0.5] = kind + 1, i
         whole.append(int((cover > 0.5).sum()))
-    # what later shapes have hidden for the most part is no object
+    # a shape that later ones hide for the most part is no object
     shapes = [(int(k), owner == i) for i, k in enumerate(kinds) if (owner == i).sum() > whole[i] / 3]
     return Image.fromarray(pixels.round().astype(np.uint8)), mask, shapes
 
 
 def make_folders(out: Path, part: str) -> tuple[Path, Path | None]:
-    """Make out/part, and return the folders of its images and of its masks; "unlabeled" has no masks."""
+    """Make out/part, and return the folders of its images and of its masks. "unlabeled" has no masks."""
     folder = out / part
     labeled = part != "unlabeled"
     images, masks = (folder / "images", folder / "masks") if labeled else (folder, None)
@@ -82,7 +88,7 @@ def make_folders(out: Path, part: str) -> tuple[Path, Path | None]:
 
 
 def write(out: Path, part: str, images: int, side_px: int = 64) -> None:
-    """out/part: images, and but for "unlabeled" masks, classes.txt and annotations.json."""
+    """Write images to out/part. Except for "unlabeled", also write masks, classes.txt and annotations.json."""
     folder, (of_images, of_masks) = out / part, make_folders(out, part)
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -1,9 +1,10 @@
-"""Fine-tuning runs after pretraining of several lengths -> one figure: does it pay to pretrain longer?
+"""Draw fine-tuning runs after pretraining of several lengths: does it pay to pretrain longer?
 
     python tools/draw_time_curve.py runs/after-5 runs/after-15 runs/after-45 --out docs/pretraining_time.png
 
-Over the minutes of pretraining and fine-tuning together: the score of the pretrained encoder, of the CNN that had the
-same time, and, level, of the same encoder from scratch. Intervals are 95 %, over seeds.
+The horizontal axis is the minutes of pretraining and fine-tuning together. The figure has the score of the pretrained
+encoder, of the CNN that had the same time, and, as a level, of the same encoder from scratch. Intervals are 95 %, over
+seeds.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ Point = tuple[float, Estimate]
 
 
 def read_points(runs: Sequence[Path]) -> tuple[dict[str, list[Point]], str, str]:
-    """Approach -> (minutes with pretraining, score) of each run, from short to long; the metric; the device.
+    """Return the (minutes with pretraining, score) of each run by approach, from short to long; the metric; the device.
 
     Raises:
-        ValueError: A run is of several numbers of labels, or its encoder's minutes are not known.
+        ValueError: If a run has several numbers of labels, or its encoder's minutes are not known.
     """
     points: dict[str, list[Point]] = {}
     metric = device = ""
@@ -47,11 +48,11 @@ def read_points(runs: Sequence[Path]) -> tuple[dict[str, list[Point]], str, str]
 
 
 def draw_curve(runs: Sequence[Path], out: Path) -> None:
-    """Draw the figure of these runs into a PNG."""
+    """Draw the figure of runs into a PNG."""
     points, metric, device = read_points(runs)
     shown: list[Line | Level] = []
     for approach, of_approach in points.items():
-        if approach == "scratch":  # its time is that of fine-tuning, whatever was before
+        if approach == "scratch":  # its time is only that of fine-tuning
             shown.append(
                 Level(APPROACHES[approach], sum(100 * score.mean for _, score in of_approach) / len(of_approach))
             )

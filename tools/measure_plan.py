@@ -1,9 +1,10 @@
-"""Memory of a recipe's step on this CPU beside what `mpp plan` says of it.
+"""Measure the memory of a recipe's step on this CPU, and compare it with `mpp plan`.
 
     python tools/measure_plan.py recipes/pretrain/mae_vit_b16.yaml encoder.grad_checkpointing=true
 
-Two steps of 32 images in fp32, in a process of its own: the most memory that it ever had, less what it had before the
-model was built. glibc is told to give back what is freed (MALLOC_TRIM_THRESHOLD_=0), as a GPU's allocator reuses it.
+The process makes two steps of 32 images in fp32. Its peak memory is measured, less its memory before the model was
+built.
+glibc is told to return freed memory (MALLOC_TRIM_THRESHOLD_=0), because a GPU's allocator reuses it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def memory_bytes(key: str) -> int:
 
 
 def main(words: list[str]) -> None:
-    if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # which glibc reads when a process starts
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # glibc reads it when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
     recipe = load_recipe(words[0], PretrainRecipe, {**FIXED, **parse_overrides(words[1:])})
     planned = plan(recipe, images=1_281_167, device="a100")

@@ -2,7 +2,7 @@
 
     python tools/prose.py [FILE]...
 
-Prints a line for each finding, `file:line: what: sentence`, and ends with 1 if there are any. The rules are in
+Each finding is printed as a line, `file:line: what: sentence`. The exit code is 1 if there are any. The rules are in
 CONTRIBUTING.md. Tables, code and headings are left out.
 """
 
@@ -32,7 +32,7 @@ HABITS = {
     r"\bno longer than so\b": "at most",
     r"\ballowed (are|is)\b|\ballowed( here| with \w+)?: ": "expected …, use …",
 }
-"""Expressions that readers stumble over, and what to write."""
+"""Expressions that make readers stumble, and what to write instead."""
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "docs/reference/*.md", "docs/notebooks/*.ipynb")
 NOT_CHECKED = ("docs/benchmarks.md", "docs/log.md", "docs/architecture.md", "docs/changelog.md")
 """Pages that are generated, or that only include another file."""
@@ -52,7 +52,7 @@ MESSAGES = (
 
 
 class Text(NamedTuple):
-    """A paragraph, and where it begins."""
+    """A paragraph, and the line where it begins."""
 
     path: Path
     line: int
@@ -77,7 +77,7 @@ def page_texts(path: Path) -> Iterator[Text]:
 
 
 def _page_lines(path: Path) -> list[str]:
-    """Return the lines of a page; of a notebook those of its file, of which only Markdown is kept."""
+    """Return the lines of a page. For a notebook, return the lines of its file, empty unless they are Markdown."""
     lines = path.read_text(encoding="utf-8").splitlines()
     if path.suffix != ".ipynb":
         return lines
@@ -113,7 +113,7 @@ def _name(function: ast.expr) -> str:
 
 
 def _written(node: ast.expr) -> str:
-    """Return the text of a literal, with … for what is put into it."""
+    """Return the text of a literal, with … for inserted values."""
     if isinstance(node, ast.JoinedStr):
         return "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
     return str(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""

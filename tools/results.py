@@ -1,8 +1,8 @@
-"""Fine-tuning runs -> rows of recipes/RESULTS.csv, one for each trial; rows of the same name are replaced.
+"""Write fine-tuning runs into recipes/RESULTS.csv, a row for each trial. Rows of runs of the same name are replaced.
 
     python tools/results.py cifar10-labels=runs/cifar10-labels segment-shapes=runs/segment-shapes
 
-How each run was made, and what it took, stands in recipes/LOG.md.
+recipes/LOG.md records how each run was made and what it took.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ TRIAL = re.compile(rf"(?:labels(?P<labels>\d+)-)?(?P<approach>{'|'.join(APPROACH
 
 
 def rows_of(name: str, run: Path) -> list[dict[str, str]]:
-    """Of the trials that are done. ValueError where one is not."""
+    """Return the rows of a run's trials.
+
+    Raises:
+        ValueError: If a trial is not finished.
+    """
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     counts = recipe["data"]["labels_per_class"]
     metric = json.loads((run / "result.json").read_text())["metric"]
@@ -43,7 +47,7 @@ def rows_of(name: str, run: Path) -> list[dict[str, str]]:
 
 
 def replace(names: Collection[str], new: list[dict[str, str]], results: Path = RESULTS) -> None:
-    """Put rows in place of those of the runs of these names."""
+    """Replace the rows of the runs of these names."""
     kept: list[dict[str, str]] = []
     if results.exists():
         with open(results, newline="") as file:
@@ -55,7 +59,7 @@ def replace(names: Collection[str], new: list[dict[str, str]], results: Path = R
 
 
 def write(runs: Sequence[tuple[str, Path]], results: Path = RESULTS) -> int:
-    """Number of rows of these runs."""
+    """Write the rows of runs, and return their number."""
     new = [row for name, run in runs for row in rows_of(name, run)]
     replace(dict(runs), new, results)
     return len(new)

@@ -96,8 +96,8 @@ def create_timm_model(
     except Exception as error:  # timm, torch and the hub raise many kinds, such as ZeroDivisionError
         if pretrained and _of_the_hub(error):
             raise UserError(
-                f"{key}: the published weights of {name} cannot be had ({type(error).__name__}; no network?). Allowed: "
-                "the folder of a run or an export where a folder is taken, or pretrained: false"
+                f"{key}: the published weights of {name} cannot be loaded ({type(error).__name__}; no network?). Use "
+                "pretrained: false, or the folder of a run or an export"
             ) from error
         words = one_line(error)
         raise UserError(

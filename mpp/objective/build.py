@@ -178,7 +178,7 @@ def _check_corruption(corruption: Corruption, encoder: TimmEncoder, unit: int) -
         keeping = [n for n in registry.named_with("corruption", mechanism="token") if n != "token"]
         raise UserError(
             f"{key}: {encoder.family} cannot run on a part of its tokens (windows, strides, mixing or biases over "
-            f"all places). Allowed with it: corruption.name: token with enter: 0, {', '.join(pixel + keeping)}"
+            f"all places). Use corruption.name: token with enter: 0, or one of {', '.join(pixel + keeping)}"
         )
     if by_dropping and unit % encoder.stride:
         raise UserError(
@@ -193,7 +193,7 @@ def _check_corruption(corruption: Corruption, encoder: TimmEncoder, unit: int) -
                 f"Or use corruption.name: {pixel[0]}"
             )
         raise UserError(
-            f"corruption.name: {encoder.family} has no stem that takes mask tokens. Allowed with it: {', '.join(pixel)}"
+            f"corruption.name: {encoder.family} has no stem that takes mask tokens. Use one of {', '.join(pixel)}"
         )
     if enter >= encoder.depth > 0:
         raise UserError(

@@ -12,4 +12,4 @@ def of_a_worker(error: BaseException) -> bool:
 
 def worker_died(error: BaseException) -> UserError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"data.workers: {reason} Out of memory? Continue with --resume auto")
+    return UserError(f"data.workers: {reason.removesuffix('.')}; out of memory? Continue with --resume auto")

@@ -29,41 +29,30 @@ EXAMPLES = {
 section, keys of the section are required only in recipes that have it."""
 
 
-SLIPS = {
-    "lr": ("optim.base_lr",),
-    "learning_rate": ("optim.base_lr",),
-    "batch_size": ("optim.global_batch_size", "data.batch_size"),
-    "num_epochs": ("optim.epochs",),
-    "max_steps": ("optim.steps",),
-    "warmup": ("optim.warmup_epochs",),
-    "optimizer": ("optim.name",),
-    "model": ("encoder.name", "encoder"),
-    "arch": ("encoder.name", "encoder"),
-    "backbone": ("encoder.name", "encoder"),
-    "checkpoint": ("encoder.name", "encoder"),
-    "img_size": ("data.image_size",),
-    "resolution": ("data.image_size",),
-    "num_workers": ("data.workers",),
-    "dataset": ("data.shards", "data.train"),
-    "data_dir": ("data.shards", "data.train"),
-    "images": ("data.shards", "data.train"),
-    "labels": ("data.labels_per_class",),
-    "mask_ratio": ("mask.ratio",),
-    "masking_ratio": ("mask.ratio",),
-    "decoder": ("head",),
-    "output_dir": ("out",),
-    "output": ("out",),
-    "save_dir": ("out",),
-    "seed": ("seed", "seeds"),
-    "amp": ("precision",),
-    "fp16": ("precision",),
-    "tracker": ("trackers",),
-    "wandb": ("trackers",),
-    "baseline": ("beside",),
-    "compare": ("beside",),
-    **dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"), ("encoder.args", "architecture.args")),
+WRITTEN_FOR = {
+    ("optim.base_lr",): ("lr", "learning_rate"),
+    ("optim.global_batch_size", "data.batch_size"): ("batch_size",),
+    ("optim.epochs",): ("num_epochs",),
+    ("optim.steps",): ("max_steps",),
+    ("optim.warmup_epochs",): ("warmup",),
+    ("optim.name",): ("optimizer",),
+    ("encoder.name", "encoder"): ("model", "arch", "backbone", "checkpoint"),
+    ("encoder.args", "architecture.args"): ("patch_size", "embed_dim", "depth", "num_heads"),
+    ("data.image_size",): ("img_size", "resolution"),
+    ("data.workers",): ("num_workers",),
+    ("data.shards", "data.train"): ("dataset", "data_dir", "images"),
+    ("data.labels_per_class",): ("labels",),
+    ("mask.ratio",): ("mask_ratio", "masking_ratio"),
+    ("head",): ("decoder",),
+    ("out",): ("output_dir", "output", "save_dir"),
+    ("seed", "seeds"): ("seed",),
+    ("precision",): ("amp", "fp16"),
+    ("trackers",): ("tracker", "wandb"),
+    ("beside",): ("baseline", "compare"),
 }
-"""Names of keys in other projects, and our keys for them. The first one that a job has is suggested."""
+"""Our keys, and what other projects call them. The first key that a job has is suggested."""
+SLIPS = {word: keys for keys, words in WRITTEN_FOR.items() for word in words}
+"""The name of a key in another project -> our keys for it."""
 SLIPPED_SECTIONS = ("data", "optim", "encoder", "architecture")
 """Sections in which an unknown key may stand for a key of another section (see SLIPS)."""
 MOST_LISTED = 12
@@ -114,7 +103,7 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
         hint = f" Did you mean '{meant}'?" if meant else _owners(key)
         if len(fields) > MOST_LISTED and meant:
             return f"{place}: {dotted(key)}: unknown key.{hint} `mpp recipe keys {job_of(job)}` lists all keys"
-        return f"{place}: {dotted(key)}: unknown key.{hint} Allowed here: {', '.join(sorted(fields))}"
+        return f"{place}: {dotted(key)}: unknown key.{hint} Known keys: {', '.join(sorted(fields))}"
     if kind == "missing":
         example = f"; add {dotted(key)}={EXAMPLES[dotted(key)]}" if dotted(key) in EXAMPLES else ""
         return f"{place}: {dotted(key)}: required{example}"
@@ -126,7 +115,7 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
         value = context.get("tag", got)
         close = [] if str(value) in words else difflib.get_close_matches(str(value), words, 1, 0.5)
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        return f"{place}: {name}: no such choice; got {value!r}.{hint} Allowed: {', '.join(words)}"
+        return f"{place}: {name}: no such choice; got {value!r}.{hint} Choose from {', '.join(words)}"
     if kind == "value_error" and not key:
         message = str(context["error"])
         at = (message.partition(": ")[0],)

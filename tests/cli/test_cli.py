@@ -104,7 +104,7 @@ def test_an_error_in_a_process_of_its_own(recipe_file: Callable[..., Path]) -> N
     done = command("pretrain", recipe_file(), "mask.ratoi=0.5")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "command line: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px"
+        "command line: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Known keys: name, ratio, unit_px"
     ]
     assert done.stdout == ""
 
@@ -277,7 +277,7 @@ def test_a_device_without_memory_left(recipe_file: Callable[..., Path], monkeypa
     done = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore words."))
     assert done.exit_code == 2
     assert done.stderr.startswith(
-        "out of memory on the device: CUDA out of memory. Tried to allocate 2 GiB. Allowed: a"
+        "out of memory on the device: CUDA out of memory. Tried to allocate 2 GiB. Lower optim.max"
     )
     assert done.stderr.count("\n") == 1
     assert isinstance(fail(RuntimeError("shapes")).exception, RuntimeError)

@@ -169,7 +169,9 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch(
 
     monkeypatch.setattr("mpp.data.loader.DataLoader", Breaks)
     dataset = PretrainDataset(ShardImages(str(shards), key="k"), CROP, UniformMask(), (4, 3), 0, [25, 25, 10], 12)
-    with pytest.raises(UserError, match=r"data\.workers: .*EOFError|Connection reset.* Continue with --resume auto"):
+    with pytest.raises(
+        UserError, match=r"data\.workers: .*(EOFError|Connection reset.*); out of memory\? Continue with --resume auto"
+    ):
         list(batches(dataset, [[(0, 0, 0)]], workers=1, pin_memory=False))
     with pytest.raises(type(error)):
         list(batches(dataset, [[(0, 0, 0)]], workers=0, pin_memory=False))

@@ -179,7 +179,7 @@ def test_boxes_end_with_their_image(rectangles: Path) -> None:
 
 
 def test_grey_masks_of_few_bits(rectangles: Path) -> None:
-    """Pillow spreads their values over 0 to 255, which must be undone."""
+    """Pillow spreads the values of such masks over 0 to 255, which must be undone."""
     import struct
     import zlib
 
@@ -221,9 +221,7 @@ def test_classes_of_masks(rectangles: Path) -> None:
     palette = Image.open(rectangles / "masks" / "0.png").convert("P")
     palette.putdata(list(np.asarray(Image.open(rectangles / "masks" / "0.png")).ravel()))
     palette.save(rectangles / "masks" / "0.png")
-    assert segmented(rectangles).pixels.sum(1).tolist() == [2400, 2400, 2500, 3072], (
-        "palette indices are classes"
-    )
+    assert segmented(rectangles).pixels.sum(1).tolist() == [2400, 2400, 2500, 3072], "palette indices are classes"
 
 
 def test_an_image_on_its_side(rectangles: Path) -> None:

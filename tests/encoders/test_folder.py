@@ -254,9 +254,7 @@ def test_only_new_or_empty_folders_are_written(run: Path, tmp_path: Path, monkey
 
 def test_others_may_read_it(exported: Path, run: Path) -> None:
     for folder in (exported, *(run / "checkpoints").iterdir()):
-        assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, (
-            "all files must have the same permissions"
-        )
+        assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "all files must have the same permissions"
 
 
 def test_what_load_encoder_is_not_given(exported: Path) -> None:

@@ -343,7 +343,7 @@ def test_from_the_command_line(shards: Path, run: Path, tmp_path: Path) -> None:
         ({"compare": "vit_tiny_patch61_224"}, "compare: 'vit_tiny_patch61_224': no such folder.*Did you mean vit_"),
         ({"layers": [3]}, r"layers: 3: VisionTransformer has 1 to 2 here"),
         ({"layers": [0]}, r"layers.0: must be >= 1; got 0"),
-        ({"probes": "svm"}, r"probes.0: no such choice; got 'svm'.*Allowed: knn, linear, attentive"),
+        ({"probes": "svm"}, r"probes.0: no such choice; got 'svm'.*Choose from knn, linear, attentive"),
         ({"data.image_size": 18}, "stride of 4 px; expected multiples of it, got 18×18"),
         ({"data.labels_per_class": 1}, "data.train: at least one class needs two or more images, to tune the probes on"),
         ({"data.labels_per_class": 999}, "data.labels_per_class: 999, but class"),

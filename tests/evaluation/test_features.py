@@ -1,4 +1,4 @@
-"""Features by layer are timm's, for every family, and files hold those of the readable images."""
+"""Features by layer are timm's for every family, and files hold those of the readable images."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_every_family(family: Family) -> None:
     reader = EncoderReader(plain, None, MEAN, STD).train()
     images = some_images(2, subject.image_size)
     found = reader(images, tokens=True)
-    assert reader(images).tokens == {}, "they are many; only where they are asked for"
+    assert reader(images).tokens == {}, "tokens are many, so they are returned on request only"
     x = (images.float() - 255 * torch.tensor(MEAN).view(-1, 1, 1)) / (255 * torch.tensor(STD).view(-1, 1, 1))
     with torch.no_grad():
-        assert torch.equal(found.pooled[Place("out", "own")], plain(x)), "what num_classes=0 gives"
+        assert torch.equal(found.pooled[Place("out", "own")], plain(x)), "expected what num_classes=0 returns"
         last = plain.forward_intermediates(x, norm=False, output_fmt="NCHW", intermediates_only=True)[-1]
     depth = len(plain.feature_info)
     assert list(found.tokens) == [str(i) for i in range(1, depth + 1)]
@@ -89,10 +89,10 @@ def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
     parts = [batch(0, 4, bad=(1,)), batch(4, 4, bad=(4, 6)), batch(8, 2)]
     table = read_table(PixelReader(), parts, 10, 5, tmp_path / "f", CPU)
     assert table.labels.tolist() == [0, 2, 3, 5, 7, 8, 9]
-    assert table.first == 3, "of the first five, two cannot be read"
+    assert table.first == 3, "two of the first five images cannot be read"
     features = table.features[Place("pixels", "own")]
     np.testing.assert_allclose(features[:, 0] * 255, table.labels, rtol=1e-6)
-    assert isinstance(features, np.memmap), "they stay on the disk"
+    assert isinstance(features, np.memmap), "features must stay on the disk"
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def documented_swin(mm: bool) -> list[tuple[str, str]]:
         pairs += [(f"{stage}.{i}.blocks.0.{inner[b]}", f"layers.{i}.blocks.0.{b}") for b in BLOCK]
         table = "relative_position_bias_table"
         tables += [(f"{stage}.{i}.blocks.0.{attention}.{table}", f"layers.{i}.blocks.0.attn.{table}")]
-        if i < 2:  # at the end of a stage, where timm has it at the head of the next
+        if i < 2:  # at the end of a stage, but timm has it at the start of the next
             pairs += [(f"{stage}.{i}.downsample.norm", f"layers.{i + 1}.downsample.norm")]
             reduction = "downsample.reduction.weight"
             tables += [(f"{stage}.{i}.{reduction}", f"layers.{i + 1}.{reduction}")]

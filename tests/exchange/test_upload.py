@@ -1,4 +1,4 @@
-"""An export is verified and sent, to a hub that this machine plays."""
+"""An export is verified and sent to a hub that this machine runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Hub:
-    """What was asked of it, and what lies there."""
+    """The requests that a hub received, and its files."""
 
     url: str = ""
     status: int = 200

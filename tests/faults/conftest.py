@@ -1,4 +1,4 @@
-"""Real processes for these tests, and the table of what they hold: `make faults` writes docs/promises.md."""
+"""Real processes for the tests of faults, and the table of promises: `make faults` writes docs/promises.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TITLES = {
     "test_remote_shards.py": "Remote shards",
     "test_hostile_input.py": "Hostile input",
 }
-"""File of tests -> heading on the page, in this order."""
+"""Heading on the page by file of tests, in this order."""
 _promised: dict[str, dict[str, Any]] = {}
 
 
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _promise(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
     marker = request.node.get_closest_marker("promise")
-    assert marker, "each test here says what it promises"
+    assert marker, "each test here must have a promise"
     record_property("promise", marker.args[0])
     record_property("test", f"{Path(request.node.path).name}::{request.node.originalname}")
 
@@ -95,7 +95,7 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Of this test alone, in memory where there is such a place: checkpoints are synced, disks are slow at it."""
+    """Return a folder of this test, in memory if possible: checkpoints are synced, which is slow on disks."""
     import shutil
     import tempfile
 
@@ -109,7 +109,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def small_disk(folder: Path) -> Iterator[Path]:
-    """2 MB of it."""
+    """Return a file system of 2 MB."""
     if not MOUNTS:
         pytest.skip("mounting a file system of 2 MB takes root")
     disk = folder / "disk"
@@ -124,14 +124,14 @@ RECIPES = {"pretrain": pretraining, "finetune": finetuning}
 
 @dataclass(frozen=True)
 class Bench:
-    """A folder of its own with a run in it, and what the run would leave if nothing happened."""
+    """A run in its own folder, and what it would leave without faults."""
 
     nursery: Nursery
     shards: Path
     folder: Path
     reference: Callable[..., Left]
     count: Callable[[str, object], None]
-    """What the table says was tried, and how often."""
+    """Function that counts what was tried, for the table."""
 
     @property
     def log(self) -> Path:
@@ -161,7 +161,7 @@ def bench(
 
 @pytest.fixture(scope="session")
 def reference(nursery: Nursery, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Left]:
-    """What a run leaves that nothing happens to; each is run once."""
+    """Return a function that gives what an undisturbed run leaves. Each run is made once."""
     known: dict[str, Left] = {}
 
     def of(job: str, world: int, **changes: Any) -> Left:

@@ -1,7 +1,8 @@
-"""A process that has imported everything once and forks real processes that run `mpp …`: started in milliseconds.
+"""Fork real processes that run `mpp …` from one that has imported everything once. A start takes milliseconds.
 
-Requests come as lines of JSON on standard input, answers go to standard output:
-    {"words": [...], "env": {...}, "log": PATH, "bound_by_modes": bool, "record": PATH or null, "file_bytes": N or null}  ->  {"pid": N}
+Requests are lines of JSON on standard input, answers are lines on standard output:
+    {"words": [...], "env": {...}, "log": PATH, "bound_by_modes": bool, "record": PATH or null, "file_bytes": N or null}
+    ->  {"pid": N}
     {"pid": N}  ->  {"code": exit status, negative for a signal, or null while it runs}
 """
 
@@ -34,7 +35,7 @@ torch.set_num_threads(1)
 
 
 def obey_modes() -> None:
-    """Root may write what nobody may; without these two capabilities it obeys the modes of files like everyone."""
+    """Make root obey the modes of files like other users, by dropping two capabilities."""
     if os.geteuid() != 0:
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -49,7 +50,9 @@ def obey_modes() -> None:
 
 
 def recording(batches: Callable[..., Iterator[Any]], path: str) -> Callable[..., Iterator[Any]]:
-    """Writes a line for each sample that is trained on: position, shard, row, and checksums of crop, mask and noise."""
+    """Return `batches` with a line written for each sample: position, shard, row, and checksums of crop, mask and
+    noise.
+    """
 
     def digest(t: torch.Tensor) -> str:
         return hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16]
@@ -76,7 +79,7 @@ def child(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], resource.RLIM_INFINITY))
     if request.get("bound_by_modes"):
         obey_modes()
-    faulthandler.register(signal.SIGUSR2)  # what a job that hangs was doing
+    faulthandler.register(signal.SIGUSR2)  # prints what a hanging job was doing
     if request.get("record"):
         mpp.pretraining.setup.load_ahead = recording(mpp.pretraining.setup.load_ahead, request["record"])  # type: ignore[attr-defined]
     sys.argv = ["mpp", *request["words"]]

@@ -97,7 +97,7 @@ class Nursery:
 
 @dataclass
 class Job:
-    """Ranks that run."""
+    """The ranks of a command."""
 
     nursery: Nursery
     pids: list[int]

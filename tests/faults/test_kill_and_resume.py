@@ -1,4 +1,4 @@
-"""Killed anywhere, a run goes on to the losses and weights of the one that nothing happened to, to the last bit."""
+"""A run that is killed anywhere and resumed has the losses and weights of an undisturbed run, bit by bit."""
 
 from __future__ import annotations
 
@@ -29,11 +29,17 @@ LOADING = ["load.begins", "load.model_read", "load.ends", "load.metrics_kept", "
 ONCE = ("export.written", "export.before_rename", "export.renamed")
 NOT_IN = {"pretrain": {"save.averaged_written"}, "finetune": set()}
 FEW = {"save.model_written", "save.before_rename", "prune.inside", "load.model_read"}
-"""At these fine-tuning, the second rank and the third checkpoint are tried after every change; `make faults` tries all."""
+"""Points at which fine-tuning, the second rank and the third checkpoint are tried after every change.
+
+`make faults` tries them at all points.
+"""
 
 
 def at_points(points: list[str], others: tuple[int, int]) -> list[Any]:
-    """(job, point, one of two) for each of both; all but `FEW` are tried with pretraining and the first of two alone."""
+    """Return (job, point, other) for both jobs and both others.
+
+    Outside `FEW`, only pretraining with the first other is tried after every change.
+    """
     return [
         pytest.param(job, p, other, marks=() if p in FEW or (job, other) == ("pretrain", others[0]) else EXHAUSTIVE)
         for job in JOBS
@@ -63,7 +69,7 @@ def test_killed_while_saving(job: str, point: str, victim: int, bench: Bench) ->
     killed = bench.start(job, path, fault=fault)
     codes = killed.wait()
     assert codes[victim] == -9, killed.said()
-    if point != "export.renamed":  # nothing is exchanged after
+    if point != "export.renamed":  # nothing is exchanged afterwards
         assert codes[1 - victim] == 2, killed.said()
         assert f"process {victim} (pid" in killed.said()
         assert "Traceback" not in killed.said()
@@ -106,7 +112,7 @@ def test_killed_at_random(job: str, times: int, bench: Bench) -> None:
     records = records_of(job, out)
     while kills < times:
         run = bench.start(job, path, "--resume", "auto")
-        # it gets a little further each time, and some are killed before they train
+        # each time the run gets a little further, and some runs are killed before they train
         goal = steps_logged(records) + rng.randint(1, 15) if rng.random() < 0.8 else 0
         run.until(lambda goal=goal: steps_logged(records) >= goal)
         time.sleep(rng.random() * 0.1)
@@ -114,20 +120,20 @@ def test_killed_at_random(job: str, times: int, bench: Bench) -> None:
         assert -9 in run.end_with_the_first(), run.said()
         kills += 1
     bench.count("kills", kills)
-    assert steps_logged(records) < 20 * times, "it was killed before it ended"
+    assert steps_logged(records) < 20 * times, "the run must be killed before it ends"
     bench.goes_on(job, path, **changes)
 
 
 @pytest.mark.promise("Resumed on 1 to 3 processes, 0 or 2 workers: same samples, crops and masks; losses to 1e-5")
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 2), (3, 0), (3, 2)])
 def test_resumed_on_other_processes(world: int, workers: int, bench: Bench) -> None:
-    # draws of drop path are made for each micro-batch, of which there are others then
+    # drop path is drawn for each micro-batch, and the micro-batches change with the processes
     changes: dict[str, Any] = {"encoder.args.drop_path_rate": 0.0, "optim.global_batch_size": 12}
     path = bench.recipe("pretrain", **changes, **{"data.workers": workers})
     fault = {"point": "save.ends", "nth": 2, "do": "kill"}
     record = bench.folder / "samples"
     assert bench.start("pretrain", path, fault=fault, record=record).wait()[0] == -9
-    # those of the steps that are done again count once; kills do not fall between two steps
+    # samples of repeated steps count once, because kills do not fall between two steps
     done = [line for line in record.read_text().splitlines() if int(line.split()[0]) < 6 * 12]
     record.unlink()
     again = bench.start("pretrain", path, "--resume", "auto", world=world, record=record)
@@ -144,7 +150,7 @@ def test_resumed_on_other_processes(world: int, workers: int, bench: Bench) -> N
 
 
 def damaged(path: Path, how: str) -> str:
-    """Do it, and what the warning must say."""
+    """Damage a checkpoint, and return what the warning must contain."""
     if how == "missing":
         import shutil
 
@@ -178,7 +184,7 @@ def test_a_damaged_checkpoint(job: str, how: str, bench: Bench) -> None:
     inner = records_of(job, bench.folder / "run") / "checkpoints"
     newest, before = steps(inner)
     warning = damaged(newest, how)
-    if job == "pretrain" and warning and how != "manifest":  # asked for by name it is refused
+    if job == "pretrain" and warning and how != "manifest":  # asked for by name, it is refused
         asked = bench.start(job, path, "--resume", newest, world=1)
         assert asked.wait() == [2]
         assert f"--resume {newest}: {warning.partition(': ')[2]}" in bench.log.read_text()
@@ -188,4 +194,4 @@ def test_a_damaged_checkpoint(job: str, how: str, bench: Bench) -> None:
     assert f"resumed at step {int(before.name[5:])}" in said
     if warning:
         assert f"{warning}; the checkpoint before it is used" in said
-        assert said.count(warning) == 1, "one process says so"
+        assert said.count(warning) == 1, "only one process must print the warning"

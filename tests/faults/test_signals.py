@@ -1,4 +1,4 @@
-"""Asked to stop, a run saves within a step and says so; asked twice, it stops at once."""
+"""A run that is asked to stop saves after the step and reports it. Asked twice, it stops at once."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_second_sigint_stops_at_once(
     for pid in run.pids:  # the same Ctrl-C, passed on by a launcher
         os.kill(pid, signal.SIGINT)
     time.sleep(1.0)
-    assert run.codes() == [None, None], "still in the step that it was asked to finish"
+    assert run.codes() == [None, None], "both must still be in the step that they were asked to finish"
     for pid in run.pids:
         os.kill(pid, signal.SIGINT)
     codes = run.wait(20)
@@ -89,7 +89,7 @@ def test_a_second_sigint_stops_at_once(
 
 @contextlib.contextmanager
 def under_torchrun(path: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """torchrun with two processes that have trained for some steps; killed afterwards where it still runs."""
+    """Run torchrun with two processes that have trained for some steps. If it still runs afterwards, kill it."""
     log = out.with_name("log")
     with open(log, "w") as lines:
         run = subprocess.Popen(
@@ -126,7 +126,7 @@ def test_under_torchrun(how: str, bench: Bench) -> None:
             os.killpg(run.pid, signal.SIGINT)
         else:
             run.send_signal(signal.SIGTERM if how == "SIGTERM to torchrun" else signal.SIGHUP)
-        assert run.wait(30) == 1, "torchrun's own code after a signal"
+        assert run.wait(30) == 1, "expected torchrun's own code after a signal"
     assert status(out)["state"] == "stopped", bench.log.read_text()
     (saved,) = steps(out / "checkpoints")
     assert status(out)["step"] == int(saved.name[5:])
@@ -145,5 +145,5 @@ def test_killed_under_torchrun(victim: int, bench: Bench) -> None:
         assert run.wait(60) == 1
     bench.count("kills", 1)
     assert f"process {victim} (pid {killed} on " in bench.log.read_text(), bench.log.read_text()
-    assert status(out)["state"] == ("failed" if victim else "running"), "process 0 writes it"
+    assert status(out)["state"] == ("failed" if victim else "running"), "process 0 writes the status"
     bench.goes_on("pretrain", path, **{"optim.steps": 150})

@@ -1,4 +1,6 @@
-"""Output that never ends a run: closed terminals, pipes that nobody reads, full disks, other encodings."""
+"""Output that fails ends no run before it is saved: closed terminals, pipes without a reader, full disks, other
+encodings.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ LONG = {"optim.steps": 100_000, "checkpoint_every_steps": 100_000, "log_every_st
 
 @pytest.fixture
 def started(shards: Path, tmp_path: Path) -> Any:
-    """Start a long pretraining run; it is killed in the end."""
+    """Start a long pretraining run, and kill it at the end."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*words: str, before: str = "", env: dict[str, str] | None = None, **streams: Any) -> Any:
@@ -52,7 +54,7 @@ def started(shards: Path, tmp_path: Path) -> Any:
 def wait_for(happens: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not happens():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.05)
 
 
@@ -61,23 +63,23 @@ def logged(run: Path, count: int) -> Callable[[], bool]:
 
 
 def terminal() -> tuple[int, int]:
-    """Both ends of a terminal of 24 lines and 80 columns, on which a bar is drawn."""
+    """Return both ends of a terminal of 24 lines and 80 columns, on which a progress bar is drawn."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     return ours, theirs
 
 
 def read_until(happens: Callable[[], bool], terminal: int, seconds: float = 60) -> None:
-    """Take what a terminal shows until something happens."""
+    """Read what a terminal shows until something happens."""
     end = time.monotonic() + seconds
     while not happens():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "it did not happen in time"
         if select.select([terminal], [], [], 0.1)[0]:
             os.read(terminal, 65536)
 
 
 def saved_by(run: Path, why: str) -> None:
-    """A checkpoint of the last step, and a status that says what ended the run."""
+    """Check that there is a checkpoint of the last step, and that the status records what ended the run."""
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["why"]) == ("stopped", why)
     (found,) = steps(run / "checkpoints")
@@ -107,7 +109,7 @@ def test_a_terminal_that_is_closed(started: Any, tmp_path: Path) -> None:
 
 @pytest.mark.promise(CLOSED)
 def test_a_run_outlives_its_terminal_if_it_ignores_the_signal(started: Any, tmp_path: Path) -> None:
-    """As after `disown`, or below `nohup`: it goes on, and saves when it is asked to."""
+    """After `disown` or under `nohup`, the run continues, and saves when it is asked to."""
     ours, theirs = terminal()
     run = started(before="trap '' HUP; exec", stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -123,7 +125,7 @@ def test_a_run_outlives_its_terminal_if_it_ignores_the_signal(started: Any, tmp_
 
 @pytest.mark.promise(LOST)
 def test_ctrl_c_in_a_pipeline_saves(started: Any, tmp_path: Path) -> None:
-    """It ends `tee`, too, so that nobody reads what the run says while it saves."""
+    """Ctrl-C also ends `tee`, so nothing reads the run's output while it saves."""
     run = started("2>&1 | tee", str(tmp_path / "log"), "; exit ${PIPESTATUS[0]}", stdout=subprocess.DEVNULL)
     wait_for(logged(tmp_path / "run", 5))
     os.killpg(run.pid, signal.SIGINT)

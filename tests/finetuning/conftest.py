@@ -1,4 +1,4 @@
-"""What the tests of fine-tuning begin with."""
+"""Fixtures of the tests of fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import pretrain_recipe
 
 @pytest.fixture(scope="module")
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretrained tiny ViT."""
+    """Return a run that pretrained a tiny ViT."""
     out = tmp_path_factory.mktemp("pretrained") / "run"
     mpp.pretrain(pretrain_recipe(shards, out))
     return out

@@ -1,4 +1,4 @@
-"""What a fine-tune is compared with: approaches, equal time, published weights."""
+"""What a fine-tuned encoder is compared with: approaches, equal time, published weights."""
 
 from __future__ import annotations
 
@@ -70,20 +70,22 @@ def test_each_arm_is_a_recipe(shards: Path, tmp_path: Path) -> None:
     cnn = recipe_of_approach(made, "cnn")
     assert cnn.architecture is not None
     assert (cnn.encoder, cnn.architecture.name, cnn.optim.base_lr, cnn.lora) == ("scratch", "resnet18d", 0.25, None)
-    assert cnn.data.image_size == (32, 32), "16 px, enlarged"
+    assert cnn.data.image_size == (32, 32), "images of 16 px must be enlarged"
     images = {"images": "photos"}
     learning = recipe(shards, tmp_path, "runs/x", ema_decay=0.9, unlabeled=images, beside=["scratch", "cnn"])
     taught = recipe(shards, tmp_path, "runs/x", distill={"teacher": "runs/y", **images}, beside=["scratch", "cnn"])
     assert recipe_of_approach(learning, "scratch").unlabeled == learning.unlabeled
     assert recipe_of_approach(taught, "scratch").distill == taught.distill
-    assert recipe_of_approach(learning, "cnn").unlabeled is None, "it is what one would do without such images"
+    assert recipe_of_approach(learning, "cnn").unlabeled is None, "the CNN is what one would train without such images"
     assert recipe_of_approach(taught, "cnn").distill is None
     large = recipe(shards, tmp_path, "runs/x", beside="cnn", **{"data.image_size": 224})
     cnn = recipe_of_approach(large, "cnn")
     assert (cnn.data.image_size, cnn.architecture and cnn.architecture.args) == ((224, 224), {})
     for side_px, of_cnn in ((28, 64), (48, 64), (64, 64), (112, 128)):
         made = recipe(shards, tmp_path, "runs/x", beside="cnn", **{"data.image_size": side_px})
-        assert recipe_of_approach(made, "cnn").data.image_size == (of_cnn, of_cnn), "a multiple of its stride"
+        assert recipe_of_approach(made, "cnn").data.image_size == (of_cnn, of_cnn), (
+            "the size must be a multiple of the CNN's stride"
+        )
 
 
 def test_messages_about_the_cnn_name_its_own_keys(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_messages_about_the_cnn_name_its_own_keys(shards: Path, run: Path, tmp_p
 
 @pytest.mark.parametrize("which", [["mixup=0.4", "task.label_smoothing=0.1"], ["early_stop={}", "ema_decay=0.9"]])
 def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Path, run: Path, tmp_path: Path) -> None:
-    """And a trial that was cut off goes on with the length that was measured, to the same weights."""
+    """The CNN's length is measured. A trial that was cut off resumes with the measured length, to the same weights."""
     from mpp.recipe.overrides import parse_overrides
 
     out = tmp_path / "run"
@@ -108,7 +110,7 @@ def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Pat
     trial = out / "cnn-seed0"
     length = json.loads((trial / "length.json").read_text())
     took = minutes_before(made, "pretrained", "CPU")
-    assert minutes_before(made, "pretrained", "GPU") is None, "minutes of another kind are not added"
+    assert minutes_before(made, "pretrained", "GPU") is None, "minutes of another kind of device must not be added"
     assert minutes_before(made, "cnn", "CPU") == 0
     assert took == length["minutes_before"]
     assert took is not None
@@ -122,7 +124,7 @@ def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Pat
     config = json.loads((trial / "encoder" / "config.json").read_text())
     assert (config["architecture"], config["pretrained_cfg"]["input_size"]) == ("resnet18", [3, 32, 32])
     card = mpp.export(trial, tmp_path / "export").folder / "README.md"
-    assert "| architecture | resnet18 (args" in card.read_text(), "what this approach was, not the run"
+    assert "| architecture | resnet18 (args" in card.read_text(), "the card must be of this approach, not of the run"
     assert result.verdicts[0].cost is not None
     assert result.verdicts[0].cost.minutes.keys() == {"pretrained", "cnn"}
     assert "the CNN from scratch" in result.table()
@@ -153,7 +155,9 @@ def test_arms_may_be_added_to_a_finished_run(shards: Path, run: Path, tmp_path: 
     mpp.finetune(recipe(shards, tmp_path / "run", run, beside=[], **small))
     more = mpp.finetune(recipe(shards, tmp_path / "run", run, beside=["cnn"], cnn=CNN, **small), resume="auto")
     assert more.score.keys() == {"pretrained", "cnn"}
-    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["beside"] == ["cnn"], "the record says so"
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["beside"] == ["cnn"], (
+        "the run's record must name the new approach"
+    )
     other = recipe(shards, tmp_path / "run", run, beside=["cnn"], cnn={**CNN, "base_lr": 1.0}, **small)
     with pytest.raises(UserError, match=r"cnn\.base_lr: was 0\.2, now 1\.0"):
         mpp.finetune(other, resume="auto")

@@ -1,4 +1,4 @@
-"""What is doubted before a fine-tune."""
+"""Doubts that are reported before fine-tuning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_a_teacher_of_another_seed_knows_other_labels(teacher: str, drawn: dict[
 
 
 def test_other_teachers_are_not_doubted() -> None:
-    assert doubt_teacher(recipe("runs/f/pretrained-seed0", [0, 1])) == [], "all labels are the same for all"
+    assert doubt_teacher(recipe("runs/f/pretrained-seed0", [0, 1])) == [], (
+        "if all labels are used, all seeds have the same"
+    )
     assert doubt_teacher(recipe("runs/f/pretrained-seed0", [0], labels_per_class=25)) == []
     assert doubt_teacher(recipe("exports/teacher", [0, 1], labels_per_class=25)) == []
     assert doubt_teacher(recipe(None, [0, 1], labels_per_class=25)) == []

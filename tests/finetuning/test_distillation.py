@@ -224,7 +224,7 @@ def test_wrong_teachers(shards: Path, run: Path, teacher: Path, tmp_path: Path) 
         (other, {}, r"its class 1 is 'ring', that of the training data 'square'"),
         (teacher, {"data.channels": 1}, r"distill\.teacher: .* reads 3 channels; data\.channels is 1"),
         (teacher, {"distill.alpha": 1.5}, r"distill\.alpha: must be >= 0 and <= 1; got 1.5"),
-        (teacher, {"distill.kind": "warm"}, r"distill\.kind: no such choice; got 'warm'.* Allowed: hard, soft"),
+        (teacher, {"distill.kind": "warm"}, r"distill\.kind: no such choice; got 'warm'.* Choose from hard, soft"),
     ]:
         with pytest.raises(UserError, match=message):
             mpp.finetune(recipe(shards, tmp_path / "ft", run, **{"distill.teacher": str(source), **changes}))

@@ -27,24 +27,24 @@ def recipe(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> Fine
 def test_it_begins_as_scikit_learns_probe(
     shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one weight decay, so that nothing is chosen; steps of next to nothing leave it as it is."""
+    """There is one weight decay, so nothing is chosen. Steps at a learning rate near 0 leave the head as it was."""
     decay, read = 0.1, list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
     real = head_start._read_features
     monkeypatch.setattr(head_start, "WEIGHT_DECAYS", (decay,))
     monkeypatch.setattr(head_start, "_read_features", lambda *of: read.extend(real(*of)) or read[-1:])
     result = mpp.finetune(recipe(shards, tmp_path / "run", run))
     (_, features, labels), trial = read[0], tmp_path / "run" / "pretrained-seed0"
-    assert len(read) == 1, "from scratch there is nothing to probe"
+    assert len(read) == 1, "from scratch, there is nothing to probe"
     assert features.shape == (20, 32)
     scaled = (features - features.mean(0)) / features.std(0)
-    # of two classes scikit-learn decays one difference of weights, where softmax decays both
+    # with two classes, scikit-learn decays one difference of weights, and softmax decays both weights
     theirs = LogisticRegression(C=2 / (len(labels) * decay), tol=1e-8, max_iter=10_000).fit(scaled, labels)
     model = mpp.load_encoder(trial).eval()
     ours = model.get_classifier()(torch.from_numpy(features)).softmax(-1)
     np.testing.assert_allclose(ours.detach().numpy(), theirs.predict_proba(scaled), atol=2e-3)
 
     metrics = json.loads((trial / "result.json").read_text())["metrics"]
-    assert metrics["start_accuracy"] == metrics["accuracy"], "steps of next to nothing"
+    assert metrics["start_accuracy"] == metrics["accuracy"], "steps at a learning rate near 0 must change nothing"
     assert (
         "start_accuracy" not in json.loads((tmp_path / "run" / "scratch-seed0" / "result.json").read_text())["metrics"]
     )

@@ -1,4 +1,4 @@
-"""Adapters: they alone learn, they merge to a plain timm model, and the run resumes to the last bit."""
+"""Adapters: only they are trained, they are merged into a plain timm model, and the run resumes bit by bit."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_a_run(shards: Path, run: Path, tmp_path: Path) -> None:
     assert before.keys() <= after.keys()
     for name, value in before.items():
         linear = name.startswith("blocks") and name.endswith("weight") and value.ndim == 2
-        assert torch.equal(after[name], value) != linear, f"{name}: matrices of blocks alone have changed"
+        assert torch.equal(after[name], value) != linear, f"{name}: only matrices of blocks must change"
     delta = after["blocks.0.mlp.fc1.weight"] - before["blocks.0.mlp.fc1.weight"]
     assert torch.linalg.matrix_rank(delta, rtol=1e-3) == 4
     assert mpp.verify(trials["pretrained"]).difference <= 1e-5
     scratch = load_file(next((trials["scratch"] / "checkpoints").iterdir()) / "model.safetensors")
-    assert not any("lora_" in name for name in scratch), "the approach from scratch trains all of itself"
+    assert not any("lora_" in name for name in scratch), "the approach from scratch must train all its weights"
 
 
 def test_killed_and_resumed_it_is_the_same(shards: Path, run: Path, tmp_path: Path) -> None:
@@ -101,11 +101,13 @@ def test_what_is_refused(shards: Path, run: Path, tmp_path: Path, monkeypatch: p
     part = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3))
     part[1].requires_grad_(False)
     lora.add(part, rank=2, alpha=2, dropout=0.0)
-    assert {n.split(".")[0] for n, p in part.named_parameters() if p.requires_grad} == {"0"}, "what is not read"
+    assert {n.split(".")[0] for n, p in part.named_parameters() if p.requires_grad} == {"0"}, (
+        "frozen layers must get no adapters"
+    )
     with pytest.raises(UserError, match="lora: Sequential has no linear layers for adapters"):
         lora.add(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), rank=2, alpha=2, dropout=0.0)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"lora: requires the package peft: pip install peft"):
         mpp.finetune(recipe(shards, tmp_path / "b", run, **SHORT))
-    assert not (tmp_path / "b").exists(), "said before anything is made"
+    assert not (tmp_path / "b").exists(), "the run must be refused before anything is made"
     assert json.loads((run / "encoder" / "export.json").read_text())

@@ -1,4 +1,4 @@
-"""What was trained before a run counts: once each, whatever was made of what."""
+"""The minutes trained before a run: each earlier run counts once, however the models are related."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def recipe(encoder: Path | str, teacher: Path | None = None) -> FinetuneRecipe:
 
 
 def pretrained(folder: Path, minutes: float, began_with: str = "vit_tiny_patch16_224") -> Path:
-    """A pretraining run, as far as its minutes go."""
+    """Write the parts of a pretraining run that its minutes depend on."""
     folder.mkdir()
     of_run = {"out": str(folder), "data": {"shards": "s", "image_size": 32}, "optim": {"epochs": 1}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(of_run | {"encoder": {"name": began_with}}))
@@ -31,7 +31,7 @@ def pretrained(folder: Path, minutes: float, began_with: str = "vit_tiny_patch16
 
 
 def exported(folder: Path, minutes: float) -> Path:
-    """An export of a pretraining run."""
+    """Write an export of a pretraining run."""
     folder.mkdir()
     (folder / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
     (folder / "model.safetensors").write_bytes(b"")
@@ -45,7 +45,7 @@ def write_metrics(folder: Path, minutes: float) -> None:
 
 
 def finetuned(out: Path, minutes: float, of: FinetuneRecipe, trial: str = "pretrained-seed0") -> Path:
-    """A trial of a fine-tune."""
+    """Write a trial of a fine-tuning run."""
     (out / trial).mkdir(parents=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(of.model_dump(mode="json", exclude_unset=True)))
     write_metrics(out / trial, minutes)
@@ -56,15 +56,17 @@ def test_each_run_counts_once(tmp_path: Path) -> None:
     encoder = pretrained(tmp_path / "p", 11.0)
     assert minutes_before(recipe(encoder), "pretrained", "CPU") == 11
     first = finetuned(tmp_path / "f", 6.0, recipe(encoder))
-    assert minutes_before(recipe(first), "pretrained", "CPU") == 17, "fine-tuned twice"
+    assert minutes_before(recipe(first), "pretrained", "CPU") == 17, "it was fine-tuned twice"
     taught = recipe(encoder, teacher=first)
-    assert minutes_before(taught, "pretrained", "CPU") == 17, "encoder and teacher began with one pretraining"
+    assert minutes_before(taught, "pretrained", "CPU") == 17, "encoder and teacher share one pretraining"
     second = finetuned(tmp_path / "g", 20.0, taught)
     assert minutes_before(recipe(encoder, teacher=second), "pretrained", "CPU") == 37
-    assert minutes_before(recipe(encoder, teacher=second), "scratch", "CPU") == 37, "its teacher's"
-    assert minutes_before(recipe(encoder, teacher=second), "cnn", "CPU") == 0, "has no teacher"
+    assert minutes_before(recipe(encoder, teacher=second), "scratch", "CPU") == 37, "its teacher's minutes count"
+    assert minutes_before(recipe(encoder, teacher=second), "cnn", "CPU") == 0, "it has no teacher"
     (second / "encoder").mkdir()
-    assert minutes_before(recipe(encoder, teacher=second / "encoder"), "pretrained", "CPU") == 37, "as logs name it"
+    assert minutes_before(recipe(encoder, teacher=second / "encoder"), "pretrained", "CPU") == 37, (
+        "a trial may be named by its encoder folder, as in logs"
+    )
 
 
 def test_pretraining_that_went_on_counts_what_it_began_with(tmp_path: Path) -> None:
@@ -74,7 +76,9 @@ def test_pretraining_that_went_on_counts_what_it_began_with(tmp_path: Path) -> N
     export = exported(tmp_path / "export", 7.0)
     assert minutes_before(recipe(export), "pretrained", "CPU") == 7
     third = pretrained(tmp_path / "third", 5.0, began_with=str(export))
-    assert minutes_before(recipe(third), "pretrained", "CPU") == 5, "weights of others cost nothing"
+    assert minutes_before(recipe(third), "pretrained", "CPU") == 5, (
+        "an export that pretraining began with does not count"
+    )
 
 
 @pytest.mark.parametrize("trial", ["scratch-seed0", "labels5-scratch-seed0", "cnn-seed3"])
@@ -87,7 +91,9 @@ def test_a_teacher_from_scratch_has_no_pretraining(trial: str, tmp_path: Path) -
 def test_what_is_not_known_is_none(tmp_path: Path) -> None:
     encoder = pretrained(tmp_path / "p", 11.0)
     assert minutes_before(recipe(encoder), "pretrained", "GPU") is None
-    assert minutes_before(recipe("vit_tiny_patch16_224"), "pretrained", "CPU") is None, "timm's weights"
+    assert minutes_before(recipe("vit_tiny_patch16_224"), "pretrained", "CPU") is None, (
+        "nothing is recorded of timm's weights"
+    )
     assert minutes_before(recipe(tmp_path / "missing"), "pretrained", "CPU") is None
     assert minutes_before(recipe(encoder), "published", "CPU") is None
     cut_off = finetuned(tmp_path / "f", 6.0, recipe(encoder))

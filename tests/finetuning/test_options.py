@@ -129,11 +129,7 @@ def test_averages_of_batch_norms() -> None:
     [
         {"ema_decay": 0.9, "frozen": 0.4},
         {"early_stop.every_steps": 3, "balance": "loss"},
-        {
-            "optim.name": "sgd",
-            "frozen": 0.7,
-            "unfreeze": "gradual",
-        },  # the momentum of some weights begins after the cut
+        {"optim.name": "sgd", "frozen": 0.7, "unfreeze": "gradual"},  # some weights get momentum only after the cut
     ],
 )
 def test_killed_and_resumed_it_is_the_same(
@@ -174,10 +170,8 @@ def test_early_stopping(shards: Path, run: Path, tmp_path: Path) -> None:
     assert torch.equal(exported["blocks.0.mlp.fc1.weight"], best["encoder.blocks.0.mlp.fc1.weight"])
     assert "step 2 of 8: best on 6 training images held out" in (trial / "train.log").read_text()
     small = {"seeds": [0], "beside": [], "checkpoint_every_steps": 1, "keep_checkpoints": 99}
-    for killed_after in (
-        8,
-        5,
-    ):  # killed after the last checkpoint and before the verdict, and after one measurement without a new best
+    # killed between the last checkpoint and the verdict, and after one measurement without a new best
+    for killed_after in (8, 5):
         (trial / "result.json").unlink()
         for step in range(killed_after + 1, 9):
             shutil.rmtree(trial / "checkpoints" / f"step-{step:08d}")
@@ -368,9 +362,9 @@ def test_a_rare_class_is_not_forgotten(balance: str, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"frozen": 1.5}, r"frozen: must be >= 0 and <= 1; got 1\.5"),
-        ({"unfreeze": "slowly"}, r"unfreeze: no such choice; got 'slowly'.*Allowed: at_once, gradual"),
+        ({"unfreeze": "slowly"}, r"unfreeze: no such choice; got 'slowly'.*Choose from at_once, gradual"),
         ({"ema_decay": 1.0}, r"ema_decay: must be >= 0 and < 1"),
-        ({"balance": "yes"}, r"balance: no such choice; got 'yes'.*Allowed: none, sampling, loss"),
+        ({"balance": "yes"}, r"balance: no such choice; got 'yes'.*Choose from none, sampling, loss"),
         ({"unfreeze": "gradual"}, r"unfreeze: gradual: requires frozen between 0 and 1"),
         ({"early_stop.patience": 0}, r"early_stop\.patience: must be >= 1; got 0"),
         ({"early_stop.fraction": 0.5, "data.labels_per_class": 1}, "early_stop: to hold some out, a class needs two"),
@@ -471,7 +465,7 @@ def test_attention_pools(shards: Path, run: Path, tmp_path: Path) -> None:
     mpp.verify(result.encoder)
     layers, depth = optim.layer_numbers(mpp.load_encoder(result.encoder, num_classes=0))
     assert {layers[name] for name in after if name.startswith("attn_pool.")} == {depth + 1}, (
-        "it learns as the head does"
+        "the pooling must have the learning rate of the head"
     )
     architecture = {"name": "resnet10t"}
     with pytest.raises(UserError, match="pool: attention: timm's ResNet has no attention pooling; use pool=mean"):

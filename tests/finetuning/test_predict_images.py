@@ -1,4 +1,4 @@
-"""Predictions are those of the fine-tuned model; the report shows its mistakes."""
+"""Predictions are those of the fine-tuned model, and the report shows its mistakes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_more_views_are_means(trial: Path, image_folder: Path) -> None:
     centre, five = one.crops(data), ten.crops(data)
     assert five.shape[0] == 5
     assert torch.equal(five[:1], centre)
-    assert len({tuple(c.flatten().tolist()) for c in five}) == 5, "five places"
+    assert len({tuple(c.flatten().tolist()) for c in five}) == 5, "expected crops at five places"
     both = (one.probabilities(centre[None]) + one.probabilities(centre[None].flip(-1))) / 2
     torch.testing.assert_close(two.probabilities(centre[None]), both)
     each = [two.probabilities(crop[None, None]) for crop in five]
@@ -68,7 +68,7 @@ def test_the_report(trial: Path, image_folder: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "images"
     shutil.copytree(image_folder, wrong)
     rows, _, _ = mpp.predict(trial, [str(wrong)])
-    for row in rows:  # every image into the folder of the other class than it is said to be; one into its own
+    for row in rows:  # move every image into the folder of the class that is not predicted
         name = Path(row["image"])
         other = {"disc": "square", "square": "disc"}[row["class"]]
         shutil.move(name, tmp_path / f"{other}-{name.name}")
@@ -80,7 +80,7 @@ def test_the_report(trial: Path, image_folder: Path, tmp_path: Path) -> None:
     assert report.accuracy == 0
     assert report.counts.sum() == 60
     assert np.trace(report.counts) == 0
-    assert len(report.mistakes) == 24, "no more than a picture holds"
+    assert len(report.mistakes) == 24, "expected no more than a picture holds"
     surest = [float(p.probabilities.max()) for p, _ in report.mistakes]
     assert surest == sorted(surest, reverse=True)
     assert surest[0] == pytest.approx(max(r["probability"] for r in rows))
@@ -145,7 +145,7 @@ def test_a_recipe_from_elsewhere_runs_nothing(trial: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_odd_names(trial: Path, tmp_path: Path) -> None:
-    """Dollars are no formulas, bytes that are no text are kept, and what cannot be written is said at once."""
+    """Dollars are no formulas, file names that are not text are kept, and an output that cannot be written is refused."""
     odd = shutil.copytree(trial, tmp_path / "odd")
     config = odd / "encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "label_names": ["a$_$b", "c"]}))

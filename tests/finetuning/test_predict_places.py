@@ -1,4 +1,4 @@
-"""`mpp predict` of segmenters and detectors: masks that are data again, boxes in the pixels of the file."""
+"""`mpp predict` of segmenters and detectors: masks that can be used as data, boxes in the pixels of the file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def detector(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(shapes: Path, tmp_path: Path) -> Path:
-    """Three sizes, a folder in a folder, and one that is no image."""
+    """Return a folder with images of three sizes, one of them in a subfolder, and a file that is no image."""
     folder = tmp_path / "photos"
     (folder / "inner").mkdir(parents=True)
     for i, (w, h) in enumerate([(32, 32), (90, 40), (20, 50)]):
@@ -64,7 +64,7 @@ def test_masks(segmenter: Path, photos: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "masks" / "inner" / "2.png").exists()
     shutil.copytree(photos, tmp_path / "out" / "images", ignore=shutil.ignore_patterns("bad.png"))
     again = open_segmented((str(tmp_path / "out"),), key="k", classes=predictor.classes, ignore_index=255)
-    assert len(again) == 3, "what was said can be trained on"
+    assert len(again) == 3, "predicted masks must be usable as training data"
 
 
 def test_boxes(detector: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

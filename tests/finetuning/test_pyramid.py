@@ -1,4 +1,4 @@
-"""A pyramid has the strides it says, over plain and hierarchical encoders, and leaves no map and no weight unused."""
+"""A pyramid has the given strides over plain and hierarchical encoders, and uses every map and weight."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_over_a_plain_encoder(finest: int, strides: list[int], last_only: bool) 
     torch.stack([level.square().sum() for level in levels]).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pyramid.parameters())
     read = [m.grad is not None for m in maps]
-    assert read[-1], "the last block is always read: else its weights would have no gradient"
+    assert read[-1], "the last block must always be read, or its weights would have no gradient"
     assert sum(read) == (1 if last_only else min(len(strides), 4))
 
 

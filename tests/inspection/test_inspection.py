@@ -1,4 +1,4 @@
-"""`mpp inspect`: every family, real files, and encoders whose answer is known beforehand."""
+"""`mpp inspect`: every family, real files, and encoders whose answer is known."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def subject_of(model: Any, size: tuple[int, int], name: str = "toy") -> Inspecte
 
 
 def drawn(count: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """Smooth random images: neighbouring pixels are alike."""
+    """Return smooth random images, whose neighbouring pixels are alike."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(coarse, size, mode="bicubic")
     return (255 * smooth).clamp(0, 255).byte()
@@ -64,7 +64,7 @@ def test_every_family_is_seen(family: Family) -> None:
         if isinstance(view, views.View):
             json.dumps(view.numbers, allow_nan=False)
         else:
-            assert len(view) > 10, "a reason"
+            assert len(view) > 10, "expected a reason"
     table = torch.tensor(found["similarity"].numbers["cka"], dtype=torch.float64)
     torch.testing.assert_close(table.diagonal(), torch.ones(len(table), dtype=torch.float64), atol=1e-3, rtol=0)
     torch.testing.assert_close(table, table.T)
@@ -86,7 +86,7 @@ def test_attention_without_weights_is_even_and_stays_even_through_all_blocks() -
     assert [e for row in distance.numbers["entropy"] for e in row] == pytest.approx([1.0] * 6)
     maps = views.attention_maps(subject, found, images[:2])
     assert isinstance(maps, views.View)
-    # ((I + J / 17) / 2) ** 3, and of a patch's row the part of the 16 patches
+    # ((I + J / 17) / 2) ** 3, and of a patch's row only the part of the 16 patches
     own, others = 1 / 8 + 7 / 8 / 17, 7 / 8 / 17
     assert maps.numbers["own_share"] == pytest.approx(own / (own + 15 * others))
 
@@ -103,11 +103,11 @@ def test_blocks_that_add_nothing_leave_one_representation() -> None:
     torch.testing.assert_close(cka, torch.ones(4, 4), atol=1e-3, rtol=0)
     skips = views.skips(seen)
     assert isinstance(skips, views.View)
-    assert skips.numbers["block"] == [1], "the others add nothing"
+    assert skips.numbers["block"] == [1], "the other blocks add nothing"
 
 
 class GrowingBlock(torch.nn.Module):
-    """Adds a quarter of its input."""
+    """A block that adds a quarter of its input."""
 
     def forward(self, x: torch.Tensor, **ignored: Any) -> torch.Tensor:
         return 1.25 * x
@@ -164,7 +164,9 @@ def test_what_is_written(run: Path, shards: Path, image_folder: Path, tmp_path: 
     again = mpp.inspect(run, [str(shards), str(image_folder)], images=24, shown=2, out=tmp_path / "again")
     for view in found.views:
         name = f"{view.name}.json"
-        assert (found.out / name).read_text() == (again.out / name).read_text(), "the same every time"
+        assert (found.out / name).read_text() == (again.out / name).read_text(), (
+            "the numbers must be the same every time"
+        )
 
 
 def test_command_line(run: Path, shards: Path, tmp_path: Path) -> None:

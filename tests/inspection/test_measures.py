@@ -82,9 +82,7 @@ def test_attention_to_itself_has_distance_0_and_to_the_next_cell_its_side() -> N
     where = measures.places((3, 4), 8)
     itself = torch.eye(12).expand(1, 2, 12, 12)
     assert measures.mean_attention_distance(itself, where, where).tolist() == [0, 0]
-    right = (
-        torch.eye(12).view(12, 3, 4).roll(1, 2).view(12, 12)
-    )  # wraps around: three of four cells look 8 px away, one 24
+    right = torch.eye(12).view(12, 3, 4).roll(1, 2).view(12, 12)  # wraps around: three of four cells look 8 px, one 24
     assert measures.mean_attention_distance(right[None, None], where, where).item() == pytest.approx(12)
     half = 0.5 * right[None, None]  # the other half goes to a class token, which was left out
     assert measures.mean_attention_distance(half, where, where).item() == pytest.approx(12)

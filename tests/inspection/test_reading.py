@@ -38,7 +38,7 @@ KINDS = {
     "ConvNeXt V2": "none",
     "ResNet": "none",
 }
-"""What each family's attention is: a new family wants its word here."""
+"""Kind of attention by family. A new family needs an entry here."""
 
 
 def toy(family: Family) -> Any:
@@ -70,7 +70,7 @@ def test_every_family(family: Family) -> None:
     with AttentionRecorder(keep) as recorder:
         recorded = model.forward_features(images)
     torch.testing.assert_close(recorded, plain, rtol=1e-4, atol=1e-5)
-    assert torch.equal(model.forward_features(images), plain), "nothing is left behind"
+    assert torch.equal(model.forward_features(images), plain), "the model must be unchanged afterwards"
     for weights in recorder.found:
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     kind = KINDS[family.title]
@@ -130,7 +130,7 @@ def test_watched_blocks_give_input_and_output() -> None:
     assert torch.equal(seen[0].after, seen[1].before)
     seen.clear()
     model.forward_features(images)
-    assert not seen, "the hooks are gone"
+    assert not seen, "the hooks must be removed"
 
 
 def test_filters_and_positions() -> None:

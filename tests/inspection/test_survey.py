@@ -1,4 +1,4 @@
-"""`mpp models`, and that every family of the support table goes through the whole job."""
+"""`mpp models`, and every family of the support table from pretraining to a loaded export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.conftest import ROOT, pretrain_recipe
 from tests.contracts.test_encoders import SLOW
 
 CLEAN_PROCESS = {"Swin", "MLP-Mixer", "CoAtNet", "PVT v2", "BEiT", "EVA-02", "Hiera", "ConvNeXt V2", "DeiT, distilled"}
-"""Families whose export is verified in a process of its own, 5 s each; the others are loaded in this one."""
+"""Families whose export is verified in a clean process, which takes 5 s each. The others are loaded in this process."""
 
 
 def said(*words: str, code: int = 0) -> str:
@@ -71,7 +71,7 @@ def test_a_family_nobody_tried_gets_a_clear_answer() -> None:
     assert "may be trained: yes, with a warning" in text
     assert "none that takes mask tokens" in said("resnet18")
     text = said("efficientnet_b0")
-    assert "features: 320 wide" in text, "it widens them only after pooling"
+    assert "features: 320 wide" in text, "features are widened only after pooling"
     assert "may be trained: yes, with a warning" in text
     text = said("pit_ti_224")
     assert "none that takes mask tokens" in text, "its patches overlap: seven cells of nine pixels"
@@ -84,7 +84,7 @@ def test_a_deep_model_does_not_overflow_in_the_check() -> None:
 
 @pytest.mark.parametrize("name", ["pit_ti_224", "efficientnet_b0"])
 def test_families_nobody_tried_train_and_are_verified(name: str, shards: Path, tmp_path: Path) -> None:
-    """pit_ti: its features and its embedding share memory. efficientnet_b0: its last layer is outside the features."""
+    """In pit_ti, features and embedding share memory. In efficientnet_b0, the last layer is outside the features."""
     given = {"encoder": {"name": name}, "data.image_size": 64, "corruption": "pixel_patch", "optim.steps": 2}
     with pytest.warns(mpp.MppWarning, match="no contract test has seen"):
         run = mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **given))
@@ -119,7 +119,7 @@ def test_the_contract_runs_on_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
     [pytest.param(f, id=f.title, marks=[pytest.mark.slow] if f.title in SLOW else []) for f in FAMILIES],
 )
 def test_every_family_pretrains_exports_and_loads(family: Family, shards: Path, tmp_path: Path) -> None:
-    """By the command that `mpp models` prints."""
+    """The command that `mpp models` prints is run."""
     words = shlex.split(tiny_command(family))[2:]
     changes = {"data.shards": str(shards), "out": str(tmp_path / "run")}
     command = [*words, *(f"{k}={json.dumps(v)}" for k, v in changes.items())]

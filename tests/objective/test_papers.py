@@ -328,7 +328,7 @@ def test_beit_pools_as_it_always_did() -> None:
 
 
 def test_a_swin_is_fine_tuned_with_larger_windows(tmp_path: Path) -> None:
-    """SimMIM pretrains with windows of 6 at 192 px and fine-tunes with windows of 7 at 224 px. Here they have 3 and 4."""
+    """SimMIM has windows of 6 cells at 192 px and of 7 at 224 px in fine-tuning. Here they have 3 and 4 cells."""
     args = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "patch_size": 4, "window_size": 3}
     swin = timm_model("swin_tiny_patch4_window7_224", (24, 24), **args)
     timm.models.save_for_hf(swin, str(tmp_path), safe_serialization=True)
@@ -396,7 +396,7 @@ def large_picture(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 750), (1203, 907), (801, 1601)])
 def test_large_jpegs_are_cut_where_pillow_cuts_them(width: int, height: int) -> None:
-    """Large JPEGs are decoded at a fraction of their size, at which the edges of a crop are rarely between two pixels."""
+    """Large JPEGs are decoded at a fraction of their size, at which crops rarely end between two pixels."""
     picture = large_picture(width, height)
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=95)

@@ -1,4 +1,4 @@
-"""What devices are asked to do."""
+"""How devices are set up, and the advice on speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import pretrain_recipe
 
 
 def test_convolutional_networks_have_channels_last() -> None:
-    """Those with batch norms, and of them the weights of two-dimensional convolutions alone."""
+    """Only networks with batch norms have channels last, and only the weights of their two-dimensional convolutions."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv3d(1, 2, 3))
     prefer_channels_last(network)
     assert network[0].weight.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Launchers, as docs/many-gpus.md says: each of its commands, with two processes of a CPU."""
+"""Launchers as in docs/many-gpus.md: each of its commands is run, with two processes on a CPU."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_on_one_machine(title: str, workspace: Workspace, tmp_path: Path) -> Non
 
 
 def here(line: str, port: str) -> str:
-    """The command of one of the machines, on this one."""
+    """Return the command of one of the machines, changed to run on this one."""
     return (
         line.replace("node0", "127.0.0.1")
         .replace("29511", port)
@@ -66,7 +66,7 @@ def here(line: str, port: str) -> str:
 
 @pytest.mark.slow
 def test_on_two_machines(workspace: Workspace, tmp_path: Path) -> None:
-    """Two launchers of this one, with a process each."""
+    """Both launchers run on this machine, with one process each."""
     folder = workspace.copy(PAGE, tmp_path)
     lines = lines_of(SECTIONS[TOGETHER])
     assert [re.findall(r"--machine_rank (\d)", line) for line in lines] == [["0"], ["1"]]
@@ -91,7 +91,7 @@ def test_on_two_machines(workspace: Workspace, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
 def test_configurations_ask_for_no_engine(file: Path) -> None:
-    """Accelerate's own sharding and precision would be refused, or passed over."""
+    """Accelerate's own sharding and precision would be refused or ignored."""
     found = yaml.safe_load(file.read_text())
     assert found["distributed_type"] in ("NO", "MULTI_GPU")
     assert not {"fsdp_config", "deepspeed_config", "mixed_precision", "dynamo_config"} & set(found)
@@ -123,14 +123,14 @@ case $1 in show) echo 127.0.0.1 ;; requeue) echo "$2" >> requeued ;; esac
 
 @pytest.mark.slow
 def test_slurm_queues_again_what_was_preempted(workspace: Workspace, tmp_path: Path) -> None:
-    """Stopped by a signal it is queued again, goes on, and is then let be; a fault of the user's is not queued again."""
+    """A run that a signal stopped is queued again and resumes. A finished run and a user's error are not queued again."""
     folder = workspace.copy(PAGE, tmp_path)
     (folder / "bin").mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(stat.S_IRWXU)
     job = {
-        "SLURM_JOB_ID": str(os.getpid()),  # of which the script makes a port
+        "SLURM_JOB_ID": str(os.getpid()),  # the script derives a port from it
         "SLURM_JOB_NODELIST": "node0",
         "SLURM_NTASKS": "2",
         "SLURM_CPUS_PER_TASK": "1",

@@ -1,4 +1,4 @@
-"""Who is gone, as far as that can be told from here."""
+"""Which processes are gone, as far as this machine can tell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpp.parallel.liveness import SAVING, Watch, _gone, _here
 
 @pytest.fixture
 def dead() -> int:
-    """The number of a process that is no more."""
+    """Return the number of a process that has ended."""
     child = subprocess.Popen(["true"])
     child.wait()
     return child.pid
@@ -56,10 +56,10 @@ def test_only_after_a_while_and_not_while_something_is_saved(
         assert watch._unnoticed() is None, "nothing has begun"
         now += 6
     watch.at(3, "computing")
-    assert watch._unnoticed() is None, "it may become known yet"
+    assert watch._unnoticed() is None, "the process may still be reported"
     now += 6
     watch.at(3, SAVING)
-    assert watch._unnoticed() is None, "what it saves would be lost"
+    assert watch._unnoticed() is None, "what is being saved would be lost"
     watch.at(4, "computing")
     assert watch._unnoticed() == f"process 1 (pid {dead} on {other['host']}) is gone"
     watch._known[1] = {**other, "done": True}

@@ -1,4 +1,4 @@
-"""What the processes of a run are to each other."""
+"""How the processes of a run are launched, find each other and choose a precision."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.
     ],
 )
 def test_half_of_a_launcher_s_environment(given: dict[str, str], message: str) -> None:
-    """A run would wait for processes that never come, or fail in words of torch's."""
+    """A run would wait for processes that never come, or fail with a message of torch's."""
     with pytest.raises(UserError, match=message):
         check_launch(given)
 
@@ -73,7 +73,7 @@ def test_a_switch_of_accelerate_s_that_is_neither_on_nor_off(monkeypatch: pytest
 
 
 class Called(TorchDispatchMode):
-    """Names of torch's operations, as they are called."""
+    """The names of torch's operations that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_tf32_is_for_one_run() -> None:
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_sharding_is_for_the_recipe_to_ask_for(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
-    """As `accelerate launch --use_fsdp` asks for it."""
+    """`accelerate launch --use_fsdp` sets this variable."""
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(UserError, match=f"^accelerate's {engine}: launch without --use_{engine.lower()}"):
         start_team("fp32")

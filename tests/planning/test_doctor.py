@@ -1,4 +1,4 @@
-"""What is wrong with a machine is reported with what to do, and what is right is reported."""
+"""Problems of a machine are reported with what to do, and what is in order is reported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("quick")
 def test_nobody_is_sent_to_another_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyPI's `mpp` is somebody else's, with a higher version."""
+    """PyPI's `mpp` is another project, with a higher version."""
     monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=99", "no-such-package-here>=1"])
     found = "\n".join(str(f) for f in doctor.examine(str(tmp_path)))
     assert (

@@ -1,4 +1,4 @@
-"""A plan says what a run then takes."""
+"""The figures of a plan are those of the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.conftest import command, pretrain_recipe, pretrain_values
 
 @pytest.mark.slow
 def test_what_the_run_then_says(shards: Path, tmp_path: Path) -> None:
-    """Images, steps, parameters and bytes on the disk."""
+    """The plan gives the run's images, steps, parameters and bytes on the disk."""
     changes = {"optim.steps": None, "optim.epochs": 2, "encoder.args.embed_dim": 96, "keep_checkpoints": 1}
     recipe = pretrain_recipe(shards, tmp_path / "run", **changes)
     plan = planning.plan(recipe)
@@ -51,7 +51,7 @@ def test_what_the_run_then_says(shards: Path, tmp_path: Path) -> None:
     ],
 )
 def test_operations_and_memory_are_those_of_a_step(changes: dict[str, Any], shards: Path, tmp_path: Path) -> None:
-    """Counted on shapes alone, they are what a real step on this CPU counts."""
+    """Operations and memory are counted on shapes only, and agree with those of a real step on this CPU."""
     recipe = pretrain_recipe(shards, tmp_path / "run", **{"encoder.args.depth": 4, **changes})
     model, grid = build_model(recipe)
     flop, peak = count_step(recipe, model, grid, 16, "fp32")
@@ -65,13 +65,13 @@ def test_operations_and_memory_are_those_of_a_step(changes: dict[str, Any], shar
     live = _Live([*model.parameters(), *model.buffers(), images])
     with live:
         model(images, units).sum().backward()
-    # attention is one operation here and another there
+    # the two counts see different operations for attention
     assert flop == pytest.approx(counter.get_total_flops(), rel=0.1)
     assert peak == pytest.approx(live.peak, rel=0.15)
 
 
 def test_how_it_grows() -> None:
-    """Activations with images, but not with activation checkpointing as much; shares with devices."""
+    """Activations grow with the images, but less with activation checkpointing. Devices share the work."""
     values: dict[str, Any] = {"out": "runs/x", "data": {"shards": "none", "image_size": 32}, "optim": {"epochs": 3}}
     values["encoder"] = {"name": "vit_tiny_patch16_224", "args": {"patch_size": 4, "depth": 6}}
     values["optim"] |= {"global_batch_size": 64, "max_batch_per_device": 32}
@@ -160,7 +160,7 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
 
 
 def test_this_machine(shards: Path) -> None:
-    """Its steps and its reading are timed; fp32 is what `precision: auto` takes there."""
+    """On this CPU, steps and reading are timed, and `precision: auto` means fp32."""
     values = pretrain_values(shards, "out")
     found = mpp.plan(values, device="cpu")
     assert 0 < found.mfu < 1.5
@@ -180,7 +180,7 @@ def test_this_machine(shards: Path) -> None:
     ("threads", "workers", "step_s"),
     [
         (2, 0, 10 + 4),  # one after the other
-        (2, 1, (2 * 10 + 4) / 2),  # both cores are busy all the time
+        (2, 1, (2 * 10 + 4) / 2),  # both cores are always busy
         (1, 1, 10),  # the other core reads
         (1, 4, 10),
     ],
@@ -188,15 +188,15 @@ def test_this_machine(shards: Path) -> None:
 def test_threads_and_workers_share_the_cores(
     threads: int, workers: int, step_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On two cores, of steps that compute 10 s and read images of 4 s."""
+    """There are two cores, steps compute for 10 s, and reading their images takes 4 s."""
     monkeypatch.setattr("mpp.planning.plan.cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert _with_loader(10, 4, workers) == step_s
-    assert _with_loader(1, 40, 2) == pytest.approx(max(20, (threads + 40) / 2)), "the loader is the bottleneck"
+    assert _with_loader(1, 40, 2) == pytest.approx(max(20, (threads + 40) / 2)), "the dataloader must be the bottleneck"
 
 
 def test_attention_is_counted_as_fused() -> None:
-    """What long sequences take grows with their tokens, not with tokens × tokens, which nobody keeps."""
+    """The memory for long sequences grows with their tokens, not with tokens × tokens, which are not kept."""
     args = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 8}
     sizes = {}
     for side_px in (64, 128):  # 256 and 1,024 patches

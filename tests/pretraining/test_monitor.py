@@ -96,9 +96,7 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
     done = command("pretrain", recipe, "out=" + str(tmp_path / "two"), processes=2)
     assert done.returncode == 0, done.stderr
     one, two = (read_metrics(tmp_path / name)[-1] for name in ("one", "two"))
-    assert two["probe_accuracy"] == pytest.approx(one["probe_accuracy"], abs=0.09), (
-        "may differ by two images"
-    )
+    assert two["probe_accuracy"] == pytest.approx(one["probe_accuracy"], abs=0.09), "may differ by two images"
 
 
 def test_it_sees_what_is_there() -> None:

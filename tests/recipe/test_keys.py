@@ -59,10 +59,10 @@ def test_slips_find_their_key(job: str) -> None:
 @pytest.mark.parametrize(
     ("slip", "line"),
     [
-        ("head.depth=2", "It belongs to head=cross_attention and head=transformer. Allowed here: name"),
-        ("target.layers=2", "It belongs to target=ema_teacher and target=teacher. Allowed here: name"),
-        ("loss.beta=2", "It belongs to loss=smooth_l1. Allowed here: name"),
-        ("head.layers=2", "unknown key. Allowed here: name"),
+        ("head.depth=2", "It belongs to head=cross_attention and head=transformer. Known keys: name"),
+        ("target.layers=2", "It belongs to target=ema_teacher and target=teacher. Known keys: name"),
+        ("loss.beta=2", "It belongs to loss=smooth_l1. Known keys: name"),
+        ("head.layers=2", "unknown key. Known keys: name"),
     ],
 )
 def test_keys_of_other_components_are_named_with_them(slip: str, line: str) -> None:

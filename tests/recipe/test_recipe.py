@@ -46,7 +46,7 @@ WRONG = {
     # mistake -> (lines added, overrides, beginning of the one line that reports it)
     "unknown key": (
         "mask:\n  ratoi: 0.5\n", [],
-        "r.yaml:8: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Allowed here: name, ratio, unit_px",
+        "r.yaml:8: mask.ratoi: unknown key. Did you mean 'mask.ratio'? Known keys: name, ratio, unit_px",
     ),
     "unknown section": ("maks: {}\n", [], "r.yaml:7: maks: unknown key. Did you mean 'mask'?"),
     "a key that belongs elsewhere": ("epochs: 3\n", [], "r.yaml:7: epochs: unknown key. Did you mean 'optim.epochs'?"),
@@ -61,11 +61,11 @@ WRONG = {
     "a word for a number": ("seed: many\n", [], "r.yaml:7: seed: input should be a valid integer"),
     "a fraction for a count": ("corruption: {enter: 1.5}\n", [], "r.yaml:7: corruption.enter: input should be a valid integer"),
     "unknown component": (
-        "mask: {name: blok}\n", [], "r.yaml:7: mask.name: no such choice; got 'blok'. Did you mean 'block'? Allowed: attention, block, grid, inverse_block, uniform",
+        "mask: {name: blok}\n", [], "r.yaml:7: mask.name: no such choice; got 'blok'. Did you mean 'block'? Choose from attention, block, grid, inverse_block, uniform",
     ),
     "unknown component, short form": ("head: lineer\n", [], "r.yaml:7: head.name: no such choice; got 'lineer'. Did you mean 'linear'?"),
-    "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. It belongs to head=cross_attention and head=transformer. Allowed here: name"),
-    "unknown choice": ("precision: fp16\n", [], "r.yaml:7: precision: no such choice; got 'fp16'. Did you mean 'bf16'? Allowed: auto, fp32, tf32, bf16"),
+    "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. It belongs to head=cross_attention and head=transformer. Known keys: name"),
+    "unknown choice": ("precision: fp16\n", [], "r.yaml:7: precision: no such choice; got 'fp16'. Did you mean 'bf16'? Choose from auto, fp32, tf32, bf16"),
     "both of two": ("", ["optim.steps=5"], "r.yaml:6: optim.epochs: give one of epochs and steps, not both; epochs: null or steps: null takes one away"),
     "mean of other channels": ("", ["data.mean=[0.5]"], "command line: data.mean: has 1 values for 3 channels"),
     "a number for a section": ("mask: 3\n", [], "r.yaml:7: mask: "),
@@ -79,7 +79,7 @@ WRONG = {
     "overridden twice": ("", ["seed=1", "out=x", "seed=2"], "command line: seed: given twice: 1, 2. "),
     "a size in words": ("", ["data.image_size=32x32"], "command line: data.image_size: must be one number or [height, width]; got '32x32'"),
     "a number for a list": ("", ["optim.betas=0.9"], "command line: optim.betas: must be a list, [a, b, …]; got 0.9"),
-    "a format in small letters": ("", ["data.formats=[jpeg]"], "command line: data.formats.0: no such choice; got 'jpeg'. Allowed: JPEG"),
+    "a format in small letters": ("", ["data.formats=[jpeg]"], "command line: data.formats.0: no such choice; got 'jpeg'. Choose from JPEG"),
     "a word for a section": ("", ["encoder=vit"], "command line: encoder: has keys of its own. Did you mean encoder.name=vit?"),
     "a mean of 8-bit pixels": ("", ["data.mean=[123.7, 0.5, 0.5]"], "command line: data.mean.0: must be >= 0 and <= 1; got 123.7"),
     "a range the wrong way round": ("mask: {ratio: [0.8, 0.5]}\n", [], "r.yaml:7: mask.ratio: the lower end comes first; got [0.8, 0.5]"),
@@ -438,9 +438,7 @@ def test_naming_the_component_that_is_there_keeps_its_keys(tmp_path: Path) -> No
     kept = load_recipe(path, PretrainRecipe, {"corruption": "token"}).corruption
     assert kept == load_recipe(path, PretrainRecipe, {"corruption.name": "token"}).corruption
     assert kept.enter == 2
-    assert load_recipe(path, PretrainRecipe, {"corruption": "drop"}).corruption.name == "drop", (
-        "keys must not be kept"
-    )
+    assert load_recipe(path, PretrainRecipe, {"corruption": "drop"}).corruption.name == "drop", "drop has other keys"
 
 
 def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

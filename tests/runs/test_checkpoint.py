@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there."""
+"""Checkpoints are complete or not there."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_one_just_written_is_never_removed(tmp_path: Path) -> None:
-    """Broken ones of later steps, or a run that went on from an older one."""
+    """Checkpoints of later steps may be broken, or the run may have been resumed from an older one."""
     saved(tmp_path, 15, 20, keep=9)
     saved(tmp_path, 5, keep=2)
     assert [p.name for p in steps(tmp_path)] == ["step-00000005"]
@@ -87,7 +87,7 @@ def test_a_folder_that_was_not_finished_does_not_count(tmp_path: Path) -> None:
 
 def test_one_that_cannot_be_written_leaves_the_others(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    (tmp_path / "step-00000002.tmp").write_text("in the way")  # a file where the folder must go
+    (tmp_path / "step-00000002.tmp").write_text("in the way")  # a file in place of the folder
     with pytest.raises(UserError, match=r"step-00000002: cannot be saved: .* GB free there"):
         saved(tmp_path, 2)
     assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
@@ -123,7 +123,7 @@ def test_counters_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(("rank", "told"), [(0, UserError), (1, ToldElsewhere)])
 def test_what_stops_one_process_stops_all(rank: int, told: type[UserError], tmp_path: Path) -> None:
-    """Each has its part to write; nothing is left of a checkpoint that one could not write, and one process says so."""
+    """Each process writes its part. If one cannot, nothing is left of the checkpoint, and one process reports it."""
     calls = 0
 
     def gathered(own: list[Any]) -> list[Any]:
@@ -132,7 +132,7 @@ def test_what_stops_one_process_stops_all(rank: int, told: type[UserError], tmp_
         other = ("step-00000003: cannot be saved: no space", None) if calls == 2 else (None, None)
         return [*own, other] if rank == 0 else [other, *own]
 
-    (tmp_path / "step-00000003.tmp").mkdir()  # by the first process
+    (tmp_path / "step-00000003.tmp").mkdir()  # made by the first process
     with pytest.raises(UserError, match=r"^step-00000003: cannot be saved: no space$") as raised:
         checkpoint.save(tmp_path, 3, *trained(), {}, keep=2, writers=checkpoint.Writers(rank, 2, gathered))
     assert raised.type is told

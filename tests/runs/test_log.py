@@ -1,4 +1,4 @@
-"""Lines of a run's records."""
+"""The lines of a run's records."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_lines_wait_where_there_is_no_space_and_come_in_their_order(tmp_path: Pa
     with pytest.warns(MppWarning, match=r"metrics\.jsonl: No space left on device; its lines wait"):
         lines.write("second")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # told once
+        warnings.simplefilter("error")  # warned once
         lines.write("third")
     os.dup2(file, lines._file.fileno())
     lines.write("fourth")
@@ -37,7 +37,7 @@ def test_lines_wait_where_there_is_no_space_and_come_in_their_order(tmp_path: Pa
 def test_time_left_is_told_of_the_last_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not from the first one, in which loaders and kernels start, nor long after the pace has changed."""
+    """The first line does not count, in which dataloaders and kernels start, and a change of pace soon does."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     log = RunLog(tmp_path, steps=1000, resumed_at=0, active=True)
@@ -46,9 +46,11 @@ def test_time_left_is_told_of_the_last_lines(
         log.metrics({"step": step, "loss": 0.5, **({"skill": 0.25} if step == 101 else {})})
     log.close()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 1/1000  loss 0.5", "nobody knows yet"
-    assert lines[1].endswith("  eta 15:49"), "949 steps of a second, without the first one's minute"
-    assert lines[-1].endswith("  eta 19:58"), "599 steps of two seconds: 401 after five lines of a hundred"
+    assert lines[0] == "step 1/1000  loss 0.5", "one line does not tell the time that is left"
+    assert lines[1].endswith("  eta 15:49"), "949 steps of a second, without the first step's minute"
+    assert lines[-1].endswith("  eta 19:58"), (
+        "599 steps of two seconds: at step 401, five lines in a row took 100 s each"
+    )
     assert [line for line in lines if "skill" in line] == ["step 101/1000  loss 0.5  skill 0.25  eta 14:59"]
 
 

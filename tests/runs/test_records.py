@@ -1,4 +1,4 @@
-"""A run folder's files, and that who reads them waits for nothing else."""
+"""The files of a run folder. Reading them must not wait for other imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def test_looking_at_a_run_imports_no_torch() -> None:
-    """`mpp watch` beside a run on the same cores: seconds of theirs otherwise."""
+    """`mpp watch` may share the cores with a run, which would otherwise lose seconds to it."""
     code = "import sys, mpp.runs.watch; print(*{'torch', 'torchvision', 'timm', 'pydantic'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

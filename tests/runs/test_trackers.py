@@ -1,4 +1,4 @@
-"""Metrics go to TensorBoard, Weights & Biases (offline) and Trackio as they are written, and are read back there."""
+"""TensorBoard, Weights & Biases (offline) and Trackio get the metrics as they are written, and return them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def test_tensorboard(shards: Path, tmp_path: Path) -> None:
     plain = pretrain_recipe(shards, tmp_path / "plain", **{**changes, "trackers": []})
     mpp.pretrain(plain)
     losses = [m["loss"] for m in read_metrics(tmp_path / "run")]
-    assert losses == [m["loss"] for m in read_metrics(tmp_path / "plain")], "looking on changes nothing"
+    assert losses == [m["loss"] for m in read_metrics(tmp_path / "plain")], "a tracker must not change training"
     events = EventAccumulator(str(tmp_path / "run" / "mpp")).Reload()
     found = {e.step: e.value for e in events.Scalars("loss")}
     assert [found[i + 1] for i in range(10)] == pytest.approx(losses)
     assert "skill" in events.Tags()["scalars"]
-    # a run that goes on from step 4 takes its later steps off again
+    # a run that resumes from step 4 removes its later steps
     mpp.pretrain(recipe, resume=str(tmp_path / "run" / "checkpoints" / "step-00000004"))
     again = EventAccumulator(str(tmp_path / "run" / "mpp")).Reload()
     assert [e.step for e in again.Scalars("loss")] == list(range(1, 11))
@@ -71,4 +71,4 @@ def test_one_that_is_not_installed_is_said(shards: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"trackers: wandb is not installed; pip install 'wandb"):
         mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", trackers=["wandb"]))
-    assert not (tmp_path / "run").exists(), "refused before anything is written"
+    assert not (tmp_path / "run").exists(), "the run must be refused before anything is written"

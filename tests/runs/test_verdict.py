@@ -25,7 +25,7 @@ def test_the_gain_is_paired_by_seed() -> None:
     verdict = Verdict.of(None, trials(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))
     assert verdict.gain is not None
     assert verdict.gain.values == pytest.approx([0.1, 0.1, 0.1])
-    assert verdict.gain.half_width < 1e-9, "the seeds differ by a lot, the pairs not at all"
+    assert verdict.gain.half_width < 1e-9, "the seeds differ a lot, the pairs not at all"
     assert conclude(verdict.gain).kind == "helped"
     assert verdict.metrics["scratch"]["ece"].mean == pytest.approx(0.05)
     assert Verdict.of(None, trials(scratch=[0.4])).gain is None
@@ -43,7 +43,7 @@ def test_the_gain_is_paired_by_seed() -> None:
     ],
 )
 def test_what_a_gain_allows_to_say(gains: list[float], kind: str, words: str) -> None:
-    """On the terminal; the report has the same function, see test_symptoms.py and test_reporting.py."""
+    """The terminal concludes as the report does, see tests/runs/test_symptoms.py and tests/reporting/test_report.py."""
     verdict = Verdict.of(100, trials(pretrained=[0.5 + g for g in gains], scratch=[0.5] * len(gains)))
     assert verdict.gain is not None
     found = conclude(verdict.gain)

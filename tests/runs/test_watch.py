@@ -1,4 +1,4 @@
-"""`mpp watch` and the reading of run folders."""
+"""`mpp watch`, and the reading of run folders."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_running_job(tmp_path: Path) -> None:
     now = (run / "metrics.jsonl").stat().st_mtime + 20
     text, going = standing(run, now)
     assert going
-    assert f"{run}: running, step 200 of 1,000 (20%), about 1:00 left" in text, "800 steps at 10 a second, less 20 s"
+    assert f"{run}: running, step 200 of 1,000 (20%), about 1:00 left" in text, "800 steps at 10 per second, less 20 s"
     assert "loss 0.8  images/s 160  data wait 2%" in text
     assert "last checkpoint: step 100, 20 s ago" in text
     assert "nothing written" not in text
@@ -161,13 +161,13 @@ def test_the_pace_is_images_over_time(tmp_path: Path) -> None:
     lines = [{"step": s, "seen": 1000 * s, "images_per_s": r} for s, r in ((1, 1000.0), (2, 1000.0), (3, 10.0))]
     run = run_of(tmp_path / "run", metrics=lines, status={"steps": 5})
     text, _ = standing(run, (run / "metrics.jsonl").stat().st_mtime)
-    assert "about 1:41 left" in text, "two steps of 101 s for two"
+    assert "about 1:41 left" in text, "two steps are left, and the last two took 101 s"
     one = run_of(tmp_path / "one", metrics=LINES[:1])
     (one / "recipe.yaml").write_text("job: pretrain\nlog_every_steps: 500\n")
     assert "nothing written" not in standing(one, (one / "metrics.jsonl").stat().st_mtime + 90)[0]
     text, _ = standing(one, (one / "metrics.jsonl").stat().st_mtime + 5 * 3600)
     assert "nothing written for 5:00:00" in text, "it hung after its first line"
-    assert "left" not in text, "of which nobody can say more"
+    assert "left" not in text, "one line does not tell the time that is left"
 
 
 DAMAGES: dict[str, Any] = {

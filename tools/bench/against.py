@@ -2,8 +2,9 @@
 
     python tools/bench/against.py ../mpp-before --pairs 5
 
-Each run is a process of its own with one thread for the loop and one loader worker. Compared are the images a second
-of the run's last line of metrics, which leaves out the start and the first steps.
+Each run is its own process, with one thread for the loop and one dataloader worker. The median images/s of the run's
+lines
+of metrics is compared, without the start and the first steps.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ IMAGES = 512
 SIDE_PX = 32
 VIT = {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
 FIRST_STEPS = 20
-"""Optimizer steps that are left out, and steps from one line of metrics to the next."""
+"""Optimizer steps that are left out, and number of steps between two lines of metrics."""
 
 
 def draw(folder: Path) -> None:
@@ -52,7 +53,7 @@ def recipe(job: str, images: Path, out: Path, steps: int) -> dict[str, object]:
 
 
 def images_per_s(checkout: Path, job: str, images: Path, folder: Path, steps: int) -> float:
-    """Run a job with the code of a checkout; the median of its lines of metrics after the first one."""
+    """Run a job with the code of a checkout. Return the median images/s of its lines of metrics after the first one."""
     file = folder / "recipe.yaml"
     out = folder / "run"
     file.write_text(json.dumps(recipe(job, images, out, steps)))
@@ -67,7 +68,7 @@ def images_per_s(checkout: Path, job: str, images: Path, folder: Path, steps: in
 
 
 def main() -> None:
-    """Print the images a second of both checkouts and their ratio, with its range, for each loop."""
+    """Print the images/s of both checkouts, and their ratio with its range, for each loop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="Another checkout of mpp.")
     parser.add_argument("--pairs", type=int, default=5, help="Runs of each checkout; default 5.")

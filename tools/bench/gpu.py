@@ -1,13 +1,17 @@
-"""mpp beside PyPI's peers on a GPU, in one command of at most eight minutes.
+"""Compare mpp with PyPI's peers on a GPU, in one command of at most eight minutes.
 
     python tools/bench/gpu.py [--peers PYTHON] [--minutes 8] [--sizes vit_s vit_b vit_l vit_h]
 
-A table of training steps in bf16 at 224 px (images/s, MFU, memory on the device), one contestant at a time, and one of
-input from JPEGs of 375×500 with as many workers as there are cores. MFU is the FLOP a step needs, as torch counts it,
-over the device's dense bf16 peak of NVIDIA's data sheets; of a device that is not listed here, over a product of large
-matrices measured beforehand. What time did not suffice for is named, and the exit code is then 1, as for what failed.
+The first table is of training steps in bf16 at 224 px (images/s, MFU, memory on the device), one contestant at a time.
+The
+second is of input from JPEGs of 375×500, with as many workers as there are cores.
 
-Without a GPU it runs at a tiny size: that the command works, not how fast anything is.
+MFU is the FLOP of a step, as torch counts it, over the device's dense bf16 peak of NVIDIA's data sheets. If a device is
+not listed here, a product of large matrices is measured beforehand instead. What did not fit into the time is named,
+and
+the exit code is then 1, as for failures.
+
+Without a GPU it runs at a tiny size. That shows that the command works, not how fast anything is.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from bench import OURS, contest
 from timing import Contestant, Failed, Spread, interleave, rates
 
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H200": 989.4, "A100": 312.0, "L40S": 362.0}
-"""Dense bf16, by a part of the device's name, the first that fits."""
+"""Dense bf16 peak in TFLOP/s by a part of the device's name. The first part that is in the name counts."""
 BATCH = {"tiny": 4, "vit_s": 256, "vit_b": 256, "vit_l": 128, "vit_h": 64}
 CONTESTANTS = (
     OURS, f"{OURS}, compiled", "mpp MAE", "lightly MAE", "transformers MAE", "vit-pytorch MAE", "transformers SimMIM",
@@ -36,10 +40,10 @@ CONTESTANTS = (
 )  # fmt: skip
 INPUT = ("mpp", "torchvision ImageFolder", "webdataset + torchvision")
 INPUT_COPIES = 10
-"""Of each photograph: loaders that begin again at the end of their data must not do so all the time."""
+"""Copies of each photograph. Dataloaders that start again at the end of their data must not do so all the time."""
 ROUNDS, TURN_S = 3, 1.5
 LONGEST_CONTESTANT_S = 75
-"""What one may take (compiling ViT-H): none begins later than this before the end."""
+"""Longest time of a contestant (compiling ViT-H), in s. None begins later than this before the end."""
 
 
 def measured(
@@ -50,7 +54,7 @@ def measured(
     until: float,
     missing: list[str],
 ) -> Iterator[tuple[Contestant, Spread]]:
-    """Contestants, each alone on the device, with their images a second; `missing` gets a line for each that is not."""
+    """Yield contestants, each alone on the device, with their images/s. Add a line to `missing` for each that fails."""
     for name in names:
         failed: list[str] = []
         if time.monotonic() > until - LONGEST_CONTESTANT_S:

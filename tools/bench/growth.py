@@ -26,7 +26,7 @@ REPEATS = 5
 TURN_S = 1.0
 WHOLE_STEPS = 12
 BLOCK = 512
-"""Of a tar file."""
+"""Size of a block of a tar file, in bytes."""
 
 
 def _median_s(do: Callable[[], object]) -> float:
@@ -39,7 +39,7 @@ def _median_s(do: Callable[[], object]) -> float:
 
 
 def order(images: int) -> dict[str, float]:
-    """Seconds to the first batch, and to the first after a resume in the last of ten epochs; MiB that it holds."""
+    """Return seconds to the first batch, and to the first after resuming in the last of ten epochs, and MiB held."""
     counts = [IMAGES_PER_SHARD] * (images // IMAGES_PER_SHARD) or [images]
     batch = min(GLOBAL_BATCH, images)
 
@@ -57,7 +57,7 @@ def order(images: int) -> dict[str, float]:
 
 
 def write_tar(path: Path, images: int) -> None:
-    """So many members of a block each, as a tar program writes them."""
+    """Write a tar of this number of members of one block each, as a tar program does."""
     header = np.zeros((images, BLOCK), np.uint8)
     names = np.array([f"{i:09d}.jpg" for i in range(images)], dtype="S16").view(np.uint8).reshape(images, 16)
     header[:, :16] = names
@@ -75,7 +75,7 @@ def write_tar(path: Path, images: int) -> None:
 
 
 def index(images: int) -> dict[str, float]:
-    """Seconds to index one shard of so many images, and to open it once it has an index."""
+    """Return seconds to index one shard of this number of images, and to open it once it has an index."""
     with tempfile.TemporaryDirectory() as folder:
         shard = Path(folder) / "shard.tar"
         write_tar(shard, images)
@@ -87,7 +87,7 @@ def index(images: int) -> dict[str, float]:
 
 
 def step(image_px: int, depth: int) -> dict[str, float]:
-    """Images/s and GFLOP an image of `32px` with another size or depth."""
+    """Return images/s and GFLOP per image of `32px` with another size or depth."""
     plain = SIZES["32px"]
     name = f"{image_px} px, {depth} blocks"
     batch = max(plain.batch * plain.image_px**2 // image_px**2, 2)
@@ -119,7 +119,7 @@ def processes(count: int, pictures: Path) -> dict[str, float]:
 
 
 def figures(pictures: Path) -> Iterator[tuple[str, str, str, float]]:
-    """(run, what, metric, value)"""
+    """Yield (run, what, metric, value)."""
     for images in IMAGES:
         yield from (("bench-growth-order", f"{images:.0e} images", k, v) for k, v in order(images).items())
     for images in INDEXED:
@@ -129,7 +129,7 @@ def figures(pictures: Path) -> Iterator[tuple[str, str, str, float]]:
             ("bench-growth-patches", f"{(image_px // 4) ** 2} patches", k, v) for k, v in step(image_px, 12).items()
         )
     for count in (1, 2):
-        what = "1 process, 2 threads" if count == 1 else f"{count} processes, 1 thread each"  # as torchrun has it
+        what = "1 process, 2 threads" if count == 1 else f"{count} processes, 1 thread each"  # as torchrun sets it
         yield from (("bench-growth-processes", what, k, v) for k, v in processes(count, pictures).items())
     for depth in (3, 6, 12, 24):
         yield from (("bench-growth-depth", f"{depth} blocks", k, v) for k, v in step(32, depth).items())

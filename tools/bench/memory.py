@@ -1,4 +1,4 @@
-"""Peak memory of a process, and of what it has on its GPU."""
+"""Peak memory of a process, and of its tensors on the GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 
 
 def peak_mib(pid: int | str = "self") -> float:
-    """Of a running process, from Linux; 0 once it is gone. `ru_maxrss` would begin at what its parent held."""
+    """Return the peak memory of a running process from Linux, 0 once it is gone.
+
+    `ru_maxrss` would begin at the memory of its parent.
+    """
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
@@ -17,7 +20,7 @@ def peak_mib(pid: int | str = "self") -> float:
 
 
 def device_peak_mib() -> float:
-    """Of tensors on this process's GPU; 0 where it has none."""
+    """Return the peak memory of tensors on this process's GPU, 0 without a GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0.0

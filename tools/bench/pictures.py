@@ -1,9 +1,10 @@
-"""JPEGs of the sizes that the input benchmarks read, from photographs that come inside scikit-image.
+"""Write JPEGs of the sizes that the input benchmarks read, from photographs inside scikit-image.
 
     python tools/bench/pictures.py OUT
 
-writes OUT/<size>/photographs/*.jpg and OUT/<size>-shards/*.tar. Crops of the photographs in colour, scaled, with some
-sensor noise, so that what is enlarged does not compress better than a camera's pictures do.
+This writes OUT/<size>/photographs/*.jpg and OUT/<size>-shards/*.tar. The pictures are crops of the photographs in
+colour,
+scaled, with some sensor noise. Without noise, enlarged crops would compress better than a camera's pictures.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from skimage import data
 import mpp.data.shards.pack
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
-"""In colour, CC0 or public domain (tools/demo_images.py has the sources)."""
+"""Photographs in colour, CC0 or public domain (tools/demo_images.py has the sources)."""
 SIZES = {"32px": (32, 32, 2000), "375x500": (500, 375, 200), "3000px": (4000, 3000, 12)}
-"""Name -> width, height, number."""
+"""Width, height and number of pictures, by name."""
 QUALITY = 90
 NOISE = 3.0
-"""Standard deviation of a pixel's (a guess)."""
+"""Standard deviation of the noise of a pixel (a guess)."""
 
 
 def picture(photograph: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """A random crop of the right aspect, at least half as wide as the photograph allows, scaled."""
+    """Return a random crop of the right aspect, scaled. It is at least half as wide as the photograph allows."""
     most = min(photograph.width, photograph.height * width / height)
     w = float(rng.uniform(0.5, 1.0)) * most
     h = w * height / width
@@ -40,7 +41,8 @@ def picture(photograph: Image.Image, width: int, height: int, rng: np.random.Gen
 
 
 def labeled(out: Path, per_class: int = 8) -> tuple[Path, Path]:
-    """Folders of labeled JPEGs of 375×500, to train and to judge on: two classes, links to what `main` makes."""
+    """Return folders of labeled JPEGs of 375×500 for training and validation: two classes, links to what `main` makes.
+    """
     if not (out / "375x500").exists():
         main(out, only=("375x500",))
     made = sorted((out / "375x500" / "photographs").glob("*.jpg"))
@@ -55,7 +57,13 @@ def labeled(out: Path, per_class: int = 8) -> tuple[Path, Path]:
 
 
 def main(out: Path, only: Collection[str] = tuple(SIZES), copies: int = 1) -> None:
-    """copies: of each picture, of which there are then so many times more."""
+    """Write pictures and shards.
+
+    Args:
+        out: Folder to write to.
+        only: Names of the sizes to make.
+        copies: Number of equal files for each picture.
+    """
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in PHOTOGRAPHS]
     for size in only:

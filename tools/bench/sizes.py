@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Decoder(NamedTuple):
-    """Of MAE-like contestants."""
+    """Decoder of MAE-like contestants."""
 
     dim: int
     depth: int
@@ -23,7 +23,7 @@ class Size(NamedTuple):
     heads: int
     batch: int
     small: Decoder
-    """Four blocks: as good as eight when fine-tuned (MAE, He et al. 2022, table 1a)."""
+    """Decoder of four blocks: as good as eight when fine-tuned (MAE, He et al. 2022, table 1a)."""
 
     @property
     def cells(self) -> int:
@@ -32,7 +32,7 @@ class Size(NamedTuple):
 
 MASK_RATIO = 0.75
 MAE_DECODER = Decoder(512, 8, 16)
-"""MAE, He et al. 2022, section 3 and appendix A.1: whatever the encoder."""
+"""Decoder for any encoder: MAE, He et al. 2022, section 3 and appendix A.1."""
 SIZES = {
     "tiny": Size(16, 4, 32, 2, 2, 4, Decoder(32, 1, 2)),
     "32px": Size(32, 4, 192, 12, 3, 64, Decoder(192, 4, 3)),
@@ -45,7 +45,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def decoder_of(size: Size, name: str) -> Decoder:
-    """name: "small" or "mae"."""
+    """Return the decoder of a size by name, "small" or "mae"."""
     return {"small": size.small, "mae": MAE_DECODER}[name]
 
 

@@ -1,4 +1,4 @@
-"""Contestants in turns: the machine's speed drifts, the ratio within a round does not."""
+"""Time contestants in turns. The machine's speed drifts, but the ratio within a round does not."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 QUIET_S = 0.25
-"""Before a turn: threads of the one before still spin for 0.2 s (OpenMP's block time)."""
+"""Pause before a turn, in s. Threads of the previous contestant still spin for 0.2 s (OpenMP's block time)."""
 
 
 class Failed(Exception):
-    """A contestant could not be built or run; its last words."""
+    """A contestant could not be built or run. The message is its last words."""
 
 
 class Turn(NamedTuple):
@@ -34,7 +34,11 @@ class Turn(NamedTuple):
 
 @dataclass
 class Contestant:
-    """A process that waits for its turn. Failed where it does not come up."""
+    """A process that waits for its turn.
+
+    Raises:
+        Failed: If the process does not start.
+    """
 
     name: str
     python: str
@@ -78,14 +82,14 @@ class Contestant:
 
 
 def interleave(contestants: Iterable[Contestant], *, rounds: int, turn_s: float, warm_up: int = 2) -> None:
-    """So many rounds of turns of about `turn_s` seconds; the first turns are thrown away."""
+    """Run rounds in which each contestant has a turn of about `turn_s` seconds. The first turns do not count."""
     contestants = list(contestants)
     for c in contestants:
         c.turn(warm_up)
         one = c.turn(1).wall_s
         c.units = max(round(turn_s / max(one, 1e-9)), 1)
     for number in range(rounds):
-        for c in contestants if number % 2 else contestants[::-1]:  # nobody always runs after the same other
+        for c in contestants if number % 2 else contestants[::-1]:  # no contestant always runs after the same other
             time.sleep(QUIET_S)
             c.turns.append(c.turn(c.units))
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
@@ -107,17 +111,17 @@ class Spread(NamedTuple):
 
 
 def rates(contestant: Contestant) -> Spread:
-    """Images a second of wall time."""
+    """Return the images per second of wall time."""
     return Spread.of([turn.images / turn.wall_s for turn in contestant.turns])
 
 
 def core_rates(contestant: Contestant) -> Spread:
-    """Images a second of one core: of the time that its process spent on them."""
+    """Return the images per second of one core, that is of the CPU time that the process spent on them."""
     return Spread.of([turn.images / turn.cpu_s for turn in contestant.turns])
 
 
 def ratio(ours: Contestant, theirs: Contestant, *, per_core: bool = False) -> Spread:
-    """How many times as fast, round by round."""
+    """Return how many times as fast ours is, over the rounds."""
 
     def rate(turn: Turn) -> float:
         return turn.images / (turn.cpu_s if per_core else turn.wall_s)

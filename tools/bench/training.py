@@ -1,4 +1,4 @@
-"""One step of training, the same for every contestant: forward, backward, clipping, fused AdamW."""
+"""One training step, the same for every contestant: forward, backward, clipping, fused AdamW."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def update(loss: Tensor, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """What follows the forward pass."""
+    """Do what follows the forward pass."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
@@ -23,9 +23,14 @@ def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class TrainStep:
-    """A unit of work is a step. `loss` makes the mask, too, where a contestant's model does not.
+    """Training steps to be timed. A unit of work is one step.
 
-    device: where the model and what `loss` reads already are.
+    Args:
+        model: Model that is trained.
+        loss: Function that computes the loss. It also makes the mask, if the contestant's model does not.
+        batch: Number of images of a step.
+        precision: "bf16" or "fp32".
+        device: Device that already has the model and what `loss` reads.
     """
 
     def __init__(
@@ -49,7 +54,7 @@ class TrainStep:
 
 
 class Gemm:
-    """The machine's own peak: a product of large matrices. A unit of work is one of them; facts: its GFLOP."""
+    """The machine's own peak: a product of large matrices is one unit of work. `facts` has its GFLOP."""
 
     def __init__(self, precision: str, device: str = "cpu") -> None:
         dtype, side = torch.bfloat16 if precision == "bf16" else torch.float32, 3072 if device == "cpu" else 8192
@@ -64,7 +69,7 @@ class Gemm:
 
 
 def photographs(count: int, side_px: int) -> Tensor:
-    """(count, 3, side, side) uint8: smooth colours and some noise. What is in them costs no contestant time."""
+    """Return (count, 3, side, side) uint8: smooth colours and some noise. The content costs no contestant time."""
     noise = torch.randn(count, 3, side_px, side_px, generator=torch.Generator().manual_seed(0))
     smooth = nn.functional.avg_pool2d(noise, 3, 1, 1) * 96 + noise * 16 + 128
     return smooth.clamp(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Training commands, whole: how long until the first step is done, how fast after it, how much memory."""
+"""Time whole training commands: until the first step is done, the speed after it, and the memory."""
 
 from __future__ import annotations
 
@@ -19,26 +19,33 @@ PYTHONPATH = str(Path(__file__).resolve().parents[2])
 
 
 class Whole(NamedTuple):
-    """One run of a command."""
+    """The figures of one run of a command."""
 
     first_step_s: float
     images_per_s: float
-    """From the end of the first step to the end of the last."""
+    """Images per second from the end of the first step to the end of the last."""
     peak_mib: float
-    """Of the process, without those that read for it."""
+    """Peak memory of the process, without the processes that read for it."""
 
 
 class Command(NamedTuple):
-    """words(steps, out) is the command. A line of its output that begins with "step N" says that step N is done."""
+    """A training command, as `words(steps, out)`.
+
+    If a line of its output begins with "step N", step N is done.
+    """
 
     name: str
     words: Callable[[int, Path], Sequence[str]]
     metrics: bool
-    """Its steps are lines of OUT/metrics.jsonl, not of its output."""
+    """Whether its steps are lines of OUT/metrics.jsonl instead of its output."""
 
 
 def run(command: Command, *, steps: int, batch: int, out: Path) -> Whole:
-    """Failed, with its last words, where it ends with an error."""
+    """Run a command and measure it.
+
+    Raises:
+        Failed: If the command ends with an error. The message has its last words.
+    """
     shutil.rmtree(out, ignore_errors=True)
     ends: list[float] = []
     began = time.monotonic()
@@ -67,16 +74,20 @@ def run(command: Command, *, steps: int, batch: int, out: Path) -> Whole:
         time.sleep(0.02)
     process.wait()
     if process.returncode or len(ends) != steps:
-        own = [line for line in said if line.startswith(("mpp:", "process "))]  # torchrun says more after them
+        own = [line for line in said if line.startswith(("mpp:", "process "))]  # torchrun prints more after them
         raise Failed(f"{command.name}: {(own or said or ['no word'])[-1]}")
     rate = (steps - 1) * batch / (ends[-1] - ends[0])
     return Whole(ends[0] - began, rate, peak)
 
 
 def ours(pictures: str, workers: int, *, processes: int = 0, **changes: object) -> Command:
-    """`mpp pretrain`, with the checkpoint and the verified export at its end.
+    """Return the command of `mpp pretrain`, which ends with a checkpoint and a verified export.
 
-    processes: started by torchrun, several of them with one thread each; 0: without it.
+    Args:
+        pictures: Prefix of the shards' folder.
+        workers: Number of dataloader workers.
+        processes: Number of processes under torchrun, with one thread each if there are several. 0 means no torchrun.
+        **changes: Recipe keys and their values.
     """
 
     def words(steps: int, out: Path) -> list[str]:

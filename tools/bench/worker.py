@@ -1,10 +1,12 @@
-"""One contestant in a process of its own: built once, then run when the parent says so.
+"""Build one contestant in its own process, and run it on request.
 
     python tools/bench/worker.py MODULE BENCH NAME SETTINGS
 
-MODULE: `ours` or `peers`; its dictionary BENCH holds what builds contestant NAME from SETTINGS, JSON. The process
-answers lines of numbers (of units of work) with lines of JSON; the end of its input ends it. Standard output carries
-the answers alone: what libraries print there goes to standard error.
+MODULE is `ours` or `peers`. Its dictionary BENCH has the function that builds contestant NAME from SETTINGS, JSON. Each
+line
+of input is a number of units of work, and is answered with a line of JSON. The process ends with its input. Standard
+output
+has only the answers: what libraries print there goes to standard error.
 """
 
 from __future__ import annotations

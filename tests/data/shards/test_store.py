@@ -105,9 +105,7 @@ def test_a_few_images_are_read_without_their_shards(served: Served, shards: Path
     images, local = (ShardImages(s, key="k", cache_dir=str(cache)) for s in (served.url + SPEC, str(shards)))
     assert images.read(1, 3, few=True) == local.read(1, 3)
     offset, size = local.indexes[1].table[3, :2]
-    assert served.log[-1][1:] == (206, offset - 512, 512 + size), (
-        "must include the header, which identifies it"
-    )
+    assert served.log[-1][1:] == (206, offset - 512, 512 + size), "must include the header, which identifies it"
     assert kept(cache) == []
     assert [images.read(1, row, few=True) for row in range(25)] == [local.read(1, row) for row in range(25)]
     assert served.whole() == 1, "after more than a few images, the whole shard must be fetched"
@@ -322,7 +320,7 @@ def test_a_server_that_says_no_length(served: Served, shards: Path, cache: Path)
 
 
 def test_the_bound_holds_at_every_moment(served: Served, shards: Path, cache: Path) -> None:
-    """Four readers of three shards share a cache for two: it stays below its bound, and all images are read correctly."""
+    """Four readers of three shards share a cache for two. It never exceeds its bound, and all images are correct."""
     local = ShardImages(str(shards), key="k")
     sizes = sorted(i.size_bytes for i in local.indexes)
     limit, wrong, most, ended = sizes[1] + sizes[2] + 100, [], 0, threading.Event()

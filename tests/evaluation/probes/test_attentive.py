@@ -14,7 +14,7 @@ DIM, CELLS = 16, 9
 
 
 def needles(epoch: int, n: int = 64) -> Iterator[tuple[Tokens, Tensor]]:
-    """Each image has one marked token that says its class; the others say a class at random, and outvote it."""
+    """Yield images in which one marked token tells the class. The other tokens tell a random class and outvote it."""
     rng = torch.Generator().manual_seed(epoch)
     for _ in range(4):
         labels = torch.randint(0, 2, (n,), generator=rng)
@@ -37,8 +37,8 @@ def test_it_attends() -> None:
     assert images == 256
     found = [c / images for c in correct]
     assert found[0] > 0.9
-    assert found[1] < 0.65, "of another layer, which holds nothing"
-    assert found[2] < 0.8, "its own learning rate, which is too small to learn"
+    assert found[1] < 0.65, "this probe reads another layer, which has no information"
+    assert found[2] < 0.8, "this probe has a learning rate that is too small to learn"
     mean = torch.cat([t["1"].mean(1)[:, 0] for t, _ in needles(1000)]) > 0
     labels = torch.cat([y for _, y in needles(1000)])
-    assert ((mean == labels.bool()).float().mean()) < 0.75, "the mean of the tokens does not tell"
+    assert ((mean == labels.bool()).float().mean()) < 0.75, "the mean of the tokens must not be enough"

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def clusters(n: int, seed: int, classes: int = 4, dim: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Overlapping clouds, all far from zero, as features after a ReLU are."""
+    """Return overlapping clouds far from zero, like features after a ReLU."""
     centres = np.random.default_rng(0).normal(size=(classes, dim))
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
@@ -33,7 +33,7 @@ def test_as_scikit_learn(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
         ours = knn.vote(y[knn.nearest(x, queries, k, CPU)], k, 4)
         assert np.array_equal(ours, theirs.predict(queries))
         assert accuracy == pytest.approx(theirs.score(queries, labels))
-    assert 0.4 < found[20] < 1, "neither trivial nor perfect"
+    assert 0.4 < found[20] < 1, "the accuracy must be neither trivial nor perfect"
 
 
 def test_files_do_as_memory_does(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_files_do_as_memory_does(tmp_path: Path) -> None:
 def test_more_neighbours_than_images() -> None:
     (x, y), (queries, labels) = clusters(6, 1), clusters(5, 2)
     assert list(knn.accuracies(x, y, queries, labels, (1, 5, 20), 4, CPU)) == [1, 5]
-    assert list(knn.accuracies(x, y, queries, labels, (20,), 4, CPU)) == [6], "all there are"
+    assert list(knn.accuracies(x, y, queries, labels, (20,), 4, CPU)) == [6], "k is limited to the number of images"
 
 
 def test_ties_go_to_the_smallest_class() -> None:

@@ -15,7 +15,7 @@ from tests.evaluation.probes.test_knn import CPU, clusters
 
 
 def uneven(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Features of very different scales, one that never changes and one with a large mean."""
+    """Return features of very different scales, one that never changes and one with a large mean."""
     x, y = clusters(n, seed)
     x = x * np.logspace(-3, 3, x.shape[1], dtype=np.float32)
     x[:, 3] = 7
@@ -43,7 +43,7 @@ def test_a_warm_start_ends_where_a_cold_one_does() -> None:
     warm = linear.fit(x, y, 4, 1e-2, device=CPU, max_iterations=300, start=strong)
     cold = linear.fit(x, y, 4, 1e-2, device=CPU, max_iterations=300)
     torch.testing.assert_close(warm.weight, cold.weight, atol=5e-3, rtol=0)
-    assert not torch.equal(strong.weight, cold.weight), "the start is not written to"
+    assert not torch.equal(strong.weight, cold.weight), "the start must not be changed"
 
 
 def test_files_do_as_memory_does(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_as_scikit_learn() -> None:
     assert found["accuracy"] == pytest.approx(theirs.accuracy_score(y, p.argmax(1)))
     assert found["balanced_accuracy"] == pytest.approx(theirs.balanced_accuracy_score(y, p.argmax(1)))
     occurring = np.unique(y)
-    assert len(occurring) < 4, "a class that never occurs is left out"
+    assert len(occurring) < 4, "one class must never occur, and is left out"
     one = [theirs.roc_auc_score(y == c, p[:, c]) for c in occurring]
     assert found["auroc"] == pytest.approx(np.mean(one), abs=1e-5)
     one = [theirs.average_precision_score(y == c, p[:, c]) for c in occurring]
@@ -34,7 +34,7 @@ def test_as_scikit_learn() -> None:
 
 
 def test_calibration_by_hand() -> None:
-    """Always 80 % sure, right half of the time."""
+    """The model is always 80 % sure and right half of the time."""
     logits = torch.tensor([[0.8, 0.2]]).log().repeat(10, 1)
     labels = torch.tensor([0, 1] * 5)
     assert ClassifyTask(8, 2).metrics([(logits, labels)])["ece"] == pytest.approx(0.3, abs=1e-5)

@@ -261,7 +261,10 @@ def test_on_two_processes(shapes: Path, tmp_path: Path, detector: str) -> None:
         ({"distill.teacher": "x"}, "distill: not with task: detect"),
         ({"data.auto_augment": "rand-m9"}, "data: auto_augment: not with task: detect"),
         ({"data.val_side_px": 64}, "data: val_side_px: not with task: detect"),
-        ({"task.detector": "yolo"}, "task.detector: no such choice; got 'yolo'. Allowed: fcos, retinanet, faster_rcnn"),
+        (
+            {"task.detector": "yolo"},
+            "task.detector: no such choice; got 'yolo'. Choose from fcos, retinanet, faster_rcnn",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(

@@ -301,7 +301,7 @@ def test_on_two_processes_the_losses_are_those_of_one(shapes: Path, tmp_path: Pa
         ({"lora": {}}, "lora: cannot be combined with encoder: scratch"),
         ({"data.val_side_px": 16}, "data: val_side_px: at least the shorter of image_size, 32"),
         ({"task.ignore_index": 256}, "task.ignore_index: must be >= 0 and <= 255"),
-        ({"task.finest": 3}, "task.finest: no such choice; got 3. Allowed: 1, 2, 4"),
+        ({"task.finest": 3}, "task.finest: no such choice; got 3. Choose from 1, 2, 4"),
         ({"task": "classify", "data.val_side_px": 50}, "data: val_side_px: not with task: classify"),
     ],
 )  # fmt: skip
