@@ -1,8 +1,7 @@
 """Run what documents tell a reader to type. Only sizes, lengths and numbers of processes are reduced.
 
 Fenced blocks of `sh`, `python` and `yaml` are used in their order. If the first line of a block is a comment with a
-file
-name, the block is that file. A page lists what it requires as `<!-- workspace: … -->` (see `Workspace`).
+file name, the block is that file. A page lists what it requires as `<!-- workspace: … -->` (see `Workspace`).
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def run_page(text: str, cwd: Path, **env: str) -> dict[str, str]:
 
 
 def shown_outputs(text: str) -> list[tuple[str, list[str]]]:
-    """Return the commands that a page shows the output of, each with the lines of the `text` block below it."""
+    """Return the commands whose output a page shows, each with the lines of the `text` block below it."""
     found = re.findall(r"^```sh\n([^`]*)^```\n+```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     return [(commands(f"```sh\n{block}```")[-1], shown.splitlines()) for block, shown in found]
 
@@ -211,7 +210,7 @@ PRETRAIN = "mpp pretrain recipes/pretrain/vit_small.yaml data.shards=shards/phot
 
 
 class Workspace:
-    """Files that pages require, each made once and copied: photos and labeled always, the others if a page names them."""
+    """Files that pages require, each made once and copied: photos and labeled always, the others by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = lay_out(folder)

@@ -27,7 +27,7 @@ class Served:
     indexes: bool = True
     """Whether the indexes next to the shards are served."""
     listings: bool = False
-    """Whether index.json, with the indexes of all shards, is served."""
+    """Whether index.json, which covers all shards, is served."""
     bytes_per_s: float = 0.0
     faults: deque[dict[str, Any]] = field(default_factory=deque)
     """Faults of the next requests for shards, one each, as dictionaries of these keys:

@@ -1,8 +1,7 @@
 """`python -m tests.preloaded`: run commands of mpp, each in its own process that begins with torch imported.
 
 It reads a line of JSON, {"words": […], "cwd": …}, and answers with one, {"code": …, "said": …}. Small commands spend
-most
-of their time on imports.
+most of their time on imports.
 """
 
 from __future__ import annotations

@@ -75,8 +75,7 @@ def check_steady_steps(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object
     """Check that steady steps of a run ask the device for nothing but results of the step before.
 
     The run has six steps, of which steps 2 to 5 log and save nothing. The results of a step may be read once the next
-    step
-    is on its way. The first step is logged by pretraining, and not by fine-tuning.
+    step is on its way. The first step is logged by pretraining, and not by fine-tuning.
     """
     asked, events, sent = Asked(), list[Any](), itertools.count(1)
     made, read = Exchange.__init__, Exchange.read

@@ -1,4 +1,4 @@
-"""The main job on real images, in a minute: CIFAR-10's, from ../shared/data."""
+"""The main job on real images in a minute: CIFAR-10 from ../shared/data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, purpose, position)."""
+"""Randomness is a function of (seed, purpose, position)."""
 
 from __future__ import annotations
 

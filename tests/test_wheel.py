@@ -37,8 +37,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the bin/ of a new environment with the wheel, built from what the image copies.
 
     Dependencies are borrowed from this environment, because a second copy would take gigabytes. mpp itself is not
-    borrowed,
-    because its finder is a .pth file there.
+    borrowed, because its finder is a .pth file there.
     """
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"

@@ -3,11 +3,9 @@
     python tools/compare_objectives.py OUT [--only NAME …] [--minutes 6] [--seeds 0 …] [--each-pretrained]
 
 Requires shards/cifar10/train and test, packed as recipes/pretrain/cifar10.yaml shows. Each row is timed for some steps.
-Then
-it is pretrained for as many steps as fit into the minutes of one CPU core. It is fine-tuned on 100 labels per class,
-and
-compared with the same from scratch. Finished work is kept: an interrupted row is resumed, and a finished row takes more
-seeds.
+Then it is pretrained for as many steps as fit into the minutes of one CPU core. It is fine-tuned on 100 labels per
+class, and compared with the same from scratch. Finished work is kept: an interrupted row is resumed, and a finished row
+takes more seeds.
 """
 
 from __future__ import annotations
@@ -160,8 +158,8 @@ def do(
             "out": str(run_folder),
         }  # fmt: skip
         tuning_cost += run("finetune", "cifar10.yaml", tuning)["cpu"]
-        for arm, found in json.loads((run_folder / "result.json").read_text())["score"].items():
-            accuracies[arm].append(found["mean"])
+        for approach, found in json.loads((run_folder / "result.json").read_text())["score"].items():
+            accuracies[approach].append(found["mean"])
     return {
         "row": name,
         "steps": steps,

@@ -3,10 +3,8 @@
     make demo
 
 Crops of the photographs inside scikit-image -> shards -> pretraining without labels -> fine-tuning on a few labels,
-compared
-with the same from scratch, three seeds each -> export -> verification -> a table. This is a demonstration: 11
-photographs
-are no benchmark.
+compared with the same from scratch, three seeds each -> export -> verification -> a table. This is a demonstration: 11
+photographs are no benchmark.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
     python tools/demo_images.py OUT
 
 This writes OUT/unlabeled/*.png, OUT/train/<photograph>/*.png and OUT/val/<photograph>/*.png. A photograph is used only
-if
-its docstring in skimage.data states CC0 or public domain. Training crops (labeled or not) come from the left part of a
-photograph, validation crops from the right part. There is a gap between, so no pixel is in both.
+if its docstring in skimage.data states CC0 or public domain. Training crops (labeled or not) come from the left part of
+a photograph, validation crops from the right part. There is a gap between, so no pixel is in both.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
     python tools/draw_scenes.py scenes        # unlabeled/ 2,000 images; train/ 50 and val/ 200 with masks
 
 The sizes of the eight classes differ a lot: people and poles cover two pixels in a hundred each. Colours tell little.
-Trees
-and grass are both green, houses and roads grey, and cars and people have any colour. Edges between classes are ignored
-(255), as in PASCAL VOC. Image i of a part is a pure function of (part, i).
+Trees and grass are both green, houses and roads grey, and cars and people have any colour. Edges between classes are
+ignored (255), as in PASCAL VOC. Image i of a part is a pure function of (part, i).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python tools/draw_shapes.py shapes        # unlabeled/ 4,000 images; train/ 100 and val/ 200 with labels
 
 Shapes are warm and the ground is cold, so only the outline shows what a shape is. With colours from the whole cube, a
-model
-learns the few labeled images by their colours, and no outlines. Image i of a part is a pure function of (part, i).
+model learns the few labeled images by their colours, and no outlines. Image i of a part is a pure function of (part,
+i).
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
     python tools/measure_plan.py recipes/pretrain/mae_vit_b16.yaml encoder.grad_checkpointing=true
 
 The process makes two steps of 32 images in fp32. Its peak memory is measured, less its memory before the model was
-built.
-glibc is told to return freed memory (MALLOC_TRIM_THRESHOLD_=0), because a GPU's allocator reuses it.
+built. glibc is told to return freed memory (MALLOC_TRIM_THRESHOLD_=0), because a GPU's allocator reuses it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Run the contract on every family. Write mpp/encoders/support.json and the table of docs/encoders.md.
 
-    python tools/support_table.py            about 4 minutes on one core
+    python tools/support_table.py
+
+It takes about 4 minutes on one core.
 """
 
 from __future__ import annotations

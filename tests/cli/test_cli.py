@@ -411,7 +411,7 @@ def test_output_that_nobody_takes() -> None:
 
 @pytest.mark.slow
 def test_a_full_disk(image_folder: Path, shards: Path, tmp_path: Path) -> None:
-    """A limit on file sizes stands in for a full disk. Beyond it, the system's error names no file."""
+    """A limit on file sizes has the effect of a full disk. Beyond it, the system's error names no file."""
     import resource
 
     def limited(most_bytes: int) -> Any:

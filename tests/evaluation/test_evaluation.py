@@ -78,7 +78,7 @@ def test_all_arms(shards: Path, run: Path, tmp_path: Path) -> None:
 def test_one_that_came_to_nothing_leaves_its_folder_to_the_next(
     shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that fails before its first result leaves features behind. The corrected command can use the same folder."""
+    """A run that fails before its first result leaves features behind. The corrected command can use its folder."""
 
     def fails(*_: Any) -> None:
         raise UserError("a fault that is found late")

@@ -126,7 +126,7 @@ def as_its_card_reads(folder: Path, images: torch.Tensor) -> torch.Tensor:
     card = (folder / "README.md").read_text()
     code = card.partition("```python\n")[2].partition("```")[0].replace("local-dir:FOLDER", f"local-dir:{folder}")
     code = code.replace(f'"{folder.name}/', f'"{folder}/').replace(f'"{folder.name}"', f'"{folder}"')
-    code = code.replace('**processor(images, return_tensors="pt")', "images")  # which takes photographs
+    code = code.replace('**processor(images, return_tensors="pt")', "images")  # the processor takes photographs
     named: dict[str, Any] = {"images": images.numpy() if "onnxruntime" in code else images}
     with torch.no_grad():
         exec(code, named)

@@ -342,7 +342,7 @@ OF_MAE = {"decoder_embed.weight": torch.ones(2, 2), "decoder_blocks.0.norm1.weig
 
 
 def as_simmim(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights as SimMIM, BEiT and data2vec pretrain them: all blocks share one table of relative positions."""
+    """Return the weights as SimMIM, BEiT and data2vec pretrain them, with one table of positions for all blocks."""
     found = {k: v for k, v in state.items() if "relative_position_bias_table" not in k}
     table = state["blocks.0.attn.relative_position_bias_table"]
     return found | {"rel_pos_bias.relative_position_bias_table": table, "mask_token": torch.ones(1, 1, 16)}
@@ -565,7 +565,7 @@ class AttributeDict(dict[str, Any]):
 
 
 def test_objects_beside_the_weights_are_left_out(state: dict[str, Tensor], tmp_path: Path) -> None:
-    """Trainers' checkpoints also hold paths and settings. These are skipped without asking, and tensors are still read."""
+    """Trainers' checkpoints also hold paths and settings. These are skipped, and tensors among them are read."""
     torch.save({"state_dict": state, "hyper_parameters": AttributeDict(data=Path("/d"), lr=0.1)}, tmp_path / "pl.ckpt")
     with pytest.warns(
         MppWarning, match=r"objects of .*AttributeDict.* are left out; tensors beside them are read"

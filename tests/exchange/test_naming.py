@@ -219,7 +219,7 @@ def test_models_of_transformers(name: str) -> None:
     hub = pytest.importorskip("transformers")
     config_name, values = MODELS[name]
     config = getattr(hub, config_name)(**values)
-    config.layer_norm_eps = 1e-5 if "Swin" in name else 1e-6  # timm's
+    config.layer_norm_eps = 1e-5 if "Swin" in name else 1e-6  # as in timm
     theirs = shaken(getattr(hub, name)(config))
     found = config.to_dict()
     described = transformers.architecture(found)

@@ -2,7 +2,7 @@
 
 Requests are lines of JSON on standard input, answers are lines on standard output:
     {"words": [...], "env": {...}, "log": PATH, "bound_by_modes": bool, "record": PATH or null, "file_bytes": N or null}
-    ->  {"pid": N}
+        ->  {"pid": N}
     {"pid": N}  ->  {"code": exit status, negative for a signal, or null while it runs}
 """
 

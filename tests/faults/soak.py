@@ -3,12 +3,10 @@
     python -m tests.faults.soak OUT [--minutes 20] [--seed 0] [--every-s 30]
 
 Two processes with a loader worker each pretrain a tiny encoder on remote shards, in a cache smaller than the shards.
-The
-first run is undisturbed, and the memory of every process is measured. The second has a fault every few seconds. After a
-fault that ends it, it is resumed. Every logged loss and the exported weights are compared bit by bit. The exit code is
-1
-if they differ, memory grows, or a process hangs. The rate of steps is measured first, so that the undisturbed run takes
-the given minutes.
+The first run is undisturbed, and the memory of every process is measured. The second has a fault every few seconds.
+After a fault that ends it, it is resumed. Every logged loss and the exported weights are compared bit by bit. The exit
+code is 1 if they differ, memory grows, or a process hangs. The rate of steps is measured first, so that the undisturbed
+run takes the given minutes.
 """
 
 from __future__ import annotations
@@ -102,8 +100,7 @@ def memory_kib(pid: int) -> int | None:
     """Return the memory of a process that belongs to no file, in KiB.
 
     The proportional set size would grow without cause. What a forked worker shares with its parent is counted by
-    halves,
-    until one of them writes to it.
+    halves, until one of them writes to it.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -299,12 +299,12 @@ def test_shares(
     path = RECIPES["pretrain"](folder / "shards", folder / "r.yaml", folder / "run", **changes)
     nursery.start("pretrain", path, log=folder / "log", world=world, record=folder / "samples").ends_well()
     lines = [tuple(map(int, text.split()[:3])) for text in (folder / "samples").read_text().splitlines()]
-    assert sorted(p for p, _, _ in lines) == list(range(7 * 12)), "every position once"
+    assert sorted(p for p, _, _ in lines) == list(range(7 * 12)), "every position must be trained once"
     samples = {p: (s, r) for p, s, r in lines}
     trained = sum(sizes) - 1
     for epoch in range(7 * 12 // trained):
         of_epoch = [samples[p] for p in range(epoch * trained, (epoch + 1) * trained)]
-        assert len(set(of_epoch)) == trained, "every sample once an epoch"
+        assert len(set(of_epoch)) == trained, "every sample must be trained once an epoch"
     record_property("samples", 7 * 12)
 
 

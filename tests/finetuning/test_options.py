@@ -214,7 +214,7 @@ def test_the_validation_images_do_not_stop_it(shards: Path, run: Path, tmp_path:
 
 
 def test_a_best_that_a_checkpoint_names_stays(shards: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """If a run is killed after a new best and before the next checkpoint, it resumes from one that names the old best."""
+    """A run that is killed after a new best and before the next checkpoint resumes from one that names the old best."""
     real, scores, there = judge.judge, iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), []
 
     def rising(recipe: Any, team: Any, kind: Any, model: Any, images: Any, chosen: Any, key: str, **rest: Any) -> Any:
@@ -452,7 +452,7 @@ def test_no_bits_are_black() -> None:
 
 
 def test_attention_pools(shards: Path, run: Path, tmp_path: Path) -> None:
-    """The pooling is a new layer of timm's on the pretrained encoder, and the export is a plain timm model that has it."""
+    """The pooling is a new layer of timm's on the pretrained encoder. The export is a plain timm model with it."""
     small = {"seeds": [0], "beside": [], "optim.steps": 2, "optim.base_lr": 1e-9}
     result = mpp.finetune(recipe(shards, tmp_path / "ft", run, pool="attention", **small))
     assert result.encoder is not None

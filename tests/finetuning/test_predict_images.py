@@ -145,7 +145,7 @@ def test_a_recipe_from_elsewhere_runs_nothing(trial: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_odd_names(trial: Path, tmp_path: Path) -> None:
-    """Dollars are no formulas, file names that are not text are kept, and an output that cannot be written is refused."""
+    """Dollars are no formulas, file names that are not text are kept, and an unwritable output is refused."""
     odd = shutil.copytree(trial, tmp_path / "odd")
     config = odd / "encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "label_names": ["a$_$b", "c"]}))

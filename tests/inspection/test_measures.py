@@ -112,8 +112,8 @@ def test_rollout_of_uniform_attention() -> None:
 
 
 def test_rollout_multiplies_from_the_last_layer_to_the_first() -> None:
-    first = torch.eye(3)[[1, 1, 2]][None, None]  # 0 looks at 1
-    second = torch.eye(3)[[0, 1, 0]][None, None]  # then 2 looks at 0
+    first = torch.eye(3)[[1, 1, 2]][None, None]  # 0 attends to 1
+    second = torch.eye(3)[[0, 1, 0]][None, None]  # then 2 attends to 0
     found = measures.rollout([first, second])[0]
     assert found[2].tolist() == pytest.approx([0.25, 0.25, 0.5]), "2 must see 1 through 0"
 

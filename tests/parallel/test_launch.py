@@ -123,7 +123,7 @@ case $1 in show) echo 127.0.0.1 ;; requeue) echo "$2" >> requeued ;; esac
 
 @pytest.mark.slow
 def test_slurm_queues_again_what_was_preempted(workspace: Workspace, tmp_path: Path) -> None:
-    """A run that a signal stopped is queued again and resumes. A finished run and a user's error are not queued again."""
+    """A run that a signal stopped is queued again and resumes. A finished run or a user's error is not queued again."""
     folder = workspace.copy(PAGE, tmp_path)
     (folder / "bin").mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

@@ -161,7 +161,7 @@ def test_runs_are_compared(runs: tuple[Path, Path], shards: Path, tmp_path: Path
 
 
 def test_a_probe_that_does_better_than_the_fine_tune(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    """The note appears only if both results are of one encoder and the same labels, and the gap exceeds the interval."""
+    """The note appears if both results are of one encoder and the same labels, and the gap exceeds the interval."""
     run, fine = runs
 
     def says(mean: float, half_width: float | None = None, **changes: Any) -> bool:

@@ -196,7 +196,7 @@ def test_a_probe_that_was_taken_away_is_not_flat() -> None:
 
 
 def test_how_far_a_run_came() -> None:
-    """The status of a running run is that of its last checkpoint, so its metrics count. An ended run has its last step."""
+    """A running run has the status of its last checkpoint, so its metrics count. An ended run has its last step."""
     lines = [{"step": 1, "seen": 1}, {"step": 50, "seen": 50}]
     for state, step, came in (("running", 40, 50), ("stopped", 73, 73), ("failed", 73, 73), ("running", None, 50)):
         assert history(metrics=lines, status={"state": state, "step": step}).step == came

@@ -3,8 +3,7 @@
     python tools/bench/against.py ../mpp-before --pairs 5
 
 Each run is its own process, with one thread for the loop and one dataloader worker. The median images/s of the run's
-lines
-of metrics is compared, without the start and the first steps.
+lines of metrics is compared, without the start and the first steps.
 """
 
 from __future__ import annotations

@@ -79,8 +79,7 @@ class Row(NamedTuple):
 def contest(
     names: Sequence[str], bench: str, settings: dict[str, Any], given: argparse.Namespace, failed: list[str]
 ) -> Iterator[list[Contestant]]:
-    """Yield the contestants that started, and add errors of the others to `failed`. Peers need the Python of `--peers`.
-    """
+    """Yield the contestants that started, and add errors of the others to `failed`. Peers run only with `--peers`."""
     up: list[Contestant] = []
     try:
         for name in names:

@@ -3,13 +3,11 @@
     python tools/bench/gpu.py [--peers PYTHON] [--minutes 8] [--sizes vit_s vit_b vit_l vit_h]
 
 The first table is of training steps in bf16 at 224 px (images/s, MFU, memory on the device), one contestant at a time.
-The
-second is of input from JPEGs of 375×500, with as many workers as there are cores.
+The second is of input from JPEGs of 375×500, with as many workers as there are cores.
 
 MFU is the FLOP of a step, as torch counts it, over the device's dense bf16 peak of NVIDIA's data sheets. If a device is
 not listed here, a product of large matrices is measured beforehand instead. What did not fit into the time is named,
-and
-the exit code is then 1, as for failures.
+and the exit code is then 1, as for failures.
 
 Without a GPU it runs at a tiny size. That shows that the command works, not how fast anything is.
 """

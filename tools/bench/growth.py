@@ -1,4 +1,4 @@
-"""How cost grows: images, patches, depth, processes. Ours alone."""
+"""Measure how the cost of ours grows with images, patches, depth and processes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def step(image_px: int, depth: int) -> dict[str, float]:
 
 
 def processes(count: int, pictures: Path) -> dict[str, float]:
-    """Images/s of a whole command on `32px` under torchrun."""
+    """Return images/s of a whole command on `32px` under torchrun, with this number of processes."""
     size = SIZES["32px"]
     command = whole.ours(
         str(pictures / "32px"), 0, processes=count, **{

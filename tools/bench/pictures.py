@@ -3,8 +3,7 @@
     python tools/bench/pictures.py OUT
 
 This writes OUT/<size>/photographs/*.jpg and OUT/<size>-shards/*.tar. The pictures are crops of the photographs in
-colour,
-scaled, with some sensor noise. Without noise, enlarged crops would compress better than a camera's pictures.
+colour, scaled, with some sensor noise. Without noise, enlarged crops would compress better than a camera's pictures.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ def picture(photograph: Image.Image, width: int, height: int, rng: np.random.Gen
 
 
 def labeled(out: Path, per_class: int = 8) -> tuple[Path, Path]:
-    """Return folders of labeled JPEGs of 375×500 for training and validation: two classes, links to what `main` makes.
-    """
+    """Return folders of labeled JPEGs of 375×500 to train and validate on: two classes, links to files of `main`."""
     if not (out / "375x500").exists():
         main(out, only=("375x500",))
     made = sorted((out / "375x500" / "photographs").glob("*.jpg"))

@@ -51,4 +51,4 @@ def decoder_of(size: Size, name: str) -> Decoder:
 
 EVALUATION_BATCH = 16
 CROP_SCALE = (0.2, 1.0)
-"""MAE, He et al. 2022, appendix A.1."""
+"""Range of the area of random crops: MAE, He et al. 2022, appendix A.1."""

@@ -23,7 +23,7 @@ class Failed(Exception):
 
 
 class Turn(NamedTuple):
-    """What a contestant did when it was its turn."""
+    """What a contestant did in its turn."""
 
     wall_s: float
     cpu_s: float

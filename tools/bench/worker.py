@@ -3,10 +3,8 @@
     python tools/bench/worker.py MODULE BENCH NAME SETTINGS
 
 MODULE is `ours` or `peers`. Its dictionary BENCH has the function that builds contestant NAME from SETTINGS, JSON. Each
-line
-of input is a number of units of work, and is answered with a line of JSON. The process ends with its input. Standard
-output
-has only the answers: what libraries print there goes to standard error.
+line of input is a number of units of work, and is answered with a line of JSON. The process ends with its input.
+Standard output has only the answers: what libraries print there goes to standard error.
 """
 
 from __future__ import annotations

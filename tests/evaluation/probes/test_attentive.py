@@ -1,4 +1,4 @@
-"""The attentive probe finds what averaging loses."""
+"""The attentive probe finds information that averaging loses."""
 
 from __future__ import annotations
 

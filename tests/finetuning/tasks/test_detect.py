@@ -239,7 +239,7 @@ def test_boxes_that_are_left_out_are_named(shapes: Path, tmp_path: Path) -> None
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("detector", ["fcos", "faster_rcnn"])
 def test_on_two_processes(shapes: Path, tmp_path: Path, detector: str) -> None:
-    """Losses are means over the objects that a process sees, so they are close to those of one process but not equal."""
+    """Losses are means over the objects that a process sees, so they are close to those of one process, not equal."""
     import yaml
 
     for out, processes in (("one", 1), ("two", 2)):

@@ -107,8 +107,8 @@ def test_it_learns_and_says_all_labels(tables: Path, tmp_path: Path) -> None:
 def test_as_scikit_learn() -> None:
     rng = torch.Generator().manual_seed(0)
     labels = (torch.rand(200, 4, generator=rng) < 0.3).float()
-    labels[:, 3] = 0  # never occurs
-    labels[:, 2] = 1  # is in every image
+    labels[:, 3] = 0  # label 3 never occurs
+    labels[:, 2] = 1  # label 2 is in every image
     logits = torch.randn(200, 4, generator=rng) + labels
     found = MultilabelTask(8, 4).metrics([(logits[:50], labels[:50]), (logits[50:], labels[50:])])
     p, y = logits.sigmoid().numpy(), labels.numpy()
