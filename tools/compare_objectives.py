@@ -168,7 +168,7 @@ def do(
         "skill": skills,
         "target_rank": last.get("target_rank_ema_teacher"),
         "seeds": seeds,
-        "accuracy": {arm: values for arm, values in accuracies.items() if values},
+        "accuracy": {approach: values for approach, values in accuracies.items() if values},
         "finetune_cpu_minutes": round(tuning_cost, 1),
     }
 
