@@ -45,7 +45,7 @@ def test_rows_of_a_run_replace_those_before(tmp_path: Path) -> None:
         tool("results").write([("x", several)], out)
 
 
-def test_the_file_has_both_arms_of_every_seed() -> None:
+def test_the_file_has_both_approaches_of_every_seed() -> None:
     with open(ROOT / "recipes" / "RESULTS.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["task"] != "bench"]
     trials = {(r["run"], r["labels_per_class"], r["approach"], r["seed"]): float(r["value"]) for r in rows}

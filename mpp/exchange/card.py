@@ -86,7 +86,7 @@ def _pretrained(run: History) -> list[tuple[str, str]]:
 
 
 def _finetuned(run: History, trial: str | None) -> list[tuple[str, str]]:
-    exported = next((c for c in run.trials if c.name == trial), None)
+    exported = next((t for t in run.trials if t.name == trial), None)
     places = (
         f"Labeled images from {_list(run.setting('data.train', []))}, judged on {_list(run.setting('data.val', []))}."
     )

@@ -37,7 +37,7 @@ KEYS_OF_CNN = {"data.image_size": "cnn.image_size", "architecture.name": "cnn.na
 
 
 def approaches_of(recipe: FinetuneRecipe) -> list[str]:
-    """Return the names of a run's approaches. All others are compared with the first."""
+    """Return the names of a run's approaches. The first is the encoder itself, whose time the CNN gets."""
     return approaches_of_finetune({"encoder": recipe.encoder, "beside": recipe.beside})
 
 
@@ -56,18 +56,18 @@ def recipe_of_approach(recipe: FinetuneRecipe, approach: str) -> FinetuneRecipe:
     values = recipe.model_dump(mode="json", exclude_unset=True)
     {"scratch": _from_scratch, "cnn": _as_cnn, "published": _from_published}[approach](recipe, values)
     values["beside"] = []
-    with named_after(approach):
+    with named_after(approach, recipe):
         return check_recipe(values, FinetuneRecipe)
 
 
 @contextmanager
-def named_after(approach: str) -> Iterator[None]:
+def named_after(approach: str, recipe: FinetuneRecipe) -> Iterator[None]:
     """Add the approach to error messages raised inside, and replace keys by those in the user's recipe."""
     try:
         yield
     except UserError as error:
-        if approach in ("pretrained", "scratch"):  # their keys are those of the user's recipe
-            raise
+        if approach == "pretrained" or (approach == "scratch" and not recipe.scratch.model_fields_set):
+            raise  # the keys are those that the user wrote
         lines = [line.removeprefix("recipe: ") for line in str(error).splitlines()]
         for theirs, ours in KEYS_OF_CNN.items() if approach == "cnn" else ():
             lines = [line.replace(theirs, ours) for line in lines]

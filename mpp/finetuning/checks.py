@@ -35,14 +35,14 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
     # Build each model and discard it, because unsupported settings of an encoder are only detected when it is built.
     for approach in approaches_of(recipe):
         of_approach = recipe_of_approach(recipe, approach)
-        with named_after(approach):
+        with named_after(approach, recipe):
             model = build(of_approach, approach, recipe.seeds[0], len(train.classes))
             if of_approach.head_init == "probe":
                 check_head(model)
-        if of_approach.lora:
-            lora.add(model.encoder, **of_approach.lora.model_dump())
-    if recipe.distill:
-        make_distillation(recipe, team, model, train.classes)
+            if of_approach.distill and approach != "scratch":  # whose teacher is that of the encoder
+                make_distillation(of_approach, team, model, train.classes)
+            if of_approach.lora:
+                lora.add(model.encoder, **of_approach.lora.model_dump())
 
 
 def doubt_teacher(recipe: FinetuneRecipe) -> list[str]:
@@ -60,13 +60,13 @@ def doubt_teacher(recipe: FinetuneRecipe) -> list[str]:
     if recipe.distill is None or not drawn:
         return []
     trial = parse_folder(Path(recipe.distill.teacher))
-    others = [seed for seed in recipe.seeds if trial and seed != trial[1]]
+    others = [seed for seed in recipe.seeds if trial and seed != trial.seed]
     if not trial or not others:
         return []
     seeds = ", ".join(map(str, others))
     return [
-        f"distill.teacher: {recipe.distill.teacher} learned from the labels that seed {trial[1]} draws; seed {seeds} "
-        f"draws others, and learns from both. For a fair comparison give seeds=[{trial[1]}]"
+        f"distill.teacher: {recipe.distill.teacher} learned from the labels that seed {trial.seed} draws; seed {seeds} "
+        f"draws others, and learns from both. For a fair comparison give seeds=[{trial.seed}]"
     ]
 
 

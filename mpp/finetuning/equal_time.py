@@ -84,7 +84,7 @@ def length_of_trial(
     first_approach = approaches_of(run.recipe)[0]
     pairs = (trial.seed, trial.labels_per_class)
     (twin,) = (
-        c for c in trials_of(run.recipe) if c.approach == first_approach and (c.seed, c.labels_per_class) == pairs
+        t for t in trials_of(run.recipe) if t.approach == first_approach and (t.seed, t.labels_per_class) == pairs
     )
     result = team.on_main(partial(read_result, twin.folder, run.fingerprint))
     assert result is not None, "trials run in the order of the approaches"

@@ -22,7 +22,6 @@ WEIGHT_DECAYS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)
 TUNED_ON = 0.2
 """Fraction of the training images on which the weight decay is chosen."""
 MAX_ITERATIONS = 100
-AT_ONCE = 256
 
 
 def check_head(model: Supervised) -> None:
@@ -94,7 +93,7 @@ def _read_features(
     The model is left in eval mode.
     """
     model.eval()
-    size = min(AT_ONCE, recipe.optim.max_batch_per_device)
+    size = min(kind.judged_at_once, recipe.optim.max_batch_per_device)
     parts = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]
     read = []
     for batch in batches(kind.judging_set(run.train), parts, workers=recipe.data.workers, pin_memory=False):

@@ -90,15 +90,13 @@ class Finetuning:
         return self.averaged or self.model
 
     def learning_parameters(self, step: int) -> list[nn.Parameter]:
-        """Return the parameters that are trained at a step, and discard the gradients of the others.
+        """Return the parameters that are trained at a step."""
+        groups = self.optimizer.plain.param_groups
+        return [p for group in groups if step >= group.get("starts_at_step", 0) for p in group["params"]]
 
-        So frozen parameters get no optimizer state and do not count in the gradient norm.
-        """
-        learning: list[nn.Parameter] = []
+    def drop_frozen_gradients(self, step: int) -> None:
+        """Discard the gradients of frozen parameters, so that they get no optimizer state."""
         for group in self.optimizer.plain.param_groups:
-            if step >= group.get("starts_at_step", 0):
-                learning += group["params"]
-            else:
+            if step < group.get("starts_at_step", 0):
                 for p in group["params"]:
                     p.grad = None
-        return learning

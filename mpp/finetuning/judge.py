@@ -42,6 +42,7 @@ def judge(
     chosen: np.ndarray,
     key: str,
     *,
+    views: int,
     headline_only: bool = False,
 ) -> Judged:
     """Judge a model, and leave it in eval mode.
@@ -55,7 +56,8 @@ def judge(
         images: Labeled images.
         chosen: Numbers of the images to judge on.
         key: Name of the images in messages, such as data.val.
-        headline_only: Whether to compute only the task's headline metric, from one view of each image.
+        views: Number of views of each image whose predictions are averaged, see data.val_views.
+        headline_only: Whether to compute only the task's headline metric.
 
     Raises:
         UserError: If no image can be read, or if no image has a label to judge by.
@@ -64,11 +66,10 @@ def judge(
     numbers = chosen[team.rank :: team.world].tolist()
     size = min(kind.judged_at_once, recipe.optim.max_batch_per_device)
     parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-    views = 1 if headline_only else recipe.data.val_views  # one view is faster for the frequent checks in training
     dataset = kind.judging_set(images, views)
     independent = kind.independent_classes
 
-    def run(x: torch.Tensor) -> Any:
+    def outputs_of(x: torch.Tensor) -> Any:
         if views == 1:
             return model.run(x)
         crops = x if x.ndim == 5 else x.unsqueeze(1)
@@ -84,7 +85,7 @@ def judge(
             unreadable_lines += batch.bad
             if batch.readable.any():
                 x, labels = kind.readable_part(batch)
-                judged.append(model.task.judge(run, x, labels, recipe.data.image_size))
+                judged.append(model.task.judge(outputs_of, x, labels, recipe.data.image_size))
     judged, read, lines = team.gather(judged), team.gather(read), team.gather(unreadable_lines)
     if not judged:
         raise UserError(f"{key}: not one image can be read; the first: {lines[0]}")

@@ -65,6 +65,7 @@ def train(job: Finetuning) -> TrialResult | None:
                 loss = loss / plan.micro_batches
                 team.backward(loss)
             reports.add(batch, loss.view(1))
+        job.drop_frozen_gradients(step)
         grad_norm = team.clip_gradients(job.learning_parameters(step), recipe.optim.clip_grad_norm)
 
         # 2. Update the weights. If the loss or the gradient norm is not finite, the device skips the update, including
@@ -182,7 +183,10 @@ def judge_start(job: Finetuning) -> float:
     """Return the score of a model whose head begins as a probe, before its first step, to compare the end with it."""
     run, headline = job.run, job.model.task.headline
     val = np.arange(len(run.val))
-    judged = judge(job.recipe, run.team, job.kind, job.model, run.val, val, "data.val", headline_only=True)
+    judged = judge(
+        job.recipe, run.team, job.kind, job.model, run.val, val, "data.val",
+        views=job.recipe.data.val_views, headline_only=True,
+    )  # fmt: skip
     score = judged.metrics[headline]
     job.log.say(f"{headline} of the start, a linear probe: {100 * score:.2f} %")
     return score
@@ -198,8 +202,9 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
     assert job.recipe.early_stop is not None
     adjust_batch_norms(job)
     judged = judge(
-        job.recipe, run.team, job.kind, job.judged, run.train, job.held_out, "early_stop", headline_only=True
-    )
+        job.recipe, run.team, job.kind, job.judged, run.train, job.held_out, "early_stop",
+        views=1, headline_only=True,
+    )  # fmt: skip
     score = judged.metrics[headline]
     progress.since_best += 1
     if score > progress.best:
@@ -303,15 +308,18 @@ def finish(job: Finetuning) -> TrialResult:
         adjust_batch_norms(job)
     if job.recipe.lora:  # merged before judging, so that exactly the exported model is judged
         lora.merge(model.encoder)
-    judged = judge(job.recipe, run.team, job.kind, model, run.val, np.arange(len(run.val)), "data.val")
+    val, views = np.arange(len(run.val)), job.recipe.data.val_views
+    judged = judge(job.recipe, run.team, job.kind, model, run.val, val, "data.val", views=views)
     if math.isfinite(progress.start_score):
         judged.metrics[f"start_{job.model.task.headline}"] = progress.start_score
-    if run.team.is_main:
+
+    def write() -> None:
         save_model(model, folder, job.recipe, judged.metrics, run.train.classes)
-        _record_result(job, judged)
         job.kind.draw(model, run.val, folder / PREDICTIONS)
+        _record_result(job, judged)  # last, because a trial with a result is not run again
+
+    run.team.on_main(write)
     job.log.close()
-    run.team.wait()
     return TrialResult(judged.metrics, progress.device_minutes)
 
 

@@ -22,7 +22,7 @@ from mpp.recipe.finetune import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 
 
-class Unlabeled(NamedTuple):
+class ConsistencyInputs(NamedTuple):
     """Inputs of the loss of unlabeled images that are not in the recipe."""
 
     averaged: Supervised
@@ -55,7 +55,7 @@ class MicroLoss:
         model: Supervised,
         classes: list[str],
         seed: int,
-        unlabeled: Unlabeled | None = None,
+        unlabeled: ConsistencyInputs | None = None,
     ) -> None:
         self.device, self.model, self.seed = team.device, model, seed
         self.global_batch_size = recipe.optim.global_batch_size
@@ -122,7 +122,7 @@ class MicroLoss:
         return of_labeled + self.consistency.loss(outputs[labeled:], taught, images, step)
 
 
-def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: Unlabeled) -> Consistency:
+def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: ConsistencyInputs) -> Consistency:
     """Return the loss of unlabeled images with the settings of the recipe."""
     keys = recipe.unlabeled
     assert keys is not None

@@ -43,9 +43,7 @@ def _begun_with(recipe: FinetuneRecipe, approach: str) -> list[str]:
 
 def _count(source: str, key: str, minutes: dict[Path, float]) -> None:
     """Add the minutes of a run, and of the runs that it started from, to `minutes`; nan if they are not recorded."""
-    folder = Path(source).resolve()
-    if folder.name == "encoder" and (folder.parent / "metrics.jsonl").is_file():
-        folder = folder.parent  # the folder of the run or the trial
+    folder = _run_of(source)
     if folder in minutes:
         return
     minutes[folder] = math.nan
@@ -60,8 +58,15 @@ def _count(source: str, key: str, minutes: dict[Path, float]) -> None:
         return
     began: list[str] = []
     if isinstance(recipe, FinetuneRecipe) and (trial := parse_folder(folder)):
-        began = _begun_with(recipe, approach=trial[0])
-    elif isinstance(recipe, PretrainRecipe) and (Path(recipe.encoder.name) / "metrics.jsonl").is_file():
-        began = [recipe.encoder.name]  # the run started from another run; published weights do not count
+        began = _begun_with(recipe, approach=trial.approach)
+    elif isinstance(recipe, PretrainRecipe) and (_run_of(recipe.encoder.name) / "metrics.jsonl").is_file():
+        began = [recipe.encoder.name]  # the run started from another run; exports and published weights do not count
     for earlier in began:
         _count(earlier, key, minutes)
+
+
+def _run_of(source: str) -> Path:
+    """Return the folder of a run or trial, which may be given by its `encoder` folder. Other folders are returned."""
+    folder = Path(source).resolve()
+    is_inside = folder.name == "encoder" and (folder.parent / "metrics.jsonl").is_file()
+    return folder.parent if is_inside else folder

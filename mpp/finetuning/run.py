@@ -107,7 +107,7 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
     with ExitStack() as until_the_end:
         run = prepare(recipe, resume, until_the_end)
         measured = run_trials(run)
-        return conclude(run, measured) if measured is not None else _stopped(run)
+        return write_result(run, measured) if measured is not None else _stopped(run)
 
 
 def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Run:
@@ -142,9 +142,9 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
 
     doubts = team.on_main(collect_doubts)
     teacher = recipe.distill.teacher if recipe.distill else None
-    prints = train_images.fingerprint(), val_images.fingerprint()
-    print_of_unlabeled = unlabeled.images.fingerprint if unlabeled else ""
-    fingerprint = fingerprint_of_inputs(prints[0] + print_of_unlabeled, prints[1], recipe.encoder, teacher)
+    of_train, of_val = train_images.fingerprint(), val_images.fingerprint()
+    of_unlabeled = unlabeled.images.fingerprint if unlabeled else ""
+    fingerprint = fingerprint_of_inputs(of_train + of_unlabeled, of_val, recipe.encoder, teacher)
     until_the_end.enter_context(opened(team, recipe, resume, fingerprint=fingerprint))
 
     def status(state: str, **more: object) -> None:
@@ -156,15 +156,18 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
     run = Run(
         recipe, team, train_images, val_images, unlabeled, fingerprint, stop_request, watch, status, until_the_end
     )
-    if team.is_main:
+
+    def record_start() -> None:
         write_json(out / "env.json", environment())
         write_status(out, "running")
-        _record_data(run, same_images=prints[0] == prints[1])
+        _record_data(run, same_images=of_train == of_val)
         if team.device.type == "cpu":
             for advice in advise_on_cpu(recipe.precision, team.world):
                 print(f"note: {advice}", flush=True)
         for doubt in doubts:
             warnings.warn(doubt, MppWarning, stacklevel=2)
+
+    team.on_main(record_start)
     return run
 
 
@@ -185,7 +188,7 @@ def run_trials(run: Run) -> dict[Trial, TrialResult] | None:
             if run.team.is_main:
                 left_s = sum(took_s) / len(took_s) * (len(trials) - number) if took_s else 0
                 left = f" (about {format_duration(left_s)} left for all of them)" if took_s else ""
-                print(f"run {number + 1} of {len(trials)}: {trial.title}{left}", flush=True)
+                print(f"model {number + 1} of {len(trials)}: {trial.title}{left}", flush=True)
             began_s = time.monotonic()
             result = train(prepare_trial(run, trial))
             took_s.append(time.monotonic() - began_s)
@@ -202,7 +205,7 @@ def _stopped(run: Run) -> FinetuneResult:
     return FinetuneResult(Path(run.recipe.out), "stopped", (), None, signal=run.stop_request.of_all(run.team))
 
 
-def conclude(run: Run, measured: dict[Trial, TrialResult]) -> FinetuneResult:
+def write_result(run: Run, measured: dict[Trial, TrialResult]) -> FinetuneResult:
     """Compare the approaches for each number of labels, and write result.json and the plot."""
     recipe, out = run.recipe, Path(run.recipe.out)
     headline = registry.component("task", recipe.task.name).headline
@@ -211,7 +214,7 @@ def conclude(run: Run, measured: dict[Trial, TrialResult]) -> FinetuneResult:
     verdicts = []
     for count in recipe.data.label_counts():
         of_approach = {
-            approach: [r for c, r in measured.items() if (c.labels_per_class, c.approach) == (count, approach)]
+            approach: [r for t, r in measured.items() if (t.labels_per_class, t.approach) == (count, approach)]
             for approach in approaches_of(recipe)
         }
         metrics = {approach: [r.metrics for r in results] for approach, results in of_approach.items()}
@@ -220,19 +223,20 @@ def conclude(run: Run, measured: dict[Trial, TrialResult]) -> FinetuneResult:
         }
         cost = Cost(device, before, minutes)
         verdicts.append(Verdict.of(count, metrics, headline, cost))
-    most = next(c for c in trials_of(recipe) if c.labels_per_class == verdicts[-1].labels_per_class)
+    shown = next(t for t in trials_of(recipe) if t.labels_per_class == verdicts[-1].labels_per_class)
     plot = out / PLOT if len(verdicts) > 1 else None
-    unread = run.team.on_main(partial(read_unread_classes, most.folder))
+    unread = run.team.on_main(partial(read_unread_classes, shown.folder))
     result = FinetuneResult(
         out,
         "finished",
         tuple(verdicts),
-        most.folder / "encoder",
+        shown.folder / "encoder",
         plot,
         unread_classes=unread,
         underfit=run.team.on_main(partial(_name_underfit, run)),
     )
-    if run.team.is_main:
+
+    def write() -> None:
         if plot:
             _plot(result, plot)
         write_json(
@@ -248,6 +252,8 @@ def conclude(run: Run, measured: dict[Trial, TrialResult]) -> FinetuneResult:
                 "encoder": str(result.encoder),
             },
         )
+
+    run.team.on_main(write)
     run.status("finished")
     return result
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mpp.errors import UserError
 from mpp.finetuning.approaches import approaches_of
 from mpp.recipe.finetune import FinetuneRecipe
-from mpp.runs.records import steps
+from mpp.runs.records import checkpoints_in
 
 RESULT = "result.json"
 
@@ -47,14 +47,21 @@ def trials_of(recipe: FinetuneRecipe) -> list[Trial]:
     ]
 
 
-def parse_folder(folder: Path) -> tuple[str, int] | None:
+class TrialName(NamedTuple):
+    """What the name of a trial's folder contains."""
+
+    approach: str
+    seed: int
+
+
+def parse_folder(folder: Path) -> TrialName | None:
     """Return approach and seed of a trial from the path of its folder or of the folder `encoder` in it.
 
     None if the name is not that of a trial.
     """
     name = folder.parent.name if folder.name == "encoder" else folder.name
     found = re.fullmatch(r"(?:labels\d+-)?([a-z]+)-seed(\d+)", name)
-    return (found[1], int(found[2])) if found else None
+    return TrialName(found[1], int(found[2])) if found else None
 
 
 class TrialResult(NamedTuple):
@@ -89,7 +96,7 @@ def _read_minutes(trial: Path) -> float:
     They are not in result.json, because that file must be the same for every run of a recipe.
     """
     try:
-        newest = steps(trial / "checkpoints")[0]
+        newest = checkpoints_in(trial / "checkpoints")[0]
         return float(json.loads((newest / "state.json").read_text())["device_minutes"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return math.nan

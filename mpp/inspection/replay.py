@@ -17,7 +17,7 @@ from mpp.data.labeled_sets import LabeledBatch
 from mpp.errors import UserError
 from mpp.finetuning import lora
 from mpp.finetuning.approaches import recipe_of_approach
-from mpp.finetuning.micro_loss import MicroLoss, Unlabeled
+from mpp.finetuning.micro_loss import ConsistencyInputs, MicroLoss
 from mpp.finetuning.model import build
 from mpp.objective.build import build_model
 from mpp.parallel.team import start_team
@@ -26,7 +26,7 @@ from mpp.recipe.flat import JsonObject
 from mpp.recipe.loading import load_recipe
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs import checkpoint
-from mpp.runs.records import RECIPE, steps
+from mpp.runs.records import RECIPE, checkpoints_in
 from mpp.training import nonfinite
 
 SAME = 1e-5
@@ -55,13 +55,13 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
         UserError: If no step or not this step was kept.
     """
     folder = Path(run)
-    if not steps(folder / nonfinite.FOLDER):
-        trials = [p.parent for p in sorted(folder.glob(f"*/{nonfinite.FOLDER}")) if steps(p)]
+    if not checkpoints_in(folder / nonfinite.FOLDER):
+        trials = [p.parent for p in sorted(folder.glob(f"*/{nonfinite.FOLDER}")) if checkpoints_in(p)]
         if len(trials) != 1:
             which = f"; name one of {', '.join(map(str, trials))}" if trials else ""
             raise UserError(f"{run}: no step was kept: all losses and gradients were finite{which}")
         folder = trials[0]
-    kept = steps(folder / nonfinite.FOLDER)
+    kept = checkpoints_in(folder / nonfinite.FOLDER)
     at = next((p for p in kept if step is None or p.name == f"step-{step:08d}"), None)
     if at is None:
         raise UserError(f"--step {step}: not kept; kept steps: {', '.join(str(_step(p)) for p in kept)}")
@@ -127,7 +127,7 @@ def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modu
         model.task.class_weights = torch.tensor(record["class_weights"])
     model.to(team.device)
     averaged = copy.deepcopy(model).requires_grad_(False) if recipe.unlabeled else None
-    unlabeled = Unlabeled(averaged, record["total_steps"]) if averaged is not None else None
+    unlabeled = ConsistencyInputs(averaged, record["total_steps"]) if averaged is not None else None
     micro_loss = MicroLoss(recipe, team, model, record["classes"], record["seed"], unlabeled)
 
     def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from mpp.data.batch import Batch
 from mpp.data.crop import Crop
@@ -45,6 +44,7 @@ from mpp.runs.pictures import kept_every
 from mpp.runs.records import write_json
 from mpp.runs.trackers import Trackers
 from mpp.training import nonfinite
+from mpp.training.batch_norms import batch_norms_of
 from mpp.training.device_time import DeviceTime
 from mpp.training.exchange import accumulation, describe_batch
 from mpp.training.optimizer import GuardedOptimizer, make_optimizer, pretrain_groups
@@ -283,8 +283,7 @@ def _introduce(job: Pretraining) -> None:
         log.say(f"warning: {line}")
     for line in job.held_out.bad:
         log.say(f"unreadable, held out: {line}")
-    norms = (m for m in job.model.encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    if any(norms) and team.world > 1:
+    if batch_norms_of(job.model.encoder) and team.world > 1:
         log.say("note: this encoder's batch norms see each process's share: another number of processes differs")
     with job.whole.on_device(team.device) as shown:
         for line in warn_of_poor_targets(shown, job.held_out.images[:LOOKED_AT].to(team.device)):

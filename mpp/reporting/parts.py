@@ -217,7 +217,7 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
     )
     verdicts = run.result.get("verdicts", [])
     if not verdicts:
-        done = sum(bool(c.result) for c in run.trials)
+        done = sum(bool(trial.result) for trial in run.trials)
         part.text.append(f"Not finished: {done} of {len(run.trials)} models begun so far are trained.")
         return part
     scored = list(verdicts[0]["score"])

@@ -34,7 +34,7 @@ from mpp.parallel import faults
 from mpp.parallel.sharding import like, own_part, own_rows
 from mpp.parallel.team import Team
 from mpp.recipe.flat import JsonObject
-from mpp.runs.records import steps
+from mpp.runs.records import checkpoints_in
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -106,8 +106,8 @@ def save(
     together(partial(_finish, aside, final, digests), on=0)
     if writers.rank == 0:
         # Later steps are left from an earlier attempt: they are broken, or newer than the checkpoint it resumed from.
-        earlier = [p for p in steps(folder) if p.name <= final.name]
-        for old in (*(earlier[keep:] if keep else ()), *(p for p in steps(folder) if p.name > final.name)):
+        earlier = [p for p in checkpoints_in(folder) if p.name <= final.name]
+        for old in (*(earlier[keep:] if keep else ()), *(p for p in checkpoints_in(folder) if p.name > final.name)):
             _remove(old)
     faults.point("save.ends")
     return final
@@ -215,7 +215,7 @@ def save_together(
 
 def keep_only(folder: Path, step: int) -> None:
     """Delete every checkpoint of a folder except that of `step`. Call this on one process only."""
-    for path in steps(folder):
+    for path in checkpoints_in(folder):
         if path.name != f"step-{step:08d}":
             _remove(path)
 
@@ -236,7 +236,7 @@ def newest(folder: Path) -> Path | None:
         UserError: If there are checkpoints but all are broken. The user must decide whether to start again.
     """
     faults: list[str] = []
-    for path in steps(folder):
+    for path in checkpoints_in(folder):
         fault = broken(path)
         if fault is None:
             for line in faults:

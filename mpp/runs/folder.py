@@ -18,7 +18,7 @@ from mpp.recipe.loading import load_recipe
 from mpp.recipe.resume import differences
 from mpp.recipe.sections import Job
 from mpp.runs import checkpoint
-from mpp.runs.records import RECIPE, is_checkpoint, read_state
+from mpp.runs.records import RECIPE, is_checkpoint, read_status
 
 DATA = "data.json"
 LOCK = ".lock"
@@ -62,8 +62,8 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
             find_run(recipe, resume, fingerprint=fingerprint)
         lock = Lock(out)
         run = find_run(recipe, resume, fingerprint=fingerprint)  # again: another process may have been faster
-        if resume != "auto" or read_state(out) != "finished" or _asks_for_more(out, recipe):
-            create_run(recipe)  # else the records of a finished run stay unchanged
+        if resume != "auto" or read_status(out) != "finished" or _asks_for_more(out, recipe):
+            create_run(recipe)  # else recipe.yaml of a finished run stays as it is
         return run
 
     try:
@@ -176,7 +176,7 @@ def _is_unused(out: Path) -> bool:
     If so, there is nothing to continue from, and a corrected recipe may use the folder. A folder with any other files
     is not unused. A run in progress is protected by its lock.
     """
-    if read_state(out) == "finished":
+    if read_status(out) == "finished":
         return False
     for path in out.rglob("*"):
         features = path.relative_to(out).parts[0] == "arms" and path.suffix == ".npy"  # an evaluation reads them again

@@ -13,7 +13,7 @@ import yaml
 
 from mpp.errors import UserError
 from mpp.recipe.flat import JsonObject, differing, flat_keys
-from mpp.runs.records import RECIPE, read_metrics, steps
+from mpp.runs.records import RECIPE, checkpoints_in, read_metrics
 
 COUNTS = ("step", "steps", "pid")
 """Keys of status.json that hold whole numbers; any other value is ignored."""
@@ -104,7 +104,7 @@ class History:
 
     def checkpoint(self) -> Path | None:
         """Return the newest checkpoint, or None. Its checksums are not compared."""
-        newest_first = steps(self.folder / "checkpoints")
+        newest_first = checkpoints_in(self.folder / "checkpoints")
         return newest_first[0] if newest_first else None
 
     def alive(self) -> bool | None:
@@ -165,8 +165,8 @@ def read_run(folder: str | Path) -> History:
     history = _history(path, job, recipe)
     if job == "finetune":
         parts = [p for p in path.iterdir() if p.is_dir() and (p / "status.json").exists()]
-        began = sorted(parts, key=lambda p: (p / "train.log").stat().st_ctime if (p / "train.log").exists() else 0)
-        history.trials = [_history(p, "trial", recipe) for p in began]
+        in_order = sorted(parts, key=lambda p: (p / "train.log").stat().st_mtime if (p / "train.log").exists() else 0)
+        history.trials = [_history(p, "trial", recipe) for p in in_order]
     return history
 
 

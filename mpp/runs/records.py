@@ -50,7 +50,7 @@ def write_status(out: Path, state: str, **more: object) -> None:
     write_json(out / "status.json", {"state": state, "time": time.time(), **who, **more})
 
 
-def read_state(out: Path) -> str:
+def read_status(out: Path) -> str:
     """Return the state in status.json of a run or a trial; "" if there is none that can be read."""
     try:
         return str(json.loads((out / "status.json").read_text())["state"])
@@ -72,7 +72,7 @@ def read_metrics(out: Path) -> list[JsonObject]:
     return records
 
 
-def steps(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Return the finished checkpoints of a folder, newest first. Broken ones are included."""
     checkpoints = [p for p in folder.iterdir() if _CHECKPOINT.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(checkpoints, key=lambda p: p.name, reverse=True)
@@ -118,7 +118,7 @@ def encoder_folder(source: str | Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     if (Path(source) / "recipe.yaml").exists():
-        if read_state(Path(source)) == "running":
+        if read_status(Path(source)) == "running":
             raise UserError(
                 f"{source}: this run is still in progress, or was killed, and has not written its encoder yet; "
                 "`mpp watch` shows which"

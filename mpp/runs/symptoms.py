@@ -110,6 +110,9 @@ def flat_since(history: Sequence[Measured]) -> int | None:
     return max(before, key=lambda m: m.skill).step
 
 
+CONTINUE = "To continue from the last checkpoint, repeat the command with --resume auto."
+
+
 def symptoms(run: History) -> list[Symptom]:
     """Return the symptoms of a run of any job, those of its process first; [] if nothing is wrong."""
     rules = {"pretrain": _of_pretraining, "finetune": _of_finetuning, "evaluate": _of_evaluation}
@@ -123,27 +126,26 @@ def symptoms(run: History) -> list[Symptom]:
 
 
 def _of_process(run: History) -> list[Symptom]:
+    """Return the symptoms of the trials' processes, else those of the run's, which may also end between two trials."""
+    of_trials = [symptom for trial in run.trials for symptom in _of_status(trial, f"{trial.name}: ")]
+    return of_trials or _of_status(run, "")
+
+
+def _of_status(part: History, where: str) -> list[Symptom]:
     listed = []
-    for part in run.trials or [run]:
-        where = f"{part.name}: " if part is not run else ""
-        if part.status.get("state") == "failed":
-            why = str(part.status.get("why", "see train.log")).removeprefix(f"step {part.status.get('step')}: ")
-            at = f" at step {part.status['step']:,}" if "step" in part.status else ""
-            if "max_bad_fraction" in why:
-                advice = "train.log names the images."
-            elif "gradient norm" in why:
-                advice = "A lower optim.base_lr, more warm-up, optim.clip_grad_norm: 1, or precision: fp32."
-            else:
-                advice = "To continue from the last checkpoint, repeat the command with --resume auto."
-            listed.append(Symptom("failed", f"{where}It ended{at}: {why}.", advice))
-        if part.alive() is False:
-            listed.append(
-                Symptom(
-                    "dead",
-                    f"{where}status.json says running, but process {part.status.get('pid')} is gone.",
-                    "To continue from the last checkpoint, repeat the command with --resume auto.",
-                )
-            )
+    if part.status.get("state") == "failed":
+        why = str(part.status.get("why", "see train.log")).removeprefix(f"step {part.status.get('step')}: ")
+        at = f" at step {part.status['step']:,}" if "step" in part.status else ""
+        if "max_bad_fraction" in why:
+            advice = "train.log names the images."
+        elif "gradient norm" in why:
+            advice = "A lower optim.base_lr, more warm-up, optim.clip_grad_norm: 1, or precision: fp32."
+        else:
+            advice = CONTINUE
+        listed.append(Symptom("failed", f"{where}It ended{at}: {why}.", advice))
+    if part.alive() is False:
+        gone = f"{where}status.json says running, but process {part.status.get('pid')} is gone."
+        listed.append(Symptom("dead", gone, CONTINUE))
     return listed
 
 
@@ -367,11 +369,11 @@ def _of_evaluation(run: History) -> list[Symptom]:
     listed = []
     best = run.result.get("best", {})
     for probe, score in best.get("encoder", {}).items():
-        for approach, what in (("random", "the same architecture at random initialisation"), ("pixels", "raw pixels")):
-            control = best.get(approach, {}).get(probe)
-            if control and score["accuracy"] <= control["accuracy"]:
+        for control, what in (("random", "the same architecture at random initialisation"), ("pixels", "raw pixels")):
+            found = best.get(control, {}).get(probe)
+            if found and score["accuracy"] <= found["accuracy"]:
                 text = f"The {probe} probe reads {100 * score['accuracy']:.1f} %, no more than of {what}, "
-                text += f"{100 * control['accuracy']:.1f} %."
+                text += f"{100 * found['accuracy']:.1f} %."
                 listed.append(
                     Symptom("control", text, "Probes are poor at short schedules; fine-tuning is the better judge.")
                 )

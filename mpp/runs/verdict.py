@@ -45,7 +45,7 @@ def estimate(values: list[float]) -> Estimate:
 
 APPROACHES = {
     "pretrained": "the pretrained encoder",
-    "scratch": "the same from scratch",
+    "scratch": "the encoder from scratch",
     "cnn": "the CNN from scratch",
     "published": "the encoder with published weights",
 }

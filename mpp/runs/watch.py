@@ -54,11 +54,11 @@ def record(folder: str | Path, now: float | None = None) -> JsonObject:
     """
     run = read_run(folder)
     now = time.time() if now is None else now
-    standing = _record(run, now)
+    shown = _record(run, now)
     if run.job == "finetune":
-        standing |= {"trials": [_record(trial, now) for trial in run.trials], "trials_total": _count_trials(run)}
+        shown |= {"trials": [_record(trial, now) for trial in run.trials], "trials_total": _count_trials(run)}
     warnings = [dataclasses.asdict(symptom) for symptom in symptoms(run)]
-    return standing | {"warnings": warnings}
+    return shown | {"warnings": warnings}
 
 
 def _record(run: History, now: float) -> JsonObject:
@@ -128,6 +128,8 @@ def _count_trials(run: History) -> int:
 
 def _going_on(run: History, now: float) -> bool:
     """Return whether a run is in progress, or was started just now and has not written its status yet."""
+    if run.job == "trial" and not run.status:
+        return False  # its status cannot be read
     if not run.status:
         return now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S
     return run.status.get("state") == "running" and run.alive() is not False

@@ -16,11 +16,11 @@ class DeviceTime:
 
     Args:
         team: The processes of the run.
-        minutes_before: Minutes of the run before it was resumed; nan if they are unknown.
+        earlier_minutes: Minutes of the run before it was resumed; nan if they are unknown.
     """
 
-    def __init__(self, team: Team, minutes_before: float = 0.0) -> None:
-        self._team, self.minutes_before = team, minutes_before
+    def __init__(self, team: Team, earlier_minutes: float = 0.0) -> None:
+        self._team, self.earlier_minutes = team, earlier_minutes
         self._began_s = self._read_s()
 
     @property
@@ -31,7 +31,7 @@ class DeviceTime:
     def minutes(self) -> float:
         """Return the minutes so far. Every process calls this."""
         (seconds,) = self._team.sum([self._read_s() - self._began_s])
-        return self.minutes_before + seconds / 60
+        return self.earlier_minutes + seconds / 60
 
     def _read_s(self) -> float:
         return cpu_seconds() if self._team.device.type == "cpu" else time.monotonic()

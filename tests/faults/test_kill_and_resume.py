@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mpp.runs import checkpoint
-from mpp.runs.records import read_metrics, steps
+from mpp.runs.records import checkpoints_in, read_metrics
 from tests.faults.conftest import RECIPES, Bench
 from tests.faults.processes import JOBS, records_of, steps_logged
 
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint(job: str, how: str, bench: Bench) -> None:
     fault = {"point": "save.ends", "nth": 3, "do": "kill"}
     assert bench.start(job, path, fault=fault).wait()[0] == -9
     inner = records_of(job, bench.folder / "run") / "checkpoints"
-    newest, before = steps(inner)
+    newest, before = checkpoints_in(inner)
     warning = damaged(newest, how)
     if job == "pretrain" and warning and how != "manifest":  # asked for by name, it is refused
         asked = bench.start(job, path, "--resume", newest, world=1)

@@ -17,7 +17,7 @@ import mpp
 from mpp.errors import MppWarning, UserError
 from mpp.runs import checkpoint
 from mpp.runs.folder import Lock
-from mpp.runs.records import steps
+from mpp.runs.records import checkpoints_in
 from tests.conftest import drawn_image, encoded, pretrain_recipe
 from tests.faults.conftest import RECIPES
 from tests.faults.processes import JOBS, Job, Left, Nursery, left, records_of, steps_logged
@@ -175,7 +175,7 @@ def labeled_shard(path: Path, images: dict[str, tuple[bytes, str]]) -> None:
 def test_another_format(nursery: Nursery, shards: Path, folder: Path) -> None:
     path, out = RECIPES["pretrain"](shards, folder / "r.yaml", folder / "run"), folder / "run"
     nursery.start("pretrain", path, log=folder / "log").ends_well()
-    for step in steps(out / "checkpoints"):
+    for step in checkpoints_in(out / "checkpoints"):
         state = json.loads((step / "state.json").read_text())
         (step / "state.json").write_text(json.dumps({**state, "format": 1}))
         manifest = json.loads((step / checkpoint.MANIFEST).read_text())
@@ -243,7 +243,9 @@ def test_a_checkpoint_that_cannot_be_written(
     line = next(text for text in said.splitlines() if "cannot be saved" in text)
     assert f"{saves}/step-000000" in line
     assert "GB free there" in line
-    assert [checkpoint.broken(p) for p in steps(saves)] == [None, None], "the earlier checkpoints must be intact"
+    assert [checkpoint.broken(p) for p in checkpoints_in(saves)] == [None, None], (
+        "the earlier checkpoints must be intact"
+    )
     assert not list(saves.glob("*.tmp")), "the failed checkpoint must leave nothing"
     assert ("the run continues because of if_unsaved" in said) == (policy == "go_on")
     last = max(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mpp.runs.records import steps
+from mpp.runs.records import checkpoints_in
 from tests.conftest import ROOT
 from tests.faults.conftest import RECIPES, Bench
 from tests.faults.processes import JOBS, Left, Nursery, children, free_port, left, records_of, status, steps_logged
@@ -47,7 +47,7 @@ def test_a_signal_saves(
     for rank in which:
         os.kill(run.pids[rank], number)
     assert run.wait(30) == [128 + number] * 2, run.said()
-    (saved,) = steps(records / "checkpoints")
+    (saved,) = checkpoints_in(records / "checkpoints")
     step = int(saved.name[5:])
     assert step == steps_logged(records) == status(records)["step"] < at + 100
     why = number.name if 0 in which else "a signal to another process"
@@ -82,7 +82,7 @@ def test_a_second_sigint_stops_at_once(
     assert codes[1] in (130, 2), run.said()
     assert time.monotonic() - began < 20
     assert (status(records)["state"], status(records)["why"]) == ("stopped", "interrupted, without saving")
-    assert steps(records / "checkpoints")[0].name == "step-00000006"
+    assert checkpoints_in(records / "checkpoints")[0].name == "step-00000006"
     nursery.start(job, path, "--resume", "auto", log=folder / "log", world=2).ends_well()
     assert left(out) == reference(job, 2)
 
@@ -128,7 +128,7 @@ def test_under_torchrun(how: str, bench: Bench) -> None:
             run.send_signal(signal.SIGTERM if how == "SIGTERM to torchrun" else signal.SIGHUP)
         assert run.wait(30) == 1, "expected torchrun's own code after a signal"
     assert status(out)["state"] == "stopped", bench.log.read_text()
-    (saved,) = steps(out / "checkpoints")
+    (saved,) = checkpoints_in(out / "checkpoints")
     assert status(out)["step"] == int(saved.name[5:])
     bench.goes_on("pretrain", path, **LONG)
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mpp.runs.records import read_metrics, steps
+from mpp.runs.records import checkpoints_in, read_metrics
 from tests.conftest import command, pretrain_values
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def saved_by(run: Path, why: str) -> None:
     """Check that there is a checkpoint of the last step, and that the status records what ended the run."""
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["why"]) == ("stopped", why)
-    (found,) = steps(run / "checkpoints")
+    (found,) = checkpoints_in(run / "checkpoints")
     assert int(found.name[5:]) == read_metrics(run)[-1]["step"] == status["step"]
 
 

@@ -40,7 +40,7 @@ def recipe(shards: Path, out: Path, encoder: Path | str, **changes: Any) -> Fine
 
 @pytest.mark.parametrize("beside", [[], ["scratch"], ["cnn", "scratch"], "cnn"])
 @pytest.mark.parametrize("encoder", ["runs/x", "scratch"])
-def test_arms_are_those_that_the_records_name(beside: Any, encoder: str, shards: Path, tmp_path: Path) -> None:
+def test_approaches_are_those_that_the_records_name(beside: Any, encoder: str, shards: Path, tmp_path: Path) -> None:
     architecture = {"name": "vit_tiny_patch16_224"} if encoder == "scratch" else None
     made = recipe(shards, tmp_path, encoder, beside=beside, architecture=architecture)
     assert approaches_of(made) == approaches_of_finetune({"encoder": encoder, "beside": beside})
@@ -58,7 +58,7 @@ def test_recipes_from_before_beside_are_read(shards: Path, tmp_path: Path) -> No
     assert approaches_of_finetune({"encoder": "runs/x"}) == ["pretrained", "scratch"]
 
 
-def test_each_arm_is_a_recipe(shards: Path, tmp_path: Path) -> None:
+def test_each_approach_is_a_recipe(shards: Path, tmp_path: Path) -> None:
     made = recipe(
         shards, tmp_path, "runs/x", frozen=0.5, unfreeze="gradual", lora={}, beside=["scratch", "cnn"],
         **{"scratch.base_lr": 0.125, "cnn.base_lr": 0.25, "drop_path_rate": 0.1},
@@ -92,7 +92,7 @@ def test_messages_about_the_cnn_name_its_own_keys(shards: Path, run: Path, tmp_p
     for cnn, words in (
         ({"name": "resnet19"}, "beside: cnn: cnn.name: timm .* has no model 'resnet19'"),
         ({"args": {"bogus": 1}}, "beside: cnn: cnn.args: resnet18d does not take this"),
-        ({"image_size": 40}, "beside: cnn: cnn.image_size: the encoder has a stride of 32 px; got 40×40"),
+        ({"image_size": 40}, "beside: cnn: cnn.image_size: the encoder has a stride of 32 px; expected multiples of it, got 40×40"),
     ):
         with pytest.raises(UserError, match=words):
             mpp.finetune(recipe(shards, tmp_path / "run", run, beside=["cnn"], cnn=cnn, seeds=[0]))
@@ -150,7 +150,7 @@ def test_passes_end_it_where_there_is_more_time(shards: Path, run: Path, tmp_pat
     assert "cnn.max_epochs ends it" in (out / "cnn-seed0" / "train.log").read_text()
 
 
-def test_arms_may_be_added_to_a_finished_run(shards: Path, run: Path, tmp_path: Path) -> None:
+def test_approaches_may_be_added_to_a_finished_run(shards: Path, run: Path, tmp_path: Path) -> None:
     small = {"seeds": [0], "optim.steps": 3}
     mpp.finetune(recipe(shards, tmp_path / "run", run, beside=[], **small))
     more = mpp.finetune(recipe(shards, tmp_path / "run", run, beside=["cnn"], cnn=CNN, **small), resume="auto")

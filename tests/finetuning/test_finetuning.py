@@ -56,7 +56,7 @@ def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
     return check_recipe(values(*args, **changes), FinetuneRecipe)
 
 
-def test_both_arms_with_intervals(
+def test_both_approaches_with_intervals(
     shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mpp.parallel.devices.cores_in_use", lambda: "busy")
@@ -164,7 +164,7 @@ def test_distilled_encoders_have_tokens_to_read_and_no_mean(shards: Path, tmp_pa
     mpp.finetune(recipe(shards, tmp_path / "ft", "scratch", **changes, **{"pool": "token", "optim.steps": 1}))
 
 
-def test_the_arms_differ_in_their_weights_alone(shards: Path, run: Path, tmp_path: Path) -> None:
+def test_the_approaches_differ_in_their_weights_alone(shards: Path, run: Path, tmp_path: Path) -> None:
     given = recipe(shards, tmp_path / "ft", run)
     pretrained, scratch = (build(given, approach, 0, 2) for approach in ("pretrained", "scratch"))
     assert [(n, p.shape) for n, p in pretrained.named_parameters()] == [

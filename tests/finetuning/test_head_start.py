@@ -32,7 +32,7 @@ def test_it_begins_as_scikit_learns_probe(
     real = head_start._read_features
     monkeypatch.setattr(head_start, "WEIGHT_DECAYS", (decay,))
     monkeypatch.setattr(head_start, "_read_features", lambda *of: read.extend(real(*of)) or read[-1:])
-    result = mpp.finetune(recipe(shards, tmp_path / "run", run))
+    result = mpp.finetune(recipe(shards, tmp_path / "run", run, **{"data.val_views": 2}))
     (_, features, labels), trial = read[0], tmp_path / "run" / "pretrained-seed0"
     assert len(read) == 1, "from scratch, there is nothing to probe"
     assert features.shape == (20, 32)

@@ -73,6 +73,9 @@ def test_pretraining_that_went_on_counts_what_it_began_with(tmp_path: Path) -> N
     first = pretrained(tmp_path / "first", 11.0)
     second = pretrained(tmp_path / "second", 5.0, began_with=str(first))
     assert minutes_before(recipe(second), "pretrained", "CPU") == 16
+    (first / "encoder").mkdir()
+    again = pretrained(tmp_path / "again", 5.0, began_with=str(first / "encoder"))
+    assert minutes_before(recipe(again), "pretrained", "CPU") == 16, "the encoder folder of a run stands for the run"
     export = exported(tmp_path / "export", 7.0)
     assert minutes_before(recipe(export), "pretrained", "CPU") == 7
     third = pretrained(tmp_path / "third", 5.0, began_with=str(export))

@@ -18,7 +18,7 @@ from mpp.errors import UserError
 from mpp.inspection.replay import replay
 from mpp.parallel.sharding import blocks
 from mpp.runs import checkpoint
-from mpp.runs.records import read_metrics, steps
+from mpp.runs.records import checkpoints_in, read_metrics
 from tests.conftest import command, pretrain_recipe, pretrain_values
 from tests.pretraining.test_pretraining import GOLDEN, OBJECTIVES, losses
 from tests.training.test_nonfinite import DIVERGES
@@ -174,7 +174,7 @@ def test_killed_while_it_writes_its_part(
     assert command("pretrain", recipe, processes=2).returncode != 0
     monkeypatch.delenv("MPP_FAULT")
     saves = tmp_path / "run" / "checkpoints"
-    assert [p.name for p in steps(saves)] == ["step-00000005"]
+    assert [p.name for p in checkpoints_in(saves)] == ["step-00000005"]
     done = command("pretrain", recipe, "--resume", "auto", processes=2)
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == losses(sharded / "token-linear")

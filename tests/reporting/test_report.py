@@ -228,7 +228,7 @@ def test_it_concludes_as_the_terminal_does(
         assert other not in page.lower() or other in words
 
 
-def test_runs_with_one_arm_are_called_what_they_are(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_runs_with_one_approach_are_called_what_they_are(runs: tuple[Path, Path], tmp_path: Path) -> None:
     alone = written(tmp_path / "alone", {"encoder": str(runs[0]), "beside": []}, {"pretrained": [0.3, 0.4]})
     scratch = written(tmp_path / "scratch", {"encoder": "scratch"}, {"scratch": [0.3]})
     other = written(
@@ -239,9 +239,10 @@ def test_runs_with_one_arm_are_called_what_they_are(runs: tuple[Path, Path], tmp
         for run in (alone, scratch, other)
     ]
     assert "Trained: the pretrained encoder alone; task classify, seeds 0, 1; intervals" in pages[0]
-    assert "Trained: the same from scratch alone; task classify, seed 0." in pages[1]
+    assert "Trained: the encoder from scratch alone; task classify, seed 0." in pages[1]
     assert (
-        "Trained on the same labels: the pretrained encoder, the same from scratch; task classify, seed 0." in pages[2]
+        "Trained on the same labels: the pretrained encoder, the encoder from scratch; task classify, seed 0."
+        in pages[2]
     )
     assert "Not this run's encoder, but vit_small_patch16_224.dino." in pages[2]
     assert all("Not this run's encoder" not in page for page in pages[:2])

@@ -11,7 +11,7 @@ import torch
 
 from mpp.errors import MppWarning, ToldElsewhere, UserError
 from mpp.runs import checkpoint
-from mpp.runs.records import steps
+from mpp.runs.records import checkpoints_in
 
 
 def trained(steps: int = 2) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -53,14 +53,14 @@ def test_where_none_holds_the_user_is_asked(tmp_path: Path) -> None:
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3, 4, keep=2)
-    assert [p.name for p in steps(tmp_path)] == ["step-00000004", "step-00000003"]
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["step-00000004", "step-00000003"]
 
 
 def test_the_one_just_written_is_never_removed(tmp_path: Path) -> None:
     """Checkpoints of later steps may be broken, or the run may have been resumed from an older one."""
     saved(tmp_path, 15, 20, keep=9)
     saved(tmp_path, 5, keep=2)
-    assert [p.name for p in steps(tmp_path)] == ["step-00000005"]
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["step-00000005"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -136,7 +136,7 @@ def test_what_stops_one_process_stops_all(rank: int, told: type[UserError], tmp_
     with pytest.raises(UserError, match=r"^step-00000003: cannot be saved: no space$") as raised:
         checkpoint.save(tmp_path, 3, *trained(), {}, keep=2, writers=checkpoint.Writers(rank, 2, gathered))
     assert raised.type is told
-    assert not steps(tmp_path)
+    assert not checkpoints_in(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ([] if rank == 0 else ["step-00000003.tmp"])
 
 

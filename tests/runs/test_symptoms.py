@@ -302,7 +302,7 @@ def test_a_fine_tune_that_ended_too_early(last_loss: float, changes: dict[str, A
     assert [s.kind for s in symptoms(run)] == ["underfit"] * found
 
 
-def test_a_better_road_is_named() -> None:
+def test_a_better_approach_is_named() -> None:
     def estimated(*values: float) -> dict[str, Any]:
         return asdict(estimate(list(values)))
 

@@ -113,7 +113,7 @@ def test_the_sentence_about_approaches(accuracies: dict[str, list[float]], kind:
     assert f"10 labels a class: {found.text}" in table([Verdict.of(10, trials(**accuracies)), verdict])
 
 
-def test_two_arms_have_the_gain_and_no_second_sentence() -> None:
+def test_two_approaches_have_the_gain_and_no_second_sentence() -> None:
     shown = table([Verdict.of(None, trials(pretrained=[0.5, 0.7, 0.6], scratch=[0.4, 0.6, 0.5]))])
     assert "best here" not in shown
     assert compare_approaches({"pretrained": estimate([0.4])}) is None

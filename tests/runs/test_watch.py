@@ -87,7 +87,7 @@ def test_a_real_job_is_watched_to_its_end(shards: Path, tmp_path: Path) -> None:
     assert "finished, step 400 of 400 (100%)" in done.output
 
 
-def test_a_fine_tune_is_told_by_its_cells(shards: Path, tmp_path: Path) -> None:
+def test_a_fine_tune_is_told_by_its_trials(shards: Path, tmp_path: Path) -> None:
     from mpp.recipe.finetune import FinetuneRecipe
     from mpp.recipe.loading import check_recipe
 
@@ -108,6 +108,11 @@ def test_a_fine_tune_is_told_by_its_cells(shards: Path, tmp_path: Path) -> None:
     assert going
     assert "running, 1 of 2 models done" in text
     assert "scratch-seed1: finished, step 2 of 2" in text
+
+    (tmp_path / "ft" / "status.json").write_text(json.dumps({**status, "state": "failed", "why": "no space left"}))
+    assert "warning: It ended: no space left." in standing(tmp_path / "ft")[0], "it ended between two trials"
+    (tmp_path / "ft" / "scratch-seed1" / "status.json").write_text("")
+    assert "scratch-seed1: not begun" in standing(tmp_path / "ft")[0], "a power failure may leave an empty file"
 
 
 def test_errors() -> None:

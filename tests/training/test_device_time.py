@@ -23,7 +23,7 @@ def spend(seconds: float) -> None:
 def test_it_counts_work_and_not_waiting_and_goes_on_after_a_resume() -> None:
     team = start_team("fp32")
     spend(0.2)
-    clock = DeviceTime(team, minutes_before=2.0)
+    clock = DeviceTime(team, earlier_minutes=2.0)
     time.sleep(0.3)
     spend(0.3)
     assert 0.27 < (clock.minutes() - 2.0) * 60 < 0.45, "only the 0.3 s of work count, not earlier work or sleep"

@@ -193,14 +193,14 @@ def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
 )
 def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     result = mpp.finetune(recipe(shapes, tmp_path / "ft", **changes))
-    cell = tmp_path / "ft" / "scratch-seed0"
-    stored = json.loads((cell / "result.json").read_text())
+    trial = tmp_path / "ft" / "scratch-seed0"
+    stored = json.loads((trial / "result.json").read_text())
     assert {"map", "map_50", "map_75", "map_small"} <= stored["metrics"].keys()
     assert stored["map_per_class"].keys() == {"disc", "square", "triangle"}
     assert result.verdicts[0].metric == "map"
-    with Image.open(cell / "predictions.png") as picture:
+    with Image.open(trial / "predictions.png") as picture:
         assert min(picture.size) > 300
-    model, again, classes = load_dense(cell)
+    model, again, classes = load_dense(trial)
     assert (again.task.name, classes) == ("detect", ["disc", "square", "triangle"])
     kind = open_label_kind(again)
     images = kind.open(again.data.val, key="data.val", classes=None)
@@ -212,7 +212,7 @@ def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
 
 def test_killed_and_resumed_it_is_the_same(shapes: Path, tmp_path: Path) -> None:
     mpp.finetune(recipe(shapes, tmp_path / "whole"))
-    cell = tmp_path / "whole" / "scratch-seed0"
+    trial = tmp_path / "whole" / "scratch-seed0"
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     other = tmp_path / "cut" / "scratch-seed0"
     (other / "result.json").unlink()
@@ -220,9 +220,9 @@ def test_killed_and_resumed_it_is_the_same(shapes: Path, tmp_path: Path) -> None
     shutil.rmtree(other / "checkpoints" / "step-00000004")
     mpp.finetune(recipe(shapes, tmp_path / "cut"), resume="auto")
     for name in ("model", "head"):
-        a, b = (load_file(c / "encoder" / f"{name}.safetensors") for c in (cell, other))
+        a, b = (load_file(t / "encoder" / f"{name}.safetensors") for t in (trial, other))
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert (cell / "result.json").read_text() == (other / "result.json").read_text()
+    assert (trial / "result.json").read_text() == (other / "result.json").read_text()
 
 
 def test_boxes_that_are_left_out_are_named(shapes: Path, tmp_path: Path) -> None:

@@ -181,17 +181,17 @@ def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
 )  # fmt: skip
 def test_a_run(shapes: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     result = mpp.finetune(recipe(shapes, tmp_path / "ft", **changes))
-    cell = tmp_path / "ft" / "scratch-seed0"
-    stored = json.loads((cell / "result.json").read_text())
+    trial = tmp_path / "ft" / "scratch-seed0"
+    stored = json.loads((trial / "result.json").read_text())
     assert stored["metrics"].keys() == {"miou", "pixel_accuracy", "mean_accuracy"}
     assert stored["miou_per_class"].keys() == {"background", "disc", "square", "triangle"}
     assert result.verdicts[0].metric == "miou"
-    assert [m["step"] for m in read_metrics(cell)] == list(range(1, 7))
-    with Image.open(cell / "predictions.png") as picture:
+    assert [m["step"] for m in read_metrics(trial)] == list(range(1, 7))
+    with Image.open(trial / "predictions.png") as picture:
         assert min(picture.size) > 300
     if "architecture" in changes or not changes:
-        assert mpp.verify(cell).difference <= 1e-5, "the encoder must be plain timm"
-    model, again, classes = load_dense(cell)
+        assert mpp.verify(trial).difference <= 1e-5, "the encoder must be plain timm"
+    model, again, classes = load_dense(trial)
     assert (again, classes) == (
         recipe_of_approach(recipe(shapes, tmp_path / "ft", **changes), "scratch"),
         ["background", "disc", "square", "triangle"],
@@ -242,7 +242,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 def test_killed_and_resumed_it_is_the_same(shapes: Path, tmp_path: Path) -> None:
     mpp.finetune(recipe(shapes, tmp_path / "whole"))
-    cell = tmp_path / "whole" / "scratch-seed0"
+    trial = tmp_path / "whole" / "scratch-seed0"
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     other = tmp_path / "cut" / "scratch-seed0"
     (other / "result.json").unlink()
@@ -250,9 +250,9 @@ def test_killed_and_resumed_it_is_the_same(shapes: Path, tmp_path: Path) -> None
     shutil.rmtree(other / "checkpoints" / "step-00000006")
     mpp.finetune(recipe(shapes, tmp_path / "cut"), resume="auto")
     for name in ("model", "head"):
-        a, b = (load_file(c / "encoder" / f"{name}.safetensors") for c in (cell, other))
+        a, b = (load_file(t / "encoder" / f"{name}.safetensors") for t in (trial, other))
         assert all(torch.equal(a[k], b[k]) for k in a)
-    assert (cell / "result.json").read_text() == (other / "result.json").read_text()
+    assert (trial / "result.json").read_text() == (other / "result.json").read_text()
 
 
 def test_pretrained_beside_scratch(shapes: Path, tmp_path: Path) -> None:
