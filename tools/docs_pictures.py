@@ -29,7 +29,7 @@ CROP_PX, SIDE_PX = 96, (110, 220)
 """Side of a crop, and the sides of the squares that are scaled to it."""
 TRAINED, SHOWN = 600, 8
 """Crops of each photograph."""
-README_PHOTOGRAPHS = ("chelsea", "astronaut", "coffee")
+IN_README = ("chelsea-0001", "astronaut-0006", "coffee-0005")
 VIEWS = ("attention_distance", "attention_maps", "similarity", "spectrum", "positions", "colours")
 """Pictures of `mpp inspect` that the guide on looking at results explains."""
 RECIPE: JsonObject = {
@@ -76,7 +76,7 @@ def write_crops(folder: Path, trained: int) -> None:
 
 def draw(run: Path, crops: Path, out: Path) -> None:
     """Draw every picture of a finished run into a folder."""
-    shown = [str(crops / "shown" / f"{name}-0000.png") for name in README_PHOTOGRAPHS]
+    shown = [str(crops / "shown" / f"{name}.png") for name in IN_README]
     reconstruct(run, shown, out / "hero.png")
     reconstruct(run, [], out / "reconstructions.png")
     mpp.inspect(run, [str(crops / "shown")], images=SHOWN * len(PHOTOGRAPHS))
@@ -96,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> None:
     mpp.pretrain(RECIPE, out=run, resume="auto", **{"data.shards": str(crops / "train")}, **steps)
     args.out.mkdir(parents=True, exist_ok=True)
     draw(run, crops, args.out)
-    print("\n".join(str(path) for path in sorted(args.out.glob("*.png"))))
+    print(args.out)
 
 
 if __name__ == "__main__":

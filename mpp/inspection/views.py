@@ -66,7 +66,11 @@ def positions(subject: InspectedEncoder) -> View | str:
         "similar embeddings. Bright rows and columns: the encoder tells rows and columns apart.",
         {"grid": [gh, gw], "distance_px": curve.distance_px, "mean_cosine": curve.value, "cosine": _rounded(similar)},
         plots.pictures(
-            grid, title="cosine of each cell's position with all others, -1 dark to 1 bright", low=-1, high=1, side=0.75
+            grid,
+            title="position of each patch compared with all others: cosine, -1 dark to 1 bright",
+            low=-1,
+            high=1,
+            side=0.75,
         ),
         f"mean cosine {near:.2f} to the next cell, {far:.2f} to the farthest",
     )
@@ -122,15 +126,15 @@ def attention_distance(subject: InspectedEncoder, attentions: list[Attention]) -
         numbers["left_out"] = left_out
     figure = plots.lines(
         {
-            "how far a head looks, px": [
+            "attention distance of a head, px": [
                 Dots("a head", x, [d for heads in distance for d in heads]),
                 Line("mean", of_block, mean),
                 Line("even attention", of_block, uniform, dashed=True),
             ],
-            "entropy of its attention, 1: even": [Dots("a head", x, [e for heads in entropy for e in heads])],
+            "entropy of its attention, 1 is even": [Dots("a head", x, [e for heads in entropy for e in heads])],
         },
         xlabel="block",
-        limits={"how far a head looks, px": (0, None), "entropy of its attention, 1: even": (0, 1.05)},
+        limits={"attention distance of a head, px": (0, None), "entropy of its attention, 1 is even": (0, 1.05)},
         shared=False,
         height=3.2,
     )
@@ -188,14 +192,14 @@ def attention_maps(subject: InspectedEncoder, attentions: list[Attention], shown
             "rollout": [_rounded(r, 5) for r in of_rollout],
             "own_share": kept_share,
         },
-        plots.pictures(rows, title="where the patch at the cross looks"),
+        plots.pictures(rows, title="attention of the patch at the cross"),
         f"through all blocks the patch keeps {kept_share:.0%} of its attention on itself",
     )
 
 
 def similarity(seen: Seen, other: InspectedEncoder | None) -> View:
     cka = seen.own.values().cpu().numpy()
-    panels = [Heat("its layers", cka, "block", "block")]
+    panels = [Heat("layers", cka, "block", "block")]
     numbers: JsonObject = {"blocks": seen.block_names, "cka": _rounded(cka)}
     if seen.updates:
         updates = seen.own_updates.values().cpu().numpy()
@@ -273,13 +277,13 @@ def space(seen: Seen) -> View:
         "over images). It falls if places mix.",
         numbers,
         plots.lines(
-            {"cosine of two patches": curves, "tokens that know their place": [Line("", x, local)]},
+            {"cosine of two patches": curves, "tokens that match their place": [Line("", x, local)]},
             xlabel=("distance, px", layer_word(seen)),
-            limits={"tokens that know their place": (0, 1.05)},
+            limits={"tokens that match their place": (0, 1.05)},
             shared=False,
             height=3.2,
         ),
-        f"{local[0]:.0%} of the tokens know their place in the first {layer_word(seen)}, {local[-1]:.0%} in the last",
+        f"{local[0]:.0%} of the tokens match their place in the first {layer_word(seen)}, {local[-1]:.0%} in the last",
     )
 
 

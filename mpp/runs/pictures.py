@@ -120,7 +120,7 @@ def strip(kept: Sequence[Kept], panel: str, most: int = MOST_SHOWN) -> Image.Ima
         for i in range(len(first["original"]))
     ]
     borrowed = "" if panel == "pasted" else f", {panel}"
-    return sheet(rows, titles, title=f"what is predicted of {shown[0].target}{borrowed}")
+    return sheet(rows, titles, title=f"target {shown[0].target}{borrowed}")
 
 
 def frames(kept: Sequence[Kept]) -> list[Image.Image]:

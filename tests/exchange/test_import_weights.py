@@ -529,7 +529,11 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
         {"image_size": (32, 32)},
         r"have other shapes: pos_embed \(1, 17, 16\), expected \(1, 65, 16\); check the",
     ),
-    (lambda s: s, {"image_size": (17, 17)}, "image_size: vit_tiny_patch16_224 has a stride of 4 px; got 17×17"),
+    (
+        lambda s: s,
+        {"image_size": (17, 17)},
+        "image_size: vit_tiny_patch16_224 has a stride of 4 px; expected multiples of it, got 17×17",
+    ),
     (lambda s: s | {"norm.bias": torch.full((16,), torch.nan)}, {}, r"weights that are not finite: norm\.bias"),
     (lambda s: s | {"norm.bias": torch.full((16,), 1e300, dtype=torch.float64)}, {}, r"not finite: norm\.bias"),
     (lambda s: {"epoch": 3, "args": {"lr": 1}}, {}, "missing: cls_token, .*; it holds no weights by name"),

@@ -92,7 +92,10 @@ def test_messages_about_the_cnn_name_its_own_keys(shards: Path, run: Path, tmp_p
     for cnn, words in (
         ({"name": "resnet19"}, "beside: cnn: cnn.name: timm .* has no model 'resnet19'"),
         ({"args": {"bogus": 1}}, "beside: cnn: cnn.args: resnet18d does not take this"),
-        ({"image_size": 40}, "beside: cnn: cnn.image_size: the encoder has a stride of 32 px; expected multiples of it, got 40×40"),
+        (
+            {"image_size": 40},
+            "beside: cnn: cnn.image_size: the encoder has a stride of 32 px; expected multiples of it, got 40×40",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             mpp.finetune(recipe(shards, tmp_path / "run", run, beside=["cnn"], cnn=cnn, seeds=[0]))

@@ -314,7 +314,10 @@ def test_what_is_refused_before_the_run_folder_is_made(shards: Path, run: Path, 
         ({"mixup": 0.5, "optim.global_batch_size": 9}, "mixup: needs an even number"),
         ({"data.auto_augment": "foo"}, "data.auto_augment: timm has no policy 'foo'"),
         ({"task.tanh_dim": 0}, "task.tanh_dim: must be >= 1"),
-        ({"data.image_size": 18}, r"data.image_size: the encoder has a stride of 4 px; got 18×18"),
+        (
+            {"data.image_size": 18},
+            r"data.image_size: the encoder has a stride of 4 px; expected multiples of it, got 18×18",
+        ),
         ({"drop_path_rate": 1.0}, "drop_path_rate: must be "),
     ):
         with pytest.raises(UserError, match=message):

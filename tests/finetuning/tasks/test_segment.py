@@ -341,7 +341,9 @@ def test_masks_are_no_classes_of_images(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_maps_and_a_size_that_does_not_tile(shapes: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.image_size: the encoder has a stride of 8 px; got 30×32"):
+    with pytest.raises(
+        UserError, match=r"data\.image_size: the encoder has a stride of 8 px; expected multiples of it, got 30×32"
+    ):
         mpp.finetune(recipe(shapes, tmp_path / "a", **{"data.image_size": [30, 32]}))
     with pytest.raises(UserError, match="gives 27×27 cells at 224×224 px, where a stride of 8 px makes 28×28"):
         mpp.finetune(
