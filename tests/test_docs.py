@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -142,6 +143,15 @@ class Links(HTMLParser):
                 self.ids.add(value)
             if name in ("href", "src") and value and tag != "link":
                 self.links.append(value)
+
+
+@pytest.mark.parametrize("notebook", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_stored_with_their_outputs(notebook: Path) -> None:
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells), "each cell ran: jupyter execute --inplace"
+    kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
+    assert "error" not in kinds
+    assert {"stream", "display_data", "execute_result"} & {*kinds}
 
 
 @pytest.mark.slow
