@@ -374,7 +374,7 @@ def test_a_family_nobody_tried_is_refused_where_it_leaks(monkeypatch: pytest.Mon
         ({"encoder.name": "mixer_s32_224", "encoder.args": {"num_blocks": 2}, "data.image_size": 64}, "encoder.args: mixer_s32_224 does not take this"),
         ({"encoder.name": "tnt_s_patch16_224", "encoder.args": {}, "data.image_size": 33}, "data.image_size: .*stride of 16 px; expected multiples of it"),
         ({"encoder.name": "resnet18", "encoder.args": {}, "data.image_size": 64, "corruption.name": "pixel_patch", "encoder.args.patch_drop_rate": 0.5}, "patch_drop_rate"),
-        ({"data.image_size": 18}, "data.image_size: .* multiples of 4"),
+        ({"data.image_size": 18}, "data.image_size: .* stride of 4 px; expected multiples"),
         ({"mask.unit_px": 6}, "mask.unit_px: .*stride, 4 px"),
         ({"mask.unit_px": 32}, "data.image_size: must be multiples of the mask's unit"),
         ({"corruption.enter": 3}, "corruption.enter: the encoder has blocks 0 to 1; got 3. .*drop"),

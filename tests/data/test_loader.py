@@ -216,5 +216,5 @@ def test_held_out_rows_are_spread_over_the_shards() -> None:
     assert held_out_rows([100, 100, 50], 25).tolist() == [10, 10, 5]
     assert held_out_rows([10, 0, 3], 3).sum() == 3
     assert (held_out_rows([1, 1, 1, 1], 2) <= 1).all()
-    with pytest.raises(UserError, match=r"data\.held_out: 8 of only 10"):
+    with pytest.raises(UserError, match=r"data\.held_out is 8, but there are only 10"):
         held_out_rows([10], 8)

@@ -315,4 +315,4 @@ def test_one_sample(nursery: Nursery, folder: Path) -> None:
     path = RECIPES["pretrain"](folder / "shards", folder / "r.yaml", folder / "run", **{"data.held_out": 1})
     run = nursery.start("pretrain", path, log=folder / "log", world=2)
     assert run.wait() == [2, 2]
-    assert "data.held_out: 1 of only 1 images" in run.said()
+    assert "data.held_out is 1, but there are only 1 images" in run.said()

@@ -367,7 +367,7 @@ def test_a_rare_class_is_not_forgotten(balance: str, tmp_path: Path) -> None:
         ({"balance": "yes"}, r"balance: no such choice; got 'yes'.*Choose from none, sampling, loss"),
         ({"unfreeze": "gradual"}, r"unfreeze: gradual: requires frozen between 0 and 1"),
         ({"early_stop.patience": 0}, r"early_stop\.patience: must be >= 1; got 0"),
-        ({"early_stop.fraction": 0.5, "data.labels_per_class": 1}, "early_stop: to hold some out, a class needs two"),
+        ({"early_stop.fraction": 0.5, "data.labels_per_class": 1}, "early_stop: needs a class with at least two"),
     ],
 )
 def test_wrong_inputs(changes: dict[str, Any], message: str, shards: Path, run: Path, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_step_with_them_is_replayed(shards: Path, tmp_path: Path) -> None:
 def test_what_does_not_go_with_them(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unlabeled: learns from a moving average of the weights; give ema_decay"):
         recipe(shards, tmp_path, shards, ema_decay=None)
-    with pytest.raises(UserError, match="unlabeled: not with distill"):
+    with pytest.raises(UserError, match="unlabeled: cannot be combined with distill"):
         recipe(shards, tmp_path, shards, **{"distill.teacher": "runs/x"})
     with pytest.raises(UserError, match="unlabeled: not with task: segment"):
         recipe(shards, tmp_path, shards, task="segment", **{"data.labels_per_class": None})

@@ -200,7 +200,7 @@ def test_on_one_process_there_is_nothing_to_share(shards: Path, tmp_path: Path) 
 
 
 def test_not_compiled(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^recipe: compile: not together with fsdp"):
+    with pytest.raises(UserError, match="^recipe: compile: cannot be combined with fsdp"):
         pretrain_recipe(shards, tmp_path / "run", fsdp=True, compile=True)
 
 

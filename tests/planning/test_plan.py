@@ -153,7 +153,7 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
         ),
         ({"mfu": 1.5}, "--mfu: must be > 0 and <= 1; got 1.5"),
         ({"device": "a100", "devices": 3}, "optim.global_batch_size: 16 cannot be divided among 3 processes"),
-        ({"images": 10}, "data.held_out: 12 of only 10 images"),
+        ({"images": 10}, "data.held_out is 12, but there are only 10 images"),
     ):
         with pytest.raises(UserError, match=message):
             planning.plan(recipe, **options)
