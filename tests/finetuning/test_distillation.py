@@ -221,7 +221,7 @@ def test_wrong_teachers(shards: Path, run: Path, teacher: Path, tmp_path: Path) 
     for source, changes, message in [
         ("nowhere", {}, r"distill\.teacher: 'nowhere': no such folder, and no such model of timm"),
         (run, {}, r"distill\.teacher: .*run has no classifier; give a fine-tuned model"),
-        (other, {}, r"its class 1 is 'ring', that of the training data 'square'"),
+        (other, {}, r"class 1 is 'ring', but 'square' in the training data"),
         (teacher, {"data.channels": 1}, r"distill\.teacher: .* reads 3 channels; data\.channels is 1"),
         (teacher, {"distill.alpha": 1.5}, r"distill\.alpha: must be >= 0 and <= 1; got 1.5"),
         (teacher, {"distill.kind": "warm"}, r"distill\.kind: no such choice; got 'warm'.* Choose from hard, soft"),
