@@ -377,7 +377,7 @@ def test_who_may_write_into_a_run_folder(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty; continue its run with --resume auto"):
         mpp.pretrain(recipe)
     with pytest.raises(
-        UserError, match=r"(?s)another recipe.*mask.ratio: was 0.6, now 0.3\n  optim.steps: was 20, now 30"
+        UserError, match=r"(?s)a different recipe.*mask.ratio: was 0.6, now 0.3\n  optim.steps: was 20, now 30"
     ):
         mpp.pretrain(recipe, resume="auto", **{"mask.ratio": 0.3, "optim.steps": 30})
     mpp.pretrain(recipe, resume="auto", **{"log_every_steps": 3, "data.workers": 1})
@@ -386,7 +386,7 @@ def test_who_may_write_into_a_run_folder(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run folder"):
         mpp.pretrain(recipe, resume="auto", out=str(tmp_path / "mine"))
     older = str(tmp_path / "run" / "checkpoints" / "step-00000015")
-    with pytest.raises(UserError, match=r"(?s)another recipe.*seed: was 0, now 1"):
+    with pytest.raises(UserError, match=r"(?s)a different recipe.*seed: was 0, now 1"):
         mpp.pretrain(recipe, resume=older, out=str(tmp_path / "new"), seed=1)
     with pytest.raises(UserError, match=r"--resume .*none: no such checkpoint; expected auto"):
         mpp.pretrain(recipe, resume=str(tmp_path / "none"), out=str(tmp_path / "new"))
