@@ -546,8 +546,16 @@ WRONG: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
         {},
         r"holds 2 encoders; choose one with --prefix: student\., teacher\.",
     ),
-    (lambda s: s | {"norm.bias": s["norm.bias"].to(torch.int8)}, {}, r"an unsupported data type: norm\.bias \(torch\.int8\)"),
-    (lambda s: s | {"norm.bias": s["norm.bias"] + 1j}, {}, r"an unsupported data type: norm\.bias \(torch\.complex64\)"),
+    (
+        lambda s: s | {"norm.bias": s["norm.bias"].to(torch.int8)},
+        {},
+        r"an unsupported data type: norm\.bias \(torch\.int8\)",
+    ),
+    (
+        lambda s: s | {"norm.bias": s["norm.bias"] + 1j},
+        {},
+        r"an unsupported data type: norm\.bias \(torch\.complex64\)",
+    ),
     (lambda s: s | {"norm.bias": s["norm.bias"].to_sparse()}, {}, r"an unsupported data type: norm\.bias"),
     (lambda s: s | {"norm.bias": s["norm.bias"].to("meta")}, {}, r"an unsupported data type: norm\.bias"),
     (lambda s: {"\x1b[31m" + "n" * 999: torch.ones(1)}, {}, r"it holds \\u001b\[31mn{50,80}…$"),

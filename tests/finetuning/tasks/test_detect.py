@@ -166,7 +166,9 @@ def test_a_crowd_is_no_mistake() -> None:
 
 
 def test_a_width_that_fcos_cannot_norm() -> None:
-    with pytest.raises(ValueError, match="width: fcos normalises 32 groups of channels; expected a multiple of 32, got 48"):
+    with pytest.raises(
+        ValueError, match="width: fcos normalises 32 groups of channels; expected a multiple of 32, got 48"
+    ):
         DetectTask(PLAIN, 2, width=48)
 
 
