@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 import mpp
 from mpp.errors import UserError
-from mpp.finetuning import head_start
+from mpp.finetuning import head_start, loop
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
 from tests.finetuning.test_finetuning import values
@@ -32,7 +32,10 @@ def test_it_begins_as_scikit_learns_probe(
     real = head_start._read_features
     monkeypatch.setattr(head_start, "WEIGHT_DECAYS", (decay,))
     monkeypatch.setattr(head_start, "_read_features", lambda *of: read.extend(real(*of)) or read[-1:])
+    judge, views = loop.judge, list[int]()
+    monkeypatch.setattr(loop, "judge", lambda *of, **how: views.append(how["views"]) or judge(*of, **how))
     result = mpp.finetune(recipe(shards, tmp_path / "run", run, **{"data.val_views": 2}))
+    assert views == [2, 2, 2], "the start must be judged as the two ends are"
     (_, features, labels), trial = read[0], tmp_path / "run" / "pretrained-seed0"
     assert len(read) == 1, "from scratch, there is nothing to probe"
     assert features.shape == (20, 32)
@@ -55,8 +58,6 @@ def test_it_begins_as_scikit_learns_probe(
 def test_a_fine_tune_below_its_own_start_is_named(
     shards: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mpp.finetuning import loop
-
     monkeypatch.setattr(loop, "judge_start", lambda job: 1.0)
     result = mpp.finetune(
         recipe(shards, tmp_path / "run", run, beside=[], **{"optim.base_lr": 10.0, "optim.steps": 20})
