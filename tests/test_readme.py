@@ -34,7 +34,7 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
     lay_out(tmp_path)
     printed = run_page(README, tmp_path)
     ran = {re.findall(r"\bmpp (\S+)", line)[0] for line in printed}
-    assert ran == {"doctor", "pretrain", "finetune", "report", "export"}
+    assert ran == {"doctor", "pretrain", "finetune", "predict", "report", "export"}
     assert (tmp_path / "runs/photos/report.html").exists()
     assert assert_shown(README, printed, also=conclusions()) == 3
 
