@@ -66,7 +66,7 @@ def named_after(approach: str, recipe: FinetuneRecipe) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if approach == "pretrained" or (approach == "scratch" and not recipe.scratch.model_fields_set):
+        if approach not in recipe.beside or (approach == "scratch" and not recipe.scratch.model_fields_set):
             raise  # the keys are those that the user wrote
         lines = [line.removeprefix("recipe: ") for line in str(error).splitlines()]
         for theirs, ours in KEYS_OF_CNN.items() if approach == "cnn" else ():

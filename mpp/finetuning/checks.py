@@ -33,13 +33,14 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
         raise UserError(f"mixup: needs an even number of images on a device; got {on_device}")
     kind.check_augmentation()
     # Build each model and discard it, because unsupported settings of an encoder are only detected when it is built.
+    first_approach = approaches_of(recipe)[0]
     for approach in approaches_of(recipe):
         of_approach = recipe_of_approach(recipe, approach)
         with named_after(approach, recipe):
             model = build(of_approach, approach, recipe.seeds[0], len(train.classes))
             if of_approach.head_init == "probe":
                 check_head(model)
-            if of_approach.distill and approach != "scratch":  # whose teacher is that of the encoder
+            if of_approach.distill and approach == first_approach:  # all have the same teacher
                 make_distillation(of_approach, team, model, train.classes)
             if of_approach.lora:
                 lora.add(model.encoder, **of_approach.lora.model_dump())

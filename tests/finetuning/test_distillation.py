@@ -229,3 +229,11 @@ def test_wrong_teachers(shards: Path, run: Path, teacher: Path, tmp_path: Path) 
         with pytest.raises(UserError, match=message):
             mpp.finetune(recipe(shards, tmp_path / "ft", run, **{"distill.teacher": str(source), **changes}))
         assert not (tmp_path / "ft").exists()
+
+    with pytest.raises(UserError, match=r"class 1 is 'ring', but 'square' in the training data"):
+        mpp.finetune(
+            recipe(
+                shards, tmp_path / "ft", "scratch", architecture=DEIT, pool="token", **{"distill.teacher": str(other)}
+            )
+        )
+    assert not (tmp_path / "ft").exists(), "an encoder from scratch has a teacher that is checked as well"
