@@ -35,7 +35,7 @@ SMALLER = {
     "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0]"],
 }  # fmt: skip
 AS_IT_IS = ("--preset", "mine.yaml")
-"""Words that mark commands of which nothing is reduced."""
+"""Commands with one of these words run without reductions."""
 OF_A_FOLDER = ("encoder.args", "corruption.enter")
 """Keys that are not overridden if the encoder is a folder with an architecture of its own."""
 NOT_RUN = ("pip ", "make ")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 NOISE = {"predict": 0, "kind": 1, "source": 2, "guide": 3}
-"""Planes of `Units.noise`, each of which decides one thing:
+"""Planes of `Units.noise` by name. Each plane decides one thing:
 
 * predict: which hidden units are predicted
 * kind: the kind of corruption of each unit

@@ -19,7 +19,7 @@ from mpp.runs.log import RunLog
 LOOKED_AT = 64
 """Images that are opened before a run begins. If there are more classes, one image of each is opened (a guess)."""
 MOST_LOOKED_AT = 256
-"""Greatest number of classes of which images are opened (a guess)."""
+"""Greatest number of classes that are checked, by one image each (a guess)."""
 LEAST_UNREADABLE = 2
 """Least number of unreadable labeled images that may stop a run before it begins: one does not stop it."""
 LEAST_IN_TRAINING = 100
@@ -40,7 +40,7 @@ def check_images(images: LabeledImages, key: str, decoding: Decoding, max_bad_fr
         max_bad_fraction: Greatest share of images that may be missing or unreadable.
 
     Returns:
-        Warnings about files that are left out, classes of which no image could be read, and 16-bit images that would be
+        Warnings about files that are left out, classes without a readable image, and 16-bit images that would be
         read too coarsely.
 
     Raises:
@@ -67,7 +67,7 @@ def check_images(images: LabeledImages, key: str, decoding: Decoding, max_bad_fr
 
 
 def unread_classes(images: LabeledImages, read: Sequence[int], tried: Sequence[int]) -> list[str]:
-    """Return the names of the classes of which images were tried and none could be read.
+    """Return the names of the classes with images among `tried`, but none among `read`.
 
     Return [] if an image may have several classes, or none.
 

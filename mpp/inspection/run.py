@@ -26,7 +26,7 @@ from mpp.runs.history import INSPECTION, INSPECTION_INDEX
 from mpp.runs.records import timm_folder, write_json
 
 ATTENTION_IMAGES = 16
-"""Most images of which attention is recorded."""
+"""Greatest number of images whose attention is recorded."""
 
 
 @dataclass

@@ -63,7 +63,7 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
         lock = Lock(out)
         run = find_run(recipe, resume, fingerprint=fingerprint)  # again: another process may have been faster
         if resume != "auto" or read_status(out) != "finished" or _asks_for_more(out, recipe):
-            create_run(recipe)  # else recipe.yaml of a finished run stays as it is
+            create_run(recipe)  # else recipe.yaml of a finished run stays unchanged
         return run
 
     try:

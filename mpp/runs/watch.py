@@ -128,10 +128,8 @@ def _count_trials(run: History) -> int:
 
 def _going_on(run: History, now: float) -> bool:
     """Return whether a run is in progress, or was started just now and has not written its status yet."""
-    if run.job == "trial" and not run.status:
-        return False  # its status cannot be read
-    if not run.status:
-        return now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S
+    if not run.status:  # a trial has a status from its beginning, so it cannot be read
+        return run.job != "trial" and now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S
     return run.status.get("state") == "running" and run.alive() is not False
 
 

@@ -23,7 +23,7 @@ BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 
 
 def whole(found: dict[str, Tensor], model: nn.Module, layout: str) -> tuple[str, dict[str, Tensor]]:
-    """Return the prefix and the model's state, all of which the layout must find."""
+    """Return the prefix and the state of the model. The layout must find the whole state."""
     wanted = model.state_dict()
     covered = keymap.coverage(found, wanted, layout)
     prefix, made = max(covered.items(), key=lambda item: len(item[1]))

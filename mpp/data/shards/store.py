@@ -135,7 +135,7 @@ class Store:
         try:
             return os.pread(fd, size, offset)
         finally:
-            os.close(fd)  # a deleted file takes space on the disk as long as it is open
+            os.close(fd)  # a deleted file uses disk space until it is closed
 
     def _open(self, url: str, index: ShardIndex) -> int:
         target = self.target(url)

@@ -28,7 +28,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230)}
 
 
 def quarters(number: int) -> tuple[Image.Image, list[str]]:
-    """Return a grey image and its colours, each of which has a square in a corner of its own.
+    """Return a grey image with a square of each colour in another corner, and the colours.
 
     One pixel differs from that of any other image.
     """
