@@ -56,7 +56,7 @@ def cut_squares(photograph: Image.Image, left: int, right: int, count: int, seed
     squares = []
     for _ in range(count):
         side = int(rng.integers(SIDE_PX[0], min(SIDE_PX[1], photograph.height, right - left) + 1))
-        x, y = rng.integers(left, right - side + 1), rng.integers(0, photograph.height - side + 1)
+        x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(0, photograph.height - side + 1))
         square = photograph.crop((x, y, x + side, y + side))
         squares.append(square.resize((CROP_PX, CROP_PX), Image.Resampling.LANCZOS))
     return squares

@@ -20,7 +20,7 @@ from mpp.planning.plan import plan
 from mpp.recipe.loading import load_recipe
 from mpp.recipe.overrides import parse_overrides
 from mpp.recipe.pretrain import PretrainRecipe
-from mpp.training.optimizer import adamw, pretrain_groups
+from mpp.training.optimizer import make_optimizer, pretrain_groups
 
 IMAGES = 32
 FIXED = {
@@ -39,13 +39,14 @@ def memory_bytes(key: str) -> int:
 def main(words: list[str]) -> None:
     if os.environ.get("MALLOC_TRIM_THRESHOLD_") != "0":  # glibc reads it when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"})
-    recipe = load_recipe(words[0], PretrainRecipe, {**FIXED, **parse_overrides(words[1:])})
+    recipe = load_recipe(words[0], PretrainRecipe, {**FIXED, **parse_overrides(tuple(words[1:]))})
     planned = plan(recipe, images=1_281_167, device="a100")
     gc.collect()
     before = memory_bytes("VmRSS")
     model, grid = build_model(recipe)
     model.train()
-    optimizer = adamw(pretrain_groups(model, recipe.optim.weight_decay), recipe.optim.betas)
+    groups = pretrain_groups(model, recipe.optim.weight_decay)
+    optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     images = torch.zeros(IMAGES, recipe.data.channels, *recipe.data.image_size, dtype=torch.uint8)
     for _ in range(2):
         units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(IMAGES))

@@ -144,7 +144,7 @@ def inputs(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
 
 def wholes(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
     place, size = f"{given.pictures}/375x500", SIZES["vit_s"]
-    late = {
+    late: dict[str, Any] = {
         "corruption": "token", "corruption.enter": size.depth - 1, "head": "linear", "predict_fraction": 0.34,
         "optim.global_batch_size": size.batch,
     }  # fmt: skip
@@ -244,9 +244,8 @@ def tables(rows: Sequence[Row]) -> str:
             lines += ["", f"JPEGs of {what[0]}:", "", "| | images a core-second | mpp is … times as fast |"]
             lines += ["|---|---|---|"]
             for name, v in values.items():
-                low, high = v["images_per_core_s_q1"], v["images_per_core_s_q3"]
-                rate = f"{_number(v['images_per_core_s'])} ({_number(low)} – {_number(high)})"
-                lines.append(f"| {name} | {rate} | {v['mpp_is_times_as_fast']:.2f} |")
+                rate, low, high = (_number(v[f"images_per_core_s{suffix}"]) for suffix in ("", "_q1", "_q3"))
+                lines.append(f"| {name} | {rate} ({low} – {high}) | {v['mpp_is_times_as_fast']:.2f} |")
         elif kind == "memory":
             lines += [
                 "",

@@ -80,7 +80,7 @@ def index(images: int) -> dict[str, float]:
         shard = Path(folder) / "shard.tar"
         write_tar(shard, images)
         began = time.perf_counter()
-        found = index_shard(str(shard), None)
+        found = index_shard(str(shard), folder)
         scanned = time.perf_counter() - began
         assert len(found.table) == images
         return {"index_s": scanned, "open_s": _median_s(lambda: ShardImages(str(shard), key="data.shards"))}

@@ -158,6 +158,7 @@ class Kept:
 
     def __init__(self, size: str, folder: str) -> None:
         self.step = _step("mpp late, 1 block, a third")(size, "small", "fp32")
+        self.encoder = self.step.model.get_submodule("encoder.model")
         self.origin = trained_by(recipe(SIZES[size]))
         self.folder = Path(folder) / "mpp"
         self.facts: dict[str, Any] = {}
@@ -176,7 +177,7 @@ class Resume(Kept):
     """Resuming, including the comparison of checksums."""
 
     def run(self, times: int) -> int:
-        if not checkpoint.steps(self.folder):
+        if checkpoint.newest(self.folder) is None:
             checkpoint.save(self.folder, 0, self.step.model, self.step.optimizer, {}, keep=1)
         for _ in range(times):
             found = checkpoint.newest(self.folder)
@@ -192,7 +193,7 @@ class Export(Kept):
         for _ in range(times):
             out = self.folder / "encoder"
             shutil.rmtree(out, ignore_errors=True)
-            export_model(self.step.model.encoder.model, out, self.origin)
+            export_model(self.encoder, out, self.origin)
         return times
 
 
@@ -203,7 +204,7 @@ class Evaluate(Kept):
         super().__init__(size, folder)
         train, val = labeled(Path(folder))
         shutil.rmtree(self.folder / "encoder", ignore_errors=True)
-        export_model(self.step.model.encoder.model, self.folder / "encoder", self.origin)
+        export_model(self.encoder, self.folder / "encoder", self.origin)
         self.recipe = EvaluateRecipe.model_validate(
             {
                 "job": "evaluate", "encoder": str(self.folder / "encoder"), "controls": False, "probes": ["knn"],

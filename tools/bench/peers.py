@@ -302,7 +302,8 @@ class Kept:
             if self.operation == "save":
                 self._save()
             elif self.operation == "export":
-                self.step.model.vit.save_pretrained(self.file.with_suffix(""))
+                encoder: Any = self.step.model.get_submodule("vit")  # a transformers.PreTrainedModel
+                encoder.save_pretrained(self.file.with_suffix(""))
             else:
                 state = torch.load(self.file, weights_only=True)
                 self.step.model.load_state_dict(state["model"])
@@ -363,4 +364,4 @@ def train(model_name: str, loader_name: str, size_name: str, pictures: str, step
 
 
 if __name__ == "__main__":
-    train(*sys.argv[1:5], steps=int(sys.argv[5]), workers=int(sys.argv[6]))
+    train(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4], steps=int(sys.argv[5]), workers=int(sys.argv[6]))
