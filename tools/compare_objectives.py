@@ -26,6 +26,11 @@ MPP = {"corruption": "bert", "mask.ratio": 0.5, "predict_fraction": 1.0}
 TEACHER_ROW = "late joining"
 """Row whose encoder is the frozen teacher. It needs no published weights, and neither encoder has seen a label."""
 OWN_TEACHER = {"target": {"name": "teacher", "teacher": TEACHER_ROW, "layers": 4}, "loss": "smooth_l1"}
+VISIBLE_ALONE = {
+    "corruption": "drop", "head": {"name": "cross_attention", "dim": 64}, "predict_fraction": 0.34,
+    "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99}, "loss": "smooth_l1", "masks_per_image": 8,
+}  # fmt: skip
+"""Objective of data2vec 2.0 with a head of CrossMAE's: each image is encoded once for each of its masks."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "late joining": {},
     "late joining, a third": {"predict_fraction": 0.34},
@@ -46,6 +51,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "teacher": {**SIMMIM, **OWN_TEACHER, "mask": {"name": "block", "ratio": 0.6, "min_block": 4}},
     "teacher, late joining": OWN_TEACHER,
+    "mae, 2 complementary masks": {
+        "corruption": "drop",
+        "head": {"name": "transformer", "dim": 64},
+        "predict_fraction": 1.0,
+        "mask": {"name": "complementary", "ratio": 0.75},
+        "masks_per_image": 2,
+    },
+    "ema_teacher, 8 masks": {**VISIBLE_ALONE, "mask": {"name": "inverse_block", "ratio": 0.75}},
+    "ema_teacher, 8 complementary masks": {**VISIBLE_ALONE, "mask": {"name": "complementary", "ratio": 0.75}},
     "ema_teacher, late joining": {
         "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99},
         "loss": "smooth_l1",

@@ -49,7 +49,7 @@ def main(words: list[str]) -> None:
     optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     images = torch.zeros(IMAGES, recipe.data.channels, *recipe.data.image_size, dtype=torch.uint8)
     for _ in range(2):
-        units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(IMAGES))
+        units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(IMAGES), recipe.masks_per_image)
         model(images, units).sum().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -23,19 +23,19 @@ class Units:
     """The mask of a batch as it was drawn, on mask units."""
 
     hidden: Tensor
-    """(B, uh, uw) bool, True where hidden."""
+    """(B·M, uh, uw) bool, True where hidden. The M masks of an image follow each other."""
     count: int
-    """Number of hidden units in each image. A plain int, so that no device has to be synchronised."""
+    """Number of hidden units in each mask. A plain int, so that no device has to be synchronised."""
     noise: Tensor
-    """(B, 4, uh, uw) float32 in [0, 1), see `NOISE`. All other random choices for a mask unit are derived from it."""
+    """(B·M, 4, uh, uw) float32 in [0, 1), see `NOISE`. All other random choices for a mask unit are derived from it."""
 
     def tensors_by(self, act: Callable[[Tensor], Tensor]) -> Units:
         """Return the same masks with `act` applied to each tensor."""
         return Units(act(self.hidden), self.count, act(self.noise))
 
-    def of(self, images: slice) -> Units:
-        """Return the masks of some images."""
-        return self.tensors_by(lambda t: t[images])
+    def of(self, masks: slice) -> Units:
+        """Return some of the masks. If images have one mask each, these are the masks of some images."""
+        return self.tensors_by(lambda t: t[masks])
 
 
 @dataclass
@@ -79,3 +79,10 @@ class Images(NamedTuple):
     """(C, 1, 1): mean of pixels in [0, 1]."""
     std: Tensor
     """(C, 1, 1): standard deviation of pixels in [0, 1]."""
+
+    def repeated(self, times: int) -> Images:
+        """Return each image several times in a row, (B·times, C, H, W)."""
+        if times == 1:
+            return self
+        raw, normalised = (pixels.repeat_interleave(times, 0) for pixels in (self.raw, self.normalised))
+        return Images(raw, normalised, self.mean, self.std)

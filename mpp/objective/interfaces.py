@@ -3,6 +3,7 @@
 Shape legend:
 
     B  images in a batch          C  channels            H, W   image height and width in pixels
+    M  masks of an image          If M > 1, B stands for B·M wherever masked images are meant.
     gh, gw  cells of the grid     N  gh·gw               D      width of the encoder's tokens
     uh, uw  mask units            V  visible cells       P      predicted cells (all hidden ones, or a part of them)
 
@@ -47,6 +48,10 @@ class Mask:
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         """Draw one mask, (uh, uw) bool, with `count` units hidden."""
         raise NotImplementedError
+
+    def draw_several(self, grid: tuple[int, int], count: int, masks: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw the masks of one image, (masks, uh, uw) bool. Masks that depend on each other override this."""
+        return np.stack([self(grid, count, rng) for _ in range(masks)])
 
     def guide(self, teacher: Callable[..., FrozenTeacher]) -> nn.Module | None:
         """Return a module that makes the masks on the model's device, or None if the dataloader's masks are used.

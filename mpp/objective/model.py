@@ -155,15 +155,18 @@ class MaskedPatchModel(nn.Module):
 
         Args:
             raw: Images, (B, C, H, W) with values in [0, 255].
-            units: Masks of the images.
+            units: Masks of the images. If there are B·M, each image is encoded once for each of its M masks. Targets
+                are computed once for each image (data2vec 2.0, Baevski et al. 2023, section 3.2).
         """
         images = self.images(raw)
-        layout = self.layout(images, units)
-        return self._losses(self.predict(images, layout), self._targets(images, layout))
+        masked = images.repeated(len(units.hidden) // len(raw))
+        layout = self.layout(masked, units)
+        return self._losses(self.predict(masked, layout), self._targets(images, layout))
 
     def _targets(self, images: Images, layout: MaskLayout) -> list[Tensor]:
-        cells = layout.cells.predicted
-        return [o.target.at(images, cells) for o in self.objectives]
+        predicted = layout.cells.predicted
+        of_each_image = predicted.reshape(len(images.raw), -1)  # the cells of all masks of an image, in one row
+        return [o.target.at(images, of_each_image).reshape(*predicted.shape, -1) for o in self.objectives]
 
     def _losses(self, predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
         triples = zip(self.objectives, predictions, targets, strict=True)

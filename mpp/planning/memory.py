@@ -105,7 +105,7 @@ def count_step(
     Returns:
         (floating-point operations, peak bytes of activations and gradients).
     """
-    units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(micro))
+    units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(micro), recipe.masks_per_image)
     meta = torch.device("meta")
     model.to(meta).train()
     dtype = torch.uint8 if recipe.data.eight_bit else torch.float32

@@ -278,7 +278,7 @@ def _step_s(
     count, per_image = min(micro, 2), list[float]()
     until = time.monotonic() + TRIED_S
     while len(per_image) < 3 or time.monotonic() < until:
-        units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(count))
+        units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(count), recipe.masks_per_image)
         images = torch.zeros(count, recipe.data.channels, *recipe.data.image_size, dtype=dtype)
         began = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -299,7 +299,7 @@ def _read_s(recipe: PretrainRecipe, images: ShardImages, grid: tuple[int, int]) 
     data = recipe.data
     crop = Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
     counts = np.asarray(images.counts)
-    dataset = PretrainDataset(images, crop, build_mask(recipe), grid, 0, counts, 1)
+    dataset = PretrainDataset(images, crop, build_mask(recipe), grid, 0, counts, 1, recipe.masks_per_image)
     places = [(s, r) for s, n in enumerate(counts.tolist()) for r in range(min(n, TRIED_IMAGES))][:TRIED_IMAGES]
     keys = [(i, s, r) for i, (s, r) in enumerate(places)]
     dataset.batch(keys[:1])  # opens files outside of the timing

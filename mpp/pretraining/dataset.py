@@ -32,6 +32,7 @@ class PretrainDataset(Dataset[Batch]):
         seed: Seed of the run.
         train_counts: Number of training images of each shard. The images after them are held out.
         global_batch: Number of samples of one step, which all hide the same number of units.
+        masks_per_image: Number of masks of each training image.
         ahead: Object that fetches remote shards in advance. None means that nothing is fetched in advance.
     """
 
@@ -44,10 +45,12 @@ class PretrainDataset(Dataset[Batch]):
         seed: int,
         train_counts: Sequence[int] | np.ndarray,
         global_batch: int,
+        masks_per_image: int = 1,
         ahead: Ahead | None = None,
     ) -> None:
         self.images, self.crop, self.mask, self.mask_grid, self.seed = images, crop, mask, mask_grid, seed
-        self.train_counts, self.global_batch, self.ahead = train_counts, global_batch, ahead
+        self.train_counts, self.global_batch, self.masks_per_image = train_counts, global_batch, masks_per_image
+        self.ahead = ahead
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> Batch | UserError:
         try:
@@ -62,15 +65,17 @@ class PretrainDataset(Dataset[Batch]):
 
         Args:
             keys: (position, shard, row) of each sample.
-            centre: Whether images are cropped at the centre, and the mask ratio is the middle of its range. Used for
-                held-out images.
+            centre: Whether images are cropped at the centre, and have one mask whose ratio is the middle of its range.
+                Used for held-out images.
         """
         size = (self.crop.channels, *self.crop.size)
         images = torch.empty((len(keys), *size), dtype=self.crop.dtype)
         grey = torch.full(size, GREY, dtype=torch.uint8)
         step = keys[0][0] // self.global_batch
         draw = 0.5 if centre else stream(self.seed, Purpose.RATIO, step).random()
-        units = draw_masks(self.mask, self.mask_grid, draw, self.seed, [position for position, _, _ in keys])
+        positions = [position for position, _, _ in keys]
+        masks = 1 if centre else self.masks_per_image
+        units = draw_masks(self.mask, self.mask_grid, draw, self.seed, positions, masks)
         bad: list[str] = []
         replaced, crops = 0, Streams(self.seed, Purpose.CROP)
         for i, (position, shard, row) in enumerate(keys):
@@ -86,7 +91,7 @@ class PretrainDataset(Dataset[Batch]):
         return Batch(
             images,
             units,
-            torch.tensor([k[0] for k in keys]),
+            torch.tensor(positions),
             torch.tensor([k[1:] for k in keys]),
             replaced,
             bad,

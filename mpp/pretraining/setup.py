@@ -197,6 +197,7 @@ def _open_dataset(
         recipe.seed,
         train_counts,
         optim.global_batch_size,
+        recipe.masks_per_image,
         Ahead(images, order, lanes),
     )
     return dataset, order

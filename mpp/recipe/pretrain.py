@@ -150,6 +150,9 @@ class PretrainRecipe(Run):
     """More targets on the same forward pass: [{target: pixels, head: linear, weight: 0.5}]."""
     predict_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Fraction of the hidden cells to predict."""
+    masks_per_image: PositiveInt = 1
+    """Masks of each image in a step. Each costs another pass of the encoder, but the target is computed only once: for
+    ema_teacher and teacher with corruption: drop (data2vec 2.0, Baevski et al. 2023)."""
     optim: Optim
     compile: Bool = False
     """Compile the forward and backward pass with torch.compile: about a minute at the start, then 1.03 to 1.2 times as

@@ -193,10 +193,40 @@ def test_masks_differ_between_positions_and_reach_every_cell(name: str) -> None:
     mask = mask_of(name, 0.4)
     count = mask.count((6, 6), 0.5)
     drawn = np.stack([mask((6, 6), count, stream(0, Purpose.MASK, i)) for i in range(200)])
-    possible = {"uniform": 200, "attention": 200, "block": 150, "grid": 4, "inverse_block": 72}.get(name, 2)
+    possible = {
+        "uniform": 200,
+        "complementary": 200,
+        "attention": 200,
+        "block": 150,
+        "grid": 4,
+        "inverse_block": 72,
+    }.get(name, 2)
     assert len({m.tobytes() for m in drawn}) >= possible
     assert drawn.any(0).all()
     assert not drawn.all(0).any()
+
+
+@pytest.mark.parametrize("name", registry.names("mask"))
+def test_several_masks_of_a_sample_depend_on_its_position_alone(name: str) -> None:
+    mask = mask_of(name, 0.75)
+    several = draw_masks(mask, (6, 6), 0.5, 7, [3, 4, 900], masks_per_image=4)
+    one_by_one = [draw_masks(mask, (6, 6), 0.5, 7, [position], masks_per_image=4) for position in (3, 4, 900)]
+    assert torch.equal(several.hidden, torch.cat([units.hidden for units in one_by_one]))
+    assert torch.equal(several.noise, torch.cat([units.noise for units in one_by_one]))
+    assert len(several.noise.flatten(1).unique(dim=0)) == 12
+    single = draw_masks(mask, (6, 6), 0.5, 7, [3, 4, 900])
+    assert torch.equal(several.noise[::4], single.noise)
+    assert torch.equal(several.hidden[::4], single.hidden), "the first mask is the one that a sample with one mask has"
+
+
+@given(n=st.integers(2, 60), masks=st.integers(1, 9), ratio=st.floats(0.05, 0.95), seed=st.integers(0, 2**40))
+@settings(max_examples=60, deadline=None)
+def test_complementary_masks_show_each_unit_equally_often(n: int, masks: int, ratio: float, seed: int) -> None:
+    mask = mask_of("complementary", ratio)
+    hidden = mask.draw_several((1, n), mask.count((1, n), 0.5), masks, stream(seed, Purpose.MASK))
+    assert len(set(hidden.sum((1, 2)).tolist())) == 1
+    shown = (~hidden).sum(0)
+    assert shown.max() - shown.min() <= 1
 
 
 def neighbours(visible: np.ndarray) -> int:

@@ -115,6 +115,38 @@ def test_every_target_with_every_loss_learns_or_is_refused(target: str, loss: st
     assert torch.isfinite(own + trivial).all()
 
 
+@pytest.mark.parametrize("mask", ["complementary", "attention"])
+@pytest.mark.parametrize("target", registry.names("target"))
+def test_several_masks_of_an_image_give_the_mean_of_their_losses(target: str, mask: str) -> None:
+    """The target is computed once for each image."""
+    changes: dict[str, Any] = {**NEEDS.get(target, {}), "target.name": target, "mask.name": mask, "masks_per_image": 3}
+    if mask == "attention":
+        changes |= {f"mask.{k}": v for k, v in TEACHER.items()}
+    recipe = pretrain_recipe("none", "none", **changes, **{"corruption.name": "drop", "head.name": "transformer"})
+    model = build_model(recipe)[0].eval()
+    size = model.encoder.image_size
+    units = draw_masks(build_mask(recipe), (size[0] // 4, size[1] // 4), 0.5, 0, range(4), recipe.masks_per_image)
+    assert len(units.hidden) == 12
+    raw = photos(size, 4)
+    seen: list[int] = []
+    original = model.objectives[0].target.at
+    model.objectives[0].target.at = lambda images, cells: seen.append(len(images.raw)) or original(images, cells)
+    together = model(raw, units)
+    assert seen == [4]
+    alone = torch.stack([model(raw, units.of(slice(mask, None, 3))) for mask in range(3)])
+    assert len(alone.detach().unique()) == 3
+    torch.testing.assert_close(together, alone.mean(0))
+
+
+def test_batch_norms_allow_one_mask_per_image() -> None:
+    """The statistics would carry pixels from one mask to another."""
+    with pytest.raises(UserError, match="masks_per_image: ResNet has batch norms, .*; use 1"):
+        model_of(
+            **{"encoder.name": "resnet18d", "encoder.args": {"channels": [8, 8, 8, 8]}, "corruption.name": "zeros"},
+            **{"mask.unit_px": 16, "data.image_size": 64, "masks_per_image": 2, "head.name": "mlp"},
+        )
+
+
 @pytest.mark.parametrize("target", registry.names("target"))
 def test_the_loss_where_none_is_named(target: str) -> None:
     recipe = pretrain_recipe("none", "none", **NEEDS.get(target, {}), **{"target.name": target})

@@ -53,6 +53,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             "args": {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2},
         },
     },
+    "moving teacher, three masks": {
+        "target": {"name": "ema_teacher", "decay": 0.9},
+        "mask": {"name": "complementary", "ratio": 0.7},
+        "masks_per_image": 3,
+        "corruption.name": "drop",
+        "head.name": "cross_attention",
+    },
 }
 
 

@@ -22,7 +22,13 @@ def test_every_key_has_a_text(job: str) -> None:
 
 def test_a_key_is_found_by_name_pattern_and_part() -> None:
     job = RECIPES["pretrain"]
-    assert {key.component for key in find_keys(job, "mask.ratio")} == {"attention", "block", "inverse_block", "uniform"}
+    assert {key.component for key in find_keys(job, "mask.ratio")} == {
+        "attention",
+        "block",
+        "complementary",
+        "inverse_block",
+        "uniform",
+    }
     assert [key.default for key in find_keys(job, "optim.base_lr")] == ["0.00015"]
     assert {key.name for key in find_keys(job, "optim.*_lr")} == {"optim.base_lr", "optim.min_lr"}
     assert {key.name for key in find_keys(job, "warmup")} == {"optim.warmup_epochs", "optim.warmup_steps"}
