@@ -51,6 +51,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "teacher": {**SIMMIM, **OWN_TEACHER, "mask": {"name": "block", "ratio": 0.6, "min_block": 4}},
     "teacher, late joining": OWN_TEACHER,
+    "mae, green noise": {
+        "corruption": "drop",
+        "head": {"name": "transformer", "dim": 64},
+        "predict_fraction": 1.0,
+        "mask": "noise",
+    },
     "mae, 2 complementary masks": {
         "corruption": "drop",
         "head": {"name": "transformer", "dim": 64},

@@ -155,6 +155,7 @@ def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None
         micro_batches=accumulation(optim.global_batch_size, world, optim.max_batch_per_device),
         base_lr=optim.base_lr,
         min_lr=optim.min_lr,
+        schedule=optim.schedule,
         every_steps=every,
     )
 

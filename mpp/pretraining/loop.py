@@ -14,6 +14,7 @@ from mpp.pretraining.job import Pretraining
 from mpp.pretraining.measure import measure, record_of
 from mpp.pretraining.setup import prepare
 from mpp.recipe.pretrain import PretrainRecipe
+from mpp.recipe.resume import length_of
 from mpp.rng import Purpose, torch_seed
 from mpp.runs import checkpoint
 from mpp.training import nonfinite
@@ -171,9 +172,19 @@ def save(job: Pretraining, *, required: bool) -> None:
     """
     seen = job.progress.step * job.plan.global_batch_size
     state = {"seen": seen, **job.progress.to_json(), "data_fingerprint": job.dataset.images.fingerprint}
-    folder, keep = job.run.out / "checkpoints", job.recipe.keep_checkpoints
+    before_decay = job.plan.steps_before_decay
+    state |= {"length": length_of(job.recipe), "steps_before_decay": before_decay}
     with allow_unsaved(job.log, required=required or job.recipe.if_unsaved == "stop"):
-        checkpoint.save_together(job.team, folder, job.progress.step, job.model, job.optimizer.plain, state, keep=keep)
+        checkpoint.save_together(
+            job.team,
+            job.run.out / "checkpoints",
+            job.progress.step,
+            job.model,
+            job.optimizer.plain,
+            state,
+            keep=job.recipe.keep_checkpoints,
+            keep_step=before_decay if job.recipe.optim.schedule == "wsd" else None,
+        )
         job.log.status("running", step=job.progress.step)
 
 

@@ -163,6 +163,7 @@ def make_plan(recipe: PretrainRecipe, images: int, micro_batches: int) -> Plan:
         micro_batches=micro_batches,
         base_lr=optim.base_lr,
         min_lr=optim.min_lr,
+        schedule=optim.schedule,
         every_steps=every,
         log_first_step=True,
     )

@@ -67,7 +67,7 @@ class FinetuneData(LabeledData):
 
 
 class FinetuneOptim(Optim):
-    """Optimizer, warm-up and cosine schedule as in pretraining, with keys that only fine-tuning has."""
+    """Optimizer, warm-up and schedule as in pretraining, with keys that only fine-tuning has."""
 
     base_lr: PositiveFloat = 5e-4
     """Learning rate for a batch of 256 images, multiplied by global_batch_size / 256 (MAE, table 9: 5e-4 for ViT-B and

@@ -21,18 +21,43 @@ MAY_CHANGE = {
 depends on micro-batches: draws of drop path, mixup and random erasing, and statistics of batch norms."""
 
 
+LENGTH = ("optim.steps", "optim.epochs")
+"""Keys of which one says how long to train."""
+LONGER = " (more is possible for pretraining with optim.schedule: wsd or constant)"
+
+
 def differences(old: Job, new: Job) -> list[str]:
     """Return a line for each key that differs and may not change when a run is resumed.
 
     Secrets are left out of the comparison, so a URL may have a new signature.
     """
     a, b = (settings_of(r) for r in (old, new))
+    longer = asks_for_longer(old, new)
     free = {"probe"} | ({"cnn"} if "cnn" not in a.get("beside", ()) else set())  # the run has not trained a cnn yet
     return [
-        f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}"
+        f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}{LONGER if key in LENGTH else ''}"
         for key in differing([a, b])
-        if key not in MAY_CHANGE and key.split(".")[0] not in free and not _is_harmless(key, a.get(key), b.get(key))
+        if key not in MAY_CHANGE
+        and key.split(".")[0] not in free
+        and not (longer and key in LENGTH)
+        and not _is_harmless(key, a.get(key), b.get(key))
     ]
+
+
+def asks_for_longer(old: Job, new: Job) -> bool:
+    """Return whether `new` makes the pretraining of `old` longer, with a learning rate that allows it."""
+    settings = settings_of(old)
+    if settings["job"] != "pretrain" or settings.get("optim.schedule") not in ("wsd", "constant"):
+        return False
+    lengths = list(zip(length_of(old), length_of(new), strict=True))
+    grown = [a is not None and b is not None and a < b for a, b in lengths]
+    return any(grown) and all(grows or a == b for grows, (a, b) in zip(grown, lengths, strict=True))
+
+
+def length_of(recipe: Job) -> list[float | None]:
+    """Return the values of `LENGTH` in a recipe. A job without these keys has None for each."""
+    settings = settings_of(recipe)
+    return [settings.get(key) for key in LENGTH]
 
 
 def _is_harmless(key: str, before: Any, now: Any) -> bool:

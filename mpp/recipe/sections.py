@@ -206,7 +206,7 @@ def or_null(schema: JsonObject) -> None:
 
 
 class Optim(Section):
-    """Optimizer, and learning-rate schedule with linear warm-up and cosine decay."""
+    """Optimizer, and learning-rate schedule with linear warm-up."""
 
     name: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd with Nesterov momentum of 0.9. SGD needs a higher base_lr (0.2) and a lower weight_decay (1e-3),
@@ -232,8 +232,12 @@ class Optim(Section):
     """Length of training in passes over the images. Give either epochs or steps."""
     steps: PositiveInt | None = None
     """Length of training in optimizer steps. Give either epochs or steps."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after the warm-up. cosine: half a cosine. wsd: constant, and falling in the last fifth as 1 - sqrt
+    (Hägele et al. 2024). constant: constant. Pretraining with wsd or constant can be made longer afterwards: repeat the
+    command with more steps and --resume auto."""
     min_lr: NonNegativeFloat = 0.0
-    """Learning rate at the end of the cosine schedule, for 256 images like base_lr."""
+    """Learning rate at the end of the schedule, for 256 images like base_lr."""
 
     @model_validator(mode="after")
     def _length(self) -> Optim:

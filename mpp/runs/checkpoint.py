@@ -65,6 +65,7 @@ def save(
     state: JsonObject,
     *,
     keep: int | None,
+    keep_step: int | None = None,
     averaged: nn.Module | None = None,
     writers: Writers = ALONE,
 ) -> Path:
@@ -79,6 +80,7 @@ def save(
         optimizer: Optimizer whose state is saved. None means no optimizer.
         state: Content of state.json in addition to the step.
         keep: Number of newest checkpoints that are kept. None means all.
+        keep_step: Step whose checkpoint is kept in addition.
         averaged: Moving average of the model's weights, if there is one.
         writers: Processes that write the checkpoint.
 
@@ -106,7 +108,8 @@ def save(
     together(partial(_finish, aside, final, digests), on=0)
     if writers.rank == 0:
         # Later steps are left from an earlier attempt: they are broken, or newer than the checkpoint it resumed from.
-        earlier = [p for p in checkpoints_in(folder) if p.name <= final.name]
+        spared = None if keep_step is None else f"step-{keep_step:08d}"
+        earlier = [p for p in checkpoints_in(folder) if p.name <= final.name and p.name != spared]
         for old in (*(earlier[keep:] if keep else ()), *(p for p in checkpoints_in(folder) if p.name > final.name)):
             _remove(old)
     faults.point("save.ends")
@@ -229,8 +232,12 @@ def _remove(path: Path) -> None:
     faults.point("prune.after")
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: Path, *, length: list[float | None] | None = None) -> Path | None:
     """Return the newest intact checkpoint, or None if there are no checkpoints. Warn about each newer broken one.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        length: Length of the run as the recipe states it, if it may have been changed. See `fits_length`.
 
     Raises:
         UserError: If there are checkpoints but all are broken. The user must decide whether to start again.
@@ -239,6 +246,8 @@ def newest(folder: Path) -> Path | None:
     for path in checkpoints_in(folder):
         fault = broken(path)
         if fault is None:
+            if length is not None and not fits_length(read_state(path), length):
+                continue
             for line in faults:
                 warnings.warn(f"{line}; the checkpoint before it is used", MppWarning, stacklevel=2)
             return path
@@ -246,6 +255,15 @@ def newest(folder: Path) -> Path | None:
     if faults:
         raise UserError("\n".join([*faults, f"{folder}: no checkpoint holds; remove them to begin again from step 0"]))
     return None
+
+
+def fits_length(state: JsonObject, length: list[float | None]) -> bool:
+    """Return whether a run of this length had come to the same checkpoint.
+
+    If the run was planned to be shorter when it wrote the checkpoint, the learning rate must not have fallen by then.
+    """
+    planned = state.get("length", length)
+    return planned == length or state["step"] <= state["steps_before_decay"]
 
 
 def broken(path: Path) -> str | None:

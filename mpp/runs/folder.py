@@ -15,7 +15,7 @@ from mpp.errors import UserError
 from mpp.parallel.team import Team
 from mpp.recipe.dump import dump_recipe, settings_of
 from mpp.recipe.loading import load_recipe
-from mpp.recipe.resume import differences
+from mpp.recipe.resume import asks_for_longer, differences, length_of
 from mpp.recipe.sections import Job
 from mpp.runs import checkpoint
 from mpp.runs.records import RECIPE, is_checkpoint, read_status
@@ -148,7 +148,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
     if others:
         _same_recipe(out, recipe)
         _same_data(out, fingerprint)
-        path = path or checkpoint.newest(out / "checkpoints")
+        path = path or checkpoint.newest(out / "checkpoints", length=length_of(recipe))
         if path is None and (out / "encoder").exists():
             raise UserError(f"out: {out} has its encoder but no checkpoint to continue from; choose another folder")
     elif path is not None and (path.parent.parent / RECIPE).exists():
@@ -165,6 +165,8 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         state = checkpoint.read_state(path)
         if "data_fingerprint" not in state:  # it is a step that was kept for `mpp replay`
             raise UserError(f"--resume {path}: no checkpoint to continue from; use auto, or one of {out}/checkpoints")
+        if not checkpoint.fits_length(state, length_of(recipe)):
+            raise UserError(f"--resume {path}: the learning rate had fallen by then; a longer run needs an earlier one")
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{path}: the data changed since (shards, their sizes or their images); start a new run")
     return OpenRun(out, path)
@@ -197,9 +199,13 @@ def _same_recipe(run: Path, recipe: Job) -> None:
 
 
 def _asks_for_more(run: Path, recipe: Job) -> bool:
-    """Return whether a recipe has other seeds or approaches than a finished run. If so, its recipe.yaml is replaced."""
-    before, now = settings_of(load_recipe(run / RECIPE, type(recipe))), settings_of(recipe)
-    return any(before.get(key) != now.get(key) for key in ("seeds", "beside"))
+    """Return whether a recipe has other seeds, approaches or steps than a finished run.
+
+    If so, the run's recipe.yaml is replaced.
+    """
+    finished = load_recipe(run / RECIPE, type(recipe))
+    before, now = settings_of(finished), settings_of(recipe)
+    return any(before.get(key) != now.get(key) for key in ("seeds", "beside")) or asks_for_longer(finished, recipe)
 
 
 def _same_data(run: Path, fingerprint: str) -> None:

@@ -136,11 +136,28 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
-    """Return the learning rate of a step: linear warm-up, then half a cosine (SGDR, Loshchilov & Hutter 2017).
+Schedule: TypeAlias = Literal["cosine", "wsd", "constant"]
+WSD_DECAY = 0.2
+"""Part of a run in which the rate of `wsd` falls (Hägele et al. 2024, section 4.2)."""
+
+
+def first_decaying_step(schedule: Schedule, *, total_steps: int, warmup_steps: int) -> int:
+    """Return the step, from 0, from which the learning rate falls. It is `total_steps` if it never does."""
+    if schedule == "cosine":
+        return warmup_steps
+    return total_steps - (round(WSD_DECAY * total_steps) if schedule == "wsd" else 0)
+
+
+def scheduled_lr(
+    step: int, *, schedule: Schedule = "cosine", total_steps: int, warmup_steps: int, lr: float, min_lr: float
+) -> float:
+    """Return the learning rate of a step: linear warm-up, then the schedule.
 
     Args:
         step: Number of the step, from 0. The first step already has lr / warmup_steps.
+        schedule: "cosine": half a cosine (SGDR, Loshchilov & Hutter 2017). "wsd": constant, and in the last fifth
+            1 - sqrt (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations",
+            section 4.2). "constant": constant.
         total_steps: Number of steps of the run.
         warmup_steps: Number of steps of the warm-up.
         lr: Highest learning rate.
@@ -148,8 +165,10 @@ def scheduled_lr(step: int, *, total_steps: int, warmup_steps: int, lr: float, m
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    first = first_decaying_step(schedule, total_steps=total_steps, warmup_steps=warmup_steps)
+    progress = min(max(step - first, 0) / max(total_steps - first, 1), 1.0)
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - math.sqrt(progress)
+    return min_lr + (lr - min_lr) * left
 
 
 class GuardedOptimizer:

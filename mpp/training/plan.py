@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mpp.training.optimizer import scheduled_lr
+from mpp.training.optimizer import Schedule, first_decaying_step, scheduled_lr
 
 PER_IMAGES = 256
 """Batch size in images for which recipes give learning rates. The rates scale with the global batch (Goyal et al.
@@ -25,23 +25,39 @@ class Plan:
     base_lr: float
     """Learning rate for a batch of 256 images, as in recipes."""
     min_lr: float
-    """Learning rate at the end of the cosine, for 256 images."""
+    """Learning rate at the end of the schedule, for 256 images."""
     every_steps: Mapping[str, int]
     """Interval in steps by name of what is due, such as "log" or "checkpoint"."""
     log_first_step: bool = False
+    schedule: Schedule = "cosine"
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, numbered from 0."""
         lr = scheduled_lr(
-            step, total_steps=self.total_steps, warmup_steps=self.warmup_steps, lr=self.base_lr, min_lr=self.min_lr
+            step,
+            schedule=self.schedule,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            lr=self.base_lr,
+            min_lr=self.min_lr,
         )
         return self.global_batch_size / PER_IMAGES * lr
+
+    @property
+    def steps_before_decay(self) -> int:
+        """Number of steps before the learning rate falls. Until then, a longer run computes the same.
+
+        The rate of a cosine depends on the length of the run from the start, at least after the warm-up.
+        """
+        return first_decaying_step(self.schedule, total_steps=self.total_steps, warmup_steps=self.warmup_steps)
 
     def due_after(self, step: int) -> frozenset[str]:
         """Return the names of what is due after a step, numbered from 0. After the last step, all names and "end"."""
         if step + 1 == self.total_steps:
             return frozenset((*self.every_steps, "end"))
         due = {name for name, steps in self.every_steps.items() if (step + 1) % steps == 0}
+        if self.schedule == "wsd" and step + 1 == self.steps_before_decay:
+            due.add("checkpoint")  # from here, the run can be made longer
         return frozenset(due | {"log"} if step == 0 and self.log_first_step else due)
 
     @property

@@ -196,6 +196,7 @@ def test_masks_differ_between_positions_and_reach_every_cell(name: str) -> None:
     possible = {
         "uniform": 200,
         "complementary": 200,
+        "noise": 200,
         "attention": 200,
         "block": 150,
         "grid": 4,
@@ -246,6 +247,19 @@ def test_an_inverse_block_keeps_one_block_in_view() -> None:
     rolled = np.mean([~mask((8, 8), 48, stream(0, Purpose.MASK, i)) for i in range(400)], 0)
     assert seen[3:5, 3:5].mean() > 3 * seen[0, 0], "without rolling, corners are rarely visible"
     assert rolled.min() > 0.15, "with rolling, every unit is often visible"
+
+
+def test_noise_hides_clusters_by_its_colour() -> None:
+    cls = registry.component("mask", "noise")
+
+    def borders(**args: Any) -> float:
+        mask = cls(ratio=0.5, **args)
+        return float(np.mean([neighbours(mask((14, 14), 98, stream(0, Purpose.MASK, i))) for i in range(50)]))
+
+    blue, green, red = borders(fine_sigma=0.0), borders(), borders(fine_sigma=1.5, coarse_sigma=None)
+    assert blue < 98 < green < red, "98 of 196 units that are hidden at random share 98 borders"
+    with pytest.raises(ValueError, match=r"coarse_sigma: must be above fine_sigma, 2.0; got 1.0"):
+        cls(fine_sigma=2.0, coarse_sigma=1.0)
 
 
 def test_a_grid_is_regular() -> None:

@@ -363,6 +363,44 @@ def test_resuming_a_finished_run_changes_nothing(shards: Path, tmp_path: Path) -
     assert (tmp_path / "run" / "recipe.yaml").read_text() == as_run, "the recipe of the run must stay on record"
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "constant"])
+def test_a_finished_run_is_made_longer_as_if_it_had_been_so_from_the_start(
+    schedule: str, shards: Path, tmp_path: Path
+) -> None:
+    recipe = pretrain_recipe(shards, tmp_path / "run", **{"optim.schedule": schedule, "checkpoint_every_steps": 7})
+    longer = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"steps": 30})})
+    whole = mpp.pretrain(longer.model_copy(update={"out": str(tmp_path / "whole")}))
+    assert mpp.pretrain(recipe).step == 20
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    ended = mpp.pretrain(longer, resume="auto")
+    assert (ended.state, ended.step, ended.loss, ended.skill) == ("finished", 30, whole.loss, whole.skill)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    weights = [(tmp_path / name / "encoder" / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
+
+    # killed as soon as the longer recipe was on record, with the checkpoint of the shorter run's end still there
+    shutil.copy(tmp_path / "run" / "recipe.yaml", tmp_path / "killed" / "recipe.yaml")
+    (tmp_path / "killed" / "status.json").unlink()
+    mpp.pretrain(longer.model_copy(update={"out": str(tmp_path / "killed")}), resume="auto")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_what_cannot_be_made_longer(shards: Path, tmp_path: Path) -> None:
+    for schedule, steps in (("cosine", 30), ("wsd", 10)):
+        recipe = pretrain_recipe(shards, tmp_path / schedule, **{"optim.schedule": schedule})
+        mpp.pretrain(recipe)
+        with pytest.raises(UserError, match=f"optim.steps: was 20, now {steps}"):
+            mpp.pretrain(recipe, resume="auto", **{"optim.steps": steps})
+    folder = tmp_path / "wsd" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000015", "step-00000016", "step-00000020"]
+    with pytest.raises(UserError, match="step-00000020: the learning rate had fallen by then; a longer run needs an e"):
+        mpp.pretrain(recipe, resume=str(folder / "step-00000020"), **{"optim.steps": 30})
+    for step in ("step-00000015", "step-00000016"):
+        shutil.rmtree(folder / step)
+    with pytest.raises(UserError, match="has its encoder but no checkpoint to continue from"):
+        mpp.pretrain(recipe, resume="auto", **{"optim.steps": 30})
+
+
 def test_shards_may_lie_elsewhere_when_a_run_goes_on(shards: Path, tmp_path: Path) -> None:
     """The fingerprint depends on the content of the shards, so other data are refused."""
     whole = mpp.pretrain(pretrain_recipe(shards, tmp_path / "whole"))

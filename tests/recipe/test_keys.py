@@ -27,6 +27,7 @@ def test_a_key_is_found_by_name_pattern_and_part() -> None:
         "block",
         "complementary",
         "inverse_block",
+        "noise",
         "uniform",
     }
     assert [key.default for key in find_keys(job, "optim.base_lr")] == ["0.00015"]

@@ -61,7 +61,7 @@ WRONG = {
     "a word for a number": ("seed: many\n", [], "r.yaml:7: seed: input should be a valid integer"),
     "a fraction for a count": ("corruption: {enter: 1.5}\n", [], "r.yaml:7: corruption.enter: input should be a valid integer"),
     "unknown component": (
-        "mask: {name: blok}\n", [], "r.yaml:7: mask.name: no such choice; got 'blok'. Did you mean 'block'? Choose from attention, block, complementary, grid, inverse_block, uniform",
+        "mask: {name: blok}\n", [], "r.yaml:7: mask.name: no such choice; got 'blok'. Did you mean 'block'? Choose from attention, block, complementary, grid, inverse_block, noise, uniform",
     ),
     "unknown component, short form": ("head: lineer\n", [], "r.yaml:7: head.name: no such choice; got 'lineer'. Did you mean 'linear'?"),
     "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. It belongs to head=cross_attention and head=transformer. Known keys: name"),

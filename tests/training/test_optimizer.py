@@ -62,15 +62,30 @@ def test_layer_decay_reaches_the_optimizer() -> None:
             assert lr.get(name, 1.0) == group["lr_scale"]
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
 @given(total=st.integers(1, 500), warmup=st.integers(0, 50), lr=st.floats(1e-6, 1.0))
-def test_the_schedule_warms_up_then_only_falls(total: int, warmup: int, lr: float) -> None:
-    values = [scheduled_lr(s, total_steps=total, warmup_steps=warmup, lr=lr, min_lr=lr / 100) for s in range(total)]
+def test_the_schedule_warms_up_then_only_falls(schedule: Any, total: int, warmup: int, lr: float) -> None:
+    values = [
+        scheduled_lr(s, schedule=schedule, total_steps=total, warmup_steps=warmup, lr=lr, min_lr=lr / 100)
+        for s in range(total)
+    ]
     assert all(0 < v <= lr * (1 + 1e-9) for v in values)
     after = values[warmup:]
     assert all(a >= b for a, b in zip(after, after[1:], strict=False))
     if 0 < warmup < total:
         assert values[warmup - 1] == pytest.approx(lr)
         assert values[0] == pytest.approx(lr / warmup)
+
+
+def test_wsd_is_constant_for_four_fifths() -> None:
+    plan = plan_of(schedule="wsd", total_steps=100, global_batch_size=256)
+    assert plan.steps_before_decay == 80
+    assert {plan.lr(step) for step in range(2, 81)} == {1.0}
+    assert plan.lr(85) == pytest.approx(1 - 0.25**0.5)
+    assert "checkpoint" in plan.due_after(79), "a longer run begins from here"
+    longer = plan_of(schedule="wsd", total_steps=200, global_batch_size=256)
+    assert [plan.lr(step) for step in range(80)] == [longer.lr(step) for step in range(80)]
+    assert {plan_of(schedule="constant", global_batch_size=256).lr(step) for step in range(2, 10)} == {1.0}
 
 
 def test_steps_of() -> None:
