@@ -47,28 +47,24 @@ def check_run(recipe: FinetuneRecipe, team: Team, kind: LabelKind, train: Labele
 
 
 def doubt_teacher(recipe: FinetuneRecipe) -> list[str]:
-    """Return a warning if the teacher was trained on other labels than its students.
+    """Return a warning for each teacher that was trained on other labels than its students.
 
     If the recipe trains on a part of the labels, each seed draws another part.
-
-    Args:
-        recipe: Recipe of the run.
-
-    Returns:
-        A list of one line, or an empty list.
     """
     drawn = recipe.data.labels_per_class is not None or recipe.data.fraction is not None
     if recipe.distill is None or not drawn:
         return []
-    trial = parse_folder(Path(recipe.distill.teacher))
-    others = [seed for seed in recipe.seeds if trial and seed != trial.seed]
-    if not trial or not others:
-        return []
-    seeds = ", ".join(map(str, others))
-    return [
-        f"distill.teacher: {recipe.distill.teacher} learned from the labels that seed {trial.seed} draws; seed {seeds} "
-        f"draws others, and learns from both. For a fair comparison give seeds=[{trial.seed}]"
-    ]
+    doubts = []
+    for teacher in recipe.distill.teacher:
+        trial = parse_folder(Path(teacher))
+        others = [seed for seed in recipe.seeds if trial and seed != trial.seed]
+        if trial and others:
+            seeds = ", ".join(map(str, others))
+            doubts.append(
+                f"distill.teacher: {teacher} learned from the labels that seed {trial.seed} draws; seed {seeds} draws "
+                f"others, and learns from both. For a fair comparison give seeds=[{trial.seed}]"
+            )
+    return doubts
 
 
 def _check_images(recipe: FinetuneRecipe, kind: LabelKind, train: LabeledImages, val: LabeledImages) -> None:

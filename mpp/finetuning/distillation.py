@@ -1,6 +1,7 @@
 """Learn from a teacher with a classifier in addition to the labels (DeiT, Touvron et al. 2021, section 4).
 
-The teacher sees the same mixed and augmented images as the student, at its own size and normalisation.
+The teacher sees the same mixed and augmented images as the student, at its own size and normalisation. Several models
+together are one teacher, whose probabilities are the mean of theirs (Hinton et al. 2015, section 5).
 """
 
 from __future__ import annotations
@@ -20,11 +21,37 @@ from mpp.errors import UserError, one_line
 from mpp.runs.records import encoder_folder
 
 
+class Teacher:
+    """A frozen classifier, which sees images as its student does, but at its own size and normalisation.
+
+    Args:
+        model: Timm model with a classifier.
+        mean: Mean by which the student's pixels are normalised, (C, 1, 1) in [0, 1].
+        std: Standard deviation by which the student's pixels are normalised, (C, 1, 1) in [0, 1].
+    """
+
+    def __init__(self, model: nn.Module, *, mean: Tensor, std: Tensor) -> None:
+        self.model: TimmModel = model.requires_grad_(False).eval()
+        timm_config: TimmModel = model.pretrained_cfg
+        self.size = tuple(timm_config["input_size"][1:])
+        own = (torch.tensor(timm_config[key], device=mean.device).view(-1, 1, 1) for key in ("mean", "std"))
+        own_mean, own_std = own
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return logits, (B, classes) float32, for images (B, C, H, W) as the student sees them."""
+        x = x * self.scale + self.shift
+        if tuple(x.shape[-2:]) != self.size:
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
+        logits: Tensor = self.model(x).float()
+        return logits
+
+
 class Distillation:
     """The teacher and the loss of learning from it.
 
     Args:
-        teacher: Timm model whose logits are learned.
+        teachers: Timm models, the mean of whose probabilities is learned.
         kind: "hard" if the teacher's likeliest class is a second label. "soft" for the divergence from the teacher's
             probabilities at `temperature`, multiplied by temperature².
         alpha: Weight of the teacher's part of the loss, from 0 to 1. The labels have the weight 1 - alpha.
@@ -36,7 +63,7 @@ class Distillation:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teachers: Sequence[nn.Module],
         *,
         kind: Literal["hard", "soft"],
         alpha: float,
@@ -45,23 +72,21 @@ class Distillation:
         std: Tensor,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.teacher: TimmModel = teacher.requires_grad_(False).eval()
+        self.teachers = [Teacher(model, mean=mean, std=std) for model in teachers]
         self.autocast = autocast
         self.kind, self.alpha, self.temperature = kind, alpha, temperature
-        timm_config: TimmModel = teacher.pretrained_cfg
-        self.size = tuple(timm_config["input_size"][1:])
-        of_teacher = (torch.tensor(timm_config[key], device=mean.device).view(-1, 1, 1) for key in ("mean", "std"))
-        teacher_mean, teacher_std = of_teacher
-        self.scale, self.shift = std / teacher_std, (mean - teacher_mean) / teacher_std
 
     @torch.no_grad()
     def teach(self, x: Tensor) -> Tensor:
-        """Return the teacher's logits, (B, classes) float32, for images (B, C, H, W) as the student sees them."""
-        x = x * self.scale + self.shift
-        if tuple(x.shape[-2:]) != self.size:
-            x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
+        """Return the teacher's logits, (B, classes) float32, for images (B, C, H, W) as the student sees them.
+
+        Of several models, these are the logarithms of their mean probabilities.
+        """
         with self.autocast():
-            return self.teacher(x).float()
+            logits = [teacher(x) for teacher in self.teachers]
+        if len(logits) == 1:
+            return logits[0]
+        return torch.stack(logits).softmax(-1).mean(0).log()
 
     def loss(
         self,

@@ -139,17 +139,18 @@ def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: ConsistencyI
 
 
 def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, classes: list[str]) -> Distillation:
-    """Open the teacher on the device of the model, and return the loss that uses it.
+    """Open the teachers on the device of the model, and return the loss that uses them.
 
     Raises:
-        UserError: If the teacher cannot teach these classes, or does not run at this image size.
+        UserError: If a teacher cannot teach these classes, or does not run at this image size.
     """
     keys = recipe.distill
     assert keys is not None
-    teacher = open_teacher(keys.teacher, classes, recipe.data.channels).to(model.mean.device)
+    channels = recipe.data.channels
+    teachers = [open_teacher(source, classes, channels).to(model.mean.device) for source in keys.teacher]
     mean, std = model.mean / 255, model.std / 255
     distillation = Distillation(
-        teacher,
+        teachers,
         kind=keys.kind,
         alpha=keys.alpha,
         temperature=keys.temperature,
@@ -157,8 +158,10 @@ def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, cla
         std=std,
         autocast=team.autocast,
     )
-    try:
-        distillation.teach(torch.zeros(1, recipe.data.channels, *recipe.data.image_size, device=mean.device))
-    except Exception as error:  # timm's models raise different errors
-        raise UserError(f"distill.teacher: {keys.teacher} does not run: {one_line(error)}") from error
+    blank = torch.zeros(1, channels, *recipe.data.image_size, device=mean.device)
+    for source, teacher in zip(keys.teacher, distillation.teachers, strict=True):
+        try:
+            teacher(blank)
+        except Exception as error:  # timm's models raise different errors
+            raise UserError(f"distill.teacher: {source} does not run: {one_line(error)}") from error
     return distillation

@@ -1,4 +1,4 @@
-"""Count the minutes of training before a run: its encoder, the teacher of `distill`, and the runs they started from."""
+"""Count the minutes of training before a run: its encoder, its teachers, and the runs they started from."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def minutes_before(recipe: FinetuneRecipe, approach: str, device: str) -> float 
 
 
 def _begun_with(recipe: FinetuneRecipe, approach: str) -> list[str]:
-    """Return the sources of the encoder and the teacher of an approach, as given in the recipe."""
+    """Return the sources of the encoder and the teachers of an approach, as given in the recipe."""
     encoder = [recipe.encoder] if approach == "pretrained" and recipe.encoder != "scratch" else []
-    return encoder + ([recipe.distill.teacher] if recipe.distill and approach != "cnn" else [])
+    return encoder + ([*recipe.distill.teacher] if recipe.distill and approach != "cnn" else [])
 
 
 def _count(source: str, key: str, minutes: dict[Path, float]) -> None:

@@ -141,10 +141,10 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
         return warning_lines
 
     doubts = team.on_main(collect_doubts)
-    teacher = recipe.distill.teacher if recipe.distill else None
+    teachers = recipe.distill.teacher if recipe.distill else ()
     of_train, of_val = train_images.fingerprint(), val_images.fingerprint()
     of_unlabeled = unlabeled.images.fingerprint if unlabeled else ""
-    fingerprint = fingerprint_of_inputs(of_train + of_unlabeled, of_val, recipe.encoder, teacher)
+    fingerprint = fingerprint_of_inputs(of_train + of_unlabeled, of_val, recipe.encoder, *teachers)
     until_the_end.enter_context(opened(team, recipe, resume, fingerprint=fingerprint))
 
     def status(state: str, **more: object) -> None:

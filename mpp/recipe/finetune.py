@@ -125,9 +125,9 @@ class Distill(Section):
     head.
     """
 
-    teacher: FilePath
+    teacher: Places
     """Folder of a fine-tuned model (runs/a/pretrained-seed0), its export, or a timm name, with a classifier of the same
-    classes."""
+    classes. Of a list, the mean of the probabilities is learned."""
     kind: Literal["hard", "soft"] = "hard"
     """hard: the teacher's likeliest class is a second label. soft: its probabilities are."""
     alpha: Fraction = 0.5

@@ -29,6 +29,12 @@ def test_a_teacher_of_another_seed_knows_other_labels(teacher: str, drawn: dict[
     assert line.endswith("give seeds=[0]")
 
 
+def test_each_teacher_is_doubted_on_its_own() -> None:
+    teachers: Any = ["runs/f/pretrained-seed0", "runs/f/cnn-seed1"]
+    lines = doubt_teacher(recipe(teachers, [1], labels_per_class=25))
+    assert [line.split()[1] for line in lines] == ["runs/f/pretrained-seed0"]
+
+
 def test_other_teachers_are_not_doubted() -> None:
     assert doubt_teacher(recipe("runs/f/pretrained-seed0", [0, 1])) == [], (
         "if all labels are used, all seeds have the same"

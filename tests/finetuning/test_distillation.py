@@ -37,7 +37,7 @@ class Teacher(torch.nn.Module):
 
 def distillation(kind: str, teacher: torch.nn.Module, alpha: float = 0.3, temperature: float = 2.0) -> Distillation:
     half = torch.full((3, 1, 1), 0.5)
-    return Distillation(teacher, kind=kind, alpha=alpha, temperature=temperature, mean=half, std=half)  # type: ignore[arg-type]
+    return Distillation([teacher], kind=kind, alpha=alpha, temperature=temperature, mean=half, std=half)  # type: ignore[arg-type]
 
 
 def test_the_teacher_sees_the_same_pixels_in_its_own_way() -> None:
@@ -65,7 +65,7 @@ def test_the_teacher_runs_in_the_precision_of_the_run() -> None:
     half = torch.full((3, 1, 1), 0.5)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     found = Distillation(
-        Watching(8, [0.5] * 3, [0.5] * 3),
+        [Watching(8, [0.5] * 3, [0.5] * 3)],
         kind="soft",
         alpha=0.5,
         temperature=1.0,
@@ -115,6 +115,28 @@ def test_the_loss_by_hand(kind: str, two_heads: bool) -> None:
         p, q = (taught / 2).softmax(-1), (learner / 2).softmax(-1)
         theirs = 4 * (p * (p.log() - q.log())).sum(-1).mean()  # DeiT, equation 2: τ² KL
     torch.testing.assert_close(found, 0.7 * F.cross_entropy(first, labels) + 0.3 * theirs)
+
+
+def test_of_several_teachers_the_mean_probability_is_learned() -> None:
+    """Each of them sees the images at its own size."""
+    torch.manual_seed(0)
+    teachers = [Teacher(8, [0.5] * 3, [0.5] * 3), Teacher(16, [0.4] * 3, [0.2] * 3)]
+    x = torch.randn(4, 3, 8, 8)
+    half = torch.full((3, 1, 1), 0.5)
+    found = Distillation(teachers, kind="soft", alpha=0.5, temperature=1.0, mean=half, std=half).teach(x)
+    alone = [distillation("soft", teacher).teach(x).softmax(-1) for teacher in teachers]
+    torch.testing.assert_close(found.softmax(-1), (alone[0] + alone[1]) / 2)
+    assert [teacher.seen.shape[-1] for teacher in teachers] == [8, 16]
+
+
+def test_a_run_with_two_teachers(shards: Path, run: Path, teacher: Path, tmp_path: Path) -> None:
+    second = renamed(teacher, tmp_path / "second", ["disc", "square"])
+    both = {"distill": {"teacher": [str(teacher), str(second)], "kind": "soft"}, "seeds": [0], "optim.steps": 2}
+    mpp.finetune(recipe(shards, tmp_path / "ft", run, **both, beside=[]))
+    wrong = renamed(teacher, tmp_path / "wrong", ["disc", "ring"])
+    both["distill"] = {"teacher": [str(teacher), str(wrong)]}
+    with pytest.raises(UserError, match=r"distill\.teacher: .*wrong: class 1 is 'ring', but 'square'"):
+        mpp.finetune(recipe(shards, tmp_path / "other", run, **both))
 
 
 @pytest.fixture(scope="module")
