@@ -17,7 +17,23 @@ import torch
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN_FILES = 30
 torch.set_num_threads(1)  # bit-equal on any machine, and the processes under test get the other cores
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the seconds of the files whose tests take longest, if pytest was asked for durations."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                file = report.nodeid.partition("::")[0]
+                seconds[file] = seconds.get(file, 0.0) + report.duration
+    if terminalreporter.config.getoption("durations") and sum(seconds.values()) > 60:
+        terminalreporter.section("slowest files")
+        for file, duration in sorted(seconds.items(), key=lambda item: -item[1])[:SHOWN_FILES]:
+            terminalreporter.write_line(f"{duration:6.0f} s  {file}")
+        terminalreporter.write_line(f"{sum(seconds.values()):6.0f} s  in all {len(seconds)} files")
 
 
 class Runs:
