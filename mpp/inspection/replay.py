@@ -143,8 +143,16 @@ def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modu
 
 
 def _alone(batch: JsonObject, i: int) -> JsonObject:
-    """Return a batch with one image of a batch. Unlabeled images are left out, since their number differs."""
-    return {key: value[i : i + 1] for key, value in batch.items() if key not in ("weak", "strong")}
+    """Return a batch with one image of a batch, and with all of its masks.
+
+    Unlabeled images are left out, since their number differs.
+    """
+    found = {}
+    for key, value in batch.items():
+        if key not in ("weak", "strong"):
+            rows = len(value) // len(batch["images"])  # an image may have several masks
+            found[key] = value[i * rows : (i + 1) * rows]
+    return found
 
 
 def _step(path: Path) -> int:

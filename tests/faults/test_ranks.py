@@ -183,7 +183,7 @@ def blinded(one_white: Path, folder: Path, name: str, **changes: Any) -> Path:
 
 @pytest.mark.promise("If the loss of a rank is not finite, no rank updates; `mpp replay` repeats the step")
 def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path) -> None:
-    path, out = blinded(one_white, folder, "run"), folder / "run"
+    path, out = blinded(one_white, folder, "run", masks_per_image=2), folder / "run"
     run = nursery.start("pretrain", path, log=folder / "log", world=2)
     assert run.wait() == [2, 2], run.said()
     assert "Traceback" not in run.said(), run.said()
