@@ -30,7 +30,7 @@ VISIBLE_ALONE = {
     "corruption": "drop", "head": {"name": "cross_attention", "dim": 64}, "predict_fraction": 0.34,
     "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99}, "loss": "smooth_l1", "masks_per_image": 8,
 }  # fmt: skip
-"""Objective of data2vec 2.0 with a head of CrossMAE's: each image is encoded once for each of its masks."""
+"""Objective of data2vec 2.0 with CrossMAE's head: each image is encoded once for each of its masks."""
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "late joining": {},
     "late joining, a third": {"predict_fraction": 0.34},

@@ -1,11 +1,12 @@
 """Learn from a teacher with a classifier in addition to the labels (DeiT, Touvron et al. 2021, section 4).
 
 The teacher sees the same mixed and augmented images as the student, at its own size and normalisation. Several models
-together are one teacher, whose probabilities are the mean of theirs (Hinton et al. 2015, section 5).
+together are one teacher, whose probabilities are the mean of theirs (Hinton et al. 2015).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -86,7 +87,7 @@ class Distillation:
             logits = [teacher(x) for teacher in self.teachers]
         if len(logits) == 1:
             return logits[0]
-        return torch.stack(logits).softmax(-1).mean(0).log()
+        return torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
     def loss(
         self,

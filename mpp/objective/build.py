@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mpp.encoders.adapter import TimmEncoder, adapt
 from mpp.encoders.creation import create_timm_model
@@ -63,7 +62,8 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
     stem_dim = encoder.stem.dim if encoder.stem else 0
     corruption = registry.build("corruption", recipe.corruption, CorruptionContext(stem_dim, channels, unit))
     _check_corruption(corruption, encoder, unit)
-    if recipe.masks_per_image > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in encoder.modules()):
+    statistics = any(name.endswith("running_var") for name, _ in encoder.named_buffers())
+    if recipe.masks_per_image > 1 and statistics:
         raise UserError(
             f"masks_per_image: {encoder.family} has batch norms, whose statistics would show each mask what the "
             "other masks of the same image hide; use 1"

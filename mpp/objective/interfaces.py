@@ -3,7 +3,7 @@
 Shape legend:
 
     B  images in a batch          C  channels            H, W   image height and width in pixels
-    M  masks of an image          If M > 1, B stands for B·M wherever masked images are meant.
+    M  masks of an image          With several, corruption, encoder and head get B·M images, each image M times
     gh, gw  cells of the grid     N  gh·gw               D      width of the encoder's tokens
     uh, uw  mask units            V  visible cells       P      predicted cells (all hidden ones, or a part of them)
 
@@ -56,7 +56,7 @@ class Mask:
     def guide(self, teacher: Callable[..., FrozenTeacher]) -> nn.Module | None:
         """Return a module that makes the masks on the model's device, or None if the dataloader's masks are used.
 
-        The module takes (images, noise of the plane "guide", count).
+        The module takes (images, noise of the plane "guide", count). The noise is that of B·M masks.
         """
         return None
 
@@ -125,7 +125,10 @@ class Target(nn.Module):
         raise NotImplementedError
 
     def at(self, images: Images, cells: Tensor) -> Tensor:
-        """Return the target of the cells (B, P) int64 only. Targets that can compute only some cells override this."""
+        """Return the target of the cells (B, P) int64 only. Targets that can compute only some cells override this.
+
+        If images have several masks, the cells of all of them are in one row, where a cell may occur more than once.
+        """
         return gather_cells(self(images), cells)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class MaskedPatchModel(nn.Module):
         The predicted units are the hidden ones with the lowest noise.
 
         Args:
-            images: Images of the batch, which a guide may need.
+            images: Images of the batch, each once, which a guide may need.
             units: Mask of the batch, as drawn by the dataloader.
             everything: Whether to predict all hidden cells, regardless of `predict_fraction`.
         """
@@ -160,7 +160,7 @@ class MaskedPatchModel(nn.Module):
         """
         images = self.images(raw)
         masked = images.repeated(len(units.hidden) // len(raw))
-        layout = self.layout(masked, units)
+        layout = self.layout(images, units)
         return self._losses(self.predict(masked, layout), self._targets(images, layout))
 
     def _targets(self, images: Images, layout: MaskLayout) -> list[Tensor]:

@@ -172,6 +172,7 @@ def plan(
     elif mfu is None:
         mfu = MFU
     checkpoint = size.weights + MOMENTS[recipe.optim.name][1] * size.trained
+    checkpoints = recipe.keep_checkpoints + 1 + (optim.schedule == "wsd")  # the newest is written before one goes
     seen = steps * optim.global_batch_size
     return Plan(
         encoder=recipe.encoder.name,
@@ -196,7 +197,7 @@ def plan(
         seconds=steps * step_s if step_s is not None else seen * flop / micro / (devices * tflops * 1e12 * mfu),
         read_images_per_s=read_images_per_s,
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * (recipe.keep_checkpoints + 1) + FP32 * size.encoder,
+        disk_bytes=checkpoint * checkpoints + FP32 * size.encoder,
     )
 
 

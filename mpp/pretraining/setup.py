@@ -164,6 +164,7 @@ def make_plan(recipe: PretrainRecipe, images: int, micro_batches: int) -> Plan:
         base_lr=optim.base_lr,
         min_lr=optim.min_lr,
         schedule=optim.schedule,
+        save_before_decay=True,
         every_steps=every,
         log_first_step=True,
     )

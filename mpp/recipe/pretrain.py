@@ -151,8 +151,9 @@ class PretrainRecipe(Run):
     predict_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Fraction of the hidden cells to predict."""
     masks_per_image: PositiveInt = 1
-    """Masks of each image in a step. Each costs another pass of the encoder, but the target is computed only once: for
-    ema_teacher and teacher with corruption: drop (data2vec 2.0, Baevski et al. 2023)."""
+    """Masks of each image in a step (data2vec 2.0, Baevski et al. 2023). The encoder gets each image that many times,
+    which also needs that many times the memory; the target is computed once. So it is meant for targets that cost much,
+    ema_teacher and teacher, and an encoder that sees only visible patches, corruption: drop."""
     optim: Optim
     compile: Bool = False
     """Compile the forward and backward pass with torch.compile: about a minute at the start, then 1.03 to 1.2 times as

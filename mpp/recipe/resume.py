@@ -23,7 +23,6 @@ depends on micro-batches: draws of drop path, mixup and random erasing, and stat
 
 LENGTH = ("optim.steps", "optim.epochs")
 """Keys of which one says how long to train."""
-LONGER = " (more is possible for pretraining with optim.schedule: wsd or constant)"
 
 
 def differences(old: Job, new: Job) -> list[str]:
@@ -33,9 +32,10 @@ def differences(old: Job, new: Job) -> list[str]:
     """
     a, b = (settings_of(r) for r in (old, new))
     longer = asks_for_longer(old, new)
+    hint = _why_not_longer(a) if _grows(old, new) else ""
     free = {"probe"} | ({"cnn"} if "cnn" not in a.get("beside", ()) else set())  # the run has not trained a cnn yet
     return [
-        f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}{LONGER if key in LENGTH else ''}"
+        f"{key}: was {a.get(key, '(absent)')!r}, now {b.get(key, '(absent)')!r}{hint if key in LENGTH else ''}"
         for key in differing([a, b])
         if key not in MAY_CHANGE
         and key.split(".")[0] not in free
@@ -46,12 +46,28 @@ def differences(old: Job, new: Job) -> list[str]:
 
 def asks_for_longer(old: Job, new: Job) -> bool:
     """Return whether `new` makes the pretraining of `old` longer, with a learning rate that allows it."""
-    settings = settings_of(old)
-    if settings["job"] != "pretrain" or settings.get("optim.schedule") not in ("wsd", "constant"):
-        return False
+    return _grows(old, new) and not _why_not_longer(settings_of(old))
+
+
+def _grows(old: Job, new: Job) -> bool:
+    """Return whether `new` is the longer run, by the same key as `old`."""
     lengths = list(zip(length_of(old), length_of(new), strict=True))
     grown = [a is not None and b is not None and a < b for a, b in lengths]
     return any(grown) and all(grows or a == b for grows, (a, b) in zip(grown, lengths, strict=True))
+
+
+def _why_not_longer(settings: dict[str, Any]) -> str:
+    """Return why a run with these settings cannot be made longer, in brackets; "" if it can."""
+    if settings["job"] != "pretrain":
+        return " (only a pretraining can be made longer)"
+    if settings["optim.schedule"] not in ("wsd", "constant"):
+        return " (a pretraining that is to be made longer needs optim.schedule: wsd or constant from the start)"
+    targets = [(settings.get("target.decay"), settings.get("target.decay_end"))]
+    for extra in settings.get("extra_targets", ()):
+        targets.append((extra["target"].get("decay"), extra["target"].get("decay_end")))
+    if any(decay != decay_end for decay, decay_end in targets):
+        return " (a moving teacher whose decay rises depends on the length; give decay_end the value of decay)"
+    return ""
 
 
 def length_of(recipe: Job) -> list[float | None]:

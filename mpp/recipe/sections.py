@@ -244,6 +244,8 @@ class Optim(Section):
         if (self.epochs is None) == (self.steps is None):
             both = ", not both; epochs: null or steps: null takes one away"
             raise ValueError("epochs: give one of epochs and steps" + ("" if self.steps is None else both))
+        if self.min_lr and self.schedule == "constant":
+            raise ValueError("min_lr: the rate of schedule: constant does not fall; leave out min_lr")
         return self
 
 
@@ -270,7 +272,7 @@ class Run(Job):
     checkpoint_every_steps: PositiveInt = 1000
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 2
-    """Number of checkpoints to keep; older ones are deleted."""
+    """Number of checkpoints to keep; older ones are deleted. optim.schedule: wsd keeps one more."""
     if_unsaved: Literal["stop", "go_on"] = "stop"
     """What to do if a checkpoint cannot be written, for example because the disk is full. stop: end the run. go_on:
     warn, and try again at the next checkpoint. If the last checkpoint of a run cannot be written, the run

@@ -111,7 +111,7 @@ def save(
         spared = None if keep_step is None else f"step-{keep_step:08d}"
         earlier = [p for p in checkpoints_in(folder) if p.name <= final.name and p.name != spared]
         for old in (*(earlier[keep:] if keep else ()), *(p for p in checkpoints_in(folder) if p.name > final.name)):
-            _remove(old)
+            remove(old)
     faults.point("save.ends")
     return final
 
@@ -220,10 +220,10 @@ def keep_only(folder: Path, step: int) -> None:
     """Delete every checkpoint of a folder except that of `step`. Call this on one process only."""
     for path in checkpoints_in(folder):
         if path.name != f"step-{step:08d}":
-            _remove(path)
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a checkpoint, its manifest first, so that a half-deleted checkpoint does not count as intact."""
     faults.point("prune.before")
     (path / MANIFEST).unlink(missing_ok=True)
@@ -240,27 +240,35 @@ def newest(folder: Path, *, length: list[float | None] | None = None) -> Path | 
         length: Length of the run as the recipe states it, if it may have been changed. See `fits_length`.
 
     Raises:
-        UserError: If there are checkpoints but all are broken. The user must decide whether to start again.
+        UserError: If there are checkpoints but all are broken, or none fits the length. The user must decide whether to
+            start again.
     """
     faults: list[str] = []
+    of_another_length: Path | None = None
     for path in checkpoints_in(folder):
         fault = broken(path)
         if fault is None:
             if length is not None and not fits_length(read_state(path), length):
+                of_another_length = path
                 continue
             for line in faults:
                 warnings.warn(f"{line}; the checkpoint before it is used", MppWarning, stacklevel=2)
             return path
         faults.append(f"{path}: {fault}")
+    if of_another_length is not None:
+        raise UserError(
+            f"{of_another_length}: the learning rate of the shorter run had fallen by then, and there is no intact "
+            "checkpoint of before; continue with the former length, or choose another folder"
+        )
     if faults:
         raise UserError("\n".join([*faults, f"{folder}: no checkpoint holds; remove them to begin again from step 0"]))
     return None
 
 
 def fits_length(state: JsonObject, length: list[float | None]) -> bool:
-    """Return whether a run of this length had come to the same checkpoint.
+    """Return whether a run of this length would have reached the same weights.
 
-    If the run was planned to be shorter when it wrote the checkpoint, the learning rate must not have fallen by then.
+    It would if the checkpoint was written by a run of this length, or before the learning rate fell.
     """
     planned = state.get("length", length)
     return planned == length or state["step"] <= state["steps_before_decay"]

@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mpp.recipe.loading import load_recipe
 from mpp.recipe.resume import asks_for_longer, differences, length_of
 from mpp.recipe.sections import Job
 from mpp.runs import checkpoint
-from mpp.runs.records import RECIPE, is_checkpoint, read_status
+from mpp.runs.records import RECIPE, checkpoints_in, is_checkpoint, read_status
 
 DATA = "data.json"
 LOCK = ".lock"
@@ -62,8 +63,13 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
             find_run(recipe, resume, fingerprint=fingerprint)
         lock = Lock(out)
         run = find_run(recipe, resume, fingerprint=fingerprint)  # again: another process may have been faster
+        outdated = _of_shorter_run(out, recipe)
+        if outdated or _asks_for_longer(out, recipe):
+            _set_encoder_aside(out, run)
         if resume != "auto" or read_status(out) != "finished" or _asks_for_more(out, recipe):
             create_run(recipe)  # else recipe.yaml of a finished run stays unchanged
+        for path in outdated:
+            checkpoint.remove(path)
         return run
 
     try:
@@ -165,7 +171,7 @@ def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:
         state = checkpoint.read_state(path)
         if "data_fingerprint" not in state:  # it is a step that was kept for `mpp replay`
             raise UserError(f"--resume {path}: no checkpoint to continue from; use auto, or one of {out}/checkpoints")
-        if not checkpoint.fits_length(state, length_of(recipe)):
+        if others and not checkpoint.fits_length(state, length_of(recipe)):
             raise UserError(f"--resume {path}: the learning rate had fallen by then; a longer run needs an earlier one")
         if state["data_fingerprint"] != fingerprint:
             raise UserError(f"{path}: the data changed since (shards, their sizes or their images); start a new run")
@@ -198,14 +204,44 @@ def _same_recipe(run: Path, recipe: Job) -> None:
         )
 
 
+def _asks_for_longer(run: Path, recipe: Job) -> bool:
+    return (run / RECIPE).exists() and asks_for_longer(load_recipe(run / RECIPE, type(recipe)), recipe)
+
+
+def _of_shorter_run(run: Path, recipe: Job) -> list[Path]:
+    """Return the checkpoints of a run that was shorter, from the part in which its learning rate had fallen."""
+    length, found = length_of(recipe), []
+    for path in checkpoints_in(run / "checkpoints"):
+        with suppress(UserError):  # an unreadable state
+            if not checkpoint.fits_length(checkpoint.read_state(path), length):
+                found.append(path)
+    return found
+
+
+def _set_encoder_aside(run: Path, begins: OpenRun) -> None:
+    """Rename the encoder of a run that is made longer after its last step, and delete later pictures.
+
+    The encoder would otherwise be taken for that of the longer run, before this has ended.
+    """
+    last = checkpoints_in(run / "checkpoints")
+    if last and (run / "encoder").exists():
+        aside = run / f"encoder-{last[0].name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(run / "encoder", aside)
+    step = checkpoint.read_state(begins.checkpoint)["step"] if begins.checkpoint else 0
+    for picture in (run / "reconstructions").glob("step-*.png"):
+        if int(picture.stem.removeprefix("step-")) > step:
+            picture.unlink()
+
+
 def _asks_for_more(run: Path, recipe: Job) -> bool:
     """Return whether a recipe has other seeds, approaches or steps than a finished run.
 
     If so, the run's recipe.yaml is replaced.
     """
-    finished = load_recipe(run / RECIPE, type(recipe))
-    before, now = settings_of(finished), settings_of(recipe)
-    return any(before.get(key) != now.get(key) for key in ("seeds", "beside")) or asks_for_longer(finished, recipe)
+    before, now = settings_of(load_recipe(run / RECIPE, type(recipe))), settings_of(recipe)
+    others = any(before.get(key) != now.get(key) for key in ("seeds", "beside"))
+    return others or _asks_for_longer(run, recipe)
 
 
 def _same_data(run: Path, fingerprint: str) -> None:

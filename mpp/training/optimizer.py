@@ -138,14 +138,14 @@ def make_optimizer(
 
 Schedule: TypeAlias = Literal["cosine", "wsd", "constant"]
 WSD_DECAY = 0.2
-"""Part of a run in which the rate of `wsd` falls (Hägele et al. 2024, section 4.2)."""
+"""Part of a run in which the rate of `wsd` falls (Hägele et al. 2024)."""
 
 
-def first_decaying_step(schedule: Schedule, *, total_steps: int, warmup_steps: int) -> int:
-    """Return the step, from 0, from which the learning rate falls. It is `total_steps` if it never does."""
+def last_full_rate_step(schedule: Schedule, *, total_steps: int, warmup_steps: int) -> int:
+    """Return the last step, from 0, with the full learning rate. It is `total_steps` if the rate never falls."""
     if schedule == "cosine":
         return warmup_steps
-    return total_steps - (round(WSD_DECAY * total_steps) if schedule == "wsd" else 0)
+    return max(total_steps - round(WSD_DECAY * total_steps), warmup_steps) if schedule == "wsd" else total_steps
 
 
 def scheduled_lr(
@@ -156,8 +156,8 @@ def scheduled_lr(
     Args:
         step: Number of the step, from 0. The first step already has lr / warmup_steps.
         schedule: "cosine": half a cosine (SGDR, Loshchilov & Hutter 2017). "wsd": constant, and in the last fifth
-            1 - sqrt (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations",
-            section 4.2). "constant": constant.
+            1 - sqrt (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations").
+            "constant": constant.
         total_steps: Number of steps of the run.
         warmup_steps: Number of steps of the warm-up.
         lr: Highest learning rate.
@@ -165,7 +165,7 @@ def scheduled_lr(
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
-    first = first_decaying_step(schedule, total_steps=total_steps, warmup_steps=warmup_steps)
+    first = last_full_rate_step(schedule, total_steps=total_steps, warmup_steps=warmup_steps)
     progress = min(max(step - first, 0) / max(total_steps - first, 1), 1.0)
     left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - math.sqrt(progress)
     return min_lr + (lr - min_lr) * left

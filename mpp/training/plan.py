@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mpp.training.optimizer import Schedule, first_decaying_step, scheduled_lr
+from mpp.training.optimizer import Schedule, last_full_rate_step, scheduled_lr
 
 PER_IMAGES = 256
 """Batch size in images for which recipes give learning rates. The rates scale with the global batch (Goyal et al.
@@ -30,6 +30,8 @@ class Plan:
     """Interval in steps by name of what is due, such as "log" or "checkpoint"."""
     log_first_step: bool = False
     schedule: Schedule = "cosine"
+    save_before_decay: bool = False
+    """Whether a checkpoint is due before the learning rate of `wsd` falls."""
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step, numbered from 0."""
@@ -49,14 +51,14 @@ class Plan:
 
         The rate of a cosine depends on the length of the run from the start, at least after the warm-up.
         """
-        return first_decaying_step(self.schedule, total_steps=self.total_steps, warmup_steps=self.warmup_steps)
+        return last_full_rate_step(self.schedule, total_steps=self.total_steps, warmup_steps=self.warmup_steps)
 
     def due_after(self, step: int) -> frozenset[str]:
         """Return the names of what is due after a step, numbered from 0. After the last step, all names and "end"."""
         if step + 1 == self.total_steps:
             return frozenset((*self.every_steps, "end"))
         due = {name for name, steps in self.every_steps.items() if (step + 1) % steps == 0}
-        if self.schedule == "wsd" and step + 1 == self.steps_before_decay:
+        if self.save_before_decay and self.schedule == "wsd" and step + 1 == self.steps_before_decay:
             due.add("checkpoint")  # from here, the run can be made longer
         return frozenset(due | {"log"} if step == 0 and self.log_first_step else due)
 

@@ -260,6 +260,9 @@ def test_noise_hides_clusters_by_its_colour() -> None:
     assert blue < 98 < green < red, "98 of 196 units that are hidden at random share 98 borders"
     with pytest.raises(ValueError, match=r"coarse_sigma: must be above fine_sigma, 2.0; got 1.0"):
         cls(fine_sigma=2.0, coarse_sigma=1.0)
+    strong = cls(ratio=0.5, fine_sigma=10.0, coarse_sigma=None)
+    drawn = {strong((4, 4), 8, stream(0, Purpose.MASK, i)).tobytes() for i in range(100)}
+    assert len(drawn) > 20, "a strong blur leaves large clusters, but not the same ones"
 
 
 def test_a_grid_is_regular() -> None:

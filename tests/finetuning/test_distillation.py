@@ -127,6 +127,10 @@ def test_of_several_teachers_the_mean_probability_is_learned() -> None:
     alone = [distillation("soft", teacher).teach(x).softmax(-1) for teacher in teachers]
     torch.testing.assert_close(found.softmax(-1), (alone[0] + alone[1]) / 2)
     assert [teacher.seen.shape[-1] for teacher in teachers] == [8, 16]
+    for teacher in teachers:
+        teacher.linear.weight.data *= 1e4  # so sure that the probabilities of other classes are rounded to zero
+    sure = Distillation(teachers, kind="soft", alpha=0.5, temperature=1.0, mean=half, std=half)
+    assert sure.loss(torch.randn(4, 3), x, torch.tensor([0, 1, 2, 0]), F.cross_entropy).isfinite()
 
 
 def test_a_run_with_two_teachers(shards: Path, run: Path, teacher: Path, tmp_path: Path) -> None:

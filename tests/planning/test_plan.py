@@ -45,6 +45,7 @@ def test_what_the_run_then_says(shards: Path, tmp_path: Path) -> None:
     [
         {},
         {"corruption.name": "drop", "head.name": "transformer"},
+        {"corruption.name": "drop", "head.name": "transformer", "masks_per_image": 3},
         {"corruption.enter": 1, "predict_fraction": 0.5},
         {"encoder.grad_checkpointing": True},
         {"target": {"name": "ema_teacher", "layers": 2}},
@@ -57,7 +58,7 @@ def test_operations_and_memory_are_those_of_a_step(changes: dict[str, Any], shar
     flop, peak = count_step(recipe, model, grid, 16, "fp32")
     model, grid = build_model(recipe)
     model.train()
-    units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(16))
+    units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(16), recipe.masks_per_image)
     images = torch.zeros(16, 3, 16, 16, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
         model(images, units).sum().backward()

@@ -371,16 +371,20 @@ def test_a_finished_run_is_made_longer_as_if_it_had_been_so_from_the_start(
     longer = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"steps": 30})})
     whole = mpp.pretrain(longer.model_copy(update={"out": str(tmp_path / "whole")}))
     assert mpp.pretrain(recipe).step == 20
+    later = tmp_path / "run" / "reconstructions" / "step-00000020.png"
+    later.parent.mkdir(exist_ok=True)
+    later.touch()
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
     ended = mpp.pretrain(longer, resume="auto")
     assert (ended.state, ended.step, ended.loss, ended.skill) == ("finished", 30, whole.loss, whole.skill)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     weights = [(tmp_path / name / "encoder" / "model.safetensors").read_bytes() for name in ("run", "whole")]
     assert weights[0] == weights[1]
+    assert (tmp_path / "run" / "encoder-step-00000020" / "model.safetensors").exists(), "of the shorter run"
+    assert later.exists() == (schedule == "constant"), "a picture of weights that the longer run never has"
 
     # killed as soon as the longer recipe was on record, with the checkpoint of the shorter run's end still there
     shutil.copy(tmp_path / "run" / "recipe.yaml", tmp_path / "killed" / "recipe.yaml")
-    (tmp_path / "killed" / "status.json").unlink()
     mpp.pretrain(longer.model_copy(update={"out": str(tmp_path / "killed")}), resume="auto")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
@@ -397,8 +401,11 @@ def test_what_cannot_be_made_longer(shards: Path, tmp_path: Path) -> None:
         mpp.pretrain(recipe, resume=str(folder / "step-00000020"), **{"optim.steps": 30})
     for step in ("step-00000015", "step-00000016"):
         shutil.rmtree(folder / step)
-    with pytest.raises(UserError, match="has its encoder but no checkpoint to continue from"):
+    with pytest.raises(
+        UserError, match="step-00000020: the learning rate of the shorter run had fallen by then, and t"
+    ):
         mpp.pretrain(recipe, resume="auto", **{"optim.steps": 30})
+    assert mpp.pretrain(recipe, resume="auto").state == "finished", "the run itself is as it was"
 
 
 def test_shards_may_lie_elsewhere_when_a_run_goes_on(shards: Path, tmp_path: Path) -> None:

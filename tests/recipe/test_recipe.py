@@ -354,6 +354,27 @@ def test_differences_name_keys_that_matter(tmp_path: Path) -> None:
     assert differences(a, b) == ["mask.ratio: was 0.6, now 0.5"]
 
 
+def test_which_runs_can_be_made_longer() -> None:
+    def asked(before: int, after: int, **changes: Any) -> list[str]:
+        return differences(*(pretrain_recipe("s", "o", **{**changes, "optim.steps": n}) for n in (before, after)))
+
+    wsd = {"optim.schedule": "wsd"}
+    teacher = {**wsd, "target": {"name": "ema_teacher", "decay": 0.9}}
+    assert asked(20, 30, **wsd) == asked(20, 30, **{"optim.schedule": "constant"}) == []
+    assert asked(30, 20, **wsd) == ["optim.steps: was 30, now 20"]
+    (line,) = asked(20, 30)
+    assert line.endswith(
+        "now 30 (a pretraining that is to be made longer needs optim.schedule: wsd or constant from the start)"
+    )
+    (line,) = asked(20, 30, **teacher)
+    assert line.endswith(
+        "(a moving teacher whose decay rises depends on the length; give decay_end the value of decay)"
+    )
+    assert asked(20, 30, **{**teacher, "target": {**teacher["target"], "decay_end": 0.9}}) == []
+    extra = {**wsd, "extra_targets": [{"target": {"name": "ema_teacher"}}]}
+    assert len(asked(20, 30, **extra)) == 1
+
+
 EVALUATE = "job: evaluate\nencoder: runs/a\ndata: {train: a, val: [b, c]}\nprobes: knn\n"
 
 

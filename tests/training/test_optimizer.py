@@ -72,17 +72,21 @@ def test_the_schedule_warms_up_then_only_falls(schedule: Any, total: int, warmup
     assert all(0 < v <= lr * (1 + 1e-9) for v in values)
     after = values[warmup:]
     assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    if after:
+        assert after[0] == pytest.approx(lr), "it does not fall before the warm-up has ended"
     if 0 < warmup < total:
         assert values[warmup - 1] == pytest.approx(lr)
         assert values[0] == pytest.approx(lr / warmup)
 
 
 def test_wsd_is_constant_for_four_fifths() -> None:
-    plan = plan_of(schedule="wsd", total_steps=100, global_batch_size=256)
+    plan = plan_of(schedule="wsd", total_steps=100, global_batch_size=256, every_steps={})
     assert plan.steps_before_decay == 80
     assert {plan.lr(step) for step in range(2, 81)} == {1.0}
     assert plan.lr(85) == pytest.approx(1 - 0.25**0.5)
-    assert "checkpoint" in plan.due_after(79), "a longer run begins from here"
+    assert plan.due_after(79) == frozenset(), "a trial of a fine-tuning cannot be made longer"
+    kept = plan_of(schedule="wsd", total_steps=100, every_steps={}, save_before_decay=True)
+    assert kept.due_after(79) == {"checkpoint"}, "a longer run begins from here"
     longer = plan_of(schedule="wsd", total_steps=200, global_batch_size=256)
     assert [plan.lr(step) for step in range(80)] == [longer.lr(step) for step in range(80)]
     assert {plan_of(schedule="constant", global_batch_size=256).lr(step) for step in range(2, 10)} == {1.0}

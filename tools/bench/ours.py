@@ -28,6 +28,7 @@ from mpp.pretraining.dataset import PretrainDataset
 from mpp.recipe.evaluate import EvaluateRecipe
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.runs import checkpoint
+from mpp.runs.records import checkpoints_in
 
 COMPILED = ", compiled"
 PREDICT_FRACTION = 1 / 3
@@ -177,7 +178,7 @@ class Resume(Kept):
     """Resuming, including the comparison of checksums."""
 
     def run(self, times: int) -> int:
-        if checkpoint.newest(self.folder) is None:
+        if not checkpoints_in(self.folder):
             checkpoint.save(self.folder, 0, self.step.model, self.step.optimizer, {}, keep=1)
         for _ in range(times):
             found = checkpoint.newest(self.folder)

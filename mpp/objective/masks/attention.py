@@ -74,12 +74,13 @@ class AttentionGuide(nn.Module):
 
         Args:
             images: Images of the batch.
-            noise: Random numbers in [0, 1), (B, uh, uw).
-            count: Number of units to hide in each image.
+            noise: Random numbers in [0, 1), (B·M, uh, uw).
+            count: Number of units to hide in each mask.
 
         Returns:
-            Hidden units, (B, uh, uw) bool.
+            Hidden units, (B·M, uh, uw) bool.
         """
-        attention = self.teacher.attention(images, (noise.shape[1], noise.shape[2])).view(noise.shape)
+        attention = self.teacher.attention(images, (noise.shape[1], noise.shape[2]))
+        attention = attention.repeat_interleave(len(noise) // len(attention), 0).view(noise.shape)
         gumbel = -(-noise.clamp(1e-7, 1 - 1e-7).log()).log()
         return lowest(-(self.strength * attention.clamp_min(1e-12).log() + gumbel), count)

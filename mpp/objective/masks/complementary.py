@@ -13,8 +13,8 @@ class ComplementaryMask(Mask):
     """Show every unit of an image about equally often over its masks (`masks_per_image`).
 
     The units are put in a random order, and each mask shows the units that follow those of the mask before it. No unit
-    is shown twice before all units were shown once: at ratio 0.75, four masks show each unit exactly once. CoMA has two
-    masks of ratio 0.5. With one mask per image, this is the same as `uniform`.
+    is shown twice before all units were shown once: at ratio 0.75, four masks show each unit once, but for rounding.
+    CoMA has two masks of ratio 0.5. With one mask per image, this is the same as `uniform`.
 
     Args:
         ratio: Fraction of the units to hide, rounded; at least one unit is hidden and one visible. A range [a, b] is

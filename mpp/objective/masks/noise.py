@@ -51,6 +51,7 @@ class NoiseMask(Mask):
             return spectrum
 
         kept = blur(self.fine_sigma) - (0.0 if self.coarse_sigma is None else blur(self.coarse_sigma))
+        kept[0, 0] = 0.0  # the mean, beside which the rest of a strong blur would be lost by rounding
         noise = np.fft.ifft2(np.fft.fft2(rng.standard_normal(grid)) * kept).real
         mask = np.zeros(noise.size, dtype=bool)
         mask[np.argsort(noise, axis=None, kind="stable")[noise.size - count :]] = True
