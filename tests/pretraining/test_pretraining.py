@@ -371,7 +371,7 @@ def test_a_finished_run_is_made_longer_as_if_it_had_been_so_from_the_start(
     longer = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"steps": 30})})
     whole = mpp.pretrain(longer.model_copy(update={"out": str(tmp_path / "whole")}))
     assert mpp.pretrain(recipe).step == 20
-    later = tmp_path / "run" / "reconstructions" / "step-00000020.png"
+    later = tmp_path / "run" / "reconstructions" / "step-00000019.png"
     later.parent.mkdir(exist_ok=True)
     later.touch()
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
