@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SIMMIM = {"corruption": "token", "mask.ratio": 0.6, "predict_fraction": 1.0}
+MAE = {"corruption": "drop", "head": {"name": "transformer", "dim": 64}, "predict_fraction": 1.0}
 MPP = {"corruption": "bert", "mask.ratio": 0.5, "predict_fraction": 1.0}
 TEACHER_ROW = "late joining"
 """Row whose encoder is the frozen teacher. It needs no published weights, and neither encoder has seen a label."""
@@ -35,7 +36,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "late joining": {},
     "late joining, a third": {"predict_fraction": 0.34},
     "late joining by 2 blocks, a third": {"corruption.enter": 4, "predict_fraction": 0.34},
-    "mae": {"corruption": "drop", "head": {"name": "transformer", "dim": 64}, "predict_fraction": 1.0},
+    "mae": MAE,
     "crossmae": {"corruption": "drop", "head": {"name": "cross_attention", "dim": 64}, "predict_fraction": 0.34},
     "simmim": SIMMIM,
     "mpp, mean_color": {**MPP, "target": "mean_color"},
@@ -51,19 +52,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "teacher": {**SIMMIM, **OWN_TEACHER, "mask": {"name": "block", "ratio": 0.6, "min_block": 4}},
     "teacher, late joining": OWN_TEACHER,
-    "mae, green noise": {
-        "corruption": "drop",
-        "head": {"name": "transformer", "dim": 64},
-        "predict_fraction": 1.0,
-        "mask": "noise",
-    },
-    "mae, 2 complementary masks": {
-        "corruption": "drop",
-        "head": {"name": "transformer", "dim": 64},
-        "predict_fraction": 1.0,
-        "mask": {"name": "complementary", "ratio": 0.75},
-        "masks_per_image": 2,
-    },
+    "mae, green noise": {**MAE, "mask": "noise"},
+    "mae, 2 complementary masks": {**MAE, "mask": {"name": "complementary", "ratio": 0.75}, "masks_per_image": 2},
     "ema_teacher, 8 masks": {**VISIBLE_ALONE, "mask": {"name": "inverse_block", "ratio": 0.75}},
     "ema_teacher, 8 complementary masks": {**VISIBLE_ALONE, "mask": {"name": "complementary", "ratio": 0.75}},
     "ema_teacher, late joining": {

@@ -161,7 +161,8 @@ def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, cla
     blank = torch.zeros(1, channels, *recipe.data.image_size, device=mean.device)
     for source, teacher in zip(keys.teacher, distillation.teachers, strict=True):
         try:
-            teacher(blank)
+            with torch.no_grad(), team.autocast():
+                teacher(blank)
         except Exception as error:  # timm's models raise different errors
             raise UserError(f"distill.teacher: {source} does not run: {one_line(error)}") from error
     return distillation

@@ -62,8 +62,7 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
     stem_dim = encoder.stem.dim if encoder.stem else 0
     corruption = registry.build("corruption", recipe.corruption, CorruptionContext(stem_dim, channels, unit))
     _check_corruption(corruption, encoder, unit)
-    statistics = any(name.endswith("running_var") for name, _ in encoder.named_buffers())
-    if recipe.masks_per_image > 1 and statistics:
+    if recipe.masks_per_image > 1 and any(name.endswith("running_var") for name, _ in encoder.named_buffers()):
         raise UserError(
             f"masks_per_image: {encoder.family} has batch norms, whose statistics would show each mask what the "
             "other masks of the same image hide; use 1"

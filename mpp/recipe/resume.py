@@ -22,7 +22,7 @@ depends on micro-batches: draws of drop path, mixup and random erasing, and stat
 
 
 LENGTH = ("optim.steps", "optim.epochs")
-"""Keys of which one says how long to train."""
+"""Keys that set the length of a training. A recipe has one of them."""
 
 
 def differences(old: Job, new: Job) -> list[str]:

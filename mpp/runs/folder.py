@@ -63,10 +63,10 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
             find_run(recipe, resume, fingerprint=fingerprint)
         lock = Lock(out)
         run = find_run(recipe, resume, fingerprint=fingerprint)  # again: another process may have been faster
-        outdated = _of_shorter_run(out, recipe)
-        if outdated or _asks_for_longer(out, recipe):
+        outdated, longer = _of_shorter_run(out, recipe), _asks_for_longer(out, recipe)
+        if outdated or longer:
             _set_encoder_aside(out, run)
-        if resume != "auto" or read_status(out) != "finished" or _asks_for_more(out, recipe):
+        if resume != "auto" or read_status(out) != "finished" or longer or _asks_for_more(out, recipe):
             create_run(recipe)  # else recipe.yaml of a finished run stays unchanged
         for path in outdated:
             checkpoint.remove(path)
@@ -235,13 +235,9 @@ def _set_encoder_aside(run: Path, begins: OpenRun) -> None:
 
 
 def _asks_for_more(run: Path, recipe: Job) -> bool:
-    """Return whether a recipe has other seeds, approaches or steps than a finished run.
-
-    If so, the run's recipe.yaml is replaced.
-    """
+    """Return whether a recipe has other seeds or approaches than a finished run. If so, its recipe.yaml is replaced."""
     before, now = settings_of(load_recipe(run / RECIPE, type(recipe))), settings_of(recipe)
-    others = any(before.get(key) != now.get(key) for key in ("seeds", "beside"))
-    return others or _asks_for_longer(run, recipe)
+    return any(before.get(key) != now.get(key) for key in ("seeds", "beside"))
 
 
 def _same_data(run: Path, fingerprint: str) -> None:

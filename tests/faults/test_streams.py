@@ -103,7 +103,7 @@ def test_a_terminal_that_is_closed(started: Any, tmp_path: Path) -> None:
     os.close(theirs)
     read_until(logged(tmp_path / "run", 5), ours)
     os.close(ours)
-    assert run.wait(120) == 129
+    assert run.wait(60) == 129
     saved_by(tmp_path / "run", "SIGHUP")
 
 
