@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mpp.data.batch import Images, Units
 from mpp.encoders.cells import Corrupted, EncoderOutput, gather_cells
 from mpp.encoders.teacher import FrozenTeacher
+from mpp.objective.grid import count_hidden
 
 
 class Mask:
@@ -35,15 +36,17 @@ class Mask:
 
     unit_px: int | None
     """Side of a mask unit in pixels. None means the encoder's stride."""
+    ratio: float | tuple[float, float]
+    """Fraction of the units to hide, or its range. A mask without a ratio overrides `count`."""
 
     def count(self, grid: tuple[int, int], draw: float) -> int:
         """Return how many units to hide in every image of a batch.
 
         Args:
             grid: Grid of mask units (uh, uw).
-            draw: Random number of the batch in [0, 1), for ratios that vary.
+            draw: Random number of the batch in [0, 1), which chooses the fraction from a range.
         """
-        raise NotImplementedError
+        return count_hidden(grid[0] * grid[1], self.ratio, draw)
 
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         """Draw one mask, (uh, uw) bool, with `count` units hidden."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpp.data.batch import Images
 from mpp.encoders.teacher import FrozenTeacher
-from mpp.objective.grid import count_hidden, lowest
+from mpp.objective.grid import lowest
 from mpp.objective.interfaces import Mask
 from mpp.recipe.values import Bool, NonNegativeFloat, PositiveInt, Ratio, TimmArgs
 
@@ -44,9 +44,6 @@ class AttentionMask(Mask):
     ) -> None:
         self.ratio, self.unit_px = ratio, unit_px
         self.teacher, self.pretrained, self.args, self.strength = teacher, pretrained, args, strength
-
-    def count(self, grid: tuple[int, int], draw: float) -> int:
-        return count_hidden(grid[0] * grid[1], self.ratio, draw)
 
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         """Draw a uniform mask, which the guide replaces."""

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-from mpp.objective.grid import count_hidden
 from mpp.objective.interfaces import Mask
 from mpp.recipe.values import Aspect, PositiveInt, Ratio
 
@@ -34,9 +33,6 @@ class BlockMask(Mask):
         unit_px: PositiveInt | None = None,
     ) -> None:
         self.ratio, self.min_block, self.max_aspect, self.unit_px = ratio, min_block, max_aspect, unit_px
-
-    def count(self, grid: tuple[int, int], draw: float) -> int:
-        return count_hidden(grid[0] * grid[1], self.ratio, draw)
 
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         gh, gw = grid

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpp.objective.grid import count_hidden
 from mpp.objective.interfaces import Mask
 from mpp.recipe.values import PositiveInt, Ratio
 
@@ -24,9 +23,6 @@ class ComplementaryMask(Mask):
 
     def __init__(self, *, ratio: Ratio = 0.75, unit_px: PositiveInt | None = None) -> None:
         self.ratio, self.unit_px = ratio, unit_px
-
-    def count(self, grid: tuple[int, int], draw: float) -> int:
-        return count_hidden(grid[0] * grid[1], self.ratio, draw)
 
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         return self.draw_several(grid, count, 1, rng)[0]

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-from mpp.objective.grid import count_hidden
 from mpp.objective.interfaces import Mask
 from mpp.recipe.values import Aspect, Bool, PositiveInt, Ratio
 
@@ -35,9 +34,6 @@ class InverseBlockMask(Mask):
         unit_px: PositiveInt | None = None,
     ) -> None:
         self.ratio, self.max_aspect, self.roll, self.unit_px = ratio, max_aspect, roll, unit_px
-
-    def count(self, grid: tuple[int, int], draw: float) -> int:
-        return count_hidden(grid[0] * grid[1], self.ratio, draw)
 
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         gh, gw = grid

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpp.objective.grid import count_hidden
 from mpp.objective.interfaces import Mask
 from mpp.recipe.values import NonNegativeFloat, PositiveFloat, PositiveInt, Ratio
 
@@ -37,9 +36,6 @@ class NoiseMask(Mask):
         if coarse_sigma is not None and coarse_sigma <= fine_sigma:
             raise ValueError(f"coarse_sigma: must be above fine_sigma, {fine_sigma}; got {coarse_sigma}")
         self.ratio, self.fine_sigma, self.coarse_sigma, self.unit_px = ratio, fine_sigma, coarse_sigma, unit_px
-
-    def count(self, grid: tuple[int, int], draw: float) -> int:
-        return count_hidden(grid[0] * grid[1], self.ratio, draw)
 
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         rows, columns = (np.fft.fftfreq(n) for n in grid)

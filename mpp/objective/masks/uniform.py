@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpp.objective.grid import count_hidden
 from mpp.objective.interfaces import Mask
 from mpp.recipe.values import PositiveInt, Ratio
 
@@ -22,9 +21,6 @@ class UniformMask(Mask):
 
     def __init__(self, *, ratio: Ratio = 0.6, unit_px: PositiveInt | None = None) -> None:
         self.ratio, self.unit_px = ratio, unit_px
-
-    def count(self, grid: tuple[int, int], draw: float) -> int:
-        return count_hidden(grid[0] * grid[1], self.ratio, draw)
 
     def __call__(self, grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
         n = grid[0] * grid[1]
