@@ -7,7 +7,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+
+from tests.preloaded import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN_FILES = 30
@@ -65,6 +67,26 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def verify_in_forks() -> Iterator[Any]:
+    """Verify exports in forks of a process without mpp, except where a test asks for `new_interpreters`."""
+    from mpp.exchange import verify
+    from tests import clean
+
+    with pytest.MonkeyPatch.context() as patch:
+        in_new_interpreter = verify.run_in_new_interpreter
+        patch.setattr(verify, "run_in_new_interpreter", clean.run_program)
+        yield in_new_interpreter
+
+
+@pytest.fixture
+def new_interpreters(verify_in_forks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify exports as users do: each in a new interpreter."""
+    from mpp.exchange import verify
+
+    monkeypatch.setattr(verify, "run_in_new_interpreter", verify_in_forks)
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +169,8 @@ def command(
 ) -> subprocess.CompletedProcess[str]:
     """Run `mpp …`, or another module, in its own process, or under torchrun on several.
 
+    A command of mpp that gets no environment and no options but `cwd` and `timeout` is a fork of `tests.preloaded`.
+
     Args:
         *words: Command line after the module.
         processes: Number of processes.
@@ -154,6 +178,8 @@ def command(
         environment: Additional environment variables.
         **options: Options of `subprocess.run`.
     """
+    if (processes, module, environment) == (1, "mpp", None) and options.keys() <= {"cwd", "timeout"}:
+        return run_command([str(word) for word in words], **{"cwd": os.getcwd(), **options})
     launcher = [sys.executable, "-m", module]
     if processes > 1:
         launcher = [

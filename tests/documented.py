@@ -6,8 +6,6 @@ file name, the block is that file. A page lists what it requires as `<!-- worksp
 
 from __future__ import annotations
 
-import atexit
-import json
 import os
 import re
 import shlex
@@ -22,6 +20,7 @@ import timm
 from safetensors.torch import save_file
 
 from tests.conftest import ROOT, drawn_image, encoded
+from tests.preloaded import run_command
 
 SMALLER = {
     "mpp pretrain": [
@@ -72,28 +71,6 @@ def cut_down(line: str) -> str:
     return " ".join([line, *(f"'{e}'" for e in extra if e.split("=")[0] not in given)])
 
 
-_preloaded: list[subprocess.Popen[str]] = []
-
-
-def _ask_preloaded(words: list[str], cwd: Path) -> tuple[int, str]:
-    """Run a command of mpp in the preloaded process. Return its exit code and what it printed."""
-    if not _preloaded:
-        program = [sys.executable, "-m", "tests.preloaded"]
-        _preloaded.append(
-            subprocess.Popen(
-                program, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        )
-        atexit.register(_preloaded[0].terminate)
-    process = _preloaded[0]
-    assert process.stdin
-    assert process.stdout
-    process.stdin.write(json.dumps({"words": words, "cwd": str(cwd)}) + "\n")
-    process.stdin.flush()
-    answer = json.loads(process.stdout.readline())
-    return answer["code"], answer["said"]
-
-
 def run(line: str, cwd: Path, allowed: tuple[int, ...] = (0,), **env: str) -> str:
     """Run a line of the shell and return what it prints.
 
@@ -104,13 +81,13 @@ def run(line: str, cwd: Path, allowed: tuple[int, ...] = (0,), **env: str) -> st
         **env: Additional environment variables.
     """
     if line.startswith("mpp ") and not env and not set(line) & set("|<>&;$*`"):
-        code, said = _ask_preloaded(shlex.split(line)[1:], cwd)
+        done = run_command(shlex.split(line)[1:], cwd)
     else:
         done = subprocess.run(
             ["bash", "-c", line], cwd=cwd, env={**ENVIRONMENT, **env}, capture_output=True, text=True, check=False
         )
-        code, said = done.returncode, done.stdout + done.stderr
-    assert code in allowed, f"{line}\n{said}"
+    said = done.stdout + done.stderr
+    assert done.returncode in allowed, f"{line}\n{said}"
     return said
 
 

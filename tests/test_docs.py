@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -24,7 +23,6 @@ from tests.documented import (
     assert_shown,
     blocks,
     commands,
-    run,
     run_page,
     shown_outputs,
 )
@@ -43,26 +41,6 @@ def test_every_command_and_snippet(page: Path, workspace: Workspace, tmp_path: P
     printed = run_page(text, workspace.copy(text, tmp_path))
     assert printed
     assert_shown(text, printed)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_component_as_the_guide_adds_it(workspace: Workspace, tmp_path: Path) -> None:
-    """In a copy of the package, the component's one file is enough, and it meets the contract of masks."""
-    text = (DOCS / "extending.md").read_text()
-    folder = workspace.copy(text, tmp_path)
-    shutil.copytree(ROOT / "mpp", folder / "mpp", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("tests", "pyproject.toml"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "bin").mkdir()
-    program = folder / "bin" / "mpp"  # of the copy, not of the installation
-    program.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" -m mpp "$@"\n')
-    program.chmod(0o755)
-    env = {"PATH": f"{folder / 'bin'}:{ENVIRONMENT['PATH']}", "PYTHONPATH": str(folder)}
-    assert run_page(text, folder, **env)
-    run(
-        f"{sys.executable} -m pytest -q -p no:cacheprovider tests/contracts/test_components.py -k stripe", folder, **env
-    )
 
 
 def test_guides_run_every_command_and_show_some_output() -> None:

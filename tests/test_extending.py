@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,55 +14,67 @@ from PIL import Image
 from mpp.encoders.support import Family
 from mpp.objective import contract
 from tests.conftest import ROOT
+from tests.documented import ENVIRONMENT, Workspace, run, run_page
 
 TEXT = (ROOT / "docs" / "extending.md").read_text()
+NEW_FILES = ("mpp/objective/targets/luma.py", "mpp/finetuning/labels/number.py", "mpp/finetuning/tasks/regress.py")
 EXAMPLES = dict(re.findall(r"<!-- worked example: (.*?) -->\n```(?:python|text)\n(.*?)```", TEXT, re.DOTALL))
 
 
 class Copy:
-    """A copy of the project with the examples' files added, and nothing else."""
+    """A copy of the package with the guide's files added, and nothing else."""
 
-    def __init__(self, folder: Path, *files: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for part in ("mpp", "tests", "recipes"):
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        for file in files:
+        shutil.copytree(ROOT / "mpp", folder / "mpp", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("tests", "pyproject.toml"):
+            (folder / name).symlink_to(ROOT / name)
+        for file in NEW_FILES:
             (folder / file).write_text(EXAMPLES[file])
+        (folder / "bin").mkdir()
+        program = folder / "bin" / "mpp"  # of the copy, not of the installation
+        program.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" -m mpp "$@"\n')
+        program.chmod(0o755)
+        self.env = {"PATH": f"{folder / 'bin'}:{ENVIRONMENT['PATH']}", "PYTHONPATH": str(folder)}
 
-    def python(self, *words: str) -> str:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.folder)}
-        command = [sys.executable, "-m", *words]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def run(self, line: str) -> str:
+        return run(line, self.folder, **self.env)
+
+
+@pytest.fixture(scope="module")
+def copy(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    """Follow the guide from top to bottom in a copy, which then has its components."""
+    copy = Copy(workspace.copy(TEXT, tmp_path_factory.mktemp("copy")))
+    assert run_page(TEXT, copy.folder, **copy.env)
+    return copy
 
 
 @pytest.mark.slow
-def test_an_objective_is_one_file(shards: Path, tmp_path: Path) -> None:
-    """The new target trains, and the contract tests find it."""
-    copy = Copy(tmp_path, "mpp/objective/targets/luma.py")
-    tests = ("tests/contracts/test_components.py", "tests/contracts/test_objectives.py")
-    found = copy.python("pytest", *tests, "-k", "luma or declares")
+@pytest.mark.timeout(600)
+def test_a_component_is_one_file(copy: Copy) -> None:
+    """The contract tests find the new mask, target and kind of label. The target trains."""
+    tests = "tests/contracts/test_components.py tests/contracts/test_objectives.py"
+    found = copy.run(f"{sys.executable} -m pytest -p no:cacheprovider {tests} -k 'stripe or luma or declares'")
     passed = re.search(r"(\d+) passed", found)
     assert passed
-    assert int(passed[1]) >= 20, found
-    assert "LumaTarget" in copy.python("mpp", "recipe", "schema", "pretrain")
-    words = ("--preset", "tiny", "target=luma", "target.gain=2", f"data.shards={shards}", "out=run")
-    copy.python("mpp", "pretrain", "recipes/pretrain/simmim_vit_b16.yaml", *words)
+    assert int(passed[1]) >= 22, found
+    assert "SeveralClasses" not in found
+    assert "LumaTarget" in copy.run("mpp recipe schema pretrain")
+    words = "--preset tiny target=luma target.gain=2 data.shards=shards/photos out=runs/luma"
+    copy.run(f"mpp pretrain recipes/pretrain/simmim_vit_b16.yaml {words}")
 
 
 @pytest.mark.slow
-def test_a_kind_of_label_is_one_file(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_kind_of_label_is_one_file(copy: Copy) -> None:
     """The kind of label comes with a task that learns it: how bright an image is."""
-    copy = Copy(tmp_path, "mpp/finetuning/labels/number.py", "mpp/finetuning/tasks/regress.py")
     for part, first in (("train", 0), ("val", 40)):
         rows = ["image,number"]
         for i in range(first, first + 40):
             level = (37 * i) % 200 + 20
-            Image.new("RGB", (16, 16), (level, level, level)).save(tmp_path / f"{i}.png")
+            Image.new("RGB", (16, 16), (level, level, level)).save(copy.folder / f"{i}.png")
             rows.append(f"{i}.png,{level / 255:.4f}")
-        (tmp_path / f"{part}.csv").write_text("\n".join(rows))
+        (copy.folder / f"{part}.csv").write_text("\n".join(rows))
     vit = "{name: vit_tiny_patch16_224, args: {patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}"
     recipe = f"""
 job: finetune
@@ -76,12 +86,11 @@ seeds: [0]
 data: {{train: train.csv, val: val.csv, image_size: 16, workers: 0, crop_scale: [0.9, 1.0]}}
 optim: {{steps: 60, base_lr: 0.02, global_batch_size: 20, warmup_steps: 5}}
 """
-    (tmp_path / "regress.yaml").write_text(recipe)
-    copy.python("mpp", "finetune", "regress.yaml")
-    metrics = json.loads((tmp_path / "ft" / "scratch-seed0" / "result.json").read_text())["metrics"]
+    (copy.folder / "regress.yaml").write_text(recipe)
+    copy.run("mpp finetune regress.yaml")
+    metrics = json.loads((copy.folder / "ft" / "scratch-seed0" / "result.json").read_text())["metrics"]
     assert metrics["r2"] > 0.5, metrics
-    assert "verified" in copy.python("mpp", "verify", "ft/scratch-seed0")
-    assert "SeveralClasses" not in copy.python("pytest", "tests/contracts/test_components.py", "-k", "declares")
+    assert "verified" in copy.run("mpp verify ft/scratch-seed0")
 
 
 def test_a_family_is_one_line() -> None:

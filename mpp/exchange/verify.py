@@ -178,14 +178,17 @@ def found_in_clean_process(folder: Path, program: str, otherwise: str) -> JsonOb
     Raises:
         UserError: If the program fails.
     """
-    # -I: no modules from the working folder, PYTHONPATH or the user's site packages
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", program, str(folder)], capture_output=True, text=True, check=False
-    )
+    process = run_in_new_interpreter(program, str(folder))
     if process.returncode:
         lines = process.stderr.strip().splitlines()
         raise UserError(f"{folder}: {otherwise}: {lines[-1] if lines else 'no message'}")
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def run_in_new_interpreter(program: str, argument: str) -> subprocess.CompletedProcess[str]:
+    # -I: no modules from the working folder, PYTHONPATH or the user's site packages
+    command = [sys.executable, "-I", "-c", program, argument]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def check_files(folder: Path, checksums: dict[str, str]) -> None:

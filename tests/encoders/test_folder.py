@@ -136,6 +136,7 @@ def test_config_has_no_second_num_classes(exported: Path) -> None:
     assert "num_classes" not in json.loads((exported / "config.json").read_text())["model_args"]
 
 
+@pytest.mark.usefixtures("new_interpreters")
 def test_verify_says_what_holds(exported: Path) -> None:
     found = mpp.verify(exported)
     assert found.difference <= 1e-5

@@ -20,6 +20,7 @@ import yaml
 
 from mpp.runs.records import read_metrics
 from tests.conftest import ROOT, pretrain_values
+from tests.line_server import LineServer
 
 WAIT_S = 120.0
 JOBS = ["pretrain", "finetune"]
@@ -29,28 +30,17 @@ class Nursery:
     """Client of the process in nursery.py."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=ROOT, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
-        self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        assert line, "the nursery has ended"
-        found: dict[str, Any] = json.loads(line)
-        return found
+        plain = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "CUDA_VISIBLE_DEVICES": ""}
+        program = [sys.executable, "-m", "tests.faults.nursery"]
+        self._server = LineServer(program, cwd=ROOT, start_new_session=True, env={**os.environ, **plain})
+        self._server.read()  # it is ready
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
+        found: dict[str, Any] = self._server.ask(request)
+        return found
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._server.close()
 
     def start(
         self,

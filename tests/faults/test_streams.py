@@ -40,7 +40,11 @@ def started(shards: Path, tmp_path: Path) -> Any:
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(pretrain_values(shards, tmp_path / "run", **LONG)))
         line = f"{before} {sys.executable} -m mpp pretrain {tmp_path / 'r.yaml'} {' '.join(words)}"
         run = subprocess.Popen(
-            ["bash", "-c", line], start_new_session=True, env={**os.environ, **(env or {})}, **streams
+            ["bash", "-c", line],
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup
+            **streams,
         )
         processes.append(run)
         return run
