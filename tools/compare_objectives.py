@@ -32,6 +32,8 @@ VISIBLE_ALONE = {
     "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99}, "loss": "smooth_l1", "masks_per_image": 8,
 }  # fmt: skip
 """Objective of data2vec 2.0 with CrossMAE's head: each image is encoded once for each of its masks."""
+VIEWS = 4
+VIEWS_AGREE: dict[str, Any] = {"agreement": {"views": VIEWS}, "data.color_jitter": 0.4, "data.grayscale": 0.2}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "late joining": {},
     "late joining, a third": {"predict_fraction": 0.34},
@@ -56,6 +58,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "mae, 2 complementary masks": {**MAE, "mask": {"name": "complementary", "ratio": 0.75}, "masks_per_image": 2},
     "ema_teacher, 8 masks": {**VISIBLE_ALONE, "mask": {"name": "inverse_block", "ratio": 0.75}},
     "ema_teacher, 8 complementary masks": {**VISIBLE_ALONE, "mask": {"name": "complementary", "ratio": 0.75}},
+    "mae, 4 views agree": {**MAE, **VIEWS_AGREE},
+    "late joining, 4 views agree": VIEWS_AGREE,
     "ema_teacher, late joining": {
         "target": {"name": "ema_teacher", "layers": 4, "decay": 0.99},
         "loss": "smooth_l1",
@@ -173,7 +177,7 @@ def do(
     return {
         "row": name,
         "steps": steps,
-        "images": 32 * steps,
+        "images": 32 * steps // (VIEWS if "agreement" in changes else 1),
         "cpu_minutes": costs,
         "skill": skills,
         "target_rank": last.get("target_rank_ema_teacher"),

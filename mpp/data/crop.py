@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpp.data.decoding.decode import Box, centre_box, decode_crop, random_box
+from mpp.data.jitter import jitter_colours, remove_colours
 from mpp.recipe.sections import ValueRange
 
 
@@ -32,11 +33,19 @@ class Crop:
     """Values that become 0 and 255, for images that are not read as 8 bit."""
     nodata: float | None = None
     """Value that marks missing pixels in images with a `value_range`."""
+    color_jitter: float = 0.0
+    """Strength of random changes of brightness, contrast and saturation, for images of 8 bit."""
+    grayscale: float = 0.0
+    """Probability that an image of 8 bit loses its colours."""
 
     def random(self, data: bytes, rng: np.random.Generator) -> Tensor:
-        """Return a random crop, (C, H, W), flipped at random. `rng` is the generator of the sample."""
+        """Return a random crop, (C, H, W), flipped at random and with random colours. `rng` is that of the sample."""
         flip = rng.random() < self.flip  # drawn first, because a crop takes a varying number of draws
         image = self._decode(data, lambda w, h: random_box(rng, w, h, self.scale, self.ratio))
+        if self.color_jitter:
+            image = jitter_colours(image, rng, self.color_jitter)
+        if self.grayscale and rng.random() < self.grayscale:
+            image = remove_colours(image)
         return image.flip(-1) if flip else image
 
     def centre(self, data: bytes) -> Tensor:

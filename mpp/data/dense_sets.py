@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from mpp.data.decoding.decode import GREY, Box, decode_crop, decode_pillow, random_box
 from mpp.data.files import read_regular
+from mpp.data.jitter import jitter_colours
 from mpp.data.labeled_sets import LabeledBatch
 from mpp.data.places import Detected, Segmented
 from mpp.errors import BadImage, UserError
@@ -95,7 +96,7 @@ class DenseDataset(Dataset[LabeledBatch]):
                 bad.append(f"{self.data.images[number]}: {error}")
                 continue
             if self.color_jitter:
-                image = _jittered(image, rng, self.color_jitter)
+                image = jitter_colours(image, rng, self.color_jitter)
             return (image.flip(-1) if flip else image), labels, bad
         raise UserError("data.train: not one of the chosen images can be read; the last: " + bad[-1])
 
@@ -195,12 +196,3 @@ def within(size: tuple[int, int], max_image_pixels: int) -> tuple[int, int]:
 
 def _together(labels: Sequence[Any]) -> Any:
     return torch.stack(list(labels)) if isinstance(labels[0], Tensor) else list(labels)
-
-
-def _jittered(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
-    """Multiply brightness, contrast and, for colour images, saturation, in this order, by factors of 1 ± strength."""
-    changes = [F.adjust_brightness, F.adjust_contrast, *([F.adjust_saturation] if image.shape[0] >= 3 else [])]
-    seen, rest = image[:3], image[3:]  # transparency is not changed
-    for change in changes:
-        seen = change(seen, rng.uniform(max(1 - strength, 0), 1 + strength))
-    return torch.cat([seen, rest])

@@ -1,5 +1,7 @@
 """The order in which a run sees its samples: a pure function of (seed, position).
 
+A sample is one crop of an image. If an image has several views, they are consecutive samples.
+
 In each epoch the shards are permuted, concatenated and cut into `lanes` equal parts. Each lane is shuffled in windows
 of `window` samples. A global batch takes batch / lanes samples from every lane. So it mixes shards from the first step,
 while reading stays nearly sequential. The number of samples seen is the only state, so a run can stop anywhere and
@@ -18,20 +20,21 @@ from mpp.rng import Purpose, stream
 
 
 class Order:
-    """Samples of an endless run over shards. No sample occurs twice in an epoch.
+    """Samples of an endless run over shards. No image occurs twice in an epoch, except for its views.
 
-    Fewer than `lanes` samples are left out of each epoch, different ones each time.
+    Fewer than `lanes` images are left out of each epoch, different ones each time.
 
     Args:
-        counts: Number of samples of each shard.
-        global_batch: Number of samples of a step.
+        counts: Number of images of each shard.
+        global_batch: Number of samples of a step, a multiple of `views`.
         seed: Seed of the run.
-        lanes: Greatest number of lanes. The largest divisor of `global_batch` is used that exceeds neither this number
-            nor the samples divided by `window`, rounded up. So small datasets are shuffled as a whole.
-        window: Number of consecutive samples of a lane that are shuffled together.
+        lanes: Greatest number of lanes. The largest divisor of the images of a step is used that exceeds neither this
+            number nor the images divided by `window`, rounded up. So small datasets are shuffled as a whole.
+        window: Number of consecutive images of a lane that are shuffled together.
+        views: Number of consecutive samples that are views of one image.
 
     Raises:
-        ValueError: If there are no samples.
+        ValueError: If there are no images.
     """
 
     def __init__(
@@ -42,16 +45,21 @@ class Order:
         seed: int,
         lanes: int = 256,
         window: int = 4096,
+        views: int = 1,
     ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         total = int(self.counts.sum())
         if total == 0:
             raise ValueError("no samples")
-        most = min(lanes, math.ceil(total / window), global_batch)
-        self.lanes = max(n for n in range(1, most + 1) if global_batch % n == 0)
+        images_per_step = global_batch // views
+        most = min(lanes, math.ceil(total / window), images_per_step)
+        self.lanes = max(n for n in range(1, most + 1) if images_per_step % n == 0)
         self.lane_len = total // self.lanes
-        self.epoch_len = self.lane_len * self.lanes
-        self.global_batch, self.window, self.seed = global_batch, window, seed
+        self.epoch_len = self.lane_len * self.lanes * views
+        """Number of samples of an epoch."""
+        self.samples_per_lane = global_batch // self.lanes
+        """Number of samples of a step from each lane."""
+        self.global_batch, self.window, self.seed, self.views = global_batch, window, seed, views
         self.total = total
         self._remember()
 
@@ -87,7 +95,7 @@ class Order:
 
     def window_at(self, seen: int) -> tuple[int, int]:
         """Return (epoch, number) of the window in which every lane is after `seen` samples."""
-        epoch, offset = divmod(seen // self.lanes, self.lane_len)
+        epoch, offset = divmod(seen // self.views // self.lanes, self.lane_len)
         return epoch, offset // self.window
 
     def window_after(self, epoch: int, number: int) -> tuple[int, int]:
@@ -115,12 +123,11 @@ class Order:
             start: First slot of the global batch to return.
             count: Number of samples to return.
         """
-        per_lane = self.global_batch // self.lanes
-        taken = seen // self.lanes
+        taken = seen // self.views // self.lanes  # images of each lane
         samples = []
         for slot in range(start, start + count):
-            lane, j = divmod(slot, per_lane)
-            epoch, offset = divmod(taken + j, self.lane_len)
+            lane, j = divmod(slot, self.samples_per_lane)
+            epoch, offset = divmod(taken + j // self.views, self.lane_len)
             number, place = divmod(offset, self.window)
             shards, rows = self._window(epoch, lane, number)
             samples.append((seen + slot, int(shards[place]), int(rows[place])))
@@ -129,9 +136,9 @@ class Order:
 
 def lanes_read_by(ranks: Iterable[int], order: Order, *, accumulate: int, world: int) -> list[int]:
     """Return the lanes from which these ranks take samples, out of `world` processes."""
-    size, per_lane = order.global_batch // (accumulate * world), order.global_batch // order.lanes
+    size = order.global_batch // (accumulate * world)
     starts = [(m * world + rank) * size for rank in ranks for m in range(accumulate)]
-    return sorted({slot // per_lane for start in starts for slot in range(start, start + size)})
+    return sorted({slot // order.samples_per_lane for start in starts for slot in range(start, start + size)})
 
 
 class MicroBatches:

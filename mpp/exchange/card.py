@@ -12,7 +12,17 @@ from mpp.evaluation.probes import PROTOCOL
 from mpp.recipe.flat import JsonObject
 from mpp.runs.history import History, read_run
 
-PRETRAINING = ("encoder.name", "data.image_size", "mask", "corruption", "target", "loss", "head", "predict_fraction")
+PRETRAINING = (
+    "encoder.name",
+    "data.image_size",
+    "mask",
+    "corruption",
+    "target",
+    "loss",
+    "head",
+    "predict_fraction",
+    "agreement",
+)
 FINETUNING = (
     "encoder",
     "architecture",
@@ -132,7 +142,7 @@ def _cost(run: History, env: JsonObject) -> str:
         kind += f" ({env.get('torch_threads', '?')} threads each)"
     last, hours = run.metrics[-1], run.hours()[-1]
     took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    return f"{last['step']} steps, {last['seen']} images seen, {took} of training; {kind}."
+    return f"{last['step']} steps, {run.images_seen()} images seen, {took} of training; {kind}."
 
 
 def _table(run: History, keys: tuple[str, ...]) -> str:
@@ -143,7 +153,7 @@ def _table(run: History, keys: tuple[str, ...]) -> str:
             continue
         if isinstance(value, dict):
             rest = ", ".join(f"{k} {v}" for k, v in value.items() if k != "name" and v is not None)
-            value = f"{value.get('name', '')}{f' ({rest})' if rest else ''}"
+            value = f"{value.get('name', '')}{f' ({rest})' if rest else ''}".strip()
         rows.append(f"| {key} | {value} |")
     return "\n".join(["| key | value |", "|---|---|", *rows, "", "All of it: `recipe.yaml`."])
 

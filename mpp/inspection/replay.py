@@ -83,9 +83,10 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
             lines.append(f"process {share.rank}, micro-batch {m}: loss {_shown(now)}; in the run {_shown(before)}")
             if not all(map(math.isfinite, now)):
                 lines.append(f"  first in {began.where}" if began.where else "  in the loss itself")
-                alone = [_alone(batch, i) for i in range(len(batch["images"]))]
+                views = getattr(model, "views", 1)
+                alone = {i: _alone(batch, i, views) for i in range(0, len(batch["images"]), views)}
                 with torch.no_grad():
-                    culprits = [i for i, b in enumerate(alone) if not loss_of(share, m, b).isfinite().all()]
+                    culprits = [i for i, b in alone.items() if not loss_of(share, m, b).isfinite().all()]
                 if len(culprits) == len(alone) > 1:
                     lines.append("  every image alone, too: the weights, most likely")
                 else:
@@ -142,16 +143,21 @@ def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modu
     return model, averaged, loss_of
 
 
-def _alone(batch: JsonObject, i: int) -> JsonObject:
+def _alone(batch: JsonObject, first: int, views: int) -> JsonObject:
     """Return a batch with one image of a batch, and with all of its masks.
 
     Unlabeled images are left out, since their number differs.
+
+    Args:
+        batch: Tensors of the micro-batch by name.
+        first: Row of the image's first view.
+        views: Number of views of each image.
     """
     found = {}
     for key, value in batch.items():
         if key not in ("weak", "strong"):
             rows = len(value) // len(batch["images"])  # an image may have several masks
-            found[key] = value[i * rows : (i + 1) * rows]
+            found[key] = value[first * rows : (first + views) * rows]
     return found
 
 

@@ -17,6 +17,7 @@ from mpp.encoders.teacher import FrozenTeacher, frozen_copy, frozen_teacher
 from mpp.encoders.timm_model import TimmModel
 from mpp.errors import MppWarning, UserError
 from mpp.objective import contract
+from mpp.objective.agreement import Agreement
 from mpp.objective.interfaces import Corruption, CorruptionContext, Mask, TargetContext
 from mpp.objective.model import MaskedPatchModel, Objective
 from mpp.objective.weight_init import init_as_mae
@@ -62,10 +63,16 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
     stem_dim = encoder.stem.dim if encoder.stem else 0
     corruption = registry.build("corruption", recipe.corruption, CorruptionContext(stem_dim, channels, unit))
     _check_corruption(corruption, encoder, unit)
-    if recipe.masks_per_image > 1 and any(name.endswith("running_var") for name, _ in encoder.named_buffers()):
+    has_batch_norms = any(name.endswith("running_var") for name, _ in encoder.named_buffers())
+    if recipe.masks_per_image > 1 and has_batch_norms:
         raise UserError(
             f"masks_per_image: {encoder.family} has batch norms, whose statistics would show each mask what the "
             "other masks of the same image hide; use 1"
+        )
+    if recipe.agreement and has_batch_norms and recipe.encoder.grad_checkpointing:
+        raise UserError(
+            f"encoder.grad_checkpointing: {encoder.family} has batch norms, so each view of agreement has its own "
+            "forward pass, and only the last one can be recomputed; use false"
         )
     objectives = _build_objectives(recipe, encoder, unit, corruption.hidden_enter)
     mean, std = recipe.data.mean_std()
@@ -84,6 +91,9 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
             guide=guide,
             mean=mean,
             std=std,
+            agreement=Agreement(encoder.dim, **recipe.agreement.model_dump()) if recipe.agreement else None,
+            # In one batch, the statistics of batch norms would show a view what other views of the image hide.
+            views_apart=has_batch_norms,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

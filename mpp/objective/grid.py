@@ -34,6 +34,12 @@ def visible_cells(hidden: Tensor, hidden_count: int) -> Tensor:
     return flat.argsort(dim=1, stable=True)[:, : flat.shape[1] - hidden_count]
 
 
+def group_cells(grid_map: Tensor, parts: int) -> Tensor:
+    """Collect the values of each square of parts × parts cells: (B, gh, gw) -> (B, gh/parts, gw/parts, parts²)."""
+    squares = grid_map.unflatten(1, (-1, parts)).unflatten(3, (-1, parts))  # (B, rows, parts, columns, parts)
+    return squares.transpose(2, 3).flatten(3)
+
+
 def count_hidden(units: int, ratio: float | tuple[float, float], draw: float) -> int:
     """Return how many units to hide. At least one unit is hidden, and at least one stays visible.
 

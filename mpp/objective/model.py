@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mpp.data.batch import NOISE, Images, Units
 from mpp.encoders.adapter import TimmEncoder
-from mpp.encoders.cells import Cells, Corrupted, gather_cells, patchify, repeat_cells, unpatchify
-from mpp.objective.grid import hidden_cells, lowest, visible_cells
+from mpp.encoders.cells import Cells, Corrupted, EncoderOutput, gather_cells, patchify, repeat_cells, unpatchify
+from mpp.objective.agreement import Agreement
+from mpp.objective.grid import group_cells, hidden_cells, lowest, visible_cells
 from mpp.objective.interfaces import Corruption, Head, Loss, Target
 from mpp.recipe.registry import named_with
 
@@ -58,6 +59,8 @@ class MaskedPatchModel(nn.Module):
         guide: Module that makes the mask from images, noise and count. None means that the batch's mask is used.
         mean: Mean of each channel, for pixels in [0, 1].
         std: Standard deviation of each channel, for pixels in [0, 1].
+        agreement: Loss on the views of an image. None means that images have one view.
+        views_apart: Whether the encoder gets the views of an image in separate batches.
 
     Raises:
         ValueError: If `unit_px` does not fit the stride, or a head does not fit the corruption or `unit_px`.
@@ -78,6 +81,8 @@ class MaskedPatchModel(nn.Module):
         guide: nn.Module | None,
         mean: list[float],
         std: list[float],
+        agreement: Agreement | None = None,
+        views_apart: bool = False,
     ) -> None:
         super().__init__()
         self.cell_px = min(unit_px, encoder.stride)
@@ -101,10 +106,16 @@ class MaskedPatchModel(nn.Module):
         self.encoder, self.corruption, self.guide = encoder, corruption, guide
         self.objectives: Any = nn.ModuleList(objectives)
         self.unit_px, self.predict_fraction = unit_px, predict_fraction
-        self.only_predicted = not any(o.head.reads_visible for o in objectives)
+        self.parts = encoder.stride // self.cell_px
+        """Cells along a side of an encoder's cell: 1, unless mask units are smaller than the encoder's stride."""
+        self.agreement, self.views_apart = agreement, views_apart
+        self.views = agreement.views if agreement else 1
+        self.only_predicted = agreement is None and not any(o.head.reads_visible for o in objectives)
+        self.loss_names = [o.name for o in objectives] + ["agreement"] * (agreement is not None)
+        self.loss_weights = [part.weight for part in (*objectives, agreement) if part is not None]
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-        self.register_buffer("weights", torch.tensor([o.weight for o in objectives]), persistent=False)
+        self.register_buffer("weights", torch.tensor(self.loss_weights), persistent=False)
 
     def images(self, raw: Tensor) -> Images:
         """Return images (B, C, H, W) with values in [0, 255] together with their normalised pixels."""
@@ -131,37 +142,64 @@ class MaskedPatchModel(nn.Module):
             chosen = lowest(noise[:, NOISE["predict"]].masked_fill(~mask, 2.0), predicted_units)
         predicted = hidden_cells(repeat_cells(chosen, factor), predicted_units * factor * factor)
         cells = Cells(hidden, visible_cells(hidden, count * factor * factor), predicted)
-        if self.cell_px == self.encoder.stride:
+        if self.parts == 1:
             return MaskLayout(units, cells, cells)
-        parts = self.encoder.stride // self.cell_px
-        coarse = hidden.unflatten(1, (-1, parts)).unflatten(3, (-1, parts)).any(4).any(2)
+        coarse = group_cells(hidden, self.parts).any(-1)
         all_cells = torch.arange(coarse[0].numel(), device=mask.device).expand(len(mask), -1)
         return MaskLayout(units, cells, Cells(coarse, all_cells, all_cells))
 
     def predict(self, images: Images, layout: MaskLayout) -> list[Tensor]:
         """Return predictions (B, P, target.dim), one tensor for each objective."""
+        return self._heads(self._encode(images, layout), layout)
+
+    def _encode(self, images: Images, layout: MaskLayout) -> EncoderOutput:
         corrupted: Corrupted = self.corruption(images, layout.units)
-        features = self.encoder(corrupted, layout.encoder_cells, only_predicted=self.only_predicted)
+        features: EncoderOutput = self.encoder(corrupted, layout.encoder_cells, only_predicted=self.only_predicted)
+        return features
+
+    def _heads(self, features: EncoderOutput, layout: MaskLayout) -> list[Tensor]:
         predictions = [o.head(features) for o in self.objectives]
-        parts = self.encoder.stride // self.cell_px
-        if parts == 1:
+        if self.parts == 1:
             return predictions
         grid = layout.encoder_cells.grid  # each encoder cell predicts all of its parts; keep the predicted ones
-        fine = (patchify(unpatchify(p, parts, grid), 1) for p in predictions)
+        fine = (patchify(unpatchify(p, self.parts, grid), 1) for p in predictions)
         return [gather_cells(p, layout.cells.predicted) for p in fine]
 
     def forward(self, raw: Tensor, units: Units) -> Tensor:
-        """Return the unweighted losses over predicted cells, (objectives,).
+        """Return the unweighted losses of `loss_names`, those of the objectives over predicted cells.
 
         Args:
             raw: Images, (B, C, H, W) with values in [0, 255].
             units: Masks of the images. If there are B·M, each image is encoded once for each of its M masks. Targets
                 are computed once for each image (data2vec 2.0, Baevski et al. 2023, section 3.2).
         """
+        if self.agreement is None:
+            return self._losses_and_features(raw, units)[0]
+        passes = self.views if self.views_apart else 1
+        losses, pooled = [], []
+        for first in range(passes):
+            rows = slice(first, None, passes)
+            of_pass, features, layout = self._losses_and_features(raw[rows], units.of(rows))
+            losses.append(of_pass)
+            pooled.append(self._pool(features, layout))
+        of_views = torch.stack(pooled, 1).reshape(-1, self.views, self.encoder.dim)
+        return torch.cat([torch.stack(losses).mean(0), self.agreement(of_views).view(1)])
+
+    def _losses_and_features(self, raw: Tensor, units: Units) -> tuple[Tensor, EncoderOutput, MaskLayout]:
+        """Return the losses of the objectives from one pass of the encoder, its output, and the mask of the pass."""
         images = self.images(raw)
         masked = images.repeated(len(units.hidden) // len(raw))
         layout = self.layout(images, units)
-        return self._losses(self.predict(masked, layout), self._targets(images, layout))
+        features = self._encode(masked, layout)
+        losses = self._losses(self._heads(features, layout), self._targets(images, layout))
+        return losses, features, layout
+
+    def _pool(self, features: EncoderOutput, layout: MaskLayout) -> Tensor:
+        """Return the mean token of the encoder's cells that are visible, at least in part: (B, D)."""
+        if self.parts == 1:
+            return features.visible().mean(1)
+        hidden = group_cells(layout.cells.hidden, self.parts).all(-1)
+        return (features.tokens * ~hidden.flatten(1).unsqueeze(-1)).sum(1) / (~hidden).sum((1, 2)).unsqueeze(-1)
 
     def _targets(self, images: Images, layout: MaskLayout) -> list[Tensor]:
         predicted = layout.cells.predicted

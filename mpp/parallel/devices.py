@@ -105,4 +105,5 @@ def compile_forward(model: torch.nn.Module, device: torch.device) -> None:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         reason = f"torch cannot compile on this machine ({first.strip()}); use compile=false"
         raise UserError(f"compile: {reason}") from error
+    torch._inductor.config.fallback_random = True  # compiled or not, the same numbers are drawn
     model.compile()

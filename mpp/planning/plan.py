@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mpp.data.crop import Crop
 from mpp.data.order import Order
 from mpp.data.shards.reader import ShardImages, held_out_rows
 from mpp.errors import UserError
@@ -25,7 +24,7 @@ from mpp.parallel.devices import cores
 from mpp.parallel.sharding import blocks
 from mpp.planning.devices import CPU, DEVICES, MFU, device_here, find_device, memory_here
 from mpp.planning.memory import CUDA_KEEPS, bytes_of, count_step
-from mpp.pretraining.dataset import PretrainDataset
+from mpp.pretraining.dataset import PretrainDataset, make_crop
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.training.exchange import accumulation, describe_batch
@@ -71,6 +70,8 @@ class Plan:
     held_out: int
     steps: int
     epochs: float
+    views: int
+    """Views of each image in a step. What counts images, other than `images` and `held_out`, counts each view."""
     mfu: float
     """Fraction of the peak that the run reaches: given, assumed, or measured on this CPU."""
     peak_tflops: float
@@ -98,13 +99,15 @@ class Plan:
         size, total = self.device_memory_bytes, self.device_bytes
         fits = "" if total < 0.9 * size else "  more than nine tenths of what it has: " + self._advice()
         parts = "\n".join(f"  {name:<28}{bytes_of(value):>10}" for name, value in self.memory_bytes.items())
+        sample = "an image" if self.views == 1 else "a view"
+        batch = describe_batch(self.global_batch_size, self.devices, self.accumulate, self.views)
         host = f"  {'on the host, a whole copy':<28}{bytes_of(self.host_bytes):>10}\n" if self.host_bytes else ""
         return (
             f"{self.encoder}: {self.encoder_parameters / 1e6:.1f} M parameters, "
             f"{self.parameters / 1e6:.1f} M with all that belongs to it, {self.trained / 1e6:.1f} M trained\n"
-            f"{self.flop_per_image / 1e9:.2f} GFLOP an image, forward and backward\n"
-            f"{self.images:,} images an epoch, {self.held_out:,} more held out; {self.steps:,} steps of "
-            f"{describe_batch(self.global_batch_size, self.devices, self.accumulate)}; {self.epochs:.1f} epochs\n"
+            f"{self.flop_per_image / 1e9:.2f} GFLOP {sample}, forward and backward\n"
+            f"{self.images:,} images an epoch, {self.held_out:,} more held out; {self.steps:,} steps of {batch}; "
+            f"{self.epochs:.1f} epochs\n"
             f"memory of each {self.device}: {bytes_of(total)} of {bytes_of(size)}{fits}\n{parts}\n{host}"
             f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
             f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s{self._reading()}\n"
@@ -152,9 +155,11 @@ def plan(
     images_of_shards = opened.counts if opened is not None else [images or 0]
     held_out = held_out_rows(images_of_shards, data.held_out)
     counts = [n - int(h) for n, h in zip(images_of_shards, held_out, strict=True)]
-    order = Order(counts, global_batch=optim.global_batch_size, seed=0, lanes=data.lanes, window=data.window)
+    accumulate = accumulation(optim.global_batch_size, devices, optim.max_batch_per_device, recipe.views)
+    order = Order(
+        counts, global_batch=optim.global_batch_size, seed=0, lanes=data.lanes, window=data.window, views=recipe.views
+    )
     steps = steps_of(optim.epochs, optim.steps, order.epoch_len, optim.global_batch_size)
-    accumulate = accumulation(optim.global_batch_size, devices, optim.max_batch_per_device)
     micro = optim.global_batch_size // devices // accumulate
 
     auto = "fp32" if device == CPU else "bf16"
@@ -191,11 +196,12 @@ def plan(
         images=sum(counts),
         held_out=int(held_out.sum()),
         steps=steps,
-        epochs=seen / max(sum(counts), 1),
+        epochs=seen / recipe.views / max(sum(counts), 1),
         mfu=mfu,
         peak_tflops=tflops,
         seconds=steps * step_s if step_s is not None else seen * flop / micro / (devices * tflops * 1e12 * mfu),
         read_images_per_s=read_images_per_s,
+        views=recipe.views,
         checkpoint_bytes=checkpoint,
         disk_bytes=checkpoint * checkpoints + FP32 * size.encoder,
     )
@@ -276,7 +282,7 @@ def _step_s(
     groups = pretrain_groups(model, recipe.optim.weight_decay)
     optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
     dtype = torch.uint8 if recipe.data.eight_bit else torch.float32
-    count, per_image = min(micro, 2), list[float]()
+    count, per_image = min(micro, 2 * recipe.views), list[float]()
     until = time.monotonic() + TRIED_S
     while len(per_image) < 3 or time.monotonic() < until:
         units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(count), recipe.masks_per_image)
@@ -288,6 +294,7 @@ def _step_s(
         per_image.append((time.perf_counter() - began) / count)
         if count < micro:
             count = min(4 * count, micro, max(int(TRIED_S / 4 / per_image[-1]), count))
+            count -= count % recipe.views
     began = time.perf_counter()
     optimizer.step()
     update_s = time.perf_counter() - began
@@ -298,7 +305,7 @@ def _step_s(
 def _read_s(recipe: PretrainRecipe, images: ShardImages, grid: tuple[int, int]) -> float:
     """Return the seconds in which one process reads an image, crops it and draws its mask."""
     data = recipe.data
-    crop = Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
+    crop = make_crop(data)
     counts = np.asarray(images.counts)
     dataset = PretrainDataset(images, crop, build_mask(recipe), grid, 0, counts, 1, recipe.masks_per_image)
     places = [(s, r) for s, n in enumerate(counts.tolist()) for r in range(min(n, TRIED_IMAGES))][:TRIED_IMAGES]

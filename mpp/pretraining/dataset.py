@@ -17,7 +17,21 @@ from mpp.data.shards.reader import ShardImages
 from mpp.errors import UserError
 from mpp.objective.interfaces import Mask
 from mpp.objective.mask_drawing import draw_masks
+from mpp.recipe.pretrain import PretrainData
 from mpp.rng import Purpose, Streams, stream
+
+
+def make_crop(data: PretrainData) -> Crop:
+    """Return the crop that turns an image into a sample."""
+    return Crop(
+        data.image_size,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        flip=data.flip,
+        color_jitter=data.color_jitter,
+        grayscale=data.grayscale,
+        **data.decoding(),
+    )
 
 
 class PretrainDataset(Dataset[Batch]):
@@ -86,8 +100,9 @@ class PretrainDataset(Dataset[Batch]):
             last = int(self.train_counts[shard])
             rows = range(last) if row < last else range(last, self.images.counts[shard])
             images[i], passed_over = self.images.load(shard, row, rows, crop, blank=grey, few=centre)
-            bad += passed_over
-            replaced += bool(passed_over)
+            if i == 0 or (shard, row) != keys[i - 1][1:]:  # another view of the same image is not counted again
+                bad += passed_over
+                replaced += bool(passed_over)
         return Batch(
             images,
             units,

@@ -125,7 +125,7 @@ def account_for(report: StepReport, job: Pretraining) -> None:
     """
     recipe, progress = job.recipe, job.progress
     progress.losses, progress.grad_norm = report.losses, report.grad_norm
-    progress.loss = sum(o.weight * loss for o, loss in zip(job.model.objectives, report.losses, strict=True))
+    progress.loss = sum(weight * loss for weight, loss in zip(job.model.loss_weights, report.losses, strict=True))
     seen_before = report.step * job.plan.global_batch_size
     if not report.is_finite:
         progress.skipped += 1
@@ -154,7 +154,7 @@ def account_for(report: StepReport, job: Pretraining) -> None:
         progress.unreadable,
         report.unreadable,
         report.unreadable_lines,
-        seen=seen_before + job.plan.global_batch_size,
+        seen=(seen_before + job.plan.global_batch_size) // recipe.views,
         max_bad_fraction=recipe.data.max_bad_fraction,
         log=job.log,
     )

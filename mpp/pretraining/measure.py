@@ -109,11 +109,11 @@ def record_of(job: Pretraining, lr: float, measured: JsonObject) -> JsonObject:
         lr: Learning rate of the step.
         measured: Values of `measure`. Only the line of their step has them.
     """
-    progress, objectives = job.progress, job.model.objectives
+    progress, names = job.progress, job.model.loss_names
     seen = progress.step * job.plan.global_batch_size
     record: JsonObject = {"step": progress.step, "seen": seen, "loss": progress.loss}
-    if len(objectives) > 1:
-        record |= {f"loss_{o.name}": value for o, value in zip(objectives, progress.losses, strict=True)}
+    if len(names) > 1:
+        record |= {f"loss_{name}": value for name, value in zip(names, progress.losses, strict=True)}
     record |= measured
     record |= {"lr": lr, "grad_norm": progress.grad_norm, **job.pace.rates(job.plan.global_batch_size)}
     record[job.device_time.key] = progress.device_minutes

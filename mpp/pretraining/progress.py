@@ -34,7 +34,7 @@ class Progress:
     device_minutes: float = 0.0
     """Minutes of CPU time, or of GPU time, of all processes, as last measured."""
     losses: list[float] = field(default_factory=list)
-    """Loss of each objective in the same step as `loss`; not kept in checkpoints."""
+    """Each loss of the model in the same step as `loss`; not kept in checkpoints."""
     grad_norm: float = math.nan
     """Norm of the gradient in the same step; not kept in checkpoints."""
 

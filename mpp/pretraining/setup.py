@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from mpp.data.batch import Batch
-from mpp.data.crop import Crop
 from mpp.data.labeled import open_labeled
 from mpp.data.order import MicroBatches, Order, lanes_read_by
 from mpp.data.readers import PackedReader
@@ -28,7 +27,7 @@ from mpp.parallel.liveness import Watch
 from mpp.parallel.sharding import Whole, shard
 from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import Team, start_team
-from mpp.pretraining.dataset import PretrainDataset
+from mpp.pretraining.dataset import PretrainDataset, make_crop
 from mpp.pretraining.job import Pretraining
 from mpp.pretraining.measure import keep_pictures, warn_of_poor_targets
 from mpp.pretraining.monitor import OnlineProbe, probe_images
@@ -78,7 +77,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     trained_before = recipe.encoder.pretrained or Path(recipe.encoder.name).is_dir()
     recipe = resolve(recipe, recipe.encoder.name if trained_before else None, warn=team.is_main)
     optim = recipe.optim
-    micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
+    micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device, recipe.views)
 
     mask = build_mask(recipe)
     model, mask_grid = build_model(recipe, mask)
@@ -143,22 +142,22 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     return job
 
 
-def make_plan(recipe: PretrainRecipe, images: int, micro_batches: int) -> Plan:
+def make_plan(recipe: PretrainRecipe, samples: int, micro_batches: int) -> Plan:
     """Return the plan of a run.
 
     Args:
         recipe: Recipe of the run.
-        images: Number of training images.
+        samples: Number of samples of an epoch.
         micro_batches: Micro-batches of one step on each process.
     """
     optim = recipe.optim
-    total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)
+    total_steps = steps_of(optim.epochs, optim.steps, samples, optim.global_batch_size)
     every = {"log": recipe.log_every_steps, "checkpoint": recipe.checkpoint_every_steps}
     every |= {"skill": recipe.skill_every_steps, "pictures": kept_every(total_steps, recipe.skill_every_steps)}
     every |= {"probe": recipe.probe.every_steps} if recipe.probe else {}
     return Plan(
         total_steps=total_steps,
-        warmup_steps=steps_of(optim.warmup_epochs, optim.warmup_steps, images, optim.global_batch_size, least=0),
+        warmup_steps=steps_of(optim.warmup_epochs, optim.warmup_steps, samples, optim.global_batch_size, least=0),
         global_batch_size=optim.global_batch_size,
         micro_batches=micro_batches,
         base_lr=optim.base_lr,
@@ -168,12 +167,6 @@ def make_plan(recipe: PretrainRecipe, images: int, micro_batches: int) -> Plan:
         every_steps=every,
         log_first_step=True,
     )
-
-
-def make_crop(recipe: PretrainRecipe) -> Crop:
-    """Return the crop that turns an image into a sample."""
-    data = recipe.data
-    return Crop(data.image_size, scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, **data.decoding())
 
 
 def _open_dataset(
@@ -189,11 +182,12 @@ def _open_dataset(
         seed=recipe.seed,
         lanes=data.lanes,
         window=data.window,
+        views=recipe.views,
     )
     lanes = lanes_read_by(team.ranks_here(), order, accumulate=micro_batches, world=team.world)
     dataset = PretrainDataset(
         images,
-        make_crop(recipe),
+        make_crop(data),
         mask,
         mask_grid,
         recipe.seed,
@@ -288,6 +282,8 @@ def _introduce(job: Pretraining) -> None:
         log.say(f"unreadable, held out: {line}")
     if batch_norms_of(job.model.encoder) and team.world > 1:
         log.say("note: this encoder's batch norms see each process's share: another number of processes differs")
+    if recipe.agreement and team.world * job.plan.micro_batches > 1:
+        log.say("note: agreement compares the images of a micro-batch: another division into micro-batches differs")
     with job.whole.on_device(team.device) as shown:
         for line in warn_of_poor_targets(shown, job.held_out.images[:LOOKED_AT].to(team.device)):
             log.say(f"warning: {line}")
@@ -302,7 +298,7 @@ def _opening_line(job: Pretraining) -> str:
     line = (
         f"training on {sum(dataset.train_counts):,} images in {shards:,} shard{'s' * (shards != 1)}, "
         f"{len(job.held_out.images):,} more held out; {plan.total_steps:,} steps of "
-        f"{describe_batch(plan.global_batch_size, job.team.world, plan.micro_batches)}; "
+        f"{describe_batch(plan.global_batch_size, job.team.world, plan.micro_batches, job.recipe.views)}; "
         f"{parameters:.2f} M parameters trained{plan.warm_up_note}"
     )
     if job.run.checkpoint:

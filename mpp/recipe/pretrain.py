@@ -16,6 +16,8 @@ from mpp.recipe.values import (
     Bool,
     Float,
     Fraction,
+    Int,
+    NonNegativeFloat,
     NonNegativeInt,
     Places,
     PositiveFloat,
@@ -35,6 +37,10 @@ class PretrainData(ImageData):
     """Range of the area of random crops, as a fraction of the image (MAE: 0.2 to 1; SimMIM: 0.67 to 1)."""
     crop_ratio: Range = (3 / 4, 4 / 3)
     """Range of the aspect ratio of random crops."""
+    color_jitter: NonNegativeFloat = 0.0
+    """Strength of random changes of brightness, contrast and saturation; 0.4 suits agreement. Images of 8 bit only."""
+    grayscale: Fraction = 0.0
+    """Probability that an image loses its colours; 0.2 suits agreement. Images of 8 bit only."""
     held_out: PositiveInt = 256
     """Number of images to measure the skill on. They are taken from the ends of the shards and never trained on."""
     max_bad_fraction: Fraction = 0.001
@@ -127,6 +133,21 @@ class OnlineProbe(Section):
     """Weight decay of the probe, as in `mpp evaluate` (a guess)."""
 
 
+class Agreement(Section):
+    """A loss that makes several views of an image agree (LeJEPA, Balestriero & LeCun 2025)."""
+
+    views: Annotated[Int, Field(ge=2)] = 4
+    """Views of each image in a step: random crops, each with its own mask. optim.global_batch_size counts views."""
+    weight: PositiveFloat = 1.0
+    """Weight of this loss in the sum; the first target's weight is 1."""
+    dim: PositiveInt = 64
+    """Width of the embeddings that agree."""
+    hidden_dim: PositiveInt = 512
+    """Width of the projector between the encoder and the embeddings. It is not exported."""
+    sigreg_weight: Annotated[Float, Field(gt=0, lt=1)] = 0.05
+    """Share of SIGReg in this loss. It keeps embeddings apart; the rest pulls the views of an image together."""
+
+
 class PretrainRecipe(Run):
     """Masked-patch pretraining on unlabeled shards."""
 
@@ -148,6 +169,10 @@ class PretrainRecipe(Run):
     """The network that predicts the target from the encoder's features."""
     extra_targets: tuple[ExtraTarget, ...] = ()
     """More targets on the same forward pass: [{target: pixels, head: linear, weight: 0.5}]."""
+    agreement: Agreement | None = None
+    """Also make pooled features of several crops of an image agree. Set data.color_jitter and data.grayscale as well;
+    otherwise colours alone show which crops belong together. The loss compares the images of a micro-batch, so it
+    changes with the number of processes and with optim.max_batch_per_device."""
     predict_fraction: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """Fraction of the hidden cells to predict."""
     masks_per_image: PositiveInt = 1
@@ -184,6 +209,20 @@ class PretrainRecipe(Run):
                     f"channels other than 1, 3 and 4, use one of {allowed}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _views(self) -> Self:
+        if self.agreement and self.masks_per_image > 1:
+            raise ValueError("masks_per_image: cannot be combined with agreement, whose views have a mask each; use 1")
+        for key in ("color_jitter", "grayscale"):
+            if getattr(self.data, key) and not self.data.eight_bit:
+                raise ValueError(f"data.{key}: for images of 8 bit with 1, 3 or 4 channels; use 0")
+        return self
+
+    @property
+    def views(self) -> int:
+        """Number of samples that are views of one image."""
+        return self.agreement.views if self.agreement else 1
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:

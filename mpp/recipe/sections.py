@@ -215,9 +215,10 @@ class Optim(Section):
     """Learning rate for a batch of 256 images, multiplied by global_batch_size / 256 (Goyal et al. 2017). MAE:
     1.5e-4."""
     global_batch_size: PositiveInt = 256
-    """Images of one optimizer step, over all processes and accumulated micro-batches."""
+    """Images of one optimizer step, over all processes and accumulated micro-batches. Each view of agreement counts."""
     max_batch_per_device: PositiveInt = 256
-    """Most images in the memory of a device at once. Larger batches are accumulated from micro-batches."""
+    """Most images, or views of agreement, in the memory of a device at once. Larger batches are accumulated from
+    micro-batches."""
     weight_decay: NonNegativeFloat = 0.05
     """Weight decay; not applied to norms, biases, tokens and position embeddings."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)

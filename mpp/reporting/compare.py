@@ -31,7 +31,7 @@ def side_by_side(runs: list[History], parts_of: dict[Path, list[History]]) -> Pa
         ("loss", lambda r: short_number(r.last("loss"))),
         ("linear probe", lambda r: percent_text(r.last("probe_accuracy"))),
         ("effective rank of the features", lambda r: short_number(r.last("feature_rank"))),
-        ("images seen", lambda r: f"{r.metrics[-1]['seen']:,}" if r.metrics else "–"),
+        ("images seen", lambda r: f"{r.images_seen():,}" if r.metrics else "–"),
         ("training", lambda r: duration(r.hours()[-1]) if r.metrics else "–"),
         ("images a second", lambda r: short_number(r.last("images_per_s"))),
     ):

@@ -107,7 +107,7 @@ def key_numbers(run: History) -> list[tuple[str, str]]:
         numbers.append((percent_text(run.last("probe_accuracy")), "linear probe while training"))
     hours = run.hours()
     numbers += [
-        (f"{run.metrics[-1]['seen']:,}" if run.metrics else "–", "images seen"),
+        (f"{run.images_seen():,}" if run.metrics else "–", "images seen"),
         (duration(hours[-1]) if hours else "–", "of training"),
     ]
     return numbers
@@ -135,8 +135,8 @@ def curves_part(run: History, pictures: Pictures) -> Part:
             alt = f"{title} over steps: {short_number(values[0])} at first, {short_number(values[-1])} at last."
             figure = plots.lines({title: [Line("", steps, values)]}, xlabel="step", width=3.6, height=2.4)
             part.pictures.append(pictures.plot(figure, alt))
-    targets = sorted(k.removeprefix("skill_") for k in run.latest if k.startswith("skill_"))
     for what in ("loss", "skill"):
+        targets = sorted(k.removeprefix(f"{what}_") for k in run.latest if k.startswith(f"{what}_"))
         lines = [Line(name, *run.series(f"{what}_{name}")) for name in targets if run.series(f"{what}_{name}")[1]]
         if lines:
             title = f"{what.capitalize()} of each target"
@@ -353,9 +353,7 @@ def what_was_run(run: History, number: str = "run") -> Part:
     hours = run.hours()
     if hours and run.metrics:
         devices, processes = env.get("devices") or ["?"], int(env.get("processes", 1))
-        rows.append(
-            ["cost", f"{duration(hours[-1])} on {processes} × {devices[0]}, {run.metrics[-1]['seen']:,} images"]
-        )
+        rows.append(["cost", f"{duration(hours[-1])} on {processes} × {devices[0]}, {run.images_seen():,} images"])
     if env:
         rows.append(["machine", f"{env.get('platform', '?')}, {env.get('cpu_count', '?')} CPU cores"])
         rows.append(["packages", ", ".join(f"{k} {v}" for k, v in env.get("packages", {}).items())])

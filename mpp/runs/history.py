@@ -91,6 +91,12 @@ class History:
             value = value[part]
         return value
 
+    def images_seen(self) -> int:
+        """Return the number of images in all steps so far, those of several passes each time. Views count as one."""
+        views = self.setting("agreement.views")
+        seen: int = self.metrics[-1]["seen"] if self.metrics else 0
+        return seen // views if _whole(views) and views else seen
+
     def made_with(self) -> Path | None:
         """Return the path of the run or export whose encoder this run reads; None if there is none."""
         source = self.recipe.get("encoder")

@@ -178,7 +178,7 @@ def _of_pretraining(run: History) -> list[Symptom]:
         )
     if slower := _slower(run):
         listed.append(slower)
-    bad, seen = run.last("skipped_images"), run.last("seen")
+    bad, seen = run.last("skipped_images"), run.images_seen()
     if bad and seen and bad >= LEAST_BAD and bad > BAD_FRACTION * seen:
         listed.append(
             Symptom(

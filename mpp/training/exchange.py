@@ -8,37 +8,48 @@ from mpp.errors import UserError
 from mpp.parallel.team import Team
 
 
-def accumulation(global_batch: int, world: int, max_batch_per_device: int) -> int:
+def accumulation(global_batch: int, world: int, max_batch_per_device: int, views: int = 1) -> int:
     """Return the number of micro-batches of a step on each process: the smallest with equal micro-batches that fit.
 
     Args:
-        global_batch: Images of a step over all processes.
+        global_batch: Samples of a step over all processes.
         world: Number of processes.
-        max_batch_per_device: Most images of a micro-batch.
+        max_batch_per_device: Most samples of a micro-batch.
+        views: Number of samples that are views of one image and stay in one micro-batch.
 
     Raises:
-        UserError: If the global batch cannot be divided equally among the processes.
+        UserError: If there is no such division. With several views, a micro-batch must hold those of two images,
+            because agreement compares images.
     """
     if global_batch % world:
         raise UserError(
             f"optim.global_batch_size: {global_batch} cannot be divided among {world} processes; "
             f"expected a multiple of {world}"
         )
-    share = global_batch // world
-    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= max_batch_per_device)
+    share, least = global_batch // world, 2 * views if views > 1 else 1
+    for n in range(1, share + 1):
+        size, rest = divmod(share, n)
+        if not rest and size % views == 0 and least <= size <= max_batch_per_device:
+            return n
+    raise UserError(
+        f"optim.global_batch_size: {share} samples of a process cannot be divided into equal micro-batches that hold "
+        f"all {views} views (agreement.views) of at least two images, {least} samples, and at most "
+        f"{max_batch_per_device} (optim.max_batch_per_device)"
+    )
 
 
-def describe_batch(global_batch: int, world: int, micro_batches: int) -> str:
-    """Return a description of a step's batch: "64 images", or "512 images (8 processes × 2 micro-batches × 32)".
+def describe_batch(global_batch: int, world: int, micro_batches: int, views: int = 1) -> str:
+    """Return a description of a step's batch, such as "64 images" or "512 images (8 processes × 2 micro-batches × 32)".
 
     Args:
-        global_batch: Images of a step over all processes.
+        global_batch: Samples of a step over all processes.
         world: Number of processes.
         micro_batches: Micro-batches of a step on each process.
+        views: Number of samples that are views of one image.
     """
     factors = [f"{world} processes"] * (world > 1) + [f"{micro_batches} micro-batches"] * (micro_batches > 1)
     shares = f" ({' × '.join([*factors, str(global_batch // world // micro_batches)])})" if factors else ""
-    return f"{global_batch:,} images{shares}"
+    return f"{global_batch // views:,} images{f' in {views} views each' if views > 1 else ''}{shares}"
 
 
 class Exchange:

@@ -126,7 +126,7 @@ def losses_as_text(micro_losses: Sequence[Tensor], micro_batches: int) -> list[l
     """Return the losses of each micro-batch as text for a record, because JSON has no NaN.
 
     Args:
-        micro_losses: (objectives,) losses of each micro-batch, divided by the number of micro-batches.
+        micro_losses: (losses,) losses of each micro-batch, divided by the number of micro-batches.
         micro_batches: Number of micro-batches of a step.
     """
     return [[str(value * micro_batches) for value in losses.tolist()] for losses in micro_losses]

@@ -109,14 +109,14 @@ class StepReport:
     step: int
     """Number of the step, from 0."""
     losses: list[float]
-    """Mean loss of each objective over the global batch."""
+    """Mean of each loss over the global batch."""
     grad_norm: float
     unreadable: int
     """Number of images that were replaced."""
     unreadable_lines: list[str]
     """A line for each file that this process could not read."""
     micro_losses: list[Tensor]
-    """(objectives,) losses of each micro-batch of this process, divided by the number of micro-batches."""
+    """(losses,) losses of each micro-batch of this process, divided by the number of micro-batches."""
 
     @property
     def is_finite(self) -> bool:
@@ -155,7 +155,7 @@ class StepReports:
 
         Args:
             batch: The micro-batch.
-            losses: (objectives,) losses, divided by the number of micro-batches of a step.
+            losses: (losses,) losses, divided by the number of micro-batches of a step.
         """
         self._micro_losses.append(losses.detach())
         self._unreadable_lines += batch.bad

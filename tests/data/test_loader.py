@@ -106,6 +106,14 @@ def test_bad_images_are_replaced_by_their_neighbours_and_named(tmp_path: Path) -
     assert "a.tar: image-1.jpg: not an image" in batch.bad[0]
 
 
+def test_views_of_a_bad_image_count_once(tmp_path: Path) -> None:
+    good = [encoded(drawn_image(i), "JPEG") for i in range(2)]
+    path = shard_of(tmp_path / "a.tar", [good[0], b"<html>", good[1]])
+    batch = dataset_of(path).batch([(position, 0, position // 2) for position in range(6)])
+    assert batch.replaced == len(batch.bad) == 1
+    assert not torch.equal(batch.images[2], batch.images[3]), "views of the neighbour differ, too"
+
+
 def test_a_held_out_image_never_takes_a_training_images_place(tmp_path: Path) -> None:
     good = [encoded(drawn_image(i), "JPEG") for i in range(10)]
     good[7] = good[9] = b"bad"

@@ -57,6 +57,23 @@ def test_a_run_cut_anywhere_goes_on_the_same_with_other_processes(counts: list[i
         assert run(again, cut * 12, 9 - cut, world, accumulate) == whole[cut:]
 
 
+@settings(max_examples=30, deadline=None)
+@given(counts=counts_of, views=st.integers(2, 4), seed=st.integers(0, 99), steps_before=st.integers(0, 30))
+def test_views_of_an_image_are_consecutive_samples(counts: list[int], views: int, seed: int, steps_before: int) -> None:
+    """The images come in the order that they have with one view."""
+    once = Order(counts, global_batch=6, seed=seed, lanes=3, window=8)
+    several = Order(counts, global_batch=6 * views, seed=seed, lanes=3, window=8, views=views)
+    assert several.epoch_len == views * once.epoch_len
+    seen = 6 * steps_before
+    samples = several.at(seen * views, 0, 6 * views)
+    assert [position for position, _, _ in samples] == list(range(seen * views, (seen + 6) * views))
+    images = [image for _, *image in once.at(seen, 0, 6)]
+    assert [image for _, *image in samples] == [image for image in images for _ in range(views)]
+    assert several.window_at(seen * views) == once.window_at(seen)
+    half = [lanes_read_by([1], order, accumulate=1, world=2) for order in (once, several)]
+    assert half[0] == half[1]
+
+
 def test_seeds_and_epochs_differ() -> None:
     orders = [Order([40, 40], global_batch=8, seed=s) for s in (0, 1)]
     first = [[s[1:] for step in run(o, 0, 10) for s in step] for o in orders]

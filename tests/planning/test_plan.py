@@ -47,6 +47,7 @@ def test_what_the_run_then_says(shards: Path, tmp_path: Path) -> None:
         {"corruption.name": "drop", "head.name": "transformer"},
         {"corruption.name": "drop", "head.name": "transformer", "masks_per_image": 3},
         {"corruption.enter": 1, "predict_fraction": 0.5},
+        {"agreement": {"views": 4}, "corruption.name": "drop", "head.name": "transformer"},
         {"encoder.grad_checkpointing": True},
         {"target": {"name": "ema_teacher", "layers": 2}},
     ],
@@ -175,6 +176,8 @@ def test_this_machine(shards: Path) -> None:
     asked = [mpp.plan(values, device="cpu", mfu=mfu, images=60).seconds for mfu in (0.6, 0.3)]
     assert asked[1] == pytest.approx(2 * asked[0])
     assert mpp.plan(values, images=60, device="a100").mfu == 0.3
+    views = mpp.plan(pretrain_values(shards, "out", agreement={"views": 4}), device="cpu")
+    assert views.epochs == found.epochs / 4
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "corruption.name": "drop",
         "head.name": "cross_attention",
     },
+    "agreement of two views": {
+        "agreement": {"views": 2, "dim": 8, "hidden_dim": 32, "weight": 0.3},
+        "data.color_jitter": 0.4,
+        "data.grayscale": 0.2,
+        "corruption.name": "drop",
+        "head.name": "transformer",
+        "optim.max_batch_per_device": 8,  # SIGReg judges a micro-batch, so two processes have those of one
+    },
 }
 
 
@@ -116,6 +124,7 @@ def test_what_a_run_leaves(shards: Path, tmp_path: Path) -> None:
         pytest.param("joining at 1, half predicted", marks=pytest.mark.slow),
         pytest.param("drop, cross_attention", marks=pytest.mark.exhaustive),
         pytest.param("bert, three targets", marks=pytest.mark.exhaustive),
+        pytest.param("agreement of two views", marks=pytest.mark.exhaustive),
     ],
 )
 def test_compiled_it_trains_the_same(objective: str, shards: Path, tmp_path: Path) -> None:
