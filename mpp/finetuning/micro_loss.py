@@ -90,7 +90,10 @@ class MicroLoss:
         if self.consistency is not None and batch.strong is not None and batch.weak is not None:
             return self._with_unlabeled(wrapped, x, labels, batch.strong, batch.weak, position)
         if batch.strong is not None:  # unlabeled images, which the teacher of `distill` labels
-            x = torch.cat([x, self.model.normalise(batch.strong.to(self.device, non_blocking=True))])
+            unlabeled = self.model.normalise(batch.strong.to(self.device, non_blocking=True))
+            if self.mix is not None:  # only the images are mixed: the teacher labels what the student sees
+                unlabeled, _ = self.mix(unlabeled, torch.zeros(len(unlabeled), dtype=torch.long, device=self.device))
+            x = torch.cat([x, unlabeled])
         outputs = wrapped(x, labels)
         if self.distillation is not None:
             return self.distillation.loss(outputs, x, labels, own_loss)
