@@ -19,6 +19,7 @@ from mpp.data.shards.reader import ShardImages
 from mpp.data.unlabeled_sets import WithUnlabeled
 from mpp.errors import MppWarning, UserError
 from mpp.finetuning.consistency import Consistency
+from mpp.finetuning.distillation import Distillation
 from mpp.finetuning.model import Classifier
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.unlabeled import add_unlabeled, open_unlabeled
@@ -286,3 +287,27 @@ def test_a_teacher_teaches_from_them(shards: Path, tmp_path: Path) -> None:
     made = recipe(shards, tmp_path / "with", shards, distill=distill, **changes)
     mpp.finetune(made, resume="auto")
     assert [m["loss"].hex() for m in read_metrics(trial)] == losses["with"]
+
+
+def test_unlabeled_images_of_a_teacher_are_mixed_like_labeled_ones(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher and the student see the same mixed images."""
+    mpp.finetune(recipe(shards, tmp_path / "teacher", shards, unlabeled=None, **{"optim.steps": 1}))
+    seen: list[Tensor] = []
+    loss = Distillation.loss
+
+    def watched(self: Distillation, logits: Any, x: Tensor, labels: Tensor, task_loss: Any) -> Tensor:
+        seen.append(x)
+        return loss(self, logits, x, labels, task_loss)
+
+    monkeypatch.setattr(Distillation, "loss", watched)
+    distill = {"teacher": str(tmp_path / "teacher" / "scratch-seed0"), "images": str(shards), "per_label": 2}
+    changes: dict[str, Any] = {"unlabeled": None, "distill": distill, "optim.steps": 1}
+    for mixup in (0.0, 0.8):
+        mpp.finetune(recipe(shards, tmp_path / str(mixup), shards, mixup=mixup, **changes))
+    alone, mixed = (x[len(x) // 3 :] for x in seen)  # one labeled image to two without labels
+    difference = alone - alone.flip(0)
+    share = ((mixed - alone.flip(0)) * difference).sum() / difference.square().sum()
+    assert 0.01 < share < 0.99
+    torch.testing.assert_close(mixed, share * alone + (1 - share) * alone.flip(0), rtol=0, atol=1e-4)
