@@ -135,8 +135,8 @@ class Distill(Section):
     temperature: PositiveFloat = 3.0
     """Temperature of soft labels (DeiT: 3)."""
     images: Places | None = None
-    """Unlabeled images for the teacher to label, as shards or folders (Chen et al. 2020, section 2.3). They are augmented
-    and mixed like labeled ones. Validation images among them are left out. Default: none."""
+    """Unlabeled images for the teacher to label, as shards or folders (Chen et al. 2020, section 2.3). They are
+    augmented and mixed like labeled ones. Validation images among them are left out. Default: none."""
     per_label: PositiveInt = 3
     """Number of these images for each labeled image of a step."""
 

@@ -266,7 +266,8 @@ def test_every_command_of_a_recipe_gives_what_its_keys_need() -> None:
 
 PRETRAINING = [p for p in all_recipes() if p.parent.name == "pretrain"]
 SLOW = dict.fromkeys(("mae_vit_l16", "simmim_swin_b", "hybrid_r50_b16"), pytest.mark.slow)
-SLOW |= dict.fromkeys(("mae_vit_h14", "pixio_vit_h16"), pytest.mark.exhaustive)  # 630 M parameters, else like mae_vit_l16
+# 630 M parameters, otherwise like mae_vit_l16
+SLOW |= dict.fromkeys(("mae_vit_h14", "pixio_vit_h16"), pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=SLOW.get(p.stem, ())) for p in PRETRAINING])
