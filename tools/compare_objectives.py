@@ -58,6 +58,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "mae, 2 complementary masks": {**MAE, "mask": {"name": "complementary", "ratio": 0.75}, "masks_per_image": 2},
     "ema_teacher, 8 masks": {**VISIBLE_ALONE, "mask": {"name": "inverse_block", "ratio": 0.75}},
     "ema_teacher, 8 complementary masks": {**VISIBLE_ALONE, "mask": {"name": "complementary", "ratio": 0.75}},
+    "clusters, 8 masks": {
+        **VISIBLE_ALONE,
+        "mask": {"name": "inverse_block", "ratio": 0.75},
+        "target": {"name": "clusters", "decay": 0.99},
+        "loss": "soft_cross_entropy",
+    },
     "mae, 4 views agree": {**MAE, **VIEWS_AGREE},
     "late joining, 4 views agree": VIEWS_AGREE,
     "ema_teacher, late joining": {

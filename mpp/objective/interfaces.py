@@ -113,9 +113,9 @@ class TargetContext(NamedTuple):
 class Target(nn.Module):
     """Base class of targets (`targets/*.py`): what is predicted at a cell. A target is built with a `TargetContext`."""
 
-    of: ClassVar[Literal["values", "classes"]]
+    of: ClassVar[Literal["values", "classes", "probabilities"]]
     """Kind of target. values: `dim` numbers. classes: dim / `classes` class numbers, each predicted by `classes`
-    logits."""
+    logits. probabilities: those of `dim` classes, predicted by `dim` logits."""
     may_collapse: ClassVar[bool] = False
     """Whether the rank of the target's values is logged, because all images may get the same values."""
     dim: int
@@ -171,7 +171,7 @@ class Target(nn.Module):
 class Loss:
     """Base class of losses (`losses/*.py`), which compare predictions with targets."""
 
-    of: ClassVar[Literal["values", "classes"]]
+    of: ClassVar[Literal["values", "classes", "probabilities"]]
     """Kind of target that the loss accepts."""
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:

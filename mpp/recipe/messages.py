@@ -90,8 +90,11 @@ def _owners(key: Key) -> str:
     kind = next((str(part) for part in reversed(key[:-1]) if part in RECIPE_KEYS), None)
     if kind is None:
         return ""
-    owners = [name for name in names(kind) if key[-1] in declaration(kind, name).arguments]
-    return f" It belongs to {' and '.join(f'{kind}={name}' for name in owners)}." if owners else ""
+    owners = [f"{kind}={name}" for name in names(kind) if key[-1] in declaration(kind, name).arguments]
+    if not owners:
+        return ""
+    several = ", ".join(owners[:-1])
+    return f" It belongs to {several} and {owners[-1]}." if several else f" It belongs to {owners[0]}."
 
 
 def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) -> str:

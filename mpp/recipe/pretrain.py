@@ -81,17 +81,18 @@ class Encoder(Section):
 
 
 def _own_loss(values: object) -> object:
-    """Fill in the loss if none is named: mse, or cross_entropy for a target of classes."""
+    """Fill in the loss if none is named: mse, or a cross-entropy for a target of classes or probabilities."""
     if isinstance(values, Mapping) and values.get("loss") is None:
         named = values.get("target")
         name = named.get("name") if isinstance(named, Mapping) else named
-        classes = name in registry.named_with("target", of="classes")
-        return {**values, "loss": "cross_entropy" if classes else "mse"}
+        losses = {"classes": "cross_entropy", "probabilities": "soft_cross_entropy"}
+        fitting = [loss for of, loss in losses.items() if name in registry.named_with("target", of=of)]
+        return {**values, "loss": fitting[0] if fitting else "mse"}
     return values
 
 
 def _fitting_loss(section: Any) -> Any:
-    """Check that the loss fits the target: a distance for values, cross-entropy for classes."""
+    """Check that the loss fits the target: a distance for values, a cross-entropy for classes or probabilities."""
     of = registry.declaration("target", section.target.name).constants["of"]
     fitting = registry.named_with("loss", of=of)
     if section.loss.name not in fitting:
@@ -108,7 +109,7 @@ class ExtraTarget(Section):
     target: component_section("target", "pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """What this target predicts."""
     loss: component_section("loss", "mse") = Field(None, json_schema_extra=or_null)  # type: ignore[valid-type]
-    """Loss of this target. Default: mse, or cross_entropy for a target of classes."""
+    """Loss of this target. Default: mse, cross_entropy for classes, or soft_cross_entropy for probabilities."""
     head: component_section("head", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """Prediction head of this target."""
     weight: PositiveFloat = 1.0
@@ -164,7 +165,8 @@ class PretrainRecipe(Run):
     target: component_section("target", "norm_pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """What the model predicts for hidden patches."""
     loss: component_section("loss", "mse") = Field(None, json_schema_extra=or_null)  # type: ignore[valid-type]
-    """How far a prediction is from its target. Default: mse, or cross_entropy for a target of classes."""
+    """How far a prediction is from its target. Default: mse, cross_entropy for classes, or soft_cross_entropy for
+    probabilities."""
     head: component_section("head", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """The network that predicts the target from the encoder's features."""
     extra_targets: tuple[ExtraTarget, ...] = ()

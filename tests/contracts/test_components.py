@@ -419,9 +419,10 @@ class TestTargets:
 
     def test_trivial_does_not_look_under_the_mask(self, name: str, channels: int) -> None:
         target, x, hidden = target_of(name, channels), images_of(raw_of(channels)), hidden_of(4)
-        if "teacher" in name:  # their trivial prediction is the mean over all images
-            values = target(x)
-            assert torch.equal(target.trivial(x, hidden), values.mean(0, keepdim=True).expand_as(values))
+        if "teacher" in name or target.of == "probabilities":  # their trivial prediction is the mean over all images
+            mean = target(x).mean(0, keepdim=True).expand(4, -1, -1)
+            expected = mean.clamp_min(1e-6).log() if target.of == "probabilities" else mean
+            assert torch.equal(target.trivial(x, hidden), expected)
             return
         other = self.hide_other_pixels(x, hidden)
         torch.testing.assert_close(target.trivial(x, hidden), target.trivial(other, hidden), rtol=0, atol=1e-6)
@@ -611,6 +612,9 @@ def test_losses_are_scalar_float32_means(name: str) -> None:
     if loss.of == "classes":
         target = torch.randint(0, 4, (4, 6, 2))  # two predictions of four classes each
         best: torch.Tensor = 1e4 * torch.nn.functional.one_hot(target, 4).float().flatten(2)
+    elif loss.of == "probabilities":
+        target = torch.nn.functional.one_hot(torch.randint(0, 8, (4, 6)), 8).float()
+        best = 1e4 * target
     else:
         best = target = torch.randn(4, 6, 8)
     value = loss(prediction, target)

@@ -50,6 +50,7 @@ def test_what_the_run_then_says(shards: Path, tmp_path: Path) -> None:
         {"agreement": {"views": 4}, "corruption.name": "drop", "head.name": "transformer"},
         {"encoder.grad_checkpointing": True},
         {"target": {"name": "ema_teacher", "layers": 2}},
+        {"target": {"name": "clusters", "clusters": 64}},
     ],
 )
 def test_operations_and_memory_are_those_of_a_step(changes: dict[str, Any], shards: Path, tmp_path: Path) -> None:

@@ -60,6 +60,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "corruption.name": "drop",
         "head.name": "cross_attention",
     },
+    "clusters, inverse blocks": {
+        "target": {"name": "clusters", "clusters": 16, "decay": 0.9},
+        "mask": {"name": "inverse_block", "ratio": 0.6, "roll": True},
+        "corruption.name": "drop",
+        "head.name": "cross_attention",
+        "optim.max_batch_per_device": 8,  # clusters are balanced in a micro-batch, so two processes have those of one
+    },
     "agreement of two views": {
         "agreement": {"views": 2, "dim": 8, "hidden_dim": 32, "weight": 0.3},
         "data.color_jitter": 0.4,

@@ -67,7 +67,7 @@ def test_slips_find_their_key(job: str) -> None:
     ("slip", "line"),
     [
         ("head.depth=2", "It belongs to head=cross_attention and head=transformer. Known keys: name"),
-        ("target.layers=2", "It belongs to target=ema_teacher and target=teacher. Known keys: name"),
+        ("target.layers=2", "It belongs to target=clusters, target=ema_teacher and target=teacher. Known keys: name"),
         ("loss.beta=2", "It belongs to loss=smooth_l1. Known keys: name"),
         ("head.layers=2", "unknown key. Known keys: name"),
     ],
