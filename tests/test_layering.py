@@ -21,7 +21,7 @@ ORDER = [
 """Packages from the lowest to the highest. A file imports from its own package and from earlier ones."""
 COMPONENTS_USE = {
     "mpp.data.batch", "mpp.data.labeled_sets", "mpp.encoders.cells", "mpp.encoders.maps", "mpp.encoders.teacher", "mpp.objective.interfaces", "mpp.objective.grid",
-    "mpp.objective.colours", "mpp.objective.weight_init", "mpp.finetuning.task", "mpp.finetuning.pyramid",
+    "mpp.objective.colours", "mpp.objective.moving_teacher", "mpp.objective.weight_init", "mpp.finetuning.task", "mpp.finetuning.pyramid",
     "mpp.parallel.sharding", "mpp.recipe.flat", "mpp.recipe.values",
 }  # fmt: skip
 """What a component may import: no other component, and nothing that depends on recipes or runs."""

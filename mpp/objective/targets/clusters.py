@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpp.data.batch import Images
 from mpp.objective.interfaces import TargetContext
-from mpp.objective.targets.ema_teacher import EmaTeacherTarget
+from mpp.objective.moving_teacher import MovingTeacherTarget
 from mpp.recipe.values import Bool, Fraction, PositiveFloat, PositiveInt
 
 SINKHORN_STEPS = 3
@@ -17,7 +17,7 @@ LEAST_PROBABILITY = 1e-6
 """Least probability in the trivial prediction, whose logarithm is taken."""
 
 
-class ClustersTarget(EmaTeacherTarget):
+class ClustersTarget(MovingTeacherTarget):
     """Predict to which clusters the features of a moving average of the encoder belong, which sees the whole image.
 
     Every cell gets a probability for each cluster: the softmax of the cosines between its feature and the clusters'
@@ -38,8 +38,7 @@ class ClustersTarget(EmaTeacherTarget):
         decay_end: Decay at the last step. The decay rises linearly in between.
     """
 
-    of = "probabilities"  # type: ignore[assignment]  # the base class has values
-    may_collapse = True
+    of = "probabilities"
 
     directions: Tensor
     sums: Tensor

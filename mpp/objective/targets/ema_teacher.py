@@ -5,16 +5,15 @@ This is also the target of I-JEPA (Assran et al. 2023), which uses only the last
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpp.data.batch import Images
-from mpp.objective.interfaces import Target, TargetContext
-from mpp.parallel.sharding import own_part
+from mpp.objective.interfaces import TargetContext
+from mpp.objective.moving_teacher import MovingTeacherTarget
 from mpp.recipe.values import Bool, Fraction, PositiveInt
 
 
-class EmaTeacherTarget(Target):
+class EmaTeacherTarget(MovingTeacherTarget):
     """Predict the averaged last blocks of a moving average of the encoder, which sees the whole image.
 
     Three measures help against collapse. Every token of every block is layer-normed before averaging (data2vec, section
@@ -31,7 +30,6 @@ class EmaTeacherTarget(Target):
     """
 
     of = "values"
-    may_collapse = True
 
     def __init__(
         self,
@@ -42,13 +40,7 @@ class EmaTeacherTarget(Target):
         decay: Fraction = 0.996,
         decay_end: Fraction = 1.0,
     ) -> None:
-        super().__init__()
-        if decay_end < decay:
-            raise ValueError(f"decay_end: must be no less than decay, {decay}; got {decay_end}")
-        if decay == 1:
-            raise ValueError("decay: must be < 1; at 1 the copy would stay as it starts")
-        self.grid, self.decay, self.decay_end = context.grid, decay, decay_end
-        self.teacher = context.student(layers=layers, norm_average=norm_average)
+        super().__init__(context, layers=layers, norm_average=norm_average, decay=decay, decay_end=decay_end)
         self.dim = self.teacher.dim
 
     def forward(self, images: Images) -> Tensor:
@@ -58,14 +50,3 @@ class EmaTeacherTarget(Target):
         """Return the mean feature of each cell over all images, a prediction that does not depend on the image."""
         values = self(images)
         return values.mean(0, keepdim=True).expand_as(values)
-
-    @torch.no_grad()
-    def after_step(self, encoder: nn.Module, step: int, total_steps: int, made: Tensor) -> None:
-        """Move the copy towards the encoder. `step` counts from 1. Buffers (batch statistics) are copied."""
-        decay = self.decay + (self.decay_end - self.decay) * (step - 1) / max(total_steps - 1, 1)
-        theirs: nn.Module = encoder.model  # type: ignore[assignment]
-        averaged = self.teacher.model
-        copies = [own_part(p) for p in averaged.parameters()]  # a sharded run splits both models alike
-        torch._foreach_lerp_(copies, [own_part(p) for p in theirs.parameters()], [(1 - decay) * made] * len(copies))
-        for mine, other in zip(averaged.buffers(), theirs.buffers(), strict=True):
-            mine.copy_(other)
