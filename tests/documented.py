@@ -154,9 +154,10 @@ def assert_shown(text: str, printed: dict[str, str], also: Collection[str] = ())
 
 def without_figures(line: str) -> str:
     """Return a line of output without the parts that differ from run to run: figures, intervals, several seeds, a
-    plural.
+    plural, the layer of a probe.
     """
     line = re.sub(r"[-+]?\d(?:[\d,.:e+-]*\d)?", "N", line)
+    line = re.sub(r"N % +(layer N, \w+|out)\b", "N %", line)
     line = re.sub(r" ± N|N(, N)+|\(N % interval N to N\)", lambda found: "N" if found[0][0] == "N" else "", line)
     return " ".join(re.sub(r"\bN s\b", "N", line).replace("shards", "shard").split())
 
