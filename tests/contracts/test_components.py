@@ -590,6 +590,15 @@ def test_hog_of_visible_cells_does_not_see_the_blank() -> None:
     assert trivial[..., [k for k in range(9) if k != across]].abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("cell_px", "orientations"), [(8, 9), (4, 5), (1, 2)])
+def test_hog_counts_votes_on_a_cpu_as_on_a_gpu(cell_px: int, orientations: int) -> None:
+    target = target_of("hog", cell_px=cell_px, orientations=orientations)
+    rng = torch.Generator().manual_seed(0)
+    strength = torch.rand(2, 3, 16, 24, generator=rng)
+    bins = torch.randint(0, orientations, strength.shape, generator=rng, dtype=torch.int32)
+    torch.testing.assert_close(target._add_votes(strength, bins), target._pool_votes(strength, bins))
+
+
 def test_image_share_of_known_values() -> None:
     constant = torch.randn(1, 6, 8).expand(50, -1, -1)
     assert image_share(constant) == pytest.approx(0, abs=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -63,14 +64,39 @@ class HogTarget(Target):
         cols = x[..., :, :-2] + 2 * x[..., :, 1:-1] + x[..., :, 2:]  # smoothed along rows, (B, C, H + 2, W)
         across, down = rows[..., :-2] - rows[..., 2:], cols[..., :-2, :] - cols[..., 2:, :]
         angle = torch.atan2(across, down)
-        bins = (angle * (self.orientations / math.pi)).floor().long() % self.orientations
+        bins = (angle * (self.orientations / math.pi)).floor_().int().remainder_(self.orientations)
         strength = torch.hypot(across, down)
         if counted is not None:
             strength = strength * counted
-        votes = [F.avg_pool2d(strength * (bins == k), self.square_px) for k in range(self.orientations)]
-        squares = torch.stack(votes, dim=2)
+        count_votes = self._add_votes if strength.device.type == "cpu" else self._pool_votes
+        squares = count_votes(strength, bins)
         length = (squares.square().sum(2, keepdim=True) + EPSILON**2).sqrt()
         return patchify((squares / length).flatten(1, 2), self.side)
+
+    def _pool_votes(self, strength: Tensor, bins: Tensor) -> Tensor:
+        """Return the mean vote for each bin in each square, (B, C, orientations, H / square_px, W / square_px).
+
+        Args:
+            strength: Vote of each pixel, (B, C, H, W).
+            bins: Bin of each pixel, (B, C, H, W) int32.
+        """
+        votes = [F.avg_pool2d(strength * (bins == k), self.square_px) for k in range(self.orientations)]
+        return torch.stack(votes, dim=2)
+
+    def _add_votes(self, strength: Tensor, bins: Tensor) -> Tensor:
+        """Return the same as `_pool_votes`, which takes three times as long on a CPU.
+
+        On a GPU, these sums have no fixed order, so a run would not repeat exactly.
+        """
+        batch, channels, height, width = strength.shape
+        side = self.square_px
+        shape = (batch, channels, self.orientations, height // side, width // side)
+        numbers = partial(torch.arange, dtype=bins.dtype, device=bins.device)
+        square = (numbers(height) // side * shape[-1]).unsqueeze(1) + numbers(width) // side
+        first_bins = numbers(0, batch * channels * self.orientations, self.orientations).view(batch, channels, 1, 1)
+        index = (bins + first_bins).mul_(shape[-2] * shape[-1]).add_(square)
+        sums = strength.new_zeros(math.prod(shape)).index_add_(0, index.flatten(), strength.flatten())
+        return sums.view(shape) / side**2
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
         """Return the mean of each image's visible cells. Pixels whose gradient reads a hidden cell do not vote."""
