@@ -62,7 +62,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         **VISIBLE_ALONE,
         "mask": {"name": "inverse_block", "ratio": 0.75},
         "target": {"name": "clusters", "decay": 0.99},
-        "loss": "soft_cross_entropy",
+        "loss": "kl",
     },
     "mae, 4 views agree": {**MAE, **VIEWS_AGREE},
     "late joining, 4 views agree": VIEWS_AGREE,

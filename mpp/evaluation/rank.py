@@ -26,7 +26,8 @@ def effective_rank(values: Tensor) -> float:
     x = values.double()
     if not bool(x.isfinite().all()):
         return math.nan
-    singular = torch.linalg.eigvalsh(x.T @ x).clamp_min(0).sqrt()  # of a (D, D) matrix, whatever the number of rows
+    squares = x.T @ x if x.shape[1] <= x.shape[0] else x @ x.T  # the smaller one; both have the same eigenvalues > 0
+    singular = torch.linalg.eigvalsh(squares).clamp_min(0).sqrt()
     share = singular / singular.sum()
     share = share[share > 0]
     return float((-(share * share.log()).sum()).exp())

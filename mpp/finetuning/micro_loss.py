@@ -91,6 +91,8 @@ class MicroLoss:
             return self._with_unlabeled(wrapped, x, labels, batch.strong, batch.weak, position)
         if batch.strong is not None:  # unlabeled images, which the teacher of `distill` labels
             unlabeled = self.model.normalise(batch.strong.to(self.device, non_blocking=True))
+            if self.erase is not None:
+                unlabeled = self.erase(unlabeled)
             if self.mix is not None:  # only the images are mixed: the teacher labels what the student sees
                 unlabeled, _ = self.mix(unlabeled, torch.zeros(len(unlabeled), dtype=torch.long, device=self.device))
             x = torch.cat([x, unlabeled])

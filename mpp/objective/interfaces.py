@@ -118,6 +118,8 @@ class Target(nn.Module):
     logits. probabilities: those of `dim` classes, predicted by `dim` logits."""
     may_collapse: ClassVar[bool] = False
     """Whether the rank of the target's values is logged, because all images may get the same values."""
+    compares_images: ClassVar[bool] = False
+    """Whether the values of an image depend on the other images of its micro-batch."""
     dim: int
     """Width of a prediction of one cell."""
     classes: int = 0

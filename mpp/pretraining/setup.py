@@ -282,8 +282,11 @@ def _introduce(job: Pretraining) -> None:
         log.say(f"unreadable, held out: {line}")
     if batch_norms_of(job.model.encoder) and team.world > 1:
         log.say("note: this encoder's batch norms see each process's share: another number of processes differs")
-    if recipe.agreement and team.world * job.plan.micro_batches > 1:
-        log.say("note: agreement compares the images of a micro-batch: another division into micro-batches differs")
+    comparing = ["agreement"] if recipe.agreement else []
+    comparing += [f"target {o.name}" for o in job.model.objectives if o.target.compares_images]
+    if comparing and team.world * job.plan.micro_batches > 1:
+        which = " and ".join(comparing)
+        log.say(f"note: another division into micro-batches differs, since {which} compares the images of each")
     with job.whole.on_device(team.device) as shown:
         for line in warn_of_poor_targets(shown, job.held_out.images[:LOOKED_AT].to(team.device)):
             log.say(f"warning: {line}")

@@ -81,18 +81,18 @@ class Encoder(Section):
 
 
 def _own_loss(values: object) -> object:
-    """Fill in the loss if none is named: mse, or a cross-entropy for a target of classes or probabilities."""
+    """Fill in the loss if none is named: mse, cross_entropy for classes, or kl for probabilities."""
     if isinstance(values, Mapping) and values.get("loss") is None:
         named = values.get("target")
         name = named.get("name") if isinstance(named, Mapping) else named
-        losses = {"classes": "cross_entropy", "probabilities": "soft_cross_entropy"}
+        losses = {"classes": "cross_entropy", "probabilities": "kl"}
         fitting = [loss for of, loss in losses.items() if name in registry.named_with("target", of=of)]
         return {**values, "loss": fitting[0] if fitting else "mse"}
     return values
 
 
 def _fitting_loss(section: Any) -> Any:
-    """Check that the loss fits the target: a distance for values, a cross-entropy for classes or probabilities."""
+    """Check that the loss fits the kind of target: values, classes or probabilities."""
     of = registry.declaration("target", section.target.name).constants["of"]
     fitting = registry.named_with("loss", of=of)
     if section.loss.name not in fitting:
@@ -109,7 +109,7 @@ class ExtraTarget(Section):
     target: component_section("target", "pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """What this target predicts."""
     loss: component_section("loss", "mse") = Field(None, json_schema_extra=or_null)  # type: ignore[valid-type]
-    """Loss of this target. Default: mse, cross_entropy for classes, or soft_cross_entropy for probabilities."""
+    """Loss of this target. Default: mse, cross_entropy for classes, or kl for probabilities."""
     head: component_section("head", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """Prediction head of this target."""
     weight: PositiveFloat = 1.0
@@ -165,8 +165,7 @@ class PretrainRecipe(Run):
     target: component_section("target", "norm_pixels") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """What the model predicts for hidden patches."""
     loss: component_section("loss", "mse") = Field(None, json_schema_extra=or_null)  # type: ignore[valid-type]
-    """How far a prediction is from its target. Default: mse, cross_entropy for classes, or soft_cross_entropy for
-    probabilities."""
+    """How far a prediction is from its target. Default: mse, cross_entropy for classes, or kl for probabilities."""
     head: component_section("head", "linear") = Field({}, validate_default=True)  # type: ignore[valid-type]
     """The network that predicts the target from the encoder's features."""
     extra_targets: tuple[ExtraTarget, ...] = ()
@@ -180,7 +179,7 @@ class PretrainRecipe(Run):
     masks_per_image: PositiveInt = 1
     """Masks of each image in a step (data2vec 2.0, Baevski et al. 2023). The encoder gets each image that many times,
     which also needs that many times the memory; the target is computed once. So it is meant for targets that cost much,
-    ema_teacher and teacher, and an encoder that sees only visible patches, corruption: drop."""
+    ema_teacher, clusters and teacher, and an encoder that sees only visible patches, corruption: drop."""
     optim: Optim
     compile: Bool = False
     """Compile the forward and backward pass with torch.compile: about a minute at the start, then 1.03 to 1.2 times as
@@ -205,7 +204,8 @@ class PretrainRecipe(Run):
         sections: tuple[PretrainRecipe | ExtraTarget, ...] = (self, *self.extra_targets)
         for section in sections:
             if not self.data.eight_bit and section.target.name in registry.named_with("target", of="classes"):
-                allowed = ", ".join(registry.named_with("target", of="values"))
+                fitting = (name for of in ("values", "probabilities") for name in registry.named_with("target", of=of))
+                allowed = ", ".join(sorted(fitting))
                 raise ValueError(
                     f"target: {section.target.name} takes classes from pixels of 8 bit; with data.value_range, or "
                     f"channels other than 1, 3 and 4, use one of {allowed}"

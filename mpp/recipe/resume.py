@@ -18,7 +18,8 @@ MAY_CHANGE = {
     "data.shards", "data.train", "data.val", "unlabeled.images", "distill.images",
 }  # fmt: skip
 """Keys that a resumed run may change, because they do not change what is computed. Exceptions are rounding, and what
-depends on micro-batches: draws of drop path, mixup and random erasing, statistics of batch norms, and agreement."""
+depends on micro-batches: draws of drop path, mixup and random erasing, statistics of batch norms, agreement, and
+clusters."""
 
 
 LENGTH = ("optim.steps", "optim.epochs")

@@ -150,7 +150,8 @@ def test_batch_norms_allow_one_mask_per_image() -> None:
 @pytest.mark.parametrize("target", registry.names("target"))
 def test_the_loss_where_none_is_named(target: str) -> None:
     recipe = pretrain_recipe("none", "none", **NEEDS.get(target, {}), **{"target.name": target})
-    assert recipe.loss.name == ("cross_entropy" if "color" in target else "mse")
+    of = registry.declaration("target", target).constants["of"]
+    assert recipe.loss.name == {"values": "mse", "classes": "cross_entropy", "probabilities": "kl"}[of]
 
 
 @pytest.mark.parametrize(("encoder", "unit_px"), [("vit", 4), ("vit", 8), ("swin", 2), ("swin", 4), ("swin", 8)])

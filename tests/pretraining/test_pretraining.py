@@ -193,8 +193,14 @@ def test_what_a_run_of_several_targets_logs(shards: Path, tmp_path: Path) -> Non
     assert all(-1 < last[f"skill_{n}"] < 1 for n in names)
 
 
-def test_a_moving_teacher_resumes_to_the_last_bit_and_logs_its_rank(shards: Path, tmp_path: Path) -> None:
-    recipe = pretrain_recipe(shards, tmp_path / "a", **OBJECTIVES["moving teacher, attention mask"])
+@pytest.mark.parametrize(
+    ("objective", "target"),
+    [("moving teacher, attention mask", "ema_teacher"), ("clusters, inverse blocks", "clusters")],
+)
+def test_a_moving_teacher_resumes_to_the_last_bit_and_logs_its_rank(
+    objective: str, target: str, shards: Path, tmp_path: Path
+) -> None:
+    recipe = pretrain_recipe(shards, tmp_path / "a", **OBJECTIVES[objective])
     mpp.pretrain(recipe)
     branch = mpp.pretrain(recipe, out=str(tmp_path / "b"), resume=str(tmp_path / "a" / "checkpoints" / "step-00000015"))
     assert [x.hex() for x in losses(branch.out)] == [x.hex() for x in losses(tmp_path / "a")[15:]]
@@ -204,8 +210,8 @@ def test_a_moving_teacher_resumes_to_the_last_bit_and_logs_its_rank(shards: Path
         )
         assert one == other
     last = read_metrics(tmp_path / "a")[-1]
-    assert last["target_rank_ema_teacher"] > 2
-    assert 0.1 < last["target_share_ema_teacher"] < 1
+    assert last[f"target_rank_{target}"] > 2
+    assert 0.1 < last[f"target_share_{target}"] < 1
     assert "collapses" not in (tmp_path / "a" / "train.log").read_text()
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from mpp.data.batch import Images
 from mpp.objective.interfaces import TargetContext
 from mpp.objective.moving_teacher import MovingTeacherTarget
-from mpp.recipe.values import Bool, Fraction, PositiveFloat, PositiveInt
+from mpp.recipe.values import Fraction, Int, PositiveFloat, PositiveInt
 
+Clusters = Annotated[Int, Field(ge=2)]
 SINKHORN_STEPS = 3
 """Number of times that clusters and tokens are balanced (CAPI: 3)."""
 LEAST_PROBABILITY = 1e-6
@@ -20,25 +24,27 @@ LEAST_PROBABILITY = 1e-6
 class ClustersTarget(MovingTeacherTarget):
     """Predict to which clusters the features of a moving average of the encoder belong, which sees the whole image.
 
-    Every cell gets a probability for each cluster: the softmax of the cosines between its feature and the clusters'
-    directions, balanced by Sinkhorn-Knopp so that all clusters are equally frequent. This balance keeps the targets
-    from collapsing. It is found within a micro-batch, so another division of a step into micro-batches changes a run.
+    Each cluster has a direction. Every cell gets a probability for each cluster, from the cosine between its feature
+    and the direction. Sinkhorn-Knopp balances these probabilities over the tokens of a micro-batch, so that all
+    clusters are about equally frequent and none takes all cells. If all features became equal, all targets would be
+    uniform; `target_share` in the log shows that. Another division of a step into micro-batches changes a run.
 
-    CAPI trains the directions by gradient. Here each follows the mean of the features that belong most to it, as
-    codebooks do (van den Oord et al. 2017, appendix A.1).
+    This differs from CAPI in two ways. CAPI trains the directions by gradient; here each one moves towards the mean of
+    the features that belong most to it. CAPI balances each place of the grid alone, which takes batches of as many
+    images as clusters.
 
     Args:
         clusters: Number of clusters (CAPI: 16384, for batches of 16384 images; the default is a guess).
-        temperature: Divisor of the cosines (CAPI: 0.06).
-        positionwise: Balance each place of the grid alone, so that a cluster cannot stand for a place (CAPI: true). It
-            needs about as many images in a micro-batch as clusters.
+        temperature: Divisor of the scores, which are cosines times the root of the features' width, as CAPI's are at
+            its start (CAPI: 0.06).
         cluster_decay: Decay of the moving average of the clusters' directions (a guess).
         layers: Number of last blocks to average (CAPI: 1).
-        decay: Decay of the moving average of the encoder at the first step (a guess).
-        decay_end: Decay at the last step. The decay rises linearly in between.
+        decay: Decay of the moving average of the encoder at the first step (CAPI: 0.999).
+        decay_end: Decay at the last step (CAPI: 1). The decay rises linearly in between.
     """
 
     of = "probabilities"
+    compares_images = True
 
     directions: Tensor
     sums: Tensor
@@ -48,9 +54,8 @@ class ClustersTarget(MovingTeacherTarget):
         self,
         context: TargetContext,
         *,
-        clusters: PositiveInt = 512,
+        clusters: Clusters = 512,
         temperature: PositiveFloat = 0.06,
-        positionwise: Bool = False,
         cluster_decay: Fraction = 0.9,
         layers: PositiveInt = 1,
         decay: Fraction = 0.996,
@@ -58,8 +63,8 @@ class ClustersTarget(MovingTeacherTarget):
     ) -> None:
         super().__init__(context, layers=layers, decay=decay, decay_end=decay_end)
         width = self.teacher.dim
-        self.dim, self.temperature = clusters, temperature
-        self.positionwise, self.cluster_decay = positionwise, cluster_decay
+        self.dim, self.cluster_decay = clusters, cluster_decay
+        self.sharpness = width**0.5 / temperature
         self.register_buffer("directions", F.normalize(torch.randn(clusters, width), dim=-1))
         # sums of the features of each cluster since the last step, and their number
         self.register_buffer("sums", torch.zeros(clusters, width), persistent=False)
@@ -71,19 +76,16 @@ class ClustersTarget(MovingTeacherTarget):
         features = self.teacher(images, self.grid)
         # mpp plan counts operations on the meta device, which has no autocast of its own
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
-            features = F.normalize(features, dim=-1)
-            scores = features @ self.directions.T / self.temperature
-            by_group = scores.transpose(0, 1) if self.positionwise else scores.flatten(0, 1).unsqueeze(0)
-            balanced = balance(by_group)
-            probabilities = balanced.transpose(0, 1) if self.positionwise else balanced.view_as(scores)
+            tokens = F.normalize(features, dim=-1).flatten(0, 1)
+            probabilities = balance(self.sharpness * (tokens @ self.directions.T))
             if self.training:
-                self._collect(features.flatten(0, 1), probabilities.flatten(0, 1))
-        return probabilities
+                self._collect(tokens, probabilities)
+        return probabilities.view(*features.shape[:2], self.dim)
 
-    def _collect(self, features: Tensor, probabilities: Tensor) -> None:
-        """Add features (n, D) to the sums of the clusters to which they belong most."""
-        belongs = F.one_hot(probabilities.argmax(-1), self.dim).to(features.dtype)
-        self.sums += belongs.T @ features
+    def _collect(self, tokens: Tensor, probabilities: Tensor) -> None:
+        """Add tokens (n, D) to the sums of the clusters to which they belong most."""
+        belongs = torch.zeros_like(probabilities).scatter_(1, probabilities.argmax(1, keepdim=True), 1.0)
+        self.sums += belongs.T @ tokens
         self.counts += belongs.sum(0)
 
     def trivial(self, images: Images, hidden: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class ClustersTarget(MovingTeacherTarget):
 
     @torch.no_grad()
     def after_step(self, encoder: nn.Module, step: int, total_steps: int, made: Tensor) -> None:
-        """Move the copy towards the encoder, and the clusters towards the features of all processes since."""
+        """Move the copy towards the encoder, and the directions towards the features of the step, of all processes."""
         super().after_step(encoder, step, total_steps, made)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for of_process in (self.sums, self.counts):
@@ -107,15 +109,15 @@ class ClustersTarget(MovingTeacherTarget):
 
 
 def balance(scores: Tensor) -> Tensor:
-    """Return probabilities such that clusters are about equally frequent in each group (Cuturi 2013).
+    """Return probabilities (n, clusters) such that clusters are about equally frequent (Cuturi 2013).
 
     Args:
-        scores: Scores of n tokens, (groups, n, clusters).
+        scores: Scores of n tokens, (n, clusters).
 
     Returns:
-        Probabilities of the same shape, which sum to 1 for each token.
+        Probabilities, which sum to 1 for each token.
     """
     for _ in range(SINKHORN_STEPS):
+        scores = scores - scores.logsumexp(0)
         scores = scores - scores.logsumexp(1, keepdim=True)
-        scores = scores - scores.logsumexp(2, keepdim=True)
     return scores.exp()

@@ -84,7 +84,7 @@ class HogTarget(Target):
         return torch.stack(votes, dim=2)
 
     def _add_votes(self, strength: Tensor, bins: Tensor) -> Tensor:
-        """Return the same as `_pool_votes`, which takes three times as long on a CPU.
+        """Return the same as `_pool_votes`, which takes twice as long on a CPU.
 
         On a GPU, these sums have no fixed order, so a run would not repeat exactly.
         """
