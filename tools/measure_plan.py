@@ -46,7 +46,8 @@ def main(words: list[str]) -> None:
     model, grid = build_model(recipe)
     model.train()
     groups = pretrain_groups(model, recipe.optim.weight_decay)
-    optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
+    optim = recipe.optim
+    optimizer = make_optimizer(groups, name=optim.name, betas=optim.betas, encoder=model.encoder.model)
     images = torch.zeros(IMAGES, recipe.data.channels, *recipe.data.image_size, dtype=torch.uint8)
     for _ in range(2):
         units = draw_masks(build_mask(recipe), grid, 0.5, 0, range(IMAGES), recipe.masks_per_image)

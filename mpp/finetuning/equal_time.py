@@ -112,7 +112,8 @@ def measure_step(
     team, model = run.team, copy.deepcopy(model)
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, trial.seed)  # the CNN has no unlabeled images
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
+    optim = recipe.optim
+    optimizer = make_optimizer(groups, name=optim.name, betas=optim.betas, encoder=model.encoder)
     wrapped = team.wrap_model(model).train()
     steps = STARTING_STEPS + TIMED_STEPS
     ahead = READ_AHEAD * recipe.data.workers  # extra steps, so that workers still read while steps are timed

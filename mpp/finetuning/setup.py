@@ -65,7 +65,8 @@ def prepare_trial(run: Run, trial: Trial) -> Finetuning:
     groups = parameter_groups(recipe, model, trial.seed)
     unfreeze(groups, frozen_steps=round(recipe.frozen * plan.total_steps), gradual=recipe.unfreeze == "gradual")
     starts = (g["starts_at_step"] for g in groups if "starts_at_step" in g)
-    optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
+    optim = recipe.optim
+    optimizer = make_optimizer(groups, name=optim.name, betas=optim.betas, encoder=model.encoder)
     averaged = copy.deepcopy(model).requires_grad_(False).to(team.device) if recipe.ema_decay else None
     model.to(team.device)
 

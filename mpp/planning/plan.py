@@ -33,8 +33,8 @@ from mpp.training.plan import steps_of
 
 FP32 = 4
 """Bytes of a float32 number."""
-MOMENTS = {"adamw": ("AdamW's moments", 8), "sgd": ("SGD's momentum", 4)}
-"""Name and bytes of the optimizer state for each trained number."""
+MOMENTS = {"adamw": ("AdamW's moments", 8), "sgd": ("SGD's momentum", 4), "muon": ("Muon's state, at most", 8)}
+"""Name and bytes of the optimizer state for each trained number. Muon has 4 bytes in blocks, and AdamW's elsewhere."""
 TRIED_S, TRIED_IMAGES = 2.0, 64
 """Seconds for which steps are timed on this CPU, and number of images with which reading is timed."""
 REST = 1.25
@@ -280,7 +280,8 @@ def _step_s(
     """
     model.train()
     groups = pretrain_groups(model, recipe.optim.weight_decay)
-    optimizer = make_optimizer(groups, name=recipe.optim.name, betas=recipe.optim.betas)
+    optim = recipe.optim
+    optimizer = make_optimizer(groups, name=optim.name, betas=optim.betas, encoder=model.encoder.model)
     dtype = torch.uint8 if recipe.data.eight_bit else torch.float32
     count, per_image = min(micro, 2 * recipe.views), list[float]()
     until = time.monotonic() + TRIED_S

@@ -86,7 +86,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     sharded = recipe.fsdp and team.world > 1
     whole = _place_on_device(model, team, sharded=sharded)
     groups = pretrain_groups(model, optim.weight_decay)
-    optimizer = make_optimizer(groups, name=optim.name, betas=optim.betas)
+    optimizer = make_optimizer(groups, name=optim.name, betas=optim.betas, encoder=model.encoder.model)
     held_out = _held_out_batch(dataset)
     probe = _open_probe(recipe, model)
 

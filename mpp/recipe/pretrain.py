@@ -228,6 +228,8 @@ class PretrainRecipe(Run):
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
+        if self.fsdp and self.optim.name == "muon":
+            raise ValueError("optim.name: muon needs whole matrices, which fsdp: true divides; use adamw")
         if self.compile and self.fsdp:
             raise ValueError("compile: cannot be combined with fsdp: true")
         return self

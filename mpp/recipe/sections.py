@@ -208,9 +208,11 @@ def or_null(schema: JsonObject) -> None:
 class Optim(Section):
     """Optimizer, and learning-rate schedule with linear warm-up."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
     """adamw, or sgd with Nesterov momentum of 0.9. SGD needs a higher base_lr (0.2) and a lower weight_decay (1e-3),
-    which it adds to the gradient. Convolutional networks learn better with it from scratch."""
+    which it adds to the gradient. Convolutional networks learn better with it from scratch. muon (Jordan et al. 2024;
+    timm's) takes AdamW's rates. It orthogonalises the updates of the matrices in the encoder's blocks, in bf16, so it
+    is slow on CPUs without bf16."""
     base_lr: PositiveFloat = 1.5e-4
     """Learning rate for a batch of 256 images, multiplied by global_batch_size / 256 (Goyal et al. 2017). MAE:
     1.5e-4."""
@@ -222,7 +224,7 @@ class Optim(Section):
     weight_decay: NonNegativeFloat = 0.05
     """Weight decay; not applied to norms, biases, tokens and position embeddings."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
+    """Decay rates of the two moments of AdamW, which also trains what muon does not."""
     clip_grad_norm: PositiveFloat | None = None
     """Largest norm of the gradient; longer gradients are scaled down to it. Default: no limit."""
     warmup_epochs: NonNegativeFloat = 0.0

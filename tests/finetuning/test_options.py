@@ -130,6 +130,7 @@ def test_averages_of_batch_norms() -> None:
         {"ema_decay": 0.9, "frozen": 0.4},
         {"early_stop.every_steps": 3, "balance": "loss"},
         {"optim.name": "sgd", "frozen": 0.7, "unfreeze": "gradual"},  # some weights get momentum only after the cut
+        {"optim.name": "muon", "optim.layer_decay": 0.5},
     ],
 )
 def test_killed_and_resumed_it_is_the_same(

@@ -193,6 +193,21 @@ def test_what_a_run_of_several_targets_logs(shards: Path, tmp_path: Path) -> Non
     assert all(-1 < last[f"skill_{n}"] < 1 for n in names)
 
 
+def test_muon_resumes_to_the_last_bit(shards: Path, tmp_path: Path) -> None:
+    recipe = pretrain_recipe(shards, tmp_path / "a", **{"optim.name": "muon"})
+    mpp.pretrain(recipe)
+    branch = mpp.pretrain(recipe, out=str(tmp_path / "b"), resume=str(tmp_path / "a" / "checkpoints" / "step-00000015"))
+    found = losses(tmp_path / "a")
+    assert [x.hex() for x in losses(branch.out)] == [x.hex() for x in found[15:]]
+    assert found != json.loads(GOLDEN.read_text())["token, linear"]
+    assert min(found[-5:]) < 0.96 * found[0]
+
+
+def test_muon_refuses_parts_of_matrices() -> None:
+    with pytest.raises(UserError, match="optim.name: muon needs whole matrices, which fsdp: true divides; use adamw"):
+        pretrain_recipe("none", "none", **{"optim.name": "muon", "fsdp": True})
+
+
 @pytest.mark.parametrize(
     ("objective", "target"),
     [("moving teacher, attention mask", "ema_teacher"), ("clusters, inverse blocks", "clusters")],
@@ -249,12 +264,17 @@ def test_accumulation_gives_the_same_losses(shards: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "objective", ["token, linear", pytest.param("moving teacher, attention mask", marks=pytest.mark.slow)]
+    ("objective", "optimizer"),
+    [
+        ("token, linear", "adamw"),
+        pytest.param("token, linear", "muon", marks=pytest.mark.slow),
+        pytest.param("moving teacher, attention mask", "adamw", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_train_the_same_run_as_one(
-    recipe_file: Callable[..., Path], tmp_path: Path, objective: str
+    recipe_file: Callable[..., Path], tmp_path: Path, objective: str, optimizer: str
 ) -> None:
-    path = recipe_file(**{"data.workers": 1, **OBJECTIVES[objective]})
+    path = recipe_file(**{"data.workers": 1, "optim.name": optimizer, **OBJECTIVES[objective]})
     done = command("pretrain", path, f"out={tmp_path / 'two'}", processes=2)
     assert done.returncode == 0, done.stderr
     alone = command("pretrain", path, f"out={tmp_path / 'one'}")

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from mpp.finetuning.tasks.classify import ClassifyTask
 from mpp.objective.build import build_model
 from mpp.parallel.team import start_team
-from mpp.training.optimizer import GuardedOptimizer, finetune_groups, make_optimizer, pretrain_groups, scheduled_lr
+from mpp.training.optimizer import (
+    GuardedOptimizer,
+    finetune_groups,
+    make_optimizer,
+    matrices_in_blocks,
+    pretrain_groups,
+    scheduled_lr,
+)
 from mpp.training.plan import Plan, steps_of
 from tests.conftest import pretrain_recipe
 
@@ -38,11 +45,12 @@ def test_matrices_of_modules_named_after_tokens_are_decayed() -> None:
     assert "blocks.0.linear_tokens.weight" in {names[id(p)] for p in decayed["params"]}
 
 
-def test_layer_decay_reaches_the_optimizer() -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_layer_decay_reaches_the_optimizer(name: Any) -> None:
     encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=4, embed_dim=32, num_heads=2)
     task = ClassifyTask(32, 5)
     groups = finetune_groups(encoder, task, weight_decay=0.1, layer_decay=0.5, head_lr_scale=3.0)
-    optimizer = make_optimizer(groups, name="adamw", betas=(0.9, 0.999))
+    optimizer = make_optimizer(groups, name=name, betas=(0.9, 0.999), encoder=encoder)
     GuardedOptimizer(optimizer, start_team("fp32")).update(lr=1.0, only_if=torch.tensor(True))
     names = {id(p): n for n, p in [*encoder.named_parameters(), *task.named_parameters()]}
     lr = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
@@ -111,7 +119,8 @@ def test_a_fused_optimizer_is_the_plain_one(name: Any) -> None:
         torch.manual_seed(0)
         model = torch.nn.Linear(5, 5)
         groups = [{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}]
-        optimizer = make_optimizer(groups, name=name, betas=(0.9, 0.95)) if fused else PLAIN[name](groups)
+        made = partial(make_optimizer, name=name, betas=(0.9, 0.95), encoder=model) if fused else PLAIN[name]
+        optimizer = made(groups)
         for group in optimizer.param_groups:
             group["lr"] = 1e-2
         for i in range(5):
@@ -122,28 +131,71 @@ def test_a_fused_optimizer_is_the_plain_one(name: Any) -> None:
     torch.testing.assert_close(*states)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [*PLAIN, "muon"])
 @pytest.mark.parametrize("left_out", [0, 1])
-def test_the_device_leaves_out_an_update(left_out: int, name: Any) -> None:
+def test_an_update_that_is_left_out(left_out: int, name: Any) -> None:
     """Weights, moments and step counts stay unchanged, even if the first step is left out."""
     weights = {}
     for steps in ((0, 1, 2), tuple(step for step in (0, 1, 2) if step != left_out)):
         torch.manual_seed(0)
-        model = torch.nn.Linear(3, 3)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        weight = model[1].weight  # of the first layer after the embedding
         groups = [{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}]
-        optimizer = make_optimizer(groups, name=name, betas=(0.9, 0.95))
+        optimizer = make_optimizer(groups, name=name, betas=(0.9, 0.95), encoder=model)
         guarded = GuardedOptimizer(optimizer, start_team("fp32"))
         for step in steps:
-            before = model.weight.detach().clone()
+            before = weight.detach().clone()
             model(torch.full((2, 3), 1.0 + step)).square().sum().backward()
             guarded.update(lr=0.1, only_if=torch.tensor(step != left_out))
             assert all(p.grad is None for p in model.parameters())
-            assert torch.equal(before, model.weight) == (step == left_out)
-        weights[len(steps)] = (model.weight.detach(), dict(optimizer.state[model.weight]))
+            assert torch.equal(before, weight) == (step == left_out)
+        weights[len(steps)] = (weight.detach(), dict(optimizer.state[weight]))
     (with_it, state), (without, state_without) = weights[3], weights[2]
     assert torch.equal(with_it, without)
     assert state.keys() == state_without.keys()
-    assert all(torch.equal(value, state_without[key]) for key, value in state.items())
+    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(state_without[key])) for key, v in state.items())
+
+
+def test_muon_trains_the_matrices_of_blocks() -> None:
+    small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "reg_tokens": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, **small)
+    resnet = timm.create_model("resnet10t", num_classes=3)
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", num_classes=0, embed_dim=16, depths=[1, 1], num_heads=[2, 2]
+    )
+    for model, inside, outside in (
+        (
+            vit,
+            "blocks.0.attn.qkv.weight blocks.1.mlp.fc2.weight",
+            "patch_embed.proj.weight pos_embed reg_token head.weight",
+        ),
+        (resnet, "layer1.0.conv1.weight layer4.0.conv2.weight", "conv1.0.weight fc.weight layer1.0.bn1.weight"),
+        (
+            swin,
+            "layers.0.blocks.0.mlp.fc1.weight layers.1.blocks.0.attn.qkv.weight",
+            "patch_embed.proj.weight layers.0.blocks.0.attn.relative_position_bias_table",
+        ),
+    ):
+        chosen = matrices_in_blocks(model)
+        names = {name for name, p in model.named_parameters() if p in chosen}
+        assert set(inside.split()) <= names
+        assert not set(outside.split()) & names
+        assert set(outside.split()) <= {name for name, _ in model.named_parameters()}
+
+
+def test_an_update_of_muon_has_singular_values_of_about_one_size() -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2, embed_dim=32, num_heads=2, img_size=32)
+    weight = vit.blocks[1].mlp.fc1.weight
+    groups = [{"params": list(vit.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
+    optimizer = make_optimizer(groups, name="muon", betas=(0.9, 0.95), encoder=vit)
+    before = weight.detach().clone()
+    vit(torch.randn(8, 3, 32, 32)).square().sum().backward()
+    of_gradient = torch.linalg.svdvals(weight.grad)
+    GuardedOptimizer(optimizer, start_team("fp32")).update(lr=0.1, only_if=torch.tensor(True))
+    of_update = torch.linalg.svdvals(weight.detach() - before)
+    assert of_gradient[0] > 3 * of_gradient[7]
+    assert of_update[0] < 1.5 * of_update[7], "the gradient of 8 images has 8 large ones"
 
 
 def plan_of(**changes: object) -> Plan:
