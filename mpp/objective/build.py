@@ -25,6 +25,7 @@ from mpp.recipe import registry
 from mpp.recipe.pretrain import ExtraTarget, PretrainRecipe
 from mpp.recipe.values import TimmArgs
 from mpp.rng import Purpose, torch_seed
+from mpp.training.optimizer import layer_numbers
 
 
 def build_mask(recipe: PretrainRecipe) -> Mask:
@@ -97,6 +98,8 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    if recipe.encoder.free_blocks is not None:
+        _freeze(recipe, timm_model)
     if recipe.encoder.grad_checkpointing:  # after teachers are copied, which have no backward pass
         _checkpoint_activations(recipe, timm_model)
     if encoder.family not in TRIED:
@@ -107,7 +110,7 @@ def build_model(recipe: PretrainRecipe, mask: Mask | None = None) -> tuple[Maske
 def _timm_model(recipe: PretrainRecipe) -> TimmModel:
     """Return the timm model of the recipe, with random weights or with those to start from."""
     named, size, channels = recipe.encoder, recipe.data.image_size, recipe.data.channels
-    if named.weight_init != "timm" and (named.pretrained or Path(named.name).is_dir()):
+    if named.weight_init != "timm" and named.starts_trained:
         raise UserError(f"encoder.weight_init: {named.weight_init} is for random weights; these have been trained")
     if Path(named.name).is_dir():
         for key in named.args:
@@ -215,6 +218,22 @@ def _check_corruption(corruption: Corruption, encoder: TimmEncoder, unit: int) -
             f"corruption.enter: the encoder has blocks 0 to {encoder.depth - 1}; got {enter}. "
             "To keep mask tokens out of it altogether: corruption.name: drop"
         )
+
+
+def _freeze(recipe: PretrainRecipe, model: TimmModel) -> None:
+    """Freeze the embedding and all blocks except the last ones that the recipe leaves free."""
+    free = recipe.encoder.free_blocks
+    assert free is not None
+    if not recipe.encoder.starts_trained:
+        raise UserError(
+            "encoder.free_blocks: random weights would stay as they are; start from trained ones, by "
+            "encoder.pretrained=true or a folder as encoder.name"
+        )
+    layers, depth = layer_numbers(model)
+    if free >= depth:
+        raise UserError(f"encoder.free_blocks: the encoder has {depth} blocks; give fewer, or null to train all")
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and layers[name] > depth - free)
 
 
 def _checkpoint_activations(recipe: PretrainRecipe, model: TimmModel) -> None:

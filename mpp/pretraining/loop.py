@@ -11,7 +11,7 @@ from mpp.encoders.folder import pool_patches, save_encoder, trained_by
 from mpp.parallel import faults
 from mpp.parallel.liveness import SAVING
 from mpp.pretraining.job import Pretraining
-from mpp.pretraining.measure import measure, record_of
+from mpp.pretraining.measure import measure, probe_at_start, record_of
 from mpp.pretraining.setup import prepare
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.recipe.resume import length_of
@@ -65,6 +65,7 @@ def train(job: Pretraining) -> PretrainResult:
     job.wrapped.train()
     job.log.status("running", step=progress.step)
     job.stop_request.listen()
+    probe_at_start(job)
     job.pace.begin()
 
     for step in range(progress.step, plan.total_steps):

@@ -17,7 +17,14 @@ from mpp.pretraining.monitor import Spread, spread
 from mpp.recipe.flat import JsonObject
 from mpp.runs.log import RunLog
 from mpp.runs.pictures import keep
-from mpp.runs.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
+from mpp.runs.symptoms import (
+    COLLAPSED_FEATURE_SHARE,
+    COLLAPSED_TARGET_SHARE,
+    WORSE_THAN_AT_START,
+    Measured,
+    collapsed,
+    flat_since,
+)
 
 RANK_IMAGES = 64
 """Number of held-out images for the rank of targets. Their cells are some thousands of rows."""
@@ -70,6 +77,18 @@ def measure_collapse(model: MaskedPatchModel, raw: Tensor) -> dict[str, tuple[fl
     return {name: (effective_rank(v.flatten(0, 1)), image_share(v)) for name, v in values.items()}
 
 
+def probe_at_start(job: Pretraining) -> None:
+    """Measure the probe before the first step of a run that starts from trained weights. All processes do the same."""
+    if job.probe is None or not job.recipe.encoder.starts_trained or job.progress.step > 0:
+        return
+    with job.whole.on_device(job.team.device) as model:
+        model.eval()
+        found = job.probe(model.encoder.model, job.team.device)
+        model.train()
+    job.progress.probe_at_start = found.accuracy
+    job.log.say(f"probe of the weights that training starts from: {found.accuracy:.1%}")
+
+
 def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
     """Measure what is due after a step, on held-out images and in eval mode, and warn if something looks wrong.
 
@@ -98,6 +117,14 @@ def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
         _warn(job, due)
     if "probe" in due and progress.probed:
         measured |= {f"probe_{key}": value for key, value in progress.probed._asdict().items()}
+        if progress.probe_at_start is not None:
+            measured["probe_at_start"] = progress.probe_at_start
+            lost = progress.probe_at_start - progress.probed.accuracy
+            if lost > WORSE_THAN_AT_START:
+                job.log.say(
+                    f"warning: the probe is {100 * lost:.1f} points below that of the weights that training started "
+                    "from. Try a lower optim.base_lr, fewer steps, or encoder.free_blocks"
+                )
     return measured
 
 

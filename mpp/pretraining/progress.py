@@ -31,6 +31,8 @@ class Progress:
     history: list[Measured] = field(default_factory=list)
     """Skill and probe accuracy at each measurement."""
     probed: Probed | None = None
+    probe_at_start: float | None = None
+    """Accuracy of the probe with the trained weights that the run started from. None if there were none."""
     device_minutes: float = 0.0
     """Minutes of CPU time, or of GPU time, of all processes, as last measured."""
     losses: list[float] = field(default_factory=list)
@@ -54,6 +56,7 @@ class Progress:
             "features": [*self.features] if self.features else None,
             "history": [[*m] for m in self.history],
             "probed": [*self.probed] if self.probed else None,
+            "probe_at_start": self.probe_at_start,
             "device_minutes": self.device_minutes if math.isfinite(self.device_minutes) else None,
         }
 
@@ -70,5 +73,6 @@ class Progress:
             features=Spread(*state["features"]) if state["features"] else None,
             history=[Measured(*m) for m in state["history"]],
             probed=Probed(*state["probed"]) if state["probed"] else None,
+            probe_at_start=state.get("probe_at_start"),
             device_minutes=nan_if_null(state.get("device_minutes")),
         )

@@ -74,8 +74,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     watch = until_the_end.enter_context(
         Watch(team.rank, team.world, Path(recipe.out), hang_timeout_s=recipe.hang_timeout_s)
     )
-    trained_before = recipe.encoder.pretrained or Path(recipe.encoder.name).is_dir()
-    recipe = resolve(recipe, recipe.encoder.name if trained_before else None, warn=team.is_main)
+    recipe = resolve(recipe, recipe.encoder.name if recipe.encoder.starts_trained else None, warn=team.is_main)
     optim = recipe.optim
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device, recipe.views)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -76,8 +77,16 @@ class Encoder(Section):
     """How random weights are drawn. mae: as MAE's published code does for plain ViTs. Linear layers and the patch
     embedding come from Xavier's uniform distribution, the class token from N(0, 0.02²), and positions are fixed
     sine-cosine."""
+    free_blocks: PositiveInt | None = None
+    """Train only this many last blocks of the encoder and what follows them. The others keep the weights that training
+    starts from. Default: all are trained."""
     grad_checkpointing: Bool = False
     """Recompute activations in the backward pass: slower, but less memory."""
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether training starts from weights that were trained before."""
+        return self.pretrained or Path(self.name).is_dir()
 
 
 def _own_loss(values: object) -> object:
@@ -194,7 +203,8 @@ class PretrainRecipe(Run):
     """Number of held-out images whose reconstructions are stored during training, if the target has a picture. 0:
     none."""
     probe: OnlineProbe | None = None
-    """Measure a linear probe of the encoder during training. It does not change training."""
+    """Measure a linear probe of the encoder during training. It does not change training. If training starts from
+    trained weights, a warning says when the encoder is worse than these."""
 
     _default_loss = model_validator(mode="before")(_own_loss)
     _loss_fits = model_validator(mode="after")(_fitting_loss)

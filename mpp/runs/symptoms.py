@@ -61,6 +61,8 @@ RECENT = 4
 """A run is flat if this number of latest measurements contains no new best (guess)."""
 RISE = 0.003
 """Rise in skill or accuracy that counts as a new best (guess)."""
+WORSE_THAN_AT_START = 0.02
+"""Loss of accuracy of the probe, from that of the weights that a run started from, that is more than noise (guess)."""
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 """Exceptions that damaged records, whose content has an unexpected shape, raise in code that reads them."""
 
@@ -70,8 +72,8 @@ class Symptom:
     """One thing that deserves a second look."""
 
     kind: str
-    """failed, diverged, flat, below_trivial, collapse, data_bound, slower, bad_images, leak, no_gain, control, dead,
-    damaged, better_approach, underfit"""
+    """failed, diverged, flat, below_trivial, worse, collapse, data_bound, slower, bad_images, leak, no_gain, control,
+    dead, damaged, better_approach, underfit"""
     text: str
     """The finding, as a sentence."""
     advice: str
@@ -167,6 +169,8 @@ def _of_pretraining(run: History) -> list[Symptom]:
                 "Train longer, try another optim.base_lr, or hide less (mask.ratio).",
             )
         )
+    if worse := _worse_than_at_start(run):
+        listed.append(worse)
     listed += _collapsed(run)
     if (wait := _data_wait(run)) is not None and wait > DATA_BOUND:
         listed.append(
@@ -241,6 +245,17 @@ def _measured(run: History) -> list[Measured]:
             measured.append(Measured(m["step"], m["skill"], probe))
             probe = None
     return measured
+
+
+def _worse_than_at_start(run: History) -> Symptom | None:
+    at_start, now = run.last("probe_at_start"), run.last("probe_accuracy")
+    if at_start is None or now is None or now >= at_start - WORSE_THAN_AT_START:
+        return None
+    return Symptom(
+        "worse",
+        f"The encoder gets worse: the probe is at {now:.1%}, and was at {at_start:.1%} with the weights to start from.",
+        "A lower optim.base_lr, fewer steps, or encoder.free_blocks, which trains the last blocks only.",
+    )
 
 
 def _collapsed(run: History) -> list[Symptom]:

@@ -17,7 +17,9 @@ from mpp.encoders.creation import create_timm_model
 from mpp.errors import UserError
 from mpp.pretraining import monitor
 from mpp.pretraining.monitor import OnlineProbe, ProbeImages, probe_images
+from mpp.runs.history import read_run
 from mpp.runs.records import read_metrics
+from mpp.runs.symptoms import symptoms
 from tests.conftest import command, pretrain_recipe, pretrain_values
 
 
@@ -178,3 +180,27 @@ def test_the_spread_is_that_of_what_images_do_not_share() -> None:
     assert common == pytest.approx((4.0, 1 / 5)), "the common part has 4 of an energy of 5"
     assert monitor.spread(Fixed(torch.ones(8, 4)), images).share == pytest.approx(0)
     assert monitor.spread(Fixed(torch.arange(8.0)[:, None] * torch.ones(8, 4)), images).rank == pytest.approx(1)
+
+
+def test_weights_that_get_worse_than_they_were_are_said(shards: Path, tmp_path: Path) -> None:
+    """The probe of the first weights is measured once. It is kept when a run resumes."""
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "first", **probe_keys(shards), **{"optim.steps": 40}))
+    begins = {"encoder": {"name": str(tmp_path / "first")}, **probe_keys(shards, every_steps=5)}
+    kept = pretrain_recipe(shards, tmp_path / "kept", **begins, **{"optim.base_lr": 1e-9})
+    mpp.pretrain(kept)
+    destroyed = pretrain_recipe(shards, tmp_path / "destroyed", **begins, **{"optim.base_lr": 100.0})
+    mpp.pretrain(destroyed)
+    at_start = {name: read_metrics(tmp_path / name)[-1]["probe_at_start"] for name in ("kept", "destroyed")}
+    assert at_start["kept"] == at_start["destroyed"]
+    assert read_metrics(tmp_path / "kept")[-1]["probe_accuracy"] == at_start["kept"]
+    warning = "points below that of the weights that training started from. Try a lower"
+    for name, worse in (("kept", False), ("destroyed", True)):
+        said = (tmp_path / name / "train.log").read_text()
+        assert said.count("probe of the weights that training starts from") == 1
+        assert (warning in said) == worse
+        assert ("worse" in [symptom.kind for symptom in symptoms(read_run(tmp_path / name))]) == worse
+    branch = tmp_path / "branch"
+    mpp.pretrain(destroyed, out=str(branch), resume=str(tmp_path / "destroyed" / "checkpoints" / "step-00000015"))
+    assert read_metrics(branch)[-1]["probe_at_start"] == at_start["destroyed"]
+    assert "probe of the weights that training starts from" not in (branch / "train.log").read_text()
+    assert "probe_at_start" not in read_metrics(tmp_path / "first")[-1]

@@ -562,3 +562,32 @@ def test_wrong_numbers_of_processes_are_refused(recipe_file: Callable[..., Path]
     done = command("pretrain", recipe_file(**{"optim.global_batch_size": 15}), processes=2)
     assert done.returncode != 0
     assert "optim.global_batch_size: 15 cannot be divided among 2 processes; expected a multiple of 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "processes"), [(False, 1), pytest.param(True, 2, marks=pytest.mark.slow)], ids=["one process", "FSDP"]
+)
+def test_only_the_last_blocks_are_trained(
+    fsdp: bool, processes: int, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = recipe_file(**{"optim.steps": 2})
+    assert command("pretrain", first, f"out={tmp_path / 'first'}").returncode == 0
+    begun = recipe_file(
+        **{"encoder": {"name": str(tmp_path / "first"), "free_blocks": 1}, "optim.steps": 5, "optim.base_lr": 0.1},
+        **{"fsdp": fsdp, "data.workers": 0},
+    )
+    done = command("pretrain", begun, f"out={tmp_path / 'second'}", processes=processes)
+    assert done.returncode == 0, done.stderr
+    before, after = (mpp.load_encoder(tmp_path / name).state_dict() for name in ("first", "second"))
+    moved = {name.split(".")[0] + name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"blocks1"}
+
+
+def test_blocks_of_random_weights_are_not_frozen(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="encoder.free_blocks: random weights would stay as they are"):
+        mpp.pretrain(pretrain_recipe(shards, tmp_path / "a", **{"encoder.free_blocks": 1}))
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "b", **{"optim.steps": 1}))
+    of_folder = {"encoder": {"name": str(tmp_path / "b"), "free_blocks": 2}}
+    with pytest.raises(UserError, match="encoder.free_blocks: the encoder has 2 blocks; give fewer"):
+        mpp.pretrain(pretrain_recipe(shards, tmp_path / "c", **of_folder))
+    assert not (tmp_path / "c").exists()

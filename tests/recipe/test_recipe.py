@@ -275,7 +275,8 @@ def test_every_pretraining_recipe_builds(path: Path) -> None:
     from mpp.objective.build import build_model
 
     recipe = load_recipe(path, PretrainRecipe, given_to(path))
-    offline = {"target.pretrained": False} if recipe.target.name == "teacher" else {}
+    offline: dict[str, Any] = {"target.pretrained": False} if recipe.target.name == "teacher" else {}
+    offline |= {"encoder.pretrained": False, "encoder.free_blocks": None} if recipe.encoder.pretrained else {}
     recipe = load_recipe(path, PretrainRecipe, given_to(path) | offline)
     model, grid = build_model(recipe)
     assert grid[0] * model.unit_px == recipe.data.image_size[0]
