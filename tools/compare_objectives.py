@@ -36,6 +36,7 @@ VIEWS = 4
 VIEWS_AGREE: dict[str, Any] = {"agreement": {"views": VIEWS}, "data.color_jitter": 0.4, "data.grayscale": 0.2}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "late joining": {},
+    "late joining, muon": {"optim.name": "muon"},
     "late joining, a third": {"predict_fraction": 0.34},
     "late joining by 2 blocks, a third": {"corruption.enter": 4, "predict_fraction": 0.34},
     "mae": MAE,
