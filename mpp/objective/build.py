@@ -224,16 +224,18 @@ def _freeze(recipe: PretrainRecipe, model: TimmModel) -> None:
     """Freeze the embedding and all blocks except the last ones that the recipe leaves free."""
     free = recipe.encoder.free_blocks
     assert free is not None
-    if not recipe.encoder.starts_trained:
-        raise UserError(
-            "encoder.free_blocks: random weights would stay as they are; start from trained ones, by "
-            "encoder.pretrained=true or a folder as encoder.name"
-        )
     layers, depth = layer_numbers(model)
-    if free >= depth:
-        raise UserError(f"encoder.free_blocks: the encoder has {depth} blocks; give fewer, or null to train all")
+    # some families have blocks that pretraining does not use, such as those of class attention
+    blocks = sorted(
+        {layers[name] for name, p in model.named_parameters() if p.requires_grad} & set(range(1, depth + 1))
+    )
+    if free >= len(blocks):
+        raise UserError(
+            f"encoder.free_blocks: the encoder has {len(blocks)} blocks (or stages, where timm counts these); "
+            "give fewer, or null to train all"
+        )
     for name, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and layers[name] > depth - free)
+        p.requires_grad_(p.requires_grad and layers[name] >= blocks[-free])
 
 
 def _checkpoint_activations(recipe: PretrainRecipe, model: TimmModel) -> None:

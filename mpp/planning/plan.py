@@ -27,6 +27,7 @@ from mpp.planning.memory import CUDA_KEEPS, bytes_of, count_step
 from mpp.pretraining.dataset import PretrainDataset, make_crop
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.pretrain import PretrainRecipe
+from mpp.recipe.sections import Section
 from mpp.training.exchange import accumulation, describe_batch
 from mpp.training.optimizer import make_optimizer, pretrain_groups
 from mpp.training.plan import steps_of
@@ -150,7 +151,7 @@ def plan(
     here, device = device is None, device or device_here()
     _check_request(device, devices, mfu)
     data, optim = recipe.data, recipe.optim
-    model, grid = build_model(recipe)
+    model, grid = build_model(_with_random_weights(recipe))
     opened = ShardImages(data.shards, key="data.shards", **data.opening()) if images is None else None
     images_of_shards = opened.counts if opened is not None else [images or 0]
     held_out = held_out_rows(images_of_shards, data.held_out)
@@ -269,6 +270,18 @@ def _memory(recipe: PretrainRecipe, size: _Size, devices: int, micro: int, peak:
         "images": 2 * micro * data.channels * data.image_size[0] * data.image_size[1] * (1 if data.eight_bit else 4),
     }
     return memory | ({"buckets of DDP": FP32 * size.trained} if devices > 1 and not size.sharded else {})
+
+
+def _with_random_weights(recipe: PretrainRecipe) -> PretrainRecipe:
+    """Return the recipe without published weights, which a plan does not need."""
+
+    def changed(section: Section) -> Section:
+        has_weights = "pretrained" in type(section).model_fields
+        return section.model_copy(update={"pretrained": False}) if has_weights else section
+
+    extra = [part.model_copy(update={"target": changed(part.target)}) for part in recipe.extra_targets]
+    parts = {key: changed(getattr(recipe, key)) for key in ("encoder", "mask", "target")}
+    return recipe.model_copy(update={**parts, "extra_targets": extra})
 
 
 def _step_s(

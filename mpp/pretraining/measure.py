@@ -17,14 +17,7 @@ from mpp.pretraining.monitor import Spread, spread
 from mpp.recipe.flat import JsonObject
 from mpp.runs.log import RunLog
 from mpp.runs.pictures import keep
-from mpp.runs.symptoms import (
-    COLLAPSED_FEATURE_SHARE,
-    COLLAPSED_TARGET_SHARE,
-    WORSE_THAN_AT_START,
-    Measured,
-    collapsed,
-    flat_since,
-)
+from mpp.runs.symptoms import COLLAPSED_FEATURE_SHARE, COLLAPSED_TARGET_SHARE, Measured, collapsed, flat_since
 
 RANK_IMAGES = 64
 """Number of held-out images for the rank of targets. Their cells are some thousands of rows."""
@@ -81,11 +74,12 @@ def probe_at_start(job: Pretraining) -> None:
     """Measure the probe before the first step of a run that starts from trained weights. All processes do the same."""
     if job.probe is None or not job.recipe.encoder.starts_trained or job.progress.step > 0:
         return
+    job.watch.at(0, "probing")
     with job.whole.on_device(job.team.device) as model:
         model.eval()
         found = job.probe(model.encoder.model, job.team.device)
         model.train()
-    job.progress.probe_at_start = found.accuracy
+    job.progress.probe_at_start, job.progress.probe_fingerprint = found.accuracy, job.probe.fingerprint
     job.log.say(f"probe of the weights that training starts from: {found.accuracy:.1%}")
 
 
@@ -117,10 +111,11 @@ def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
         _warn(job, due)
     if "probe" in due and progress.probed:
         measured |= {f"probe_{key}": value for key, value in progress.probed._asdict().items()}
-        if progress.probe_at_start is not None:
-            measured["probe_at_start"] = progress.probe_at_start
+        if job.probe and progress.probe_at_start is not None:
+            margin = job.probe.margin(progress.probe_at_start)
+            measured |= {"probe_at_start": progress.probe_at_start, "probe_margin": margin}
             lost = progress.probe_at_start - progress.probed.accuracy
-            if lost > WORSE_THAN_AT_START:
+            if lost > margin:
                 job.log.say(
                     f"warning: the probe is {100 * lost:.1f} points below that of the weights that training started "
                     "from. Try a lower optim.base_lr, fewer steps, or encoder.free_blocks"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from dataclasses import dataclass
 from typing import NamedTuple, Unpack
@@ -24,6 +26,8 @@ from mpp.training.batch_norms import batch_norms_of, choose_batches, measure_bat
 BATCH = 256
 MAX_ITERATIONS = 50
 """Most iterations of L-BFGS, which bounds the cost of the probe (a guess)."""
+LEAST_MARGIN = 0.02
+"""Least loss of accuracy for a warning, compared with the weights that training started from (a guess)."""
 
 
 @dataclass
@@ -88,6 +92,19 @@ class OnlineProbe:
     ) -> None:
         self.train, self.val, self.num_classes, self.weight_decay = train, val, num_classes, weight_decay
         self.mean, self.std = mean.flatten().tolist(), std.flatten().tolist()
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a fingerprint of all that the probe's accuracy depends on, except the encoder."""
+        digest = hashlib.sha256(str(self.weight_decay).encode())
+        for side in (self.train, self.val):
+            digest.update(side.images.numpy().tobytes())
+            digest.update(side.labels.tobytes())
+        return digest.hexdigest()
+
+    def margin(self, accuracy: float) -> float:
+        """Return the loss of accuracy that is more than noise: two standard errors, at least `LEAST_MARGIN`."""
+        return max(LEAST_MARGIN, 2 * math.sqrt(accuracy * (1 - accuracy) / len(self.val.labels)))
 
     def __call__(self, model: nn.Module, device: torch.device) -> Probed:
         """Probe the encoder with its current weights.

@@ -32,7 +32,9 @@ class Progress:
     """Skill and probe accuracy at each measurement."""
     probed: Probed | None = None
     probe_at_start: float | None = None
-    """Accuracy of the probe with the trained weights that the run started from. None if there were none."""
+    """Accuracy of the probe with the trained weights that the run started from. None if it was not measured."""
+    probe_fingerprint: str = ""
+    """Fingerprint of the images on which `probe_at_start` was measured."""
     device_minutes: float = 0.0
     """Minutes of CPU time, or of GPU time, of all processes, as last measured."""
     losses: list[float] = field(default_factory=list)
@@ -57,6 +59,7 @@ class Progress:
             "history": [[*m] for m in self.history],
             "probed": [*self.probed] if self.probed else None,
             "probe_at_start": self.probe_at_start,
+            "probe_fingerprint": self.probe_fingerprint,
             "device_minutes": self.device_minutes if math.isfinite(self.device_minutes) else None,
         }
 
@@ -74,5 +77,6 @@ class Progress:
             history=[Measured(*m) for m in state["history"]],
             probed=Probed(*state["probed"]) if state["probed"] else None,
             probe_at_start=state.get("probe_at_start"),
+            probe_fingerprint=state.get("probe_fingerprint", ""),
             device_minutes=nan_if_null(state.get("device_minutes")),
         )

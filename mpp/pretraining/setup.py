@@ -74,6 +74,11 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     watch = until_the_end.enter_context(
         Watch(team.rank, team.world, Path(recipe.out), hang_timeout_s=recipe.hang_timeout_s)
     )
+    if recipe.encoder.free_blocks is not None and not recipe.encoder.starts_trained:
+        raise UserError(
+            "encoder.free_blocks: random weights would stay as they are; start from trained ones, by "
+            "encoder.pretrained=true or a folder as encoder.name"
+        )
     recipe = resolve(recipe, recipe.encoder.name if recipe.encoder.starts_trained else None, warn=team.is_main)
     optim = recipe.optim
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device, recipe.views)
@@ -97,6 +102,8 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         checkpoint.load(run.checkpoint, model, optimizer)
         progress = Progress.from_json(checkpoint.read_state(run.checkpoint))
         progress.probed = progress.probed if probe else None  # drop the result of a probe that the recipe no longer has
+        if probe is None or probe.fingerprint != progress.probe_fingerprint:
+            progress.probe_at_start = None  # it was measured on other images
     if recipe.compile:
         compile_forward(model, team.device)
     sampler = MicroBatches(

@@ -104,7 +104,9 @@ def key_numbers(run: History) -> list[tuple[str, str]]:
         (short_number(run.last("loss")), "loss of the last step"),
     ]
     if run.last("probe_accuracy") is not None:
-        numbers.append((percent_text(run.last("probe_accuracy")), "linear probe while training"))
+        before = run.last("probe_at_start")
+        start = f", {percent_text(before)} at the start" if before is not None else ""
+        numbers.append((percent_text(run.last("probe_accuracy")), f"linear probe while training{start}"))
     hours = run.hours()
     numbers += [
         (f"{run.images_seen():,}" if run.metrics else "–", "images seen"),

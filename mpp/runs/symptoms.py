@@ -61,8 +61,6 @@ RECENT = 4
 """A run is flat if this number of latest measurements contains no new best (guess)."""
 RISE = 0.003
 """Rise in skill or accuracy that counts as a new best (guess)."""
-WORSE_THAN_AT_START = 0.02
-"""Loss of accuracy of the probe, from that of the weights that a run started from, that is more than noise (guess)."""
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 """Exceptions that damaged records, whose content has an unexpected shape, raise in code that reads them."""
 
@@ -249,11 +247,11 @@ def _measured(run: History) -> list[Measured]:
 
 def _worse_than_at_start(run: History) -> Symptom | None:
     at_start, now = run.last("probe_at_start"), run.last("probe_accuracy")
-    if at_start is None or now is None or now >= at_start - WORSE_THAN_AT_START:
+    if at_start is None or now is None or now >= at_start - (run.last("probe_margin") or 0.0):
         return None
     return Symptom(
         "worse",
-        f"The encoder gets worse: the probe is at {now:.1%}, and was at {at_start:.1%} with the weights to start from.",
+        f"The encoder gets worse: the probe is at {now:.1%}, and was at {at_start:.1%} before the first step.",
         "A lower optim.base_lr, fewer steps, or encoder.free_blocks, which trains the last blocks only.",
     )
 

@@ -120,6 +120,8 @@ MOMENTUM = 0.9
 """Momentum of SGD."""
 
 
+ADAMW_EPSILON = 1e-8
+"""Epsilon of AdamW, torch's default. timm's Muon would have another for the weights that AdamW trains."""
 OptimizerName: TypeAlias = Literal["adamw", "sgd", "muon"]
 
 
@@ -144,22 +146,25 @@ def make_optimizer(
     in_blocks = matrices_in_blocks(encoder)
     divided = []
     for group in groups:
-        for use_muon in (True, False):
-            chosen = [p for p in group["params"] if (p in in_blocks) == use_muon]
-            divided += [{**group, "params": chosen, "use_muon": use_muon}] if chosen else []
+        for settings in ({"use_muon": True}, {"use_muon": False, "eps": ADAMW_EPSILON}):
+            chosen = [p for p in group["params"] if (p in in_blocks) == settings["use_muon"]]
+            divided += [{**group, "params": chosen, **settings}] if chosen else []
     return Muon(divided, lr=0.0, betas=betas)
 
 
 def matrices_in_blocks(encoder: nn.Module) -> set[nn.Parameter]:
     """Return the matrices and kernels of a timm model between its embedding and its last norm or layer.
 
-    Muon is meant for these (Jordan et al. 2024). Tokens and positions are not among them.
+    Muon is meant for these (Jordan et al. 2024). Tokens, positions and depthwise kernels are not among them.
     """
     layers, depth = layer_numbers(encoder)
     return {
         p
         for name, p in encoder.named_parameters()
-        if p.ndim > 1 and 0 < layers[name] <= depth and not any(part in name.split(".")[-1] for part in NO_DECAY_NAMES)
+        if p.ndim > 1
+        and min(p.shape[:2]) > 1
+        and 0 < layers[name] <= depth
+        and not any(part in name.split(".")[-1] for part in NO_DECAY_NAMES)
     }
 
 

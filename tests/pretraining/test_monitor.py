@@ -182,8 +182,18 @@ def test_the_spread_is_that_of_what_images_do_not_share() -> None:
     assert monitor.spread(Fixed(torch.arange(8.0)[:, None] * torch.ones(8, 4)), images).rank == pytest.approx(1)
 
 
-def test_weights_that_get_worse_than_they_were_are_said(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("images", "margin"), [(25, 0.2), (100, 0.1), (100_000, 0.02)])
+def test_a_loss_within_two_standard_errors_is_noise(images: int, margin: float) -> None:
+    side = ProbeImages(torch.zeros(1, 3, 4, 4), np.zeros(images, dtype=np.int64))
+    probe = OnlineProbe(side, side, 2, 0.01, torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    assert probe.margin(0.5) == pytest.approx(margin)
+
+
+def test_weights_that_get_worse_than_they_were_are_reported(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The probe of the first weights is measured once. It is kept when a run resumes."""
+    monkeypatch.setattr(OnlineProbe, "margin", lambda self, accuracy: 0.02)  # the probe has only 25 images
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "first", **probe_keys(shards), **{"optim.steps": 40}))
     begins = {"encoder": {"name": str(tmp_path / "first")}, **probe_keys(shards, every_steps=5)}
     kept = pretrain_recipe(shards, tmp_path / "kept", **begins, **{"optim.base_lr": 1e-9})
@@ -204,3 +214,7 @@ def test_weights_that_get_worse_than_they_were_are_said(shards: Path, tmp_path: 
     assert read_metrics(branch)[-1]["probe_at_start"] == at_start["destroyed"]
     assert "probe of the weights that training starts from" not in (branch / "train.log").read_text()
     assert "probe_at_start" not in read_metrics(tmp_path / "first")[-1]
+    other = {**begins, **probe_keys(shards, every_steps=5, images=9), "optim.base_lr": 100.0}
+    from_step = str(tmp_path / "destroyed" / "checkpoints" / "step-00000015")
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "other", **other), resume=from_step)
+    assert "probe_at_start" not in read_metrics(tmp_path / "other")[-1], "another probe has another start"

@@ -588,6 +588,6 @@ def test_blocks_of_random_weights_are_not_frozen(shards: Path, tmp_path: Path) -
         mpp.pretrain(pretrain_recipe(shards, tmp_path / "a", **{"encoder.free_blocks": 1}))
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "b", **{"optim.steps": 1}))
     of_folder = {"encoder": {"name": str(tmp_path / "b"), "free_blocks": 2}}
-    with pytest.raises(UserError, match="encoder.free_blocks: the encoder has 2 blocks; give fewer"):
+    with pytest.raises(UserError, match="encoder.free_blocks: the encoder has 2 blocks .*; give fewer"):
         mpp.pretrain(pretrain_recipe(shards, tmp_path / "c", **of_folder))
     assert not (tmp_path / "c").exists()

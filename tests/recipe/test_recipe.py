@@ -276,10 +276,13 @@ def test_every_pretraining_recipe_builds(path: Path) -> None:
 
     recipe = load_recipe(path, PretrainRecipe, given_to(path))
     offline: dict[str, Any] = {"target.pretrained": False} if recipe.target.name == "teacher" else {}
-    offline |= {"encoder.pretrained": False, "encoder.free_blocks": None} if recipe.encoder.pretrained else {}
+    offline |= {"encoder.pretrained": False} if recipe.encoder.pretrained else {}
     recipe = load_recipe(path, PretrainRecipe, given_to(path) | offline)
     model, grid = build_model(recipe)
     assert grid[0] * model.unit_px == recipe.data.image_size[0]
+    if recipe.encoder.free_blocks:
+        free = {name.split(".")[1] for name, p in model.encoder.model.named_parameters() if p.requires_grad}
+        assert free == set(map(str, range(12 - recipe.encoder.free_blocks, 12)))
 
 
 WITH_PRESETS = [p for p in PRETRAINING if "presets:" in p.read_text()]

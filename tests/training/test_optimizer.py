@@ -106,6 +106,7 @@ def test_steps_of() -> None:
     assert steps_of(0.001, None, 100, 10) == 1
 
 
+TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 PLAIN = {
     "adamw": partial(torch.optim.AdamW, lr=0.0, betas=(0.9, 0.95), foreach=False),
     "sgd": partial(torch.optim.SGD, lr=0.0, momentum=0.9, nesterov=True, foreach=False),
@@ -138,19 +139,20 @@ def test_an_update_that_is_left_out(left_out: int, name: Any) -> None:
     weights = {}
     for steps in ((0, 1, 2), tuple(step for step in (0, 1, 2) if step != left_out)):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-        weight = model[1].weight  # of the first layer after the embedding
+        model = timm.create_model("vit_tiny_patch16_224", **TINY, num_classes=0)
+        weight = model.blocks[0].mlp.fc1.weight
         groups = [{"params": list(model.parameters()), "weight_decay": 0.1, "lr_scale": 1.0}]
         optimizer = make_optimizer(groups, name=name, betas=(0.9, 0.95), encoder=model)
         guarded = GuardedOptimizer(optimizer, start_team("fp32"))
         for step in steps:
             before = weight.detach().clone()
-            model(torch.full((2, 3), 1.0 + step)).square().sum().backward()
+            model(torch.full((2, 3, 16, 16), 1.0 + step)).square().sum().backward()
             guarded.update(lr=0.1, only_if=torch.tensor(step != left_out))
             assert all(p.grad is None for p in model.parameters())
             assert torch.equal(before, weight) == (step == left_out)
         weights[len(steps)] = (weight.detach(), dict(optimizer.state[weight]))
     (with_it, state), (without, state_without) = weights[3], weights[2]
+    assert {"adamw": "exp_avg", "sgd": "momentum_buffer", "muon": "momentum_buffer"}[name] in state
     assert torch.equal(with_it, without)
     assert state.keys() == state_without.keys()
     assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(state_without[key])) for key, v in state.items())
@@ -160,6 +162,7 @@ def test_muon_trains_the_matrices_of_blocks() -> None:
     small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "reg_tokens": 2}
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, **small)
     resnet = timm.create_model("resnet10t", num_classes=3)
+    convnext = timm.create_model("convnext_atto", num_classes=0, dims=[8] * 4, depths=[1] * 4)
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", num_classes=0, embed_dim=16, depths=[1, 1], num_heads=[2, 2]
     )
@@ -169,6 +172,7 @@ def test_muon_trains_the_matrices_of_blocks() -> None:
             "blocks.0.attn.qkv.weight blocks.1.mlp.fc2.weight",
             "patch_embed.proj.weight pos_embed reg_token head.weight",
         ),
+        (convnext, "stages.0.blocks.0.mlp.fc1.weight", "stages.0.blocks.0.conv_dw.weight stem.0.weight"),
         (resnet, "layer1.0.conv1.weight layer4.0.conv2.weight", "conv1.0.weight fc.weight layer1.0.bn1.weight"),
         (
             swin,
