@@ -292,7 +292,7 @@ def _introduce(job: Pretraining) -> None:
     comparing += [f"target {o.name}" for o in job.model.objectives if o.target.compares_images]
     if comparing and team.world * job.plan.micro_batches > 1:
         which = " and ".join(comparing)
-        log.say(f"note: another division into micro-batches differs, since {which} compares the images of each")
+        log.say(f"note: another division into micro-batches differs: it changes which images are compared by {which}")
     with job.whole.on_device(team.device) as shown:
         for line in warn_of_poor_targets(shown, job.held_out.images[:LOOKED_AT].to(team.device)):
             log.say(f"warning: {line}")

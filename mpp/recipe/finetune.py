@@ -108,7 +108,7 @@ class Cnn(Section):
     image_size: ImageSize | None = None
     """Side of its images in pixels, or [height, width]. Default: image_size, doubled below 48 px, because the first
     layers of the network halve the image twice."""
-    optimizer: Literal["adamw", "sgd"] = "sgd"
+    optimizer: Literal["adamw", "sgd", "muon"] = "sgd"
     """Optimizer of the network, as optim.name."""
     base_lr: PositiveFloat = 0.2
     """Learning rate of the network for a batch of 256 images."""

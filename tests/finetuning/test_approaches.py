@@ -148,7 +148,8 @@ def test_a_cnn_beside_gets_the_time_of_the_encoder(which: list[str], shards: Pat
 def test_passes_end_it_where_there_is_more_time(shards: Path, run: Path, tmp_path: Path) -> None:
     changes = {"optim.steps": 12, "cnn.max_epochs": 0.1, "data.labels_per_class": 4}
     out = tmp_path / "run"
-    mpp.finetune(recipe(shards, out, run, beside=["cnn"], cnn=CNN, seeds=[0], **changes))
+    cnn = {**CNN, "optimizer": "muon", "base_lr": 1e-3}
+    mpp.finetune(recipe(shards, out, run, beside=["cnn"], cnn=cnn, seeds=[0], **changes))
     assert json.loads((out / "cnn-seed0" / "length.json").read_text())["ended_by"] == "max_epochs"
     assert "cnn.max_epochs ends it" in (out / "cnn-seed0" / "train.log").read_text()
 
