@@ -187,7 +187,7 @@ def do(
         "images": 32 * steps // (VIEWS if "agreement" in changes else 1),
         "cpu_minutes": costs,
         "skill": skills,
-        "target_rank": last.get("target_rank_ema_teacher"),
+        "target_rank": next((value for key, value in last.items() if key.startswith("target_rank_")), None),
         "seeds": seeds,
         "accuracy": {approach: values for approach, values in accuracies.items() if values},
         "finetune_cpu_minutes": round(tuning_cost, 1),
