@@ -184,7 +184,7 @@ def do(
     return {
         "row": name,
         "steps": steps,
-        "images": 32 * steps // (VIEWS if "agreement" in changes else 1),
+        "images": 32 * steps // (VIEWS if "agreement" in pretraining else 1),
         "cpu_minutes": costs,
         "skill": skills,
         "target_rank": next((value for key, value in last.items() if key.startswith("target_rank_")), None),

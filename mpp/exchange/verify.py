@@ -186,6 +186,7 @@ def found_in_clean_process(folder: Path, program: str, otherwise: str) -> JsonOb
 
 
 def run_in_new_interpreter(program: str, argument: str) -> subprocess.CompletedProcess[str]:
+    """Run a program with one argument in a new interpreter, and return its exit status and what it printed."""
     # -I: no modules from the working folder, PYTHONPATH or the user's site packages
     command = [sys.executable, "-I", "-c", program, argument]
     return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -102,7 +102,8 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         checkpoint.load(run.checkpoint, model, optimizer)
         progress = Progress.from_json(checkpoint.read_state(run.checkpoint))
         progress.probed = progress.probed if probe else None  # drop the result of a probe that the recipe no longer has
-        if probe is None or probe.fingerprint != progress.probe_fingerprint:
+        known = progress.probe_at_start is not None  # a fingerprint reads all images of the probe
+        if known and (probe is None or probe.fingerprint != progress.probe_fingerprint):
             progress.probe_at_start = None  # it was measured on other images
     if recipe.compile:
         compile_forward(model, team.device)
