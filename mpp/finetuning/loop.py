@@ -6,8 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from mpp.data.loader import batches
 from mpp.data.unreadable import count_unreadable
@@ -24,6 +22,7 @@ from mpp.runs.records import write_json
 from mpp.runs.verdict import name_unread
 from mpp.training import nonfinite
 from mpp.training.batch_norms import AT_ONCE, batch_norms_of, choose_batches, measure_batch_norms
+from mpp.training.moving_average import average, decay_at
 from mpp.training.steps import StepReport, StepReports, allow_unsaved
 
 PREDICTIONS = "predictions.png"
@@ -81,7 +80,7 @@ def train(job: Finetuning) -> TrialResult | None:
         job.optimizer.update(lr=lr, only_if=finite)
         progress.step = step + 1
         if job.averaged is not None and recipe.ema_decay:
-            average(job.averaged, job.model, ema_decay(recipe.ema_decay, progress.step), only_if=finite)
+            average(job.averaged, job.model, decay_at(recipe.ema_decay, progress.step), only_if=finite)
         job.pace.steps += 1
         job.log.step()
 
@@ -154,29 +153,6 @@ def account_for(report: StepReport, job: Finetuning) -> None:
         max_bad_fraction=recipe.data.max_bad_fraction,
         log=job.log,
     )
-
-
-def ema_decay(decay: float, step: int) -> float:
-    """Return the decay of the moving average after `step` steps. It is smaller in the first steps."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Tensor) -> None:
-    """Move the averaged weights towards the weights of the model, and copy the statistics of batch norms.
-
-    Args:
-        averaged: Model with the averaged weights, changed in place.
-        model: Model that is trained.
-        decay: Weight of the previous average.
-        only_if: () bool on the device, whether the step was made. If it was skipped, the averaged weights stay, and
-            the statistics of the model have already been restored.
-    """
-    weight = (1 - decay) * only_if
-    for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
-        mean.lerp_(p, weight.to(mean.dtype))
-    for copied, latest in zip(averaged.buffers(), model.buffers(), strict=True):
-        copied.copy_(latest)
 
 
 def judge_start(job: Finetuning) -> float:

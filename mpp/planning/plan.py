@@ -165,7 +165,7 @@ def plan(
 
     auto = "fp32" if device == CPU else "bf16"
     precision = auto if recipe.precision == "auto" else recipe.precision
-    size = _size(model, sharded=recipe.fsdp and devices > 1)
+    size = _size(model, sharded=recipe.fsdp and devices > 1, averaged=recipe.ema_decay is not None)
     read_images_per_s, step_s, tflops = None, None, find_device(device).tflops[precision]
     if device == CPU and mfu is None:  # before count_step moves the model to the meta device
         read_s = _read_s(recipe, opened, grid) if opened is not None else 0.0
@@ -177,7 +177,7 @@ def plan(
         step_s = REST * _with_loader(step_s, read_s * optim.global_batch_size, data.workers)
     elif mfu is None:
         mfu = MFU
-    checkpoint = size.weights + MOMENTS[recipe.optim.name][1] * size.trained
+    checkpoint = size.weights + size.averaged + MOMENTS[recipe.optim.name][1] * size.trained
     checkpoints = recipe.keep_checkpoints + 1 + (optim.schedule == "wsd")  # the newest is written before one goes
     seen = steps * optim.global_batch_size
     return Plan(
@@ -193,7 +193,7 @@ def plan(
         micro_batch=micro,
         accumulate=accumulate,
         memory_bytes=_memory(recipe, size, devices, micro, peak),
-        host_bytes=size.weights if size.sharded else 0,
+        host_bytes=size.weights + size.averaged if size.sharded else 0,
         images=sum(counts),
         held_out=int(held_out.sum()),
         steps=steps,
@@ -229,22 +229,26 @@ class _Size(NamedTuple):
     trained: int
     weights: int
     """Bytes of weights and buffers."""
+    averaged: int
+    """Bytes of the moving average of the encoder's weights; 0 if the recipe has none."""
     gathered: int
     """Bytes of gathered weights while a sharded model runs."""
     sharded: bool
 
 
-def _size(model: MaskedPatchModel, *, sharded: bool) -> _Size:
+def _size(model: MaskedPatchModel, *, sharded: bool, averaged: bool) -> _Size:
     numbers = sum(p.numel() for p in model.parameters())
+    encoder = sum(p.numel() for p in model.encoder.model.parameters())
     gathered = 0
     if sharded:  # a running block is gathered, the next one is being gathered, and weights outside of blocks stay so
         sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks(model)), reverse=True)
         gathered = FP32 * (sum(sizes[:2]) + max(numbers - sum(sizes), 0))
     return _Size(
-        encoder=sum(p.numel() for p in model.encoder.model.parameters()),
+        encoder=encoder,
         parameters=numbers,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         weights=FP32 * numbers + sum(b.numel() * b.element_size() for b in model.buffers()),
+        averaged=FP32 * encoder if averaged else 0,
         gathered=gathered,
         sharded=sharded,
     )
@@ -269,6 +273,8 @@ def _memory(recipe: PretrainRecipe, size: _Size, devices: int, micro: int, peak:
         "activations, at worst": max(peak - FP32 * size.trained, 0),
         "images": 2 * micro * data.channels * data.image_size[0] * data.image_size[1] * (1 if data.eight_bit else 4),
     }
+    if size.averaged:
+        memory["averaged weights"] = size.averaged // share
     return memory | ({"buckets of DDP": FP32 * size.trained} if devices > 1 and not size.sharded else {})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -42,10 +44,14 @@ class Pretraining:
     model: MaskedPatchModel
     wrapped: nn.Module
     """The model as the loop calls it: in autocast, with gradients exchanged."""
+    averaged: nn.Module | None
+    """Timm encoder with a moving average of the weights. None if the recipe has no `ema_decay`."""
     sharded: bool
     """Whether each process holds a part of the weights."""
     whole: Whole[MaskedPatchModel]
     """A copy of the model with all its weights, for evaluation, pictures and the export."""
+    whole_averaged: Whole[nn.Module] | None
+    """The same of the averaged encoder."""
     optimizer: GuardedOptimizer
     trained: list[nn.Parameter]
     batch_norms: nonfinite.BatchNormStatistics
@@ -58,3 +64,16 @@ class Pretraining:
     log: RunLog
     watch: Watch
     stop_request: StopRequest
+
+    @contextmanager
+    def whole_encoder(self) -> Iterator[nn.Module]:
+        """Return a context with the timm encoder to probe and export, on the device. Every process must call this.
+
+        It has the averaged weights if there are any, and the current ones otherwise.
+        """
+        if self.whole_averaged is not None:
+            with self.whole_averaged.on_device(self.team.device) as encoder:
+                yield encoder
+        else:
+            with self.whole.on_device(self.team.device) as model:
+                yield model.encoder.model

@@ -19,6 +19,7 @@ from mpp.rng import Purpose, torch_seed
 from mpp.runs import checkpoint
 from mpp.training import nonfinite
 from mpp.training.batch_norms import batch_norms_of, choose_batches, measure_batch_norms
+from mpp.training.moving_average import average, decay_at
 from mpp.training.steps import StepReport, StepReports, allow_unsaved, seed_dropout
 
 
@@ -98,6 +99,8 @@ def train(job: Pretraining) -> PretrainResult:
         job.optimizer.update(lr=lr, only_if=finite)
         progress.step = step + 1
         job.model.after_step(progress.step, plan.total_steps, finite)  # targets that follow the encoder
+        if job.averaged is not None and recipe.ema_decay:
+            average(job.averaged, job.model.encoder.model, decay_at(recipe.ema_decay, progress.step), only_if=finite)
         job.pace.steps += 1
         job.log.step()
 
@@ -185,6 +188,7 @@ def save(job: Pretraining, *, required: bool) -> None:
             state,
             keep=job.recipe.keep_checkpoints,
             keep_step=before_decay if job.recipe.optim.schedule == "wsd" else None,
+            averaged=job.averaged,
         )
         job.log.status("running", step=job.progress.step)
 
@@ -208,15 +212,14 @@ def finish(job: Pretraining) -> PretrainResult:
     progress, folder = job.progress, job.run.out / "encoder"
     metrics = {"step": progress.step, "loss": progress.loss, "skill": progress.skill}
     metrics[job.device_time.key] = progress.device_minutes
-    with job.whole.on_device(job.team.device) as model:
-        encoder = model.encoder.model
+    with job.whole_encoder() as encoder:
         pool_patches(encoder)
         images = job.held_out.images
         chosen = choose_batches(range(len(images)))
 
         def measure_and_save() -> None:
             with job.team.autocast():
-                batches = (model.images(images[rows].to(job.team.device)).normalised for rows in chosen)
+                batches = (job.model.images(images[rows].to(job.team.device)).normalised for rows in chosen)
                 measure_batch_norms(encoder, batch_norms_of(encoder), batches)
             save_encoder(encoder, folder, trained_by(job.recipe), metrics)
 

@@ -13,7 +13,7 @@ from mpp.objective.model import MaskedPatchModel
 from mpp.objective.reconstruct import reconstruct
 from mpp.parallel.team import Team
 from mpp.pretraining.job import Pretraining
-from mpp.pretraining.monitor import Spread, spread
+from mpp.pretraining.monitor import OnlineProbe, Probed, Spread, spread
 from mpp.recipe.flat import JsonObject
 from mpp.runs.log import RunLog
 from mpp.runs.pictures import keep
@@ -75,12 +75,19 @@ def probe_at_start(job: Pretraining) -> None:
     if job.probe is None or not job.recipe.encoder.starts_trained or job.progress.step > 0:
         return
     job.watch.at(0, "probing")
-    with job.whole.on_device(job.team.device) as model:
-        model.eval()
-        found = job.probe(model.encoder.model, job.team.device)
-        model.train()
+    found = _probe(job, job.probe)
     job.progress.probe_at_start, job.progress.probe_fingerprint = found.accuracy, job.probe.fingerprint
     job.log.say(f"probe of the weights that training starts from: {found.accuracy:.1%}")
+
+
+def _probe(job: Pretraining, probe: OnlineProbe) -> Probed:
+    """Probe the encoder that the run would export now. All processes do the same."""
+    with job.whole_encoder() as encoder:
+        trains = encoder.training
+        encoder.eval()
+        found = probe(encoder, job.team.device)
+        encoder.train(trains)
+    return found
 
 
 def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
@@ -97,11 +104,9 @@ def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
     if not due & {"probe", "skill", "pictures"}:
         return {}
     measured: JsonObject = {}
+    if job.probe and "probe" in due:
+        progress.probed = _probe(job, job.probe)
     with job.whole.on_device(team.device) as model:
-        if job.probe and "probe" in due:
-            model.eval()
-            progress.probed = job.probe(model.encoder.model, team.device)
-            model.train()
         if "skill" in due:
             progress.skills, progress.collapse, progress.features = measure_skills(team, model, job.held_out)
         if "pictures" in due and team.is_main:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from mpp.data.batch import Batch
 from mpp.data.labeled import open_labeled
@@ -24,7 +26,7 @@ from mpp.objective.interfaces import Mask
 from mpp.objective.model import MaskedPatchModel
 from mpp.parallel.devices import advise_on_cpu, compile_forward, prefer_channels_last
 from mpp.parallel.liveness import Watch
-from mpp.parallel.sharding import Whole, shard
+from mpp.parallel.sharding import M, Whole, shard
 from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import Team, start_team
 from mpp.pretraining.dataset import PretrainDataset, make_crop
@@ -88,7 +90,9 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     dataset, order = _open_dataset(recipe, team, mask, mask_grid, micro_batches)
     plan = make_plan(recipe, order.epoch_len, micro_batches)
     sharded = recipe.fsdp and team.world > 1
-    whole = _place_on_device(model, team, sharded=sharded)
+    averaged = copy.deepcopy(model.encoder.model).requires_grad_(False).eval() if recipe.ema_decay else None
+    whole = _place_on_device(model, team, sharded=sharded, as_a_whole=(model.guide,) if model.guide is not None else ())
+    whole_averaged = None if averaged is None else _place_on_device(averaged, team, sharded=sharded)
     groups = pretrain_groups(model, optim.weight_decay)
     optimizer = make_optimizer(groups, name=optim.name, betas=optim.betas, encoder=model.encoder.model)
     held_out = _held_out_batch(dataset)
@@ -99,7 +103,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     watch.at(0, "loading")
     progress = Progress(skills=[math.nan] * len(model.objectives))
     if run.checkpoint is not None:
-        checkpoint.load(run.checkpoint, model, optimizer)
+        checkpoint.load(run.checkpoint, model, optimizer, averaged)
         progress = Progress.from_json(checkpoint.read_state(run.checkpoint))
         progress.probed = progress.probed if probe else None  # drop the result of a probe that the recipe no longer has
         known = progress.probe_at_start is not None  # a fingerprint reads all images of the probe
@@ -130,8 +134,10 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
         held_out=held_out,
         model=model,
         wrapped=wrapped,
+        averaged=averaged,
         sharded=sharded,
         whole=whole,
+        whole_averaged=whole_averaged,
         optimizer=GuardedOptimizer(optimizer, team),
         trained=[p for p in model.parameters() if p.requires_grad],
         batch_norms=nonfinite.BatchNormStatistics(model, needed=recipe.max_skipped_steps > 0),
@@ -206,11 +212,15 @@ def _open_dataset(
     return dataset, order
 
 
-def _place_on_device(model: MaskedPatchModel, team: Team, *, sharded: bool) -> Whole[MaskedPatchModel]:
-    """Move the model to the device, or shard it over the processes. Return access to a copy with all its weights."""
+def _place_on_device(model: M, team: Team, *, sharded: bool, as_a_whole: tuple[nn.Module, ...] = ()) -> Whole[M]:
+    """Move a model to the device, or shard it over the processes, except for the modules `as_a_whole`.
+
+    Returns:
+        Access to a copy with all its weights.
+    """
     whole = Whole(model, sharded=sharded)
     if sharded:
-        shard(model, team.device, whole=(model.guide,) if model.guide is not None else ())
+        shard(model, team.device, whole=as_a_whole)
     else:
         prefer_channels_last(model)
         model.to(team.device)

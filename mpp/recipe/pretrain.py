@@ -14,6 +14,7 @@ from mpp.recipe import registry
 from mpp.recipe.sections import ImageData, Optim, Run, Section, component_section, or_null
 from mpp.recipe.values import (
     AreaRange,
+    BelowOne,
     Bool,
     Float,
     Fraction,
@@ -190,6 +191,10 @@ class PretrainRecipe(Run):
     which also needs that many times the memory; the target is computed once. So it is meant for targets that cost much,
     ema_teacher, clusters and teacher, and an encoder that sees only visible patches, corruption: drop."""
     optim: Optim
+    ema_decay: BelowOne | None = None
+    """Decay of a moving average of the encoder's weights, such as 0.999; it is smaller in the first steps. The average
+    is probed and exported in place of the last weights. It is meant for optim.schedule: constant, where the last steps
+    still move the weights much."""
     compile: Bool = False
     """Compile the forward and backward pass with torch.compile: about a minute at the start, then 1.03 to 1.2 times as
     fast on a CPU (recipes/LOG.md). Losses differ by rounding. Requires a C++ compiler, on GPUs Triton."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -39,14 +40,15 @@ MORE: dict[str, dict[str, Any]] = {
     "micro-batches": {"optim.max_batch_per_device": 4},
     "stages, a part predicted": {"encoder": TINY_SWIN, "predict_fraction": 0.5},
     "bf16": {"precision": "bf16", "predict_fraction": 0.5, "corruption.enter": 1},
-    "a probe": {"probe": True},
+    "a probe of averaged weights": {"probe": True},
 }
 
 
 def values_of(shards: Path, image_folder: Path, out: Path, name: str) -> dict[str, Any]:
     changes = {**OBJECTIVES, **MORE}[name]
     if "probe" in changes:
-        changes = {"probe": {"train": str(image_folder), "val": str(image_folder), "every_steps": 10}}
+        probe = {"train": str(image_folder), "val": str(image_folder), "every_steps": 10}
+        changes = {"probe": probe, "ema_decay": 0.7}
     return pretrain_values(shards, out / name.replace(", ", "-").replace(" ", "-"), **changes)
 
 
@@ -78,7 +80,8 @@ def test_the_losses_are_those_of_one_process(objective: str, sharded: Path, shar
 def test_so_is_all_that_is_measured(name: str, sharded: Path, shards: Path, image_folder: Path, tmp_path: Path) -> None:
     values = values_of(shards, image_folder, tmp_path, name)
     mpp.pretrain(values)
-    found = read_metrics(Path(values_of(shards, image_folder, sharded, name)["out"]))
+    found_in = Path(values_of(shards, image_folder, sharded, name)["out"])
+    found = read_metrics(found_in)
     for here, there in zip(read_metrics(Path(values["out"])), found, strict=True):
         assert here.keys() == there.keys()
         assert {k for k in here if here[k] is None} == {k for k in there if there[k] is None}
@@ -86,6 +89,9 @@ def test_so_is_all_that_is_measured(name: str, sharded: Path, shards: Path, imag
         for key in here.keys() - {k for k in here if here[k] is None} - times:
             # in bf16, rounding depends on the number of images in a product
             assert there[key] == pytest.approx(here[key], rel=0.02 if name == "bf16" else 1e-4, abs=1e-6), key
+    if "averaged" in name:
+        weights = [load_file(Path(out) / "encoder" / "model.safetensors") for out in (values["out"], found_in)]
+        torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
 def left_at(step: int, run: Path, to: Path) -> Path:
@@ -99,7 +105,7 @@ def left_at(step: int, run: Path, to: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_resumes_on_other_processes(sharded: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_on_other_processes(sharded: Path, shards: Path, image_folder: Path, tmp_path: Path) -> None:
     """A run in parts resumes as a whole, a whole resumes in parts, and a run in the same number of parts resumes bit by
     bit.
     """
@@ -108,6 +114,8 @@ def test_a_run_resumes_on_other_processes(sharded: Path, shards: Path, tmp_path:
     mpp.pretrain(pretrain_values(shards, alone), resume="auto")
     np.testing.assert_allclose(losses(alone), golden, rtol=1e-4)
     assert not list((alone / "checkpoints" / "step-00000020").glob("*rank*"))
+    averaged = values_of(shards, image_folder, sharded, "a probe of averaged weights")
+    resumed_average = left_at(15, Path(averaged["out"]), tmp_path / "averaged")
     again, unsharded, parted = (
         left_at(15, run, tmp_path / "again"),
         left_at(15, run, tmp_path / "unsharded"),
@@ -119,7 +127,10 @@ def test_a_run_resumes_on_other_processes(sharded: Path, shards: Path, tmp_path:
         (pretrain_values(shards, again, fsdp=True), "auto"),
         (pretrain_values(shards, unsharded), "auto"),
         (pretrain_values(shards, parted, fsdp=True), "auto"),
+        ({**averaged, "out": str(resumed_average), "fsdp": True}, "auto"),
     )
+    weights = [Path(out) / "encoder" / "model.safetensors" for out in (averaged["out"], resumed_average)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
     assert losses(again) == losses(run)
     for resumed in (unsharded, parted):
         np.testing.assert_allclose(losses(resumed), golden, rtol=1e-4)

@@ -27,6 +27,7 @@ from tests.conftest import command, pretrain_recipe, pretrain_values
 def test_what_the_run_then_says(shards: Path, tmp_path: Path) -> None:
     """The plan gives the run's images, steps, parameters and bytes on the disk."""
     changes = {"optim.steps": None, "optim.epochs": 2, "encoder.args.embed_dim": 96, "keep_checkpoints": 1}
+    changes |= {"ema_decay": 0.9}
     recipe = pretrain_recipe(shards, tmp_path / "run", **changes)
     plan = planning.plan(recipe)
     mpp.pretrain(recipe)

@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 import mpp
 from mpp.errors import UserError
+from mpp.pretraining.monitor import OnlineProbe
 from mpp.pretraining.setup import prepare
 from mpp.runs.records import read_metrics
 from mpp.training.batch_norms import batch_norms_of, measure_batch_norms
@@ -203,6 +206,41 @@ def test_muon_resumes_to_the_last_bit(shards: Path, tmp_path: Path) -> None:
     assert min(found[-5:]) < 0.96 * found[0]
 
 
+def test_averaged_weights_are_exported_and_probed(
+    shards: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, probed = "blocks.1.mlp.fc1.weight", []
+    plain = OnlineProbe.__call__
+
+    def note(self: OnlineProbe, model: nn.Module, device: torch.device) -> Any:
+        probed.append(model.get_parameter(name).detach().clone())
+        return plain(self, model, device)
+
+    monkeypatch.setattr(OnlineProbe, "__call__", note)
+    probe = {"train": str(image_folder), "val": str(image_folder), "every_steps": 20}
+    every_step = {"checkpoint_every_steps": 1, "keep_checkpoints": 30}
+    every_step |= {"optim.schedule": "constant"}  # at a rate that falls to 0 the average would be the last weights
+    recipe = pretrain_recipe(shards, tmp_path / "a", **every_step, probe=probe, ema_decay=0.6)
+    with ExitStack() as opened:
+        unaltered = prepare(recipe.model_copy(update={"out": str(tmp_path / "start")}), "never", opened)
+        average = unaltered.model.encoder.model.get_parameter(name).detach().clone()
+    result = mpp.pretrain(recipe)
+    without = mpp.pretrain(recipe.model_copy(update={"out": str(tmp_path / "without"), "ema_decay": None}))
+    assert losses(result.out) == losses(without.out), "the average must not change training"
+    checkpoints = sorted((result.out / "checkpoints").iterdir())
+    for step, folder in enumerate(checkpoints, start=1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        latest = load_file(folder / "model.safetensors")[f"encoder.model.{name}"]
+        average = decay * average + (1 - decay) * latest
+    assert step == 20
+    exported = result.out / "encoder" / "model.safetensors"
+    torch.testing.assert_close(load_file(exported)[name], average)
+    torch.testing.assert_close(probed[0], average)
+    assert (latest - average).abs().max() > 1e-3, "the last weights must differ"
+    branch = mpp.pretrain(recipe, out=str(tmp_path / "b"), resume=str(checkpoints[6]))
+    assert (branch.out / "encoder" / "model.safetensors").read_bytes() == exported.read_bytes()
+
+
 def test_muon_refuses_parts_of_matrices() -> None:
     with pytest.raises(UserError, match="optim.name: muon needs whole matrices, which fsdp: true divides; use adamw"):
         pretrain_recipe("none", "none", **{"optim.name": "muon", "fsdp": True})
@@ -307,7 +345,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-SLOW = {"optim.steps": 120, "checkpoint_every_steps": 7, "encoder.args.drop_path_rate": 0.2}
+SLOW = {"ema_decay": 0.9, "optim.steps": 120, "checkpoint_every_steps": 7, "encoder.args.drop_path_rate": 0.2}
 
 
 @pytest.mark.slow
