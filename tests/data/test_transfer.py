@@ -24,7 +24,7 @@ def batch_of(number: int) -> Batch:
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 @pytest.mark.parametrize(
     "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))],
+    ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)],
 )
 def test_the_same_batches_one_ahead(count: int, device: str) -> None:
     taken = 0
