@@ -101,6 +101,11 @@ def trained_by(recipe: PretrainRecipe | FinetuneRecipe) -> Origin:
             f"Masked-patch pretraining without labels: mask {recipe.mask.name}, corruption {recipe.corruption.name}, "
             f"target {recipe.target.name}, head {recipe.head.name}, data `{', '.join(recipe.data.shards)}`."
         )
+        if recipe.ema_decay:
+            made += (
+                f" The weights are a moving average with decay {recipe.ema_decay}. Loss and skill were measured with "
+                "the weights of the last step."
+            )
         limits = (
             "The final norm was not trained, and a class token's own output only by decoders that read it: fine-tune, "
             "or read the mean of the patch tokens, which is the embedding. `mpp finetune` tells how good the features "

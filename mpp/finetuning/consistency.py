@@ -1,4 +1,4 @@
-"""Learn from unlabeled images: confident predictions of an averaged model are the labels (FixMatch, Sohn et al. 2020).
+"""Learn from unlabeled images: predictions of an averaged model are the labels.
 
 The averaged model judges a weakly augmented view of an image. The model learns from a strongly augmented view.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
@@ -40,16 +41,14 @@ class Taught(NamedTuple):
         return strong[kept], Taught(self.targets[kept], self.sure[kept])
 
 
-class Consistency:
-    """The loss of unlabeled images, which is added to that of labeled images.
+class UnlabeledLoss:
+    """The base of losses of unlabeled images: an averaged model that judges them, and the weight of the loss.
 
     Args:
         averaged: Model with a moving average of the weights. It judges weak views in eval mode.
-        threshold: Least probability of a target that is learned.
         weight: Weight of this loss after the warm-up.
         warmup_steps: Number of steps in which the weight rises from 0.
         erase: Probability of random erasing in the strong view.
-        independent_classes: Whether an image may have several classes.
         autocast: Autocast context of the run.
     """
 
@@ -57,22 +56,19 @@ class Consistency:
         self,
         averaged: Supervised,
         *,
-        threshold: float,
         weight: float,
         warmup_steps: int,
         erase: float,
-        independent_classes: bool,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.averaged, self.batch_norms = averaged.eval(), batch_norms_of(averaged)
-        self.threshold, self.weight, self.warmup_steps = threshold, weight, warmup_steps
-        self.independent_classes, self.autocast = independent_classes, autocast
+        self.weight, self.warmup_steps, self.autocast = weight, warmup_steps, autocast
         self.erase = RandomErasing(erase, mode="pixel", device=averaged.mean.device)
         """Random erasing for strong views, (U, C, H, W) normalised."""
 
     @torch.no_grad()
-    def teach(self, weak: Tensor, *, encoder_learns: bool) -> Taught:
-        """Return the targets that the averaged model predicts from weak views.
+    def judge(self, weak: Tensor, *, encoder_learns: bool) -> Tensor:
+        """Return the averaged model's logits of weak views, (U, classes) float32.
 
         Args:
             weak: Weak views, (U, C, H, W) uint8.
@@ -82,7 +78,31 @@ class Consistency:
         """
         adapted = self.batch_norms if encoder_learns and len(weak) > 1 else []
         with self.autocast(), use_batch_statistics(adapted):
-            logits = self.averaged(self.averaged.normalise(weak)).float()
+            logits: Tensor = self.averaged(self.averaged.normalise(weak))
+        return logits.float()
+
+    def weight_at(self, step: int) -> float:
+        """Return the weight of this loss in a step, counted from 0."""
+        return self.weight * (min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0)
+
+
+class FixMatch(UnlabeledLoss):
+    """Learn the averaged model's class of each image if it is sure enough (FixMatch, Sohn et al. 2020).
+
+    Args:
+        averaged: Model with a moving average of the weights.
+        threshold: Least probability of a target that is learned.
+        independent_classes: Whether an image may have several classes.
+        **how: Other arguments of `UnlabeledLoss`.
+    """
+
+    def __init__(self, averaged: Supervised, *, threshold: float, independent_classes: bool, **how: Any) -> None:
+        super().__init__(averaged, **how)
+        self.threshold, self.independent_classes = threshold, independent_classes
+
+    def teach(self, weak: Tensor, *, encoder_learns: bool) -> Taught:
+        """Return the targets that the averaged model predicts from weak views. For the arguments, see `judge`."""
+        logits = self.judge(weak, encoder_learns=encoder_learns)
         if self.independent_classes:
             said = logits.sigmoid()
             return Taught((said > 0.5).float(), (said >= self.threshold) | (said <= 1 - self.threshold))
@@ -103,5 +123,51 @@ class Consistency:
             each = F.binary_cross_entropy_with_logits(logits, taught.targets, reduction="none") / logits.shape[1]
         else:
             each = F.cross_entropy(logits, taught.targets, reduction="none")
-        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.weight * rise * (each * taught.sure).sum() / images
+        return self.weight_at(step) * (each * taught.sure).sum() / images
+
+
+class MixMatch(UnlabeledLoss):
+    """Learn the averaged model's sharpened probabilities of every image (MixMatch, Berthelot et al. 2019).
+
+    Labeled and unlabeled images are mixed with each other. Differences from the paper: the averaged model predicts from
+    one weak view, the model learns from a strong view, and the loss is the cross-entropy for all images.
+
+    Args:
+        averaged: Model with a moving average of the weights.
+        temperature: Temperature of the sharpening. Probabilities are raised to the power 1 / temperature.
+        mix: Mixup of timm for dense labels. None means that images are not mixed.
+        **how: Other arguments of `UnlabeledLoss`.
+    """
+
+    def __init__(self, averaged: Supervised, *, temperature: float, mix: Mixup | None, **how: Any) -> None:
+        super().__init__(averaged, **how)
+        self.temperature, self.mix = temperature, mix
+
+    def teach(self, weak: Tensor, *, encoder_learns: bool) -> Tensor:
+        """Return the sharpened probabilities, (U, classes). For the arguments, see `judge`."""
+        return (self.judge(weak, encoder_learns=encoder_learns) / self.temperature).softmax(-1)
+
+    def mixed(self, x: Tensor, labels: Tensor, taught: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Mix labeled and unlabeled images, and their targets.
+
+        Args:
+            x: B images with labels, then U without, (B + U, C, H, W).
+            labels: Class numbers of the first B images, (B,) int64.
+            taught: Probabilities of the other images, (U, classes).
+            step: Step of the trial, counted from 0.
+
+        Returns:
+            Images as `x`. Targets (B + U, classes), multiplied by the weights of their images: those of labeled images
+            sum to 1, those of unlabeled images to the weight of this loss.
+        """
+        of_labeled = F.one_hot(labels, taught.shape[1]).float() / len(labels)
+        targets = torch.cat([of_labeled, self.weight_at(step) * taught / max(len(taught), 1)])
+        if self.mix is None:
+            return x, targets
+        order = torch.randperm(len(x), device=x.device)  # timm mixes the first image with the last, and so on
+        mixed: tuple[Tensor, Tensor] = self.mix(x[order], targets[order])
+        return mixed
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy with weighted targets. Both are (B + U, classes)."""
+        return -(targets * logits.float().log_softmax(-1)).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from timm.data.random_erasing import RandomErasing
 
 from mpp.data.labeled_sets import LabeledBatch, Labels
 from mpp.errors import UserError, one_line
-from mpp.finetuning.consistency import Consistency
+from mpp.finetuning.consistency import FixMatch, MixMatch
 from mpp.finetuning.distillation import Distillation, open_teacher
 from mpp.finetuning.model import Supervised
 from mpp.parallel.team import Team
@@ -22,7 +22,7 @@ from mpp.recipe.finetune import FinetuneRecipe
 from mpp.rng import Purpose, torch_seed
 
 
-class ConsistencyInputs(NamedTuple):
+class UnlabeledInputs(NamedTuple):
     """Inputs of the loss of unlabeled images that are not in the recipe."""
 
     averaged: Supervised
@@ -55,7 +55,7 @@ class MicroLoss:
         model: Supervised,
         classes: list[str],
         seed: int,
-        unlabeled: ConsistencyInputs | None = None,
+        unlabeled: UnlabeledInputs | None = None,
     ) -> None:
         self.device, self.model, self.seed = team.device, model, seed
         self.global_batch_size = recipe.optim.global_batch_size
@@ -64,7 +64,7 @@ class MicroLoss:
         erase = recipe.data.erase
         self.erase = RandomErasing(erase, mode="pixel", device=team.device) if erase else None
         self.distillation = make_distillation(recipe, team, model, classes) if recipe.distill else None
-        self.consistency = make_consistency(recipe, team, unlabeled) if unlabeled else None
+        self.of_unlabeled = make_unlabeled_loss(recipe, team, unlabeled, len(classes)) if unlabeled else None
 
     def __call__(self, wrapped: torch.nn.Module, batch: LabeledBatch, position: int) -> torch.Tensor:
         """Return the loss, a scalar.
@@ -84,11 +84,15 @@ class MicroLoss:
         labels = send_to_device(batch.labels, self.device, non_blocking=True)
         if self.erase is not None:
             x = self.erase(x)
+        if isinstance(self.of_unlabeled, MixMatch) and batch.weak is not None and batch.strong is not None:
+            weak, strong = (view.to(self.device, non_blocking=True) for view in (batch.weak, batch.strong))
+            return self._mixmatch(self.of_unlabeled, wrapped, x, labels, weak, strong, position)
         if self.mix is not None:
             x, labels = self.mix(x, labels)
         own_loss = self.model.task.loss
-        if self.consistency is not None and batch.strong is not None and batch.weak is not None:
-            return self._with_unlabeled(wrapped, x, labels, batch.strong, batch.weak, position)
+        if isinstance(self.of_unlabeled, FixMatch) and batch.weak is not None and batch.strong is not None:
+            weak, strong = (view.to(self.device, non_blocking=True) for view in (batch.weak, batch.strong))
+            return self._fixmatch(self.of_unlabeled, wrapped, x, labels, weak, strong, position)
         if batch.strong is not None:  # unlabeled images, which the teacher of `distill` labels
             unlabeled = self.model.normalise(batch.strong.to(self.device, non_blocking=True))
             if self.erase is not None:
@@ -102,45 +106,64 @@ class MicroLoss:
         loss: torch.Tensor = own_loss(outputs, labels)
         return loss
 
-    def _with_unlabeled(
+    def _fixmatch(
         self,
+        fixmatch: FixMatch,
         wrapped: torch.nn.Module,
         x: torch.Tensor,
         labels: Labels,
-        strong: torch.Tensor,
         weak: torch.Tensor,
+        strong: torch.Tensor,
         position: int,
     ) -> torch.Tensor:
-        """Return the loss of the labeled images `x` plus that of unlabeled images, given as strong and weak views."""
-        assert self.consistency is not None
+        """Return the loss of the labeled images `x` plus that of unlabeled images, given as weak and strong views."""
         images, labeled = len(strong), len(x)
-        weak = weak.to(self.device, non_blocking=True)
-        taught = self.consistency.teach(weak, encoder_learns=self.model.encoder.training)
-        strong = strong.to(self.device, non_blocking=True)
+        taught = fixmatch.teach(weak, encoder_learns=self.model.encoder.training)
         if self.device.type == "cpu":
             strong, taught = taught.keep_sure(strong)
-        strong = self.consistency.erase(self.model.normalise(strong))
+        strong = fixmatch.erase(self.model.normalise(strong))
         # Use one forward pass for both kinds of images: batch norms see all of them, and processes exchange once.
         outputs = wrapped(torch.cat([x, strong]), labels)
         step = position // self.global_batch_size
         of_labeled: torch.Tensor = self.model.task.loss(outputs[:labeled], labels)
-        return of_labeled + self.consistency.loss(outputs[labeled:], taught, images, step)
+        return of_labeled + fixmatch.loss(outputs[labeled:], taught, images, step)
+
+    def _mixmatch(
+        self,
+        mixmatch: MixMatch,
+        wrapped: torch.nn.Module,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        weak: torch.Tensor,
+        strong: torch.Tensor,
+        position: int,
+    ) -> torch.Tensor:
+        """Return the loss of the labeled images `x` and of unlabeled images, all of them mixed with each other."""
+        taught = mixmatch.teach(weak, encoder_learns=self.model.encoder.training)
+        strong = mixmatch.erase(self.model.normalise(strong))
+        together, targets = mixmatch.mixed(torch.cat([x, strong]), labels, taught, position // self.global_batch_size)
+        return mixmatch.loss(wrapped(together, labels), targets)
 
 
-def make_consistency(recipe: FinetuneRecipe, team: Team, unlabeled: ConsistencyInputs) -> Consistency:
+def make_unlabeled_loss(
+    recipe: FinetuneRecipe, team: Team, unlabeled: UnlabeledInputs, num_classes: int
+) -> FixMatch | MixMatch:
     """Return the loss of unlabeled images with the settings of the recipe."""
     keys = recipe.unlabeled
     assert keys is not None
-    task = registry.component("task", recipe.task.name)
-    return Consistency(
-        unlabeled.averaged,
-        threshold=keys.threshold,
-        weight=keys.weight,
-        warmup_steps=round(keys.warmup * unlabeled.total_steps),
-        erase=keys.erase,
-        independent_classes=registry.component("labels", task.labels).independent_classes,
-        autocast=team.autocast,
-    )
+    how: dict[str, Any] = {
+        "weight": keys.weight,
+        "warmup_steps": round(keys.warmup * unlabeled.total_steps),
+        "erase": keys.erase,
+        "autocast": team.autocast,
+    }
+    if keys.kind == "mixmatch":
+        mix = None
+        if recipe.mixup or recipe.cutmix:
+            mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes, multi_label=True)
+        return MixMatch(unlabeled.averaged, temperature=keys.temperature, mix=mix, **how)
+    kind = registry.component("labels", registry.component("task", recipe.task.name).labels)
+    return FixMatch(unlabeled.averaged, threshold=keys.threshold, independent_classes=kind.independent_classes, **how)
 
 
 def make_distillation(recipe: FinetuneRecipe, team: Team, model: Supervised, classes: list[str]) -> Distillation:

@@ -18,7 +18,7 @@ from mpp.finetuning.batches import load_batches
 from mpp.finetuning.equal_time import length_of_trial
 from mpp.finetuning.head_start import fit_head
 from mpp.finetuning.job import Finetuning, Run
-from mpp.finetuning.micro_loss import ConsistencyInputs, MicroLoss
+from mpp.finetuning.micro_loss import MicroLoss, UnlabeledInputs
 from mpp.finetuning.model import Supervised, build
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.progress import Progress
@@ -72,7 +72,7 @@ def prepare_trial(run: Run, trial: Trial) -> Finetuning:
 
     progress = _load_checkpoint(run, kept, model, optimizer, averaged) if kept else Progress()
     device_time.earlier_minutes = progress.device_minutes
-    unlabeled = ConsistencyInputs(averaged, plan.total_steps) if recipe.unlabeled and averaged is not None else None
+    unlabeled = UnlabeledInputs(averaged, plan.total_steps) if recipe.unlabeled and averaged is not None else None
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, trial.seed, unlabeled)
     wrapped = team.wrap_model(model)
     guarded = GuardedOptimizer(optimizer, team)

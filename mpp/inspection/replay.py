@@ -17,7 +17,7 @@ from mpp.data.labeled_sets import LabeledBatch
 from mpp.errors import UserError
 from mpp.finetuning import lora
 from mpp.finetuning.approaches import recipe_of_approach
-from mpp.finetuning.micro_loss import ConsistencyInputs, MicroLoss
+from mpp.finetuning.micro_loss import MicroLoss, UnlabeledInputs
 from mpp.finetuning.model import build
 from mpp.objective.build import build_model
 from mpp.parallel.team import start_team
@@ -128,7 +128,7 @@ def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modu
         model.task.class_weights = torch.tensor(record["class_weights"])
     model.to(team.device)
     averaged = copy.deepcopy(model).requires_grad_(False) if recipe.unlabeled else None
-    unlabeled = ConsistencyInputs(averaged, record["total_steps"]) if averaged is not None else None
+    unlabeled = UnlabeledInputs(averaged, record["total_steps"]) if averaged is not None else None
     micro_loss = MicroLoss(recipe, team, model, record["classes"], record["seed"], unlabeled)
 
     def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:

@@ -165,7 +165,7 @@ def plan(
 
     auto = "fp32" if device == CPU else "bf16"
     precision = auto if recipe.precision == "auto" else recipe.precision
-    size = _size(model, sharded=recipe.fsdp and devices > 1, averaged=recipe.ema_decay is not None)
+    size = _size(model, sharded=recipe.fsdp and devices > 1, averaged=bool(recipe.ema_decay))
     read_images_per_s, step_s, tflops = None, None, find_device(device).tflops[precision]
     if device == CPU and mfu is None:  # before count_step moves the model to the meta device
         read_s = _read_s(recipe, opened, grid) if opened is not None else 0.0

@@ -106,11 +106,12 @@ def measure(job: Pretraining, due: frozenset[str]) -> JsonObject:
     measured: JsonObject = {}
     if job.probe and "probe" in due:
         progress.probed = _probe(job, job.probe)
-    with job.whole.on_device(team.device) as model:
-        if "skill" in due:
-            progress.skills, progress.collapse, progress.features = measure_skills(team, model, job.held_out)
-        if "pictures" in due and team.is_main:
-            keep_pictures(team, model, job.held_out, job.recipe.reconstruct_images, job.log, progress.step)
+    if due & {"skill", "pictures"}:
+        with job.whole.on_device(team.device) as model:
+            if "skill" in due:
+                progress.skills, progress.collapse, progress.features = measure_skills(team, model, job.held_out)
+            if "pictures" in due and team.is_main:
+                keep_pictures(team, model, job.held_out, job.recipe.reconstruct_images, job.log, progress.step)
     if "skill" in due:
         measured |= _skill_record(job)
         _warn(job, due)

@@ -142,14 +142,17 @@ class Distill(Section):
 
 
 class Unlabeled(Section):
-    """Images without labels in fine-tuning (FixMatch, Sohn et al. 2020).
+    """Images without labels in fine-tuning.
 
-    A moving average of the model predicts a weakly augmented view of each image. If the prediction is confident, the
-    model learns it on a strongly augmented view.
+    A moving average of the model predicts a weakly augmented view of each image. The model learns the prediction on a
+    strongly augmented view.
     """
 
     images: Places
     """Unlabeled images, as shards or folders. Validation images among them are left out."""
+    kind: Literal["fixmatch", "mixmatch"] = "fixmatch"
+    """fixmatch: only confident predictions are learned, as classes (Sohn et al. 2020). mixmatch: the probabilities of
+    all images are learned, sharpened; mixup and cutmix mix them with labeled images (Berthelot et al. 2019)."""
     per_label: PositiveInt = 3
     """Number of unlabeled images for each labeled image of a step (FixMatch: 7)."""
     weight: PositiveFloat = 1.0
@@ -157,8 +160,11 @@ class Unlabeled(Section):
     warmup: Fraction = 0.1
     """Fraction of the steps during which the weight rises from 0 (a guess)."""
     threshold: Annotated[Float, Field(gt=0, lt=1)] = 0.95
-    """Least probability at which the model learns the averaged model's class (FixMatch: 0.95). If an image may have
+    """Least probability at which fixmatch learns the averaged model's class (FixMatch: 0.95). If an image may have
     several classes, each class is learned if it is as surely present or absent."""
+    temperature: Annotated[Float, Field(gt=0, le=1)] = 0.5
+    """Temperature of the probabilities that mixmatch learns, which are raised to the power 1 / temperature (MixMatch:
+    0.5). 1 leaves them as they are."""
     weak_crop_scale: AreaRange = (0.75, 1.0)
     """Range of the area of the weak view's crop, as a fraction of the image; half of the crops are mirrored (a
     guess)."""
@@ -295,6 +301,11 @@ class FinetuneRecipe(Run):
             raise ValueError("lora: cannot be combined with encoder: scratch")
         if self.unlabeled and self.distill:
             raise ValueError("unlabeled: cannot be combined with distill")
+        if self.unlabeled and self.unlabeled.kind == "mixmatch":
+            if self.task.name != "classify":
+                raise ValueError("unlabeled: kind: mixmatch: only with task: classify; use fixmatch")
+            if self.balance == "loss" or self.task.label_smoothing:
+                raise ValueError("unlabeled: kind: mixmatch: not with balance: loss or task.label_smoothing")
         if self.unlabeled and not self.ema_decay:
             raise ValueError("unlabeled: learns from a moving average of the weights; give ema_decay, such as 0.999")
         side_px = self.data.val_side_px

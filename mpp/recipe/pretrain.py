@@ -192,16 +192,16 @@ class PretrainRecipe(Run):
     ema_teacher, clusters and teacher, and an encoder that sees only visible patches, corruption: drop."""
     optim: Optim
     ema_decay: BelowOne | None = None
-    """Decay of a moving average of the encoder's weights, such as 0.999; it is smaller in the first steps. The average
-    is probed and exported in place of the last weights. It is meant for optim.schedule: constant, where the last steps
-    still move the weights much."""
+    """Decay of a moving average of the encoder's weights, such as 0.999. The decay is smaller in the first steps. The
+    average is probed and exported in place of the last weights; skill and pictures are of the last weights. It is meant
+    for optim.schedule: constant, where the last steps still move the weights much."""
     compile: Bool = False
     """Compile the forward and backward pass with torch.compile: about a minute at the start, then 1.03 to 1.2 times as
     fast on a CPU (recipes/LOG.md). Losses differ by rounding. Requires a C++ compiler, on GPUs Triton."""
     fsdp: Bool = False
     """Shard weights, gradients and optimizer state across GPUs (FSDP2), for encoders that do not fit on one GPU. Also
-    set encoder.grad_checkpointing. The host needs memory for a whole copy of the weights, and each GPU for evaluating
-    and exporting it. Checkpoints are written in parts."""
+    set encoder.grad_checkpointing. The host needs memory for a whole copy of the weights (with ema_decay, also of the
+    averaged encoder), and each GPU for evaluating and exporting it. Checkpoints are written in parts."""
     skill_every_steps: PositiveInt = 500
     """Steps between two measurements of the skill on held-out images."""
     reconstruct_images: NonNegativeInt = 6

@@ -9,7 +9,7 @@ from mpp.parallel.sharding import own_part
 
 
 def decay_at(decay: float, step: int) -> float:
-    """Return the decay of the moving average after `step` steps. It is smaller in the first steps."""
+    """Return the decay of the moving average after `step` steps. The decay is smaller in the first steps."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -24,8 +24,7 @@ def average(averaged: nn.Module, model: nn.Module, decay: float, *, only_if: Ten
         only_if: () bool on the device, whether the step was made. If it was skipped, the averaged weights stay, and
             the statistics of the model have already been restored.
     """
-    weight = (1 - decay) * only_if
-    for mean, p in zip(averaged.parameters(), model.parameters(), strict=True):
-        own_part(mean).lerp_(own_part(p), weight.to(mean.dtype))
+    averages, latest_weights = ([own_part(p) for p in m.parameters()] for m in (averaged, model))
+    torch._foreach_lerp_(averages, latest_weights, [(1 - decay) * only_if] * len(averages))
     for copied, latest in zip(averaged.buffers(), model.buffers(), strict=True):
         copied.copy_(latest)

@@ -261,7 +261,7 @@ def test_other_encoders(shards: Path, run: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path) -> None:
     changes = {"drop_path_rate": 0.2, "mixup": 0.8, "data.erase": 0.3, "seeds": [0], "optim.steps": 60}
-    changes |= {"ema_decay": 0.9, "head_init": "probe", "unlabeled": {"images": str(shards), "threshold": 0.5}}
+    changes |= {"ema_decay": 0.9, "head_init": "probe", "unlabeled": {"images": str(shards), "kind": "mixmatch"}}
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(values(shards, tmp_path / "whole", run, **changes)))
     mpp.finetune(path)
@@ -397,6 +397,7 @@ STEADY = {
     "accumulated and averaged": {"optim.max_batch_per_device": 5, "ema_decay": 0.9},
     "mixed, thawing": {"mixup": 0.4, "frozen": 0.5, "optim.clip_grad_norm": 1.0},
     "unlabeled images": {"ema_decay": 0.9, "mixup": 0.4},
+    "unlabeled images, mixed": {"ema_decay": 0.9, "mixup": 0.4},
     "batch norms": {"encoder": "scratch", "architecture": {"name": "resnet10t"}, "data.image_size": 32},
 }
 
@@ -407,8 +408,9 @@ def test_a_steady_step_asks_the_device_for_nothing(
 ) -> None:
     changes: dict[str, Any] = {"seeds": [0], "beside": [], "optim.steps": 6, "max_skipped_steps": 3}
     changes |= {"log_every_steps": 100, "checkpoint_every_steps": 100, "data.workers": 1, **STEADY[name]}
-    if name == "unlabeled images":
-        changes |= {"unlabeled": {"images": str(shards), "threshold": 0.5}}
+    if "unlabeled images" in name:
+        kind = "mixmatch" if "mixed" in name else "fixmatch"
+        changes |= {"unlabeled": {"images": str(shards), "threshold": 0.5, "kind": kind}}
         monkeypatch.setattr(Taught, "keep_sure", lambda taught, strong: (strong, taught))  # runs on CPUs only
     given = recipe(shards, tmp_path / "ft", changes.pop("encoder", run), **changes)
     check_steady_steps(monkeypatch, lambda: mpp.finetune(given))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timm.data import Mixup
 from torch import Tensor
 
 import mpp
@@ -18,7 +20,7 @@ from mpp.data.readers import PackedReader
 from mpp.data.shards.reader import ShardImages
 from mpp.data.unlabeled_sets import WithUnlabeled
 from mpp.errors import MppWarning, UserError
-from mpp.finetuning.consistency import Consistency
+from mpp.finetuning.consistency import FixMatch, MixMatch
 from mpp.finetuning.distillation import Distillation
 from mpp.finetuning.model import Classifier
 from mpp.finetuning.open_labels import open_label_kind
@@ -104,14 +106,12 @@ class Says(torch.nn.Module):
         return x.flatten(1)[:, :3]
 
 
-def consistency(averaged: Any = None, **changes: Any) -> Consistency:
-    from contextlib import nullcontext
-
+def fixmatch(averaged: Any = None, **changes: Any) -> FixMatch:
     how: dict[str, Any] = {
         "threshold": 0.9, "weight": 2.0, "warmup_steps": 0, "erase": 0.0, "independent_classes": False,
         "autocast": nullcontext, **changes,
     }  # fmt: skip
-    return Consistency(averaged or Says(), **how)
+    return FixMatch(averaged or Says(), **how)
 
 
 def test_batch_norms_of_the_teacher_see_weak_views_alone() -> None:
@@ -119,7 +119,7 @@ def test_batch_norms_of_the_teacher_see_weak_views_alone() -> None:
     averaged = torch.nn.Sequential(Says(), torch.nn.BatchNorm1d(3, affine=False))
     averaged.mean, averaged.normalise = averaged[0].mean, averaged[0].normalise
     weak = torch.tensor([[5.0, 2.0, 0.0, 0], [5.0, 1.0, 0.0, 0], [9.0, 1.0, 0.0, 0]]).view(3, 1, 2, 2)
-    ours = consistency(averaged)
+    ours = fixmatch(averaged)
     assert ours.teach(weak, encoder_learns=True).targets.tolist() == [1, 2, 0]
     assert averaged[1].running_mean.tolist() == [0, 0, 0], "running statistics must stay unchanged"
     assert averaged[1].num_batches_tracked == 0
@@ -130,8 +130,8 @@ def test_batch_norms_of_the_teacher_see_weak_views_alone() -> None:
 def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
     weak = torch.tensor([[9.0, 0, 0, 0], [1.0, 0, 0, 0], [0.0, 0, 9.0, 0]]).view(3, 1, 2, 2)
     logits = torch.zeros(3, 3, requires_grad=True)
-    taught = consistency().teach(weak, encoder_learns=True)
-    loss = consistency().loss(logits, taught, 3, step=0)
+    taught = fixmatch().teach(weak, encoder_learns=True)
+    loss = fixmatch().loss(logits, taught, 3, step=0)
     # Two of three images are sure. Each costs log 3 at logits of zero. The loss is the mean over all three times the
     # weight.
     assert loss.item() == pytest.approx(2 * 2 / 3 * np.log(3), rel=1e-6)
@@ -139,7 +139,7 @@ def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
     assert logits.grad is not None
     assert logits.grad[1].abs().sum() == 0
     assert logits.grad.argmin(-1)[[0, 2]].tolist() == [0, 2], "the predicted classes must rise"
-    rising = [consistency(warmup_steps=4).loss(logits, taught, 3, step).item() for step in (0, 1, 3, 9)]
+    rising = [fixmatch(warmup_steps=4).loss(logits, taught, 3, step).item() for step in (0, 1, 3, 9)]
     assert rising == pytest.approx([loss.item() * part for part in (0.25, 0.5, 1, 1)])
 
 
@@ -147,7 +147,7 @@ def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
 def test_images_of_which_nothing_is_sure_may_be_left_out(independent_classes: bool) -> None:
     weak = torch.tensor([[9.0, 0, 0, 0], [1.0, 0, 0, 0], [0.0, 0, 9.0, 0]]).view(3, 1, 2, 2)
     logits = torch.arange(9.0).view(3, 3)
-    ours = consistency(independent_classes=independent_classes)
+    ours = fixmatch(independent_classes=independent_classes)
     taught = ours.teach(weak, encoder_learns=True)
     kept_logits, kept = taught.keep_sure(logits)
     assert kept_logits.tolist() == logits[[0, 2]].tolist()
@@ -162,7 +162,7 @@ def test_images_of_which_nothing_is_sure_may_be_left_out(independent_classes: bo
 def test_of_several_classes_each_counts_by_itself() -> None:
     weak = torch.tensor([[9.0, -9.0, 0.0, 0]]).view(1, 1, 2, 2)
     logits = torch.zeros(1, 3, requires_grad=True)
-    ours = consistency(independent_classes=True, weight=1.0)
+    ours = fixmatch(independent_classes=True, weight=1.0)
     loss = ours.loss(logits, ours.teach(weak, encoder_learns=True), 1, step=0)
     assert loss.item() == pytest.approx(2 / 3 * np.log(2), rel=1e-6)
     loss.backward()
@@ -170,13 +170,52 @@ def test_of_several_classes_each_counts_by_itself() -> None:
     assert [np.sign(g) for g in logits.grad[0].tolist()] == [-1, 1, 0]
 
 
+def mixmatch(mix: Mixup | None, **changes: Any) -> MixMatch:
+    how: dict[str, Any] = {"temperature": 0.5, "weight": 3.0, "warmup_steps": 0, "erase": 0.0, "autocast": nullcontext}
+    return MixMatch(Says(), mix=mix, **{**how, **changes})  # type: ignore[arg-type]
+
+
+def test_mixmatch_learns_sharpened_probabilities_of_every_image() -> None:
+    weak = torch.tensor([[2.0, 0.5, 0.0, 0], [0.0, 0.1, 0.0, 0]]).view(2, 1, 2, 2)
+    ours = mixmatch(None, warmup_steps=4)
+    taught = ours.teach(weak, encoder_learns=True)
+    squared = weak.flatten(1)[:, :3].softmax(-1) ** 2
+    torch.testing.assert_close(taught, squared / squared.sum(-1, keepdim=True))
+    images, labels = torch.rand(3, 1, 2, 2), torch.tensor([1])
+    same, targets = ours.mixed(images, labels, taught, step=1)
+    assert torch.equal(same, images)
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    of_labeled = torch.nn.functional.cross_entropy(logits[:1], labels)
+    of_unlabeled = torch.nn.functional.cross_entropy(logits[1:], taught)
+    torch.testing.assert_close(ours.loss(logits, targets), of_labeled + 3 * 2 / 4 * of_unlabeled)
+
+
+def test_mixmatch_mixes_targets_as_images() -> None:
+    """Each image's pixels are its weighted target, so after mixing they still must be."""
+    np.random.seed(0)
+    torch.manual_seed(0)
+    ours = mixmatch(Mixup(0.8, 0.0, label_smoothing=0.0, num_classes=4, multi_label=True))
+    labels = torch.tensor([2, 0])
+    taught = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.5, 0.0], [1.0, 0, 0, 0]])
+    _, targets = mixmatch(None).mixed(torch.zeros(6, 1, 2, 2), labels, taught, step=0)
+    assert targets.sum().item() == pytest.approx(1 + 3)
+    images = targets.view(6, 1, 2, 2).clone()
+    mixed, mixed_targets = ours.mixed(images, labels, taught, step=0)
+    torch.testing.assert_close(mixed.flatten(1), mixed_targets)
+    assert mixed_targets.sum().item() == pytest.approx(1 + 3)
+    assert not torch.equal(mixed_targets.sort(0).values, targets.sort(0).values), "nothing was mixed"
+
+
 def test_they_change_what_is_learned_and_may_move(shards: Path, tmp_path: Path) -> None:
     images = shutil.copytree(shards, tmp_path / "images")
     losses = {}
-    for name, changes in {"with": {"unlabeled.threshold": 0.1}, "without": {"unlabeled": None}}.items():
+    ways: dict[str, dict[str, Any]] = {"with": {"unlabeled.threshold": 0.1}, "without": {"unlabeled": None}}
+    ways["mixmatch"] = {"unlabeled.kind": "mixmatch"}
+    ways["mixed"] = {"unlabeled.kind": "mixmatch", "mixup": 0.4}
+    for name, changes in ways.items():
         mpp.finetune(recipe(shards, tmp_path / name, images, **changes))
         losses[name] = [m["loss"] for m in read_metrics(tmp_path / name / "scratch-seed0")]
-    assert losses["with"] != losses["without"]
+    assert len({tuple(of_one) for of_one in losses.values()}) == 4
     (tmp_path / "images").rename(tmp_path / "moved")
     made = recipe(shards, tmp_path / "with", tmp_path / "moved", **{"unlabeled.threshold": 0.1})
     assert mpp.finetune(made, resume="auto").state == "finished"
@@ -202,8 +241,10 @@ def test_a_cpu_computes_only_those_that_teach(shards: Path, tmp_path: Path, monk
     assert computed == {0.1: [4 * labeled] * 4, 0.999: [labeled] * 4}
 
 
-def test_a_step_with_them_is_replayed(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fixmatch", "mixmatch"])
+def test_a_step_with_them_is_replayed(kind: str, shards: Path, tmp_path: Path) -> None:
     steep = {"optim.base_lr": 1e25, "optim.warmup_steps": 0, "unlabeled.threshold": 0.1, "optim.steps": 6}
+    steep |= {"unlabeled.kind": kind, "mixup": 0.4}
     with pytest.raises(UserError, match="stopped before the update"):
         mpp.finetune(recipe(shards, tmp_path / "run", shards, **steep))
     replayed = replay(tmp_path / "run")
@@ -221,6 +262,12 @@ def test_what_does_not_go_with_them(shards: Path, tmp_path: Path) -> None:
         recipe(shards, tmp_path, shards, **{"distill.teacher": "runs/x"})
     with pytest.raises(UserError, match="unlabeled: not with task: segment"):
         recipe(shards, tmp_path, shards, task="segment", **{"data.labels_per_class": None})
+    labels = {"task": "multilabel", "data.labels_per_class": None}
+    with pytest.raises(UserError, match="unlabeled: kind: mixmatch: only with task: classify; use fixmatch"):
+        recipe(shards, tmp_path, shards, **labels, **{"unlabeled.kind": "mixmatch"})
+    for changes in ({"balance": "loss"}, {"task.label_smoothing": 0.1}):
+        with pytest.raises(UserError, match="mixmatch: not with balance: loss or task.label_smoothing"):
+            recipe(shards, tmp_path, shards, **changes, **{"unlabeled.kind": "mixmatch"})
     with pytest.raises(UserError, match=r"unlabeled\.images"):
         mpp.finetune(recipe(shards, tmp_path / "run", tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"unlabeled\.auto_augment: timm has no policy 'strange'"):
