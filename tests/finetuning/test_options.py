@@ -21,7 +21,6 @@ from mpp.encoders.creation import create_timm_model
 from mpp.errors import UserError
 from mpp.finetuning import augment, image_labels, judge, loop
 from mpp.finetuning.judge import Judged
-from mpp.finetuning.loop import average
 from mpp.finetuning.model import build
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.tasks.classify import ClassifyTask
@@ -111,17 +110,6 @@ def test_the_average_of_the_weights_is_what_is_judged(shards: Path, run: Path, t
     assert not torch.equal(
         exported["blocks.0.mlp.fc1.weight"], weights(tmp_path / "o", 12)["encoder.blocks.0.mlp.fc1.weight"]
     )
-
-
-def test_averages_of_batch_norms() -> None:
-    model, averaged = (torch.nn.Sequential(torch.nn.BatchNorm1d(2)) for _ in range(2))
-    torch.nn.init.constant_(model[0].weight, 3.0)
-    model(torch.randn(8, 2))
-    average(averaged, model, 0.75, only_if=torch.tensor(True))
-    assert averaged[0].weight.tolist() == [1.5, 1.5]
-    assert torch.equal(averaged[0].running_mean, model[0].running_mean)  # type: ignore[arg-type]
-    average(averaged, model, 0.75, only_if=torch.tensor(False))
-    assert averaged[0].weight.tolist() == [1.5, 1.5], "a skipped step must not change the average"
 
 
 @pytest.mark.parametrize(
