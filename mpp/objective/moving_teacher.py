@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from mpp.objective.interfaces import Target, TargetContext
-from mpp.parallel.sharding import own_part
+from mpp.training.moving_average import average
 
 
 class MovingTeacherTarget(Target):
@@ -36,13 +35,8 @@ class MovingTeacherTarget(Target):
         self.grid, self.decay, self.decay_end = context.grid, decay, decay_end
         self.teacher = context.student(layers=layers, norm_average=norm_average)
 
-    @torch.no_grad()
     def after_step(self, encoder: nn.Module, step: int, total_steps: int, made: Tensor) -> None:
         """Move the copy towards the encoder. `step` counts from 1. Buffers (batch statistics) are copied."""
         decay = self.decay + (self.decay_end - self.decay) * (step - 1) / max(total_steps - 1, 1)
-        theirs: nn.Module = encoder.model  # type: ignore[assignment]
-        averaged = self.teacher.model
-        copies = [own_part(p) for p in averaged.parameters()]  # a sharded run splits both models alike
-        torch._foreach_lerp_(copies, [own_part(p) for p in theirs.parameters()], [(1 - decay) * made] * len(copies))
-        for mine, other in zip(averaged.buffers(), theirs.buffers(), strict=True):
-            mine.copy_(other)
+        current: nn.Module = encoder.model  # type: ignore[assignment]
+        average(self.teacher.model, current, decay, only_if=made)
