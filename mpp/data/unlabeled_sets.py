@@ -99,14 +99,18 @@ class WithUnlabeled(Dataset[LabeledBatch]):
         unlabeled: Dataset of the unlabeled images.
         order: Order of the unlabeled images. Its global batch is `per_label` times that of the labeled images.
         per_label: Number of unlabeled images for each labeled image.
+        start: The first position with unlabeled images. Before it, labeled images come alone.
     """
 
-    def __init__(self, labeled: KeyedDataset, unlabeled: UnlabeledDataset, order: Order, per_label: int) -> None:
+    def __init__(
+        self, labeled: KeyedDataset, unlabeled: UnlabeledDataset, order: Order, per_label: int, *, start: int = 0
+    ) -> None:
         self.labeled, self.unlabeled, self.order, self.per_label = labeled, unlabeled, order, per_label
+        self.start = start
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> LabeledBatch | UserError:
         batch: Any = self.labeled.__getitems__(keys)
-        if isinstance(batch, UserError):
+        if isinstance(batch, UserError) or keys[0][0] < self.start:
             return batch
         step, slot = divmod(keys[0][0] * self.per_label, self.order.global_batch)
         try:

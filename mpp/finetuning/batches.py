@@ -21,7 +21,7 @@ from mpp.training.exchange import accumulation
 
 @dataclass
 class TrialBatches:
-    """The batches of this process for some steps of a trial."""
+    """The batches of this process for the remaining steps of a trial."""
 
     dataset: KeyedDataset
     sampler: MicroBatches
@@ -34,7 +34,7 @@ class TrialBatches:
 def load_batches(
     run: Run, trial: Trial, recipe: FinetuneRecipe, kind: LabelKind, subset: np.ndarray, *, first_step: int, steps: int
 ) -> TrialBatches:
-    """Return the batches of this process for some steps.
+    """Return the batches of this process from a step to the end of the trial.
 
     Args:
         run: State that all trials share.
@@ -43,7 +43,7 @@ def load_batches(
         kind: Kind of label, for this approach.
         subset: Numbers of the images to train on.
         first_step: First step, counted from 0.
-        steps: Number of steps.
+        steps: Number of steps from there to the end.
 
     Raises:
         UserError: If the global batch cannot be divided among the processes. While batches are loaded, also if images
@@ -53,7 +53,7 @@ def load_batches(
     micro_batches = accumulation(optim.global_batch_size, team.world, optim.max_batch_per_device)
     dataset = kind.training_set(run.train, subset, trial.seed)
     if run.unlabeled and unlabeled_per_label(recipe):
-        dataset = add_unlabeled(dataset, run.unlabeled, recipe, trial.seed)
+        dataset = add_unlabeled(dataset, run.unlabeled, recipe, trial.seed, first_step + steps)
     sampler = MicroBatches(
         Order([len(subset)], global_batch=optim.global_batch_size, seed=trial.seed, lanes=1),
         seen=first_step * optim.global_batch_size,

@@ -16,7 +16,14 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from mpp.finetuning.model import Supervised
+from mpp.parallel.team import Team
 from mpp.training.batch_norms import batch_norms_of, use_batch_statistics
+
+
+MEAN_DECAY = 0.99
+"""Decay of the running mean of predictions in each step (a guess)."""
+SMALLEST = 1e-6
+"""Least probability that predictions are aligned by (a guess)."""
 
 
 class Taught(NamedTuple):
@@ -47,7 +54,8 @@ class UnlabeledLoss:
     Args:
         averaged: Model with a moving average of the weights. It judges weak views in eval mode.
         weight: Weight of this loss after the warm-up.
-        warmup_steps: Number of steps in which the weight rises from 0.
+        start_step: The first step that has unlabeled images, counted from 0.
+        warmup_steps: Number of steps in which the weight rises from 0, from `start_step` on.
         erase: Probability of random erasing in the strong view.
         autocast: Autocast context of the run.
     """
@@ -57,12 +65,13 @@ class UnlabeledLoss:
         averaged: Supervised,
         *,
         weight: float,
+        start_step: int,
         warmup_steps: int,
         erase: float,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.averaged, self.batch_norms = averaged.eval(), batch_norms_of(averaged)
-        self.weight, self.warmup_steps, self.autocast = weight, warmup_steps, autocast
+        self.weight, self.start_step, self.warmup_steps, self.autocast = weight, start_step, warmup_steps, autocast
         self.erase = RandomErasing(erase, mode="pixel", device=averaged.mean.device)
         """Random erasing for strong views, (U, C, H, W) normalised."""
 
@@ -83,7 +92,7 @@ class UnlabeledLoss:
 
     def weight_at(self, step: int) -> float:
         """Return the weight of this loss in a step, counted from 0."""
-        return self.weight * (min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0)
+        return self.weight * (min(1.0, (step - self.start_step + 1) / self.warmup_steps) if self.warmup_steps else 1.0)
 
 
 class FixMatch(UnlabeledLoss):
@@ -126,6 +135,50 @@ class FixMatch(UnlabeledLoss):
         return self.weight_at(step) * (each * taught.sure).sum() / images
 
 
+class Alignment:
+    """Align predictions with the labels (ReMixMatch, Berthelot et al. 2020, section 3.1).
+
+    The probability of each class is multiplied by its fraction among the labels, and divided by a running mean of its
+    predicted probabilities. So no class crowds out another.
+
+    All micro-batches of a step are aligned by the mean of the earlier steps. So the number of processes and
+    micro-batches makes no difference.
+
+    Args:
+        class_fractions: Fraction of each class among the labels, (classes,).
+        mean: Mean probability of each class in earlier steps. None means that of `class_fractions`.
+    """
+
+    def __init__(self, class_fractions: Tensor, mean: list[float] | None = None) -> None:
+        self.class_fractions = class_fractions
+        self.mean = class_fractions.clone() if mean is None else class_fractions.new_tensor(mean)
+        """Mean probability of each class, (classes,)."""
+        self._sum, self._images = torch.zeros_like(class_fractions), 0
+
+    def align(self, logits: Tensor) -> Tensor:
+        """Return aligned logits, and remember the probabilities for the mean.
+
+        Args:
+            logits: Logits of images, (U, classes) float32.
+        """
+        self._sum += logits.softmax(-1).sum(0)
+        self._images += len(logits)
+        return logits + (self.class_fractions.clamp(min=SMALLEST).log() - self.mean.clamp(min=SMALLEST).log())
+
+    def end_step(self, team: Team, *, only_if: Tensor) -> None:
+        """Move the mean towards the mean of this step's predictions on all processes. Every process calls this.
+
+        Args:
+            team: Processes of the run.
+            only_if: () bool on the device: whether the step was made. If it was skipped, the mean stays.
+        """
+        if not self._images:
+            return
+        of_step = team.sum_tensor(self._sum) / (self._images * team.world)
+        self.mean = torch.where(only_if, self.mean.lerp(of_step, 1 - MEAN_DECAY), self.mean)
+        self._sum, self._images = torch.zeros_like(self._sum), 0
+
+
 class MixMatch(UnlabeledLoss):
     """Learn the averaged model's sharpened probabilities of every image (MixMatch, Berthelot et al. 2019).
 
@@ -136,16 +189,28 @@ class MixMatch(UnlabeledLoss):
         averaged: Model with a moving average of the weights.
         temperature: Temperature of the sharpening. Probabilities are raised to the power 1 / temperature.
         mix: Mixup of timm for dense labels. None means that images are not mixed.
+        alignment: Aligns the predictions with the labels. None means that they are not aligned.
         **how: Other arguments of `UnlabeledLoss`.
     """
 
-    def __init__(self, averaged: Supervised, *, temperature: float, mix: Mixup | None, **how: Any) -> None:
+    def __init__(
+        self,
+        averaged: Supervised,
+        *,
+        temperature: float,
+        mix: Mixup | None,
+        alignment: Alignment | None,
+        **how: Any,
+    ) -> None:
         super().__init__(averaged, **how)
-        self.temperature, self.mix = temperature, mix
+        self.temperature, self.mix, self.alignment = temperature, mix, alignment
 
     def teach(self, weak: Tensor, *, encoder_learns: bool) -> Tensor:
         """Return the sharpened probabilities, (U, classes). For the arguments, see `judge`."""
-        return (self.judge(weak, encoder_learns=encoder_learns) / self.temperature).softmax(-1)
+        logits = self.judge(weak, encoder_learns=encoder_learns)
+        if self.alignment is not None:
+            logits = self.alignment.align(logits)
+        return (logits / self.temperature).softmax(-1)
 
     def mixed(self, x: Tensor, labels: Tensor, taught: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Mix labeled and unlabeled images, and their targets.

@@ -14,7 +14,7 @@ from mpp.finetuning.job import Finetuning
 from mpp.finetuning.judge import Judged, judge
 from mpp.finetuning.model import save as save_model
 from mpp.finetuning.trial import RESULT, TrialResult
-from mpp.finetuning.unlabeled import unlabeled_per_label
+from mpp.finetuning.unlabeled import first_unlabeled_step, unlabeled_per_label
 from mpp.parallel import faults
 from mpp.parallel.liveness import SAVING
 from mpp.runs import checkpoint
@@ -81,6 +81,7 @@ def train(job: Finetuning) -> TrialResult | None:
         progress.step = step + 1
         if job.averaged is not None and recipe.ema_decay:
             average(job.averaged, job.model, decay_at(recipe.ema_decay, progress.step), only_if=finite)
+        job.micro_loss.end_step(team, only_if=finite)
         job.pace.steps += 1
         job.log.step()
 
@@ -126,6 +127,8 @@ def account_for(report: StepReport, job: Finetuning) -> None:
             "seed": job.trial.seed,
             "classes": train.classes,
             "class_weights": None if weights is None else weights.tolist(),
+            "class_counts": job.kind.counts(train, job.subset).tolist(),
+            "mean_prediction": job.micro_loss.mean_prediction(),
             "seeds": [position for ((position, _, _), *_) in keys],
             "losses": nonfinite.losses_as_text(report.micro_losses, job.plan.micro_batches),
             "samples": [[train.reader.name(int(job.subset[place])) for _, _, place in of_batch] for of_batch in keys],
@@ -144,12 +147,15 @@ def account_for(report: StepReport, job: Finetuning) -> None:
             allowed=recipe.max_skipped_steps,
         )
         job.log.say(line)
+    labeled = seen_before + job.plan.global_batch_size
+    alone = first_unlabeled_step(recipe, job.plan.total_steps) * job.plan.global_batch_size
+    unlabeled = unlabeled_per_label(recipe) * max(0, labeled - alone)
     progress.unreadable = count_unreadable(
         run.team,
         progress.unreadable,
         report.unreadable,
         report.unreadable_lines,
-        seen=(seen_before + job.plan.global_batch_size) * (1 + unlabeled_per_label(recipe)),
+        seen=labeled + unlabeled,
         max_bad_fraction=recipe.data.max_bad_fraction,
         log=job.log,
     )
@@ -245,6 +251,7 @@ def save(job: Finetuning, *, required: bool) -> None:
     """
     run, progress, folder = job.run, job.progress, job.trial.folder
     seen = progress.step * job.plan.global_batch_size
+    progress.mean_prediction = job.micro_loss.mean_prediction()
     state = {"seen": seen, "data_fingerprint": run.fingerprint, **progress.to_json()}
     with allow_unsaved(job.log, required=required or job.recipe.if_unsaved == "stop"):
         checkpoint.save_together(

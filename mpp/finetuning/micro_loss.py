@@ -13,9 +13,10 @@ from timm.data.random_erasing import RandomErasing
 
 from mpp.data.labeled_sets import LabeledBatch, Labels
 from mpp.errors import UserError, one_line
-from mpp.finetuning.consistency import FixMatch, MixMatch
+from mpp.finetuning.consistency import Alignment, FixMatch, MixMatch
 from mpp.finetuning.distillation import Distillation, open_teacher
 from mpp.finetuning.model import Supervised
+from mpp.finetuning.unlabeled import first_unlabeled_step
 from mpp.parallel.team import Team
 from mpp.recipe import registry
 from mpp.recipe.finetune import FinetuneRecipe
@@ -29,6 +30,10 @@ class UnlabeledInputs(NamedTuple):
     """A moving average of the model's weights, on its device."""
     total_steps: int
     """Number of steps of the trial."""
+    class_counts: list[int]
+    """Number of labeled images of each class."""
+    mean_prediction: list[float] | None
+    """Mean probability of each class on unlabeled images, if a checkpoint has one."""
 
 
 class MicroLoss:
@@ -64,7 +69,8 @@ class MicroLoss:
         erase = recipe.data.erase
         self.erase = RandomErasing(erase, mode="pixel", device=team.device) if erase else None
         self.distillation = make_distillation(recipe, team, model, classes) if recipe.distill else None
-        self.of_unlabeled = make_unlabeled_loss(recipe, team, unlabeled, len(classes)) if unlabeled else None
+        self.of_unlabeled = make_unlabeled_loss(recipe, team, unlabeled) if unlabeled else None
+        self._alignment = self.of_unlabeled.alignment if isinstance(self.of_unlabeled, MixMatch) else None
 
     def __call__(self, wrapped: torch.nn.Module, batch: LabeledBatch, position: int) -> torch.Tensor:
         """Return the loss, a scalar.
@@ -106,6 +112,20 @@ class MicroLoss:
         loss: torch.Tensor = own_loss(outputs, labels)
         return loss
 
+    def end_step(self, team: Team, *, only_if: torch.Tensor) -> None:
+        """Update what later steps need from this one. Every process calls this after the update of the weights.
+
+        Args:
+            team: Processes of the run.
+            only_if: () bool on the device: whether the step was made.
+        """
+        if self._alignment is not None:
+            self._alignment.end_step(team, only_if=only_if)
+
+    def mean_prediction(self) -> list[float] | None:
+        """Return the mean probability of each class on unlabeled images, or None if nothing is aligned."""
+        return self._alignment.mean.tolist() if self._alignment is not None else None
+
     def _fixmatch(
         self,
         fixmatch: FixMatch,
@@ -145,23 +165,26 @@ class MicroLoss:
         return mixmatch.loss(wrapped(together, labels), targets)
 
 
-def make_unlabeled_loss(
-    recipe: FinetuneRecipe, team: Team, unlabeled: UnlabeledInputs, num_classes: int
-) -> FixMatch | MixMatch:
+def make_unlabeled_loss(recipe: FinetuneRecipe, team: Team, unlabeled: UnlabeledInputs) -> FixMatch | MixMatch:
     """Return the loss of unlabeled images with the settings of the recipe."""
     keys = recipe.unlabeled
     assert keys is not None
     how: dict[str, Any] = {
         "weight": keys.weight,
+        "start_step": first_unlabeled_step(recipe, unlabeled.total_steps),
         "warmup_steps": round(keys.warmup * unlabeled.total_steps),
         "erase": keys.erase,
         "autocast": team.autocast,
     }
     if keys.kind == "mixmatch":
-        mix = None
+        mix, alignment = None, None
         if recipe.mixup or recipe.cutmix:
-            mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=num_classes, multi_label=True)
-        return MixMatch(unlabeled.averaged, temperature=keys.temperature, mix=mix, **how)
+            classes = len(unlabeled.class_counts)
+            mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes, multi_label=True)
+        if keys.align:
+            counts = torch.tensor(unlabeled.class_counts, dtype=torch.float32, device=team.device)
+            alignment = Alignment(counts / counts.sum(), unlabeled.mean_prediction)
+        return MixMatch(unlabeled.averaged, temperature=keys.temperature, mix=mix, alignment=alignment, **how)
     kind = registry.component("labels", registry.component("task", recipe.task.name).labels)
     return FixMatch(unlabeled.averaged, threshold=keys.threshold, independent_classes=kind.independent_classes, **how)
 

@@ -31,6 +31,8 @@ class Progress:
     """Headline metric on the validation images before the first step, if the head begins as a probe."""
     device_minutes: float = 0.0
     """Minutes of CPU or GPU time of all processes, at the last measurement."""
+    mean_prediction: list[float] | None = None
+    """Mean probability of each class on unlabeled images, if mixmatch aligns its predictions."""
     loss: float = math.nan
     """Loss of the newest reported step, over all processes. Checkpoints do not keep it."""
     grad_norm: float = math.nan
@@ -47,6 +49,7 @@ class Progress:
             "bad": self.unreadable,
             "device_minutes": self.device_minutes if math.isfinite(self.device_minutes) else None,
             **({"start_score": self.start_score} if math.isfinite(self.start_score) else {}),
+            **({"mean_prediction": self.mean_prediction} if self.mean_prediction else {}),
         }
 
     @staticmethod
@@ -62,4 +65,5 @@ class Progress:
             given_up=state["given_up"],
             device_minutes=nan_if_null(state.get("device_minutes")),
             start_score=state.get("start_score", math.nan),
+            mean_prediction=state.get("mean_prediction"),
         )

@@ -72,7 +72,10 @@ def prepare_trial(run: Run, trial: Trial) -> Finetuning:
 
     progress = _load_checkpoint(run, kept, model, optimizer, averaged) if kept else Progress()
     device_time.earlier_minutes = progress.device_minutes
-    unlabeled = UnlabeledInputs(averaged, plan.total_steps) if recipe.unlabeled and averaged is not None else None
+    unlabeled = None
+    if recipe.unlabeled and averaged is not None:
+        counts = kind.counts(run.train, subset).tolist()
+        unlabeled = UnlabeledInputs(averaged, plan.total_steps, counts, progress.mean_prediction)
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, trial.seed, unlabeled)
     wrapped = team.wrap_model(model)
     guarded = GuardedOptimizer(optimizer, team)

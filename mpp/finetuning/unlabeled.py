@@ -49,6 +49,11 @@ def unlabeled_per_label(recipe: FinetuneRecipe) -> int:
     return recipe.distill.per_label if recipe.distill and recipe.distill.images else 0
 
 
+def first_unlabeled_step(recipe: FinetuneRecipe, total_steps: int) -> int:
+    """Return the first step of a trial that has unlabeled images, counted from 0."""
+    return round(recipe.unlabeled.start * total_steps) if recipe.unlabeled else 0
+
+
 def open_unlabeled(recipe: FinetuneRecipe, team: Team, val: LabeledImages) -> UnlabeledImages | None:
     """Open the images of `unlabeled` or `distill`. Return None if the recipe has none. Every process calls this.
 
@@ -91,7 +96,9 @@ def _look_at_some(reader: PackedReader, chosen: np.ndarray, recipe: FinetuneReci
     raise UserError(f"{key}: not one of {len(reasons)} images looked at can be read; the first: {reasons[0]}")
 
 
-def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: FinetuneRecipe, seed: int) -> WithUnlabeled:
+def add_unlabeled(
+    labeled: KeyedDataset, opened: UnlabeledImages, recipe: FinetuneRecipe, seed: int, total_steps: int
+) -> WithUnlabeled:
     """Return a dataset whose batches also contain unlabeled images.
 
     Args:
@@ -99,6 +106,7 @@ def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: Finetu
         opened: Unlabeled images.
         recipe: Recipe of the trial's approach.
         seed: Seed of the trial.
+        total_steps: Number of steps of the trial.
 
     Raises:
         UserError: If timm does not know the policy of the strong view.
@@ -112,8 +120,10 @@ def add_unlabeled(labeled: KeyedDataset, opened: UnlabeledImages, recipe: Finetu
     strong = _strong_view(recipe)
     unlabeled = UnlabeledDataset(opened.images, opened.rows, strong, weak, data.image_size, seed, **decoding)
     counts = [len(rows) for rows in opened.rows]
-    order = Order(counts, global_batch=per_label * recipe.optim.global_batch_size, seed=seed)
-    return WithUnlabeled(labeled, unlabeled, order, per_label)
+    batch_size = recipe.optim.global_batch_size
+    order = Order(counts, global_batch=per_label * batch_size, seed=seed)
+    start = first_unlabeled_step(recipe, total_steps) * batch_size
+    return WithUnlabeled(labeled, unlabeled, order, per_label, start=start)
 
 
 def _strong_view(recipe: FinetuneRecipe) -> Callable[..., Any]:

@@ -128,7 +128,10 @@ def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modu
         model.task.class_weights = torch.tensor(record["class_weights"])
     model.to(team.device)
     averaged = copy.deepcopy(model).requires_grad_(False) if recipe.unlabeled else None
-    unlabeled = UnlabeledInputs(averaged, record["total_steps"]) if averaged is not None else None
+    unlabeled = None
+    if averaged is not None:
+        known = (record[name] for name in ("total_steps", "class_counts", "mean_prediction"))
+        unlabeled = UnlabeledInputs(averaged, *known)
     micro_loss = MicroLoss(recipe, team, model, record["classes"], record["seed"], unlabeled)
 
     def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:

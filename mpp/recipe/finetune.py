@@ -157,14 +157,20 @@ class Unlabeled(Section):
     """Number of unlabeled images for each labeled image of a step (FixMatch: 7)."""
     weight: PositiveFloat = 1.0
     """Weight of the loss of unlabeled images; labeled images have weight 1 (FixMatch: 1)."""
+    start: BelowOne = 0.0
+    """Fraction of the steps that train on labeled images alone, before unlabeled ones are added. These steps are
+    several times faster (a guess: 0.1 with mixmatch)."""
     warmup: Fraction = 0.1
-    """Fraction of the steps during which the weight rises from 0 (a guess)."""
+    """Fraction of the steps during which the weight rises from 0, from `start` on (a guess)."""
     threshold: Annotated[Float, Field(gt=0, lt=1)] = 0.95
     """Least probability at which fixmatch learns the averaged model's class (FixMatch: 0.95). If an image may have
     several classes, each class is learned if it is as surely present or absent."""
     temperature: Annotated[Float, Field(gt=0, le=1)] = 0.5
     """Temperature of the probabilities that mixmatch learns, which are raised to the power 1 / temperature (MixMatch:
     0.5). 1 leaves them as they are."""
+    align: bool = True
+    """Whether mixmatch aligns its predictions with the classes of the labeled images: on average, each class gets the
+    probability that it has there (Berthelot et al. 2020). false if unlabeled images have other class frequencies."""
     weak_crop_scale: AreaRange = (0.75, 1.0)
     """Range of the area of the weak view's crop, as a fraction of the image; half of the crops are mirrored (a
     guess)."""

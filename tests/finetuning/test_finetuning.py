@@ -289,11 +289,13 @@ def test_kill_9_and_resume_is_bit_equal(shards: Path, run: Path, tmp_path: Path)
     assert both[0] == both[1]
 
 
-@pytest.mark.parametrize("unlabeled", [False, True])
-def test_two_processes_train_the_same_run_as_one(unlabeled: bool, shards: Path, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unlabeled", ["", "fixmatch", "mixmatch"])
+def test_two_processes_train_the_same_run_as_one(unlabeled: str, shards: Path, run: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"seeds": [0], "optim.steps": 10, "beside": []}
     if unlabeled:  # no erasing: it is drawn for each micro-batch
-        changes |= {"ema_decay": 0.9, "unlabeled": {"images": str(shards), "threshold": 0.5, "erase": 0.0}}
+        settings = {"images": str(shards), "kind": unlabeled, "start": 0.2, "threshold": 0.5, "erase": 0.0}
+        changes |= {"ema_decay": 0.9, "unlabeled": settings}
+    if unlabeled == "fixmatch":
         cnn = {"args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}}
         changes |= {"beside": ["cnn"], "cnn": cnn}  # both processes together measure the length of the cnn run
     path = tmp_path / "r.yaml"

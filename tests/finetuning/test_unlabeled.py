@@ -20,7 +20,7 @@ from mpp.data.readers import PackedReader
 from mpp.data.shards.reader import ShardImages
 from mpp.data.unlabeled_sets import WithUnlabeled
 from mpp.errors import MppWarning, UserError
-from mpp.finetuning.consistency import FixMatch, MixMatch
+from mpp.finetuning.consistency import Alignment, FixMatch, MixMatch
 from mpp.finetuning.distillation import Distillation
 from mpp.finetuning.model import Classifier
 from mpp.finetuning.open_labels import open_label_kind
@@ -45,7 +45,7 @@ def dataset(made: FinetuneRecipe) -> WithUnlabeled:
     train = kind.open(made.data.train, key="data.train", classes=None)
     opened = open_unlabeled(made, start_team("fp32"), kind.open(made.data.val, key="data.val", classes=train.classes))
     assert opened is not None
-    return add_unlabeled(kind.training_set(train, np.arange(20), 0), opened, made, seed=0)
+    return add_unlabeled(kind.training_set(train, np.arange(20), 0), opened, made, seed=0, total_steps=4)
 
 
 def test_the_views_are_a_function_of_the_position_alone(shards: Path, tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ class Says(torch.nn.Module):
 
 def fixmatch(averaged: Any = None, **changes: Any) -> FixMatch:
     how: dict[str, Any] = {
-        "threshold": 0.9, "weight": 2.0, "warmup_steps": 0, "erase": 0.0, "independent_classes": False,
-        "autocast": nullcontext, **changes,
+        "threshold": 0.9, "weight": 2.0, "start_step": 0, "warmup_steps": 0, "erase": 0.0,
+        "independent_classes": False, "autocast": nullcontext, **changes,
     }  # fmt: skip
     return FixMatch(averaged or Says(), **how)
 
@@ -141,6 +141,7 @@ def test_what_is_sure_is_learned_and_the_rest_is_not() -> None:
     assert logits.grad.argmin(-1)[[0, 2]].tolist() == [0, 2], "the predicted classes must rise"
     rising = [fixmatch(warmup_steps=4).loss(logits, taught, 3, step).item() for step in (0, 1, 3, 9)]
     assert rising == pytest.approx([loss.item() * part for part in (0.25, 0.5, 1, 1)])
+    assert fixmatch(warmup_steps=4, start_step=6).weight_at(7) == fixmatch(warmup_steps=4).weight_at(1) == 1
 
 
 @pytest.mark.parametrize("independent_classes", [False, True])
@@ -171,8 +172,11 @@ def test_of_several_classes_each_counts_by_itself() -> None:
 
 
 def mixmatch(mix: Mixup | None, **changes: Any) -> MixMatch:
-    how: dict[str, Any] = {"temperature": 0.5, "weight": 3.0, "warmup_steps": 0, "erase": 0.0, "autocast": nullcontext}
-    return MixMatch(Says(), mix=mix, **{**how, **changes})  # type: ignore[arg-type]
+    how: dict[str, Any] = {
+        "temperature": 0.5, "weight": 3.0, "start_step": 0, "warmup_steps": 0, "erase": 0.0, "alignment": None,
+        "autocast": nullcontext, **changes,
+    }  # fmt: skip
+    return MixMatch(Says(), mix=mix, **how)  # type: ignore[arg-type]
 
 
 def test_mixmatch_learns_sharpened_probabilities_of_every_image() -> None:
@@ -188,6 +192,72 @@ def test_mixmatch_learns_sharpened_probabilities_of_every_image() -> None:
     of_labeled = torch.nn.functional.cross_entropy(logits[:1], labels)
     of_unlabeled = torch.nn.functional.cross_entropy(logits[1:], taught)
     torch.testing.assert_close(ours.loss(logits, targets), of_labeled + 3 * 2 / 4 * of_unlabeled)
+
+
+def test_aligned_predictions_have_the_class_fractions_of_the_labels() -> None:
+    """A model that prefers class 0 is corrected as soon as the mean has followed its predictions."""
+    fractions, made = torch.tensor([0.2, 0.3, 0.5]), torch.tensor(True)
+    logits = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0.0, 0.0])
+    mean = logits.softmax(-1).mean(0)
+    team, alignment = start_team("fp32"), Alignment(fractions)
+    assert torch.equal(alignment.align(logits).softmax(-1), logits.softmax(-1)), "at first nothing is corrected"
+    alignment.end_step(team, only_if=made)
+    torch.testing.assert_close(alignment.mean, fractions + (mean - fractions) / 100)
+    for part in (logits[:200], logits[200:]):  # micro-batches of one step
+        alignment.align(part)
+    alignment.end_step(team, only_if=torch.tensor(False))
+    torch.testing.assert_close(alignment.mean, fractions + (mean - fractions) / 100)
+    alignment.align(logits * torch.nan)
+    alignment.end_step(team, only_if=torch.tensor(False))
+    assert alignment.mean.isfinite().all(), "a skipped step must leave nothing behind"
+    for _ in range(1000):
+        alignment.align(logits[:200])
+        alignment.align(logits[200:])
+        alignment.end_step(team, only_if=made)
+    torch.testing.assert_close(alignment.mean, mean, rtol=1e-3, atol=1e-3)
+    continued = Alignment(fractions, alignment.mean.tolist())
+    assert torch.equal(continued.align(logits), alignment.align(logits))
+    expected = logits.softmax(-1) * fractions / alignment.mean
+    torch.testing.assert_close(continued.align(logits).softmax(-1), expected / expected.sum(-1, keepdim=True))
+
+
+def test_mixmatch_sharpens_aligned_predictions() -> None:
+    weak = torch.tensor([[2.0, 0.5, 0.0, 0], [0.0, 0.1, 0.0, 0]]).view(2, 1, 2, 2)
+    fractions, mean = torch.tensor([0.2, 0.3, 0.5]), [0.5, 0.3, 0.2]
+    taught = mixmatch(None, alignment=Alignment(fractions, mean)).teach(weak, encoder_learns=True)
+    aligned = weak.flatten(1)[:, :3].softmax(-1) * fractions / torch.tensor(mean)
+    torch.testing.assert_close(taught, aligned**2 / (aligned**2).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", ["fixmatch", "mixmatch"])
+def test_until_they_start_the_run_is_that_of_labels_alone(kind: str, shards: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"unlabeled.kind": kind, "unlabeled.threshold": 0.1, "unlabeled.start": 0.5}
+    losses = {}
+    for name, how in {"later": changes, "never": {"unlabeled": None}}.items():
+        mpp.finetune(recipe(shards, tmp_path / name, shards, mixup=0.4, **how))
+        losses[name] = [m["loss"].hex() for m in read_metrics(tmp_path / name / "scratch-seed0")]
+    same = [a == b for a, b in zip(losses["later"], losses["never"], strict=True)]
+    assert same == [True, True, False, False]
+
+
+def test_a_run_with_alignment_continues_alike(shards: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"unlabeled.kind": "mixmatch", "unlabeled.start": 0.25, "mixup": 0.4}
+    changes |= {"optim.steps": 8, "checkpoint_every_steps": 2, "keep_checkpoints": 9}
+    losses = {}
+    for align in (True, False):
+        made = recipe(shards, tmp_path / str(align), shards, **changes, **{"unlabeled.align": align})
+        mpp.finetune(made)
+        losses[align] = [m["loss"].hex() for m in read_metrics(tmp_path / str(align) / "scratch-seed0")]
+    assert losses[True][:3] == losses[False][:3], "the mean begins with the fractions of the labels"
+    assert losses[True][3:] != losses[False][3:]
+    trial = tmp_path / "True" / "scratch-seed0"
+    (trial / "result.json").unlink()
+    for step in (6, 8):
+        shutil.rmtree(trial / "checkpoints" / f"step-{step:08d}")
+    mean = json.loads((trial / "checkpoints" / "step-00000004" / "state.json").read_text())["mean_prediction"]
+    assert sum(mean) == pytest.approx(1)
+    mpp.finetune(recipe(shards, tmp_path / "True", shards, **changes), resume="auto")
+    assert [m["loss"].hex() for m in read_metrics(trial)] == losses[True]
 
 
 def test_mixmatch_mixes_targets_as_images() -> None:
