@@ -26,12 +26,12 @@ SMALLER = {
     "mpp pretrain": [
         "encoder.args={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}",
         "data.image_size=32", "data.workers=0", "data.held_out=8",
-        "optim.steps=3", "optim.epochs=null", "corruption.enter=1",
+        "optim.steps=3", "corruption.enter=1",
     ],
     "mpp plan": ["data.held_out=8"],
     "mpp inspect": ["--count=8"],
     "mpp evaluate": ["data.workers=0", "attentive.epochs=1", "linear.weight_decay=[0.1]"],
-    "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "optim.epochs=null", "seeds=[0]"],
+    "mpp finetune": ["data.image_size=32", "data.workers=0", "optim.steps=2", "seeds=[0]"],
 }  # fmt: skip
 AS_IT_IS = ("--preset", "mine.yaml")
 """Commands with one of these words run without reductions."""

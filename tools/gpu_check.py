@@ -232,7 +232,7 @@ class Check:
         data = [f"data.shards={self.folder / 'pictures' / '375x500-shards'}", "data.held_out=8"]
         data += [f"data.workers={workers}", f"log_every_steps={LOGGED_STEPS}"]
         out = self.folder / "waiting"
-        fixed = ["optim.epochs=null", "optim.warmup_epochs=0", "reconstruct_images=0", f"skill_every_steps={2 * steps}"]
+        fixed = ["optim.warmup_epochs=0", "reconstruct_images=0", f"skill_every_steps={2 * steps}"]
         run(["-m", "mpp", "pretrain", "vit_small", *data, *size, *fixed, f"out={out}"], self.left_s)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         steady = [line for line in lines if ahead <= line["step"] - LOGGED_STEPS and line["step"] < steps]

@@ -19,7 +19,6 @@ from mpp.finetuning.model import Supervised
 from mpp.parallel.team import Team
 from mpp.training.batch_norms import batch_norms_of, use_batch_statistics
 
-
 MEAN_DECAY = 0.99
 """Decay of the running mean of predictions in each step (a guess)."""
 SMALLEST = 1e-6

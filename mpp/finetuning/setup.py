@@ -148,6 +148,10 @@ def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None
     optim = recipe.optim
     total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, images, optim.global_batch_size, least=0)
+    if optim.epochs is not None and total_steps < optim.min_steps:
+        if optim.warmup_steps is None:
+            warmup_steps = round(optim.min_steps * warmup_steps / total_steps)
+        total_steps = optim.min_steps
     if steps is not None:
         total_steps, warmup_steps = steps, round(steps * warmup_steps / total_steps)
     every = {"log": recipe.log_every_steps, "checkpoint": recipe.checkpoint_every_steps}

@@ -74,6 +74,8 @@ class FinetuneOptim(Optim):
     ViT-L)."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
+    min_steps: NonNegativeInt = 0
+    """Least number of steps, used if epochs gives fewer. The epochs of the warm-up become longer in proportion."""
     layer_decay: Annotated[Float, Field(gt=0, le=1)] = 0.75
     """Learning rate of a layer divided by that of the next layer (BEiT; MAE: 0.75). Training from scratch uses 1."""
     head_lr_scale: PositiveFloat = 1.0

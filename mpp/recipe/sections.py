@@ -232,7 +232,8 @@ class Optim(Section):
     warmup_steps: NonNegativeInt | None = None
     """Length of the warm-up in steps. It replaces warmup_epochs."""
     epochs: PositiveFloat | None = None
-    """Length of training in passes over the images. Give either epochs or steps."""
+    """Length of training in passes over the images. Give either epochs or steps. On the command line, each of them
+    replaces both of the recipe."""
     steps: PositiveInt | None = None
     """Length of training in optimizer steps. Give either epochs or steps."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"

@@ -23,6 +23,7 @@ from mpp.finetuning import augment, image_labels, judge, loop
 from mpp.finetuning.judge import Judged
 from mpp.finetuning.model import build
 from mpp.finetuning.open_labels import open_label_kind
+from mpp.finetuning.setup import make_plan
 from mpp.finetuning.tasks.classify import ClassifyTask
 from mpp.runs.records import read_metrics
 from mpp.training import optimizer as optim
@@ -49,6 +50,20 @@ def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
         ".".join(n.split(".")[1:3]) if ".blocks." in n else "head" if n.startswith("task") else n.split(".")[1]
         for n in names
     }
+
+
+def test_few_images_get_the_least_number_of_steps(shards: Path, run: Path, tmp_path: Path) -> None:
+    lengths = {"optim.steps": None, "optim.epochs": 10, "optim.warmup_steps": None, "optim.warmup_epochs": 2}
+    lengths |= {"optim.min_steps": 30, "optim.global_batch_size": 20}
+
+    def steps(images: int, **changes: Any) -> tuple[int, int]:
+        plan = make_plan(recipe(shards, tmp_path, run, **lengths | changes), images, world=1, steps=None)
+        return plan.total_steps, plan.warmup_steps
+
+    assert steps(400) == (200, 40)
+    assert steps(40) == (30, 6), "the warm-up stays the same part of the run"
+    assert steps(40, **{"optim.warmup_steps": 3, "optim.warmup_epochs": 0}) == (30, 3)
+    assert steps(40, **{"optim.epochs": None, "optim.steps": 5})[0] == 5
 
 
 def test_a_frozen_encoder_stands_still(shards: Path, run: Path, tmp_path: Path) -> None:

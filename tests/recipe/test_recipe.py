@@ -66,7 +66,7 @@ WRONG = {
     "unknown component, short form": ("head: lineer\n", [], "r.yaml:7: head.name: no such choice; got 'lineer'. Did you mean 'linear'?"),
     "another component's key": ("head: {name: linear, depth: 2}\n", [], "r.yaml:7: head.depth: unknown key. It belongs to head=cross_attention and head=transformer. Known keys: name"),
     "unknown choice": ("precision: fp16\n", [], "r.yaml:7: precision: no such choice; got 'fp16'. Did you mean 'bf16'? Choose from auto, fp32, tf32, bf16"),
-    "both of two": ("", ["optim.steps=5"], "r.yaml:6: optim.epochs: give one of epochs and steps, not both; epochs: null or steps: null takes one away"),
+    "both of two": ("", ["optim.steps=5", "optim.epochs=2"], "command line: optim.epochs: give one of epochs and steps, not both; epochs: null or steps: null takes one away"),
     "mean of other channels": ("", ["data.mean=[0.5]"], "command line: data.mean: has 1 values for 3 channels"),
     "a number for a section": ("mask: 3\n", [], "r.yaml:7: mask: "),
     "a key below a value": ("", ["out.x=3"], "command line: out.x: out has no keys; it is 'runs/x'"),
@@ -120,6 +120,22 @@ def test_numbers_are_what_people_read(tmp_path: Path) -> None:
     recipe = load_recipe(path, PretrainRecipe, given)
     assert (recipe.seed, recipe.out, recipe.data.shards) == (10, "010", ("2024",))
     assert recipe.data.image_extension == "rgb.png"
+
+
+def test_a_length_on_the_command_line_replaces_that_of_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(BASE + "presets: {tiny: {optim.steps: 7, optim.warmup_steps: 2}}\n")
+
+    def length(overrides: dict[str, Any], preset: str | None = None) -> tuple[float | None, ...]:
+        optim = load_recipe(path, PretrainRecipe, overrides, preset).optim
+        return optim.epochs, optim.steps, optim.warmup_epochs, optim.warmup_steps
+
+    assert length({}) == (3, None, 0, None)
+    assert length({"optim.steps": "5"}) == (None, 5, 0, None)
+    assert length({"optim.warmup_epochs": "1"}, "tiny") == (None, 7, 1, None)
+    assert length({"optim.epochs": "2"}, "tiny") == (2, None, 0, 2)
+    assert length({"optim.steps": "null"}) == (3, None, 0, None)
+    assert length({"optim.epochs": "null", "optim.steps": "4"}) == (None, 4, 0, None)
 
 
 def test_formats_may_be_added_when_a_run_goes_on(tmp_path: Path) -> None:
