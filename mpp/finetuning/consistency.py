@@ -135,10 +135,11 @@ class FixMatch(UnlabeledLoss):
 
 
 class Alignment:
-    """Align predictions with the labels (ReMixMatch, Berthelot et al. 2020, section 3.1).
+    """Align sharpened predictions with the labels (after ReMixMatch, Berthelot et al. 2020, section 3.1).
 
-    The probability of each class is multiplied by its fraction among the labels, and divided by a running mean of its
-    predicted probabilities. So no class crowds out another.
+    The probability of each class is divided by a running mean of its predicted probabilities before it is sharpened,
+    and multiplied by its fraction among the labels afterwards. So a model that knows nothing of an image teaches these
+    fractions. ReMixMatch does both before it sharpens, which is the same if all classes are equally frequent.
 
     All micro-batches of a step are aligned by the mean of the earlier steps. So the number of processes and
     micro-batches makes no difference.
@@ -154,15 +155,17 @@ class Alignment:
         """Mean probability of each class, (classes,)."""
         self._sum, self._images = torch.zeros_like(class_fractions), 0
 
-    def align(self, logits: Tensor) -> Tensor:
-        """Return aligned logits, and remember the probabilities for the mean.
+    def align(self, logits: Tensor, temperature: float) -> Tensor:
+        """Return sharpened and aligned probabilities, and remember the predictions for the mean.
 
         Args:
             logits: Logits of images, (U, classes) float32.
+            temperature: Temperature of the sharpening.
         """
         self._sum += logits.softmax(-1).sum(0)
         self._images += len(logits)
-        return logits + (self.class_fractions.clamp(min=SMALLEST).log() - self.mean.clamp(min=SMALLEST).log())
+        log_fractions, log_mean = (values.clamp(min=SMALLEST).log() for values in (self.class_fractions, self.mean))
+        return ((logits - log_mean) / temperature + log_fractions).softmax(-1)
 
     def end_step(self, team: Team, *, only_if: Tensor) -> None:
         """Move the mean towards the mean of this step's predictions on all processes. Every process calls this.
@@ -208,7 +211,7 @@ class MixMatch(UnlabeledLoss):
         """Return the sharpened probabilities, (U, classes). For the arguments, see `judge`."""
         logits = self.judge(weak, encoder_learns=encoder_learns)
         if self.alignment is not None:
-            logits = self.alignment.align(logits)
+            return self.alignment.align(logits, self.temperature)
         return (logits / self.temperature).softmax(-1)
 
     def mixed(self, x: Tensor, labels: Tensor, taught: Tensor, step: int) -> tuple[Tensor, Tensor]:

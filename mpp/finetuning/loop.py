@@ -127,7 +127,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
             "seed": job.trial.seed,
             "classes": train.classes,
             "class_weights": None if weights is None else weights.tolist(),
-            "class_counts": job.kind.counts(train, job.subset).tolist(),
+            "class_counts": job.kind.counts(train, np.arange(len(train))).tolist(),
             "mean_prediction": job.micro_loss.mean_prediction(),
             "seeds": [position for ((position, _, _), *_) in keys],
             "losses": nonfinite.losses_as_text(report.micro_losses, job.plan.micro_batches),
@@ -189,6 +189,8 @@ def judge_held_out(job: Finetuning) -> dict[str, float]:
     )  # fmt: skip
     score = judged.metrics[headline]
     progress.since_best += 1
+    if progress.step <= first_unlabeled_step(job.recipe, job.plan.total_steps):
+        progress.since_best = 0  # the score may rise again with the unlabeled images
     if score > progress.best:
         progress.best, progress.best_step, progress.since_best = score, progress.step, 0
         folder = job.trial.folder / "best"

@@ -31,7 +31,7 @@ class UnlabeledInputs(NamedTuple):
     total_steps: int
     """Number of steps of the trial."""
     class_counts: list[int]
-    """Number of labeled images of each class."""
+    """Number of training images of each class, including those that the recipe does not choose."""
     mean_prediction: list[float] | None
     """Mean probability of each class on unlabeled images, if a checkpoint has one."""
 

@@ -23,6 +23,7 @@ from mpp.finetuning.model import Supervised, build
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.finetuning.progress import Progress
 from mpp.finetuning.trial import Trial
+from mpp.finetuning.unlabeled import first_unlabeled_step
 from mpp.parallel.devices import prefer_channels_last
 from mpp.recipe.dump import settings_of
 from mpp.recipe.finetune import FinetuneRecipe
@@ -74,7 +75,7 @@ def prepare_trial(run: Run, trial: Trial) -> Finetuning:
     device_time.earlier_minutes = progress.device_minutes
     unlabeled = None
     if recipe.unlabeled and averaged is not None:
-        counts = kind.counts(run.train, subset).tolist()
+        counts = kind.counts(run.train, np.arange(len(run.train))).tolist()
         unlabeled = UnlabeledInputs(averaged, plan.total_steps, counts, progress.mean_prediction)
     micro_loss = MicroLoss(recipe, team, model, run.train.classes, trial.seed, unlabeled)
     wrapped = team.wrap_model(model)
@@ -87,6 +88,8 @@ def prepare_trial(run: Run, trial: Trial) -> Finetuning:
 
     if length:
         log.say(length.sentence)
+    if recipe.unlabeled and recipe.unlabeled.start:
+        log.say(f"unlabeled images from step {first_unlabeled_step(recipe, plan.total_steps) + 1} on")
     left = plan.total_steps - progress.step
     batches = load_batches(run, trial, recipe, kind, subset, first_step=progress.step, steps=left)
     pace = Pace()

@@ -51,7 +51,7 @@ def unlabeled_per_label(recipe: FinetuneRecipe) -> int:
 
 def first_unlabeled_step(recipe: FinetuneRecipe, total_steps: int) -> int:
     """Return the first step of a trial that has unlabeled images, counted from 0."""
-    return round(recipe.unlabeled.start * total_steps) if recipe.unlabeled else 0
+    return min(round(recipe.unlabeled.start * total_steps), total_steps - 1) if recipe.unlabeled else 0
 
 
 def open_unlabeled(recipe: FinetuneRecipe, team: Team, val: LabeledImages) -> UnlabeledImages | None:

@@ -89,6 +89,8 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
                     culprits = [i for i, b in alone.items() if not loss_of(share, m, b).isfinite().all()]
                 if len(culprits) == len(alone) > 1:
                     lines.append("  every image alone, too: the weights, most likely")
+                elif not culprits and "strong" in batch:
+                    lines.append("  no labeled image alone; unlabeled images were not tried alone")
                 else:
                     lines += [f"  alone, too: {share.record['samples'][m][i]}" for i in culprits]
     gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
@@ -130,26 +132,23 @@ def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Modu
     averaged = copy.deepcopy(model).requires_grad_(False) if recipe.unlabeled else None
     unlabeled = None
     if averaged is not None:
-        known = (record[name] for name in ("total_steps", "class_counts", "mean_prediction"))
-        unlabeled = UnlabeledInputs(averaged, *known)
+        counts, mean = (record.get(name) for name in ("class_counts", "mean_prediction"))
+        unlabeled = UnlabeledInputs(averaged, record["total_steps"], counts or [1] * len(record["classes"]), mean)
     micro_loss = MicroLoss(recipe, team, model, record["classes"], record["seed"], unlabeled)
 
     def loss_of(share: nonfinite.Share, m: int, batch: JsonObject) -> Tensor:
-        mixed = micro_loss.mix
-        if len(batch["images"]) % 2:  # mixing needs pairs of images
-            micro_loss.mix = None
         with team.autocast():
             loss = micro_loss(model, LabeledBatch(**batch, bad=[]), share.record["seeds"][m])
-        micro_loss.mix = mixed
         return loss.view(1)
 
     return model, averaged, loss_of
 
 
 def _alone(batch: JsonObject, first: int, views: int) -> JsonObject:
-    """Return a batch with one image of a batch, and with all of its masks.
+    """Return a batch with one image of a batch, given twice, and with all of its masks.
 
-    Unlabeled images are left out, since their number differs.
+    Mixing needs pairs of images, and batch norms need more than one. Unlabeled images are left out, since their number
+    differs.
 
     Args:
         batch: Tensors of the micro-batch by name.
@@ -160,7 +159,8 @@ def _alone(batch: JsonObject, first: int, views: int) -> JsonObject:
     for key, value in batch.items():
         if key not in ("weak", "strong"):
             rows = len(value) // len(batch["images"])  # an image may have several masks
-            found[key] = value[first * rows : (first + views) * rows]
+            alone = value[first * rows : (first + views) * rows]
+            found[key] = torch.cat([alone, alone]) if isinstance(alone, Tensor) else [*alone, *alone]
     return found
 
 

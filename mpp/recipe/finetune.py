@@ -156,28 +156,29 @@ class Unlabeled(Section):
     """fixmatch: only confident predictions are learned, as classes (Sohn et al. 2020). mixmatch: the probabilities of
     all images are learned, sharpened; mixup and cutmix mix them with labeled images (Berthelot et al. 2019)."""
     per_label: PositiveInt = 3
-    """Number of unlabeled images for each labeled image of a step (FixMatch: 7)."""
+    """Number of unlabeled images for each labeled image of a step (FixMatch: 7). They are in the memory of the device
+    in addition to optim.max_batch_per_device labeled images."""
     weight: PositiveFloat = 1.0
     """Weight of the loss of unlabeled images; labeled images have weight 1 (FixMatch: 1)."""
     start: BelowOne = 0.0
-    """Fraction of the steps that train on labeled images alone, before unlabeled ones are added. These steps are
-    several times faster (a guess: 0.1 with mixmatch)."""
+    """Fraction of the steps that train on labeled images alone, before unlabeled ones are added. Steps on labeled
+    images alone are several times faster. With mixmatch, 0.1 is a good guess."""
     warmup: Fraction = 0.1
     """Fraction of the steps during which the weight rises from 0, from `start` on (a guess)."""
     threshold: Annotated[Float, Field(gt=0, lt=1)] = 0.95
-    """Least probability at which fixmatch learns the averaged model's class (FixMatch: 0.95). If an image may have
+    """fixmatch: least probability at which the averaged model's class is learned (FixMatch: 0.95). If an image may have
     several classes, each class is learned if it is as surely present or absent."""
     temperature: Annotated[Float, Field(gt=0, le=1)] = 0.5
-    """Temperature of the probabilities that mixmatch learns, which are raised to the power 1 / temperature (MixMatch:
-    0.5). 1 leaves them as they are."""
-    align: bool = True
-    """Whether mixmatch aligns its predictions with the classes of the labeled images: on average, each class gets the
-    probability that it has there (Berthelot et al. 2020). false if unlabeled images have other class frequencies."""
+    """mixmatch: temperature of the probabilities that are learned. They are raised to the power 1 / temperature
+    (MixMatch: 0.5). 1 leaves them as they are."""
+    align: Bool = True
+    """mixmatch: whether predictions are aligned with the class frequencies of data.train, so that no class crowds out
+    the others (Berthelot et al. 2020). Give false if the classes of the unlabeled images have other frequencies."""
     weak_crop_scale: AreaRange = (0.75, 1.0)
-    """Range of the area of the weak view's crop, as a fraction of the image; half of the crops are mirrored (a
-    guess)."""
+    """Range of the area of the weak view's crop, as a fraction of the image (a guess). data.flip mirrors it."""
     auto_augment: str | None = "rand-m10-n2-mstd0.5-inc1"
-    """timm policy string of the strong view, on crops like those of labeled images (FixMatch: RandAugment)."""
+    """timm policy string of the strong view, on crops like those of labeled images (FixMatch: RandAugment). Images with
+    more than 8 bits are only cropped and erased."""
     erase: Fraction = 1.0
     """Probability of random erasing in the strong view (FixMatch: cutout, always)."""
 
@@ -204,7 +205,8 @@ class EarlyStop(Section):
     """
 
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.2
-    """Fraction of the training images of each class to judge by instead of training on it."""
+    """Fraction of the training images of each class to judge by instead of training on it. `unlabeled` may contain the
+    same images, without their labels."""
     every_steps: PositiveInt = 100
     """Steps between two measurements."""
     patience: PositiveInt = 5
@@ -314,6 +316,8 @@ class FinetuneRecipe(Run):
                 raise ValueError("unlabeled: kind: mixmatch: only with task: classify; use fixmatch")
             if self.balance == "loss" or self.task.label_smoothing:
                 raise ValueError("unlabeled: kind: mixmatch: not with balance: loss or task.label_smoothing")
+        if self.unlabeled and self.unlabeled.start + self.unlabeled.warmup > 1:
+            raise ValueError("unlabeled: start: at most 1 - warmup, or the weight never rises to its full value")
         if self.unlabeled and not self.ema_decay:
             raise ValueError("unlabeled: learns from a moving average of the weights; give ema_decay, such as 0.999")
         side_px = self.data.val_side_px

@@ -20,6 +20,7 @@ from mpp.data.readers import PackedReader
 from mpp.data.shards.reader import ShardImages
 from mpp.data.unlabeled_sets import WithUnlabeled
 from mpp.errors import MppWarning, UserError
+from mpp.finetuning import micro_loss
 from mpp.finetuning.consistency import Alignment, FixMatch, MixMatch
 from mpp.finetuning.distillation import Distillation
 from mpp.finetuning.model import Classifier
@@ -30,6 +31,7 @@ from mpp.parallel.team import start_team
 from mpp.recipe.finetune import FinetuneRecipe
 from mpp.recipe.loading import check_recipe
 from mpp.runs.records import read_metrics
+from tests.conftest import drawn_image, encoded
 from tests.finetuning.test_finetuning import ARGS, values
 
 SCRATCH = {"architecture": {"name": "vit_tiny_patch16_224", "args": ARGS}}
@@ -194,39 +196,77 @@ def test_mixmatch_learns_sharpened_probabilities_of_every_image() -> None:
     torch.testing.assert_close(ours.loss(logits, targets), of_labeled + 3 * 2 / 4 * of_unlabeled)
 
 
-def test_aligned_predictions_have_the_class_fractions_of_the_labels() -> None:
-    """A model that prefers class 0 is corrected as soon as the mean has followed its predictions."""
-    fractions, made = torch.tensor([0.2, 0.3, 0.5]), torch.tensor(True)
-    logits = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([3.0, 0.0, 0.0])
-    mean = logits.softmax(-1).mean(0)
+class Several:
+    """A stand-in for a team of several processes, the others of which have predicted `others`."""
+
+    def __init__(self, world: int, others: Tensor) -> None:
+        self.world, self.others = world, others
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        return values + self.others
+
+
+def test_a_model_that_knows_nothing_teaches_the_class_fractions_of_the_labels() -> None:
+    """A model that prefers class 0 in every image is corrected as soon as the mean has followed its predictions."""
+    fractions, made, skipped = torch.tensor([0.2, 0.3, 0.5]), torch.tensor(True), torch.tensor(False)
     team, alignment = start_team("fp32"), Alignment(fractions)
-    assert torch.equal(alignment.align(logits).softmax(-1), logits.softmax(-1)), "at first nothing is corrected"
+    same = torch.tensor([3.0, 1.0, 0.0]).expand(500, 3)
+    mean = same[0].softmax(-1)
+    alignment.align(same, 0.5)
     alignment.end_step(team, only_if=made)
     torch.testing.assert_close(alignment.mean, fractions + (mean - fractions) / 100)
-    for part in (logits[:200], logits[200:]):  # micro-batches of one step
-        alignment.align(part)
-    alignment.end_step(team, only_if=torch.tensor(False))
+    alignment.align(same * torch.nan, 0.5)
+    alignment.end_step(team, only_if=skipped)
     torch.testing.assert_close(alignment.mean, fractions + (mean - fractions) / 100)
-    alignment.align(logits * torch.nan)
-    alignment.end_step(team, only_if=torch.tensor(False))
-    assert alignment.mean.isfinite().all(), "a skipped step must leave nothing behind"
-    for _ in range(1000):
-        alignment.align(logits[:200])
-        alignment.align(logits[200:])
+    for _ in range(1500):
+        for part in (same[:200], same[200:]):  # micro-batches of one step
+            alignment.align(part, 0.5)
         alignment.end_step(team, only_if=made)
-    torch.testing.assert_close(alignment.mean, mean, rtol=1e-3, atol=1e-3)
-    continued = Alignment(fractions, alignment.mean.tolist())
-    assert torch.equal(continued.align(logits), alignment.align(logits))
-    expected = logits.softmax(-1) * fractions / alignment.mean
-    torch.testing.assert_close(continued.align(logits).softmax(-1), expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(alignment.mean, mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alignment.align(same, 0.5), fractions.expand(500, 3), rtol=1e-3, atol=1e-3)
 
 
-def test_mixmatch_sharpens_aligned_predictions() -> None:
+def test_the_mean_is_that_of_all_processes() -> None:
+    fractions = torch.tensor([0.25, 0.75])
+    logits = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    whole, half = Alignment(fractions), Alignment(fractions)
+    whole.align(logits, 0.5)
+    whole.end_step(start_team("fp32"), only_if=torch.tensor(True))
+    half.align(logits[:4], 0.5)
+    others = logits[4:].softmax(-1).sum(0)
+    half.end_step(Several(2, others), only_if=torch.tensor(True))  # type: ignore[arg-type]
+    torch.testing.assert_close(half.mean, whole.mean)
+    assert not torch.equal(whole.mean, fractions)
+
+
+def test_mixmatch_sharpens_between_the_mean_and_the_fractions() -> None:
     weak = torch.tensor([[2.0, 0.5, 0.0, 0], [0.0, 0.1, 0.0, 0]]).view(2, 1, 2, 2)
     fractions, mean = torch.tensor([0.2, 0.3, 0.5]), [0.5, 0.3, 0.2]
     taught = mixmatch(None, alignment=Alignment(fractions, mean)).teach(weak, encoder_learns=True)
-    aligned = weak.flatten(1)[:, :3].softmax(-1) * fractions / torch.tensor(mean)
-    torch.testing.assert_close(taught, aligned**2 / (aligned**2).sum(-1, keepdim=True))
+    aligned = (weak.flatten(1)[:, :3].softmax(-1) / torch.tensor(mean)) ** 2 * fractions
+    torch.testing.assert_close(taught, aligned / aligned.sum(-1, keepdim=True))
+
+
+def test_the_class_fractions_are_those_of_all_training_images(shards: Path, tmp_path: Path) -> None:
+    """They are not those of the images that `labels_per_class` or `balance` choose."""
+    for name, count in (("disc", 3), ("square", 9)):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            (folder / f"{i}.png").write_bytes(encoded(drawn_image(100 * count + i), "PNG"))
+    changes: dict[str, Any] = {"data.train": str(tmp_path / "train"), "optim.steps": 1}
+    changes |= {"data.labels_per_class": 2, "unlabeled.kind": "mixmatch", "balance": "sampling"}
+    seen: list[Tensor] = []
+
+    class Watched(Alignment):
+        def __init__(self, class_fractions: Tensor, mean: list[float] | None = None) -> None:
+            seen.append(class_fractions)
+            super().__init__(class_fractions, mean)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micro_loss, "Alignment", Watched)
+        mpp.finetune(recipe(shards, tmp_path / "run", shards, **changes))
+    assert [of_one.tolist() for of_one in seen] == [[0.25, 0.75]]
 
 
 @pytest.mark.parametrize("kind", ["fixmatch", "mixmatch"])
@@ -248,8 +288,8 @@ def test_a_run_with_alignment_continues_alike(shards: Path, tmp_path: Path) -> N
         made = recipe(shards, tmp_path / str(align), shards, **changes, **{"unlabeled.align": align})
         mpp.finetune(made)
         losses[align] = [m["loss"].hex() for m in read_metrics(tmp_path / str(align) / "scratch-seed0")]
-    assert losses[True][:3] == losses[False][:3], "the mean begins with the fractions of the labels"
-    assert losses[True][3:] != losses[False][3:]
+    assert losses[True][:2] == losses[False][:2], "nothing is aligned before unlabeled images come"
+    assert losses[True][4:] != losses[False][4:]
     trial = tmp_path / "True" / "scratch-seed0"
     (trial / "result.json").unlink()
     for step in (6, 8):
@@ -325,6 +365,61 @@ def test_a_step_with_them_is_replayed(kind: str, shards: Path, tmp_path: Path) -
     )
 
 
+def test_images_are_replayed_alone_through_batch_norms(shards: Path, tmp_path: Path) -> None:
+    """The last maps of this encoder have one value for each image and channel."""
+    args = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
+    steep = {"optim.base_lr": 1e25, "optim.warmup_steps": 0, "optim.steps": 6, "unlabeled.kind": "mixmatch"}
+    small = {"architecture": {"name": "resnet18d", "args": args}, "data.image_size": 32}
+    with pytest.raises(UserError, match="stopped before the update"):
+        mpp.finetune(recipe(shards, tmp_path / "run", shards, **steep, **small))
+    replayed = replay(tmp_path / "run")
+    assert replayed.same
+    assert any("alone" in line for line in replayed.lines)
+
+
+def test_a_step_with_alignment_is_replayed(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is not finite but the loss is, so the replay shows whether the same mean was used."""
+    spoilt = MixMatch.loss
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: Tensor) -> Tensor:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            return gradient * torch.nan
+
+    steps: list[int] = []
+
+    def loss_of_step(self: MixMatch, logits: Tensor, targets: Tensor) -> Tensor:
+        steps.append(len(steps))
+        loss = spoilt(self, logits, targets)
+        made: Tensor = Spoil.apply(loss) if len(steps) == 8 else loss  # type: ignore[no-untyped-call]
+        return made
+
+    monkeypatch.setattr(MixMatch, "loss", loss_of_step)
+    changes: dict[str, Any] = {"unlabeled.kind": "mixmatch", "optim.steps": 10, "max_skipped_steps": 1}
+    mpp.finetune(recipe(shards, tmp_path / "run", shards, **changes, mixup=0.4, **{"optim.base_lr": 0.5}))
+    assert replay(tmp_path / "run").same
+    (record,) = (tmp_path / "run" / "scratch-seed0" / "non-finite").glob("*/rank0.json")
+    values = json.loads(record.read_text())
+    assert values["losses"][0][0] != "nan"
+    record.write_text(json.dumps(values | {"mean_prediction": [0.9, 0.1]}))
+    assert not replay(tmp_path / "run").same
+
+
+def test_a_score_that_stands_still_before_they_start_ends_nothing(shards: Path, tmp_path: Path) -> None:
+    stop = {"fraction": 0.4, "every_steps": 2, "patience": 2}
+    changes: dict[str, Any] = {"early_stop": stop, "optim.steps": 24, "optim.base_lr": 1e-9}
+    changes |= {"data.labels_per_class": None}
+    for start, ended in ((0.0, 6), (0.5, 16)):  # the best score is that of step 2, and from the start on that of 12
+        mpp.finetune(recipe(shards, tmp_path / str(start), shards, **changes, **{"unlabeled.start": start}))
+        log = (tmp_path / str(start) / "scratch-seed0" / "train.log").read_text()
+        assert ("unlabeled images from step 13 on" in log) == bool(start)
+        assert f" of {ended}: best on" in log
+
+
 def test_what_does_not_go_with_them(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unlabeled: learns from a moving average of the weights; give ema_decay"):
         recipe(shards, tmp_path, shards, ema_decay=None)
@@ -335,6 +430,8 @@ def test_what_does_not_go_with_them(shards: Path, tmp_path: Path) -> None:
     labels = {"task": "multilabel", "data.labels_per_class": None}
     with pytest.raises(UserError, match="unlabeled: kind: mixmatch: only with task: classify; use fixmatch"):
         recipe(shards, tmp_path, shards, **labels, **{"unlabeled.kind": "mixmatch"})
+    with pytest.raises(UserError, match="unlabeled: start: at most 1 - warmup"):
+        recipe(shards, tmp_path, shards, **{"unlabeled.start": 0.8, "unlabeled.warmup": 0.3})
     for changes in ({"balance": "loss"}, {"task.label_smoothing": 0.1}):
         with pytest.raises(UserError, match="mixmatch: not with balance: loss or task.label_smoothing"):
             recipe(shards, tmp_path, shards, **changes, **{"unlabeled.kind": "mixmatch"})
