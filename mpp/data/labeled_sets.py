@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mpp.data.decoding.decode import decode_crop, decode_pillow, view_boxes
+from mpp.data.centre_crops import CentreCrops
+from mpp.data.decoding.decode import decode_pillow
 from mpp.data.labeled import Labeled
 from mpp.errors import BadImage, UserError
 from mpp.recipe.flat import JsonObject
@@ -173,22 +174,10 @@ class CentreDataset(Dataset[LabeledBatch]):
     def __init__(
         self, data: Labeled, size: tuple[int, int], fraction: float, *, views: int = 1, **decoding: Unpack[Decoding]
     ) -> None:
-        self.data, self.size, self.boxes = data, size, view_boxes(views, size, fraction)
-        self.decode = decoding
+        self.data, self.crops = data, CentreCrops(data.reader, size, fraction, views=views, **decoding)
 
     def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
-        shape = (len(keys), len(self.boxes), self.decode["channels"], *self.size)
-        images = torch.zeros(shape, dtype=torch.float32 if "value_range" in self.decode else torch.uint8)
-        readable, bad = torch.ones(len(keys), dtype=torch.bool), []
-        for i, number in enumerate(keys):
-            try:
-                data = self.data.reader.read(number)
-                for view, box in enumerate(self.boxes):
-                    images[i, view] = decode_crop(data, box, self.size, **self.decode)
-            except BadImage as error:
-                images[i], readable[i] = 0, False
-                bad.append(f"{self.data.reader.name(number)}: {error}")
-            except UserError as error:
-                return error
-        together = images[:, 0] if len(self.boxes) == 1 else images
-        return LabeledBatch(together, _of(self.data, keys), torch.tensor(keys), readable, bad)
+        crops = self.crops.__getitems__(keys)
+        if isinstance(crops, UserError):
+            return crops
+        return LabeledBatch(crops.images, _of(self.data, keys), torch.tensor(keys), crops.readable, crops.bad)

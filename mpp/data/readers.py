@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -121,28 +121,44 @@ class PackedReader:
         return self.images.fingerprint
 
 
-def sample(places: Sequence[str], count: int, key: str) -> Iterator[tuple[Reader, int]]:
-    """Take some images, evenly spread over all places.
+class AllImages:
+    """Reader of all images of some places, those in shards first.
 
     Args:
         places: Shards (see `holds_shards`), image files, or folders of images at any depth.
-        count: Number of images. Fewer are taken if there are no more.
         key: Recipe key or command option, for messages.
-
-    Yields:
-        A reader and the number of the image in it.
+        few: Whether only a few images will be read, so that remote shards need not be fetched.
 
     Raises:
         UserError: If there are no images.
     """
-    of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
-    packed = PackedReader(ShardImages(of_shards, key=key), few=True) if of_shards else None
-    if packed and packed.images.left_out:
-        warnings.warn(f"{key}: {packed.images.left_out}", MppWarning, stacklevel=3)
-    files = FileReader(images_of(of_files))
-    first = sum(packed.images.counts) if packed else 0
-    total = first + len(files.paths)
-    if total == 0:
-        raise UserError(f"{key}: no images given")
-    for at in evenly(total, count):
-        yield (packed, at) if packed and at < first else (files, at - first)
+
+    def __init__(self, places: Sequence[str], key: str, *, few: bool = False) -> None:
+        of_shards, of_files = (tuple(p for p in places if holds_shards(p) == wanted) for wanted in (True, False))
+        self.packed = PackedReader(ShardImages(of_shards, key=key), few=few) if of_shards else None
+        if self.packed and self.packed.images.left_out:
+            warnings.warn(f"{key}: {self.packed.images.left_out}", MppWarning, stacklevel=3)
+        self.files = FileReader(images_of(of_files))
+        self.first_file = sum(self.packed.images.counts) if self.packed else 0
+        if not len(self):
+            raise UserError(f"{key}: no images given")
+
+    def __len__(self) -> int:
+        return self.first_file + len(self.files.paths)
+
+    def _at(self, i: int) -> tuple[Reader, int]:
+        return (self.packed, i) if self.packed and i < self.first_file else (self.files, i - self.first_file)
+
+    def read(self, i: int) -> bytes:
+        reader, number = self._at(i)
+        return reader.read(number)
+
+    def name(self, i: int) -> str:
+        reader, number = self._at(i)
+        return reader.name(number)
+
+    def sizes(self) -> np.ndarray:
+        return np.concatenate([*([self.packed.sizes()] if self.packed else []), self.files.sizes()])
+
+    def fingerprint(self) -> str:
+        return "\0".join([*([self.packed.fingerprint()] if self.packed else []), self.files.fingerprint()])

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mpp.data.labeled import Labeled
 from mpp.data.labeled_sets import CentreDataset, LabeledBatch
@@ -30,10 +28,7 @@ from mpp.parallel.team import Team
 from mpp.recipe.evaluate import EvaluateRecipe
 from mpp.rng import Purpose, stream, torch_seed
 from mpp.runs.log import format_duration
-
-T = TypeVar("T")
-LINE_EVERY_S = 10.0
-"""Least seconds between lines of progress, which replace the bar if there is no terminal."""
+from mpp.runs.loop_progress import LoopProgress
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ def run_arm(
     device, scores = team.device, list[Score]()
     keys, classes = recipe.data, len(data.train.classes)
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted attempt
-    progress = _Progress()
+    progress = LoopProgress()
     judged, unreadable = np.bincount(data.val.labels, minlength=classes), list[str]()
 
     def images(
@@ -198,34 +193,6 @@ def run_arm(
         judged = np.bincount(np.delete(data.val.labels, sorted(unread_val)), minlength=classes)
     folder.mkdir(parents=True, exist_ok=True)
     return Arm(scores, judged.tolist(), unreadable)
-
-
-class _Progress:
-    """Progress of an arm: bars on a terminal, else a line at most every LINE_EVERY_S, over all loops of the arm."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def shown(self, items: Iterable[T], what: str, total: int, *, time_left: bool = True) -> Iterator[T]:
-        """Yield the items and show the progress.
-
-        Args:
-            items: Items of the loop.
-            what: Text before the numbers.
-            total: Number of items.
-            time_left: Whether the time left in this loop is shown. If the loop is one of many, it would mislead.
-        """
-        if sys.stderr.isatty():
-            yield from tqdm(items, what, total, leave=False)
-            return
-        began = time.monotonic()
-        for done, item in enumerate(items, 1):
-            yield item
-            now = time.monotonic()
-            if now - self.last >= LINE_EVERY_S:
-                self.last = now
-                left = f", {format_duration((now - began) / done * (total - done))} left" if time_left else ""
-                print(f"{what} {done} of {total}{left}", flush=True)
 
 
 def _knn(recipe: EvaluateRecipe, place: Place, train: Table, val: Table, classes: int, device: torch.device) -> Score:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpp.data.decoding.decode import Box, centre_box, decode_crop
-from mpp.data.readers import sample
+from mpp.data.readers import AllImages
 from mpp.data.shards.reader import evenly
 from mpp.drawing import plots
 from mpp.encoders.resolve import decoding_of, for_channels, stored_recipe
@@ -86,12 +86,13 @@ def _read(subjects: Sequence[InspectedEncoder], places: Sequence[str], count: in
     """
     decoded: list[list[Tensor]] = []
     faults: list[str] = []
-    for reader, number in sample(places, count, "IMAGES"):
+    images = AllImages(places, "IMAGES", few=True)
+    for number in evenly(len(images), count):
         try:
-            data = reader.read(number)
+            data = images.read(number)
             decoded.append([decode_crop(data, partial(_centre, s.size), s.size, **s.decoding) for s in subjects])
         except BadImage as error:
-            faults.append(f"{reader.name(number)}: {error}")
+            faults.append(f"{images.name(number)}: {error}")
     if len(decoded) < LEAST_IMAGES:
         first = f"; unreadable: {faults[0]}" if faults else ""
         raise UserError(f"IMAGES: at least {LEAST_IMAGES} readable images are needed; got {len(decoded)}{first}")
