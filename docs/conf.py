@@ -22,7 +22,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.strikethrough"]
 
-# Notebooks are stored without outputs and run when the site is built: one that fails, fails the build.
+# Notebooks are run again when the site is built: one that fails, fails the build.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
@@ -49,9 +49,14 @@ def components() -> str:
         for name in registry.names(kind):
             found = registry.declaration(kind, name)
             lines += [f"``{name}``", "^" * (len(name) + 4), "", *found.doc.splitlines(), ""]
+            if not found.arguments:
+                continue
+            lines += [".. list-table::", "   :header-rows: 1", "   :widths: 25 15 60", ""]
+            lines += ["   * - key", "     - default", "     - what it is"]
             for key, argument in found.arguments.items():
-                default = "required" if argument.default is ... else f"default ``{argument.default!r}``"
-                lines += [f"``{key}``, {default}", f"   {argument.description}"]
+                default = "required" if argument.default is ... else f"``{argument.default!r}``"
+                text = argument.description.replace("|", "\\|").replace("*", "\\*")
+                lines += [f"   * - ``{kind}.{key}``", f"     - {default}", f"     - {text}"]
             lines += [""]
     return "\n".join(lines)
 

@@ -29,11 +29,21 @@ TRAINING = ("pretrain", "finetune")
 
 
 def _say_usage(error: click.UsageError) -> NoReturn:
-    """In a line; click would take four."""
+    """Print a wrong use of a command in one line, where click prints four, and exit."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         raise error
     command = error.ctx.command_path if error.ctx else "mpp"
-    click.echo(f"{command}: {error.format_message()} See {command} --help", err=True)
+    message = error.format_message()
+    if (
+        isinstance(error, click.NoSuchOption)
+        and error.ctx
+        and any(p.name == "overrides" for p in error.ctx.command.params)
+    ):
+        key = error.option_name.lstrip("-").replace("-", "_")
+        message = (
+            f"No such option '{error.option_name}'. A setting of the recipe is written without dashes: {key}=VALUE."
+        )
+    click.echo(f"{command}: {message} See {command} --help", err=True)
     sys.exit(2)
 
 
@@ -48,13 +58,13 @@ def _nobody_reads() -> bool:
 
 
 def _no_more_output() -> None:
-    """What is buffered for a stdout that takes nothing is dropped; Python would try again, and complain, at the end."""
+    """Drop what is buffered for a stdout that cannot be written. Python would try again at exit and print an error."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(message: object, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
-    """Ours are for the user, one line; other people's keep their place in the code."""
+    """Print warnings of mpp as one line for users. Other warnings keep their place in the code."""
     message = printable(without_secrets(str(message)))
     text = f"warning: {message}" if issubclass(category, MppWarning) else f"{filename}:{lineno}: {message}"
     click.echo(text, err=True)
@@ -162,8 +172,12 @@ def ask_for_patience(what: str) -> None:
         click.echo(f"{what} …", err=True)
 
 
+LOADING = "loading PyTorch"
+"""What takes seconds at the start of commands that compute, for `ask_for_patience`."""
+
+
 def to_json(value: object) -> str:
-    """One object, in which numbers that are none are null."""
+    """Return JSON of a result. Numbers that are not finite become null."""
     import dataclasses
     import json
     import math
@@ -183,3 +197,12 @@ def to_json(value: object) -> str:
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (progress goes to stderr).")
+OUT = click.option("-o", "--out", "out_option", default=None, metavar="FOLDER", help="The same as OUT.")
+
+
+def one_out(argument: str | None, option: str | None) -> str:
+    """Return the new folder of a command, which is given once: as its last word or by --out."""
+    given = [value for value in (argument, option) if value is not None]
+    if len(given) != 1:
+        raise click.UsageError(f"OUT: given {'twice' if given else 'neither as a word nor by --out'}.")
+    return given[0]

@@ -8,13 +8,13 @@ import sys
 
 import click
 
-from mpp.cli.app import JSON, main, to_json
+from mpp.cli.app import JSON, OUT, main, one_out, to_json
 from mpp.errors import UserError, without_secrets
 from mpp.recipe.flat import JsonObject
 
 
 def _check_extension(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    """As a recipe's `data.image_extension` is checked."""
+    """Check the option as a recipe's key `data.image_extension`."""
     from mpp.recipe.values import checked_extension
 
     try:
@@ -34,7 +34,8 @@ _EXTENSION = click.option(
 
 @main.command()
 @click.argument("source")
-@click.argument("out")
+@click.argument("out", required=False, default=None)
+@OUT
 @click.option(
     "--images-per-shard", default=1000, show_default=True, type=click.IntRange(min=1), help="Images of each tar file."
 )
@@ -60,7 +61,8 @@ _EXTENSION = click.option(
 @JSON
 def pack(
     source: str,
-    out: str,
+    out: str | None,
+    out_option: str | None,
     images_per_shard: int,
     labels: bool | None,
     seed: int,
@@ -82,6 +84,7 @@ def pack(
 
     from mpp.data.shards import pack as packing
 
+    folder = one_out(out, out_option)
     share = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
     if share is None:
         raise UserError(f"--part: expected I/N, for example 1/3; got '{part}'")
@@ -93,7 +96,7 @@ def pack(
 
         packed = packing.pack(
             source,
-            out,
+            folder,
             images_per_shard=images_per_shard,
             labels=labels,
             seed=seed,
@@ -106,20 +109,20 @@ def pack(
         return click.echo(to_json(packed))
     named = f"{len(packed.classes)} classes" if packed.classes else "with labels, numbers without names"
     kind = f"{named} (pretraining passes over them; --no-labels leaves them out)" if packed.labeled else "no labels"
-    shards = f"{packed.shards} shard{'s' * (packed.shards != 1)} in {out} ({packed.shards_written} written now)"
+    shards = f"{packed.shards} shard{'s' * (packed.shards != 1)} in {folder} ({packed.shards_written} written now)"
     click.echo(f"{packed.images} images, {kind}, {shards}")
     if packed.shards_missing:
         click.echo(f"{packed.shards_missing} shards are not here yet; the part that comes last finishes")
     for path, why in packed.skipped[:10]:
         click.echo(f"skipped: {path}: {why}".encode("utf-8", "backslashreplace").decode())
     if len(packed.skipped) > 10:
-        click.echo(f"… {len(packed.skipped)} files skipped in all; see {os.path.join(out, packing.SKIPPED)}")
+        click.echo(f"… {len(packed.skipped)} files skipped in all; see {os.path.join(folder, packing.SKIPPED)}")
 
 
 @main.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option(
-    "--cache-dir", default=None, metavar="FOLDER", help="Folder for downloads and for indexes of read-only shards."
+    "--cache-dir", default=None, metavar="FOLDER", help="Folder for downloads and for indexes of read-only shards. Default: ~/.cache/mpp."
 )
 @_EXTENSION
 @JSON

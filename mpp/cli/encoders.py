@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, ask_for_patience, main, to_json
+from mpp.cli.app import JSON, LOADING, OUT, ask_for_patience, main, one_out, to_json
 from mpp.errors import UserError, require_existing
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new
@@ -24,17 +24,6 @@ def _clear_away_when_ended() -> None:
     for asked in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(asked) is not signal.SIG_IGN:  # by nohup
             signal.signal(asked, lambda number, _: sys.exit(128 + number))
-
-
-_OUT = click.option("-o", "--out", "out_option", default=None, metavar="FOLDER", help="The same as OUT.")
-
-
-def _one_out(argument: str | None, option: str | None) -> str:
-    """Return the new folder of a command, which is given once: as its last word or by --out."""
-    given = [value for value in (argument, option) if value is not None]
-    if len(given) != 1:
-        raise click.UsageError(f"OUT: given {'twice' if given else 'neither as a word nor by --out'}.")
-    return given[0]
 
 
 @main.command()
@@ -72,6 +61,8 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
+    require_existing(encoder, *images)
+    ask_for_patience(LOADING)
     rows, unreadable, judged = mpp.predict(encoder, images, views=int(views), top=top, out=out, report=report)
     if out is None:
         writer = csv.writer(sys.stdout)
@@ -90,7 +81,7 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 @main.command()
 @click.argument("run")
 @click.argument("out", required=False, default=None)
-@_OUT
+@OUT
 @click.option(
     "--format",
     "format",
@@ -112,7 +103,7 @@ def export(run: str, out: str | None, out_option: str | None, format: str, as_js
     """
     require_existing(run)
     _clear_away_when_ended()
-    folder = _one_out(out, out_option)
+    folder = one_out(out, out_option)
     ask_for_patience("exporting, and loading the export in a fresh process")
     verified = mpp.export(run, folder, format)
     _say_verified(verified, as_json)
@@ -156,13 +147,23 @@ def upload(folder: str, repository: str, public: bool) -> None:
     type=click.IntRange(min=1),
     help="Channels of the images. Default: the folder's, else 3.",
 )
-@click.option("--mean", default=None, metavar="R,G,B", help="Mean used in training, for pixels in [0, 1].")
-@click.option("--std", default=None, metavar="R,G,B", help="Standard deviation used in training, as --mean.")
+@click.option(
+    "--mean",
+    default=None,
+    metavar="R,G,B",
+    help="Mean used in training, for pixels in [0, 1]. Default: that of the folder or timm name.",
+)
+@click.option(
+    "--std",
+    default=None,
+    metavar="R,G,B",
+    help="Standard deviation used in training, for pixels in [0, 1]. Default: as --mean.",
+)
 @click.option(
     "--prefix", default=None, help="Name prefix of the encoder's weights, if the file holds several encoders."
 )
 @click.option("--partial", is_flag=True, help="Allow missing weights, which stay random.")
-@_OUT
+@OUT
 @click.option("--trust", is_flag=True, help="Allow pickle files (only tensors and plain containers are read).")
 @JSON
 def import_(
@@ -192,7 +193,7 @@ def import_(
     require_existing(file)
     if out is not None and "=" in out and out_option is not None:  # an argument of the model, in the place of OUT
         args, out = (out, *args), None
-    folder = _one_out(out, out_option)
+    folder = one_out(out, out_option)
     check_new(Path(folder))
     from mpp.recipe.overrides import apply_overrides, parse_overrides
 
@@ -270,6 +271,7 @@ def inspect(
     \b
     mpp inspect runs/photos photos
     """
+    ask_for_patience(LOADING)
     inspection = mpp.inspect(encoder, images, out=out, compare=compare, images=count, shown=shown, random=random)
     click.echo(inspection.table())
     click.echo(f"{inspection.out}")
@@ -300,6 +302,7 @@ def models(name: str | None, check: bool, as_json: bool) -> None:
         rows = [dict(zip(support.COLUMNS, row, strict=True)) for row in support.support_rows()]
         click.echo(to_json(rows) if as_json else support.text())
         return
+    ask_for_patience(LOADING)
     from mpp.encoders.creation import timm_names
     from mpp.inspection import survey as known
 

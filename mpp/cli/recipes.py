@@ -131,11 +131,16 @@ def copy(name: str, file: Path) -> None:
     Copy the recipe NAME from `mpp recipe list` to the new FILE, to be edited.
 
     \b
-    mpp recipe copy pretrain/vit_small mine.yaml
+    mpp recipe copy vit_small mine.yaml
+    mpp recipe copy finetune/vit_small mine-classes.yaml
     """
-    from mpp.recipe.loading import recipe_text
+    from mpp.recipe.loading import bundled, find_recipe, recipe_text
 
     text = recipe_text(name)
+    found = find_recipe(name)
+    others = [other for other, path in bundled().items() if path.stem == found.stem and path != found]
+    if others and name == found.stem:
+        click.echo(f"copied {found.parent.name}/{found.stem}; there is also {', '.join(others)}", err=True)
     try:
         with open(file, "x", encoding="utf-8") as new:
             new.write(text)

@@ -7,7 +7,7 @@ import sys
 import click
 
 import mpp
-from mpp.cli.app import JSON, ask_for_patience, main, to_json
+from mpp.cli.app import JSON, LOADING, ask_for_patience, main, to_json
 from mpp.errors import UserError, require_existing
 
 
@@ -20,6 +20,7 @@ def replay(run: str, step: int | None, as_json: bool) -> None:
 
     Rerun a step of RUN whose loss or gradient was NaN or infinite, and locate where it started.
     """
+    ask_for_patience(LOADING)
     replayed = mpp.replay(run, step)
     if as_json:
         return click.echo(to_json(replayed))
@@ -49,6 +50,7 @@ def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
     mpp reconstruct runs/photos --out training.gif
     """
     require_existing(run, *images)
+    ask_for_patience(LOADING)
     from mpp.inspection.reconstruct import reconstruct as draw
 
     click.echo(f"{draw(run, images, out)}")

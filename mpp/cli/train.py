@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, RANK, ask_for_patience, leave_process_group, main, to_json
+from mpp.cli.app import JSON, LOADING, RANK, ask_for_patience, leave_process_group, main, to_json
 from mpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def pretrain(
 
     began_s = time.monotonic()
     recipe_to_run = checked(recipe, PretrainRecipe, _with_out(overrides, out), preset)
-    ask_for_patience("loading PyTorch")
+    ask_for_patience(LOADING)
     with _progress_aside(as_json):
         result = mpp.pretrain(recipe_to_run, resume=resume)
     if RANK == "0" and as_json:
@@ -180,6 +180,7 @@ def plan(
     given = parse_overrides(overrides)
     if images is not None:
         given = {"data.shards": "not opened"} | given
+    ask_for_patience(LOADING)
     estimate = mpp.plan(recipe, devices=devices, device=device, mfu=mfu, images=images, preset=preset, **given)
     click.echo(to_json(estimate.as_dict()) if as_json else estimate.text())
 
@@ -209,7 +210,7 @@ def finetune(
 
     began_s = time.monotonic()
     recipe_to_run = checked(recipe, FinetuneRecipe, _with_out(overrides, out), preset)
-    ask_for_patience("loading PyTorch")
+    ask_for_patience(LOADING)
     with _progress_aside(as_json):
         result = mpp.finetune(recipe_to_run, resume=resume)
     if RANK == "0" and as_json:
@@ -247,6 +248,7 @@ def evaluate(
     given = _with_out(overrides, out)
     if "encoder" in given:
         raise UserError("command line: encoder: is the first word, mpp evaluate ENCODER …; give another as compare=")
+    ask_for_patience(LOADING)
     with _progress_aside(as_json):
         result = mpp.evaluate(encoder, recipe=recipe, resume=resume, preset=preset, **given)
     if as_json:

@@ -84,9 +84,7 @@ def _pretrained(run: History) -> list[tuple[str, str]]:
     if (probed := run.last("probe_accuracy")) is not None:
         probes.append(f"Linear probe while it trained: {probed:.1%}, of the best layer on the images it was judged by.")
     probes += _evaluated(run.folder / "evaluation")
-    probes.append(
-        "What it is worth on your task is what `mpp finetune` says, which runs the same from scratch beside it."
-    )
+    probes.append("`mpp finetune` measures what it gains on your task, compared with random weights.")
     return [
         ("Data", " ".join(lines)),
         ("Recipe", _table(run, (*PRETRAINING, *OPTIM))),

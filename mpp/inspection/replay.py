@@ -88,11 +88,11 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
                 with torch.no_grad():
                     culprits = [i for i, b in alone.items() if not loss_of(share, m, b).isfinite().all()]
                 if len(culprits) == len(alone) > 1:
-                    lines.append("  every image alone, too: the weights, most likely")
+                    lines.append("  each image by itself, too, so the weights are the likely cause")
                 elif not culprits and "strong" in batch:
-                    lines.append("  no labeled image alone; unlabeled images were not tried alone")
+                    lines.append("  no labeled image by itself; unlabeled images were not tried")
                 else:
-                    lines += [f"  alone, too: {share.record['samples'][m][i]}" for i in culprits]
+                    lines += [f"  also by itself: {share.record['samples'][m][i]}" for i in culprits]
     gradients = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     if gradients:
         lines.append(f"{len(gradients)} parameters have gradients that are not finite, such as {gradients[0]}")

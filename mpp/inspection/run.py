@@ -43,7 +43,7 @@ class Inspection:
     def table(self) -> str:
         """Return the summaries as text for the terminal."""
         lines = [f"{view.title}: {view.summary}" for view in self.views]
-        return "\n".join(lines + [f"{title}: not here: {why}" for title, why in self.absent.items()])
+        return "\n".join(lines + [f"{title}: not available: {why}" for title, why in self.absent.items()])
 
 
 def _open(source: str, *, random: bool, device: torch.device, key: str) -> InspectedEncoder:

@@ -46,7 +46,7 @@ def probe(name: str) -> JsonObject:
         "dim": facts["dim"],
         "stride_px": facts["stride_px"],
         "stem": list(facts["stem"]),
-        "ways_of_hiding": list(ways),
+        "ways_of_masking": list(ways),
         "leak": leaks or None,
         "contract": [f.title for f in named or of_class] if tried else None,
         "toy": tiny_command(named[-1]) if named else None,
@@ -59,21 +59,21 @@ def probe_text(probed: JsonObject) -> str:
     name = probed["model"]
     if "why" in probed:
         return f"{name}\n  may be trained: no: {probed['why']}"
-    size, ways = "×".join(map(str, probed["image_size"])), probed["ways_of_hiding"]
+    size, ways = "×".join(map(str, probed["image_size"])), probed["ways_of_masking"]
     lines = [
         f"{name}: {probed['family']}, {probed['parameters'] / 1e6:.1f} M parameters, probed at {size} px",
-        f"  features: {probed['dim']} wide, a cell of {probed['stride_px']} px; image sizes are multiples of that",
-        f"  stem: {' or '.join(probed['stem']) or 'none that takes mask tokens'}",
-        f"  ways of hiding: {', '.join(ways)}",
-        f"  not part of the features, so not pretrained: {probed['parameters_unread']:,} parameters",
-        f"  leak check just now ({ways[0]}): {probed['leak'] or 'no hidden pixel reaches a prediction'}",
+        f"  features: {probed['dim']} channels, stride {probed['stride_px']} px; image sizes must be multiples of it",
+        f"  stem: {' or '.join(probed['stem']) or 'none that can have mask tokens'}",
+        f"  ways of masking: {', '.join(ways)}",
+        f"  not pretrained, because no feature depends on them: {probed['parameters_unread']:,} parameters",
+        f"  leak check ({ways[0]}): {probed['leak'] or 'no hidden pixel reaches a prediction'}",
     ]
     if probed["contract"] is not None:
         lines.append(f"  contract tests: pass for its family ({'; '.join(probed['contract'])})")
     else:
         lines.append(f"  contract tests: never run on a {probed['family']}; mpp models --check {name} runs them")
     if probed["toy"]:
-        lines.append(f"  in the tests, as a toy: {probed['toy']}")
+        lines.append(f"  tested at a tiny size: {probed['toy']}")
     return "\n".join([*lines, f"  may be trained: {probed['may_be_trained']}"])
 
 

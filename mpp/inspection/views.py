@@ -51,7 +51,7 @@ def positions(subject: InspectedEncoder) -> View | str:
         return position_embedding
     table, (gh, gw) = position_embedding
     if gh * gw == 1:
-        return "the image is one cell"
+        return "the image is a single patch"
     similar = measures.cosine_map(table).cpu()
     where = measures.places((gh, gw), subject.size[0] / gh)
     curve = measures.by_distance(similar, where, subject.size[0] / gh)
@@ -102,7 +102,7 @@ def filters(subject: InspectedEncoder) -> View | str:
 
 def attention_distance(subject: InspectedEncoder, attentions: list[Attention]) -> View | str:
     if not attentions:
-        return f"{type(subject.model).__name__} computes no attention between places"
+        return f"{type(subject.model).__name__} has no attention layers"
     of_block, distance, entropy, uniform = [], [], [], []
     for i, a in enumerate(attentions):
         if isinstance(a.layout, TokenPlaces) and a.distance is not None and a.entropy is not None:
@@ -152,10 +152,10 @@ def attention_distance(subject: InspectedEncoder, attentions: list[Attention]) -
 
 def attention_maps(subject: InspectedEncoder, attentions: list[Attention], shown: Tensor) -> View | str:
     if not attentions:
-        return f"{type(subject.model).__name__} computes no attention between places"
+        return f"{type(subject.model).__name__} has no attention layers"
     layouts = [a.layout for a in attentions if isinstance(a.layout, TokenPlaces) and a.layout.everywhere]
     if len(layouts) < len(attentions) or len({(layout.grid, layout.prefix) for layout in layouts}) > 1:
-        return f"{type(subject.model).__name__} has blocks in which not every place looks at every place"
+        return f"{type(subject.model).__name__} has blocks in which a patch attends only to some of the others"
     layout = layouts[0]
     gh, gw = layout.grid
     layers = evenly(len(attentions), 3)
@@ -231,10 +231,10 @@ def similarity(seen: Seen, other: InspectedEncoder | None) -> View:
 
 def skips(seen: Seen) -> View | str:
     if not seen.updates:
-        return "it has no blocks around which an input is carried on unchanged"
+        return "it has no blocks with skip connections"
     adding = [i for i in seen.updates if seen.skip_over_branch[i]]
     if not adding:
-        return "its blocks add nothing to what they are given: their last layers are zero, or as good as"
+        return "its blocks add almost nothing to their input, because the weights of their last layers are nearly zero"
     x = [i + 1 for i in adding]
     ratio = [float(np.mean(seen.skip_over_branch[i])) for i in adding]
     return View(

@@ -105,13 +105,13 @@ class Plan:
         host = f"  {'on the host, a whole copy':<28}{bytes_of(self.host_bytes):>10}\n" if self.host_bytes else ""
         return (
             f"{self.encoder}: {self.encoder_parameters / 1e6:.1f} M parameters, "
-            f"{self.parameters / 1e6:.1f} M with all that belongs to it, {self.trained / 1e6:.1f} M trained\n"
+            f"{self.parameters / 1e6:.1f} M with head and mask tokens, {self.trained / 1e6:.1f} M trained\n"
             f"{self.flop_per_image / 1e9:.2f} GFLOP {sample}, forward and backward\n"
             f"{self.images:,} images an epoch, {self.held_out:,} more held out; {self.steps:,} steps of {batch}; "
             f"{self.epochs:.1f} epochs\n"
             f"memory of each {self.device}: {bytes_of(total)} of {bytes_of(size)}{fits}\n{parts}\n{host}"
             f"time: {_duration(self.seconds)} on {self.devices} × {self.device} at {self.mfu:.0%} of "
-            f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:.0f} images/s{self._reading()}\n"
+            f"{self.peak_tflops:.3g} TFLOP/s, which is {self.images_per_s:,.0f} images/s{self._reading()}\n"
             f"disk: {bytes_of(self.disk_bytes)}, {bytes_of(self.checkpoint_bytes)} a checkpoint\n"
             f"not counted: {'' if self.device == CPU else CUDA_KEEPS}gaps between allocations"
         )
@@ -121,7 +121,7 @@ class Plan:
             return " to be read"
         if self.read_images_per_s is None:
             return "; reading them is not counted"
-        return f", with the loader, which alone reads {self.read_images_per_s:.0f} images/s, on the same cores"
+        return f", with the loader, which by itself reads {self.read_images_per_s:,.0f} images/s, on the same cores"
 
     def _advice(self) -> str:
         return "optim.max_batch_per_device, encoder.grad_checkpointing=true or fsdp=true make it less"
@@ -275,7 +275,7 @@ def _memory(recipe: PretrainRecipe, size: _Size, devices: int, micro: int, peak:
     }
     if size.averaged:
         memory["averaged weights"] = size.averaged // share
-    return memory | ({"buckets of DDP": FP32 * size.trained} if devices > 1 and not size.sharded else {})
+    return memory | ({"gradient buffers (DDP)": FP32 * size.trained} if devices > 1 and not size.sharded else {})
 
 
 def _with_random_weights(recipe: PretrainRecipe) -> PretrainRecipe:

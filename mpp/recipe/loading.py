@@ -42,10 +42,11 @@ def find_recipe(path: str | Path, job: str | None = None) -> Path:
 
     Args:
         path: A file, or the name of a recipe that comes with mpp: pretrain/vit_small, or vit_small.
-        job: Job of the recipe, if only the second part of its name is given. None means any job.
+        job: Job of the recipe, if only the second part of its name is given. None means pretrain, or finetune if there
+            is no pretraining recipe of this name.
 
     Raises:
-        UserError: If there is no such recipe, or there are recipes of this name for several jobs.
+        UserError: If there is no such recipe.
     """
     place, given = Path(path), str(path)
     try:
@@ -59,9 +60,9 @@ def find_recipe(path: str | Path, job: str | None = None) -> Path:
         return known[name]
     alike = [other for other in known if other.split("/")[1] == Path(name).name]
     if given == name == Path(name).name:  # the short name, not a path
-        found = [other for other in alike if job is None or other == f"{job}/{name}"]
-        if len(found) == 1:
-            return known[found[0]]
+        for of_job in (job,) if job else RECIPES:
+            if f"{of_job}/{name}" in known:
+                return known[f"{of_job}/{name}"]
     if place.is_dir() and not alike:
         raise UserError(f"{path}: is a folder, not a recipe")
     if not alike:

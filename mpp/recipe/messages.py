@@ -108,8 +108,12 @@ def error_line(error: Any, job: type[Job], places: dict[Key, str], source: str) 
             return f"{place}: {dotted(key)}: unknown key.{hint} `mpp recipe keys {job_of(job)}` lists all keys"
         return f"{place}: {dotted(key)}: unknown key.{hint} Known keys: {', '.join(sorted(fields))}"
     if kind == "missing":
-        example = f"; add {dotted(key)}={EXAMPLES[dotted(key)]}" if dotted(key) in EXAMPLES else ""
-        return f"{place}: {dotted(key)}: required{example}"
+        name, known = dotted(key), leaves(job)
+        left = [
+            k for k in EXAMPLES if k == name or (k.startswith(f"{name}.") and k in known and known[k].is_required())
+        ]
+        example = f"; add {' '.join(f'{k}={EXAMPLES[k]}' for k in left)}" if left else ""
+        return f"{place}: {name}: required{example}"
     if kind in ("union_tag_invalid", "literal_error"):
         choices = str(context.get("expected_tags") or context.get("expected", ""))
         words = re.findall(r"'([^']*)'", choices) or re.split(r", | or ", choices)

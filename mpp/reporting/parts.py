@@ -252,7 +252,7 @@ def finetune_part(run: History, pictures: Pictures) -> Part:
     for trial in run.trials[:2]:
         path = trial.folder / "predictions.png"
         if path.exists() and (shown := pictures.file(path, f"Truth and prediction of {trial.name}", wide=True)):
-            shown.title = f"What {trial.name} says of validation images"
+            shown.title = f"Predictions of {trial.name} on validation images"
             part.pictures.append(shown)
     return part
 

@@ -232,12 +232,27 @@ def test_index_reports_good_and_bad_shards(shards: Path, tmp_path: Path) -> None
     assert (tmp_path / "good.tar.index.npz").exists()
 
 
+def test_a_short_name_means_the_pretraining_recipe(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["recipe", "copy", "vit_small", str(tmp_path / "mine.yaml")])
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'mine.yaml'}\n")
+    assert done.stderr == "copied pretrain/vit_small; there is also finetune/vit_small\n"
+    assert (tmp_path / "mine.yaml").read_bytes() == (ROOT / "recipes/pretrain/vit_small.yaml").read_bytes()
+    other = CliRunner().invoke(main, ["recipe", "copy", "vit_base", str(tmp_path / "other.yaml")])
+    assert (other.exit_code, other.stderr) == (0, "")
+
+
+def test_settings_are_no_options() -> None:
+    done = CliRunner().invoke(main, ["finetune", "vit_small", "--lr", "1e-3"])
+    assert done.exit_code == 2
+    assert "No such option '--lr'. A setting of the recipe is written without dashes: lr=VALUE." in done.stderr
+
+
 def test_pack_says_what_it_skipped(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(encoded(drawn_image(0)))
     for i in range(12):
         (tmp_path / "in" / f"{i}.txt").touch()
-    done = CliRunner().invoke(main, ["pack", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
+    done = CliRunner().invoke(main, ["pack", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--workers", "1"])
     assert done.exit_code == 0
     assert "1 images, no labels, 1 shard in" in done.output
     assert "… 12 files skipped in all; see" in done.output

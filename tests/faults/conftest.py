@@ -75,14 +75,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "data, over gloo if there are several. Every row names the tests that hold it; `make check` runs most of their cases.",
     ]
     for file, title in TITLES.items():
-        lines += ["", f"## {title}", "", "| promise | tried | tests |", "|---|---|---|"]
-        for promise, row in _promised.items():
-            if not min(row["tests"]).startswith(file):
-                continue
+        held = {promise: row for promise, row in _promised.items() if min(row["tests"]).startswith(file)}
+        lines += ["", f"## {title}", "", "<details>", f"<summary>{len(held)} promises and their tests</summary>", ""]
+        lines += ["| promise | tried | tests |", "|---|---|---|"]
+        for promise, row in held.items():
             counts = [f"{n:,} {what}" for what, n in row["counts"].items()]
             tried = "; ".join([f"{row['passed']} cases" if row["passed"] != 1 else "1 case", *counts])
             failed = f", **{row['other']} did not hold**" if row["other"] else ""
             lines.append(f"| {promise} | {tried}{failed} | {', '.join(f'`{t}`' for t in sorted(row['tests']))} |")
+        lines += ["", "</details>"]
     Path(path).write_text("\n".join(lines) + "\n")
 
 

@@ -201,7 +201,7 @@ def test_not_finite_on_one_rank(nursery: Nursery, one_white: Path, folder: Path)
     assert "as in the run" in said.splitlines()[-1]
     assert f"process {finite.index(False)}, micro-batch" in said
     assert "loss nan; in the run nan" in said, said
-    assert "alone, too: " in said
+    assert "also by itself: " in said
     assert "image-20.jpg" in said
     assert "  first in " in said, "the module must be named"
     scripted = nursery.start("replay", out, "--json", log=folder / "scripted")
@@ -237,7 +237,7 @@ def test_not_finite_while_finetuning(nursery: Nursery, shards: Path, folder: Pat
     assert sum("loss nan; in the run nan" in text for text in said) == 4, (
         "expected two micro-batches of each of two processes"
     )
-    assert any("every image alone, too: the weights, most likely" in text for text in said)
+    assert any("each image by itself, too, so the weights are the likely cause" in text for text in said)
 
 
 @pytest.mark.promise("If only the gradient is not finite, no rank updates, and the step is kept")

@@ -173,7 +173,7 @@ def test_command_line(run: Path, shards: Path, tmp_path: Path) -> None:
     words = ["inspect", "resnet18", str(shards), "--random", "--compare", str(run), "--count", "8"]
     done = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "o")])
     assert done.exit_code == 0, done.output
-    assert "Mean attention distance: not here: ResNet computes no attention between places" in done.output
+    assert "Mean attention distance: not available: ResNet has no attention layers" in done.output
     assert "cka_cross" in json.loads((tmp_path / "o" / "similarity.json").read_text())
 
 

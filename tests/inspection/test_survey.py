@@ -59,7 +59,7 @@ def test_a_known_family_is_probed_just_now() -> None:
     text = said("vit_tiny_patch16_224")
     assert "VisionTransformer, 5.5 M parameters, probed at 32×48 px" in text
     assert "stem: patch_embed (NLC, 16 px)" in text
-    assert "ways of hiding: token, pixel, drop, joining" in text
+    assert "ways of masking: token, pixel, drop, joining" in text
     assert "no hidden pixel reaches a prediction" in text
     assert "may be trained: yes\n" in text
 
@@ -69,12 +69,12 @@ def test_a_family_nobody_tried_gets_a_clear_answer() -> None:
     assert "stem: stem (NCHW, 2 px)" in text
     assert "never run on a RegNet; mpp models --check regnety_002 runs them" in text
     assert "may be trained: yes, with a warning" in text
-    assert "none that takes mask tokens" in said("resnet18")
+    assert "none that can have mask tokens" in said("resnet18")
     text = said("efficientnet_b0")
-    assert "features: 320 wide" in text, "features are widened only after pooling"
+    assert "features: 320 channels" in text, "features are widened only after pooling"
     assert "may be trained: yes, with a warning" in text
     text = said("pit_ti_224")
-    assert "none that takes mask tokens" in text, "its patches overlap: seven cells of nine pixels"
+    assert "none that can have mask tokens" in text, "its patches overlap: seven cells of nine pixels"
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_how_it_grows() -> None:
     assert planned(device="h100", mfu=0.6).seconds == pytest.approx(one.seconds * 312 / 989 / 2, rel=0.01)
     two, sharded = planned(devices=2), planned(devices=2, fsdp=True)
     assert two.seconds == pytest.approx(one.seconds / 2)
-    assert two.memory_bytes["buckets of DDP"] == two.memory_bytes["gradients"]
+    assert two.memory_bytes["gradient buffers (DDP)"] == two.memory_bytes["gradients"]
     assert sharded.memory_bytes["AdamW's moments"] == two.memory_bytes["AdamW's moments"] // 2
     assert sharded.host_bytes > 0
 
@@ -173,7 +173,7 @@ def test_this_machine(shards: Path) -> None:
     assert found.peak_tflops == this_cpu().tflops["fp32"]
     assert 1e-3 < found.peak_tflops < 100
     assert 1 < this_cpu().memory_gb < 100_000
-    assert "images/s, with the loader, which alone reads" in found.text()
+    assert "images/s, with the loader, which by itself reads" in found.text()
     assert "reading them is not counted" in mpp.plan(values, device="cpu", images=60).text()
     asked = [mpp.plan(values, device="cpu", mfu=mfu, images=60).seconds for mfu in (0.6, 0.3)]
     assert asked[1] == pytest.approx(2 * asked[0])

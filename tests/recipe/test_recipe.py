@@ -16,7 +16,7 @@ import mpp
 from mpp.errors import MppWarning, UserError
 from mpp.recipe.dump import dump_recipe, json_schema
 from mpp.recipe.finetune import FinetuneRecipe
-from mpp.recipe.loading import RECIPES, bundled, checked, load_any, load_open, load_recipe
+from mpp.recipe.loading import RECIPES, bundled, checked, find_recipe, load_any, load_open, load_recipe
 from mpp.recipe.overrides import apply_overrides, parse_overrides
 from mpp.recipe.pretrain import PretrainRecipe
 from mpp.recipe.resume import differences
@@ -500,10 +500,8 @@ def test_recipes_that_come_with_it_are_found_by_name(tmp_path: Path, monkeypatch
     assert load_recipe("pretrain/vit_small.yaml", PretrainRecipe, shards).data.image_size == (112, 112)
     for _ in range(2):  # first without a folder of that name, then with one, which is not a recipe
         assert load_recipe("vit_small", PretrainRecipe, shards).job == "pretrain"
-        with pytest.raises(
-            UserError, match=r"vit_small: no such recipe. Did you mean pretrain/vit_small or finetune/vit"
-        ):
-            load_any("vit_small")
+        found = find_recipe("vit_small"), find_recipe("vit_small", "finetune"), find_recipe("vit_base")
+        assert [path.parent.name for path in found] == ["pretrain", "finetune", "finetune"]
         (tmp_path / "vit_small").mkdir(exist_ok=True)
     with pytest.raises(UserError, match=r"pretrain: is a folder, not a recipe"):
         load_any("pretrain")

@@ -295,7 +295,8 @@ def _nearest(values: dict[str, dict[str, float]], kind: str | None = None) -> st
 
 def page(rows: Sequence[Row]) -> str:
     """Return the generated part of docs/benchmarks.md: the summary, then every table."""
-    return f"{summary(rows)}\n\n## All measurements\n\n{tables(rows)}"
+    folded = f"<details>\n<summary>A table for each run</summary>\n\n{tables(rows)}\n\n</details>"
+    return f"{summary(rows)}\n\n## All measurements\n\n{folded}"
 
 
 def summary(rows: Sequence[Row]) -> str:
