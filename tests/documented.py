@@ -127,10 +127,10 @@ def run_page(text: str, cwd: Path, **env: str) -> dict[str, str]:
     return printed
 
 
-def shown_outputs(text: str) -> list[tuple[str, list[str]]]:
-    """Return the commands whose output a page shows, each with the lines of the `text` block below it."""
+def shown_outputs(text: str) -> list[tuple[list[str], list[str]]]:
+    """Return the commands of each `sh` block whose output a page shows, with the lines of the `text` block below it."""
     found = re.findall(r"^```sh\n([^`]*)^```\n+```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [(commands(f"```sh\n{block}```")[-1], shown.splitlines()) for block, shown in found]
+    return [(commands(f"```sh\n{block}```"), shown.splitlines()) for block, shown in found]
 
 
 def assert_shown(text: str, printed: dict[str, str], also: Collection[str] = ()) -> int:
@@ -142,13 +142,14 @@ def assert_shown(text: str, printed: dict[str, str], also: Collection[str] = ())
         also: Other known lines, without figures.
 
     Returns:
-        Number of commands whose output the page shows.
+        Number of blocks whose output the page shows.
     """
     shown = shown_outputs(text)
-    for command, lines in shown:
-        known = {without_figures(line) for line in printed[command].splitlines()} | {*also}
+    for block, lines in shown:
+        output = "\n".join(printed[command] for command in block if command in printed)
+        known = {without_figures(line) for line in output.splitlines()} | {*also}
         missing = [line for line in lines if without_figures(line) not in known]
-        assert missing == [], f"{command}\n{printed[command]}"
+        assert missing == [], f"{block}\n{output}"
     return len(shown)
 
 

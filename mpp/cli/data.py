@@ -122,7 +122,10 @@ def pack(
 @main.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option(
-    "--cache-dir", default=None, metavar="FOLDER", help="Folder for downloads and for indexes of read-only shards. Default: ~/.cache/mpp."
+    "--cache-dir",
+    default=None,
+    metavar="FOLDER",
+    help="Folder for downloads and for indexes of read-only shards. Default: $MPP_CACHE, else ~/.cache/mpp.",
 )
 @_EXTENSION
 @JSON

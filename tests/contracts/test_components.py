@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,15 @@ def test_what_the_source_declares_is_what_the_class_has(kind: str) -> None:
             assert getattr(cls, key) == value
         for key, argument in declared.arguments.items():
             assert argument.description.endswith("."), f"{cls}: {key} is not described"
+
+
+@pytest.mark.parametrize("kind", registry.RECIPE_KEYS)
+def test_each_component_names_its_source(kind: str) -> None:
+    """A paper with its year, or "guess"."""
+    for name in registry.names(kind):
+        module = importlib.import_module(f"mpp.{registry.KINDS[kind].folder.replace('/', '.')}.{name}")
+        texts = [module.__doc__, *(value.__doc__ for value in vars(module).values() if isinstance(value, type))]
+        assert any(re.search(r"\b(19|20)\d\d\b|guess", text or "") for text in texts), f"{kind}: {name}"
 
 
 def test_a_file_without_its_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Classification of images that may have several labels, or none."""
+"""Classification with several labels an image, or none, by binary cross-entropy (DeiT III, Touvron et al. 2022)."""
 
 from __future__ import annotations
 

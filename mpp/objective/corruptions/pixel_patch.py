@@ -1,4 +1,7 @@
-"""A learnable patch of pixels replaces hidden units. This works with any encoder, even one without a stem to hook."""
+"""A learnable patch of pixels replaces hidden units (a guess). This works with every encoder.
+
+It is the mask token of SimMIM (Xie et al. 2022, section 3.2) in pixels, so the encoder needs no stem for tokens.
+"""
 
 from __future__ import annotations
 

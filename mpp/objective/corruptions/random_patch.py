@@ -1,4 +1,5 @@
-"""Hidden units show random visible units of the same image (one of the three cases in ViT, appendix B.1.2)."""
+"""Hidden units show random visible units of the same image (ViT, Dosovitskiy et al. 2021,
+appendix B.1.2, one of its three cases)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hidden pixels are zero after normalisation, as in tutorials on masked images."""
+"""Hidden pixels are zero after normalisation (Context Encoders, Pathak et al. 2016)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""1 - cosine of prediction and target, for features whose length carries no information (MILAN, EVA and the like)."""
+"""1 - cosine of prediction and target, for features whose length carries no information (EVA, Fang et al. 2023)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A cell downsized to 4 × 4 colours of 3 bits a channel: 16 predictions of 512 classes (ViT, appendix B.1.2)."""
+"""A cell downsized to 4 × 4 colours of 3 bits a channel: 16 predictions of 512 classes (ViT, Dosovitskiy et
+al. 2021, appendix B.1.2)."""
 
 from __future__ import annotations
 
