@@ -24,6 +24,7 @@ from mpp.runs.records import check_new, encoder_folder
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpp.embedding.embed import Embedded
     from mpp.evaluation.result import EvaluateResult
     from mpp.exchange.import_weights import Imported
     from mpp.exchange.verify import Verified
@@ -176,6 +177,51 @@ def predict(
     from mpp.finetuning import predict_images as predicting
 
     return predicting.predict_files(encoder, images, views=views, top=top, out=out, report=report)  # type: ignore[arg-type]
+
+
+def embed(
+    encoder: str | Path,
+    images: Sequence[str],
+    out: str | Path | None = None,
+    *,
+    layer: int | None = None,
+    pool: str | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    precision: str = "auto",
+) -> Embedded:
+    """Compute a feature vector for each image with a frozen encoder.
+
+    Args:
+        encoder: A run, an export, or a timm name.
+        images: Shards, image files or folders of images.
+        out: File for the vectors, .npy or .parquet. None means that no file is written.
+        layer: Block or stage to read, from 1. None means the best one of RUN/evaluation, or without an evaluation the
+            output of the encoder.
+        pool: Pooling at `layer`: "mean" of the patches (the default) or class "token".
+        batch_size: Images in the memory of the device at once.
+        workers: Number of processes that read images. 0 means that this process reads.
+        precision: "auto", "fp32", "tf32" or "bf16", as in a recipe.
+
+    Returns:
+        The names of the images, their vectors (images, D) float32, and a line for each unreadable image.
+
+    Raises:
+        UserError: If something is wrong that the user can correct.
+    """
+    from mpp.embedding import embed as embedding
+
+    file = None if out is None else Path(out)
+    return embedding.embed(
+        str(encoder),
+        images,
+        file,
+        layer=layer,
+        pool=pool,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+    )
 
 
 def inspect(
@@ -381,6 +427,7 @@ __all__ = [
     "BadImage",
     "MppWarning",
     "UserError",
+    "embed",
     "evaluate",
     "export",
     "finetune",

@@ -16,7 +16,7 @@ from mpp.recipe.registry import KINDS, RECIPE_KEYS
 PACKAGE = Path(mpp.__file__).parent
 ORDER = [
     "errors", "rng", "recipe", "parallel", "drawing", "runs", "data", "encoders", "training", "objective", "evaluation",
-    "pretraining", "finetuning", "inspection", "reporting", "exchange", "planning", "cli",
+    "embedding", "pretraining", "finetuning", "inspection", "reporting", "exchange", "planning", "cli",
 ]  # fmt: skip
 """Packages from the lowest to the highest. A file imports from its own package and from earlier ones."""
 COMPONENTS_USE = {

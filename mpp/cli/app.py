@@ -133,7 +133,7 @@ class Main(Commands):
     GROUPS: ClassVar = {
         "Data": ("pack", "index"),
         "Train": ("plan", "pretrain", "finetune"),
-        "Evaluate": ("evaluate", "predict", "inspect", "reconstruct"),
+        "Evaluate": ("evaluate", "embed", "predict", "inspect", "reconstruct"),
         "Monitor": ("watch", "report"),
         "Share": ("export", "verify", "import", "upload"),
         "Help": ("recipe", "models", "doctor", "completion"),

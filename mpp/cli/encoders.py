@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, LOADING, OUT, ask_for_patience, main, one_out, to_json
+from mpp.cli.app import JSON, LOADING, OUT, RANK, ask_for_patience, main, one_out, to_json
 from mpp.errors import UserError, require_existing
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new
@@ -76,6 +76,72 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
     written = ([f"{len(rows)} rows in {out}"] if out else []) + ([f"report in {report}"] if report else [])
     if written:
         click.echo(", ".join(written), err=True)
+
+
+@main.command()
+@click.argument("encoder")
+@click.argument("images", nargs=-1, required=True)
+@click.option(
+    "-o", "--out", required=True, metavar="FILE", help="Output file: .npy (names in FILE.names.txt) or .parquet."
+)
+@click.option(
+    "--layer",
+    default=None,
+    type=click.IntRange(min=1),
+    help="Block or stage to read. Default: the best one of RUN/evaluation, else the encoder's output.",
+)
+@click.option(
+    "--pool",
+    default=None,
+    type=click.Choice(["mean", "token"]),
+    help="Pooling at --layer: mean of the patches, or class token. Default: mean.",
+)
+@click.option(
+    "--batch-size", default=256, show_default=True, type=click.IntRange(min=1), help="Images in memory at once."
+)
+@click.option("--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read images.")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "fp32", "tf32", "bf16"]),
+    help="Number format of the encoder, as in a recipe.",
+)
+@JSON
+def embed(
+    encoder: str,
+    images: tuple[str, ...],
+    out: str,
+    layer: int | None,
+    pool: str | None,
+    batch_size: int,
+    workers: int,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Write a feature vector for each image
+
+    Compute a feature vector for each image with a frozen encoder. ENCODER is a run, an export or a timm name. IMAGES
+    are shards, files or folders. If interrupted, run the same command again to continue.
+
+    \b
+    mpp embed runs/photos photos --out vectors.parquet
+    """
+    require_existing(*(place for place in images if "://" not in place))
+    ask_for_patience(LOADING)
+    found = mpp.embed(
+        encoder, images, out, layer=layer, pool=pool, batch_size=batch_size, workers=workers, precision=precision
+    )
+    if RANK != "0":
+        return
+    for line in found.unreadable:
+        click.echo(f"unreadable: {line}".encode("utf-8", "backslashreplace").decode(), err=True)
+    count, width = found.vectors.shape
+    place = f"{found.place}" + (f", the best of {found.chosen_by}" if found.chosen_by else "")
+    if as_json:
+        numbers = {"out": out, "images": count, "width": width, "place": f"{found.place}"}
+        return click.echo(to_json({**numbers, "chosen_by": found.chosen_by, "unreadable": found.unreadable}))
+    click.echo(f"{count:,} vectors of {width} numbers in {out} ({place})")
 
 
 @main.command()

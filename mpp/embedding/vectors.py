@@ -1,0 +1,190 @@
+"""Write vectors of images in parts, and join the parts into one .npy or Parquet file.
+
+vectors.npy.parts/  embedding.json   what the vectors are of
+                    part-00000/ …    vectors of some images, and the images that could not be read
+vectors.npy         one row for each image
+vectors.names.txt   the names of the images, a line for each row; Parquet files hold the names themselves
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpp.errors import UserError, how_to_get
+from mpp.recipe.flat import JsonObject
+from mpp.runs.records import write_json
+
+SUFFIXES = (".npy", ".parquet")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Vectors of some images."""
+
+    numbers: np.ndarray
+    """(n,) int64, ascending: numbers of the images."""
+    vectors: np.ndarray
+    """(n, D) float32."""
+    unreadable: list[str]
+    """A line for each image that could not be read."""
+
+
+class Parts:
+    """A folder with vectors in parts. Each part is complete or absent, so that an interrupted run can continue.
+
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self, description: JsonObject) -> None:
+        """Make the folder, or check that its parts are of the same images and encoder.
+
+        Args:
+            description: Values that identify images, encoder and settings.
+
+        Raises:
+            UserError: If the folder has parts of other images, or it cannot be written.
+        """
+        path = self.folder / "embedding.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                write_json(path, description)
+            before = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        if before != description:
+            raise UserError(
+                f"{self.folder}: begun with other images, another encoder or other settings; delete it to begin again"
+            )
+
+    def __contains__(self, number: int) -> bool:
+        return self._path(number).exists()
+
+    def write(self, number: int, part: Part) -> None:
+        """Write a part.
+
+        Raises:
+            UserError: If the disk is full, for example.
+        """
+        path = self._path(number)
+        aside = path.with_suffix(".tmp")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)  # left by an interrupted attempt
+            aside.mkdir()
+            np.save(aside / "numbers.npy", part.numbers)
+            np.save(aside / "vectors.npy", part.vectors)
+            write_json(aside / "unreadable.json", part.unreadable)
+            os.replace(aside, path)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}; repeat the command to continue") from error
+
+    def read(self, number: int) -> Part:
+        """Read a part.
+
+        Raises:
+            UserError: If it is missing or damaged.
+        """
+        path = self._path(number)
+        try:
+            numbers, vectors = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("numbers", "vectors"))
+            return Part(numbers, vectors, json.loads((path / "unreadable.json").read_text()))
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read; delete it and repeat the command") from error
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}"
+
+
+def check_out(out: Path) -> None:
+    """Check the name of the file before any work.
+
+    Raises:
+        UserError: If the file has another suffix, or Parquet cannot be written here.
+    """
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: must end in .npy or .parquet")
+    if out.suffix == ".parquet":
+        _pyarrow()
+
+
+def names_file(out: Path) -> Path:
+    """Return the path of the file with the names of the images that belong to a .npy file."""
+    return out.with_suffix(".names.txt")
+
+
+def join(parts: Sequence[Part], out: Path, name_of: Callable[[int], str]) -> None:
+    """Write all parts into one file. The file is replaced only when the new one is complete.
+
+    Args:
+        parts: The parts in order.
+        out: The file, .npy or .parquet.
+        name_of: Returns the name of an image by its number.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    try:
+        (_write_parquet if out.suffix == ".parquet" else _write_npy)(parts, out, name_of)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror or error}; repeat the command to continue") from error
+
+
+def _write_npy(parts: Sequence[Part], out: Path, name_of: Callable[[int], str]) -> None:
+    aside, names = (path.with_name(path.name + ".tmp") for path in (out, names_file(out)))
+    shape = (sum(len(part.numbers) for part in parts), parts[0].vectors.shape[1])
+    rows = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
+    written = 0
+    with open(names, "w", encoding="utf-8", errors="surrogateescape") as lines:
+        for part in parts:
+            rows[written : written + len(part.vectors)] = part.vectors
+            written += len(part.vectors)
+            lines.writelines(name_of(int(number)).replace("\n", "\\n") + "\n" for number in part.numbers)
+    rows.flush()
+    os.replace(names, names_file(out))
+    os.replace(aside, out)
+
+
+def _write_parquet(parts: Sequence[Part], out: Path, name_of: Callable[[int], str]) -> None:
+    pyarrow, parquet = _pyarrow()
+    aside = out.with_name(out.name + ".tmp")
+    writer = None
+    for part in parts:
+        names = [name_of(int(number)).encode("utf-8", "backslashreplace").decode() for number in part.numbers]
+        flat = pyarrow.array(part.vectors.reshape(-1), type=pyarrow.float32())
+        vectors = pyarrow.FixedSizeListArray.from_arrays(flat, part.vectors.shape[1])
+        table = pyarrow.table({"image": pyarrow.array(names, type=pyarrow.string()), "vector": vectors})
+        writer = writer or parquet.ParquetWriter(aside, table.schema)
+        writer.write_table(table)
+    if writer is not None:
+        writer.close()
+    os.replace(aside, out)
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    """Import pyarrow.
+
+    Raises:
+        UserError: If it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"--out: Parquet files need pyarrow: {how_to_get('parquet')}") from error
+    return pyarrow, pyarrow.parquet
