@@ -97,8 +97,8 @@ def test_an_interrupted_run_continues(run: Path, photos: Path, tmp_path: Path, m
         return compute(numbers, *args, **how)
 
     out = tmp_path / "v.npy"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(embedding, "compute", interrupted)
+    monkeypatch.setattr(embedding, "compute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         mpp.embed(run, [str(photos)], out, batch_size=4)
     assert not out.exists()
     (tmp_path / "v.npy.parts" / "part-00002.tmp").mkdir()  # as kill -9 would leave it
