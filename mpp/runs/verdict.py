@@ -61,6 +61,10 @@ class Conclusion:
     """The conclusion as a clause; the terminal, the report and the model card use the same words."""
 
 
+SAME = "compared with the same fine-tuning from scratch"
+"""What a gain is a gain over."""
+
+
 def conclude(gain: Estimate) -> Conclusion:
     """Conclude whether pretraining helped.
 
@@ -71,9 +75,9 @@ def conclude(gain: Estimate) -> Conclusion:
     if not math.isfinite(gain.half_width):
         return Conclusion("one_seed", "one seed, so no interval and no conclusion")
     if gain.mean > gain.half_width:
-        return Conclusion("helped", "pretraining helped: the 95 % interval of the gain is above zero")
+        return Conclusion("helped", f"pretraining helped, {SAME}: the 95 % interval of the gain is above zero")
     if gain.mean < -gain.half_width:
-        return Conclusion("hurt", "pretraining hurt: the 95 % interval of the gain is below zero")
+        return Conclusion("hurt", f"pretraining hurt, {SAME}: the 95 % interval of the gain is below zero")
     return Conclusion("not_shown", f"a gain is not shown with {seeds} seeds: its 95 % interval holds zero")
 
 

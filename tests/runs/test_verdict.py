@@ -36,8 +36,16 @@ def test_the_gain_is_paired_by_seed() -> None:
     [
         ([0.02, -0.01, 0.01], "not_shown", "a gain is not shown with 3 seeds: its 95 % interval holds zero"),
         ([0.02, 0.038], "not_shown", "a gain is not shown with 2 seeds"),
-        ([-0.2, -0.21, -0.22], "hurt", "pretraining hurt: the 95 % interval of the gain is below zero"),
-        ([0.2, 0.21, 0.22], "helped", "pretraining helped: the 95 % interval of the gain is above zero"),
+        (
+            [-0.2, -0.21, -0.22],
+            "hurt",
+            "pretraining hurt, compared with the same fine-tuning from scratch: the 95 % interval of the gain is below zero",
+        ),
+        (
+            [0.2, 0.21, 0.22],
+            "helped",
+            "pretraining helped, compared with the same fine-tuning from scratch: the 95 % interval of the gain is above zero",
+        ),
         ([-0.1], "one_seed", "one seed, so no interval and no conclusion"),
         ([0.005], "one_seed", "one seed, so no interval and no conclusion"),
     ],
