@@ -166,14 +166,14 @@ class Unlabeled(Section):
     warmup: Fraction = 0.1
     """Fraction of the steps during which the weight rises from 0, from `start` on (a guess)."""
     threshold: Annotated[Float, Field(gt=0, lt=1)] = 0.95
-    """fixmatch: least probability at which the averaged model's class is learned (FixMatch: 0.95). If an image may have
-    several classes, each class is learned if it is as surely present or absent."""
+    """With kind: fixmatch, the least probability at which the averaged model's class is learned (FixMatch: 0.95). If an
+    image may have several classes, each class is learned if it is as surely present or absent."""
     temperature: Annotated[Float, Field(gt=0, le=1)] = 0.5
-    """mixmatch: temperature of the probabilities that are learned. They are raised to the power 1 / temperature
-    (MixMatch: 0.5). 1 leaves them as they are."""
+    """With kind: mixmatch, the temperature of the probabilities that are learned. They are raised to the power
+    1 / temperature (MixMatch: 0.5). 1 leaves them as they are."""
     align: Bool = True
-    """mixmatch: whether predictions are aligned with the class frequencies of data.train, so that no class crowds out
-    the others (Berthelot et al. 2020). Give false if the classes of the unlabeled images have other frequencies."""
+    """With kind: mixmatch, whether predictions are aligned with the class frequencies of data.train, so that no class
+    crowds out the others (Berthelot et al. 2020). Give false if the unlabeled images have other class frequencies."""
     weak_crop_scale: AreaRange = (0.75, 1.0)
     """Range of the area of the weak view's crop, as a fraction of the image (a guess). data.flip mirrors it."""
     auto_augment: str | None = "rand-m10-n2-mstd0.5-inc1"

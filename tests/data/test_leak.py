@@ -9,7 +9,7 @@ from PIL import Image
 
 from mpp.data import leak as leaking
 from mpp.data.leak import leak
-from mpp.data.readers import FileReader, PackedReader, sample
+from mpp.data.readers import AllImages, FileReader, PackedReader
 from mpp.data.shards.reader import ShardImages, holds_shards
 from mpp.errors import UserError
 from tests.conftest import drawn_image, encoded
@@ -67,19 +67,22 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (found.shared, found.checked, len(reads)) == (6, 12, 6)
 
 
-def test_sample_takes_images_from_everywhere(image_folder: Path, shards: Path) -> None:
+def test_all_images_are_those_of_every_place(image_folder: Path, shards: Path) -> None:
     one = str(image_folder / "disc" / "000.png")
-    names = [reader.name(i) for reader, i in sample([str(shards), str(image_folder), one], 121, "IMAGES")]
+    every = AllImages([str(image_folder), str(shards), one], "IMAGES")
+    names = [every.name(i) for i in range(len(every))]
+    assert len(names) == 121
     assert len(set(names[:-1])) == 120
     assert names[-1] == one
-    few = list(sample([str(shards), str(image_folder)], 5, "IMAGES"))
-    assert [".tar" in reader.name(i) for reader, i in few] == [True, True, False, False, False]
-    for reader, i in few:
-        assert reader.read(i)[:2] in (b"\x89P", b"\xff\xd8")
+    assert [".tar" in name for name in names] == [True] * 60 + [False] * 61, "those in shards come first"
+    for i in (0, 59, 60, 120):
+        assert every.read(i)[:2] in (b"\x89P", b"\xff\xd8")
+    assert every.sizes().tolist() == [len(every.read(i)) for i in range(len(every))]
+    assert every.fingerprint() != AllImages([str(shards), one], "IMAGES").fingerprint()
     with pytest.raises(UserError, match="no such file or folder"):
-        list(sample(["/none"], 3, "IMAGES"))
+        AllImages(["/none"], "IMAGES")
     with pytest.raises(UserError, match="IMAGES: no images given"):
-        list(sample([], 3, "IMAGES"))
+        AllImages([], "IMAGES")
 
 
 def test_places_of_shards(shards: Path, image_folder: Path) -> None:
