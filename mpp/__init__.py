@@ -212,9 +212,10 @@ def embed(
     from mpp.embedding import embed as embedding
 
     file = None if out is None else Path(out)
+    places = [images] if isinstance(images, str | Path) else images
     return embedding.embed(
         str(encoder),
-        images,
+        [os.fspath(place) for place in places],
         file,
         layer=layer,
         pool=pool,

@@ -206,3 +206,8 @@ def one_out(argument: str | None, option: str | None) -> str:
     if len(given) != 1:
         raise click.UsageError(f"OUT: given {'twice' if given else 'neither as a word nor by --out'}.")
     return given[0]
+
+
+def progress_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
+    """Send progress to stderr if a script reads the result from stdout."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()

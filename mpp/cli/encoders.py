@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, LOADING, OUT, RANK, ask_for_patience, main, one_out, to_json
+from mpp.cli.app import JSON, LOADING, OUT, RANK, ask_for_patience, main, one_out, progress_aside, to_json
 from mpp.errors import UserError, require_existing
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new
@@ -82,7 +82,11 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 @click.argument("encoder")
 @click.argument("images", nargs=-1, required=True)
 @click.option(
-    "-o", "--out", required=True, metavar="FILE", help="Output file: .npy (names in FILE.names.txt) or .parquet."
+    "-o",
+    "--out",
+    required=True,
+    metavar="FILE",
+    help="Output file: .npy (v.npy with the names in v.names.txt) or .parquet.",
 )
 @click.option(
     "--layer",
@@ -127,11 +131,12 @@ def embed(
     \b
     mpp embed runs/photos photos --out vectors.parquet
     """
-    require_existing(*(place for place in images if "://" not in place))
+    require_existing(*(place for place in images if not any(mark in place for mark in ("://", *"*?{["))))
     ask_for_patience(LOADING)
-    found = mpp.embed(
-        encoder, images, out, layer=layer, pool=pool, batch_size=batch_size, workers=workers, precision=precision
-    )
+    with progress_aside(as_json):
+        found = mpp.embed(
+            encoder, images, out, layer=layer, pool=pool, batch_size=batch_size, workers=workers, precision=precision
+        )
     if RANK != "0":
         return
     for line in found.unreadable:

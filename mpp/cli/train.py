@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, LOADING, RANK, ask_for_patience, leave_process_group, main, to_json
+from mpp.cli.app import JSON, LOADING, RANK, ask_for_patience, leave_process_group, main, progress_aside, to_json
 from mpp.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,11 +25,6 @@ def _exit_as_stopped(result: PretrainResult | FinetuneResult) -> None:
         sys.stdout.flush()
         leave_process_group()
         sys.exit(128 + signal.Signals[str(result.signal)])
-
-
-def _progress_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
-    """Send progress to stderr if a script reads the result from stdout."""
-    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
 
 
 def _with_out(pairs: tuple[str, ...], out: str | None) -> dict[str, object]:
@@ -128,7 +122,7 @@ def pretrain(
     began_s = time.monotonic()
     recipe_to_run = checked(recipe, PretrainRecipe, _with_out(overrides, out), preset)
     ask_for_patience(LOADING)
-    with _progress_aside(as_json):
+    with progress_aside(as_json):
         result = mpp.pretrain(recipe_to_run, resume=resume)
     if RANK == "0" and as_json:
         click.echo(to_json(result))
@@ -211,7 +205,7 @@ def finetune(
     began_s = time.monotonic()
     recipe_to_run = checked(recipe, FinetuneRecipe, _with_out(overrides, out), preset)
     ask_for_patience(LOADING)
-    with _progress_aside(as_json):
+    with progress_aside(as_json):
         result = mpp.finetune(recipe_to_run, resume=resume)
     if RANK == "0" and as_json:
         click.echo(to_json(result))
@@ -249,7 +243,7 @@ def evaluate(
     if "encoder" in given:
         raise UserError("command line: encoder: is the first word, mpp evaluate ENCODER …; give another as compare=")
     ask_for_patience(LOADING)
-    with _progress_aside(as_json):
+    with progress_aside(as_json):
         result = mpp.evaluate(encoder, recipe=recipe, resume=resume, preset=preset, **given)
     if as_json:
         return click.echo(to_json(result))

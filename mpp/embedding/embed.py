@@ -80,6 +80,12 @@ def embed(
         check_out(out)
     if pool is not None and layer is None:
         raise UserError("--pool: only with --layer")
+    if layer is not None and layer < 1:
+        raise UserError(f"--layer: {layer}: layers are counted from 1")
+    if pool not in (None, "mean", "token"):
+        raise UserError(f"--pool: expected mean or token; got {pool!r}")
+    if batch_size < 1:
+        raise UserError(f"--batch-size: at least 1; got {batch_size}")
     team = start_team(precision)
     if out is None and team.world > 1:
         raise UserError(f"embed: several processes need out, a file for the vectors; got {team.world} processes")
@@ -191,15 +197,19 @@ def collect(
     Raises:
         UserError: If no image could be read, or the file cannot be written.
     """
-    read = [parts.read(i) for i in range(count)]
-    unreadable = [line for part in read for line in part.unreadable]
-    names = [images.name(int(number)) for part in read for number in part.numbers]
+    numbers, unreadable = list[np.ndarray](), list[str]()
+    for i in range(count):
+        part = parts.read(i)
+        numbers.append(part.numbers)
+        unreadable += part.unreadable
+    names = [images.name(int(number)) for of_part in numbers for number in of_part]
     if not names:
         raise UserError(f"IMAGES: not one image can be read; the first: {unreadable[0]}")
     if out is not None:
-        join(read, out, images.name)
-        vectors = np.load(out, mmap_mode="r") if out.suffix == ".npy" else np.concatenate([p.vectors for p in read])
+        join(parts, count, len(names), out, images.name)
+    if out is not None and out.suffix == ".npy":
+        vectors: np.ndarray = np.load(out, mmap_mode="r")
     else:
-        vectors = np.concatenate([part.vectors for part in read])
+        vectors = np.concatenate([parts.read(i).vectors for i in range(count)])
     parts.remove()
     return Embedded(names, vectors, place, chosen_by, unreadable)

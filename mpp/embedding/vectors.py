@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,9 @@ class Parts:
         """
         path = self.folder / "embedding.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
+                self.remove()  # parts without a description, of which nobody knows what they are
+                self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(path, description)
             before = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -98,7 +99,7 @@ class Parts:
         """
         path = self._path(number)
         try:
-            numbers, vectors = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("numbers", "vectors"))
+            numbers, vectors = (np.load(path / f"{name}.npy") for name in ("numbers", "vectors"))
             return Part(numbers, vectors, json.loads((path / "unreadable.json").read_text()))
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: cannot be read; delete it and repeat the command") from error
@@ -128,39 +129,45 @@ def names_file(out: Path) -> Path:
     return out.with_suffix(".names.txt")
 
 
-def join(parts: Sequence[Part], out: Path, name_of: Callable[[int], str]) -> None:
-    """Write all parts into one file. The file is replaced only when the new one is complete.
+def join(parts: Parts, count: int, rows: int, out: Path, name_of: Callable[[int], str]) -> None:
+    """Write all parts into one file, one after the other. The file is replaced only when the new one is complete.
 
     Args:
-        parts: The parts in order.
+        parts: The parts.
+        count: Number of parts.
+        rows: Number of vectors in all parts.
         out: The file, .npy or .parquet.
         name_of: Returns the name of an image by its number.
 
     Raises:
         UserError: If the file cannot be written.
     """
+    in_order = (parts.read(number) for number in range(count))
     try:
-        (_write_parquet if out.suffix == ".parquet" else _write_npy)(parts, out, name_of)
+        if out.suffix == ".parquet":
+            _write_parquet(in_order, out, name_of)
+        else:
+            _write_npy(in_order, rows, out, name_of)
     except OSError as error:
         raise UserError(f"{out}: {error.strerror or error}; repeat the command to continue") from error
 
 
-def _write_npy(parts: Sequence[Part], out: Path, name_of: Callable[[int], str]) -> None:
+def _write_npy(parts: Iterator[Part], rows: int, out: Path, name_of: Callable[[int], str]) -> None:
     aside, names = (path.with_name(path.name + ".tmp") for path in (out, names_file(out)))
-    shape = (sum(len(part.numbers) for part in parts), parts[0].vectors.shape[1])
-    rows = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=shape)
-    written = 0
-    with open(names, "w", encoding="utf-8", errors="surrogateescape") as lines:
+    begun = False
+    with open(aside, "wb") as file, open(names, "w", encoding="utf-8", errors="surrogateescape") as lines:
         for part in parts:
-            rows[written : written + len(part.vectors)] = part.vectors
-            written += len(part.vectors)
+            if not begun:  # not a memory map: a full disk would end the process without an error
+                header = {"descr": "<f4", "fortran_order": False, "shape": (rows, part.vectors.shape[1])}
+                np.lib.format.write_array_header_1_0(file, header)
+                begun = True
+            file.write(np.ascontiguousarray(part.vectors, dtype="<f4").tobytes())
             lines.writelines(name_of(int(number)).replace("\n", "\\n") + "\n" for number in part.numbers)
-    rows.flush()
     os.replace(names, names_file(out))
     os.replace(aside, out)
 
 
-def _write_parquet(parts: Sequence[Part], out: Path, name_of: Callable[[int], str]) -> None:
+def _write_parquet(parts: Iterator[Part], out: Path, name_of: Callable[[int], str]) -> None:
     pyarrow, parquet = _pyarrow()
     aside = out.with_name(out.name + ".tmp")
     writer = None

@@ -116,6 +116,8 @@ def apply_overrides(
         inner = values.get(section)
         if one in overrides and other not in overrides and isinstance(inner, dict) and inner.get(name) is not None:
             inner.pop(other.split(".")[1], None)
+            if one == "optim.epochs" and "optim.min_steps" not in overrides:
+                inner.pop("min_steps", None)
 
 
 def _item(what: str, items: list[Any], part: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from PIL import Image
 import mpp
 from mpp.cli import main
 from mpp.embedding import embed as embedding
-from mpp.embedding.vectors import Part, Parts, names_file
+from mpp.embedding.vectors import Part, Parts, join, names_file
 from mpp.errors import UserError
 from mpp.evaluation.features import Place
 from tests.conftest import command, drawn_image, pretrain_recipe
@@ -117,8 +118,7 @@ def test_an_interrupted_run_continues(run: Path, photos: Path, tmp_path: Path, m
     assert (made, rest) == ([0, 8], [16, 24])
     np.testing.assert_array_equal(found.vectors, whole.vectors)
     assert found.names == whole.names
-    assert [path.name for path in tmp_path.iterdir()] != []
-    assert not (tmp_path / "v.npy.parts").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v.names.txt", "v.npy"]
 
 
 def test_the_best_layer_of_an_evaluation_is_read(run: Path, photos: Path, shards: Path, tmp_path: Path) -> None:
@@ -142,6 +142,9 @@ def test_what_is_refused(run: Path, photos: Path, tmp_path: Path) -> None:
     for how, message in (
         ({"out": tmp_path / "v.csv"}, r"--out .*v\.csv: must end in \.npy or \.parquet"),
         ({"pool": "mean"}, "--pool: only with --layer"),
+        ({"layer": 0}, "--layer: 0: layers are counted from 1"),
+        ({"layer": 1, "pool": "max"}, "--pool: expected mean or token; got 'max'"),
+        ({"batch_size": 0}, "--batch-size: at least 1; got 0"),
         ({"layer": 99}, "layers: 99: VisionTransformer has 1 to"),
         ({"images": [str(tmp_path / "none")]}, "IMAGES: not one image can be read; the first: .*a.png"),
         ({"images": [str(tmp_path / "gone")]}, "gone: no such file or folder"),
@@ -158,6 +161,29 @@ def mpp_model(name: str) -> Any:
     from mpp.encoders.creation import create_timm_model
 
     return create_timm_model(name, image_size=(64, 64), in_chans=3, pretrained=False, args={})
+
+
+def test_parts_without_a_description_are_made_again(run: Path, photos: Path, tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "v.npy.parts")
+    parts.begin({"encoder": "another"})
+    parts.write(0, Part(np.arange(30), np.zeros((30, 3), np.float32), []))
+    (parts.folder / "embedding.json").unlink()
+    found = mpp.embed(run, str(photos), tmp_path / "v.npy")
+    np.testing.assert_array_equal(found.vectors, mpp.embed(run, photos).vectors)  # type: ignore[arg-type]
+
+
+def test_many_parts_need_few_open_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    parts = Parts(tmp_path / "v.npy.parts")
+    parts.begin({})
+    for i in range(120):
+        parts.write(i, Part(np.array([i]), np.full((1, 2), i, np.float32), []))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+    try:
+        join(parts, 120, 120, tmp_path / "v.npy", str)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.load(tmp_path / "v.npy")[:, 0].tolist() == list(range(120))
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:

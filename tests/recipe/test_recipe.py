@@ -138,6 +138,12 @@ def test_a_length_on_the_command_line_replaces_that_of_the_recipe(tmp_path: Path
     assert length({"optim.epochs": "null", "optim.steps": "4"}) == (None, 4, 0, None)
 
 
+def test_epochs_on_the_command_line_count_without_the_least_number_of_steps() -> None:
+    given = {"encoder": "runs/x", "data.train": "x", "data.val": "x"}
+    assert load_recipe("vit_small", FinetuneRecipe, given).optim.min_steps > 0
+    assert load_recipe("vit_small", FinetuneRecipe, given | {"optim.epochs": "1"}).optim.min_steps == 0
+
+
 def test_formats_may_be_added_when_a_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(BASE)
