@@ -138,15 +138,15 @@ def copy(name: str, file: Path) -> None:
 
     text = recipe_text(name)
     found = find_recipe(name)
-    others = [other for other, path in bundled().items() if path.stem == found.stem and path != found]
-    if others and name == found.stem:
-        click.echo(f"copied {found.parent.name}/{found.stem}; there is also {', '.join(others)}", err=True)
     try:
         with open(file, "x", encoding="utf-8") as new:
             new.write(text)
     except FileExistsError:
         raise UserError(f"{file}: exists already; choose another name") from None
     click.echo(f"{file}")
+    others = [other for other, path in bundled().items() if path.stem == found.stem and path != found]
+    if others and name == found.stem:
+        click.echo(f"copied {found.parent.name}/{found.stem}; there is also {', '.join(others)}", err=True)
 
 
 @recipe.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from mpp.embedding.vectors import Part, Parts, check_out, join
 from mpp.encoders.resolve import decoding_of, for_channels
 from mpp.encoders.sources import check_source, fingerprint_of_inputs, open_encoder
 from mpp.encoders.timm_model import TimmModel
-from mpp.errors import UserError
+from mpp.errors import UserError, without_secrets
 from mpp.evaluation.features import EncoderReader, Place
 from mpp.evaluation.result import RESULT
 from mpp.parallel.team import Team, start_team
@@ -107,7 +108,8 @@ def embed(
         parts = Parts(out.with_name(out.name + ".parts") if out is not None else Path(unnamed) / "parts")
         team.on_main(lambda: parts.begin(settings))
         starts = range(0, len(images), BATCHES_OF_A_PART * batch_size)
-        missing = [part for part in range(team.rank, len(starts), team.world) if part not in parts]
+        missing = team.on_main(lambda: [part for part in range(len(starts)) if part not in parts])
+        missing = missing[team.rank :: team.world]
         shown = LoopProgress().shown(missing, "part", len(missing)) if team.is_main else missing
         for part in shown:
             numbers = np.arange(starts[part], min(starts[part] + starts.step, len(images)))
@@ -185,8 +187,13 @@ def compute(
         readable = batch.readable.numpy()
         kept.append(np.asarray(of_batch)[readable])
         vectors.append(features.float().cpu().numpy()[readable])
-        unreadable += batch.bad
+        unreadable += map(without_secrets, batch.bad)
     return Part(np.concatenate(kept), np.concatenate(vectors), unreadable)
+
+
+def name_of(images: AllImages, number: int) -> str:
+    """Return the name of an image, without the signature that the URL of a shard may have."""
+    return without_secrets(images.name(number))
 
 
 def collect(
@@ -202,11 +209,11 @@ def collect(
         part = parts.read(i)
         numbers.append(part.numbers)
         unreadable += part.unreadable
-    names = [images.name(int(number)) for of_part in numbers for number in of_part]
+    names = [name_of(images, int(number)) for of_part in numbers for number in of_part]
     if not names:
         raise UserError(f"IMAGES: not one image can be read; the first: {unreadable[0]}")
     if out is not None:
-        join(parts, count, len(names), out, images.name)
+        join(parts, count, len(names), out, partial(name_of, images))
     if out is not None and out.suffix == ".npy":
         vectors: np.ndarray = np.load(out, mmap_mode="r")
     else:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import mpp
 from mpp.cli import main
+from mpp.data.readers import AllImages
 from mpp.embedding import embed as embedding
 from mpp.embedding.vectors import Part, Parts, join, names_file
 from mpp.errors import UserError
@@ -133,6 +134,11 @@ def test_the_best_layer_of_an_evaluation_is_read(run: Path, photos: Path, shards
     assert (given.place, given.chosen_by) == (Place("1", "mean"), None)
     token = mpp.embed(evaluated, [str(photos)], layer=1, pool="token")
     assert not np.allclose(given.vectors, token.vectors)
+
+
+def test_names_hold_no_secrets(run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AllImages, "name", lambda self, i: f"https://host/s.tar?X-Amz-Signature=SECRET{i}: {i}.jpg")
+    assert "SECRET" not in " ".join(mpp.embed(run, [str(photos)]).names)
 
 
 def test_what_is_refused(run: Path, photos: Path, tmp_path: Path) -> None:
