@@ -39,7 +39,11 @@ def _say_usage(error: click.UsageError) -> NoReturn:
         and error.ctx
         and any(p.name == "overrides" for p in error.ctx.command.params)
     ):
+        from mpp.recipe.loading import RECIPES
+        from mpp.recipe.messages import meant_by
+
         key = error.option_name.lstrip("-").replace("-", "_")
+        key = meant_by((key,), [], RECIPES.get(error.ctx.info_name or "", RECIPES["pretrain"])) or key
         message = (
             f"No such option '{error.option_name}'. A setting of the recipe is written without dashes: {key}=VALUE."
         )
