@@ -209,14 +209,14 @@ def embed(
     Raises:
         UserError: If something is wrong that the user can correct.
     """
+    places = [os.fspath(place) for place in ([images] if isinstance(images, str | Path) else images)]
+    require_existing(*(place for place in places if not any(mark in place for mark in ("://", *"*?{["))))
     from mpp.embedding import embed as embedding
 
-    file = None if out is None else Path(out)
-    places = [images] if isinstance(images, str | Path) else images
     return embedding.embed(
         str(encoder),
-        [os.fspath(place) for place in places],
-        file,
+        places,
+        None if out is None else Path(out),
         layer=layer,
         pool=pool,
         batch_size=batch_size,

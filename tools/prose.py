@@ -130,7 +130,7 @@ def _written(node: ast.expr) -> str:
         return "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _written(node.left) + _written(node.right)
-    if isinstance(node, ast.IfExp):  # two texts, of which one is shown
+    if isinstance(node, ast.IfExp):  # check both texts of `a if … else b`
         return f"{_written(node.body)}\n\n{_written(node.orelse)}"
     return str(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 

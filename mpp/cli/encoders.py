@@ -61,7 +61,6 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
-    require_existing(encoder, *images)
     ask_for_patience(LOADING)
     rows, unreadable, judged = mpp.predict(encoder, images, views=int(views), top=top, out=out, report=report)
     if out is None:
@@ -131,7 +130,6 @@ def embed(
     \b
     mpp embed runs/photos photos --out vectors.parquet
     """
-    require_existing(*(place for place in images if not any(mark in place for mark in ("://", *"*?{["))))
     ask_for_patience(LOADING)
     with progress_aside(as_json):
         found = mpp.embed(

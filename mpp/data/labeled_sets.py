@@ -165,16 +165,12 @@ class CentreDataset(Dataset[LabeledBatch]):
     Args:
         data: Labeled images.
         size: (H, W) of the crops.
-        fraction: Side of the crop, as a fraction of the largest box with this aspect.
-        views: Number of views. 1 and 2 give (B, C, H, W). 10 also gives the corners, (B, 5, C, H, W). Mirror images are
-            made later, on the model's device.
-        **decoding: Decoding settings, see `decode_cut`.
+        fraction: Side of the crop, see `CentreCrops`.
+        **how: Other arguments of `CentreCrops`.
     """
 
-    def __init__(
-        self, data: Labeled, size: tuple[int, int], fraction: float, *, views: int = 1, **decoding: Unpack[Decoding]
-    ) -> None:
-        self.data, self.crops = data, CentreCrops(data.reader, size, fraction, views=views, **decoding)
+    def __init__(self, data: Labeled, size: tuple[int, int], fraction: float, **how: Any) -> None:
+        self.data, self.crops = data, CentreCrops(data.reader, size, fraction, **how)
 
     def __getitems__(self, keys: list[int]) -> LabeledBatch | UserError:
         crops = self.crops.__getitems__(keys)

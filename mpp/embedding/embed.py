@@ -217,6 +217,6 @@ def collect(
     if out is not None and out.suffix == ".npy":
         vectors: np.ndarray = np.load(out, mmap_mode="r")
     else:
-        vectors = np.concatenate([parts.read(i).vectors for i in range(count)])
+        vectors = np.concatenate([np.array(parts.read(i).vectors) for i in range(count)])
     parts.remove()
     return Embedded(names, vectors, place, chosen_by, unreadable)

@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mpp.errors import UserError, how_to_get
+from mpp.data.shards.sources import import_parquet
+from mpp.errors import UserError
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import write_json
 
@@ -59,7 +59,7 @@ class Parts:
         path = self.folder / "embedding.json"
         try:
             if not path.exists():
-                self.remove()  # parts without a description, of which nobody knows what they are
+                self.remove()  # parts without a description may be of other images
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(path, description)
             before = json.loads(path.read_text())
@@ -99,8 +99,8 @@ class Parts:
         """
         path = self._path(number)
         try:
-            numbers, vectors = (np.load(path / f"{name}.npy") for name in ("numbers", "vectors"))
-            return Part(numbers, vectors, json.loads((path / "unreadable.json").read_text()))
+            vectors = np.load(path / "vectors.npy", mmap_mode="r")  # not everybody who reads a part needs them
+            return Part(np.load(path / "numbers.npy"), vectors, json.loads((path / "unreadable.json").read_text()))
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: cannot be read; delete it and repeat the command") from error
 
@@ -121,7 +121,7 @@ def check_out(out: Path) -> None:
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: must end in .npy or .parquet")
     if out.suffix == ".parquet":
-        _pyarrow()
+        import_parquet()
 
 
 def names_file(out: Path) -> Path:
@@ -168,7 +168,9 @@ def _write_npy(parts: Iterator[Part], rows: int, out: Path, name_of: Callable[[i
 
 
 def _write_parquet(parts: Iterator[Part], out: Path, name_of: Callable[[int], str]) -> None:
-    pyarrow, parquet = _pyarrow()
+    parquet = import_parquet()
+    import pyarrow
+
     aside = out.with_name(out.name + ".tmp")
     writer = None
     for part in parts:
@@ -181,17 +183,3 @@ def _write_parquet(parts: Iterator[Part], out: Path, name_of: Callable[[int], st
     if writer is not None:
         writer.close()
     os.replace(aside, out)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    """Import pyarrow.
-
-    Raises:
-        UserError: If it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"--out: Parquet files need pyarrow: {how_to_get('parquet')}") from error
-    return pyarrow, pyarrow.parquet

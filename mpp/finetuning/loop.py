@@ -127,7 +127,7 @@ def account_for(report: StepReport, job: Finetuning) -> None:
             "seed": job.trial.seed,
             "classes": train.classes,
             "class_weights": None if weights is None else weights.tolist(),
-            "class_counts": job.kind.counts(train, np.arange(len(train))).tolist(),
+            "class_counts": job.micro_loss.class_counts,
             "mean_prediction": job.micro_loss.mean_prediction(),
             "seeds": [position for ((position, _, _), *_) in keys],
             "losses": nonfinite.losses_as_text(report.micro_losses, job.plan.micro_batches),

@@ -69,6 +69,7 @@ class MicroLoss:
         erase = recipe.data.erase
         self.erase = RandomErasing(erase, mode="pixel", device=team.device) if erase else None
         self.distillation = make_distillation(recipe, team, model, classes) if recipe.distill else None
+        self.class_counts = unlabeled.class_counts if unlabeled else None
         self.of_unlabeled = make_unlabeled_loss(recipe, team, unlabeled) if unlabeled else None
         self._alignment = self.of_unlabeled.alignment if isinstance(self.of_unlabeled, MixMatch) else None
 

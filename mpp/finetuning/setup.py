@@ -149,12 +149,11 @@ def make_plan(recipe: FinetuneRecipe, images: int, world: int, steps: int | None
         UserError: If the global batch cannot be divided among the processes.
     """
     optim = recipe.optim
-    total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)
+    planned_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size)
+    total_steps = steps_of(optim.epochs, optim.steps, images, optim.global_batch_size, least=max(1, optim.min_steps))
     warmup_steps = steps_of(optim.warmup_epochs, optim.warmup_steps, images, optim.global_batch_size, least=0)
-    if optim.epochs is not None and total_steps < optim.min_steps:
-        if optim.warmup_steps is None:
-            warmup_steps = round(optim.min_steps * warmup_steps / total_steps)
-        total_steps = optim.min_steps
+    if optim.warmup_steps is None:  # its epochs become longer with those of the run
+        warmup_steps = round(total_steps * warmup_steps / planned_steps)
     if steps is not None:
         total_steps, warmup_steps = steps, round(steps * warmup_steps / total_steps)
     every = {"log": recipe.log_every_steps, "checkpoint": recipe.checkpoint_every_steps}

@@ -88,7 +88,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
                 with torch.no_grad():
                     culprits = [i for i, b in alone.items() if not loss_of(share, m, b).isfinite().all()]
                 if len(culprits) == len(alone) > 1:
-                    lines.append("  each image by itself, too, so the weights are the likely cause")
+                    lines.append("  each image by itself gives such a loss, so the weights are the likely cause")
                 elif not culprits and "strong" in batch:
                     lines.append("  no labeled image by itself; unlabeled images were not tried")
                 else:

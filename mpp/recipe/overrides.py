@@ -15,8 +15,13 @@ from mpp.recipe.registry import RECIPE_KEYS, is_component_key
 from mpp.recipe.yaml_reader import Key, Loader, dotted, parse_yaml
 
 COMMAND_LINE = "command line"
-SAME_LENGTH = (("optim.epochs", "optim.steps"), ("optim.warmup_epochs", "optim.warmup_steps"))
-"""Pairs of keys for the same thing in two units. If an override gives one, the recipe's other one no longer counts."""
+REPLACED = {
+    "epochs": ("steps", "min_steps"),
+    "steps": ("epochs",),
+    "warmup_epochs": ("warmup_steps",),
+    "warmup_steps": ("warmup_epochs",),
+}
+"""Lengths in section `optim`, and the recipe's keys that no longer count if an override gives this length."""
 PRESETS, OLD_PRESETS = "presets", "scales"
 """The key with a recipe's named sets of overrides, and its old name."""
 
@@ -111,13 +116,12 @@ def apply_overrides(
         for old in [k for k in places if k[: len(key)] == tuple(key)]:
             del places[old]
         places[tuple(key)] = place
-    for one, other in (*SAME_LENGTH, *((b, a) for a, b in SAME_LENGTH)):
-        section, name = one.split(".")
-        inner = values.get(section)
-        if one in overrides and other not in overrides and isinstance(inner, dict) and inner.get(name) is not None:
-            inner.pop(other.split(".")[1], None)
-            if one == "optim.epochs" and "optim.min_steps" not in overrides:
-                inner.pop("min_steps", None)
+    optim = values.get("optim")
+    for length, others in REPLACED.items():
+        if f"optim.{length}" in overrides and isinstance(optim, dict) and optim.get(length) is not None:
+            for other in others:
+                if f"optim.{other}" not in overrides:
+                    optim.pop(other, None)
 
 
 def _item(what: str, items: list[Any], part: str) -> int:

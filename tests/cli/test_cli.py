@@ -244,7 +244,9 @@ def test_a_short_name_means_the_pretraining_recipe(tmp_path: Path) -> None:
 def test_settings_are_no_options() -> None:
     done = CliRunner().invoke(main, ["finetune", "vit_small", "--lr", "1e-3"])
     assert done.exit_code == 2
-    assert "No such option '--lr'. A setting of the recipe is written without dashes: optim.base_lr=VALUE." in done.stderr
+    assert (
+        "No such option '--lr'. A setting of the recipe is written without dashes: optim.base_lr=VALUE." in done.stderr
+    )
 
 
 def test_pack_says_what_it_skipped(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_signal_ends_it_as_training(number: signal.Signals, shards: Path, run:
     words = [f"{key}={value}" for key, value in keys(shards, **LONG).items() if key not in ("data.train", "knn.k")]
     words = [w for w in words if "weight_decay" not in w and "lr=" not in w]
     process = subprocess.Popen(
-        [sys.executable, "-c", "import mpp.evaluation.run as e; e.LINE_EVERY_S = 0.2; from mpp.cli import main; main()",
+        [sys.executable, "-c", "import mpp.runs.loop_progress as p; p.LINE_EVERY_S = 0.2; from mpp.cli import main; main()",
          "evaluate", str(run), f"data.train={shards / 'shard-000001.tar'}", *words, f"out={tmp_path / 'e'}"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),

@@ -197,7 +197,7 @@ def test_mixmatch_learns_sharpened_probabilities_of_every_image() -> None:
 
 
 class Several:
-    """A stand-in for a team of several processes, the others of which have predicted `others`."""
+    """A stand-in for a team of several processes. `others` is the sum of the other processes."""
 
     def __init__(self, world: int, others: Tensor) -> None:
         self.world, self.others = world, others

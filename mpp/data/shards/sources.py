@@ -185,7 +185,7 @@ class Parquet:
     """
 
     def __init__(self, files: list[str], labels: bool | None) -> None:
-        parquet = _pyarrow()
+        parquet = import_parquet()
         self.files, self.skipped = files, list[tuple[str, str]]()
         self.image = self.label = ""
         self.classes: list[str] = []
@@ -268,7 +268,7 @@ class Parquet:
     def _row_group(self, number: int, group: int, columns: list[str]) -> ArrowTable:
         """Read these columns of a row group. Raise UserError if that fails."""
         try:
-            with _pyarrow().ParquetFile(self.files[number]) as opened:
+            with import_parquet().ParquetFile(self.files[number]) as opened:
                 return opened.read_row_group(group, columns=columns)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
@@ -322,7 +322,12 @@ def _but(left_out: list[tuple[str, str]]) -> str:
     return f"; {LeftOut.of(left_out)}" if left_out else ""
 
 
-def _pyarrow() -> Any:
+def import_parquet() -> Any:
+    """Import and return pyarrow.parquet.
+
+    Raises:
+        UserError: If pyarrow is not installed.
+    """
     try:
         import pyarrow.parquet
     except ModuleNotFoundError as error:
