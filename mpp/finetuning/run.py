@@ -162,7 +162,7 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
         write_status(out, "running")
         _record_data(run, same_images=of_train == of_val)
         if team.device.type == "cpu":
-            for advice in advise_on_cpu(recipe.precision, recipe.optim.name, team.world):
+            for advice in advise_on_cpu(recipe.precision, team.world):
                 print(f"note: {advice}", flush=True)
         for doubt in doubts:
             warnings.warn(doubt, MppWarning, stacklevel=2)

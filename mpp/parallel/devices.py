@@ -39,12 +39,11 @@ def cores_in_use() -> str:
     return f"other work takes {load:.1f} of {cores()} cores, so a run is slower than it could be"
 
 
-def advise_on_cpu(precision: str, optimizer: str, processes: int) -> list[str]:
+def advise_on_cpu(precision: str, processes: int) -> list[str]:
     """Return advice that would make a run on this machine's CPU faster.
 
     Args:
         precision: Value of the recipe's key `precision`.
-        optimizer: Value of the recipe's key `optim.name`.
         processes: Number of processes of the run. If there are several, the load of the cores is not considered.
     """
     advice = []
@@ -52,8 +51,6 @@ def advise_on_cpu(precision: str, optimizer: str, processes: int) -> list[str]:
         advice.append("this CPU has instructions for bf16: precision=bf16 may take half the time")
     if precision == "bf16" and not cpu_has_bf16():
         advice.append("this CPU has no instructions for bf16: precision=fp32 takes a third to two thirds of the time")
-    if optimizer == "muon" and not cpu_has_bf16():
-        advice.append("muon multiplies in bf16, for which this CPU has no instructions: optim.name=adamw is faster")
     if processes == 1 and (busy := cores_in_use()):
         advice.append(busy)
     return advice

@@ -289,7 +289,7 @@ def _introduce(job: Pretraining) -> None:
         )
     log.say(_opening_line(job))
     if team.device.type == "cpu":
-        for advice in advise_on_cpu(recipe.precision, recipe.optim.name, team.world):
+        for advice in advise_on_cpu(recipe.precision, team.world):
             log.say(f"note: {advice}")
     if images.left_out:
         log.say(f"note: data.shards: {images.left_out}")

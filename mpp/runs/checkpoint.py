@@ -352,7 +352,6 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for group in optimizer.param_groups
         for p in group["params"]
         for key, value in optimizer.state.get(p, {}).items()
-        if isinstance(value, Tensor)  # timm's Muon also keeps there which weights it trains
     }
 
 

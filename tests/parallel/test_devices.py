@@ -55,21 +55,14 @@ def test_the_faster_precision_is_named(
     has_bf16: bool, precision: str, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpp.parallel.devices.cpu_has_bf16", lambda: has_bf16)
-    advice = advise_on_cpu(precision, "adamw", processes=2)
+    advice = advise_on_cpu(precision, processes=2)
     assert len(advice) == (said is not None)
     assert said is None or said in advice[0]
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_muon_is_advised_against_where_bf16_is_slow(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpp.parallel.devices.cpu_has_bf16", lambda: has)
-    advice = advise_on_cpu("fp32", "muon", processes=2)
-    assert ["muon multiplies in bf16" in line for line in advice] == ([] if has else [True])
-
-
 def test_how_busy_the_cores_are_is_said_of_a_run_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpp.parallel.devices.cores_in_use", lambda: "busy")
-    assert (advise_on_cpu("fp32", "adamw", 1), advise_on_cpu("fp32", "adamw", 2)) == (["busy"], [])
+    assert (advise_on_cpu("fp32", 1), advise_on_cpu("fp32", 2)) == (["busy"], [])
 
 
 def test_pretraining_says_what_would_make_it_faster(
