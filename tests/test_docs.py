@@ -53,7 +53,7 @@ def test_guides_run_every_command_and_show_some_output() -> None:
     assert set(main.commands) - ran <= hidden_or_not_here
     shown = {page.name: len(shown_outputs((DOCS / page).read_text())) for page in PAGES}
     expected = {"start.md": 2, "images.md": 2, "exporting.md": 2, "finetuning.md": 1, "evaluating.md": 1}
-    expected |= {"encoders.md": 1, "recipes.md": 1, "resuming.md": 1, "embedding.md": 1}
+    expected |= {"encoders.md": 1, "recipes.md": 1, "resuming.md": 1, "embedding.md": 1, "objectives.md": 1}
     assert {name: count for name, count in shown.items() if count} == expected
 
 

@@ -138,7 +138,7 @@ class Main(Commands):
         "Data": ("pack", "index"),
         "Train": ("plan", "pretrain", "finetune"),
         "Evaluate": ("evaluate", "embed", "predict", "inspect", "reconstruct"),
-        "Monitor": ("watch", "report"),
+        "Monitor": ("runs", "watch", "report"),
         "Share": ("export", "verify", "import", "upload"),
         "Help": ("recipe", "models", "doctor", "completion"),
     }

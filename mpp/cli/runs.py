@@ -1,4 +1,4 @@
-"""Commands that look at runs: watch, report, reconstruct, replay, doctor."""
+"""Commands that look at runs: runs, watch, report, reconstruct, replay, doctor."""
 
 from __future__ import annotations
 
@@ -69,16 +69,20 @@ def reconstruct(run: str, images: tuple[str, ...], out: str) -> None:
 def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
     """Show progress of running jobs
 
-    Show step, time left, metrics, last checkpoint and warnings of one or more runs, read from their files.
+    Show step, time left, metrics, last checkpoint and warnings of one or more runs, read from their files. Of a
+    folder that holds runs, show those in progress.
 
     \b
     mpp watch runs/photos --every 10
+    mpp watch runs
     """
     import time
 
     require_existing(*runs)
+    from mpp.runs.listing import runs_to_watch
     from mpp.runs.watch import record, standing
 
+    runs = runs_to_watch(runs)
     if as_json:
         if every is not None:
             raise UserError("--json cannot be combined with --every")
@@ -91,6 +95,25 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
         if every is None or not any(going for _, going in standings):
             return
         time.sleep(every)
+
+
+@main.command("runs")
+@click.argument("folder", default="runs")
+@click.option("--sort", default=None, metavar="METRIC", help="Sort by a metric, the best first. Default: by time.")
+@JSON
+def list_runs(folder: str, sort: str | None, as_json: bool) -> None:
+    """List and compare runs
+
+    List the runs in FOLDER and below: state, metrics, and the settings in which runs of the same kind differ.
+
+    \b
+    mpp runs runs --sort skill
+    """
+    require_existing(folder)
+    from mpp.runs.listing import find_runs, rows_of, table
+
+    rows = rows_of(find_runs(folder), sort)
+    click.echo(to_json(rows) if as_json else "\n".join(table(rows, sort)))
 
 
 @main.command()

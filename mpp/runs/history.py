@@ -199,6 +199,10 @@ def _json(path: Path) -> JsonObject:
     return content if isinstance(content, dict) else {}
 
 
+MISSING = "–"
+"""Stands for the value of a key that a recipe does not have."""
+
+
 def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:
     """Return (dotted key, its value in each run) for each key whose values differ. `out` and presets are left out."""
     flat = [flat_keys(run.recipe) for run in runs]
@@ -207,4 +211,4 @@ def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:
 
 
 def _shown(value: object) -> str:
-    return "–" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return MISSING if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value

@@ -56,13 +56,13 @@ def record(folder: str | Path, now: float | None = None) -> JsonObject:
     now = time.time() if now is None else now
     shown = _record(run, now)
     if run.job == "finetune":
-        shown |= {"trials": [_record(trial, now) for trial in run.trials], "trials_total": _count_trials(run)}
+        shown |= {"trials": [_record(trial, now) for trial in run.trials], "trials_total": count_trials(run)}
     warnings = [dataclasses.asdict(symptom) for symptom in symptoms(run)]
     return shown | {"warnings": warnings}
 
 
 def _record(run: History, now: float) -> JsonObject:
-    going, checkpoint = _going_on(run, now), run.checkpoint()
+    going, checkpoint = going_on(run, now), run.checkpoint()
     return {
         "run": str(run.folder),
         "job": run.job,
@@ -80,7 +80,7 @@ def _record(run: History, now: float) -> JsonObject:
 def _trained(run: History, now: float) -> tuple[list[str], bool]:
     """Return lines about a pretraining run, a trial or an evaluation, and whether it is in progress."""
     state = str(run.status.get("state", "not begun"))
-    running = _going_on(run, now)
+    running = going_on(run, now)
     step, steps = run.step, run.status.get("steps")
     head = f"{run.folder}: {state}"
     if step is not None and steps:
@@ -113,20 +113,21 @@ def _trained(run: History, now: float) -> tuple[list[str], bool]:
 def _finetune(run: History, now: float) -> tuple[list[str], bool]:
     state = str(run.status.get("state", "not begun"))
     done = sum(bool(trial.result) for trial in run.trials)
-    lines = [f"{run.folder}: {state}, {done} of {_count_trials(run)} models done"]
+    lines = [f"{run.folder}: {state}, {done} of {count_trials(run)} models done"]
     for trial in run.trials:
         if not trial.result:
             lines += ["  " + line for line in _trained(trial, now)[0]]
-    return lines, _going_on(run, now)
+    return lines, going_on(run, now)
 
 
-def _count_trials(run: History) -> int:
+def count_trials(run: History) -> int:
+    """Return the number of models that a fine-tune trains."""
     counts = run.setting("data.labels_per_class") or [None]
     approaches = len(approaches_of_finetune(run.recipe))
     return len(run.recipe.get("seeds", [0])) * len(counts if isinstance(counts, list) else [counts]) * approaches
 
 
-def _going_on(run: History, now: float) -> bool:
+def going_on(run: History, now: float) -> bool:
     """Return whether a run is in progress, or was started just now and has not written its status yet."""
     if not run.status:  # a trial has a status from its beginning, so it cannot be read
         return run.job != "trial" and now - (run.folder / RECIPE).stat().st_mtime < YOUNG_S

@@ -300,6 +300,7 @@ def test_a_run_folder_from_elsewhere(nursery: Nursery, shards: Path, folder: Pat
     for words in (
         ["report", out, "--out", folder / "page.html"],
         ["watch", out],
+        ["runs", out],
         ["reconstruct", out],
         ["replay", out],
     ):
