@@ -59,8 +59,8 @@ def pretrain(
 
     Args:
         recipe: A file, a mapping of recipe keys, or a checked recipe.
-        resume: "never" (the run folder must be new), "auto" (continue from the newest checkpoint), or the folder of a
-            checkpoint.
+        resume: "never" (the run folder must be new), "auto" (continue from the newest checkpoint), "overwrite" (delete
+            the run in the run folder first), or the folder of a checkpoint.
         preset: Name of one of the recipe's presets, such as "tiny".
         **overrides: Dotted keys of the recipe and their values.
 
@@ -90,8 +90,8 @@ def finetune(
 
     Args:
         recipe: A file, a mapping of recipe keys, or a checked recipe.
-        resume: "never" (the run folder must be new), "auto" (continue from the newest checkpoint), or the folder of a
-            checkpoint.
+        resume: "never" (the run folder must be new), "auto" (continue from the newest checkpoint), "overwrite" (delete
+            the run in the run folder first), or the folder of a checkpoint.
         preset: Name of one of the recipe's presets.
         **overrides: Dotted keys of the recipe and their values.
 
@@ -124,7 +124,7 @@ def evaluate(
         encoder: A run, an export, or a timm name. None means the encoder in the recipe.
         recipe: A file, a mapping of recipe keys, or a checked recipe. Without a recipe, only `data.train` and
             `data.val` have no default.
-        resume: "never", "auto", or the folder of a checkpoint.
+        resume: "never", "auto" or "overwrite".
         preset: Name of one of the recipe's presets.
         **overrides: Dotted keys of the recipe and their values.
 

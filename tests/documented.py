@@ -61,6 +61,7 @@ def commands(text: str) -> list[str]:
 def cut_down(line: str) -> str:
     """Return the same command, small, short and with at most two processes."""
     line = re.sub(r"(--nproc_per_node|--num_processes) \d+", r"\1 2", line)
+    line = re.sub(r"\bdevices=\d+", "devices=2 device=cpu", line)
     if "small_images" in line.split("=")[0]:  # a ResNet: the arguments in SMALLER are for a ViT
         return f"{line} --preset tiny"
     job = re.search(r"mpp \w+", line)

@@ -1,11 +1,12 @@
-"""Compare objectives and encoder families at equal CPU time on CIFAR-10: the table of recipes/LOG.md.
+"""Compare objectives and encoder families at equal CPU time: the table of docs/objectives.md.
 
     python tools/compare_objectives.py OUT [--only NAME …] [--minutes 6] [--seeds 0 …] [--each-pretrained]
+    python tools/compare_objectives.py OUT --data shards/photos64 --image-size-px 64 …
 
-Requires shards/cifar10/train and test, packed as recipes/pretrain/cifar10.yaml shows. Each row is timed for some steps.
-Then it is pretrained for as many steps as fit into the minutes of one CPU core. It is fine-tuned on 100 labels per
-class, and compared with the same from scratch. Finished work is kept: an interrupted row is resumed, and a finished row
-takes more seeds.
+Requires the shards train and test in the folder of --data, packed as recipes/pretrain/cifar10.yaml shows. Each row is
+timed for some steps. Then it is pretrained for as many steps as fit into the minutes of one CPU core. Its frozen
+features are probed with 500 labels per class. It is fine-tuned on 100 labels per class, and compared with the same from
+scratch. Finished work is kept: an interrupted row is resumed, and a finished row takes more seeds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PRETRAIN, FINETUNE = (str(ROOT / "recipes" / job / "cifar10.yaml") for job in ("pretrain", "finetune"))
 SIMMIM = {"corruption": "token", "mask.ratio": 0.6, "predict_fraction": 1.0}
 MAE = {"corruption": "drop", "head": {"name": "transformer", "dim": 64}, "predict_fraction": 1.0}
 MPP = {"corruption": "bert", "mask.ratio": 0.5, "predict_fraction": 1.0}
@@ -109,7 +111,7 @@ def rows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     return found
 
 
-def run(job: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
+def run(job: str, recipe_or_encoder: str, changes: dict[str, Any]) -> dict[str, float]:
     """Run or resume a command on one core. Return its CPU and wall minutes, including those of earlier attempts."""
     record = Path(changes["out"] + ".minutes.json")
     spent = json.loads(record.read_text()) if record.exists() else {"cpu": 0.0, "wall": 0.0}
@@ -118,7 +120,7 @@ def run(job: str, recipe: str, changes: dict[str, Any]) -> dict[str, float]:
         return spent
     words = [f"{k}={json.dumps(v)}" for k, v in changes.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "mpp", job, str(ROOT / "recipes" / job / recipe), *words, "--resume", "auto"]
+    command = [sys.executable, "-m", "mpp", job, recipe_or_encoder, *words, "--resume", "auto"]
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
@@ -135,19 +137,34 @@ def folder_of(out: Path, row: str) -> Path:
 
 
 def do(
-    name: str, out: Path, minutes: float, finetune_steps: int, seeds: list[int], each_pretrained: bool
+    name: str,
+    out: Path,
+    data: Path,
+    image_size_px: int,
+    minutes: float,
+    finetune_steps: int,
+    seeds: list[int],
+    each_pretrained: bool,
 ) -> dict[str, Any]:
-    """Pretrain and fine-tune a row, and return its figures.
+    """Pretrain, probe and fine-tune a row, and return its figures.
 
     Args:
         name: Name of the row.
         out: Folder of all rows.
+        data: Folder of the shards train and test.
+        image_size_px: Side of the images, for rows that do not have their own. The ViT has 8 × 8 patches at any size.
         minutes: CPU minutes of one pretraining.
         finetune_steps: Steps of one fine-tuning.
         seeds: Seeds of the fine-tuning.
         each_pretrained: Whether every seed has its own pretraining. Otherwise all share that of the recipe's seed.
     """
     pretraining, finetuning = rows()[name]
+    if "encoder" not in pretraining:
+        sized = {"data.image_size": image_size_px}
+        pretraining = {**pretraining, **sized, "encoder.args.patch_size": image_size_px // 8}
+        finetuning = {**finetuning, **sized}
+    pretraining = {**pretraining, "data.shards": str(data / "train")}
+    labeled = {"data.train": str(data / "train"), "data.val": str(data / "test")}
     folder = folder_of(out, name)
     target = pretraining.get("target")
     if isinstance(target, dict) and target.get("teacher") == TEACHER_ROW:
@@ -156,29 +173,35 @@ def do(
             raise SystemExit(f"{name}: wants the row '{TEACHER_ROW}' done first: its encoder is the teacher")
         pretraining = {**pretraining, "target": {**target, "teacher": str(teacher)}}
     timed = {"optim.steps": TIMED_STEPS, "log_every_steps": TIMED_STEPS // 2, "out": str(folder / "timed")}
-    spent = run("pretrain", "cifar10.yaml", {**pretraining, **timed, "checkpoint_every_steps": 10**6})
+    spent = run("pretrain", PRETRAIN, {**pretraining, **timed, "checkpoint_every_steps": 10**6})
     last = json.loads((folder / "timed" / "metrics.jsonl").read_text().splitlines()[-1])
     # of a whole core: other work may have used a part of it
     steps = int(minutes * 60 * last["images_per_s"] * spent["wall"] / spent["cpu"] / 32)
     pretrained = {seed: folder / (f"pretrain-{seed}" if each_pretrained else "pretrain") for seed in seeds}
     costs, skills = [], []
+    probed: dict[str, list[float]] = {"knn": [], "linear": []}
     for run_folder in dict.fromkeys(pretrained.values()):
         own_seed = {"seed": int(run_folder.name.split("-")[1])} if each_pretrained else {}
         changes = {"optim.steps": steps, "optim.warmup_steps": steps // 20, "out": str(run_folder), **own_seed}
-        costs.append(round(run("pretrain", "cifar10.yaml", {**pretraining, **changes})["cpu"], 1))
+        costs.append(round(run("pretrain", PRETRAIN, {**pretraining, **changes})["cpu"], 1))
         last = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[-1])
         skills.append(last["skill"])
-    beside = bool(finetuning) or name == TEACHER_ROW  # the ViT from scratch is the same in every row
+        probes = {"probes": list(probed), "controls": False, "data.labels_per_class": 500, "data.workers": 0}
+        run("evaluate", str(run_folder), {**labeled, **probes, "out": str(run_folder / "evaluation")})
+        best = json.loads((run_folder / "evaluation" / "result.json").read_text())["best"]["encoder"]
+        for probe, accuracies_by_seed in probed.items():
+            accuracies_by_seed.append(best[probe]["accuracy"])
+    beside = name in (TEACHER_ROW, *(f"simmim, {encoder}" for encoder in ENCODERS))  # the other rows have the same ViT
     accuracies: dict[str, list[float]] = {"pretrained": [], "scratch": []}
     tuning_cost = 0.0
     for seed in seeds:
         run_folder = folder / f"finetune-{seed}"
         tuning = {
-            **finetuning, "encoder": str(pretrained[seed]), "seeds": [seed], "optim.steps": finetune_steps,
+            **finetuning, **labeled, "encoder": str(pretrained[seed]), "seeds": [seed], "optim.steps": finetune_steps,
             "optim.warmup_steps": finetune_steps // 10, "optim.base_lr": 4e-3, "beside": ["scratch"] if beside else [],
             "out": str(run_folder),
         }  # fmt: skip
-        tuning_cost += run("finetune", "cifar10.yaml", tuning)["cpu"]
+        tuning_cost += run("finetune", FINETUNE, tuning)["cpu"]
         for approach, found in json.loads((run_folder / "result.json").read_text())["score"].items():
             accuracies[approach].append(found["mean"])
     return {
@@ -187,6 +210,7 @@ def do(
         "images": 32 * steps // (VIEWS if "agreement" in pretraining else 1),
         "cpu_minutes": costs,
         "skill": skills,
+        "probed": probed,
         "target_rank": next((value for key, value in last.items() if key.startswith("target_rank_")), None),
         "seeds": seeds,
         "accuracy": {approach: values for approach, values in accuracies.items() if values},
@@ -198,6 +222,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="*", default=list(rows()), choices=list(rows()))
+    parser.add_argument("--data", type=Path, default=Path("shards/cifar10"), help="folder of the shards train and test")
+    parser.add_argument("--image-size-px", type=int, default=32, help="of the rows with a ViT")
     parser.add_argument("--minutes", type=float, default=6.0, help="CPU-minutes of pretraining")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="of the fine-tuning")
     parser.add_argument("--each-pretrained", action="store_true", help="a pretraining of its own for each seed")
@@ -206,11 +232,12 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     record = given.out / "rows.jsonl"
+    settings = (
+        given.out, given.data, given.image_size_px, given.minutes, given.finetune_steps, given.seeds,
+        given.each_pretrained,
+    )  # fmt: skip
     with ThreadPoolExecutor(given.processes) as pool:
-        jobs = [
-            pool.submit(do, name, given.out, given.minutes, given.finetune_steps, given.seeds, given.each_pretrained)
-            for name in given.only
-        ]
+        jobs = [pool.submit(do, name, *settings) for name in given.only]
         for job in as_completed(jobs):
             line = json.dumps(job.result())
             print(line, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from mpp.errors import UserError
 if TYPE_CHECKING:
     from mpp.finetuning.run import FinetuneResult
     from mpp.pretraining.loop import PretrainResult
+    from mpp.recipe.sections import Run
 
 
 def _exit_as_stopped(result: PretrainResult | FinetuneResult) -> None:
@@ -25,6 +27,25 @@ def _exit_as_stopped(result: PretrainResult | FinetuneResult) -> None:
         sys.stdout.flush()
         leave_process_group()
         sys.exit(128 + signal.Signals[str(result.signal)])
+
+
+def _how_to_begin(resume: str, overwrite: bool) -> str:
+    """Return the value of `resume` for the options --resume and --overwrite."""
+    if overwrite and resume != "never":
+        raise UserError("--overwrite cannot be combined with --resume")
+    return "overwrite" if overwrite else resume
+
+
+def _start_processes(recipe: Run) -> None:
+    """Run this command in as many processes as the recipe's `devices`, and exit as they do.
+
+    Nothing happens if that is one, or if a launcher has started this process.
+    """
+    if recipe.devices == 1 or any(os.environ.get(name) for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE")):
+        return
+    from mpp.parallel.processes import launch
+
+    sys.exit(launch(sys.argv[1:], processes=recipe.devices, device=recipe.device))
 
 
 def _with_out(pairs: tuple[str, ...], out: str | None) -> dict[str, object]:
@@ -86,6 +107,7 @@ _RESUME = click.option(
     metavar="auto|never|PATH",
     help="Continue a run: auto = newest checkpoint, or start new.",
 )
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Delete the run in the run folder first.")
 PRESET = click.option(
     "--preset",
     "--scale",
@@ -103,9 +125,16 @@ _OUT = click.option("-o", "--out", default=None, metavar="FOLDER", help="Run fol
 @_OUT
 @PRESET
 @_RESUME
+@_OVERWRITE
 @JSON
 def pretrain(
-    recipe: str, overrides: tuple[str, ...], out: str | None, preset: str | None, resume: str, as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: str | None,
+    preset: str | None,
+    resume: str,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Pretrain an encoder on unlabeled images
 
@@ -120,10 +149,12 @@ def pretrain(
     from mpp.recipe.pretrain import PretrainRecipe
 
     began_s = time.monotonic()
+    begin = _how_to_begin(resume, overwrite)
     recipe_to_run = checked(recipe, PretrainRecipe, _with_out(overrides, out), preset)
     ask_for_patience(LOADING)
+    _start_processes(recipe_to_run)
     with progress_aside(as_json):
-        result = mpp.pretrain(recipe_to_run, resume=resume)
+        result = mpp.pretrain(recipe_to_run, resume=begin)
     if RANK == "0" and as_json:
         click.echo(to_json(result))
     elif RANK == "0" and result.state == "finished":
@@ -185,9 +216,16 @@ def plan(
 @_OUT
 @PRESET
 @_RESUME
+@_OVERWRITE
 @JSON
 def finetune(
-    recipe: str, overrides: tuple[str, ...], out: str | None, preset: str | None, resume: str, as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    out: str | None,
+    preset: str | None,
+    resume: str,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Fine-tune on labels, vs. from scratch
 
@@ -203,10 +241,12 @@ def finetune(
     from mpp.recipe.loading import checked
 
     began_s = time.monotonic()
+    begin = _how_to_begin(resume, overwrite)
     recipe_to_run = checked(recipe, FinetuneRecipe, _with_out(overrides, out), preset)
     ask_for_patience(LOADING)
+    _start_processes(recipe_to_run)
     with progress_aside(as_json):
-        result = mpp.finetune(recipe_to_run, resume=resume)
+        result = mpp.finetune(recipe_to_run, resume=begin)
     if RANK == "0" and as_json:
         click.echo(to_json(result))
     elif RANK == "0" and result.state == "finished":
@@ -221,6 +261,7 @@ def finetune(
 @_OUT
 @PRESET
 @_RESUME
+@_OVERWRITE
 @JSON
 def evaluate(
     encoder: str,
@@ -229,6 +270,7 @@ def evaluate(
     out: str | None,
     preset: str | None,
     resume: str,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Probe frozen features (kNN, linear)
@@ -240,11 +282,12 @@ def evaluate(
     mpp evaluate runs/photos data.train=labeled/train data.val=labeled/val
     """
     given = _with_out(overrides, out)
+    begin = _how_to_begin(resume, overwrite)
     if "encoder" in given:
         raise UserError("command line: encoder: is the first word, mpp evaluate ENCODER …; give another as compare=")
     ask_for_patience(LOADING)
     with progress_aside(as_json):
-        result = mpp.evaluate(encoder, recipe=recipe, resume=resume, preset=preset, **given)
+        result = mpp.evaluate(encoder, recipe=recipe, resume=begin, preset=preset, **given)
     if as_json:
         return click.echo(to_json(result))
     click.echo(result.table())

@@ -38,7 +38,8 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
 
     Args:
         recipe: Recipe of the evaluation.
-        resume: "never" (the run folder must be new) or "auto" (results of finished encoders and controls are kept).
+        resume: "never" (the run folder must be new), "auto" (results of finished encoders and controls are kept), or
+            "overwrite" (they are deleted first).
 
     Returns:
         The scores of all encoders and controls.
@@ -47,9 +48,9 @@ def evaluate(recipe: EvaluateRecipe, resume: str = "never") -> EvaluateResult:
         UserError: If anything is wrong that the user can correct.
     """
     recipe = resolve(recipe, recipe.encoder, warn=True, normalise=False)
-    if resume not in ("never", "auto"):
+    if resume not in ("never", "auto", "overwrite"):
         raise UserError(f"--resume {resume}: expected auto or never; an evaluation has no checkpoints")
-    team = start_team(recipe.precision)
+    team = start_team(recipe.precision, device=recipe.device)
     if team.world > 1:
         raise UserError(f"evaluate runs in one process; got {team.world}")
     data = _open(recipe)

@@ -95,12 +95,12 @@ def finetune(recipe: FinetuneRecipe, resume: str = "never") -> FinetuneResult:
 
     Args:
         recipe: Recipe to run.
-        resume: "never" if the run folder must be new, or "auto" to continue an existing run.
+        resume: "never" if the run folder must be new, "auto" to continue an existing run, or "overwrite" to delete it.
 
     Raises:
         UserError: If something is wrong that the user can correct.
     """
-    if resume not in ("never", "auto"):
+    if resume not in ("never", "auto", "overwrite"):
         raise UserError(
             f"--resume {resume}: expected auto or never; fine-tuning has no single checkpoint to continue from"
         )
@@ -115,14 +115,14 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
 
     Args:
         recipe: Recipe as the user gave it.
-        resume: "never" or "auto", see `finetune`.
+        resume: "never", "auto" or "overwrite", see `finetune`.
         until_the_end: Stack whose contexts are left when the run ends, in reverse order.
 
     Raises:
         UserError: If something is wrong that the user can correct.
     """
     out = Path(recipe.out)
-    team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
+    team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s, device=recipe.device)
     stop_request = until_the_end.enter_context(StopRequest())
     watch = until_the_end.enter_context(Watch(team.rank, team.world, out, hang_timeout_s=recipe.hang_timeout_s))
     check_source(recipe.encoder, key="encoder", more=("scratch",))

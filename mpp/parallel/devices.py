@@ -56,6 +56,30 @@ def advise_on_cpu(precision: str, processes: int) -> list[str]:
     return advice
 
 
+def choose_device(device: str) -> str:
+    """Return the kind of device that a run uses, "cuda", "cpu" or "mps", and make `cuda:N` the current device.
+
+    Args:
+        device: Value of the recipe's key `device`. "auto" is CUDA where there is a device, else the CPU.
+
+    Raises:
+        UserError: If this machine does not have the device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {device}: no CUDA device was found here (`mpp doctor` says why); use auto or cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device: mps: torch finds no Apple GPU here; use auto or cpu")
+    if index:
+        count = torch.cuda.device_count()
+        if int(index) >= count:
+            raise UserError(f"device: {device}: this machine has {count}, from cuda:0 to cuda:{count - 1}")
+        torch.cuda.set_device(int(index))
+    return kind
+
+
 def multiply_in_tf32(rounded: bool) -> None:
     """Set whether this process uses TF32 for fp32 matrix products and convolutions on CUDA devices, from now on.
 

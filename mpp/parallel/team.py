@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mpp.errors import ToldElsewhere, UserError, how_to_get, one_line
 from mpp.parallel import faults
-from mpp.parallel.devices import TF32_FROM, multiply_in_tf32, write_attention_out
+from mpp.parallel.devices import TF32_FROM, choose_device, multiply_in_tf32, write_attention_out
 from mpp.parallel.launch import LAUNCHERS, check_launch, is_set
 from mpp.parallel.sharding import whole_value
 
@@ -142,7 +142,13 @@ class Team:
         return whole_value(self._accelerator.clip_grad_norm_(parameters, max_norm or math.inf))
 
 
-def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: float = HANG_TIMEOUT_S) -> Team:
+def start_team(
+    precision: str,
+    trackers: Sequence[str] = (),
+    hang_timeout_s: float = HANG_TIMEOUT_S,
+    *,
+    device: str = "auto",
+) -> Team:
     """Join the processes that torchrun or `accelerate launch` started, or make a team of only this process.
 
     Args:
@@ -151,10 +157,11 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
         trackers: Names of the trackers that the run will use.
         hang_timeout_s: Seconds without progress after which `liveness` reports a hang. Exchanges between processes fail
             one minute later, so that `liveness` reports first.
+        device: "auto": CUDA where there is a device, else the CPU; "cpu", "cuda", "cuda:N" or "mps".
 
     Raises:
-        UserError: If the device lacks the precision, a tracker is not installed, or the launch cannot be used, for
-            example because the other processes are not found.
+        UserError: If this machine does not have the device, the device lacks the precision, a tracker is not
+            installed, or the launch cannot be used, for example because the other processes are not found.
     """
     faults.announce()
     check_launch(os.environ)
@@ -167,7 +174,8 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
         if is_set(f"ACCELERATE_USE_{engine}"):
             reason = f"launch without --use_{engine.lower()} (distributed_type: MULTI_GPU)"
             raise UserError(f"accelerate's {engine}: {reason}; `mpp pretrain` has fsdp=true")
-    cuda = torch.cuda.is_available()
+    kind = choose_device(device)
+    cuda = kind == "cuda"
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise UserError(f"precision: {torch.cuda.get_device_name()} has no bf16; use auto or fp32")
     if precision == "tf32" and not (cuda and torch.cuda.get_device_capability() >= TF32_FROM):
@@ -176,8 +184,8 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
         multiply_in_tf32(precision == "tf32")
     bf16 = precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
     given = sorted(n for n in os.environ if n.startswith(LAUNCHERS))
-    # An earlier run of this process may have had another precision; the process group stays.
-    AcceleratorState._reset_state()
+    # An earlier run of this process may have had another precision or device; a process group stays.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     rank, world, host, port = (os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     waiting = threading.Timer(
         WAIT_TOLD_S, lambda: print(f"waiting for the other processes at {host}:{port}", flush=True)
@@ -188,7 +196,7 @@ def start_team(precision: str, trackers: Sequence[str] = (), hang_timeout_s: flo
         accelerator = Accelerator(
             mixed_precision="bf16" if bf16 else "no",
             dynamo_backend="no",  # the recipe's key `compile` decides, not the launcher's configuration
-            cpu=not cuda,
+            cpu=kind == "cpu",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=hang_timeout_s + 60))],
         )
     except torch.distributed.DistError as error:

@@ -46,7 +46,7 @@ def pretrain(recipe: PretrainRecipe, resume: str = "never") -> PretrainResult:
 
     Args:
         recipe: The recipe to run.
-        resume: "never" (the run folder must be new), "auto", or the folder of a checkpoint.
+        resume: "never" (the run folder must be new), "auto", "overwrite", or the folder of a checkpoint.
 
     Raises:
         UserError: If something is wrong that the user can correct.

@@ -65,13 +65,13 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
 
     Args:
         recipe: Recipe as the user gave it.
-        resume: "never" (the run folder must be new), "auto", or the folder of a checkpoint.
+        resume: "never" (the run folder must be new), "auto", "overwrite", or the folder of a checkpoint.
         until_the_end: Stack of contexts that are entered here and left when the run ends, in reverse order.
 
     Raises:
         UserError: If something is wrong that the user can correct.
     """
-    team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s)
+    team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s, device=recipe.device)
     stop_request = until_the_end.enter_context(StopRequest())
     watch = until_the_end.enter_context(
         Watch(team.rank, team.world, Path(recipe.out), hang_timeout_s=recipe.hang_timeout_s)

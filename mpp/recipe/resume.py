@@ -10,9 +10,9 @@ from mpp.recipe.flat import differing
 from mpp.recipe.sections import Job
 
 MAY_CHANGE = {
-    "out", "beside", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "data.workers", "data.cache_dir",
-    "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features", "data.max_bad_fraction",
-    "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
+    "out", "device", "devices", "beside", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints",
+    "data.workers", "data.cache_dir", "data.cache_limit_gb", "seeds", "data.batch_size", "keep_features",
+    "data.max_bad_fraction", "optim.max_batch_per_device", "encoder.grad_checkpointing", "reconstruct_images",
     "trackers", "if_unsaved", "hang_timeout_s", "max_skipped_steps", "compile", "fsdp",
     # places of images; a fingerprint detects if the images themselves have changed
     "data.shards", "data.train", "data.val", "unlabeled.images", "distill.images",

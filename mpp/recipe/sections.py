@@ -23,6 +23,7 @@ from mpp.recipe.flat import JsonObject
 from mpp.recipe.values import (
     MOST_CHANNELS,
     BelowOne,
+    Device,
     FilePath,
     Float,
     Format,
@@ -263,6 +264,9 @@ class Job(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA devices that support it, else fp32. tf32: fp32 with 10-bit mantissas in matrix
     products, on CUDA devices that support it."""
+    device: Device = "auto"
+    """Where to compute: auto (CUDA where there is a device, else the CPU), cpu, cuda, cuda:1 (the second GPU), or mps for
+    Apple's GPUs, which nobody has tried."""
     presets: dict[str, JsonObject] = {}
     """Named sets of overrides, for example tiny: {optim.steps: 3}. `--preset tiny` applies one. Older recipes call this
     key scales."""
@@ -271,6 +275,9 @@ class Job(Section):
 class Run(Job):
     """Keys of the jobs that train."""
 
+    devices: PositiveInt = 1
+    """Number of devices of this machine to use. The command starts one process for each, as torchrun would. If a
+    launcher started the command, this key has no effect."""
     log_every_steps: PositiveInt = 50
     """Steps between two lines of the log."""
     checkpoint_every_steps: PositiveInt = 1000
@@ -291,6 +298,12 @@ class Run(Job):
         tuple[Tracker, ...], BeforeValidator(listed, json_schema_input_type=Tracker | tuple[Tracker, ...])
     ] = ()
     """Where else to send the metrics: tensorboard, wandb or trackio. Each requires its package."""
+
+    @model_validator(mode="after")
+    def _one_of_several_devices(self) -> Self:
+        if self.devices > 1 and ":" in self.device:
+            raise ValueError(f"devices: {self.devices}: {self.device} is a single device; use device=cuda")
+        return self
 
 
 class LabeledData(ImageData):

@@ -154,6 +154,15 @@ Places = Annotated[
     Field(min_length=1),
 ]
 """A file, folder, pattern or URL, or a list of them."""
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
+        raise ValueError("must be auto, cpu, cuda, one CUDA device such as cuda:1, or mps")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Probe = Literal["knn", "linear", "attentive"]
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "PPM"]

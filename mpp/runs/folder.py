@@ -47,7 +47,7 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
     Args:
         team: The processes.
         recipe: Recipe whose `out` is the run folder.
-        resume: "never", "auto" or the folder of a checkpoint.
+        resume: "never", "auto", "overwrite" (delete the run in the folder), or the folder of a checkpoint.
         fingerprint: Fingerprint of the data.
 
     Raises:
@@ -58,15 +58,21 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
 
     def open_it() -> OpenRun:
         nonlocal lock
-        out = Path(recipe.out)
+        out, begin = Path(recipe.out), resume
+        if resume == "overwrite":
+            if (out / RECIPE).exists():
+                _check_nothing_needed(recipe)
+                lock = Lock(out)
+                _delete_run(out)
+            begin = "never"
         if not (out / RECIPE).exists():  # if it is not a run folder, refuse it before anything is written there
-            find_run(recipe, resume, fingerprint=fingerprint)
-        lock = Lock(out)
-        run = find_run(recipe, resume, fingerprint=fingerprint)  # again: another process may have been faster
+            find_run(recipe, begin, fingerprint=fingerprint)
+        lock = lock or Lock(out)
+        run = find_run(recipe, begin, fingerprint=fingerprint)  # again: another process may have been faster
         outdated, longer = _of_shorter_run(out, recipe), _asks_for_longer(out, recipe)
         if outdated or longer:
             _set_encoder_aside(out, run)
-        if resume != "auto" or read_status(out) != "finished" or longer or _asks_for_more(out, recipe):
+        if begin != "auto" or read_status(out) != "finished" or longer or _asks_for_more(out, recipe):
             create_run(recipe)  # else recipe.yaml of a finished run stays unchanged
         for path in outdated:
             checkpoint.remove(path)
@@ -124,6 +130,32 @@ def _said(holder: bytes) -> str:
         return f"process {owner['pid']} on {owner['host']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
+
+
+def _check_nothing_needed(recipe: Job) -> None:
+    """Check that the recipe reads no file of the run that is about to be deleted.
+
+    Raises:
+        UserError: If it does.
+    """
+    out = Path(recipe.out).resolve()
+    for key, value in settings_of(recipe).items():
+        for place in value if isinstance(value, list | tuple) else [value]:
+            if key != "out" and isinstance(place, str) and Path(place).resolve().is_relative_to(out):
+                raise UserError(f"--overwrite: {key}: {place} is in {recipe.out}, which would be deleted; change out")
+
+
+def _delete_run(out: Path) -> None:
+    """Delete everything in a run folder but its lock: the encoder first, the recipe last.
+
+    If this is interrupted, the folder still counts as that of a run, and not as that of a finished one.
+    """
+    order = {"encoder": 0, RECIPE: 2}
+    for path in sorted(out.iterdir(), key=lambda path: order.get(path.name, 1)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:

@@ -159,6 +159,39 @@ def test_a_run_that_came_to_nothing(shards: Path, tmp_path: Path, monkeypatch: p
             mpp.pretrain(pretrain_recipe(shards, taken, **{"optim.steps": 2}))
 
 
+@pytest.mark.promise("--overwrite deletes a run, and nothing that is not one or that the new run reads")
+def test_overwriting(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = pretrain_recipe(shards, out, **{"optim.steps": 2})
+    mpp.pretrain(first)
+    (out / "classes").mkdir()
+    (out / "classes" / "recipe.yaml").write_text("job: finetune\n")
+    other = {"optim.steps": 3, "seed": 1}
+    needed = "--overwrite: encoder.name: .*/run/encoder is in .*/run, which would be deleted"
+    own = {"encoder": {"name": str(out / "encoder")}}
+    with pytest.raises(UserError, match=needed):
+        mpp.pretrain(pretrain_recipe(shards, out, **other, **own), resume="overwrite")
+    assert (out / "encoder" / "config.json").exists()
+    lock = Lock(out)
+    with pytest.raises(UserError, match="is already writing to it"):
+        mpp.pretrain(pretrain_recipe(shards, out, **other), resume="overwrite")
+    lock.release()
+    assert (out / "encoder" / "config.json").exists()
+    done = mpp.pretrain(pretrain_recipe(shards, out, **other), resume="overwrite")
+    assert (done.state, done.step) == ("finished", 3)
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not (out / "classes").exists()
+    assert "seed: 1" in (out / "recipe.yaml").read_text()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="mine is not empty"):
+        mpp.pretrain(pretrain_recipe(shards, mine, **other), resume="overwrite")
+    assert (mine / "notes.txt").read_text() == "mine"
+    new = tmp_path / "new"
+    assert mpp.pretrain(pretrain_recipe(shards, new, **other), resume="overwrite").state == "finished"
+
+
 def labeled_shard(path: Path, images: dict[str, tuple[bytes, str]]) -> None:
     import io
     import tarfile

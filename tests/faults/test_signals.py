@@ -16,7 +16,7 @@ import pytest
 from mpp.runs.records import checkpoints_in
 from tests.conftest import ROOT
 from tests.faults.conftest import RECIPES, Bench
-from tests.faults.processes import JOBS, Left, Nursery, children, free_port, left, records_of, status, steps_logged
+from tests.faults.processes import JOBS, Left, Nursery, children, left, records_of, status, steps_logged
 
 LONG = {"optim.steps": 150, "checkpoint_every_steps": 10000}
 SAVED = "SIGTERM, SIGINT or SIGHUP to any rank saves after the step; all exit with 143, 130 or 129"
@@ -87,14 +87,22 @@ def test_a_second_sigint_stops_at_once(
     assert left(out) == reference(job, 2)
 
 
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "mpp", "pretrain"),
+    "devices=2": ("mpp", "pretrain", "devices=2", "device=cpu"),
+}
+"""Module and its words that start two processes, by launcher. The recipe comes last."""
+
+
 @contextlib.contextmanager
-def under_torchrun(path: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run torchrun with two processes that have trained for some steps. If it still runs afterwards, kill it."""
+def under(launcher: str, path: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Launch two processes that have trained for some steps. If the launcher still runs afterwards, kill it."""
     log = out.with_name("log")
+    module, *words = LAUNCHERS[launcher]
+    where = words.index("pretrain") + 1
     with open(log, "w") as lines:
         run = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-             "-m", "mpp", "pretrain", str(path)],
+            [sys.executable, "-m", module, *words[:where], str(path), *words[where:]],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdout=lines, stderr=lines,
             start_new_session=True,
         )  # fmt: skip
@@ -110,39 +118,46 @@ def under_torchrun(path: Path, out: Path) -> Iterator[subprocess.Popen[bytes]]:
             os.killpg(run.pid, signal.SIGKILL)
 
 
-@pytest.mark.promise("SIGTERM, SIGHUP or Ctrl-C to torchrun saves; resumed, the run is bit-equal")
+@pytest.mark.promise("A signal to torchrun, or to mpp with devices=2, saves; resumed, the run is bit-equal")
 @pytest.mark.parametrize(
-    "how",
+    ("launcher", "number", "to_group", "code"),
     [
-        "SIGTERM to torchrun",
-        pytest.param("SIGHUP to torchrun", marks=pytest.mark.exhaustive),
-        "SIGINT to the group",
+        ("torchrun", signal.SIGTERM, False, 1),  # torchrun's own code after a signal
+        pytest.param("torchrun", signal.SIGHUP, False, 1, marks=pytest.mark.exhaustive),
+        pytest.param("torchrun", signal.SIGINT, True, 1, marks=pytest.mark.exhaustive),
+        pytest.param("devices=2", signal.SIGTERM, False, 143, marks=pytest.mark.exhaustive),
+        pytest.param("devices=2", signal.SIGUSR1, False, 138, marks=pytest.mark.exhaustive),
+        ("devices=2", signal.SIGINT, True, 130),
     ],
 )
-def test_under_torchrun(how: str, bench: Bench) -> None:
+def test_under_a_launcher(launcher: str, number: signal.Signals, to_group: bool, code: int, bench: Bench) -> None:
     path, out = bench.recipe("pretrain", **LONG), bench.folder / "run"
-    with under_torchrun(path, out) as run:
-        if how == "SIGINT to the group":
-            os.killpg(run.pid, signal.SIGINT)
-        else:
-            run.send_signal(signal.SIGTERM if how == "SIGTERM to torchrun" else signal.SIGHUP)
-        assert run.wait(30) == 1, "expected torchrun's own code after a signal"
+    with under(launcher, path, out) as run:
+        (os.killpg if to_group else os.kill)(run.pid, number)
+        assert run.wait(30) == code, bench.log.read_text()
     assert status(out)["state"] == "stopped", bench.log.read_text()
     (saved,) = checkpoints_in(out / "checkpoints")
     assert status(out)["step"] == int(saved.name[5:])
     bench.goes_on("pretrain", path, **LONG)
 
 
-@pytest.mark.promise("kill -9 of a rank under torchrun is named by the other; resumed, the run is bit-equal")
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
-def test_killed_under_torchrun(victim: int, bench: Bench) -> None:
+@pytest.mark.promise("kill -9 of a launched rank is named by the other; resumed, the run is bit-equal")
+@pytest.mark.parametrize(
+    ("launcher", "victim", "codes"),
+    [
+        pytest.param("torchrun", 0, {1}, marks=pytest.mark.exhaustive),
+        pytest.param("torchrun", 1, {1}, marks=pytest.mark.exhaustive),
+        ("devices=2", 1, {137, 2}),  # of whichever ended first: the killed one, or the one that names it
+    ],
+)
+def test_killed_under_a_launcher(launcher: str, victim: int, codes: set[int], bench: Bench) -> None:
     path, out = bench.recipe("pretrain", **{"optim.steps": 150}), bench.folder / "run"
-    with under_torchrun(path, out) as run:
+    with under(launcher, path, out) as run:
         killed = next(
             pid for pid in children(run.pid) if f"\0RANK={victim}\0" in Path(f"/proc/{pid}/environ").read_text()
         )
         os.kill(killed, signal.SIGKILL)
-        assert run.wait(60) == 1
+        assert run.wait(60) in codes
     bench.count("kills", 1)
     assert f"process {victim} (pid {killed} on " in bench.log.read_text(), bench.log.read_text()
     assert status(out)["state"] == ("failed" if victim else "running"), "process 0 writes the status"

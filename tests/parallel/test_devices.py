@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import mpp
-from mpp.parallel.devices import advise_on_cpu, cores_in_use, prefer_channels_last
+from mpp.errors import UserError
+from mpp.parallel.devices import advise_on_cpu, choose_device, cores_in_use, prefer_channels_last
 from tests.conftest import pretrain_recipe
 
 
@@ -58,6 +59,35 @@ def test_the_faster_precision_is_named(
     advice = advise_on_cpu(precision, processes=2)
     assert len(advice) == (said is not None)
     assert said is None or said in advice[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "kind"),
+    [("auto", 0, "cpu"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda"), ("cuda:1", 2, "cuda")],
+)
+def test_the_chosen_device(device: str, gpus: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    assert choose_device(device) == kind
+    assert current == ([1] if device == "cuda:1" else [])
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("cuda", 0, "device: cuda: no CUDA device was found here"),
+        ("cuda:2", 2, "device: cuda:2: this machine has 2, from cuda:0 to cuda:1"),
+        ("mps", 0, "device: mps: torch finds no Apple GPU here"),
+    ],
+)
+def test_devices_that_are_not_there(device: str, gpus: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        choose_device(device)
 
 
 def test_how_busy_the_cores_are_is_said_of_a_run_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
