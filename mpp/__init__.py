@@ -24,6 +24,7 @@ from mpp.runs.records import check_new, encoder_folder
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpp.data.near_duplicates import NearDuplicates
     from mpp.embedding.embed import Embedded
     from mpp.evaluation.result import EvaluateResult
     from mpp.exchange.import_weights import Imported
@@ -209,8 +210,7 @@ def embed(
     Raises:
         UserError: If something is wrong that the user can correct.
     """
-    places = [os.fspath(place) for place in ([images] if isinstance(images, str | Path) else images)]
-    require_existing(*(place for place in places if not any(mark in place for mark in ("://", *"*?{["))))
+    places = _places(images)
     from mpp.embedding import embed as embedding
 
     return embedding.embed(
@@ -223,6 +223,48 @@ def embed(
         workers=workers,
         precision=precision,
     )
+
+
+def duplicates(
+    images: Sequence[str],
+    against: Sequence[str] = (),
+    *,
+    similarity: float | None = None,
+    picture: str | Path | None = None,
+    workers: int = 0,
+) -> NearDuplicates:
+    """Find images that show the same picture: encoded again, resized, slightly cropped, brighter or darker.
+
+    Args:
+        images: Shards, image files or folders of images.
+        against: Other images, in the same form. If there are some, `images` are compared with these only.
+        similarity: Least similarity of a pair, at most 1. None means 0.87.
+        picture: PNG to write, with the least similar of the pairs. None means none.
+        workers: Number of processes that read images. 0 means that this process reads.
+
+    Returns:
+        The pairs, the most similar first.
+
+    Raises:
+        UserError: If something is wrong that the user can correct.
+    """
+    places, others = _places(images), _places(against)
+    from mpp.data import near_duplicates as search
+
+    return search.near_duplicates(
+        places,
+        others,
+        similarity=search.LIMIT if similarity is None else similarity,
+        picture=None if picture is None else Path(picture),
+        workers=workers,
+    )
+
+
+def _places(images: Sequence[str]) -> list[str]:
+    """Return places as strings, after a check that those without patterns exist."""
+    places = [os.fspath(place) for place in ([images] if isinstance(images, str | Path) else images)]
+    require_existing(*(place for place in places if not any(mark in place for mark in ("://", *"*?{["))))
+    return places
 
 
 def inspect(

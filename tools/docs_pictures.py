@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 from skimage import data
 
 import mpp
@@ -74,10 +74,26 @@ def write_crops(folder: Path, trained: int) -> None:
                 square.save(folder / part / f"{name}-{i:04d}.png")
 
 
+def draw_duplicates(crops: Path, out: Path) -> None:
+    """Draw the least similar near duplicates among crops of photographs and altered copies of some of them."""
+    altered = crops / "altered"
+    altered.mkdir(exist_ok=True)
+    margin = round(0.025 * CROP_PX)
+    for i, path in enumerate(sorted((crops / "shown").glob("*-000[0-3].png"))):
+        image = Image.open(path)
+        smaller = image.resize((CROP_PX * 3 // 4, CROP_PX * 3 // 4), Image.Resampling.LANCZOS)
+        cropped = image.crop((margin, margin, CROP_PX - margin, CROP_PX - margin))
+        brighter = ImageEnhance.Brightness(image).enhance(1.2)
+        copy = (image, smaller, cropped, brighter)[i % 4]
+        copy.save(altered / f"{path.stem}.jpg", quality=50 if i % 4 == 0 else 90)
+    mpp.duplicates([str(altered)], [str(crops / "shown")], picture=out / "duplicates.png")
+
+
 def draw(run: Path, crops: Path, out: Path) -> None:
     """Draw every picture of a finished run into a folder."""
     shown = [str(crops / "shown" / f"{name}.png") for name in IN_README]
     reconstruct(run, shown, out / "hero.png")
+    draw_duplicates(crops, out)
     reconstruct(run, [], out / "reconstructions.png")
     mpp.inspect(run, [str(crops / "shown")], images=SHOWN * len(PHOTOGRAPHS))
     for view in VIEWS:

@@ -135,7 +135,7 @@ class Main(Commands):
     """The command `mpp`, whose help shows the commands in groups, in the order of their use."""
 
     GROUPS: ClassVar = {
-        "Data": ("pack", "index"),
+        "Data": ("pack", "index", "duplicates"),
         "Train": ("plan", "pretrain", "finetune"),
         "Evaluate": ("evaluate", "embed", "predict", "inspect", "reconstruct"),
         "Monitor": ("runs", "watch", "report"),

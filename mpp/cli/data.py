@@ -1,4 +1,4 @@
-"""Commands that prepare images: pack, index."""
+"""Commands that prepare images: pack, index, duplicates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from mpp.cli.app import JSON, OUT, main, one_out, to_json
+from mpp.cli.app import JSON, LOADING, OUT, ask_for_patience, main, one_out, progress_aside, to_json
 from mpp.errors import UserError, without_secrets
 from mpp.recipe.flat import JsonObject
 
@@ -171,3 +171,66 @@ def index(shards: tuple[str, ...], cache_dir: str | None, image_extension: str |
         click.echo(left_out)
     if faults:
         raise UserError("\n".join(faults))
+
+
+SHOWN_PAIRS = 20
+"""Most pairs that are printed."""
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True)
+@click.option("--against", multiple=True, metavar="PLACE", help="Compare with these images only. May be repeated.")
+@click.option("-o", "--out", default=None, metavar="FILE", help="Write all pairs to this CSV file.")
+@click.option("--picture", default=None, metavar="FILE", help="Draw the least similar of the pairs (.png).")
+@click.option(
+    "--similarity",
+    default=0.87,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True, max=1),
+    help="Least similarity of a pair.",
+)
+@click.option("--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Processes that read images.")
+@JSON
+def duplicates(
+    images: tuple[str, ...],
+    against: tuple[str, ...],
+    out: str | None,
+    picture: str | None,
+    similarity: float,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """Find images that are nearly the same
+
+    Find pairs of IMAGES (shards, files or folders) that show the same picture: encoded again, resized, slightly
+    cropped, brighter or darker. With --against, find validation images that are among training images.
+
+    \b
+    mpp duplicates photos --out pairs.csv
+    mpp duplicates labeled/val --against labeled/train
+    """
+    import csv
+
+    import mpp
+
+    ask_for_patience(LOADING)
+    with progress_aside(as_json):
+        found = mpp.duplicates(images, against, similarity=similarity, picture=picture, workers=workers)
+    for line in found.unreadable:
+        click.echo(f"unreadable: {line}".encode("utf-8", "backslashreplace").decode(), err=True)
+    if out is not None:
+        with open(out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows([("similarity", "image", "other"), *found.pairs])
+    if as_json:
+        pairs = [pair._asdict() for pair in found.pairs]
+        rest = {"images": found.images, "others": found.others, "unreadable": found.unreadable}
+        return click.echo(to_json({"pairs": pairs, **rest}))
+    for pair in found.pairs[:SHOWN_PAIRS]:
+        click.echo(f"{pair.similarity:.4f}  {pair.image}  {pair.other}".encode("utf-8", "backslashreplace").decode())
+    if len(found.pairs) > SHOWN_PAIRS:
+        click.echo(f"… and {len(found.pairs) - SHOWN_PAIRS:,} more" + ("" if out else "; --out writes all"))
+    alike = len({pair.image for pair in found.pairs})
+    if found.others is None:
+        click.echo(f"{len(found.pairs):,} pairs among {found.images:,} images")
+    else:
+        click.echo(f"{alike:,} of {found.images:,} images have a near duplicate among {found.others:,} others")

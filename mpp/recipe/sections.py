@@ -265,8 +265,8 @@ class Job(Section):
     """auto: bf16 autocast on CUDA devices that support it, else fp32. tf32: fp32 with 10-bit mantissas in matrix
     products, on CUDA devices that support it."""
     device: Device = "auto"
-    """Where to compute: auto (CUDA where there is a device, else the CPU), cpu, cuda, cuda:1 (the second GPU), or mps for
-    Apple's GPUs, which nobody has tried."""
+    """Where to compute: auto (CUDA where there is a device, else the CPU), cpu, cuda, cuda:1 (the second GPU), or mps
+    for Apple's GPUs, which nobody has tried."""
     presets: dict[str, JsonObject] = {}
     """Named sets of overrides, for example tiny: {optim.steps: 3}. `--preset tiny` applies one. Older recipes call this
     key scales."""
