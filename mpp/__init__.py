@@ -227,7 +227,8 @@ def embed(
 
 def duplicates(
     images: Sequence[str],
-    against: Sequence[str] = (),
+    against: Sequence[str] | None = None,
+    out: str | Path | None = None,
     *,
     similarity: float | None = None,
     picture: str | Path | None = None,
@@ -237,9 +238,10 @@ def duplicates(
 
     Args:
         images: Shards, image files or folders of images.
-        against: Other images, in the same form. If there are some, `images` are compared with these only.
+        against: Other images, in the same form, with which `images` are compared. None: with each other.
+        out: CSV file for the pairs. None means that none is written.
         similarity: Least similarity of a pair, at most 1. None means 0.87.
-        picture: PNG to write, with the least similar of the pairs. None means none.
+        picture: PNG for the least similar of the pairs. None means that none is drawn.
         workers: Number of processes that read images. 0 means that this process reads.
 
     Returns:
@@ -248,12 +250,13 @@ def duplicates(
     Raises:
         UserError: If something is wrong that the user can correct.
     """
-    places, others = _places(images), _places(against)
+    places, others = _places(images), None if against is None else _places(against)
     from mpp.data import near_duplicates as search
 
     return search.near_duplicates(
         places,
         others,
+        out=None if out is None else Path(out),
         similarity=search.LIMIT if similarity is None else similarity,
         picture=None if picture is None else Path(picture),
         workers=workers,
@@ -334,7 +337,7 @@ def replay(run: str | Path, step: int | None = None) -> Replayed:
 def plan(
     recipe: str | Path | Mapping[str, object] | PretrainRecipe,
     *,
-    devices: int = 1,
+    devices: int | None = None,
     device: str | None = None,
     mfu: float | None = None,
     images: int | None = None,
@@ -345,7 +348,7 @@ def plan(
 
     Args:
         recipe: A file, a mapping of recipe keys, or a checked recipe.
-        devices: Number of devices.
+        devices: Number of devices. None means the recipe's.
         device: a100, h100, h200, l40s, a10, rtx4090, or "cpu" for this machine, whose steps are timed. None means the
             device of this machine.
         mfu: Fraction of a device's peak that training reaches. None means 0.3 (a guess); on a CPU, what timed steps
@@ -363,7 +366,9 @@ def plan(
     checked_recipe = checked(recipe, PretrainRecipe, overrides, preset)
     from mpp.planning import plan as planning
 
-    return planning.plan(checked_recipe, devices=devices, device=device, mfu=mfu, images=images)
+    return planning.plan(
+        checked_recipe, devices=devices or checked_recipe.devices, device=device, mfu=mfu, images=images
+    )
 
 
 def export(run: str | Path, out: str | Path, format: str = "timm") -> Verified:
@@ -470,6 +475,7 @@ __all__ = [
     "BadImage",
     "MppWarning",
     "UserError",
+    "duplicates",
     "embed",
     "evaluate",
     "export",

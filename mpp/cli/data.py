@@ -9,7 +9,7 @@ import sys
 import click
 
 from mpp.cli.app import JSON, LOADING, OUT, ask_for_patience, main, one_out, progress_aside, to_json
-from mpp.errors import UserError, without_secrets
+from mpp.errors import UserError, printable, without_secrets
 from mpp.recipe.flat import JsonObject
 
 
@@ -209,28 +209,33 @@ def duplicates(
     mpp duplicates photos --out pairs.csv
     mpp duplicates labeled/val --against labeled/train
     """
-    import csv
-
     import mpp
 
     ask_for_patience(LOADING)
     with progress_aside(as_json):
-        found = mpp.duplicates(images, against, similarity=similarity, picture=picture, workers=workers)
+        found = mpp.duplicates(images, against or None, out, similarity=similarity, picture=picture, workers=workers)
     for line in found.unreadable:
-        click.echo(f"unreadable: {line}".encode("utf-8", "backslashreplace").decode(), err=True)
-    if out is not None:
-        with open(out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([("similarity", "image", "other"), *found.pairs])
+        click.echo(_encodable(f"unreadable: {line}"), err=True)
     if as_json:
         pairs = [pair._asdict() for pair in found.pairs]
         rest = {"images": found.images, "others": found.others, "unreadable": found.unreadable}
         return click.echo(to_json({"pairs": pairs, **rest}))
     for pair in found.pairs[:SHOWN_PAIRS]:
-        click.echo(f"{pair.similarity:.4f}  {pair.image}  {pair.other}".encode("utf-8", "backslashreplace").decode())
+        click.echo(_encodable(f"{pair.similarity:.4f}  {pair.image}  {pair.other}"))
     if len(found.pairs) > SHOWN_PAIRS:
         click.echo(f"… and {len(found.pairs) - SHOWN_PAIRS:,} more" + ("" if out else "; --out writes all"))
-    alike = len({pair.image for pair in found.pairs})
+    pairs_found = f"{len(found.pairs):,} pair" + ("" if len(found.pairs) == 1 else "s")
     if found.others is None:
-        click.echo(f"{len(found.pairs):,} pairs among {found.images:,} images")
+        click.echo(f"{pairs_found} among {found.images:,} images")
     else:
+        alike = len({pair.image for pair in found.pairs})
         click.echo(f"{alike:,} of {found.images:,} images have a near duplicate among {found.others:,} others")
+    if out is not None:
+        click.echo(f"  pairs    {out}")
+    if picture is not None:
+        click.echo(f"  picture  {picture}" if found.pairs else "  no picture: there are no pairs")
+
+
+def _encodable(line: str) -> str:
+    """Return a line with names of files in it, which may hold any bytes, as a terminal can show it."""
+    return printable(line.encode("utf-8", "backslashreplace").decode())

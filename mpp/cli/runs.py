@@ -82,7 +82,7 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
     from mpp.runs.listing import runs_to_watch
     from mpp.runs.watch import record, standing
 
-    runs = runs_to_watch(runs)
+    runs = runs_to_watch(runs, none_is_wrong=not as_json)
     if as_json:
         if every is not None:
             raise UserError("--json cannot be combined with --every")
@@ -99,7 +99,12 @@ def watch(runs: tuple[str, ...], every: float | None, as_json: bool) -> None:
 
 @main.command("runs")
 @click.argument("folder", default="runs")
-@click.option("--sort", default=None, metavar="METRIC", help="Sort by a metric, the best first. Default: by time.")
+@click.option(
+    "--sort",
+    default=None,
+    metavar="METRIC",
+    help="Sort by a metric, the highest first, but the lowest loss. Default: by time.",
+)
 @JSON
 def list_runs(folder: str, sort: str | None, as_json: bool) -> None:
     """List and compare runs

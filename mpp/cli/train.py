@@ -33,6 +33,8 @@ def _how_to_begin(resume: str, overwrite: bool) -> str:
     """Return the value of `resume` for the options --resume and --overwrite."""
     if overwrite and resume != "never":
         raise UserError("--overwrite cannot be combined with --resume")
+    if resume == "overwrite":
+        raise UserError("--resume overwrite: write --overwrite instead")
     return "overwrite" if overwrite else resume
 
 
@@ -41,11 +43,18 @@ def _start_processes(recipe: Run) -> None:
 
     Nothing happens if that is one, or if a launcher has started this process.
     """
-    if recipe.devices == 1 or any(os.environ.get(name) for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE")):
+    if recipe.devices == 1:
         return
-    from mpp.parallel.processes import launch
+    from mpp.parallel.launch import is_launched
+    from mpp.parallel.processes import launch, stop_with_launcher
+    from mpp.runs.records import read_status
 
-    sys.exit(launch(sys.argv[1:], processes=recipe.devices, device=recipe.device))
+    if is_launched(os.environ):
+        return stop_with_launcher()
+    code = launch(sys.argv[1:], processes=recipe.devices, device=recipe.device)
+    if code > 128:  # after a signal, the run may still have failed to save, or have reached its end
+        code = {"failed": 2, "finished": 0}.get(read_status(Path(recipe.out)), code)
+    sys.exit(code)
 
 
 def _with_out(pairs: tuple[str, ...], out: str | None) -> dict[str, object]:
@@ -166,7 +175,9 @@ def pretrain(
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @PRESET
-@click.option("--devices", default=1, show_default=True, type=click.IntRange(min=1), help="Number of devices.")
+@click.option(
+    "--devices", default=None, type=click.IntRange(min=1), help="Number of devices. Default: the recipe's, or 1."
+)
 @click.option(
     "--device",
     default=None,
@@ -186,7 +197,7 @@ def plan(
     recipe: str,
     overrides: tuple[str, ...],
     preset: str | None,
-    devices: int,
+    devices: int | None,
     device: str | None,
     mfu: float | None,
     images: int | None,
@@ -203,6 +214,9 @@ def plan(
     from mpp.recipe.overrides import parse_overrides
 
     given = parse_overrides(overrides)
+    for key in ("devices", "device"):
+        if key in given:
+            raise UserError(f"command line: {key}: here it is an option, --{key} {given[key]}")
     if images is not None:
         given = {"data.shards": "not opened"} | given
     ask_for_patience(LOADING)

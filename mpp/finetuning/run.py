@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from mpp.finetuning.setup import prepare_trial
 from mpp.finetuning.trial import RESULT, Trial, TrialResult, read_result, read_unread_classes, trials_of
 from mpp.finetuning.unlabeled import open_unlabeled
 from mpp.parallel.devices import advise_on_cpu
+from mpp.parallel.launch import check_devices
 from mpp.parallel.liveness import Watch
 from mpp.parallel.signals import StopRequest
 from mpp.parallel.team import start_team
@@ -122,6 +124,7 @@ def prepare(recipe: FinetuneRecipe, resume: str, until_the_end: ExitStack) -> Ru
         UserError: If something is wrong that the user can correct.
     """
     out = Path(recipe.out)
+    check_devices(recipe.devices, os.environ)
     team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s, device=recipe.device)
     stop_request = until_the_end.enter_context(StopRequest())
     watch = until_the_end.enter_context(Watch(team.rank, team.world, out, hang_timeout_s=recipe.hang_timeout_s))

@@ -105,7 +105,7 @@ LossOf = Callable[[nonfinite.Share, int, JsonObject], Tensor]
 
 def _pretraining(run: Path) -> tuple[nn.Module, nn.Module | None, LossOf]:
     recipe = load_recipe(run / RECIPE, PretrainRecipe)
-    team = start_team(recipe.precision)
+    team = start_team(recipe.precision, device=recipe.device)
     model, _ = build_model(recipe)
     model.to(team.device)
 
@@ -122,7 +122,7 @@ def _pretraining(run: Path) -> tuple[nn.Module, nn.Module | None, LossOf]:
 def _finetuning(trial: Path, share: nonfinite.Share) -> tuple[nn.Module, nn.Module | None, LossOf]:
     record = share.record
     recipe = recipe_of_approach(load_recipe(trial.parent / RECIPE, FinetuneRecipe), record["approach"])
-    team = start_team(recipe.precision)
+    team = start_team(recipe.precision, device=recipe.device)
     model = build(recipe, record["approach"], record["seed"], len(record["classes"]))
     if recipe.lora:
         lora.add(model.encoder, **recipe.lora.model_dump())

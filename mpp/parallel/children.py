@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 
 LOOK_S = 0.2
 
@@ -17,10 +18,20 @@ def end_with(parent: int) -> None:
     Args:
         parent: pid of the parent.
     """
+    watch_parent(parent, lambda: os._exit(1))
+
+
+def watch_parent(parent: int, act: Callable[[], None]) -> None:
+    """Call a function in a thread of this process as soon as its parent is gone.
+
+    Args:
+        parent: pid of the parent.
+        act: Function without arguments.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(LOOK_S)
-        os._exit(1)
+        act()
 
     threading.Thread(target=watch, daemon=True).start()

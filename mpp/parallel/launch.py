@@ -16,6 +16,24 @@ LAUNCHERS = (*COUNTS, "MASTER_ADDR", "ACCELERATE_", "OMPI_COMM_WORLD_", "PMI_", 
 """Prefixes of the variables that Accelerate reads."""
 
 
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Return whether a launcher started this process."""
+    sizes = (environment.get(name, "") for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    return bool(environment.get("LOCAL_RANK")) or any(size.isdigit() and int(size) > 1 for size in sizes)
+
+
+def check_devices(devices: int, environment: Mapping[str, str]) -> None:
+    """Check that this is one of several processes if a recipe asks for several devices.
+
+    Raises:
+        UserError: If a recipe with several devices runs in Python. Only the command starts processes.
+    """
+    if devices > 1 and not is_launched(environment):
+        raise UserError(
+            f"devices: {devices}: Python runs in one process; use the command `mpp`, or start Python by torchrun"
+        )
+
+
 def is_set(variable: str) -> bool:
     """Return whether a boolean variable of a launcher is on.
 

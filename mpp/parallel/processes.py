@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 
+import psutil
 import torch
 
 from mpp.errors import UserError
+from mpp.parallel.children import watch_parent
 from mpp.parallel.devices import cores
 from mpp.parallel.signals import ending_signals
 
+LAUNCHER = "MPP_LAUNCHER_PID"
+"""Variable that tells the processes the pid of their launcher."""
 SAVE_WITHIN_S = 300
 """Seconds that processes have to finish a step and save, after a signal and before they are killed (a guess)."""
 
@@ -35,7 +41,7 @@ def launch(words: Sequence[str], *, processes: int, device: str) -> int:
         UserError: If the machine has fewer devices.
     """
     _check_count(processes, device)
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -43,6 +49,8 @@ def launch(words: Sequence[str], *, processes: int, device: str) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes) if device == "cpu" else 1))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_WITHIN_S))
     logging.disable(logging.ERROR)  # the processes report what is wrong; the launcher would repeat it in twenty lines
+    os.environ[LAUNCHER] = str(os.getpid())
+    logs = tempfile.mkdtemp()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -52,6 +60,7 @@ def launch(words: Sequence[str], *, processes: int, device: str) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
         signals_to_handle=",".join(s.name for s in (*ending_signals(), signal.SIGQUIT)),
     )
     try:
@@ -61,7 +70,17 @@ def launch(words: Sequence[str], *, processes: int, device: str) -> int:
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # a process that a signal killed
+    finally:
+        for child in psutil.Process().children(recursive=True):  # after a third Ctrl-C torch leaves them behind
+            child.kill()
+        shutil.rmtree(logs, ignore_errors=True)
     return 0
+
+
+def stop_with_launcher() -> None:
+    """Let this process save and stop if `launch` started it and the launcher is gone."""
+    if launcher := os.environ.get(LAUNCHER):
+        watch_parent(int(launcher), lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def _check_count(processes: int, device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from mpp.objective.build import build_mask, build_model
 from mpp.objective.interfaces import Mask
 from mpp.objective.model import MaskedPatchModel
 from mpp.parallel.devices import advise_on_cpu, compile_forward, prefer_channels_last
+from mpp.parallel.launch import check_devices
 from mpp.parallel.liveness import Watch
 from mpp.parallel.sharding import M, Whole, shard
 from mpp.parallel.signals import StopRequest
@@ -71,6 +73,7 @@ def prepare(recipe: PretrainRecipe, resume: str, until_the_end: ExitStack) -> Pr
     Raises:
         UserError: If something is wrong that the user can correct.
     """
+    check_devices(recipe.devices, os.environ)
     team = start_team(recipe.precision, recipe.trackers, recipe.hang_timeout_s, device=recipe.device)
     stop_request = until_the_end.enter_context(StopRequest())
     watch = until_the_end.enter_context(

@@ -24,5 +24,5 @@ def flat_keys(value: JsonMapping, prefix: str = "") -> JsonObject:
         if isinstance(inner, dict) and inner:
             flat.update(flat_keys(inner, f"{prefix}{key}."))
         else:
-            flat[prefix + key] = inner
+            flat[f"{prefix}{key}"] = inner
     return flat

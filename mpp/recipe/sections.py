@@ -212,8 +212,8 @@ class Optim(Section):
     name: Literal["adamw", "sgd", "muon"] = "adamw"
     """adamw, or sgd with Nesterov momentum of 0.9. SGD needs a higher base_lr (0.2) and a lower weight_decay (1e-3),
     which it adds to the gradient. Convolutional networks learn better with it from scratch. muon (Jordan et al. 2024)
-    takes AdamW's rates. It orthogonalises the updates of the matrices in the encoder's blocks, which makes steps of
-    small models a tenth to a quarter longer."""
+    takes AdamW's rates. It orthogonalises the updates of the matrices in the encoder's blocks, in fp32 on CPUs and in
+    bf16 elsewhere, which makes steps of small models a tenth to a quarter longer."""
     base_lr: PositiveFloat = 1.5e-4
     """Learning rate for a batch of 256 images, multiplied by global_batch_size / 256 (Goyal et al. 2017). MAE:
     1.5e-4."""

@@ -19,7 +19,7 @@ from mpp.recipe.loading import load_recipe
 from mpp.recipe.resume import asks_for_longer, differences, length_of
 from mpp.recipe.sections import Job
 from mpp.runs import checkpoint
-from mpp.runs.records import RECIPE, checkpoints_in, is_checkpoint, read_status
+from mpp.runs.records import RECIPE, checkpoints_in, is_checkpoint, read_status, write_status
 
 DATA = "data.json"
 LOCK = ".lock"
@@ -60,8 +60,8 @@ def opened(team: Team, recipe: Job, resume: str, *, fingerprint: str) -> Iterato
         nonlocal lock
         out, begin = Path(recipe.out), resume
         if resume == "overwrite":
-            if (out / RECIPE).exists():
-                _check_nothing_needed(recipe)
+            if out.is_dir() and any(out.iterdir()):
+                _check_may_be_deleted(out, recipe)
                 lock = Lock(out)
                 _delete_run(out)
             begin = "never"
@@ -132,30 +132,46 @@ def _said(holder: bytes) -> str:
         return "another process"
 
 
-def _check_nothing_needed(recipe: Job) -> None:
-    """Check that the recipe reads no file of the run that is about to be deleted.
+def _check_may_be_deleted(out: Path, recipe: Job) -> None:
+    """Check that a folder is that of one run, and that the new run reads nothing in it.
 
     Raises:
-        UserError: If it does.
+        UserError: If it is not, or does.
     """
-    out = Path(recipe.out).resolve()
+    if not (out / RECIPE).exists() or not read_status(out):
+        raise UserError(f"--overwrite: {out} is not a run folder ({RECIPE} with status.json); give another folder")
+    for nested in sorted(path.parent for path in out.rglob("status.json")):
+        if nested not in (out, out / "evaluation") and (nested / RECIPE).exists():
+            raise UserError(f"--overwrite: {out} also holds the run {nested}; move it first")
     for key, value in settings_of(recipe).items():
         for place in value if isinstance(value, list | tuple) else [value]:
-            if key != "out" and isinstance(place, str) and Path(place).resolve().is_relative_to(out):
-                raise UserError(f"--overwrite: {key}: {place} is in {recipe.out}, which would be deleted; change out")
+            if key == "out" or not isinstance(place, str) or not os.path.lexists(place):
+                continue
+            # Both the link and what it points to are needed.
+            for path, folder in ((Path(place).absolute(), out.absolute()), (Path(place).resolve(), out.resolve())):
+                if path.is_relative_to(folder):
+                    raise UserError(f"--overwrite: {key}: {place} is in {out}, which would be deleted; change out")
 
 
 def _delete_run(out: Path) -> None:
-    """Delete everything in a run folder but its lock: the encoder first, the recipe last.
+    """Delete everything in a run folder but its lock.
 
-    If this is interrupted, the folder still counts as that of a run, and not as that of a finished one.
+    The status says "failed" from the beginning, and is deleted last with the recipe. So if this is interrupted, the
+    folder counts neither as that of a finished run nor as that of none.
+
+    Raises:
+        UserError: If something cannot be deleted.
     """
-    order = {"encoder": 0, RECIPE: 2}
-    for path in sorted(out.iterdir(), key=lambda path: order.get(path.name, 1)):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+    try:
+        write_status(out, "failed", why="the run was being deleted by --overwrite")
+        last = {name: 1 + i for i, name in enumerate((DATA, "status.json", RECIPE))}
+        for path in sorted(out.iterdir(), key=lambda path: last.get(path.name, 0)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"--overwrite: {error.filename or out}: {error.strerror}") from error
 
 
 def find_run(recipe: Job, resume: str, *, fingerprint: str) -> OpenRun:

@@ -211,4 +211,10 @@ def settings_that_differ(runs: list[History]) -> list[tuple[str, list[str]]]:
 
 
 def _shown(value: object) -> str:
-    return MISSING if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return (
+        MISSING
+        if value is None
+        else json.dumps(value, ensure_ascii=False, default=str)
+        if not isinstance(value, str)
+        else value
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from mpp.errors import UserError
+from mpp.errors import UserError, printable
 from mpp.recipe.flat import JsonObject
 from mpp.runs.history import MISSING, History, read_run, settings_that_differ
 from mpp.runs.records import RECIPE
@@ -16,6 +18,10 @@ from mpp.runs.watch import count_trials, going_on
 
 PARTS = ("checkpoints", "encoder", "reconstructions", "inspect")
 """Folders inside runs that hold no runs of their own."""
+ODD = (UserError, TypeError, ValueError, AttributeError, KeyError, IndexError, OverflowError, RecursionError)
+"""Errors of reading a run whose files were written by hand, or by something else."""
+LOW_IS_GOOD = ("loss", "cpu_minutes", "gpu_minutes", "data_wait", "grad_norm", "skipped_images", "ece", "lr")
+"""Metrics whose lowest value comes first. Losses of single targets are named loss_TARGET."""
 SHOWN = {
     "pretrain": ("skill", "loss", "probe_accuracy"),
     "finetune": ("accuracy", "miou", "map50", "scratch", "cnn", "published", "gain"),
@@ -34,22 +40,27 @@ def find_runs(folder: str | Path) -> list[History]:
     """
     runs = []
     for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in PARTS and not name.startswith("."))
-        if RECIPE in files and ("status.json" in files or "env.json" in files):
-            try:
-                runs.append(read_run(path))
-            except UserError:
-                continue
+        is_run = RECIPE in files and ("status.json" in files or "env.json" in files)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not (is_run and name in PARTS))
+        if is_run:
+            with suppress(*ODD):
+                run = read_run(path)
+                _row(run)  # a run that cannot be shown is left out as well
+                runs.append(run)
     if not runs:
         raise UserError(f"{folder}: no run in this folder or below; give the folder that holds run folders")
     return sorted(runs, key=_last_written, reverse=True)
 
 
-def runs_to_watch(folders: Sequence[str]) -> tuple[str, ...]:
+def runs_to_watch(folders: Sequence[str], *, none_is_wrong: bool = True) -> tuple[str, ...]:
     """Replace each folder that only holds runs by its runs in progress.
 
+    Args:
+        folders: Folders of runs, or folders that hold such.
+        none_is_wrong: Whether it is an error if no run in such a folder is in progress.
+
     Raises:
-        UserError: If none of the runs in such a folder is in progress.
+        UserError: If none of them is in progress, and that is wrong.
     """
     chosen: list[str] = []
     for folder in folders:
@@ -58,7 +69,7 @@ def runs_to_watch(folders: Sequence[str]) -> tuple[str, ...]:
             continue
         runs = find_runs(folder)
         going = [str(run.folder) for run in runs if going_on(run, time.time())]
-        if not going:
+        if not going and none_is_wrong:
             raise UserError(f"{folder}: none of its {len(runs)} runs is in progress; `mpp runs {folder}` lists them")
         chosen += going
     return tuple(chosen)
@@ -69,34 +80,34 @@ def rows_of(runs: list[History], sort: str | None = None) -> list[JsonObject]:
 
     Args:
         runs: Runs of `find_runs`.
-        sort: Metric to sort by, the best first. Of losses the lowest is best, of other metrics the highest. None keeps
-            the order. Runs without the metric come last.
+        sort: Metric to sort by, the highest first, but the lowest of losses, times and others for which low is good.
+            None keeps the order. Runs without the metric come last.
 
     Raises:
         UserError: If no run has the metric.
     """
     changed = _changed_settings(runs)
-    rows: list[JsonObject] = [
-        {
-            "run": str(run.folder),
-            "job": run.job,
-            "state": str(run.status.get("state", "not begun")),
-            "going_on": going_on(run, time.time()),
-            "progress": _progress(run),
-            "written": _last_written(run),
-            "metrics": metrics_of(run),
-            "changed": settings,
-        }
-        for run, settings in zip(runs, changed, strict=True)
-    ]
+    rows = [_row(run) | {"changed": settings} for run, settings in zip(runs, changed, strict=True)]
     if sort is None:
         return rows
     if known := sorted({name for row in rows for name in row["metrics"]} - {sort}):
         known = [f"these runs have {', '.join(known)}"]
     if not any(sort in row["metrics"] for row in rows):
         raise UserError("; ".join([f"--sort {sort}: no run has this metric", *known]))
-    sign = 1 if sort.rpartition("_")[2] == "loss" else -1
+    sign = 1 if sort in LOW_IS_GOOD or sort.startswith("loss_") else -1
     return sorted(rows, key=lambda row: sign * row["metrics"][sort] if sort in row["metrics"] else float("inf"))
+
+
+def _row(run: History) -> JsonObject:
+    return {
+        "run": str(run.folder),
+        "job": run.job,
+        "state": str(run.status.get("state", "not begun")),
+        "going_on": going_on(run, time.time()),
+        "progress": _progress(run),
+        "written": _last_written(run),
+        "metrics": metrics_of(run),
+    }
 
 
 def metrics_of(run: History) -> dict[str, float]:
@@ -119,9 +130,9 @@ def metrics_of(run: History) -> dict[str, float]:
             found |= {verdict["metric"]: verdict["score"][main]["mean"]}
             found |= {approach: verdict["score"][approach]["mean"] for approach in baselines}
             found |= {"gain": verdict["gain"]["mean"]} if verdict["gain"] else {}
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError):
+    except ODD:
         pass  # a result of an earlier release, or one that was edited
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return {name: value for name, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def table(rows: list[JsonObject], sort: str | None = None) -> list[str]:
@@ -133,11 +144,12 @@ def table(rows: list[JsonObject], sort: str | None = None) -> list[str]:
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = []
     for row, line in zip(rows, cells, strict=True):
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        cells_of_line = (printable(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
+        lines.append("  ".join(cells_of_line).rstrip())
         if row["changed"]:
             shown = [f"{key}={value}" for key, value in row["changed"].items()][:CHANGED_KEYS]
             more = len(row["changed"]) - len(shown)
-            lines.append("    " + " ".join([*shown, *([f"and {more} more"] if more else [])]))
+            lines.append("    " + printable(" ".join([*shown, *([f"and {more} more"] if more else [])])))
     return lines
 
 

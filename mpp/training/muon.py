@@ -39,6 +39,11 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for of_weight in state.get("state", {}).values():  # earlier versions did not count the steps of Muon
+            of_weight.setdefault("step", torch.zeros(()))
+        super().__setstate__(state)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one update of all weights that have a gradient, and drop the gradients of those that Muon trains."""

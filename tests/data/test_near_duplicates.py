@@ -19,7 +19,7 @@ import mpp
 from mpp.cli.app import main
 from mpp.data import near_duplicates as search
 from mpp.data.near_duplicates import LIMIT, describe, find_pairs
-from mpp.errors import UserError
+from mpp.errors import MppWarning
 from tests.conftest import ROOT
 
 ARCHIVE = ROOT.parent / "shared" / "data" / "photos64.tar.gz"
@@ -100,6 +100,35 @@ def test_the_descriptor_keeps_shape_and_colour_but_not_brightness_and_contrast()
     assert similarity[2] < LIMIT
     assert similarity[3] < LIMIT
     assert similarity[4] == 0, "images without a pattern are not alike"
+    nearly_blank = torch.full((2, 3, 64, 64), 100, dtype=torch.uint8)
+    nearly_blank[0, :, :8, :8] += 2
+    nearly_blank[1, :, 40:48, :8] += 2
+    assert not describe(nearly_blank).any()
+
+
+def test_copies_of_another_aspect_are_found(tmp_path: Path) -> None:
+    wide = [photo_like(i).resize((120, 64)) for i in range(4)]
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(wide):
+        image.save(tmp_path / "images" / f"{i}.png")
+        image.resize((32, 32)).save(tmp_path / "images" / f"{i}-square.png")
+    assert judged(tmp_path / "images", planted=4) == (1.0, 1.0)
+
+
+def test_no_image_is_its_own_duplicate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was given twice, by another path, or on both sides, is one image. Equal files are two."""
+    plant(tmp_path / "photos", map(photo_like, range(3)), copies_each=0)
+    (tmp_path / "photos" / "copy.jpg").write_bytes((tmp_path / "photos" / "1.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for given in (["photos"], ["photos", "./photos/1.jpg"]):
+        for similarity in (None, 1.0):
+            pairs = mpp.duplicates(given, similarity=similarity).pairs
+            assert {(Path(p.image).name, Path(p.other).name) for p in pairs} <= {
+                ("1.jpg", "copy.jpg"),
+                ("copy.jpg", "1.jpg"),
+            }
+            assert pairs
+    assert {Path(p.image).name for p in mpp.duplicates(["photos"], ["photos"]).pairs} == {"1.jpg", "copy.jpg"}
 
 
 @pytest.mark.parametrize("with_others", [False, True])
@@ -120,10 +149,15 @@ def test_pairs_are_those_of_a_plain_comparison(with_others: bool, monkeypatch: p
     assert [s for s, *_ in found] == sorted((s for s, *_ in found), reverse=True)
 
 
-def test_too_many_pairs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_pairs_the_most_similar_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "MOST_PAIRS", 10)
-    with pytest.raises(UserError, match=r"--similarity: 0.9: 15 pairs so far; raise it"):
-        find_pairs(torch.ones(6, 1), None, 0.9)
+    monkeypatch.setattr(search, "BLOCK", 3)
+    described = torch.nn.functional.normalize(torch.tensor([[1.0, 0.01 * i] for i in range(9)]), dim=1)
+    with pytest.warns(MppWarning, match="more than 10 pairs; the most similar are kept"):
+        found = find_pairs(described, None, 0.5)
+    assert len(found) == 10
+    plain = sorted((float(described[i] @ described[j]) for i in range(9) for j in range(i)), reverse=True)
+    assert [s for s, *_ in found] == pytest.approx(plain[:10], abs=1e-6)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -137,12 +171,21 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0] == f"1.0000  {tmp_path}/val/0.jpg  {tmp_path}/train/3.jpg"
     assert "1 of 4 images have a near duplicate among 6 others" in done.stdout
+    assert [line.split()[-1] for line in done.stdout.splitlines()[-2:]] == [str(file) for file in files]
     assert f"unreadable: {tmp_path}/val/torn.jpg" in done.stderr
     (row,) = csv.DictReader(files[0].open())
     assert (row["similarity"], Path(row["other"]).name) == ("1.0", "3.jpg")
     assert Image.open(files[1]).size[1] > 2 * 64
     found = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
     assert (found["images"], found["others"], len(found["pairs"]), len(found["unreadable"])) == (4, 6, 1, 1)
+
+
+def test_a_pattern_of_images_and_a_picture_of_no_pairs(tmp_path: Path) -> None:
+    plant(tmp_path / "photos", map(photo_like, range(3)), copies_each=0)
+    (tmp_path / "old.png").write_bytes(b"old")
+    done = CliRunner().invoke(main, ["duplicates", f"{tmp_path}/photos/*.jpg", "--picture", f"{tmp_path}/old.png"])
+    assert (done.exit_code, done.output) == (0, "0 pairs among 3 images\n  no picture: there are no pairs\n")
+    assert not (tmp_path / "old.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -153,11 +196,19 @@ def test_the_command(tmp_path: Path) -> None:
         (["photos", "--similarity", "1.5"], "--similarity"),
         (["photos", "--picture", "pairs.jpg"], "--picture: pairs.jpg: must end with .png"),
         (["empty"], "no images"),
+        (["torn.jpg"], "not one of 1 images can be read; the first: torn.jpg"),
+        (["labels.csv"], "labels.csv: a list is not an image; give images or folders"),
+        (["photos/*.gif"], "photos/*.gif: no such image"),
+        (["photos", "--out", "none/pairs.csv"], "--out: none/pairs.csv: cannot be written"),
+        (["photos", "--out", "photos"], "--out: photos: cannot be written"),
+        (["photos", "--picture", "none/pairs.png"], "--picture: none/pairs.png: cannot be written"),
     ],
 )
 def test_what_is_refused(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "torn.jpg").write_bytes(b"torn")
+    (tmp_path / "labels.csv").write_text("image,label\n")
     plant(tmp_path / "photos", [photo_like(0)], copies_each=0)
     done = CliRunner().invoke(main, ["duplicates", *words])
     assert (done.exit_code, message in done.output) == (2, True), done.output

@@ -164,14 +164,18 @@ def test_overwriting(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = pretrain_recipe(shards, out, **{"optim.steps": 2})
     mpp.pretrain(first)
-    (out / "classes").mkdir()
-    (out / "classes" / "recipe.yaml").write_text("job: finetune\n")
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "recipe.yaml").write_text("job: evaluate\n")
     other = {"optim.steps": 3, "seed": 1}
     needed = "--overwrite: encoder.name: .*/run/encoder is in .*/run, which would be deleted"
     own = {"encoder": {"name": str(out / "encoder")}}
     with pytest.raises(UserError, match=needed):
         mpp.pretrain(pretrain_recipe(shards, out, **other, **own), resume="overwrite")
     assert (out / "encoder" / "config.json").exists()
+    (out / "images").symlink_to(shards)
+    with pytest.raises(UserError, match="--overwrite: data.shards: .*/run/images is in"):
+        mpp.pretrain(pretrain_recipe(out / "images", out, **other), resume="overwrite")
+    (out / "images").unlink()
     lock = Lock(out)
     with pytest.raises(UserError, match="is already writing to it"):
         mpp.pretrain(pretrain_recipe(shards, out, **other), resume="overwrite")
@@ -180,14 +184,23 @@ def test_overwriting(shards: Path, tmp_path: Path) -> None:
     done = mpp.pretrain(pretrain_recipe(shards, out, **other), resume="overwrite")
     assert (done.state, done.step) == ("finished", 3)
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000003"]
-    assert not (out / "classes").exists()
+    assert not (out / "evaluation").exists()
     assert "seed: 1" in (out / "recipe.yaml").read_text()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="mine is not empty"):
-        mpp.pretrain(pretrain_recipe(shards, mine, **other), resume="overwrite")
+    for recipe_of_the_user in (False, True):
+        if recipe_of_the_user:
+            (mine / "recipe.yaml").write_text("job: pretrain\n")
+        with pytest.raises(UserError, match="--overwrite: .*mine is not a run folder"):
+            mpp.pretrain(pretrain_recipe(shards, mine, **other), resume="overwrite")
     assert (mine / "notes.txt").read_text() == "mine"
+    (out / "classes").mkdir()
+    for name in ("recipe.yaml", "status.json"):
+        shutil.copy(out / name, out / "classes")
+    with pytest.raises(UserError, match="--overwrite: .*/run also holds the run .*/run/classes; move it first"):
+        mpp.pretrain(pretrain_recipe(shards, out, **other), resume="overwrite")
+    assert (out / "encoder" / "config.json").exists()
     new = tmp_path / "new"
     assert mpp.pretrain(pretrain_recipe(shards, new, **other), resume="overwrite").state == "finished"
 

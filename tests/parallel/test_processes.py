@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+import mpp
+from mpp.cli.app import main
 from mpp.errors import UserError
 from mpp.parallel.devices import cores
 from mpp.parallel.processes import launch
@@ -38,6 +41,18 @@ def test_one_device_cannot_be_several() -> None:
         pretrain_recipe("none", "none", devices=2, device="cuda:1")
     with pytest.raises(UserError, match="device: must be auto, cpu, cuda, one CUDA device such as cuda:1, or mps"):
         pretrain_recipe("none", "none", device="gpu")
+
+
+def test_a_plan_takes_the_number_as_an_option() -> None:
+    done = CliRunner().invoke(main, ["plan", "vit_small", "data.shards=none", "devices=8"])
+    assert (done.exit_code, done.output) == (2, "command line: devices: here it is an option, --devices 8\n")
+
+
+def test_python_starts_no_processes(shards: Path, tmp_path: Path) -> None:
+    recipe = pretrain_recipe(shards, tmp_path / "run", devices=2, device="cpu")
+    with pytest.raises(UserError, match="devices: 2: Python runs in one process; use the command `mpp`"):
+        mpp.pretrain(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

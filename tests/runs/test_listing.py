@@ -35,9 +35,9 @@ def add_run(folder: Path, *, job: str = "pretrain", written: float, recipe: Any 
 @pytest.fixture
 def some_runs(tmp_path: Path) -> Path:
     """Two pretraining runs, a fine-tune with a baseline, an evaluation inside a run, and files that are no runs."""
-    low = {"step": 30, "loss": 0.4, "skill": 0.1}
+    low = {"step": 30, "loss": 0.4, "loss_hog": 0.9, "skill": 0.1, "probe_accuracy": float("nan")}
     add_run(tmp_path / "a", written=100, recipe={"optim": {"steps": 30, "base_lr": 0.1}}, metrics=[low])
-    high = {"step": 30, "loss": 0.5, "skill": 0.2}
+    high = {"step": 30, "loss": 0.5, "loss_hog": 0.1, "skill": 0.2}
     add_run(tmp_path / "deep" / "b", written=300, recipe={"optim": {"steps": 30, "base_lr": 0.2}}, metrics=[high])
     best = {"encoder": {"knn": {"accuracy": 0.25}, "linear": {"accuracy": 0.75}}}
     add_run(tmp_path / "a" / "evaluation", job="evaluate", written=200, result={"best": best})
@@ -77,7 +77,8 @@ def test_every_run_is_listed_with_its_results_the_newest_first(some_runs: Path) 
 
 
 @pytest.mark.parametrize(
-    ("metric", "first"), [("skill", "b"), ("loss", "a"), ("auroc", "tuned"), ("linear", "evaluation")]
+    ("metric", "first"),
+    [("skill", "b"), ("loss", "a"), ("loss_hog", "b"), ("auroc", "tuned"), ("linear", "evaluation")],
 )
 def test_sorted_by_a_metric_the_best_is_first(metric: str, first: str, some_runs: Path) -> None:
     rows = json.loads(said("runs", str(some_runs), "--sort", metric, "--json"))
@@ -109,9 +110,30 @@ def test_a_damaged_time_is_replaced_by_that_of_the_recipe(time: Any, tmp_path: P
     assert "1970-01-0" in said("runs", str(tmp_path))
 
 
+ODD_RECIPES = (
+    "job: finetune\nseeds: 3\n", "job: finetune\nbeside: 3\n", "job: pretrain\n1: 2\n", "job: pretrain\nd: 2024-01-01\n",
+    "job: pretrain\nd: 2024-13-41\n", "job: pretrain\nd: " + "[" * 2000 + "\n", 'job: pretrain\nd: "\\e[31mred"\n',
+)  # fmt: skip
+
+
+def test_odd_files_do_not_hide_the_other_runs(some_runs: Path) -> None:
+    for i, text in enumerate(ODD_RECIPES):
+        odd = some_runs / f"odd{i}"
+        odd.mkdir()
+        (odd / "recipe.yaml").write_text(text)
+        (odd / "status.json").write_text('{"state": "finished"}')
+    (some_runs / "encoder").mkdir()  # a folder of the user, whose name is that of a part of runs
+    add_run(some_runs / "encoder" / "e", written=1)
+    output = said("runs", str(some_runs))
+    assert "\x1b" not in output
+    shown = {Path(line.split()[0]).name for line in output.splitlines() if not line.startswith("    ")}
+    assert {"a", "b", "tuned", "evaluation", "e"} <= shown
+
+
 def test_a_folder_of_runs_is_watched_by_those_in_progress(some_runs: Path) -> None:
     with pytest.raises(UserError, match="none of its 4 runs is in progress"):
         runs_to_watch([str(some_runs)])
+    assert json.loads(said("watch", str(some_runs), "--json")) == []
     alive = {"state": "running", "host": platform.node(), "pid": os.getpid(), "step": 3}
     going = add_run(some_runs / "deep" / "c", written=500, status=alive)
     gone = add_run(some_runs / "deep" / "d", written=500, status={**alive, "pid": 2**22 + 1})

@@ -42,3 +42,15 @@ def test_updates_agree_with_timm() -> None:
         changes.append([p.detach() - was for p, was in zip((matrix, kernel, vector), before, strict=True)])
     for change, change_by_timm, bound in zip(changes[1], changes[0], (0.02, 0.02, 1e-6), strict=True):
         assert (change - change_by_timm).norm() < bound * change_by_timm.norm()
+
+
+def test_a_state_without_counts_is_loaded() -> None:
+    """Checkpoints of earlier versions have none for the weights that Muon trains."""
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = Muon([{"params": [weight], "use_muon": True, "weight_decay": 0.0}], (0.9, 0.95))
+    optimizer.state[weight] = {"momentum_buffer": torch.ones(4, 4)}
+    optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does
+    weight.grad = torch.zeros(4, 4)
+    optimizer.step()
+    assert optimizer.state[weight]["momentum_buffer"].mean() == pytest.approx(0.95)
+    assert optimizer.state[weight]["step"] == 1

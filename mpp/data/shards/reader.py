@@ -6,6 +6,7 @@ shards.
 
 from __future__ import annotations
 
+import glob
 import os
 import warnings
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from mpp.data.shards.remote import is_remote
 from mpp.data.shards.store import Store
 from mpp.data.walk import LeftOut, archives_in, images_below, list_images
 from mpp.errors import BadImage, MppWarning, UserError, without_secrets
+from mpp.recipe.values import IMAGE
 
 INDEXES_AT_A_TIME = 8  # most likely small files on a distant server
 OPEN_FILES = 128  # file descriptors kept per process; far below the usual limit of 1024
@@ -292,8 +294,12 @@ def held_out_rows(counts: list[int], held_out: int) -> np.ndarray:
     return share
 
 
+LISTS = (".csv", ".tsv", ".parquet")
+"""Endings of files that list images."""
+
+
 def images_of(places: Sequence[str]) -> list[str]:
-    """List image files: given files unchanged, and the images of folders, sorted. Warn of files that are left out.
+    """List image files: given files unchanged, and those of folders and patterns, sorted. Warn of files left out.
 
     Raises:
         UserError: If a place does not exist or has no images.
@@ -309,9 +315,13 @@ def images_of(places: Sequence[str]) -> list[str]:
                 warnings.warn(f"{place}: {left_out}", MppWarning, stacklevel=2)
             names += inside
         elif os.path.exists(place):
+            if place.lower().endswith(LISTS):
+                raise UserError(f"{place}: a list is not an image; give images or folders")
             names.append(place)
+        elif matching := sorted(glob.glob(place, recursive=True)):
+            names += matching
         else:
-            raise UserError(f"{place}: no such file or folder")
+            raise UserError(f"{place}: no such {'image' if glob.has_magic(place) else 'file or folder'}")
     return names
 
 
@@ -321,6 +331,8 @@ def holds_shards(place: str) -> bool:
         return bool(archives_in(place))
     if os.path.isfile(place):
         return place.endswith(".tar")
+    if IMAGE.search(place) and not is_remote(place):
+        return False
     return place.endswith(".tar") or is_remote(place) or any(c in place for c in "*?{[")
 
 
