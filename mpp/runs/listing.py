@@ -24,10 +24,10 @@ LOW_IS_GOOD = ("loss", "cpu_minutes", "gpu_minutes", "data_wait", "grad_norm", "
 """Metrics whose lowest value comes first. Losses of single targets are named loss_TARGET."""
 SHOWN = {
     "pretrain": ("skill", "loss", "probe_accuracy"),
-    "finetune": ("accuracy", "miou", "map50", "scratch", "cnn", "published", "gain"),
+    "finetune": ("scratch", "cnn", "published", "gain"),
     "evaluate": ("knn", "linear", "attentive"),
 }
-"""Metrics in a row of the list, by job. They are shown where a run has them."""
+"""Metrics in a row of the list, by job, where a run has them. Fine-tunes also show the metric of their task first."""
 CHANGED_KEYS = 8
 """Most settings shown under a row (guess)."""
 
@@ -114,7 +114,7 @@ def metrics_of(run: History) -> dict[str, float]:
     """Return the results of a run by name.
 
     A pretraining run has the newest value of each metric of metrics.jsonl. A fine-tune has the metrics of the encoder's
-    model with the most labels, the score of each baseline by the name of the baseline, and the gain over scratch. An
+    model with the most labels, first that of its task, the score of each baseline by the name of the baseline, and the gain over scratch. An
     evaluation has the accuracy of each probe at its best layer. What was not measured yet is left out.
     """
     found: JsonObject = {}
@@ -126,8 +126,8 @@ def metrics_of(run: History) -> dict[str, float]:
         elif run.result:
             verdict = run.result["verdicts"][-1]
             main, *baselines = verdict["score"]
-            found = {name: estimate["mean"] for name, estimate in verdict["metrics"][main].items()}
-            found |= {verdict["metric"]: verdict["score"][main]["mean"]}
+            found = {verdict["metric"]: verdict["score"][main]["mean"]}
+            found |= {name: estimate["mean"] for name, estimate in verdict["metrics"][main].items()}
             found |= {approach: verdict["score"][approach]["mean"] for approach in baselines}
             found |= {"gain": verdict["gain"]["mean"]} if verdict["gain"] else {}
     except ODD:
@@ -184,9 +184,9 @@ def _state(row: JsonObject) -> str:
 
 def _metrics_text(row: JsonObject, sort: str | None) -> str:
     metrics = row["metrics"]
-    names = dict.fromkeys([*([sort] if sort else []), *SHOWN[row["job"]]])
-    # Results of fine-tunes and evaluations are fractions, except for those that the user sorts by.
-    percent = () if row["job"] == "pretrain" else SHOWN[row["job"]]
+    usual = [*(list(metrics)[:1] if row["job"] == "finetune" else ()), *SHOWN[row["job"]]]
+    names = dict.fromkeys([*([sort] if sort else []), *usual])
+    percent = () if row["job"] == "pretrain" else usual  # other metrics, by which the user sorts, may be no fractions
     return "  ".join(
         f"{name} " + (f"{100 * metrics[name]:.1f} %" if name in percent else f"{metrics[name]:.4g}")
         for name in names
