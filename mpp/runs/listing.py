@@ -114,8 +114,9 @@ def metrics_of(run: History) -> dict[str, float]:
     """Return the results of a run by name.
 
     A pretraining run has the newest value of each metric of metrics.jsonl. A fine-tune has the metrics of the encoder's
-    model with the most labels, first that of its task, the score of each baseline by the name of the baseline, and the gain over scratch. An
-    evaluation has the accuracy of each probe at its best layer. What was not measured yet is left out.
+    model with the most labels, first that of its task, the score of each baseline by the name of the baseline, and the
+    gain over scratch. An evaluation has the accuracy of each probe at its best layer. What was not measured yet is left
+    out.
     """
     found: JsonObject = {}
     try:
