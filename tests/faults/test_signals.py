@@ -162,3 +162,18 @@ def test_killed_under_a_launcher(launcher: str, victim: int, codes: set[int], be
     assert f"process {victim} (pid {killed} on " in bench.log.read_text(), bench.log.read_text()
     assert status(out)["state"] == ("failed" if victim else "running"), "process 0 writes the status"
     bench.goes_on("pretrain", path, **{"optim.steps": 150})
+
+
+@pytest.mark.promise("kill -9 of mpp with devices=2: its processes save and stop; resumed, the run is bit-equal")
+def test_killed_launcher(bench: Bench) -> None:
+    path, out = bench.recipe("pretrain", **LONG), bench.folder / "run"
+    with under("devices=2", path, out) as run:
+        ranks = children(run.pid)
+        run.kill()
+        bench.count("kills", 1)
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            assert time.monotonic() < deadline, bench.log.read_text()
+            time.sleep(0.05)
+    assert (status(out)["state"], status(out)["why"]) == ("stopped", "SIGTERM")
+    bench.goes_on("pretrain", path, **LONG)
