@@ -212,6 +212,11 @@ def one_out(argument: str | None, option: str | None) -> str:
     return given[0]
 
 
+def encodable(line: str) -> str:
+    """Return a line that any output can encode. Names of files in it may hold any bytes, which are written out."""
+    return line.encode("utf-8", "backslashreplace").decode()
+
+
 def progress_aside(as_json: bool) -> contextlib.AbstractContextManager[object]:
     """Send progress to stderr if a script reads the result from stdout."""
     return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from mpp.cli.app import JSON, LOADING, OUT, ask_for_patience, main, one_out, progress_aside, to_json
+from mpp.cli.app import JSON, LOADING, OUT, ask_for_patience, encodable, main, one_out, progress_aside, to_json
 from mpp.errors import UserError, printable, without_secrets
 from mpp.recipe.flat import JsonObject
 
@@ -215,13 +215,13 @@ def duplicates(
     with progress_aside(as_json):
         found = mpp.duplicates(images, against or None, out, similarity=similarity, picture=picture, workers=workers)
     for line in found.unreadable:
-        click.echo(_encodable(f"unreadable: {line}"), err=True)
+        click.echo(printable(encodable(f"unreadable: {line}")), err=True)
     if as_json:
         pairs = [pair._asdict() for pair in found.pairs]
         rest = {"images": found.images, "others": found.others, "unreadable": found.unreadable}
         return click.echo(to_json({"pairs": pairs, **rest}))
     for pair in found.pairs[:SHOWN_PAIRS]:
-        click.echo(_encodable(f"{pair.similarity:.4f}  {pair.image}  {pair.other}"))
+        click.echo(printable(encodable(f"{pair.similarity:.4f}  {pair.image}  {pair.other}")))
     if len(found.pairs) > SHOWN_PAIRS:
         click.echo(f"… and {len(found.pairs) - SHOWN_PAIRS:,} more" + ("" if out else "; --out writes all"))
     pairs_found = f"{len(found.pairs):,} pair" + ("" if len(found.pairs) == 1 else "s")
@@ -234,8 +234,3 @@ def duplicates(
         click.echo(f"  pairs    {out}")
     if picture is not None:
         click.echo(f"  picture  {picture}" if found.pairs else "  no picture: there are no pairs")
-
-
-def _encodable(line: str) -> str:
-    """Return a line with names of files in it, which may hold any bytes, as a terminal can show it."""
-    return printable(line.encode("utf-8", "backslashreplace").decode())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 import mpp
-from mpp.cli.app import JSON, LOADING, OUT, RANK, ask_for_patience, main, one_out, progress_aside, to_json
+from mpp.cli.app import JSON, LOADING, OUT, RANK, ask_for_patience, encodable, main, one_out, progress_aside, to_json
 from mpp.errors import UserError, require_existing
 from mpp.recipe.flat import JsonObject
 from mpp.runs.records import check_new
@@ -69,7 +69,7 @@ def predict(encoder: str, images: tuple[str, ...], top: int, views: str, out: st
             writer.writerow(rows[0])
         writer.writerows([[f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
     for name, why in unreadable.items():
-        click.echo(f"unreadable: {name}: {why}".encode("utf-8", "backslashreplace").decode(), err=True)
+        click.echo(encodable(f"unreadable: {name}: {why}"), err=True)
     if judged is not None:
         click.echo(f"accuracy {judged.accuracy:.2%} of {judged.counts.sum()} images", err=True)
     written = ([f"{len(rows)} rows in {out}"] if out else []) + ([f"report in {report}"] if report else [])
@@ -138,7 +138,7 @@ def embed(
     if RANK != "0":
         return
     for line in found.unreadable:
-        click.echo(f"unreadable: {line}".encode("utf-8", "backslashreplace").decode(), err=True)
+        click.echo(encodable(f"unreadable: {line}"), err=True)
     count, width = found.vectors.shape
     place = f"{found.place}" + (f", the best of {found.chosen_by}" if found.chosen_by else "")
     if as_json:

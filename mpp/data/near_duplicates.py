@@ -165,9 +165,9 @@ def describe_all(images: AllImages, workers: int) -> Described:
 
 
 def describe(images: Tensor) -> Tensor:
-    """Describe images by the signs and strengths of their coarse waves of brightness and colour.
+    """Describe images by a weighted cosine transform of a grid of mean colours.
 
-    A grid of mean colours is decomposed into cosines (as perceptual hashes do; Zauner 2010, section 3.2.1). Natural
+    Perceptual hashes use such a transform, too (Zauner 2010, section 3.2.1). Natural
     images have about equal power in each octave (Field 1987), so each cosine is multiplied by its frequency: otherwise
     the coarsest, which many images share, would decide. Mean brightness and contrast drop out.
 
