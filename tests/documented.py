@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import timm
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.conftest import ROOT, drawn_image, encoded
@@ -180,6 +181,18 @@ def lay_out(folder: Path) -> Path:
     return folder
 
 
+def lay_out_fields(folder: Path) -> None:
+    """Write images of five bands with masks of two classes."""
+    for part in ("train", "val"):
+        for name in ("images", "masks"):
+            (folder / part / name).mkdir(parents=True)
+        for i in range(6):
+            rng = np.random.default_rng(i)
+            np.save(folder / part / "images" / f"{i}.npy", rng.integers(0, 10_000, (5, 40, 40), dtype=np.uint16))
+            mask = Image.fromarray(rng.integers(0, 2, (40, 40), dtype=np.uint8))
+            mask.save(folder / part / "masks" / f"{i}.png")
+
+
 def lay_out_theirs(folder: Path) -> None:
     """Write weights from elsewhere, whose names have a prefix."""
     theirs = timm.create_model("vit_small_patch16_224").state_dict()
@@ -203,6 +216,8 @@ class Workspace:
             for i in range(20):
                 array = np.random.default_rng(i).integers(0, 10_000, (5, 24, 24), dtype=np.uint16)
                 np.save(self.folder / "bands" / f"{i}.npy", array)
+        if what == "fields" and not (self.folder / "fields").exists():
+            lay_out_fields(self.folder / "fields")
         if what == "theirs" and not (self.folder / "theirs.safetensors").exists():
             lay_out_theirs(self.folder)
         if what == "runs/photos" and not (self.folder / what).exists():
@@ -213,7 +228,7 @@ class Workspace:
         """Copy what a page requires into a folder, and return the folder."""
         named = re.match(r"<!-- workspace: (.*) -->\n", text)
         wanted = named[1].split() if named else []
-        known = {"shards", "labeled", "multichannel", "theirs", "runs/photos"}
+        known = {"shards", "labeled", "multichannel", "fields", "theirs", "runs/photos"}
         assert set(wanted) <= known, f"expected only {known}"
         for what in wanted:
             self._have(what)

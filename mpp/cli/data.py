@@ -58,6 +58,9 @@ _EXTENSION = click.option(
     help="Pack only part I of N, to split work across machines.",
 )
 @_EXTENSION
+@click.option(
+    "--split-pages", is_flag=True, help="Make each page of a TIFF an image. Default: its pages are channels of one."
+)
 @JSON
 def pack(
     source: str,
@@ -69,6 +72,7 @@ def pack(
     workers: int,
     part: str,
     image_extension: str | None,
+    split_pages: bool,
     as_json: bool,
 ) -> None:
     """Pack images into shards
@@ -103,6 +107,7 @@ def pack(
             workers=workers,
             part=(int(share[1]), int(share[2])),
             image_extension=image_extension,
+            split_pages=split_pages,
             on_shard=on_shard,
         )
     if as_json:

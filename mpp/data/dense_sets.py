@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from mpp.data.decoding.decode import GREY, Box, decode_crop, decode_pillow, random_box
+from mpp.data.decoding.decode import GREY, Box, decode_crop, decode_cut, random_box
 from mpp.data.files import read_regular
 from mpp.data.jitter import jitter_colours
 from mpp.data.labeled_sets import LabeledBatch
-from mpp.data.places import Detected, Segmented
+from mpp.data.places import MOST_SIDE_PX, Detected, Segmented
 from mpp.errors import BadImage, UserError
-from mpp.recipe.sections import Decoding, Reading
+from mpp.recipe.sections import Decoding
 from mpp.rng import Purpose, stream
 
 
@@ -127,8 +127,7 @@ class WholeDataset(Dataset[LabeledBatch]):
         for i, number in enumerate(keys):
             name = self.data.images[number]
             try:
-                reading: Reading = self.decoding
-                image = whole_image(read_regular(name), **reading)
+                image = whole_image(read_regular(name), **self.decoding)
                 h, w = int(image.shape[1]), int(image.shape[2])
                 self.data.check(number, w, h)
                 scaled = scaled_to(image, within(self.fit(h, w), self.decoding["max_image_pixels"]))
@@ -142,23 +141,27 @@ class WholeDataset(Dataset[LabeledBatch]):
         return LabeledBatch(together, labels, torch.tensor(keys), readable, bad)
 
 
-def whole_image(data: bytes, **decoding: Unpack[Reading]) -> Tensor:
-    """Decode a whole image, (C, h, w) uint8.
+def whole_image(data: bytes, **decoding: Unpack[Decoding]) -> Tensor:
+    """Decode a whole image, (C, h, w) uint8, or float32 in [0, 255] with `value_range`.
 
     Raises:
         BadImage: If it cannot be decoded.
     """
-    pixels = decode_pillow(data, **decoding)
-    return torch.from_numpy(np.atleast_3d(np.array(pixels))).permute(2, 0, 1)
+    whole = (MOST_SIDE_PX, MOST_SIDE_PX)  # so that no JPEG is decoded at a fraction of its size
+    return decode_cut(data, lambda width, height: (0, 0, width, height), whole, **decoding).pixels
 
 
 def scaled_to(image: Tensor, size: tuple[int, int]) -> Tensor:
-    return image if tuple(image.shape[1:]) == size else F.resize(image, list(size), InterpolationMode.BICUBIC)
+    """Resize an image, (C, h, w) with values in [0, 255], to `size`, (H, W)."""
+    if tuple(image.shape[1:]) == size:
+        return image
+    resized = F.resize(image, list(size), InterpolationMode.BICUBIC)
+    return resized if resized.dtype == torch.uint8 else resized.clamp_(0, 255)  # uint8 is already in this range
 
 
 def on_canvas(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Put an image into the upper left corner of a grey image of `size`, (H, W)."""
-    canvas = torch.full((image.shape[0], *size), GREY, dtype=torch.uint8)
+    canvas = torch.full((image.shape[0], *size), GREY, dtype=image.dtype)
     canvas[:, : image.shape[1], : image.shape[2]] = image
     return canvas
 

@@ -50,10 +50,10 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
     images = list(of_image.values())
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
         examined = list(pool.map(_examine, images, masks))
-    faults = [fault for fault, _ in examined if fault]
+    faults = [fault for fault, _, _ in examined if fault]
     if faults:
         raise UserError(f"{key}: {faults[0]}" + (f" (and {len(faults) - 1} more)" if faults[1:] else ""))
-    counts = np.stack([count for _, count in examined])
+    counts = np.stack([count for _, count, _ in examined])
     ignored = int(counts[:, ignore_index].sum())
     counts[:, ignore_index] = 0
     listed = _listed_classes(root)
@@ -71,7 +71,8 @@ def open_segmented(spec: tuple[str, ...], *, key: str, classes: list[str] | None
             f"{key}: {first}: the value {used[-1]}, where the classes are 0 to {len(known) - 1} "
             f"and task.ignore_index is {ignore_index}"
         )
-    return Segmented(images, known, masks, counts[:, : len(known)], ignored, left_out=left_out)
+    sizes = [size for _, _, size in examined]
+    return Segmented(images, known, masks, counts[:, : len(known)], sizes, ignored, left_out=left_out)
 
 
 def one_folder(spec: tuple[str, ...], key: str, what: str) -> str:
@@ -114,14 +115,18 @@ def _listed_classes(root: str) -> list[str] | None:
     return names
 
 
-def _examine(image: str, mask: str) -> tuple[str | None, np.ndarray]:
-    """Return (fault or None, number of pixels with each value from 0 to 255) of an image and its mask."""
+def _examine(image: str, mask: str) -> tuple[str | None, np.ndarray, tuple[int, int]]:
+    """Examine an image and its mask.
+
+    Returns:
+        A fault or None, the number of pixels with each value from 0 to 255, and the (width, height) of the mask.
+    """
     try:
         values = read_mask(mask)
     except BadImage as error:
-        return f"{mask}: {error}", np.zeros(256, dtype=np.int64)
+        return f"{mask}: {error}", np.zeros(256, dtype=np.int64), (0, 0)
     fault = None
     size = size_of(image)
     if size is not None and values.shape != size[::-1]:
         fault = f"{mask}: {values.shape[1]}×{values.shape[0]} pixels, its image {size[0]}×{size[1]}"
-    return fault, np.bincount(values.ravel(), minlength=256)
+    return fault, np.bincount(values.ravel(), minlength=256), (values.shape[1], values.shape[0])

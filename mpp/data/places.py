@@ -65,6 +65,8 @@ class Segmented(_Dense):
     masks: list[str]
     pixels: np.ndarray
     """(images, classes) int64: number of pixels of each class."""
+    mask_sizes: list[tuple[int, int]] = field(compare=False)
+    """(width, height) of each mask."""
     ignored: int = 0
     """Number of pixels with the value that is ignored."""
 
@@ -74,7 +76,14 @@ class Segmented(_Dense):
         return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape") + self.pixels.tobytes()).hexdigest()
 
     def check(self, i: int, width: int, height: int) -> None:
-        """Do nothing: the sizes were compared when the data was opened."""
+        """Check that an image has the size of its mask, which some headers do not tell when the data is opened.
+
+        Raises:
+            BadImage: If it has another size.
+        """
+        if self.mask_sizes[i] != (width, height):
+            there = self.mask_sizes[i]
+            raise BadImage(f"{width}×{height} pixels upright, its mask {there[0]}×{there[1]}")
 
     def cropped(self, i: int, box: Box, size: tuple[int, int], flip: bool) -> Tensor:
         """Return the mask of a crop, (H, W) uint8.

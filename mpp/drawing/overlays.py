@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
+from mpp.drawing.pixels import as_rgb
 from mpp.drawing.plots import gallery
 
 OPACITY = 0.6
@@ -30,7 +31,7 @@ def over_pixels(image: Tensor, classes: Tensor, of: int, ignored: Tensor | None 
     """Draw classes over an image.
 
     Args:
-        image: (C, h, w) uint8.
+        image: (C, h, w) uint8, or float32 in [0, 255].
         classes: (h, w) int64.
         of: Number of classes.
         ignored: (h, w) bool mask of pixels that are drawn black. None means no pixels.
@@ -40,7 +41,7 @@ def over_pixels(image: Tensor, classes: Tensor, of: int, ignored: Tensor | None 
     """
     hidden = torch.zeros(classes.shape, dtype=torch.bool) if ignored is None else ignored
     colour = colours(of)[classes.long().masked_fill(hidden, 0)].permute(2, 0, 1)
-    grey = _rgb(image).float().mean(0, keepdim=True)  # the image's own colours would change those of the classes
+    grey = as_rgb(image).float().mean(0, keepdim=True)  # the image's own colours would change those of the classes
     mixed = (1 - OPACITY) * grey + OPACITY * colour.float()
     return mixed.masked_fill(hidden, 0).round().to(torch.uint8)
 
@@ -49,7 +50,7 @@ def over_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
     """Draw boxes over an image.
 
     Args:
-        image: (C, h, w) uint8.
+        image: (C, h, w) uint8, or float32 in [0, 255].
         boxes: (n, 4) boxes in pixels of the image, (x0, y0, x1, y1).
         labels: (n,) int64 class numbers of the boxes.
         classes: Names of all classes.
@@ -58,9 +59,9 @@ def over_boxes(image: Tensor, boxes: Tensor, labels: Tensor, classes: Sequence[s
         (3, h, w) uint8.
     """
     if len(boxes) == 0:
-        return _rgb(image)
+        return as_rgb(image)
     chosen = [tuple(c) for c in colours(len(classes))[labels].tolist()]
-    return draw_bounding_boxes(_rgb(image), boxes, colors=chosen, width=max(round(max(image.shape[1:]) / 100), 1))
+    return draw_bounding_boxes(as_rgb(image), boxes, colors=chosen, width=max(round(max(image.shape[1:]) / 100), 1))
 
 
 def show(
@@ -82,7 +83,3 @@ def show(
     ]
     named = list(zip(classes, colours(len(classes)).tolist(), strict=True))[:MOST_NAMED]
     gallery(pictures, out, legend=[*named, *([(extra, [0, 0, 0])] if extra else [])])
-
-
-def _rgb(image: Tensor) -> Tensor:
-    return image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)

@@ -42,8 +42,6 @@ class LabelKind:
     """Recipe keys that this kind of label restricts, each with the values that it supports."""
     at_every_place: ClassVar[bool] = False
     """Whether the task reads feature maps of the encoder instead of its feature vector."""
-    eight_bit_only: ClassVar[bool] = False
-    """Whether images must have 8 bits."""
     independent_classes: ClassVar[bool] = False
     """Whether an image may have several classes, or none."""
     least_classes: ClassVar[int] = 1
@@ -117,7 +115,7 @@ class LabelKind:
         raise NotImplementedError
 
     def predict(self, model: Supervised, images: Sequence[Tensor]) -> list[Any]:
-        """Return the predictions of a model for images (C, h, w) uint8, at the size of each image."""
+        """Return the predictions of a model for images (C, h, w) in [0, 255], at the size of each image."""
         raise NotImplementedError
 
     def describe(self, name: str, image: Tensor, predicted: Any, classes: list[str], out: Path | None) -> Predicted:
@@ -125,7 +123,7 @@ class LabelKind:
 
         Args:
             name: Name of the image.
-            image: Image, (C, h, w) uint8.
+            image: Image, (C, h, w) with values in [0, 255].
             predicted: Prediction for the image, as `predict` returns it.
             classes: Names of the classes.
             out: File for the prediction itself. None means that no pictures are requested.

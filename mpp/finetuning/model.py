@@ -40,11 +40,11 @@ class Supervised(nn.Module):
         self.register_buffer("std", 255 * torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Normalise images: (B, C, H, W) uint8 -> float32."""
+        """Normalise images: (B, C, H, W) in [0, 255] -> float32."""
         return (images.float() - self.mean) / self.std
 
     def run(self, images: Tensor) -> Any:
-        """Return the outputs for images (B, C, H, W) uint8 on any device."""
+        """Return the outputs for images (B, C, H, W) in [0, 255] on any device."""
         return self(self.normalise(images.to(self.mean.device)))
 
 
@@ -91,8 +91,8 @@ def over_views(run: Callable[[Tensor], Tensor], crops: Tensor, *, mirrored: bool
     """Average the predictions over several crops of each image and their mirror images.
 
     Args:
-        run: Model that maps (n, C, H, W) uint8 to (n, classes) logits.
-        crops: Crops of each image, (B, crops, C, H, W) uint8.
+        run: Model that maps (n, C, H, W) in [0, 255] to (n, classes) logits.
+        crops: Crops of each image, (B, crops, C, H, W) in [0, 255].
         mirrored: Whether mirror images also count.
         independent: Whether classes are independent (sigmoid), because an image may have several.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mpp.data.decoding.decode import decode_crop, view_boxes
 from mpp.data.files import read_regular
 from mpp.data.shards.reader import images_of
+from mpp.drawing.pixels import as_rgb
 from mpp.drawing.plots import confusion, gallery
 from mpp.encoders.checksums import has_head
 from mpp.encoders.resolve import decoding_of, stored_recipe
@@ -40,7 +41,7 @@ class Prediction:
     probabilities: np.ndarray
     """Probability of each class, (classes,) float32, the mean over views."""
     pixels: Tensor
-    """The central crop, (1 or 3, H, W) uint8."""
+    """The central crop in colours, (3, H, W) uint8."""
 
     @property
     def said(self) -> int:
@@ -123,12 +124,6 @@ class Predictor:
         return over_views(run, crops, mirrored=self.views > 1, independent=self.several).cpu()
 
 
-def _drawable(pixels: Tensor) -> Tensor:
-    """Return an image (C, H, W), as it was read, as uint8 with its first 1 or 3 channels."""
-    shown = pixels[:3] if len(pixels) >= 3 else pixels[:1]
-    return shown if pixels.dtype == torch.uint8 and len(pixels) in (1, 3, 4) else shown.round().to(torch.uint8)
-
-
 def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, str]) -> Iterator[Prediction]:
     """Yield the predictions for images, in their order.
 
@@ -149,7 +144,7 @@ def predict(predictor: Predictor, images: Sequence[str], unreadable: dict[str, s
         if readable:
             probabilities = predictor.probabilities(torch.stack(crops)).numpy()
             for name, views, p in zip(readable, crops, probabilities, strict=True):
-                yield Prediction(name, p, _drawable(views[0]))
+                yield Prediction(name, p, as_rgb(views[0]))
 
 
 def predict_files(

@@ -17,7 +17,6 @@ from mpp.finetuning.label_kind import LabelKind
 from mpp.finetuning.model import load_dense
 from mpp.finetuning.open_labels import open_label_kind
 from mpp.recipe.flat import JsonObject
-from mpp.recipe.sections import Reading
 
 BATCH = 16
 
@@ -35,13 +34,12 @@ class PlacePredictor:
         self.kind: LabelKind = open_label_kind(self.recipe)
 
     def read(self, path: str) -> Tensor:
-        """Return the image of a file, (C, h, w) uint8.
+        """Return the image of a file, (C, h, w) uint8, or float32 in [0, 255] if its values have a range.
 
         Raises:
             BadImage: If the file cannot be decoded, or the scaled image would be too large.
         """
-        reading: Reading = self.recipe.data.decoding()
-        image = whole_image(read_regular(path), **reading)
+        image = whole_image(read_regular(path), **self.recipe.data.decoding())
         self.kind.fit(int(image.shape[1]), int(image.shape[2]))  # raises BadImage if the scaled image is too large
         return image
 

@@ -62,7 +62,7 @@ class Task(nn.Module):
         """Return the data of a batch from which `metrics` are computed, on the CPU.
 
         Args:
-            run: Model that returns outputs for images (B, C, H, W) uint8 with (H, W) = `size`.
+            run: Model that returns outputs for images (B, C, H, W) in [0, 255] with (H, W) = `size`.
             images: Images of the batch. They may have other sizes, but those given to `run` must have `size`.
             targets: Labels of the batch.
             size: Image size of the recipe, (H, W) in pixels.

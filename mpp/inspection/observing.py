@@ -44,7 +44,11 @@ class InspectedEncoder:
         return (raw.to(self.mean.device).float() / 255 - self.mean) / self.std
 
     def maps(self, raw: Tensor) -> list[Tensor]:
-        """Return the output of every block or stage, (B, D, h, w) without a norm, for (B, C, H, W) uint8 images."""
+        """Return the output of every block or stage, (B, D, h, w) without a norm.
+
+        Args:
+            raw: Images, (B, C, H, W) in [0, 255].
+        """
         return list(
             self.model.forward_intermediates(
                 self.normalised(raw), norm=False, output_fmt="NCHW", intermediates_only=True
@@ -73,7 +77,7 @@ class Seen:
 
     subject: InspectedEncoder
     shown: Tensor
-    """(shown, C, H, W) uint8 images that are drawn"""
+    """(shown, C, H, W) images that are drawn, uint8 or float32 in [0, 255]"""
     shown_maps: list[Tensor]
     layers: list[Layer]
     grids: list[tuple[int, int]]
@@ -96,7 +100,7 @@ def _smaller(maps: Tensor) -> Tensor:
 
 
 def _patches(raw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the pixels under each cell: (n, C, H, W) uint8 -> (n, N, C·p·p) float.
+    """Return the pixels under each cell: (n, C, H, W) in [0, 255] -> (n, N, C·p·p) float.
 
     If a cell is larger than 8 px, its pixels are shrunk to 8 px.
     """
@@ -112,7 +116,7 @@ def see_all(subjects: Sequence[InspectedEncoder], images: Sequence[Tensor], show
 
     Args:
         subjects: The encoder to measure. A second encoder is optional; only CKA is measured of it.
-        images: (n, C, H, W) uint8 images for each encoder.
+        images: (n, C, H, W) images for each encoder, uint8 or float32 in [0, 255].
         shown: Number of images that are drawn, from the start.
     """
     subject = subjects[0]
@@ -202,7 +206,7 @@ def attend(subject: InspectedEncoder, raw: Tensor, shown: int) -> list[Attention
 
     Args:
         subject: The encoder.
-        raw: (n, C, H, W) uint8 images.
+        raw: (n, C, H, W) images, uint8 or float32 in [0, 255].
         shown: Number of images whose whole attention is kept, from the start.
     """
     attentions: list[Attention] = []

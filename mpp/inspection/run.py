@@ -15,7 +15,7 @@ from mpp.data.decoding.decode import Box, centre_box, decode_crop
 from mpp.data.readers import AllImages
 from mpp.data.shards.reader import evenly
 from mpp.drawing import plots
-from mpp.encoders.resolve import decoding_of, for_channels, stored_recipe
+from mpp.encoders.resolve import decoding_of, for_channels
 from mpp.encoders.sources import check_source, open_encoder
 from mpp.errors import BadImage, MppWarning, UserError, one_line
 from mpp.inspection import views
@@ -63,12 +63,7 @@ def _open(source: str, *, random: bool, device: torch.device, key: str) -> Inspe
         torch.tensor(for_channels(model.pretrained_cfg[k], channels), device=device).view(-1, 1, 1)
         for k in ("mean", "std")
     )
-    if channels not in (1, 3, 4):
-        raise UserError(f"{key}: {source} takes images of {channels} channels; mpp inspect reads images of 1, 3 or 4")
-    folder = timm_folder(source)
-    if folder and stored_recipe(folder).get("data", {}).get("value_range"):
-        raise UserError(f"{key}: {source} takes images with data.value_range; mpp inspect reads 8-bit images")
-    decoding = decoding_of(folder or Path(source), channels)
+    decoding = decoding_of(timm_folder(source) or Path(source), channels)
     return InspectedEncoder(source, model, (int(size[0]), int(size[1])), channels, mean, std, decoding)
 
 
@@ -77,7 +72,7 @@ def _centre(size: tuple[int, int], width: int, height: int) -> Box:
 
 
 def _read(subjects: Sequence[InspectedEncoder], places: Sequence[str], count: int, shown: int) -> list[Tensor]:
-    """Read up to `count` images for each encoder, as (n, C, H, W) uint8. Unreadable images are skipped.
+    """Read up to `count` images for each encoder, as (n, C, H, W) in [0, 255]. Unreadable images are skipped.
 
     The first `shown` images of the result are spread evenly over all that were read.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpp.data.shards.reader import evenly
 from mpp.drawing import plots
+from mpp.drawing.pixels import as_rgb
 from mpp.drawing.plots import Dots, Heat, Level, Line, Picture
 from mpp.evaluation.rank import effective_rank
 from mpp.inspection import measures
@@ -367,9 +368,8 @@ def layer_word(seen: Seen) -> str:
 
 
 def _pixels(raw: Tensor) -> np.ndarray:
-    """Convert a (C, H, W) uint8 image to (H, W, 3) in [0, 1]."""
-    x = raw[:3] if len(raw) >= 3 else raw[:1].expand(3, -1, -1)
-    return (x.permute(1, 2, 0).float() / 255).cpu().numpy()
+    """Convert a (C, H, W) image to (H, W, 3) in [0, 1]."""
+    return (as_rgb(raw.cpu()).permute(1, 2, 0).float() / 255).numpy()
 
 
 def _rounded(values: object, digits: int = 4) -> Any:

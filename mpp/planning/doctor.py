@@ -45,6 +45,7 @@ EXTRAS = {
     "transformers": "transformers",
     "parquet": "pyarrow",
     "multichannel": "tifffile",
+    "dicom": "pydicom",
 }
 """Extras of the project, and a module that each installs."""
 

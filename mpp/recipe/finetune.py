@@ -330,8 +330,6 @@ class FinetuneRecipe(Run):
         """Check that the recipe has only values that the task's kind of label allows."""
         kind = registry.declaration("task", self.task.name).constants["labels"]
         constants = registry.declaration("labels", kind).constants
-        if constants.get("eight_bit_only") and not self.data.eight_bit:
-            raise ValueError(f"task: {self.task.name}: only for images of 8 bit with 1, 3 or 4 channels")
         for key, allowed in constants.get("allowed_values", {}).items():
             if reduce(getattr, key.split("."), self) not in allowed:
                 instead = "; use data.fraction" if key == "data.labels_per_class" else ""

@@ -21,6 +21,7 @@ from pydantic_core import CoreSchema
 from mpp.recipe import registry
 from mpp.recipe.flat import JsonObject
 from mpp.recipe.values import (
+    FORMATS,
     MOST_CHANNELS,
     BelowOne,
     Device,
@@ -150,7 +151,7 @@ class ImageData(Section):
     """Probability of a horizontal flip in training."""
     workers: NonNegativeInt = 2
     """Loader processes of each training process. 0: images are read in the training process itself."""
-    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "NPY", "PPM")
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = FORMATS
     """Image formats to decode. Files of other formats count as unreadable."""
     max_image_pixels: Annotated[PositiveInt, Field(le=178_000_000)] = 64_000_000
     """Images with more pixels count as unreadable; only their header is read."""

@@ -165,11 +165,13 @@ def _device(value: str) -> str:
 Device = Annotated[str, AfterValidator(_device)]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Probe = Literal["knn", "linear", "attentive"]
-Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "PPM"]
-"""Image formats by Pillow's names, and NPY for numpy's .npy files."""
+Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "PPM", "DICOM"]
+"""Image formats by Pillow's names, NPY for numpy's .npy files, and DICOM."""
+FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "NPY", "PPM", "DICOM")
+"""Formats that are read unless a recipe names others: all but GIF, whose images may be animations."""
 
-IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|gif|p[bgnp]m|npy)$", re.IGNORECASE)
-IMAGE_ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm .npy"
+IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|gif|p[bgnp]m|npy|dcm|dicom)$", re.IGNORECASE)
+IMAGE_ENDINGS = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .pnm .npy .dcm .dicom"
 """The endings that IMAGE matches, for messages."""
 
 

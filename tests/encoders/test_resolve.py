@@ -54,12 +54,6 @@ def test_what_a_recipe_gives_stays(deep: str) -> None:
 TRAINED_WITH = r"; .*/deep was trained with data.channels=1, data.value_range=\[0,4095\], data.nodata=-1, data.mean=\[0.3\], data.std=\[0.2\]"
 
 
-@pytest.mark.parametrize("task", ["segment", "detect"])
-def test_a_task_that_the_filled_in_range_does_not_allow(task: str, deep: str) -> None:
-    with pytest.raises(UserError, match=rf"^task: {task}: only for images of 8 bit.*{TRAINED_WITH}$"):
-        resolve(finetuning(deep, task=task), deep, warn=True)
-
-
 @pytest.mark.parametrize("key", ["auto_augment", "color_jitter"])
 def test_an_augmentation_that_the_filled_in_range_does_not_allow(key: str, deep: str) -> None:
     value = 0.4 if key == "color_jitter" else "v0"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -175,6 +176,21 @@ def test_command_line(run: Path, shards: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "Mean attention distance: not available: ResNet has no attention layers" in done.output
     assert "cka_cross" in json.loads((tmp_path / "o" / "similarity.json").read_text())
+
+
+def test_images_of_five_channels_and_twelve_bits(tmp_path: Path) -> None:
+    (tmp_path / "bands").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        np.save(tmp_path / "bands" / f"{i}.npy", rng.integers(0, 400, (5, 16, 16), dtype=np.uint16))
+    deep = {"data.channels": 5, "data.value_range": [0, 4095], "optim.steps": 2}
+    mpp.pretrain(pretrain_recipe(tmp_path / "bands", tmp_path / "run", **deep))
+    found = mpp.inspect(tmp_path / "run", [str(tmp_path / "bands")], images=20)
+    assert {view.name for view in found.views} >= ALWAYS
+    assert found.images == 20
+    first = views._pixels(torch.from_numpy(np.load(tmp_path / "bands" / "0.npy") * (255 / 4095)).float())
+    assert first.shape == (16, 16, 3)
+    assert (first.min(), first.max()) == (0, 1), "a tenth of the range must be stretched to be seen"
 
 
 @pytest.mark.parametrize(

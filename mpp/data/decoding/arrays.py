@@ -1,4 +1,4 @@
-"""Read images that are arrays of numbers: .npy files and TIFFs with any channels, 8 to 64 bit, integer or float.
+"""Read images that are arrays of numbers: .npy, TIFF and DICOM files with any channels, 8 to 64 bit, integer or float.
 
 They are scaled to float32 in [0, 255], the range of 8-bit pixels, so that mean and std mean the same for all images.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mpp.data.decoding.dicom import is_dicom, read_one_frame
 from mpp.errors import BadImage, UserError, how_to_get
 from mpp.recipe.sections import ValueRange
 
@@ -52,6 +54,8 @@ def read_array(
             return fill_missing(_npy(data, channels, max_image_pixels), nodata)
         if data.startswith(TIFF) and "TIFF" in formats:
             return _tiff(data, channels, max_image_pixels, nodata)
+        if is_dicom(data) and "DICOM" in formats:
+            return fill_missing(_dicom(data, channels, max_image_pixels), nodata)
     except (BadImage, UserError):
         raise
     except Exception as error:  # numpy and tifffile may raise anything on hostile bytes
@@ -105,6 +109,39 @@ def _npy(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
 
 
 def _tiff(data: bytes, channels: int, max_image_pixels: int, nodata: float | None) -> np.ndarray:
+    with _import_tifffile().TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        _check(series.shape, series.dtype, channels, max_image_pixels)
+        array = _channels_first(series.asarray(), channels)
+        return fill_missing(array, _checked_nodata(series.keyframe), nodata)
+
+
+def split_tiff(data: bytes) -> Iterator[np.ndarray]:
+    """Yield the pages of a TIFF as images, (H, W) or (H, W, C), with missing values filled.
+
+    Pages of another size than the first are previews and left out. There is nothing to yield if only one page is left.
+
+    Raises:
+        BadImage: If a page cannot be decoded.
+        UserError: If tifffile is not installed.
+    """
+    tifffile = _import_tifffile()
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            first = file.pages[0].shape
+            pages = [page for page in file.pages if page.shape == first]
+            for page in pages if len(pages) > 1 else []:
+                array = page.asarray()
+                _check_type(array.dtype)
+                filled = fill_missing(array[None], _checked_nodata(page.keyframe))
+                yield filled[0]
+    except BadImage:
+        raise
+    except Exception as error:  # tifffile may raise anything on hostile bytes
+        raise _bad(error) from None
+
+
+def _import_tifffile() -> Any:
     try:
         import tifffile
     except ModuleNotFoundError as error:
@@ -112,18 +149,28 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int, nodata: float | Non
             "data.formats: TIFFs of other channels than 1, 3 and 4, or of other numbers than 8 bit, need tifffile: "
             + how_to_get("multichannel")
         ) from error
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series = file.series[0]
-        _check(series.shape, series.dtype, channels, max_image_pixels)
-        frame: Any = series.keyframe
-        if frame.photometric in (tifffile.PHOTOMETRIC.PALETTE, tifffile.PHOTOMETRIC.MINISWHITE):
-            raise BadImage(f"a TIFF of {frame.photometric.name}, whose numbers are not brightness")
-        if (turned := frame.tags.get("Orientation")) is not None and turned.value != 1:
-            raise BadImage(f"a TIFF with orientation {turned.value}")
-        array = _channels_first(series.asarray(), channels)
-        # GDAL's tag, which is not always a number
-        named = "GDAL_NODATA" in frame.tags and isinstance(frame.nodata, int | float)
-        return fill_missing(array, frame.nodata if named else None, nodata)
+    return tifffile
+
+
+def _checked_nodata(page: Any) -> float | None:
+    """Return the value that marks missing pixels, by GDAL's tag, or None.
+
+    Raises:
+        BadImage: If the numbers of the page are not brightness, or it is not upright.
+    """
+    if page.photometric.name in ("PALETTE", "MINISWHITE"):
+        raise BadImage(f"a TIFF of {page.photometric.name}, whose numbers are not brightness")
+    if (turned := page.tags.get("Orientation")) is not None and turned.value != 1:
+        raise BadImage(f"a TIFF with orientation {turned.value}")
+    named = "GDAL_NODATA" in page.tags and isinstance(page.nodata, int | float)  # the tag is not always a number
+    return float(page.nodata) if named else None
+
+
+def _dicom(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
+    array = read_one_frame(data, max_image_pixels)
+    if len(array) != channels:
+        raise BadImage(f"a DICOM file of {len(array)} channels; expected {channels}")
+    return array
 
 
 def _check_type(dtype: np.dtype) -> None:

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mpp.data.decoding.arrays import NPY, TIFF, fill_missing, read_array, scaled
+from mpp.data.decoding.dicom import is_dicom, read_one_frame
 from mpp.errors import BadImage
 from mpp.recipe.sections import Decoding, Reading, ValueRange
 
@@ -203,11 +204,13 @@ def _numbers(data: bytes, value_range: ValueRange, nodata: float | None, reading
     array = read_array(data, nodata=nodata, **reading)
     if array is None:  # most likely 8 bit; grey images may have 16
         if reading["channels"] not in MODES:
-            raise BadImage(f"not a TIFF or .npy; expected {reading['channels']} channels (data.channels)")
+            raise BadImage(f"not a TIFF, .npy or DICOM; expected {reading['channels']} channels (data.channels)")
         pixels = decode_pillow(data, **reading, deep=True)
         array = np.atleast_3d(np.array(pixels)).transpose(2, 0, 1)
         if array.dtype == np.uint8 and value_range not in ("type", (0, 255)):  # Pillow reads colours only as 8 bit
-            raise BadImage("read as 8 bit, which data.value_range is not; TIFF, .npy and grey PNG have all their bits")
+            raise BadImage(
+                "read as 8 bit, which data.value_range is not; only TIFF, .npy, DICOM and grey PNG have more"
+            )
         return fill_missing(array, nodata)
     return array
 
@@ -372,9 +375,12 @@ def decode_pillow(
         raise BadImage("empty file")
     if data.startswith(NPY):
         return _of_array(data, channels=channels, formats=formats, max_image_pixels=max_image_pixels)
+    if is_dicom(data) and "DICOM" in formats:
+        return _to_mode(_of_dicom(data, max_image_pixels), MODES[channels])
     try:
         with own_pixel_limit():
-            image: Image.Image = Image.open(io.BytesIO(data), formats=[name for name in formats if name != "NPY"])
+            by_pillow = [name for name in formats if name not in ("NPY", "DICOM")]
+            image: Image.Image = Image.open(io.BytesIO(data), formats=by_pillow)
             _check_size(image.width, image.height, max_image_pixels)
             _check_pages(data)
             image.load()
@@ -393,8 +399,18 @@ def decode_pillow(
 def _of_array(data: bytes, **reading: Unpack[Reading]) -> Image.Image:
     """Read an .npy file of 8-bit pixels. Raise BadImage for other files."""
     array = read_array(data, **reading)
-    if array is None or array.dtype != np.uint8:
-        raise BadImage(f"values of {array.dtype if array is not None else None}: say by data.value_range what they are")
+    assert array is not None
+    return _eight_bit_image(array)
+
+
+def _of_dicom(data: bytes, max_image_pixels: int) -> Image.Image:
+    """Read a DICOM file of 8-bit pixels, grey or RGB. Raise BadImage for other files."""
+    return _eight_bit_image(read_one_frame(data, max_image_pixels))
+
+
+def _eight_bit_image(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8:
+        raise BadImage(f"values of {array.dtype}: say by data.value_range what they are")
     return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
 
 

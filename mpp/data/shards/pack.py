@@ -17,16 +17,19 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import webdataset
 from PIL import Image, UnidentifiedImageError
 
-from mpp.data.decoding.arrays import NPY, TIFF, check_npy
+from mpp.data.decoding.arrays import NPY, TIFF, check_npy, split_tiff
 from mpp.data.decoding.decode import own_pixel_limit
+from mpp.data.decoding.dicom import DicomFile, is_dicom
 from mpp.data.shards.index import index_shard, packed_name
 from mpp.data.shards.listing import write_listing
 from mpp.data.shards.sources import Source, open_source
 from mpp.errors import BadImage, UserError
 from mpp.parallel.children import end_with
+from mpp.recipe.sections import DECODING
 from mpp.recipe.values import IMAGE
 
 DESCRIPTION = "dataset.json"
@@ -62,11 +65,13 @@ def pack(
     workers: int = 2,
     part: tuple[int, int] = (1, 1),
     image_extension: str | None = None,
+    split_pages: bool = False,
     on_shard: Callable[[int, int], None] | None = None,
 ) -> Packed:
     """Write the images of `source` as shards into `out`. Separate files are shuffled by `seed`.
 
-    After an interruption, the same call continues where it stopped. The bytes of the images are copied unchanged.
+    After an interruption, the same call continues where it stopped. The bytes of the images are copied unchanged, but
+    of DICOM files only the frames are kept, each as an .npy file.
 
     Args:
         labels: Whether to pack the label of each image. In a folder, it is the name of the first folder below `source`.
@@ -74,6 +79,7 @@ def pack(
         part: (i, n) for the i-th of n calls, on up to n machines. They share `out`, or their outputs are put into one
             folder. The call that finds all shards in `out` completes the folder.
         image_extension: Extension of the member that is a sample's image in tar shards, see `samples_among`.
+        split_pages: Whether each page of a TIFF becomes an image, as an .npy file. Otherwise pages are channels.
         on_shard: Function called with (shards done, shards of this part) after each shard.
 
     Raises:
@@ -92,11 +98,12 @@ def pack(
         "seed": seed,
         "classes": opened.classes,
         "files_sha256": hashlib.sha256(opened.identity).hexdigest(),
+        "split_pages": split_pages,
     }
     _claim(Path(out), description)
     paths = [os.path.join(out, packed_name(k)) for k in range(shards)]
     jobs = [
-        (opened, path, k * images_per_shard, min((k + 1) * images_per_shard, opened.samples))
+        (opened, path, k * images_per_shard, min((k + 1) * images_per_shard, opened.samples), split_pages)
         for k, path in enumerate(paths)
         if k % part[1] == part[0] - 1
     ]
@@ -128,8 +135,8 @@ def pack(
     return Packed(len(paths), len(pending), missing, images, opened.labeled, opened.classes, sorted(skipped))
 
 
-Job = tuple[Source, str, int, int]
-"""(source, path of a shard, number of its first image, number after its last image)."""
+Job = tuple[Source, str, int, int, bool]
+"""(source, path of a shard, number of its first file, number after its last file, whether to split pages)."""
 
 
 def _write_shards(pending: list[Job], workers: int) -> Iterator[None]:
@@ -160,6 +167,7 @@ def _claim(out: Path, description: dict[str, object]) -> None:
         raise UserError(f"{out}: is a file; give a new folder") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: {getattr(error, 'strerror', None) or error}") from error
+    before.setdefault("split_pages", False)  # older folders do not say it
     changed = [k for k, v in description.items() if before.get(k) != v]
     if changed:
         raise UserError(f"{out}: holds shards packed with other settings ({', '.join(changed)}); choose a new folder")
@@ -193,7 +201,42 @@ def extension_of(data: bytes) -> str:
     return extension
 
 
-def _write_shard(source: Source, shard: str, first: int, end: int) -> None:
+def images_in(data: bytes, *, split_pages: bool) -> Iterator[tuple[str, bytes]]:
+    """Yield (extension, bytes) of each image in a file.
+
+    Most files are one image and stay as they are. DICOM files hold data of patients, so only their pixels are kept.
+
+    Args:
+        data: Bytes of the file.
+        split_pages: Whether each page of a TIFF is an image.
+
+    Raises:
+        ValueError: If there is no image that mpp reads, with the reason.
+        UserError: If a package for reading such files is not installed.
+    """
+    try:
+        if is_dicom(data):
+            file = DicomFile(data)
+            for frame in range(file.frames):
+                yield "npy", _as_npy(file.read(frame, max_image_pixels=DECODING["max_image_pixels"]))
+            return
+        pages = 0
+        if split_pages and data.startswith(TIFF):
+            for pages, page in enumerate(split_tiff(data), 1):  # noqa: B007 (the number is needed after the loop)
+                yield "npy", _as_npy(page)
+    except BadImage as error:
+        raise ValueError(str(error)) from error
+    if pages == 0:
+        yield extension_of(data), data
+
+
+def _as_npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def _write_shard(source: Source, shard: str, first: int, end: int, split_pages: bool) -> None:
     """Write one shard, under a temporary name until it is complete and on the disk."""
     part = f"{shard}.part"
     sources, skipped = [], []
@@ -205,16 +248,15 @@ def _write_shard(source: Source, shard: str, first: int, end: int) -> None:
                 try:
                     if isinstance(data, str):
                         raise ValueError(data)
-                    extension = extension_of(data)
+                    for page, (extension, image) in enumerate(images_in(data, split_pages=split_pages)):
+                        key = f"{number:09d}" if page == 0 else f"{number:09d}_{page:04d}"
+                        sample: dict[str, object] = {"__key__": key, extension: image}
+                        if label is not None:
+                            sample["cls"] = label
+                        writer.write(sample)
+                        sources.append(f"{os.path.basename(shard)}\t{key}.{extension}\t{where}")
                 except ValueError as error:
                     skipped.append(f"{where}\t{error}")
-                    continue
-                key = f"{number:09d}"
-                sample: dict[str, object] = {"__key__": key, extension: data}
-                if label is not None:
-                    sample["cls"] = label
-                writer.write(sample)
-                sources.append(f"{os.path.basename(shard)}\t{key}.{extension}\t{where}")
         f.flush()
         os.fsync(f.fileno())
     _write_text(f"{shard}.sources", "".join(f"{s}\n" for s in sources))

@@ -24,7 +24,6 @@ class BoxesLabels(PlaceLabels):
     """Images whose boxes are listed in a COCO file."""
 
     at_every_place = True
-    eight_bit_only = True
     allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "mixup": (0.0,),
         "cutmix": (0.0,),

@@ -26,7 +26,6 @@ class MaskLabels(PlaceLabels):
     """Images that each have a PNG mask, whose values are class numbers."""
 
     at_every_place = True
-    eight_bit_only = True
     allowed_values: ClassVar[dict[str, tuple[object, ...]]] = {
         "mixup": (0.0,),
         "cutmix": (0.0,),

@@ -128,7 +128,7 @@ class DetectTask(Task):
 
         Args:
             run: Model that maps images to the outputs of `forward`.
-            images: (B, C, H, W) uint8, each image scaled into the upper left of its canvas.
+            images: (B, C, H, W) in [0, 255], each image scaled into the upper left of its canvas.
             targets: For each file, `scale` (pixels of the canvas per pixel of the file) and `size` (h, w) in pixels.
 
         Returns:

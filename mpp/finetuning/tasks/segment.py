@@ -98,8 +98,8 @@ class SegmentTask(Task):
         """Predict the class of every pixel. Logits of overlapping windows are averaged.
 
         Args:
-            run: Model that maps (B, C, H, W) uint8 to (B, classes, H, W) logits.
-            images: Images, (C, h, w) uint8, at least as large as the window.
+            run: Model that maps images (B, C, H, W) in [0, 255] to (B, classes, H, W) logits.
+            images: Images, (C, h, w) in [0, 255], at least as large as the window.
             sizes: (h0, w0) of the files, in pixels.
             window: (H, W) that the model reads at a time, in pixels.
 

@@ -151,9 +151,9 @@ BAD: list[tuple[bytes, int, str]] = [
     (b"\x93NUMPY\x01\0\x10\0{'descr': '<u1',", 1, "."),
     (b"II*\0" + bytes(30), 5, "."),
     (b"MM\0*\xff\xff\xff\xff", 5, "."),
-    (encoded(Image.new("RGB", (3, 2))), 5, "not a TIFF or .npy; expected 5 channels"),
+    (encoded(Image.new("RGB", (3, 2))), 5, "not a TIFF, .npy or DICOM; expected 5 channels"),
     (b"", 1, "empty file"),
-    (b"", 5, "not a TIFF or .npy"),
+    (b"", 5, "not a TIFF, .npy or DICOM"),
 ]  # fmt: skip
 
 

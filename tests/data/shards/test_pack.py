@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 
@@ -176,3 +178,25 @@ def test_packing_processes_end_with_the_one_that_started_them(tmp_path: Path) ->
     ]:
         assert time.monotonic() < until, f"still there: {alive}"
         time.sleep(0.1)
+
+
+def test_pages_of_a_tiff_become_images(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "stacks").mkdir()
+    volume = np.random.default_rng(0).integers(0, 4000, (6, 24, 20), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "stacks" / "volume.tif", volume, photometric="minisblack")
+    colours = np.asarray(drawn_image(0))
+    tifffile.imwrite(tmp_path / "stacks" / "photo.tif", colours, photometric="rgb")
+    with tifffile.TiffWriter(tmp_path / "stacks" / "preview.tif") as writer:
+        writer.write(colours, photometric="rgb")
+        writer.write(colours[::2, ::2], photometric="rgb")
+    packed = pack(str(tmp_path / "stacks"), str(tmp_path / "pages"), workers=1, split_pages=True)
+    found = members(tmp_path / "pages")
+    assert packed.images == 8
+    pages = [np.load(io.BytesIO(data)) for name, data in sorted(found.items()) if name.endswith(".npy")]
+    assert np.array_equal(np.stack(pages), volume)
+    whole = sorted(data for name, data in found.items() if not name.endswith(".npy"))
+    assert whole == sorted((tmp_path / "stacks" / f"{name}.tif").read_bytes() for name in ("photo", "preview"))
+    assert pack(str(tmp_path / "stacks"), str(tmp_path / "whole"), workers=1).images == 3
+    with pytest.raises(UserError, match=r"other settings \(split_pages\)"):
+        pack(str(tmp_path / "stacks"), str(tmp_path / "pages"), workers=1)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -182,6 +183,26 @@ def values(shapes: Path, out: Path, **changes: Any) -> dict[str, Any]:
 
 def recipe(*args: Any, **changes: Any) -> FinetuneRecipe:
     return check_recipe(values(*args, **changes), FinetuneRecipe)
+
+
+def test_boxes_in_images_of_five_channels_and_sixteen_bits(shapes: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part / "images").mkdir(parents=True)
+        listed = json.loads((shapes / part / "annotations.json").read_text())
+        for entry in listed["images"]:
+            pixels = np.asarray(Image.open(shapes / part / "images" / entry["file_name"]), dtype=np.uint16)
+            entry["file_name"] = Path(entry["file_name"]).with_suffix(".npy").name
+            np.save(tmp_path / part / "images" / entry["file_name"], 16 * pixels[..., [0, 1, 2, 0, 1]])
+        (tmp_path / part / "annotations.json").write_text(json.dumps(listed))
+    deep = {"data.channels": 5, "data.value_range": [0, 4080]}
+    mpp.finetune(recipe(tmp_path, tmp_path / "ft", **deep, **{"optim.steps": 30, "task.score_threshold": 0.0}))
+    trial = tmp_path / "ft" / "scratch-seed0"
+    with Image.open(trial / "predictions.png") as picture:
+        assert min(picture.size) > 300
+    rows, unreadable, _ = mpp.predict(trial, [str(tmp_path / "val" / "images")], report=tmp_path / "said")
+    assert unreadable == {}
+    assert len(list((tmp_path / "said" / "overlays").iterdir())) == 8
+    assert all(0 <= row["x0"] < row["x1"] <= 32 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,48 @@ def test_it_learns(tmp_path: Path) -> None:
     assert result.score["scratch"].mean > 0.8
 
 
+BANDS = {"data.channels": 12, "data.value_range": [0, 10000]}
+
+
+def draw_bands(folder: Path, count: int, side_px: int = 32) -> None:
+    """Draw squares of 12 bands of 16 bits. Only the last two bands tell a square from what is around it."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("images", "masks"):
+            (folder / part / name).mkdir(parents=True)
+        for i in range(count):
+            mask = np.zeros((side_px, side_px), dtype=np.uint8)
+            x, y = rng.integers(0, side_px // 2, 2)
+            mask[y : y + side_px // 2, x : x + side_px // 2] = 1
+            bands = rng.normal(3000, 300, (12, side_px, side_px))
+            bands[10:] += np.where(mask > 0, 2500, -1500)
+            np.save(folder / part / "images" / f"{i}.npy", bands.clip(0, 10000).astype(np.uint16))
+            Image.fromarray(mask).save(folder / part / "masks" / f"{i}.png")
+
+
+def test_it_learns_from_twelve_bands_of_sixteen_bits(tmp_path: Path) -> None:
+    draw_bands(tmp_path, 12)
+    result = mpp.finetune(recipe(tmp_path, tmp_path / "ft", **BANDS, **{"optim.steps": 40, "data.val_side_px": 48}))
+    trial = tmp_path / "ft" / "scratch-seed0"
+    assert result.score["scratch"].mean > 0.8
+    with Image.open(trial / "predictions.png") as picture:
+        assert min(picture.size) > 300
+    rows, unreadable, _ = mpp.predict(trial, [str(tmp_path / "val" / "images")], report=tmp_path / "said")
+    assert (len(rows), unreadable) == (12, {})
+    for row in rows:
+        true = np.asarray(Image.open(tmp_path / "val" / "masks" / f"{Path(row['image']).stem}.png"))
+        assert (np.asarray(Image.open(row["mask"])) == true).mean() > 0.9
+
+
+def test_an_array_of_another_size_than_its_mask_is_left_out(tmp_path: Path) -> None:
+    """The size of an array is known only when it is read."""
+    draw_bands(tmp_path, 4)
+    np.save(tmp_path / "val" / "images" / "1.npy", np.zeros((12, 20, 16), dtype=np.uint16))
+    mpp.finetune(recipe(tmp_path, tmp_path / "ft", **BANDS, **{"optim.steps": 2}))
+    log = (tmp_path / "ft" / "scratch-seed0" / "train.log").read_text()
+    assert f"{tmp_path}/val/images/1.npy: 16×20 pixels upright, its mask 32×32" in log
+
+
 def test_killed_and_resumed_it_is_the_same(shapes: Path, tmp_path: Path) -> None:
     mpp.finetune(recipe(shapes, tmp_path / "whole"))
     trial = tmp_path / "whole" / "scratch-seed0"
