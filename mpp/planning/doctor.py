@@ -41,6 +41,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "trackio": "trackio",
+    "mlflow": "mlflow",
     "onnx": "onnxruntime",
     "transformers": "transformers",
     "parquet": "pyarrow",

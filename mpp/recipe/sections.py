@@ -298,7 +298,7 @@ class Run(Job):
     trackers: Annotated[
         tuple[Tracker, ...], BeforeValidator(listed, json_schema_input_type=Tracker | tuple[Tracker, ...])
     ] = ()
-    """Where else to send the metrics: tensorboard, wandb or trackio. Each requires its package."""
+    """Where else to send the metrics: tensorboard, wandb, trackio or mlflow. Each requires its package."""
 
     @model_validator(mode="after")
     def _one_of_several_devices(self) -> Self:

@@ -163,7 +163,7 @@ def _device(value: str) -> str:
 
 
 Device = Annotated[str, AfterValidator(_device)]
-Tracker = Literal["tensorboard", "wandb", "trackio"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Probe = Literal["knn", "linear", "attentive"]
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "PPM", "DICOM"]
 """Image formats by Pillow's names, NPY for numpy's .npy files, and DICOM."""

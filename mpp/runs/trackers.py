@@ -1,4 +1,4 @@
-"""Log metrics to TensorBoard, Weights & Biases and Trackio."""
+"""Log metrics to TensorBoard, Weights & Biases, Trackio and MLflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from mpp.errors import MppWarning, UserError, one_line
 from mpp.recipe.flat import JsonObject
 
 PROJECT = "mpp"
-"""Name of the project to which trackers assign runs."""
+"""Name of the project (MLflow: experiment) to which trackers assign runs."""
+MLFLOW_RUN = "mlflow-run"
+"""File with the id that MLflow gave the run, so that a resumed run continues it."""
 
 
 class Trackers:
@@ -37,6 +39,7 @@ class Trackers:
         if not names or not active:
             return
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+        known_to_mlflow = _stored_id(out / MLFLOW_RUN) if "mlflow" in names else None
         options: dict[str, JsonObject] = {
             "tensorboard": {"purge_step": resumed_at + 1},
             "wandb": {
@@ -46,6 +49,7 @@ class Trackers:
                 "resume": "allow",
             },
             "trackio": {"name": f"{out.name}-{_tracked_as(out)}", "resume": "allow"},
+            "mlflow": {"run_name": f"{out.parent.name}/{out.name}", "run_id": known_to_mlflow},
         }
         try:
             for name in names:
@@ -53,7 +57,10 @@ class Trackers:
                 where = {"logging_dir": str(out)} if kind.requires_logging_directory else {}
                 tracker = kind(PROJECT, **where, **options[name])
                 tracker.start()
-                tracker.store_init_configuration(plain)
+                if name == "mlflow" and known_to_mlflow is None:
+                    (out / MLFLOW_RUN).write_text(f"{tracker.tracker.info.run_id}\n")
+                if name != "mlflow" or known_to_mlflow is None:  # MLflow keeps the first settings and refuses others
+                    tracker.store_init_configuration(plain)
                 self._found.append(tracker)
         except Exception as error:  # an error of the tracker: no login, no network, a folder that cannot be written
             raise UserError(f"trackers: {name}: {type(error).__name__}: {one_line(error)}") from error
@@ -77,9 +84,12 @@ class Trackers:
 def _tracked_as(out: Path) -> str:
     """Return the run's name for trackers. It is stored in the run folder, so that a resumed run has the same name."""
     path = out / "tracked-as"
-    try:
-        return path.read_text().strip()
-    except OSError:
+    name = _stored_id(path)
+    if name is None:
         name = uuid.uuid4().hex[:12]
         path.write_text(f"{name}\n")
-        return name
+    return name
+
+
+def _stored_id(path: Path) -> str | None:
+    return path.read_text().strip() if path.exists() else None

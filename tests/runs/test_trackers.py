@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases (offline) and Trackio get the metrics as they are written, and return them."""
+"""TensorBoard, Weights & Biases (offline), Trackio and MLflow get the metrics as they are written, and return them."""
 
 from __future__ import annotations
 
@@ -65,6 +65,26 @@ def test_trackio(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with sqlite3.connect(tmp_path / "trackio" / "mpp.db") as database:
         rows = database.execute("select step, metrics from metrics order by step").fetchall()
     assert [step for step, _ in rows] == [1, 2, 3]
+
+
+def test_mlflow(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/store")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    changes = {"trackers": ["mlflow"], "optim.steps": 10, "checkpoint_every_steps": 4, "keep_checkpoints": 3}
+    mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **changes))
+    losses = [m["loss"] for m in read_metrics(tmp_path / "run")]
+    # a run that continues from step 4, with another number of workers, is the same run of MLflow
+    again = pretrain_recipe(shards, tmp_path / "run", **changes, **{"data.workers": 1})
+    mpp.pretrain(again, resume=str(tmp_path / "run" / "checkpoints" / "step-00000004"))
+    client = mlflow.MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'mpp'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == (tmp_path / "run" / "mlflow-run").read_text().strip()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["mask.ratio"] == "0.75"
+    found = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
+    assert [found[i + 1] for i in range(10)] == pytest.approx(losses)
 
 
 def test_one_that_is_not_installed_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
