@@ -311,6 +311,28 @@ def pictures(
 
 
 @drawing
+def thumbnails(at: np.ndarray, images: Sequence[np.ndarray]) -> Figure:
+    """Draw small images at their places in a plane, without axes.
+
+    Args:
+        at: (n, 2) places.
+        images: (h, w, 3) images in [0, 1].
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    side_in = min(max(0.45 * len(images) ** 0.5, 4.0), 8.0)
+    figure = Figure(figsize=(side_in, side_in))
+    axis = figure.add_axes((0.05, 0.05, 0.9, 0.9))
+    axis.axis("off")
+    axis.set_xlim(at[:, 0].min(), at[:, 0].max())
+    axis.set_ylim(at[:, 1].min(), at[:, 1].max())
+    for place, image in zip(at, images, strict=True):
+        axis.add_artist(AnnotationBbox(OffsetImage(image, zoom=0.6), place, frameon=False, pad=0))
+    return figure
+
+
+@drawing
 def gallery(
     pictures: Sequence[tuple[Tensor, str]], out: Path, legend: Sequence[tuple[str, Sequence[int]]] = ()
 ) -> None:

@@ -143,6 +143,7 @@ def inspect_encoder(
         raise UserError(f"{source}: {one_line(error)}") from error
     titled_views: list[tuple[str, View | str]] = [
         ("Features as colours", views.colours(seen)),
+        ("Map of images", views.image_map(seen, read[0])),
         ("Spectrum, rank and collapse", views.spectrum(seen)),
         ("Attention maps and rollout", views.attention_maps(subject, attention, read[0][:shown])),
         ("Mean attention distance", views.attention_distance(subject, attention)),

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mpp.data.shards.reader import evenly
 from mpp.drawing import plots
 from mpp.drawing.pixels import as_rgb
 from mpp.drawing.plots import Dots, Heat, Level, Line, Picture
+from mpp.errors import how_to_get
 from mpp.evaluation.rank import effective_rank
 from mpp.inspection import measures
 from mpp.inspection.observing import Attention, InspectedEncoder, Seen
@@ -30,6 +32,8 @@ SHOWN_PLACES = 8
 SHOWN_FILTERS = 28
 """Most principal components of filters that are drawn, as in Dosovitskiy et al. 2021, figure 7."""
 SHOWN_LAYERS = 4
+MOST_ON_MAP, THUMBNAIL_PX = 200, 40
+"""Most images on the map, and the longer side of each."""
 
 
 @dataclass
@@ -44,6 +48,35 @@ class View:
     figure: Figure
     summary: str
     """One line with the main numbers, which is also the alternative text of the picture."""
+
+
+def image_map(seen: Seen, images: Tensor) -> View | str:
+    """Draw images at places in a plane where similar features are near each other.
+
+    Args:
+        seen: What was recorded of the images.
+        images: (n, C, H, W) all images, in the order in which they were recorded.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ModuleNotFoundError:
+        return f"it needs scikit-learn: {how_to_get('map')}"
+    features = F.normalize(torch.cat(seen.layers[-1].pooled).float(), dim=1).cpu().numpy()
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    at = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
+    drawn = evenly(len(at), MOST_ON_MAP)
+    shape = [max(round(THUMBNAIL_PX * side / max(images.shape[-2:])), 1) for side in images.shape[-2:]]
+    thumbnails = [F.interpolate(as_rgb(images[i])[None].float(), shape, mode="area")[0].byte() for i in drawn]
+    return View(
+        "image_map",
+        "Map of images",
+        f"Images whose features in the last {layer_word(seen)} are similar lie near each other (t-SNE of their means "
+        "over all places, van der Maaten & Hinton 2008). Look at what neighbours share: objects, or only colours and "
+        "brightness, as with random weights. Distances between groups mean little.",
+        {"places": _rounded(at), "perplexity": perplexity},
+        plots.thumbnails(at[drawn], [_pixels(image) for image in thumbnails]),
+        f"{len(drawn)} of {len(at)} images by the features of the last {layer_word(seen)}",
+    )
 
 
 def positions(subject: InspectedEncoder) -> View | str:

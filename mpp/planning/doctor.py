@@ -47,6 +47,7 @@ EXTRAS = {
     "parquet": "pyarrow",
     "multichannel": "tifffile",
     "dicom": "pydicom",
+    "map": "sklearn",
 }
 """Extras of the project, and a module that each installs."""
 

@@ -24,7 +24,7 @@ from mpp.inspection.observing import InspectedEncoder, attend, see_all
 from tests.conftest import pretrain_recipe
 from tests.inspection.test_reading import EVERYWHERE, KINDS, toy, vit
 
-ALWAYS = {"colours", "spectrum", "similarity", "space", "filters"}
+ALWAYS = {"colours", "image_map", "spectrum", "similarity", "space", "filters"}
 
 
 def subject_of(model: Any, size: tuple[int, int], name: str = "toy") -> InspectedEncoder:
@@ -48,6 +48,7 @@ def test_every_family_is_seen(family: Family) -> None:
     attention = attend(subject, images, 2)
     found: dict[str, Any] = {
         "colours": views.colours(seen),
+        "image_map": views.image_map(seen, images),
         "spectrum": views.spectrum(seen),
         "maps": views.attention_maps(subject, attention, images[:2]),
         "distance": views.attention_distance(subject, attention),
@@ -132,6 +133,20 @@ def test_an_encoder_and_itself_are_the_same_to_cka() -> None:
     assert numbers["other"] == "again"
 
 
+def test_the_map_puts_like_images_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of images, in turn: the nearest image on the map must be of the same kind."""
+    images = torch.cat([drawn(40, (32, 32), seed) // 4 + 180 * (seed % 2) for seed in range(2)])
+    images = images.view(2, 40, 3, 32, 32).transpose(0, 1).flatten(0, 1)
+    seen = see_all([subject_of(vit(), (32, 32))], [images], 2)
+    view = views.image_map(seen, images)
+    assert isinstance(view, views.View)
+    at = torch.tensor(view.numbers["places"])
+    nearest = (torch.cdist(at, at) + 1e9 * torch.eye(80)).argmin(1)
+    assert (nearest % 2 == torch.arange(80) % 2).float().mean() > 0.95
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.manifold", None)
+    assert "needs scikit-learn: pip install" in str(views.image_map(seen, images))
+
+
 def test_minibatches_cover_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     from mpp.inspection import observing
 
@@ -154,7 +169,7 @@ def test_what_is_written(run: Path, shards: Path, image_folder: Path, tmp_path: 
     assert found.images == 24
     index = json.loads((found.out / "index.json").read_text())
     assert [v["name"] for v in index["views"]] == [v.name for v in found.views]
-    assert len(found.views) == 9
+    assert len(found.views) == 10
     assert not index["absent"]
     for view in index["views"]:
         assert json.loads((found.out / f"{view['name']}.json").read_text())
