@@ -135,9 +135,9 @@ def test_an_encoder_and_itself_are_the_same_to_cka() -> None:
 
 def test_the_map_puts_like_images_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kinds of images, in turn: the nearest image on the map must be of the same kind."""
-    images = torch.cat([drawn(40, (32, 32), seed) // 4 + 180 * (seed % 2) for seed in range(2)])
-    images = images.view(2, 40, 3, 32, 32).transpose(0, 1).flatten(0, 1)
-    seen = see_all([subject_of(vit(), (32, 32))], [images], 2)
+    images = torch.cat([drawn(40, (16, 16), seed) // 4 + 180 * (seed % 2) for seed in range(2)])
+    images = images.view(2, 40, 3, 16, 16).transpose(0, 1).flatten(0, 1)
+    seen = see_all([subject_of(vit(), (16, 16))], [images], 2)
     view = views.image_map(seen, images)
     assert isinstance(view, views.View)
     at = torch.tensor(view.numbers["places"])
