@@ -1,6 +1,6 @@
 """Compare mpp with what a user could choose instead, interleaved in one run: `make bench`.
 
-    python tools/bench/bench.py [--only step memory input whole keep growth] [--rounds 7] [--peers PYTHON] [--write]
+    python tools/bench/bench.py [--only step memory …] [--rounds 7] [--peers PYTHON] [--write]
 
 step    one training step, at the sizes of sizes.py: images/s, GFLOP per image, share of the machine's own GEMM peak;
         in heats of a few processes, each of which also has ours and the GEMM
@@ -10,6 +10,7 @@ whole   training commands from their start: time to the end of the first step, i
 
 keep    saving a checkpoint, resuming from it, exporting an encoder (ours is synced, checksummed and verified); the kNN
         accuracy of an encoder on 16 images with 16 others as neighbours
+embed   vectors of a folder of JPEGs of 32 px: images per second of two encoders
 growth  cost of ours with more images, patches, blocks, processes
 
 --write puts the figures into recipes/RESULTS.csv (rows `bench-…`), the tables into docs/benchmarks.md, a summary into
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 import growth
 import pictures
 import whole
-from sizes import SIZES
+from sizes import EMBEDDERS, SIZES
 from timing import Contestant, Failed, Spread, core_rates, interleave, rates, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,7 @@ STEPS = (
 )
 """Size, decoder of the MAE-like models, precision, heats."""
 INPUT_BATCH = {"32px": 64, "375x500": 32, "3000px": 4}
-BENCHES = ("step", "memory", "input", "whole", "keep", "growth")
+BENCHES = ("step", "memory", "input", "whole", "keep", "embed", "growth")
 TURN_S = 0.7
 WHOLE_STEPS = 24
 WHOLE_RUNS = 3
@@ -181,6 +182,16 @@ def kept(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
             yield from _spread("bench-keep-vit_s", c.name, "s", Spread.of([t.wall_s / t.images for t in c.turns]))
 
 
+def embedded(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
+    for encoder in EMBEDDERS:
+        settings = {"encoder": encoder, "folder": given.pictures, "images": f"{given.pictures}/32px"}
+        with contest(("mpp", "timm + torchvision"), "EMBED", settings, given, failed) as all_of_them:
+            interleave(all_of_them, rounds=given.rounds, turn_s=given.turn_s, warm_up=1)
+            for c in all_of_them:
+                yield from _spread(f"bench-embed-{encoder}", c.name, "images_per_s", rates(c))
+                yield from _spread(f"bench-embed-{encoder}", c.name, "mpp_is_times_as_fast", ratio(all_of_them[0], c))
+
+
 def grown(given: argparse.Namespace, failed: list[str]) -> Iterator[Row]:
     try:
         yield from (Row(*figure) for figure in growth.figures(Path(given.pictures)))
@@ -260,6 +271,12 @@ def tables(rows: Sequence[Row]) -> str:
         elif kind == "keep":
             lines += ["", f"Checkpoints, exports, evaluation, {what[0]}:", "", "| | s (quartiles) |", "|---|---|"]
             lines += [f"| {name} | {v['s']:.3g} ({v['s_q1']:.3g} – {v['s_q3']:.3g}) |" for name, v in values.items()]
+        elif kind == "embed":
+            lines += ["", f"Vectors of JPEGs of 32 px, {what[0]}:", "", "| | images/s | mpp is … times as fast |"]
+            lines += ["|---|---|---|"]
+            for name, v in values.items():
+                rate, low, high = (_number(v[f"images_per_s{suffix}"]) for suffix in ("", "_q1", "_q3"))
+                lines.append(f"| {name} | {rate} ({low} – {high}) | {v['mpp_is_times_as_fast']:.2f} |")
         elif kind == "growth":
             metrics = list(next(iter(values.values())))
             lines += [
@@ -390,7 +407,7 @@ def main(words: Sequence[str] | None = None) -> None:
         given.pictures = folder
         if set(given.only) != {"step"}:
             pictures.main(Path(folder))
-        for name, bench in zip(BENCHES, (steps, memory, inputs, wholes, kept, grown), strict=True):
+        for name, bench in zip(BENCHES, (steps, memory, inputs, wholes, kept, embedded, grown), strict=True):
             if name in given.only:
                 rows += [row._replace(value=float(f"{row.value:.4g}")) for row in bench(given, failed)]
     print(tables(rows))

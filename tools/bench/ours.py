@@ -9,10 +9,22 @@ from typing import Any
 
 import torch
 from pictures import labeled
-from sizes import CROP_SCALE, EVALUATION_BATCH, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
+from sizes import (
+    CROP_SCALE,
+    EMBEDDED_BATCH,
+    EMBEDDERS,
+    EVALUATION_BATCH,
+    MASK_RATIO,
+    MEAN,
+    SIZES,
+    STD,
+    Size,
+    decoder_of,
+)
 from torch import Tensor
 from training import Gemm, TrainStep, photographs
 
+import mpp
 from mpp.data.crop import Crop
 from mpp.data.loader import batches
 from mpp.data.order import MicroBatches, Order
@@ -220,6 +232,30 @@ class Evaluate(Kept):
             evaluate(self.recipe)
         return times
 
+
+class Embed:
+    """Vectors of a folder of images by `mpp.embed`. A unit of work is a pass over all images."""
+
+    def __init__(self, encoder: str, folder: str, images: str) -> None:
+        chosen = EMBEDDERS[encoder]
+        given = PretrainRecipe.model_validate(
+            {
+                "job": "pretrain", "out": "unused", "data": {"shards": "unused", "image_size": chosen.image_px},
+                "encoder": {"name": chosen.name, "args": chosen.args}, "corruption": {"name": "pixel_patch"},
+                "optim": {"steps": 1},
+            }
+        )  # fmt: skip
+        self.encoder, self.images = Path(folder) / f"embed-{encoder}", images
+        model, _ = build_model(given)
+        export_model(model.encoder.model, self.encoder, trained_by(given))
+        self.facts: dict[str, Any] = {}
+
+    def run(self, times: int) -> int:
+        found = [mpp.embed(str(self.encoder), [self.images], batch_size=EMBEDDED_BATCH) for _ in range(times)]
+        return sum(len(embedded.vectors) for embedded in found)
+
+
+EMBED: dict[str, Callable[..., Embed]] = {"mpp": Embed}
 
 KEEP: dict[str, Callable[..., Kept]] = {
     "mpp: save": Save,

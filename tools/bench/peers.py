@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sizes import CROP_SCALE, EVALUATION_BATCH, MASK_RATIO, MEAN, SIZES, STD, Size, decoder_of
+from sizes import (
+    CROP_SCALE,
+    EMBEDDED_BATCH,
+    EMBEDDERS,
+    EVALUATION_BATCH,
+    MASK_RATIO,
+    MEAN,
+    SIZES,
+    STD,
+    Size,
+    decoder_of,
+)
 from torch import Tensor, nn
 from training import TrainStep, adamw, photographs, update
 
@@ -346,6 +357,36 @@ KEEP: dict[str, Callable[..., Any]] = {
     "transformers save_pretrained": lambda **given: Kept(**given, operation="export"),
     "timm, lightly knn_predict": Evaluate,
 }
+
+
+class Embed:
+    """Vectors of a folder of images by timm and torchvision. A unit of work is a pass over all images."""
+
+    def __init__(self, encoder: str, folder: str, images: str) -> None:
+        import timm
+
+        chosen = EMBEDDERS[encoder]
+        args: dict[str, Any] = {**chosen.args, **({"img_size": chosen.image_px} if "vit" in chosen.name else {})}
+        self.model = timm.create_model(chosen.name, num_classes=0, **args).eval()
+        self.images, self.image_px, self.facts = images, chosen.image_px, dict[str, Any]()
+
+    @torch.inference_mode()
+    def run(self, times: int) -> int:
+        from torch.utils.data import DataLoader
+        from torchvision import transforms
+        from torchvision.datasets import ImageFolder
+
+        side = self.image_px
+        steps = [transforms.Resize(side, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(side)]
+        transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+        images = 0
+        for _ in range(times):
+            loader = DataLoader(ImageFolder(self.images, transform), EMBEDDED_BATCH)
+            images += len(torch.cat([self.model(batch) for batch, _ in loader]).numpy())
+        return images
+
+
+EMBED: dict[str, Callable[..., Embed]] = {"timm + torchvision": Embed}
 
 
 def train(model_name: str, loader_name: str, size_name: str, pictures: str, steps: int, workers: int) -> None:

@@ -41,6 +41,22 @@ SIZES = {
     "vit_l": Size(224, 16, 1024, 24, 16, 2, Decoder(512, 4, 16)),
     "vit_h": Size(224, 14, 1280, 32, 16, 1, Decoder(512, 4, 16)),
 }
+
+
+class Embedder(NamedTuple):
+    """An encoder that computes vectors of images."""
+
+    name: str
+    args: dict[str, object]
+    """Arguments of timm's function of this name."""
+    image_px: int
+
+
+EMBEDDERS = {
+    "resnet": Embedder("resnet18d", {"channels": [32, 64, 128, 256], "stem_width": 16}, 64),  # of `small_images`
+    "vit": Embedder("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}, 32),
+}
+EMBEDDED_BATCH = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
