@@ -7,6 +7,8 @@ import io
 import os
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -216,3 +218,28 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shapes")
     tool("draw_shapes").main([str(out), "--unlabeled", "100", "--train", "24", "--val", "8", "--side-px", "32"])
     return out
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """Return the URL of an S3 server."""
+    from tests.faults.processes import free_port
+
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(url, timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None, "the server has ended"
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield url
+    finally:
+        server.kill()
+        server.wait()

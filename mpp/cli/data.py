@@ -80,6 +80,7 @@ def pack(
     Pack the images in SOURCE into tar shards in OUT. If interrupted, run the same command again to continue.
 
     SOURCE is a folder of images, a CSV file (image, label), Parquet files or a folder of them, or tar shards to repack.
+    Parquet files may be remote: hf://datasets/OWNER/NAME, s3://, gs:// or https://.
 
     \b
     mpp pack photos shards/photos

@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from tests.conftest import drawn_image, encoded
 from tests.data.shards.test_store import cached_bytes
 from tests.data.test_loader import shard_of
 from tests.faults.conftest import Bench
-from tests.faults.processes import free_port, left, status, steps_logged
+from tests.faults.processes import left, status, steps_logged
 from tests.http_server import Served, serve
 
 SHARDS = 8
@@ -185,26 +182,3 @@ def test_a_bucket(indexes: bool, bench: Bench, many: Path, served: Served, bucke
     assert run.wait() == [2]
     assert "none/s0.tar" in run.said()
     assert "Traceback" not in run.said()
-
-
-@pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    """Return the URL of an S3 server."""
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(url, timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, "the server has ended"
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        yield url
-    finally:
-        server.kill()
-        server.wait()

@@ -346,7 +346,7 @@ def expand(spec: str | tuple[str, ...] | list[str], key: str, *, files: bool = F
                 matches = [name] if os.path.exists(name) else []
             if not matches and not is_remote(name) and not glob.has_magic(name):
                 _may_look(name, key)
-            if parquet := [match for match in matches if match.endswith(".parquet") and not is_remote(match)]:
+            if parquet := [match for match in matches if match.endswith(".parquet")]:
                 raise UserError(f"{key}: '{parquet[0]}': {packed_first(name if parquet == matches else parquet[0])}")
             if not matches:
                 if name.endswith(".tar") or glob.has_magic(name) or os.path.isdir(name):

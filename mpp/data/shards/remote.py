@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+import glob
 import http.client
+import io
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPMessage
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO, TypeVar
 
 from mpp.errors import UserError, how_to_get, one_line
 from mpp.recipe.flat import JsonObject
@@ -24,10 +27,17 @@ EXTRAS = ("s3", "gs")
 READ_AHEAD_BYTES = 16 << 20
 TIMEOUT_S = 60
 """Seconds without any byte before a request fails (a guess)."""
+TRIES = 8
+"""Tries in a row, none of which brings a further byte, before a request or download fails."""
+PAUSE_S = 0.1
+"""Pause between tries in seconds, doubled with each try: 8 tries take half a minute (a guess)."""
 FOR_A_WHILE = (408, 425, 429)
 """Status codes 4xx that are temporary."""
 FAULTS = (OSError, ValueError, EOFError, http.client.HTTPException)
 """Exceptions that a server, a network or a client library may cause."""
+
+
+R = TypeVar("R")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -154,6 +164,99 @@ def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
             return None
         part = answer.stream.read(size)
     return part if len(part) == size else None
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file that is read in parts, with a request for each. Wrap it in a buffer, or small reads take long.
+
+    Args:
+        url: URL with a scheme of SCHEMES.
+
+    Raises:
+        UserError: If the file cannot be opened, or its server sends no parts of files.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url, self._at, self._version = url, 0, None
+        self._size = 1
+        self._size, self._version = self._tried(0, 1, _size_and_version)
+
+    def _tried(self, start: int, stop: int, use: Callable[[Answer], R]) -> R:
+        """Call a function with the answer to a request for a part. Errors that may pass are tried again."""
+        for tries in range(1, TRIES + 1):
+            try:
+                with opened(self._url, start=start, stop=stop, version=self._version) as answer:
+                    return use(answer)
+            except FAULTS as error:
+                if tries == TRIES or is_final(error):
+                    raise UserError(f"{self._url}: {one_line(error)} (tried {tries} times)") from error
+                time.sleep(max(PAUSE_S * 2**tries, wished_pause_s(error)))
+        raise AssertionError("unreachable")
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        stop = min(self._at + len(view), self._size)
+
+        def read(answer: Answer) -> bytes:
+            if answer.start != self._at:
+                raise ValueError("the server sends whole files only; download them first")
+            data = answer.stream.read(stop - self._at)
+            if len(data) < stop - self._at:
+                raise OSError("the server sent less than it was asked for")
+            return data
+
+        data = self._tried(self._at, stop, read) if stop > self._at else b""
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _size_and_version(answer: Answer) -> tuple[int, str | None]:
+    if answer.total is None:
+        raise ValueError("the server does not tell the size of the file")
+    return answer.total, answer.version
+
+
+def list_files(place: str, ending: str) -> list[str]:
+    """List the files below a remote folder, or those that match a pattern, by their URLs, sorted.
+
+    Args:
+        place: URL of a folder or pattern in a bucket or on the Hugging Face Hub.
+        ending: Ending that the files in a folder must have.
+
+    Raises:
+        UserError: If they cannot be listed.
+    """
+    scheme = urllib.parse.urlsplit(place).scheme
+    if scheme in ("http", "https") or scheme not in SCHEMES:
+        raise UserError(
+            f"{place}: files are listed in {', '.join(f'{s}://' for s in SCHEMES[2:])}; name each file here"
+        )
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(place)
+        found = system.glob(path if glob.has_magic(path) else f"{path.rstrip('/')}/**/*{ending}")
+        return sorted(system.unstrip_protocol(name) for name in found)
+    except ImportError as error:
+        advice = f"; {how_to_get(scheme)}" if scheme in EXTRAS else ""
+        raise UserError(f"{place}: {error}{advice}") from error
+    except Exception as error:  # each library has its own exceptions
+        raise UserError(f"{place}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def is_final(error: BaseException) -> bool:

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import bisect
 import glob
+import io
 import json
 import os
 import re
+import urllib.parse
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
+from braceexpand import braceexpand
 
 from mpp.data.class_labels import stored_label
 from mpp.data.files import read_manifest, read_regular
 from mpp.data.readers import PackedReader
 from mpp.data.shards.index import class_names
 from mpp.data.shards.reader import ShardImages
+from mpp.data.shards.remote import RemoteFile, is_remote, list_files
 from mpp.data.walk import LeftOut, archives_in, list_images
 from mpp.errors import BadImage, UserError, how_to_get
 from mpp.recipe.values import IMAGE_ENDINGS
 from mpp.rng import Purpose, stream
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixel_values", "image_bytes", "bytes")
+READ_AT_ONCE_BYTES = 4 << 20
+"""Least number of bytes of a request for a part of a remote file."""
 MOST_CLASSES = 1_000_000
 """Greatest number of classes if no list names them (a guess)."""
 MOST_NAMED, FEW_NAMES = 0.5, 100
@@ -75,6 +82,8 @@ def open_source(source: str, *, labels: bool | None, seed: int, image_extension:
     Raises:
         UserError: If the source does not exist, has no images or lacks the requested labels.
     """
+    if is_remote(source) and not source.endswith(".tar"):
+        return Parquet(_remote_parquet(source), labels)
     if os.path.isdir(source):
         if archives_in(source):
             return Shards(source, labels, image_extension)
@@ -102,13 +111,35 @@ def _parquet_below(folder: str) -> list[str]:
     """
     files = [p for p in Path(folder).glob("**/*.parquet") if p.is_file()]
     shown = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    splits = {m[1] for p in shown if (m := re.match(r"(train|test|validation|valid|val|dev)\b", p.name))}
+    return _of_one_split(folder, sorted(map(str, shown)))
+
+
+def _of_one_split(folder: str, files: list[str]) -> list[str]:
+    """Return the Parquet files of a folder. Raise UserError if their names are of several splits."""
+    splits = {m[1] for p in files if (m := re.match(r"(train|test|validation|valid|val|dev)\b", os.path.basename(p)))}
     if len(splits) > 1:
         raise UserError(
             f"{folder}: holds the splits {', '.join(sorted(splits))}; give one of them, such as "
-            f"'{os.path.dirname(shown[0])}/{min(splits, key=lambda s: (s != 'train', s))}-*.parquet'"
+            f"'{os.path.dirname(files[0])}/{min(splits, key=lambda s: (s != 'train', s))}-*.parquet'"
         )
-    return sorted(map(str, shown))
+    return files
+
+
+def _remote_parquet(place: str) -> list[str]:
+    """Return the URLs of Parquet files, which are named by a URL with braces, a pattern or a folder.
+
+    Raises:
+        UserError: If there are none.
+    """
+    if place.endswith(".parquet") and not glob.has_magic(place):
+        return list(braceexpand(place))
+    files = list_files(place, ".parquet")
+    if not files:
+        hint = (
+            f"; try {place.rstrip('/')}@refs/convert/parquet" if place.startswith("hf://") and "@" not in place else ""
+        )
+        raise UserError(f"{place}: no Parquet files there{hint}")
+    return files if glob.has_magic(place) else _of_one_split(place, files)
 
 
 @dataclass
@@ -196,7 +227,7 @@ class Parquet:
         counts = []
         for number, file in enumerate(files):
             try:
-                with parquet.ParquetFile(file) as opened:
+                with _opened(parquet, file) as opened:
                     if not opened.metadata.num_rows:
                         continue  # its columns may have no type
                     self._columns(file, opened.schema_arrow, labels)
@@ -214,7 +245,7 @@ class Parquet:
             self.label = self.label if self.classes else ""
         self.labeled = bool(self.label)
         self._numbers = {name: number for number, name in enumerate(self.classes)}
-        sizes = [f"{os.path.basename(file)}:{os.path.getsize(file)}" for file in files]
+        sizes = [f"{_base(file)}:{_size_bytes(file)}" for file in files]
         self.identity = "\0".join([self.image, self.label, *sizes]).encode("utf-8", "surrogateescape")
 
     @property
@@ -268,7 +299,7 @@ class Parquet:
     def _row_group(self, number: int, group: int, columns: list[str]) -> ArrowTable:
         """Read these columns of a row group. Raise UserError if that fails."""
         try:
-            with import_parquet().ParquetFile(self.files[number]) as opened:
+            with _opened(import_parquet(), self.files[number]) as opened:
                 return opened.read_row_group(group, columns=columns)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
@@ -297,7 +328,7 @@ class Parquet:
             labels = part.column(self.label).to_pylist() if self.label else [None] * len(images)
             for row, (image, label) in enumerate(zip(images, labels, strict=True), first - begins):
                 data = image.get("bytes") if isinstance(image, dict) else image
-                where = f"{os.path.basename(self.files[number])}: row group {group}, row {row}"
+                where = f"{_base(self.files[number])}: row group {group}, row {row}"
                 yield where, data if data else "no bytes in it", self._checked(label, where)
             first, at = self.ends[at], at + 1
 
@@ -333,6 +364,26 @@ def import_parquet() -> Any:
     except ModuleNotFoundError as error:
         raise UserError(f"Parquet files need pyarrow: {how_to_get('parquet')}") from error
     return pyarrow.parquet
+
+
+@contextmanager
+def _opened(parquet: Any, file: str) -> Iterator[Any]:
+    """Open a Parquet file, local or remote, as pyarrow's ParquetFile."""
+    if not is_remote(file):
+        with parquet.ParquetFile(file) as opened:
+            yield opened
+        return
+    with io.BufferedReader(RemoteFile(file), READ_AT_ONCE_BYTES) as stream, parquet.ParquetFile(stream) as opened:
+        yield opened
+
+
+def _size_bytes(file: str) -> int:
+    return RemoteFile(file).seek(0, os.SEEK_END) if is_remote(file) else os.path.getsize(file)
+
+
+def _base(file: str) -> str:
+    """Return the name of a file without its folder, and without the signature of a URL."""
+    return os.path.basename(urllib.parse.urlsplit(file).path if is_remote(file) else file)
 
 
 def _holds_bytes(kind: ArrowType) -> bool:

@@ -30,12 +30,11 @@ from mpp.data.shards.index import (
     write_index,
 )
 from mpp.data.shards.listing import LISTING, MOST_LISTING_BYTES, Entry, parse_listing
+from mpp.data.shards.remote import PAUSE_S, TRIES
 from mpp.errors import MppWarning, UserError, without_secrets
 
-TRIES = 8
-"""Tries in a row without a further byte before a download fails."""
-PAUSE_S, MOST_PAUSE_S = 0.1, 60.0
-"""Pause between tries in seconds, doubled with each try, and its maximum: 8 tries take half a minute (a guess)."""
+MOST_PAUSE_S = 60.0
+"""Greatest pause between tries in seconds."""
 CHUNK_BYTES = 1 << 20
 WHOLE_ABOVE = 0.25
 """If more than this share of a shard has been read in parts, the whole shard is fetched (a guess)."""

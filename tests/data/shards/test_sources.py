@@ -19,7 +19,8 @@ from mpp.data.shards import sources
 from mpp.data.shards.pack import pack
 from mpp.data.shards.reader import ShardImages
 from mpp.errors import UserError
-from tests.conftest import command
+from tests.conftest import command, drawn_image, encoded
+from tests.http_server import serve
 
 
 def contents(out: Path) -> list[tuple[bytes, bytes | None]]:
@@ -186,6 +187,54 @@ def test_parquet_of_others(photos: list[tuple[bytes, int]], tmp_path: Path) -> N
         "2 images, with labels, numbers without names (pretraining passes over them; --no-labels leaves them out), 1 shard in"
     )
     assert [label for _, label in contents(tmp_path / "numbers")] == [b"3", b"5"]
+
+
+def test_parquet_on_a_web_server(photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
+    written(tmp_path / "here", photos)
+    data = tmp_path / "here" / "data"
+    pack(str(data), str(tmp_path / "local"), images_per_shard=25, workers=1)
+    served, server = serve(data)
+    names = f"{served.url}/train-{{00000..00001}}-of-00002.parquet"
+    packed = pack(names, str(tmp_path / "remote"), images_per_shard=25, workers=2)
+    assert (packed.images, packed.classes) == (60, ["disc", "square"])
+    assert contents(tmp_path / "remote") == contents(tmp_path / "local")
+    kept = [(tmp_path / out / "sources.tsv").read_text() for out in ("local", "remote")]
+    assert kept[0] == kept[1]
+    pack(names, str(tmp_path / "local"), images_per_shard=25, workers=1)  # the same files in another place
+    for wrong, message in (
+        ("none.parquet", "404"),
+        ("x/*.parquet", "files are listed in s3://, gs://, hf://; name each file here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pack(f"{served.url}/{wrong}", str(tmp_path / "none"))
+    served.ranges = False
+    with pytest.raises(UserError, match="the server sends whole files only"):
+        pack(names, str(tmp_path / "none"))
+    server.shutdown()
+    with pytest.raises(UserError, match="Parquet is read by `mpp pack http"):
+        ShardImages("http://127.0.0.1:1/a.parquet", key="data.shards")
+
+
+def test_parquet_in_a_bucket(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mpp pack` lists a folder or a pattern of a bucket, and reads the files in parts."""
+    import boto3
+    import pyarrow.parquet
+
+    images = [encoded(drawn_image(i), "PNG") for i in range(20)]
+    client = boto3.client("s3", "us-east-1", endpoint_url=bucket, aws_access_key_id="k", aws_secret_access_key="s")
+    client.create_bucket(Bucket="tables")
+    for part in range(2):
+        table = pyarrow.table({"image": images[10 * part : 10 * part + 10]})
+        pyarrow.parquet.write_table(table, tmp_path / "part.parquet", row_group_size=4)
+        client.upload_file(str(tmp_path / "part.parquet"), "tables", f"photos/data/train-{part}.parquet")
+    client.put_object(Bucket="tables", Key="photos/README.md", Body=b"")
+    aws = {"ENDPOINT_URL": bucket, "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1"}
+    for name, value in aws.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    for number, place in enumerate(("s3://tables/photos", "s3://tables/photos/data/train-*.parquet")):
+        assert pack(place, str(tmp_path / f"{number}"), workers=1).images == 20
+    with pytest.raises(UserError, match="s3://tables/none: no Parquet files there"):
+        pack("s3://tables/none", str(tmp_path / "none"))
 
 
 def test_parquet_is_packed_first(photos: list[tuple[bytes, int]], tmp_path: Path) -> None:
