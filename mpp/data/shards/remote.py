@@ -25,6 +25,8 @@ SCHEMES = ("http", "https", "s3", "gs", "hf")
 EXTRAS = ("s3", "gs")
 """Schemes whose libraries are installed by an extra with the same name."""
 READ_AHEAD_BYTES = 16 << 20
+PART_BYTES = 4 << 20
+"""Least number of bytes of a request for a part of a file."""
 TIMEOUT_S = 60
 """Seconds without any byte before a request fails (a guess)."""
 TRIES = 8
@@ -130,15 +132,30 @@ def opened(url: str, *, start: int = 0, stop: int | None = None, version: str | 
 
 @contextmanager
 def _through_fsspec(url: str, start: int, stop: int | None, version: str | None) -> Iterator[Answer]:
+    system, path = _file_system(url)
     try:
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(url)
         system.invalidate_cache()
         facts: JsonObject = system.info(path)
         etag = str(facts.get("ETag") or facts.get("etag") or facts.get("generation") or "") or None
         block_bytes = READ_AHEAD_BYTES if stop is None else stop - start
         stream = system.open(path, "rb", block_size=block_bytes, cache_type="readahead")
+    except FAULTS:
+        raise
+    except Exception as error:  # each library has its own exceptions
+        raise UserError(f"{url}: {type(error).__name__}: {one_line(error)}") from error
+    with stream:
+        begins = start if version in (None, etag) else 0
+        stream.seek(begins)
+        yield Answer(stream, begins, facts.get("size"), etag)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the path in it."""
+    try:
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(url)
+        return system, path
     except FAULTS:
         raise
     except ImportError as error:
@@ -147,10 +164,6 @@ def _through_fsspec(url: str, start: int, stop: int | None, version: str | None)
         raise UserError(f"{url}: {error}{advice}") from error
     except Exception as error:  # each library has its own exceptions
         raise UserError(f"{url}: {type(error).__name__}: {one_line(error)}") from error
-    with stream:
-        begins = start if version in (None, etag) else 0
-        stream.seek(begins)
-        yield Answer(stream, begins, facts.get("size"), etag)
 
 
 def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
@@ -166,11 +179,27 @@ def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
     return part if len(part) == size else None
 
 
-class RemoteFile(io.RawIOBase):
-    """A remote file that is read in parts, with a request for each. Wrap it in a buffer, or small reads take long.
+def open_in_parts(url: str) -> BinaryIO:
+    """Open a remote file of which only parts will be read, in any order.
 
     Args:
         url: URL with a scheme of SCHEMES.
+
+    Raises:
+        UserError: If the file cannot be opened.
+    """
+    if urllib.parse.urlsplit(url).scheme in ("http", "https"):
+        return io.BufferedReader(_OnWebServer(url), PART_BYTES)
+    system, path = _file_system(url)
+    try:
+        opened_file: BinaryIO = system.open(path, "rb", block_size=PART_BYTES, cache_type="readahead")
+        return opened_file
+    except Exception as error:  # each library has its own exceptions
+        raise UserError(f"{url}: {type(error).__name__}: {one_line(error)}") from error
+
+
+class _OnWebServer(io.RawIOBase):
+    """A file on a web server, with a request for each read.
 
     Raises:
         UserError: If the file cannot be opened, or its server sends no parts of files.
@@ -246,15 +275,10 @@ def list_files(place: str, ending: str) -> list[str]:
         raise UserError(
             f"{place}: files are listed in {', '.join(f'{s}://' for s in SCHEMES[2:])}; name each file here"
         )
+    system, path = _file_system(place)
     try:
-        import fsspec
-
-        system, path = fsspec.core.url_to_fs(place)
         found = system.glob(path if glob.has_magic(path) else f"{path.rstrip('/')}/**/*{ending}")
         return sorted(system.unstrip_protocol(name) for name in found)
-    except ImportError as error:
-        advice = f"; {how_to_get(scheme)}" if scheme in EXTRAS else ""
-        raise UserError(f"{place}: {error}{advice}") from error
     except Exception as error:  # each library has its own exceptions
         raise UserError(f"{place}: {type(error).__name__}: {one_line(error)}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import glob
-import io
+import itertools
 import json
 import os
 import re
@@ -23,15 +23,13 @@ from mpp.data.files import read_manifest, read_regular
 from mpp.data.readers import PackedReader
 from mpp.data.shards.index import class_names
 from mpp.data.shards.reader import ShardImages
-from mpp.data.shards.remote import RemoteFile, is_remote, list_files
+from mpp.data.shards.remote import is_remote, list_files, open_in_parts
 from mpp.data.walk import LeftOut, archives_in, list_images
 from mpp.errors import BadImage, UserError, how_to_get
 from mpp.recipe.values import IMAGE_ENDINGS
 from mpp.rng import Purpose, stream
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "pixel_values", "image_bytes", "bytes")
-READ_AT_ONCE_BYTES = 4 << 20
-"""Least number of bytes of a request for a part of a remote file."""
 MOST_CLASSES = 1_000_000
 """Greatest number of classes if no list names them (a guess)."""
 MOST_NAMED, FEW_NAMES = 0.5, 100
@@ -296,13 +294,17 @@ class Parquet:
             raise UserError(f"{file}: no column of whole numbers or names called {', '.join(LABEL_COLUMNS)}")
         return "", [], False
 
-    def _row_group(self, number: int, group: int, columns: list[str]) -> ArrowTable:
-        """Read these columns of a row group. Raise UserError if that fails."""
-        try:
-            with _opened(import_parquet(), self.files[number]) as opened:
-                return opened.read_row_group(group, columns=columns)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.files[number]}: row group {group}: {_reason(error)}") from error
+    def _row_groups(self, first: int, columns: list[str]) -> Iterator[ArrowTable]:
+        """Yield these columns of all row groups from `first` on. Raise UserError if one cannot be read."""
+        for number, of_file in itertools.groupby(self.groups[first:], key=lambda place: place[0]):
+            where = self.files[number]
+            try:
+                with _opened(import_parquet(), self.files[number]) as opened:
+                    for _, group in of_file:
+                        where = f"{self.files[number]}: row group {group}"
+                        yield opened.read_row_group(group, columns=columns)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{where}: {_reason(error)}") from error
 
     def _names(self) -> list[str]:
         """Return the class names that occur in the files, sorted; names that are numbers are sorted by value.
@@ -310,8 +312,8 @@ class Parquet:
         Return [] if the names seem to be captions, because few images share one, and no labels were requested.
         """
         distinct = set[str]()
-        for number, group in self.groups:
-            column = self._row_group(number, group, [self.label]).column(self.label)
+        for part in self._row_groups(0, [self.label]):
+            column = part.column(self.label)
             distinct.update(name for name in column.unique().to_pylist() if name)
         if not self.wanted and len(distinct) > max(self.samples * MOST_NAMED, FEW_NAMES):
             return []
@@ -320,10 +322,11 @@ class Parquet:
     def read(self, first: int, end: int) -> Iterator[Sample]:
         columns = [name for name in (self.image, self.label) if name]
         at = bisect.bisect_right(self.ends, first)
+        row_groups = self._row_groups(at, columns)
         while first < end:
             number, group = self.groups[at]
             begins = self.ends[at - 1] if at else 0
-            part = self._row_group(number, group, columns).slice(first - begins, min(end, self.ends[at]) - first)
+            part = next(row_groups).slice(first - begins, min(end, self.ends[at]) - first)
             images = part.column(self.image).to_pylist()
             labels = part.column(self.label).to_pylist() if self.label else [None] * len(images)
             for row, (image, label) in enumerate(zip(images, labels, strict=True), first - begins):
@@ -373,12 +376,15 @@ def _opened(parquet: Any, file: str) -> Iterator[Any]:
         with parquet.ParquetFile(file) as opened:
             yield opened
         return
-    with io.BufferedReader(RemoteFile(file), READ_AT_ONCE_BYTES) as stream, parquet.ParquetFile(stream) as opened:
+    with open_in_parts(file) as stream, parquet.ParquetFile(stream) as opened:
         yield opened
 
 
 def _size_bytes(file: str) -> int:
-    return RemoteFile(file).seek(0, os.SEEK_END) if is_remote(file) else os.path.getsize(file)
+    if not is_remote(file):
+        return os.path.getsize(file)
+    with open_in_parts(file) as stream:
+        return stream.seek(0, os.SEEK_END)
 
 
 def _base(file: str) -> str:
