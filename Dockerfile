@@ -16,7 +16,7 @@ WORKDIR /opt/mpp
 COPY pyproject.toml README.md LICENSE ./
 COPY mpp ./mpp
 COPY recipes ./recipes
-RUN pip install --no-cache-dir '.[s3,gs,onnx,transformers,parquet,multichannel,lora,tensorboard]'
+RUN pip install --no-cache-dir '.[s3,gs,onnx,transformers,parquet,multichannel,dicom,map,lora,tensorboard]'
 
 # any user may run it: caches lie where that user can write
 ENV HOME=/tmp MPP_CACHE=/tmp/mpp-cache

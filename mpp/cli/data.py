@@ -58,9 +58,7 @@ _EXTENSION = click.option(
     help="Pack only part I of N, to split work across machines.",
 )
 @_EXTENSION
-@click.option(
-    "--split-pages", is_flag=True, help="Make each page of a TIFF an image. Default: its pages are channels of one."
-)
+@click.option("--split-pages", is_flag=True, help="Make an image of each page of a TIFF. Default: pages are channels.")
 @JSON
 def pack(
     source: str,

@@ -13,6 +13,7 @@ from mpp.data.readers import Reader
 from mpp.data.shards.reader import evenly
 from mpp.errors import BadImage
 from mpp.recipe.flat import JsonObject
+from mpp.recipe.values import FORMATS
 
 MOST_CHECKED = 2000
 """Greatest number of validation images that are searched for, evenly spread."""
@@ -20,7 +21,7 @@ MOST_READ, MOST_BYTES = 100_000, 1_000_000_000
 """Greatest number and total bytes of training images that are read because of their sizes, evenly spread. If there are
 more, the count of shared images is a lower bound."""
 MOST_NAMED = 5
-FORMATS, MOST_PIXELS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"), 64_000_000
+MOST_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _digest(images: Reader, i: int) -> bytes | None:
 
 def _of_one_colour(data: bytes) -> bool:
     try:
-        image = decode_pillow(data, channels=3, formats=FORMATS, max_image_pixels=MOST_PIXELS)
+        image = decode_pillow(data, channels=3, formats=(*FORMATS, "GIF"), max_image_pixels=MOST_PIXELS)
     except BadImage:
         return False
     extrema: Any = image.getextrema()  # (low, high) of each of the three channels

@@ -76,7 +76,7 @@ class Segmented(_Dense):
         return hashlib.sha256("\0".join(words).encode("utf-8", "surrogateescape") + self.pixels.tobytes()).hexdigest()
 
     def check(self, i: int, width: int, height: int) -> None:
-        """Check that an image has the size of its mask, which some headers do not tell when the data is opened.
+        """Check that an image has the size of its mask. When the data is opened, not every size can be read.
 
         Raises:
             BadImage: If it has another size.
@@ -175,10 +175,12 @@ class Detected(_Dense):
 def size_of(image: str) -> tuple[int, int] | None:
     """Return (width, height) of the upright image, from its header.
 
-    Return None for a bad image. Training skips and counts bad images.
+    Return None for a bad image, which training skips and counts, and where Pillow cannot tell the size.
     """
     try:
         with Image.open(image) as opened:
+            if opened.format == "TIFF" and getattr(opened, "n_frames", 1) > 1:  # its pages may be rows or channels
+                return None
             width, height = opened.size
             # Pillow returns the size of TIFFs already upright
             turned = opened.format != "TIFF" and opened.getexif().get(0x0112, 1) >= 5

@@ -27,4 +27,6 @@ def as_rgb(image: Tensor) -> Tensor:
         return shown
     values = shown.flatten()
     low, high = values[:: max(len(values) // MOST_VALUES, 1)].quantile(torch.tensor([DARKEST, BRIGHTEST])).tolist()
-    return ((shown - low) * (255 / max(high - low, 1e-6))).clamp(0, 255).round().to(torch.uint8)
+    if high == low:
+        return shown.round().to(torch.uint8)
+    return ((shown - low) * (255 / (high - low))).clamp(0, 255).round().to(torch.uint8)

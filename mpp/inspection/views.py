@@ -34,6 +34,8 @@ SHOWN_FILTERS = 28
 SHOWN_LAYERS = 4
 MOST_ON_MAP, THUMBNAIL_PX = 200, 40
 """Most images on the map, and the longer side of each."""
+LEAST_SPREAD = 1e-4
+"""Least range of any number of the features, of unit length, over the images of a map (a guess)."""
 
 
 @dataclass
@@ -62,6 +64,8 @@ def image_map(seen: Seen, images: Tensor) -> View | str:
     except ModuleNotFoundError:
         return f"it needs scikit-learn: {how_to_get('map')}"
     features = F.normalize(torch.cat(seen.layers[-1].pooled).float(), dim=1).cpu().numpy()
+    if not np.isfinite(features).all() or np.ptp(features, axis=0).max() < LEAST_SPREAD:
+        return "its features are the same for all images, or not finite"  # t-SNE would divide by their spread
     perplexity = min(30.0, (len(features) - 1) / 3)
     at = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
     drawn = evenly(len(at), MOST_ON_MAP)

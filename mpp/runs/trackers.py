@@ -6,6 +6,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,15 @@ class Trackers:
                 kind = LOGGER_TYPE_TO_CLASS[name]
                 where = {"logging_dir": str(out)} if kind.requires_logging_directory else {}
                 tracker = kind(PROJECT, **where, **options[name])
+                self._found.append(tracker)
                 tracker.start()
                 if name == "mlflow" and known_to_mlflow is None:
                     (out / MLFLOW_RUN).write_text(f"{tracker.tracker.info.run_id}\n")
                 if name != "mlflow" or known_to_mlflow is None:  # MLflow keeps the first settings and refuses others
                     tracker.store_init_configuration(plain)
-                self._found.append(tracker)
         except Exception as error:  # an error of the tracker: no login, no network, a folder that cannot be written
+            with suppress(Exception):
+                self.close()
             raise UserError(f"trackers: {name}: {type(error).__name__}: {one_line(error)}") from error
 
     def log(self, record: JsonObject) -> None:
@@ -73,6 +76,8 @@ class Trackers:
                 tracker.log(numbers, step=record["step"])
             except Exception as error:  # an error of the tracker must not end the run
                 self._found.remove(tracker)
+                with suppress(Exception):  # MLflow starts no other run before this one has ended
+                    tracker.finish()
                 warnings.warn(f"trackers: {tracker.name} gets no more: {one_line(error)}", MppWarning, stacklevel=2)
 
     def close(self) -> None:

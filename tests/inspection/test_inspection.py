@@ -143,6 +143,8 @@ def test_the_map_puts_like_images_together(monkeypatch: pytest.MonkeyPatch) -> N
     at = torch.tensor(view.numbers["places"])
     nearest = (torch.cdist(at, at) + 1e9 * torch.eye(80)).argmin(1)
     assert (nearest % 2 == torch.arange(80) % 2).float().mean() > 0.95
+    alike = images[:1].expand(8, -1, -1, -1)
+    assert "the same for all images" in str(views.image_map(see_all([subject_of(vit(), (16, 16))], [alike], 2), alike))
     monkeypatch.setitem(__import__("sys").modules, "sklearn.manifold", None)
     assert "needs scikit-learn: pip install" in str(views.image_map(seen, images))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import mpp
-from mpp.errors import UserError
+from mpp.errors import MppWarning, UserError
 from mpp.runs.records import read_metrics
+from mpp.runs.trackers import Trackers
 from tests.conftest import command, pretrain_recipe, pretrain_values
 
 
@@ -71,7 +72,13 @@ def test_mlflow(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/store")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    changes = {"trackers": ["mlflow"], "optim.steps": 10, "checkpoint_every_steps": 4, "keep_checkpoints": 3}
+    changes = {
+        "trackers": ["mlflow"],
+        "mask.ratio": 0.55,
+        "optim.steps": 10,
+        "checkpoint_every_steps": 4,
+        "keep_checkpoints": 3,
+    }
     mpp.pretrain(pretrain_recipe(shards, tmp_path / "run", **changes))
     losses = [m["loss"] for m in read_metrics(tmp_path / "run")]
     # a run that continues from step 4, with another number of workers, is the same run of MLflow
@@ -80,11 +87,31 @@ def test_mlflow(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     client = mlflow.MlflowClient()
     (experiment,) = client.search_experiments(filter_string="name = 'mpp'")
     (run,) = client.search_runs([experiment.experiment_id])
+    assert mlflow.active_run() is None
     assert run.info.run_id == (tmp_path / "run" / "mlflow-run").read_text().strip()
     assert run.info.status == "FINISHED"
-    assert run.data.params["mask.ratio"] == "0.75"
+    assert run.data.params["mask.ratio"] == "0.55"
     found = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "loss")}
     assert [found[i + 1] for i in range(10)] == pytest.approx(losses)
+
+
+def test_mlflow_that_fails_does_not_hinder_the_next_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/store")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        trackers = Trackers(["mlflow"], tmp_path / name, {"a": 1}, resumed_at=0, active=True)
+        with monkeypatch.context() as broken:
+            broken.setattr(mlflow, "log_metrics", fail)
+            with pytest.warns(MppWarning, match="mlflow gets no more: no network"):
+                trackers.log({"step": 1, "loss": 2.0})
+        trackers.close()
+    assert mlflow.active_run() is None
 
 
 def test_one_that_is_not_installed_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

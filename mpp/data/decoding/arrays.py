@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpp.data.decoding.dicom import is_dicom, read_one_frame
+from mpp.data.decoding.dicom import is_dicom, read_only_frame
 from mpp.errors import BadImage, UserError, how_to_get
 from mpp.recipe.sections import ValueRange
 
@@ -116,29 +116,46 @@ def _tiff(data: bytes, channels: int, max_image_pixels: int, nodata: float | Non
         return fill_missing(array, _checked_nodata(series.keyframe), nodata)
 
 
-def split_tiff(data: bytes) -> Iterator[np.ndarray]:
-    """Yield the pages of a TIFF as images, (H, W) or (H, W, C), with missing values filled.
+def split_tiff(data: bytes) -> Iterator[np.ndarray | BadImage]:
+    """Yield the pages of a TIFF, (C, H, W) with missing values filled, or why a page cannot be read.
 
-    Pages of another size than the first are previews and left out. There is nothing to yield if only one page is left.
+    Pages that the file calls reduced are previews and left out. There is nothing to yield if only one image is left.
 
     Raises:
-        BadImage: If a page cannot be decoded.
+        BadImage: If the file itself cannot be read.
         UserError: If tifffile is not installed.
     """
     tifffile = _import_tifffile()
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            first = file.pages[0].shape
-            pages = [page for page in file.pages if page.shape == first]
-            for page in pages if len(pages) > 1 else []:
-                array = page.asarray()
-                _check_type(array.dtype)
-                filled = fill_missing(array[None], _checked_nodata(page.keyframe))
-                yield filled[0]
+            series = [one for one in file.series if not one.keyframe.is_reduced]
+            if len(series) == 1 and series[0].shape in (series[0].keyframe.shape, (1, *series[0].keyframe.shape)):
+                return
+            for one in series:
+                # without an entry for each page, tifffile has only the whole series
+                whole = one.asarray().reshape(-1, *one.keyframe.shape) if len(one.pages) == 1 else None
+                for number in range(len(one.pages) if whole is None else len(whole)):
+                    try:
+                        page = one.pages[number].asarray() if whole is None else whole[number]
+                        yield fill_missing(_page(page, one.keyframe), _checked_nodata(one.keyframe))
+                    except Exception as error:  # tifffile may raise anything on hostile bytes
+                        yield error if isinstance(error, BadImage) else _bad(error)
     except BadImage:
         raise
-    except Exception as error:  # tifffile may raise anything on hostile bytes
+    except Exception as error:
         raise _bad(error) from None
+
+
+def _page(array: np.ndarray, page: Any) -> np.ndarray:
+    """Return a page as (C, H, W). Raise BadImage for inks and other axes."""
+    _check_type(array.dtype)
+    if page.photometric.name == "SEPARATED":
+        raise BadImage("a page of inks (CMYK)")
+    if page.axes == "YXS":
+        return np.ascontiguousarray(array.transpose(2, 0, 1))
+    if page.axes not in ("YX", "SYX"):
+        raise BadImage(f"a page with the axes {page.axes}")
+    return array if array.ndim == 3 else array[None]
 
 
 def _import_tifffile() -> Any:
@@ -167,7 +184,7 @@ def _checked_nodata(page: Any) -> float | None:
 
 
 def _dicom(data: bytes, channels: int, max_image_pixels: int) -> np.ndarray:
-    array = read_one_frame(data, max_image_pixels)
+    array = read_only_frame(data, max_image_pixels)
     if len(array) != channels:
         raise BadImage(f"a DICOM file of {len(array)} channels; expected {channels}")
     return array

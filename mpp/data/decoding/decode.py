@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mpp.data.decoding.arrays import NPY, TIFF, fill_missing, read_array, scaled
-from mpp.data.decoding.dicom import is_dicom, read_one_frame
+from mpp.data.decoding.dicom import is_dicom, read_only_frame
 from mpp.errors import BadImage
 from mpp.recipe.sections import Decoding, Reading, ValueRange
 
@@ -374,7 +374,8 @@ def decode_pillow(
     if not data:
         raise BadImage("empty file")
     if data.startswith(NPY):
-        return _of_array(data, channels=channels, formats=formats, max_image_pixels=max_image_pixels)
+        reading: Reading = {"channels": channels, "formats": formats, "max_image_pixels": max_image_pixels}
+        return _to_mode(_of_array(data, reading), MODES[channels])
     if is_dicom(data) and "DICOM" in formats:
         return _to_mode(_of_dicom(data, max_image_pixels), MODES[channels])
     try:
@@ -396,21 +397,32 @@ def decode_pillow(
         raise BadImage(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
 
 
-def _of_array(data: bytes, **reading: Unpack[Reading]) -> Image.Image:
-    """Read an .npy file of 8-bit pixels. Raise BadImage for other files."""
-    array = read_array(data, **reading)
-    assert array is not None
-    return _eight_bit_image(array)
+def _of_array(data: bytes, reading: Reading) -> Image.Image:
+    """Read an .npy file of 8-bit pixels. If it has other channels, read it as grey or RGB.
+
+    Raise BadImage for other files.
+    """
+    faults: list[BadImage] = []
+    for channels in dict.fromkeys((reading["channels"], 1, 3)):
+        try:
+            array = read_array(
+                data, channels=channels, formats=reading["formats"], max_image_pixels=reading["max_image_pixels"]
+            )
+            assert array is not None
+            return _eight_bit_image(array)
+        except BadImage as error:
+            faults.append(error)
+    raise faults[0]
 
 
 def _of_dicom(data: bytes, max_image_pixels: int) -> Image.Image:
     """Read a DICOM file of 8-bit pixels, grey or RGB. Raise BadImage for other files."""
-    return _eight_bit_image(read_one_frame(data, max_image_pixels))
+    return _eight_bit_image(read_only_frame(data, max_image_pixels))
 
 
 def _eight_bit_image(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8:
-        raise BadImage(f"values of {array.dtype}: say by data.value_range what they are")
+        raise BadImage(f"values of {array.dtype}: give their range by data.value_range, such as [0, 4095]")
     return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import uuid
@@ -27,7 +28,7 @@ from mpp.data.decoding.dicom import DicomFile, is_dicom
 from mpp.data.shards.index import index_shard, packed_name
 from mpp.data.shards.listing import write_listing
 from mpp.data.shards.sources import Source, open_source
-from mpp.errors import BadImage, UserError
+from mpp.errors import BadImage, UserError, one_line
 from mpp.parallel.children import end_with
 from mpp.recipe.sections import DECODING
 from mpp.recipe.values import IMAGE
@@ -122,7 +123,7 @@ def pack(
     images = sum(len(index.table) for index in indexes.values())
     skipped = list(opened.skipped)
     for path in there:
-        skipped += [tuple(line.split("\t")) for line in _lines(f"{path}.skipped")]  # type: ignore[misc]
+        skipped += [tuple(line.split("\t", 1)) for line in _lines(f"{path}.skipped")]  # type: ignore[misc]
     missing = len(paths) - len(there)
     if not missing:
         sources = [line for path in paths for line in _lines(f"{path}.sources")]
@@ -177,13 +178,10 @@ def extension_of(data: bytes) -> str:
     """Return the extension that fits the content of an image file.
 
     Raises:
-        ValueError: If the content is not an image that mpp reads, with the reason.
+        BadImage: If the content is not an image that mpp reads, with the reason.
     """
     if data.startswith(NPY):
-        try:
-            check_npy(data)
-        except BadImage as error:
-            raise ValueError(str(error)) from error
+        check_npy(data)
         return "npy"
     try:
         with own_pixel_limit(), Image.open(io.BytesIO(data)) as image:
@@ -191,18 +189,16 @@ def extension_of(data: bytes) -> str:
     except UnidentifiedImageError as error:
         if data.startswith(TIFF):  # with many channels or more than 8 bits
             return "tiff"
-        raise ValueError("not an image by its content") from error
+        raise BadImage("not an image by its content") from error
     except Exception as error:  # Pillow's readers raise anything on damaged files
-        raise ValueError(
-            str(getattr(error, "strerror", None) or error).replace("\t", " ").replace("\n", " ")
-        ) from error
+        raise BadImage(str(getattr(error, "strerror", None) or error)) from error
     if not IMAGE.search(f"x.{extension}"):
-        raise ValueError(f"format {extension} is not read")
+        raise BadImage(f"format {extension} is not read")
     return extension
 
 
-def images_in(data: bytes, *, split_pages: bool) -> Iterator[tuple[str, bytes]]:
-    """Yield (extension, bytes) of each image in a file.
+def images_in(data: bytes, *, split_pages: bool) -> Iterator[tuple[str, bytes] | BadImage]:
+    """Yield (extension, bytes) of each image in a file, or why one of them cannot be read.
 
     Most files are one image and stay as they are. DICOM files hold data of patients, so only their pixels are kept.
 
@@ -211,23 +207,24 @@ def images_in(data: bytes, *, split_pages: bool) -> Iterator[tuple[str, bytes]]:
         split_pages: Whether each page of a TIFF is an image.
 
     Raises:
-        ValueError: If there is no image that mpp reads, with the reason.
+        BadImage: If the file has no image that mpp reads.
         UserError: If a package for reading such files is not installed.
     """
-    try:
-        if is_dicom(data):
-            file = DicomFile(data)
-            for frame in range(file.frames):
+    if is_dicom(data):
+        file = DicomFile(data)
+        for frame in range(file.frames):
+            try:
                 yield "npy", _as_npy(file.read(frame, max_image_pixels=DECODING["max_image_pixels"]))
-            return
-        pages = 0
-        if split_pages and data.startswith(TIFF):
-            for pages, page in enumerate(split_tiff(data), 1):  # noqa: B007 (the number is needed after the loop)
-                yield "npy", _as_npy(page)
-    except BadImage as error:
-        raise ValueError(str(error)) from error
-    if pages == 0:
+            except BadImage as error:
+                yield error
+        return
+    pages = split_tiff(data) if split_pages and data.startswith(TIFF) else iter(())
+    first = next(pages, None)
+    if first is None:
         yield extension_of(data), data
+        return
+    for page in itertools.chain([first], pages):
+        yield page if isinstance(page, BadImage) else ("npy", _as_npy(page))
 
 
 def _as_npy(array: np.ndarray) -> bytes:
@@ -247,16 +244,19 @@ def _write_shard(source: Source, shard: str, first: int, end: int, split_pages: 
             for number, (where, data, label) in enumerate(source.read(first, end), first):
                 try:
                     if isinstance(data, str):
-                        raise ValueError(data)
-                    for page, (extension, image) in enumerate(images_in(data, split_pages=split_pages)):
+                        raise BadImage(data)
+                    for page, image in enumerate(images_in(data, split_pages=split_pages)):
+                        if isinstance(image, BadImage):
+                            skipped.append(f"{where}, image {page + 1}\t{one_line(image)}")
+                            continue
                         key = f"{number:09d}" if page == 0 else f"{number:09d}_{page:04d}"
-                        sample: dict[str, object] = {"__key__": key, extension: image}
+                        sample: dict[str, object] = {"__key__": key, image[0]: image[1]}
                         if label is not None:
                             sample["cls"] = label
                         writer.write(sample)
-                        sources.append(f"{os.path.basename(shard)}\t{key}.{extension}\t{where}")
-                except ValueError as error:
-                    skipped.append(f"{where}\t{error}")
+                        sources.append(f"{os.path.basename(shard)}\t{key}.{image[0]}\t{where}")
+                except BadImage as error:
+                    skipped.append(f"{where}\t{one_line(error)}")
         f.flush()
         os.fsync(f.fileno())
     _write_text(f"{shard}.sources", "".join(f"{s}\n" for s in sources))

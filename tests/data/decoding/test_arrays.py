@@ -185,7 +185,7 @@ def test_as_eight_bit() -> None:
     pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     assert torch.equal(cut(npy(pixels), 3, None), torch.from_numpy(pixels).permute(2, 0, 1))
     assert cut(npy(pixels[..., 0]), 1, None).shape == (1, 4, 5)
-    with pytest.raises(BadImage, match="values of uint16: say by data.value_range what they are"):
+    with pytest.raises(BadImage, match="values of uint16: give their range by data.value_range"):
         cut(npy(pixels.astype(np.uint16)), 3, None)
     with pytest.raises(BadImage, match="not an image of PNG"):
         decode_cut(npy(pixels), whole, (4, 4), channels=3, formats=("PNG",), max_image_pixels=100)

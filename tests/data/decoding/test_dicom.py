@@ -19,7 +19,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 
 import mpp
 from mpp.data.decoding.decode import decode_cut
-from mpp.data.decoding.dicom import DicomFile, read_one_frame
+from mpp.data.decoding.dicom import DicomFile, read_only_frame
 from mpp.data.shards.pack import pack
 from mpp.data.shards.reader import ShardImages
 from mpp.errors import BadImage, UserError
@@ -56,7 +56,7 @@ def dicom(pixels: np.ndarray, *, bits: int | None = None, photometric: str = "MO
 
 
 def read(data: bytes) -> np.ndarray:
-    return read_one_frame(data, LARGE)
+    return read_only_frame(data, LARGE)
 
 
 def test_hounsfield_units() -> None:
@@ -91,6 +91,21 @@ def test_bright_where_low() -> None:
     assert read(dicom(stored, bits=12, photometric="MONOCHROME1")).tolist() == [[[4095, 0, 3095]]]
     signed = np.array([[-2048, 2047, 0]], dtype=np.int16)
     assert read(dicom(signed, bits=12, photometric="MONOCHROME1")).tolist() == [[[2047, -2048, -1]]]
+    measured = dicom(stored, bits=12, photometric="MONOCHROME1", RescaleSlope=2, RescaleIntercept=-100)
+    assert read(measured).tolist() == [[[-100, 8090, 1900]]], "what was measured must not be inverted"
+
+
+def test_a_rescale_that_is_empty_or_changes_nothing() -> None:
+    stored = np.array([[1, 200]], dtype=np.uint8)
+    found = read(dicom(stored, RescaleSlope=1, RescaleIntercept=0))
+    assert (found.dtype, found.tolist()) == (np.uint8, [[[1, 200]]]), "an image of 8 bit must stay one"
+    assert read(dicom(stored, RescaleSlope="", RescaleIntercept="")).tolist() == [[[1, 200]]]
+    assert read(dicom(stored, RescaleIntercept=-1024)).tolist() == [[[-1023, -824]]]
+
+
+def test_more_pixels_than_the_header_says() -> None:
+    with pytest.raises(BadImage, match="with pixels of 3 frames; its header says 1"):
+        read(dicom(np.zeros((3, 4, 4), dtype=np.uint8), NumberOfFrames=1))
 
 
 def test_colours() -> None:
@@ -111,6 +126,13 @@ def test_a_palette() -> None:
     }
     found = read(dicom(np.array([[0, 1]], dtype=np.uint8), photometric="PALETTE COLOR", **colours))
     assert found.tolist() == [[[0, 255]], [[10, 20]], [[7, 9]]]
+    for name, value in list(colours.items()):  # entries of 16 bit, as most devices write them
+        deep = (
+            [2, 0, 16] if name.endswith("Descriptor") else (np.frombuffer(value, np.uint8) * np.uint16(257)).tobytes()
+        )
+        colours[name] = deep
+    found = read(dicom(np.array([[0, 1]], dtype=np.uint8), photometric="PALETTE COLOR", **colours))
+    assert (found.dtype, found.tolist()) == (np.uint8, [[[0, 255]], [[10, 20]], [[7, 9]]])
 
 
 def test_frames_have_their_own_slopes() -> None:
@@ -140,7 +162,7 @@ def test_as_eight_bit() -> None:
     for channels in (1, 3):
         cut = decode_cut(dicom(grey), whole, (12, 12), channels=channels, **reading)
         assert np.array_equal(cut.pixels.numpy(), np.repeat(grey[None], channels, 0))
-    with pytest.raises(BadImage, match="values of uint16: say by data.value_range what they are"):
+    with pytest.raises(BadImage, match="values of uint16: give their range by data.value_range"):
         decode_cut(dicom(grey.astype(np.uint16)), whole, (12, 12), channels=1, **reading)
     with pytest.raises(BadImage, match="of 1 channels; expected 5"):
         decode_cut(dicom(grey), whole, (12, 12), channels=5, value_range="type", **reading)
@@ -162,6 +184,7 @@ def test_without_an_image_and_too_large() -> None:
 def test_a_deflated_file_is_not_inflated() -> None:
     pixels = np.zeros((4, 4), dtype=np.uint8)
     assert read(dicom(pixels)).shape == (1, 4, 4)
+    assert read(dicom(pixels, ImageComments="1.2.840.10008.1.2.1.99")).shape == (1, 4, 4)
     with pytest.raises(BadImage, match="a deflated DICOM file"):
         read(dicom(pixels, syntax=DeflatedExplicitVRLittleEndian))
 
@@ -215,6 +238,38 @@ def test_packed_without_the_data_of_patients(scans: Path, tmp_path: Path) -> Non
     images = ShardImages(str(tmp_path / "shards"), key="k")
     kept = [np.load(io.BytesIO(images.read(s, r))) for s, count in enumerate(images.counts) for r in range(count)]
     assert sorted((a.shape, a.dtype.str) for a in kept) == [((1, 24, 24), "<i2")] * 20 + [((1, 24, 24), "<u2")] * 3
+
+
+def test_a_bad_frame_leaves_the_others_and_quotes_no_header(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    picture = drawn_image(3, 16)
+    frames = [encoded(picture, "JPEG"), b"no JPEG", encoded(picture, "JPEG")]
+    pixels = np.stack([np.asarray(picture)] * 3)
+    data = dicom(pixels, photometric="YBR_FULL", NumberOfFrames=3, syntax=JPEGBaseline8Bit, data=encapsulate(frames))
+    (tmp_path / "scans" / "series.dcm").write_bytes(data)
+    odd = dicom(np.zeros((4, 4), dtype=np.uint8)).replace(b"MONOCHROME2 ", b"Doe^Jane\tX\n")
+    (tmp_path / "scans" / "odd.dcm").write_bytes(odd)
+    packed = pack(str(tmp_path / "scans"), str(tmp_path / "shards"), workers=1)
+    assert packed.images == 2
+    assert [place for place, _ in packed.skipped] == ["odd.dcm", "series.dcm, image 2"]
+    for kept in (tmp_path / "shards").iterdir():
+        assert b"Doe^Jane" not in kept.read_bytes(), kept
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "shards"])
+def test_grey_and_colours_in_one_set(packed: bool, channels: int, tmp_path: Path) -> None:
+    place = tmp_path / "scans"
+    place.mkdir()
+    for i in range(24):
+        pixels = np.asarray(drawn_image(i, channels=1 if i % 2 else 3))
+        (place / f"{i}.dcm").write_bytes(dicom(pixels, photometric="MONOCHROME2" if i % 2 else "RGB"))
+    if packed:
+        pack(str(place), str(tmp_path / "shards"), workers=1)
+        place = tmp_path / "shards"
+    few = {"data.channels": channels, "data.held_out": 4, "optim.steps": 2}
+    mpp.pretrain(pretrain_recipe(place, tmp_path / "run", **few))
+    assert "unreadable" not in (tmp_path / "run" / "train.log").read_text()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "shards"])

@@ -189,14 +189,40 @@ def test_pages_of_a_tiff_become_images(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "stacks" / "photo.tif", colours, photometric="rgb")
     with tifffile.TiffWriter(tmp_path / "stacks" / "preview.tif") as writer:
         writer.write(colours, photometric="rgb")
-        writer.write(colours[::2, ::2], photometric="rgb")
+        writer.write(colours[::2, ::2], photometric="rgb", subfiletype=1)
     packed = pack(str(tmp_path / "stacks"), str(tmp_path / "pages"), workers=1, split_pages=True)
     found = members(tmp_path / "pages")
     assert packed.images == 8
     pages = [np.load(io.BytesIO(data)) for name, data in sorted(found.items()) if name.endswith(".npy")]
-    assert np.array_equal(np.stack(pages), volume)
+    assert np.array_equal(np.concatenate(pages), volume)
     whole = sorted(data for name, data in found.items() if not name.endswith(".npy"))
     assert whole == sorted((tmp_path / "stacks" / f"{name}.tif").read_bytes() for name in ("photo", "preview"))
     assert pack(str(tmp_path / "stacks"), str(tmp_path / "whole"), workers=1).images == 3
     with pytest.raises(UserError, match=r"other settings \(split_pages\)"):
         pack(str(tmp_path / "stacks"), str(tmp_path / "pages"), workers=1)
+
+
+def test_pages_of_all_sizes_and_stacks_without_pages(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "stacks").mkdir()
+    rng = np.random.default_rng(0)
+    with tifffile.TiffWriter(tmp_path / "stacks" / "sizes.tif") as writer:
+        for side in (10, 24, 24, 20):
+            writer.write(rng.integers(0, 4000, (side, 20), dtype=np.uint16), photometric="minisblack")
+    volume = rng.random((4, 12, 12), dtype=np.float32)
+    volume[1] = np.nan
+    tifffile.imwrite(tmp_path / "stacks" / "holes.tif", volume, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "stacks" / "short.tif", volume[2:], photometric="minisblack", truncate=True)
+    colours = rng.random((2, 8, 8, 3), dtype=np.float32)
+    colours[..., 1] += 100
+    colours[0, 0, 0] = np.nan
+    tifffile.imwrite(tmp_path / "stacks" / "colours.tif", colours, photometric="rgb")
+    packed = pack(str(tmp_path / "stacks"), str(tmp_path / "pages"), workers=1, split_pages=True)
+    assert packed.images == 4 + 3 + 2 + 2
+    assert [(place, why.split(",")[0]) for place, why in packed.skipped] == [
+        ("holes.tif, image 2", "100% of its values are missing")
+    ]
+    arrays = [np.load(io.BytesIO(data)) for data in members(tmp_path / "pages").values()]
+    corners = [array[:, 0, 0] for array in arrays if array.shape == (3, 8, 8)]
+    assert len(corners) == 2
+    assert all(red < 1 < 100 < green for red, green, _ in corners), "a missing value must become its channel's mean"
