@@ -133,9 +133,8 @@ def _remote_parquet(place: str) -> list[str]:
         return list(braceexpand(place))
     files = list_files(place, ".parquet")
     if not files:
-        hint = (
-            f"; try {place.rstrip('/')}@refs/convert/parquet" if place.startswith("hf://") and "@" not in place else ""
-        )
+        on_hub = re.match(r"hf://datasets/[^/@]+/[^/@]+", place)
+        hint = f"; the Hub may have made some: {on_hub[0]}@refs/convert/parquet" if on_hub else ""
         raise UserError(f"{place}: no Parquet files there{hint}")
     return files if glob.has_magic(place) else _of_one_split(place, files)
 
