@@ -66,7 +66,8 @@ class Trackers:
         except Exception as error:  # an error of the tracker: no login, no network, a folder that cannot be written
             with suppress(Exception):
                 self.close()
-            raise UserError(f"trackers: {name}: {type(error).__name__}: {one_line(error)}") from error
+            advice = f"; delete {out / MLFLOW_RUN} to begin another run" if name == "mlflow" and known_to_mlflow else ""
+            raise UserError(f"trackers: {name}: {type(error).__name__}: {one_line(error)}{advice}") from error
 
     def log(self, record: JsonObject) -> None:
         """Log the numbers of one line of metrics, which contains `step`."""

@@ -112,6 +112,9 @@ def test_mlflow_that_fails_does_not_hinder_the_next_trial(tmp_path: Path, monkey
                 trackers.log({"step": 1, "loss": 2.0})
         trackers.close()
     assert mlflow.active_run() is None
+    (tmp_path / "first" / "mlflow-run").write_text("a" * 32)
+    with pytest.raises(UserError, match=rf"trackers: mlflow: .*; delete {tmp_path}/first/mlflow-run to begin another"):
+        Trackers(["mlflow"], tmp_path / "first", {"a": 1}, resumed_at=0, active=True)
 
 
 def test_one_that_is_not_installed_is_said(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

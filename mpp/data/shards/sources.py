@@ -80,7 +80,7 @@ def open_source(source: str, *, labels: bool | None, seed: int, image_extension:
     Raises:
         UserError: If the source does not exist, has no images or lacks the requested labels.
     """
-    if is_remote(source) and not source.endswith(".tar"):
+    if is_remote(source) and not _base(source).endswith(".tar"):
         return Parquet(_remote_parquet(source), labels)
     if os.path.isdir(source):
         if archives_in(source):
@@ -93,7 +93,7 @@ def open_source(source: str, *, labels: bool | None, seed: int, image_extension:
     matches = sorted(glob.glob(source)) if glob.has_magic(source) and not os.path.exists(source) else [source]
     if matches and all(match.endswith(".parquet") for match in matches):
         return Parquet(matches, labels)
-    if source.endswith(".tar") or "{" in source:
+    if _base(source).endswith(".tar") or "{" in source:
         return Shards(source, labels, image_extension)
     raise UserError(
         f"{source}: no such folder"
@@ -129,7 +129,7 @@ def _remote_parquet(place: str) -> list[str]:
     Raises:
         UserError: If there are none.
     """
-    if place.endswith(".parquet") and not glob.has_magic(place):
+    if _base(place).endswith(".parquet") and not glob.has_magic(urllib.parse.urlsplit(place).path):
         return list(braceexpand(place))
     files = list_files(place, ".parquet")
     if not files:

@@ -201,6 +201,9 @@ def test_parquet_on_a_web_server(photos: list[tuple[bytes, int]], tmp_path: Path
     kept = [(tmp_path / out / "sources.tsv").read_text() for out in ("local", "remote")]
     assert kept[0] == kept[1]
     pack(names, str(tmp_path / "local"), images_per_shard=25, workers=1)  # the same files in another place
+    signed = f"{served.url}/train-00000-of-00002.parquet?signature=a.b"
+    assert pack(signed, str(tmp_path / "signed"), workers=1).images == 30
+    assert "signature" not in (tmp_path / "signed" / "sources.tsv").read_text()
     for wrong, message in (
         ("none.parquet", "404"),
         ("x/*.parquet", "files are listed in s3://, gs://, hf://; name each file here"),
