@@ -332,8 +332,8 @@ def _check_pages(data: bytes) -> None:
         return
     if stack:
         raise BadImage(
-            "a TIFF of several pages of one size; `mpp pack --split-pages` makes an image of each; data.channels, and "
-            "data.value_range where that is 1, 3 or 4, read pages as channels"
+            "a TIFF of several pages of one size; data.channels, and data.value_range where that is 1, 3 or 4, read "
+            "pages as channels; `mpp pack --split-pages` makes an image of each"
         )
 
 
