@@ -119,7 +119,7 @@ def test_what_is_published_is_what_was_written() -> None:
     """`make bench` measures and writes everything at once."""
     bench = module("bench")
     measured = bench.read(bench.RESULTS)
-    assert {r.run.split("-")[1] for r in measured} == {"step", "memory", "input", "whole", "keep", "growth"}
+    assert {r.run.split("-")[1] for r in measured} == {"step", "memory", "input", "whole", "keep", "embed", "growth"}
     text = bench.PAGE.read_text()
     assert bench.put_between_marks(text, bench.page(measured)) == text
     with pytest.raises(ValueError, match="is missing"):
