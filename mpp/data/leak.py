@@ -13,7 +13,7 @@ from mpp.data.readers import Reader
 from mpp.data.shards.reader import evenly
 from mpp.errors import BadImage
 from mpp.recipe.flat import JsonObject
-from mpp.recipe.values import FORMATS
+from mpp.recipe.values import ALL_FORMATS
 
 MOST_CHECKED = 2000
 """Greatest number of validation images that are searched for, evenly spread."""
@@ -85,7 +85,7 @@ def _digest(images: Reader, i: int) -> bytes | None:
 
 def _of_one_colour(data: bytes) -> bool:
     try:
-        image = decode_pillow(data, channels=3, formats=(*FORMATS, "GIF"), max_image_pixels=MOST_PIXELS)
+        image = decode_pillow(data, channels=3, formats=ALL_FORMATS, max_image_pixels=MOST_PIXELS)
     except BadImage:
         return False
     extrema: Any = image.getextrema()  # (low, high) of each of the three channels

@@ -22,12 +22,12 @@ from mpp.data.readers import AllImages
 from mpp.drawing.sheets import save_png, scaled, sheet
 from mpp.errors import MppWarning, UserError, without_secrets
 from mpp.recipe.sections import Decoding
-from mpp.recipe.values import FORMATS
+from mpp.recipe.values import ALL_FORMATS
 from mpp.runs.loop_progress import LoopProgress
 
 DECODING: Decoding = {
     "channels": 3,
-    "formats": (*FORMATS, "GIF"),
+    "formats": ALL_FORMATS,
     "max_image_pixels": 64_000_000,
 }
 SIDE_PX = 64

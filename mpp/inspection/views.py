@@ -75,8 +75,8 @@ def image_map(seen: Seen, images: Tensor) -> View | str:
         "image_map",
         "Map of images",
         f"Images whose features in the last {layer_word(seen)} are similar lie near each other (t-SNE of their means "
-        "over all places, van der Maaten & Hinton 2008). Look at what neighbours share: objects, or only colours and "
-        "brightness, as with random weights. Distances between groups mean little.",
+        "over all places, van der Maaten & Hinton 2008). Check whether neighbours show the same kind of object. With "
+        "random weights, they mostly have the same colours and brightness. Distances between groups mean little.",
         {"places": _rounded(at), "perplexity": perplexity},
         plots.thumbnails(at[drawn], [_pixels(image) for image in thumbnails]),
         f"{len(drawn)} of {len(at)} images by the features of the last {layer_word(seen)}",

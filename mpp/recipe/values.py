@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -167,7 +167,8 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Probe = Literal["knn", "linear", "attentive"]
 Format = Literal["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "NPY", "PPM", "DICOM"]
 """Image formats by Pillow's names, NPY for numpy's .npy files, and DICOM."""
-FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "NPY", "PPM", "DICOM")
+ALL_FORMATS: tuple[Format, ...] = get_args(Format)
+FORMATS: tuple[Format, ...] = tuple(name for name in ALL_FORMATS if name != "GIF")
 """Formats that are read unless a recipe names others: all but GIF, whose images may be animations."""
 
 IMAGE = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|tiff?|gif|p[bgnp]m|npy|dcm|dicom)$", re.IGNORECASE)

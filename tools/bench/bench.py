@@ -232,6 +232,15 @@ def _values(rows: Sequence[Row], run: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def _table_of_rates(title: str, unit: str, metric: str, values: dict[str, dict[str, float]]) -> list[str]:
+    """Return a table of each contestant's rate with quartiles, and how many times as fast mpp is."""
+    lines = ["", title, "", f"| | {unit} | mpp is … times as fast |", "|---|---|---|"]
+    for name, v in values.items():
+        rate, low, high = (_number(v[f"{metric}{suffix}"]) for suffix in ("", "_q1", "_q3"))
+        lines.append(f"| {name} | {rate} ({low} – {high}) | {v['mpp_is_times_as_fast']:.2f} |")
+    return lines
+
+
 def tables(rows: Sequence[Row]) -> str:
     """Return the rows as Markdown, a table for each run."""
     lines: list[str] = []
@@ -252,11 +261,7 @@ def tables(rows: Sequence[Row]) -> str:
                     f"| {v['gflop_per_image']:.3g} | {v['part_of_gemm_peak']:.2f} |"
                 )
         elif kind == "input":
-            lines += ["", f"JPEGs of {what[0]}:", "", "| | images a core-second | mpp is … times as fast |"]
-            lines += ["|---|---|---|"]
-            for name, v in values.items():
-                rate, low, high = (_number(v[f"images_per_core_s{suffix}"]) for suffix in ("", "_q1", "_q3"))
-                lines.append(f"| {name} | {rate} ({low} – {high}) | {v['mpp_is_times_as_fast']:.2f} |")
+            lines += _table_of_rates(f"JPEGs of {what[0]}:", "images a core-second", "images_per_core_s", values)
         elif kind == "memory":
             lines += [
                 "",
@@ -272,11 +277,7 @@ def tables(rows: Sequence[Row]) -> str:
             lines += ["", f"Checkpoints, exports, evaluation, {what[0]}:", "", "| | s (quartiles) |", "|---|---|"]
             lines += [f"| {name} | {v['s']:.3g} ({v['s_q1']:.3g} – {v['s_q3']:.3g}) |" for name, v in values.items()]
         elif kind == "embed":
-            lines += ["", f"Vectors of JPEGs of 32 px, {what[0]}:", "", "| | images/s | mpp is … times as fast |"]
-            lines += ["|---|---|---|"]
-            for name, v in values.items():
-                rate, low, high = (_number(v[f"images_per_s{suffix}"]) for suffix in ("", "_q1", "_q3"))
-                lines.append(f"| {name} | {rate} ({low} – {high}) | {v['mpp_is_times_as_fast']:.2f} |")
+            lines += _table_of_rates(f"Vectors of JPEGs of 32 px, {what[0]}:", "images/s", "images_per_s", values)
         elif kind == "growth":
             metrics = list(next(iter(values.values())))
             lines += [

@@ -30,7 +30,7 @@ PART_BYTES = 4 << 20
 TIMEOUT_S = 60
 """Seconds without any byte before a request fails (a guess)."""
 TRIES = 8
-"""Tries in a row, none of which brings a further byte, before a request or download fails."""
+"""Number of tries in a row without a new byte after which a request or download fails."""
 PAUSE_S = 0.1
 """Pause between tries in seconds, doubled with each try: 8 tries take half a minute (a guess)."""
 FOR_A_WHILE = (408, 425, 429)
@@ -180,7 +180,7 @@ def read_part(url: str, start: int, size: int, total: int) -> bytes | None:
 
 
 def open_in_parts(url: str) -> BinaryIO:
-    """Open a remote file of which only parts will be read, in any order.
+    """Open a remote file to read parts of it, in any order.
 
     Args:
         url: URL with a scheme of SCHEMES.
@@ -208,7 +208,6 @@ class _OnWebServer(io.RawIOBase):
     def __init__(self, url: str) -> None:
         super().__init__()
         self._url, self._at, self._version = url, 0, None
-        self._size = 1
         self._size, self._version = self._tried(0, 1, _size_and_version)
 
     def _tried(self, start: int, stop: int, use: Callable[[Answer], R]) -> R:

@@ -247,7 +247,7 @@ def test_a_bad_frame_leaves_the_others_and_quotes_no_header(tmp_path: Path) -> N
     pixels = np.stack([np.asarray(picture)] * 3)
     data = dicom(pixels, photometric="YBR_FULL", NumberOfFrames=3, syntax=JPEGBaseline8Bit, data=encapsulate(frames))
     (tmp_path / "scans" / "series.dcm").write_bytes(data)
-    odd = dicom(np.zeros((4, 4), dtype=np.uint8)).replace(b"MONOCHROME2 ", b"Doe^Jane\tX\n")
+    odd = dicom(np.zeros((4, 4), dtype=np.uint8)).replace(b"MONOCHROME2 ", b"Doe^Jane\tX\n ")  # as long
     (tmp_path / "scans" / "odd.dcm").write_bytes(odd)
     packed = pack(str(tmp_path / "scans"), str(tmp_path / "shards"), workers=1)
     assert packed.images == 2
