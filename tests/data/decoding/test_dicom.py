@@ -251,7 +251,7 @@ def test_a_bad_frame_leaves_the_others_and_quotes_no_header(tmp_path: Path) -> N
     (tmp_path / "scans" / "odd.dcm").write_bytes(odd)
     packed = pack(str(tmp_path / "scans"), str(tmp_path / "shards"), workers=1)
     assert packed.images == 2
-    assert [place for place, _ in packed.skipped] == ["odd.dcm", "series.dcm, image 2"]
+    assert [place for place, _ in packed.skipped] == ["odd.dcm, image 1", "series.dcm, image 2"]
     for kept in (tmp_path / "shards").iterdir():
         assert b"Doe^Jane" not in kept.read_bytes(), kept
 
